@@ -1,0 +1,223 @@
+//! The list of operations a device must offer, with their shapes.
+//!
+//! Letters: `T` tokens (rows of activations), `C` width, `O` output rows of a weight, `K` its input
+//! columns, `V` vocabulary, `H` query heads, `G` key/value heads, `D` head width. Activations are f32,
+//! row-major `[T, C]`. Weights are row-major `[O, K]`, as checkpoints store them.
+//!
+//! A backend may record work instead of doing it: only [`Backend::read`] has to wait for it. Buffers and
+//! matrices belong to the device; the caller never sees their memory. Shapes follow from buffer lengths, and
+//! a wrong one is a bug in the caller: every method asserts it at the door. Outputs that are not said to be
+//! accumulated are overwritten whatever they held before.
+
+use crate::{Error, MatrixSource};
+
+/// Number type of a key/value cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheType {
+    /// 4 bytes an element, no rounding.
+    F32,
+    /// 2 bytes an element.
+    F16,
+}
+
+/// Number type of a small trainable matrix as forward and backward see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkType {
+    /// The f32 master itself.
+    F32,
+    /// The master rounded to f16, as the adapter file will hold it.
+    F16,
+}
+
+/// Shape and masking of one attention call.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Query heads (`H`), a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Key/value heads (`G`).
+    pub kv_heads: usize,
+    /// Width of one head (`D`).
+    pub head_dim: usize,
+    /// Factor on the scores before the softmax, usually `1 / sqrt(D)`.
+    pub scale: f32,
+    /// A query sees the last `window` keys, itself included; `None` sees all before it.
+    pub window: Option<usize>,
+}
+
+/// AdamW's settings for one step (Loshchilov & Hutter 2019, decoupled decay, as torch.optim.AdamW).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// 1-based number of this step, for bias correction.
+    pub step: u32,
+}
+
+/// A device that runs Pocketlora's operations. See the module text for the conventions.
+pub trait Backend: Send + Sync + 'static {
+    /// An f32 array on the device.
+    type Buffer: Send + Sync;
+    /// A weight matrix `[O, K]` on the device, or mapped by it.
+    type Matrix: Send + Sync;
+    /// Keys and values of one layer.
+    type Cache: Send + Sync;
+
+    /// Runs `work` with this backend's threads, so that ops inside it need not wake them one by one.
+    fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R
+    where
+        Self: Sized;
+
+    /// A buffer of `len` zeros.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn buffer(&self, len: usize) -> Result<Self::Buffer, Error>;
+    /// Number of f32 in `buffer`.
+    fn len(&self, buffer: &Self::Buffer) -> usize;
+    /// Copies host values in; lengths are equal.
+    fn write(&self, dst: &mut Self::Buffer, src: &[f32]);
+    /// Waits for the work recorded so far and copies `src` out; lengths are equal.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device was lost.
+    fn read(&self, src: &Self::Buffer, dst: &mut [f32]) -> Result<(), Error>;
+
+    /// Takes a frozen weight as a file holds it: mapped where the device can, copied where it cannot.
+    ///
+    /// # Errors
+    /// [`Error::Matrix`] if its parts do not fit its shape, [`Error::OutOfMemory`].
+    fn matrix(&self, source: MatrixSource) -> Result<Self::Matrix, Error>;
+    /// A small matrix `[rows, cols]` of zeros that [`Backend::set_matrix`] fills.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn work_matrix(&self, rows: usize, cols: usize, dtype: WorkType) -> Result<Self::Matrix, Error>;
+    /// Rounds `master` (`rows * cols` values) into a matrix made by [`Backend::work_matrix`].
+    fn set_matrix(&self, dst: &mut Self::Matrix, master: &Self::Buffer);
+    /// `(O, K)` of a matrix.
+    fn shape(&self, matrix: &Self::Matrix) -> (usize, usize);
+
+    /// `y[t, :] = table[ids[t], :]`.
+    fn embed(&self, table: &Self::Matrix, ids: &[u32], y: &mut Self::Buffer);
+    /// `y[t, :] = x[rows[t], :]`; `y` is `[rows.len(), C]`.
+    fn gather_rows(&self, x: &Self::Buffer, rows: &[u32], y: &mut Self::Buffer);
+    /// `y[rows[t], :] += x[t, :]`; `rows` are distinct.
+    fn scatter_add_rows(&self, x: &Self::Buffer, rows: &[u32], y: &mut Self::Buffer);
+
+    /// `y[T, O] = x[T, K] Wᵀ`, added to `y` if `accumulate`.
+    fn matmul(&self, w: &Self::Matrix, x: &Self::Buffer, y: &mut Self::Buffer, accumulate: bool);
+    /// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`.
+    fn matmul_vjp_x(&self, w: &Self::Matrix, dy: &Self::Buffer, dx: &mut Self::Buffer, accumulate: bool);
+    /// `dw[O, K] += dy[T, O]ᵀ x[T, K]`.
+    fn matmul_vjp_w(&self, tokens: usize, dy: &Self::Buffer, x: &Self::Buffer, dw: &mut Self::Buffer);
+
+    /// `y[t, :] += bias`.
+    fn add_bias(&self, bias: &Self::Buffer, y: &mut Self::Buffer);
+    /// `y = a + b`.
+    fn add(&self, a: &Self::Buffer, b: &Self::Buffer, y: &mut Self::Buffer);
+    /// `y += x`.
+    fn add_assign(&self, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// `x *= factor`.
+    fn scale(&self, factor: f32, x: &mut Self::Buffer);
+    /// Sets all of `x` to zero.
+    fn zero(&self, x: &mut Self::Buffer);
+
+    /// `y = x / sqrt(mean(x²) + eps) * w`, row by row (Zhang & Sennrich 2019); `w` is `[C]`.
+    fn rms_norm(&self, w: &Self::Buffer, eps: f32, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// `dx += ` the gradient of [`Backend::rms_norm`] by `x`; `w` is frozen.
+    fn rms_norm_vjp_x(&self, w: &Self::Buffer, eps: f32, x: &Self::Buffer, dy: &Self::Buffer, dx: &mut Self::Buffer);
+
+    /// Rotates each head of `x` `[T, heads * D]` by the angles whose `cos` and `sin` are `[T, D / 2]`,
+    /// pairing element `i` with `i + D / 2` as Hugging Face checkpoints do (Su et al. 2021). `inverse`
+    /// turns back, which is also the gradient.
+    fn rope(
+        &self,
+        heads: usize,
+        cos: &Self::Buffer,
+        sin: &Self::Buffer,
+        x: &Self::Buffer,
+        inverse: bool,
+        y: &mut Self::Buffer,
+    );
+
+    /// `y = silu(gate) * up` (Shazeer 2020).
+    fn swiglu(&self, gate: &Self::Buffer, up: &Self::Buffer, y: &mut Self::Buffer);
+    /// Gradient of [`Backend::swiglu`]; `dgate` and `dup` are overwritten.
+    fn swiglu_vjp(
+        &self,
+        gate: &Self::Buffer,
+        up: &Self::Buffer,
+        dy: &Self::Buffer,
+        dgate: &mut Self::Buffer,
+        dup: &mut Self::Buffer,
+    );
+
+    /// Causal attention inside each of `segments` (lengths that sum to `T`); no token sees another segment.
+    /// `q`, `y` are `[T, H * D]`, `k`, `v` `[T, G * D]`; `lse` `[T, H]` receives the log-sum-exp of the
+    /// scaled scores, which is all that backward needs besides `y` (Dao et al. 2022).
+    fn attention(
+        &self,
+        spec: &Attention,
+        segments: &[usize],
+        q: &Self::Buffer,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        y: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+    );
+    /// Gradient of [`Backend::attention`]: recomputes scores block by block; overwrites `dq`, `dk`, `dv`.
+    fn attention_vjp(
+        &self,
+        spec: &Attention,
+        segments: &[usize],
+        q: &Self::Buffer,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        y: &Self::Buffer,
+        lse: &Self::Buffer,
+        dy: &Self::Buffer,
+        dq: &mut Self::Buffer,
+        dk: &mut Self::Buffer,
+        dv: &mut Self::Buffer,
+    );
+
+    /// An empty cache of rows of `width = G * D` for keys and as much for values; it grows as needed.
+    fn cache(&self, width: usize, dtype: CacheType) -> Self::Cache;
+    /// Tokens held.
+    fn cache_len(&self, cache: &Self::Cache) -> usize;
+    /// Appends the rows of `k` and `v`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`]; the cache is unchanged then.
+    fn cache_append(&self, cache: &mut Self::Cache, k: &Self::Buffer, v: &Self::Buffer) -> Result<(), Error>;
+    /// Keeps the first `len` tokens.
+    fn cache_truncate(&self, cache: &mut Self::Cache, len: usize);
+    /// Causal attention of the last `T` cached tokens, whose queries are `q` `[T, H * D]`, over the cache.
+    fn attention_cached(&self, spec: &Attention, q: &Self::Buffer, cache: &Self::Cache, y: &mut Self::Buffer);
+
+    /// For each row of `logits` `[N, V]`: `losses[n] = -log softmax(logits[n])[targets[n]]` (natural log);
+    /// then the row becomes the gradient of `scale * losses[n]`.
+    fn cross_entropy(&self, targets: &[u32], scale: f32, logits: &mut Self::Buffer, losses: &mut Self::Buffer);
+    /// Sum of squares, in f64 and in an order that does not depend on the thread count.
+    ///
+    /// # Errors
+    /// As [`Backend::read`].
+    fn sum_squares(&self, x: &Self::Buffer) -> Result<f64, Error>;
+    /// One AdamW step on `param` with first and second moments `m` and `v`.
+    fn adamw(
+        &self,
+        step: &AdamW,
+        grad: &Self::Buffer,
+        param: &mut Self::Buffer,
+        m: &mut Self::Buffer,
+        v: &mut Self::Buffer,
+    );
+}

@@ -1,0 +1,3 @@
+//! CPU backend.
+/// The CPU.
+pub struct Cpu;

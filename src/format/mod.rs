@@ -1,0 +1,5 @@
+//! Files: safetensors with bitsandbytes NF4, GGUF, import and quantization.
+
+mod source;
+
+pub use source::{Sidecars, Source, TensorMeta};

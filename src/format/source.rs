@@ -1,0 +1,40 @@
+//! What `quantize` and the loader ask of a checkpoint, whatever file it lies in.
+
+use crate::error::Result;
+use std::ops::Range;
+
+/// One weight of a checkpoint under its Hugging Face name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorMeta {
+    /// Hugging Face name, such as `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    /// Row-major shape, `[out, in]` for a linear layer.
+    pub shape: Vec<usize>,
+    /// Element type as the file names it, such as `BF16` or `Q4_K`.
+    pub dtype: String,
+}
+
+/// The small text files that travel with a model, ready to be written beside its weights.
+#[derive(Clone, Debug, Default)]
+pub struct Sidecars {
+    /// File name and content: `tokenizer.json`, `tokenizer_config.json`, `generation_config.json`, a chat template.
+    pub files: Vec<(String, Vec<u8>)>,
+}
+
+/// A checkpoint whose weights can be read as f32, a few rows at a time.
+pub trait Source: Send + Sync {
+    /// The model's Hugging Face `config.json`.
+    fn config(&self) -> &serde_json::Map<String, serde_json::Value>;
+    /// All weights, in the order in which reading them is cheapest.
+    fn tensors(&self) -> &[TensorMeta];
+    /// Dequantizes `rows` of tensor number `index` (the leading dimension; a vector is one row) into `out`.
+    ///
+    /// # Errors
+    /// The file's bytes contradict its header.
+    fn read_rows(&self, index: usize, rows: Range<usize>, out: &mut [f32]) -> Result<()>;
+    /// Tokenizer and chat template.
+    ///
+    /// # Errors
+    /// The file has a tokenizer that cannot be expressed.
+    fn sidecars(&self) -> Result<Sidecars>;
+}

@@ -1,0 +1,25 @@
+//! The only memory mapping: whole files, read-only, as shareable [`Bytes`].
+
+use crate::error::{Error, Result};
+use bytes::Bytes;
+use std::fs::File;
+use std::path::Path;
+
+/// Maps `path` read-only. The bytes stay valid for as long as any slice of them lives, also when the file is
+/// renamed over or unlinked meanwhile.
+///
+/// # Errors
+/// The file cannot be opened or mapped, or is empty.
+pub fn map(path: &Path) -> Result<Bytes> {
+    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    let len = file.metadata().map_err(|e| Error::io("read the size of", path, e))?.len();
+    if len == 0 {
+        return Err(Error::format(path, "file", "at least one byte", "an empty file"));
+    }
+    // SAFETY: the map is read-only and private to this process. Pocketlora never writes to a file in place: every
+    // file it produces is written beside and renamed, so a mapped inode keeps its bytes. A foreign program that
+    // truncates the file meanwhile is outside what any user of a mapping can guard against; SECURITY.md says so.
+    #[allow(unsafe_code)] // one of the five places where unsafe lives
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
+    Ok(Bytes::from_owner(map))
+}
