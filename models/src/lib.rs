@@ -1,1 +1,58 @@
-//! Architectures.
+//! Architectures, written against the [`Exec`] trait: what a model computes, and nothing about how.
+//!
+//! A family declares its parameters under the checkpoint's names and spells out its forward pass. Bytes, devices,
+//! quantization, adapters and gradients are the executor's concern.
+#![forbid(unsafe_code)]
+
+mod config;
+mod exec;
+mod llama;
+mod mistral;
+mod params;
+mod qwen2;
+mod rope;
+
+pub use config::{Config, ConfigError};
+pub use exec::{AttentionShape, Exec, Linear, Param, RopeTable, Tensor};
+pub use params::{ParamSpec, Role};
+pub use rope::Rope;
+
+/// A decoder-only language model: embedding, layers, head. Executors may run a layer more than once.
+pub trait Model: Send + Sync {
+    /// Sizes and constants.
+    fn config(&self) -> &Config;
+    /// All parameters; a [`Param`] is an index into this list.
+    fn params(&self) -> &[ParamSpec];
+    /// Rotary tables in use; a [`RopeTable`] is an index into this list.
+    fn ropes(&self) -> &[Rope];
+    /// Token embeddings `[T, C]` of the executor's current tokens.
+    fn embed(&self, ex: &mut dyn Exec) -> Tensor;
+    /// Layer number `index` applied to `x` `[T, C]`.
+    fn layer(&self, ex: &mut dyn Exec, index: usize, x: Tensor) -> Tensor;
+    /// Logits `[T, V]` of hidden states `x` `[T, C]`.
+    fn head(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor;
+}
+
+type Build = fn(Config) -> Box<dyn Model>;
+
+/// `model_type` values that [`build`] knows, with the function that makes the model.
+const FAMILIES: &[(&str, Build)] = &[("llama", llama::build), ("mistral", mistral::build), ("qwen2", qwen2::build)];
+
+/// Names of the supported families, as `config.json` spells them.
+pub fn families() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(|(name, _)| *name)
+}
+
+/// The model that a Hugging Face `config.json` describes.
+///
+/// # Errors
+/// A key is missing or out of range, or the family is unknown.
+pub fn build(config: &serde_json::Map<String, serde_json::Value>) -> Result<Box<dyn Model>, ConfigError> {
+    let config = Config::parse(config)?;
+    let family = FAMILIES.iter().find(|(name, _)| *name == config.model_type);
+    let Some((_, build)) = family else {
+        let known = families().collect::<Vec<_>>().join("`, `");
+        return Err(ConfigError::new("model_type", format!("one of `{known}`"), &config.model_type));
+    };
+    Ok(build(config))
+}

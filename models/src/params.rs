@@ -1,0 +1,60 @@
+//! The list of a model's parameters under the checkpoint's names.
+
+use crate::exec::{Linear, Param};
+
+/// What a parameter is for; it decides how it is stored and whether an adapter may attach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// `[V, C]`, looked up by token; may double as the head.
+    Embedding,
+    /// `[out, in]` of a linear layer inside a decoder layer.
+    Linear,
+    /// `[V, C]` of an untied head.
+    Head,
+    /// One-dimensional: norm weights and biases.
+    Vector,
+}
+
+/// Name, shape and role of one parameter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParamSpec {
+    /// Name in the checkpoint, such as `model.norm.weight`.
+    pub name: String,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// What it is for.
+    pub role: Role,
+}
+
+impl ParamSpec {
+    /// Path of the module that holds it: the name without `.weight` or `.bias`.
+    #[must_use]
+    pub fn module(&self) -> &str {
+        self.name.rsplit_once('.').map_or(&self.name, |(module, _)| module)
+    }
+}
+
+/// Collects parameters while a family builds itself.
+#[derive(Default)]
+pub(crate) struct ParamList(pub(crate) Vec<ParamSpec>);
+
+impl ParamList {
+    fn push(&mut self, name: String, shape: Vec<usize>, role: Role) -> Param {
+        self.0.push(ParamSpec { name, shape, role });
+        Param(u32::try_from(self.0.len() - 1).expect("config bounds the number of layers"))
+    }
+
+    pub(crate) fn table(&mut self, module: &str, rows: usize, cols: usize, role: Role) -> Param {
+        self.push(format!("{module}.weight"), vec![rows, cols], role)
+    }
+
+    pub(crate) fn norm(&mut self, module: &str, width: usize) -> Param {
+        self.push(format!("{module}.weight"), vec![width], Role::Vector)
+    }
+
+    pub(crate) fn linear(&mut self, module: &str, out: usize, input: usize, bias: bool) -> Linear {
+        let weight = self.push(format!("{module}.weight"), vec![out, input], Role::Linear);
+        let bias = bias.then(|| self.push(format!("{module}.bias"), vec![out], Role::Vector));
+        Linear { weight, bias }
+    }
+}
