@@ -96,7 +96,7 @@ impl GgmlType {
     /// Dequantizes whole blocks: `bytes` holds `out.len()` values.
     pub(super) fn dequantize(self, bytes: &[u8], out: &mut [f32]) {
         let (values, size) = self.block();
-        debug_assert!(out.len() % values == 0 && out.len() / values * size == bytes.len());
+        debug_assert!(out.len().is_multiple_of(values) && out.len() / values * size == bytes.len());
         match self {
             Self::F32 => each(bytes, out, |b: &[u8; 4], y: &mut [f32; 1]| y[0] = f32::from_le_bytes(*b)),
             Self::F16 => each(bytes, out, |b: &[u8; 2], y: &mut [f32; 1]| y[0] = f16::from_le_bytes(*b).to_f32()),

@@ -44,10 +44,10 @@ fn tokenizer_config(meta: &Metadata, vocabulary: &Vocabulary<'_>) -> Result<Map<
             config.insert(key.to_owned(), json!(text));
         }
     }
-    if let Some(arch) = meta.string("general.architecture")? {
-        if let Some(context) = meta.uint(&format!("{arch}.context_length"))? {
-            config.insert("model_max_length".to_owned(), json!(context));
-        }
+    if let Some(arch) = meta.string("general.architecture")?
+        && let Some(context) = meta.uint(&format!("{arch}.context_length"))?
+    {
+        config.insert("model_max_length".to_owned(), json!(context));
     }
     config.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
     if let Some(template) = meta.string("tokenizer.chat_template")? {
