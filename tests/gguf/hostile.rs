@@ -100,6 +100,7 @@ const CASES: &[Case] = &[
     ("tokenizer model", |w| _ = w.string("tokenizer.ggml.model", "llama"), Unsupported, "`llama`"),
     ("pre-tokenizer", |w| _ = w.string("tokenizer.ggml.pre", "tekken"), Unsupported, "`tekken`"),
     ("no pre-tokenizer", |w| _ = w.remove("tokenizer.ggml.pre"), Unsupported, "tokenizer.ggml.pre"),
+    ("tokens without rows", |w| w.tensors[0].dims[1] = 200, Format, "`tokenizer.ggml.tokens`"),
     ("no tokens", |w| _ = w.remove("tokenizer.ggml.tokens"), Format, "`tokenizer.ggml.tokens`"),
     ("tokens of numbers", |w| _ = w.i32s("tokenizer.ggml.tokens", &[1]), Format, "`tokenizer.ggml.tokens`"),
     ("token types", |w| _ = w.i32s("tokenizer.ggml.token_type", &[1]), Format, "`tokenizer.ggml.token_type`"),

@@ -2,7 +2,7 @@
 
 use super::container::Container;
 use super::rope::Scaling;
-use super::value::Metadata;
+use super::value::{self, Metadata};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 
@@ -30,6 +30,8 @@ pub(super) struct Hyper {
     pub(super) heads: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
+    /// Rows of all query heads, which is at least that of all key heads.
+    pub(super) query: usize,
     pub(super) vocab: usize,
     pub(super) tied: bool,
     pub(super) attention_bias: bool,
@@ -77,6 +79,9 @@ impl Hyper {
         if head_dim % 2 != 0 {
             return Err(keys.fail("attention.key_length", "an even head size", head_dim));
         }
+        let Some(query) = heads.checked_mul(head_dim) else {
+            return Err(keys.fail("attention.key_length", "heads that fit in memory", head_dim));
+        };
         keys.same("attention.value_length", head_dim)?;
         keys.same("rope.dimension_count", head_dim)?;
         let vocab = vocabulary(&keys, file)?;
@@ -93,6 +98,7 @@ impl Hyper {
             heads,
             kv_heads,
             head_dim,
+            query,
             vocab,
             tied: !has(HEAD),
             attention_bias: has("blk.0.attn_q.bias"),
@@ -116,17 +122,6 @@ impl Hyper {
             _ => return Ok(()),
         };
         Err(Error::unsupported(meta.path(), what, "use the model's safetensors files"))
-    }
-
-    /// Rows of the query projection and columns of the output projection.
-    ///
-    /// # Errors
-    /// The product does not fit in memory.
-    pub(super) fn query_size(&self, meta: &Metadata) -> Result<usize> {
-        let size = self.heads.checked_mul(self.head_dim);
-        size.ok_or_else(|| {
-            meta.fail("attention.head_count", "heads that fit in memory", format_args!("{} heads", self.heads))
-        })
     }
 
     /// Hugging Face's `config.json`.
@@ -256,6 +251,12 @@ fn vocabulary(keys: &Keys<'_>, file: &Container) -> Result<usize> {
         let item = format_args!("tensor `{EMBEDDING}`");
         return Err(Error::format(keys.meta.path(), item, "a tensor", "none"));
     };
+    let tokens = "tokenizer.ggml.tokens";
+    if let Some(value::Value::Array(list)) = keys.meta.get(tokens)
+        && list.len() > rows
+    {
+        return Err(keys.meta.fail(tokens, format_args!("at most the {rows} rows of `{EMBEDDING}`"), list.len()));
+    }
     match keys.optional_size("vocab_size")? {
         Some(n) if n != rows => Err(keys.fail("vocab_size", format_args!("the {rows} rows of `{EMBEDDING}`"), n)),
         _ => Ok(rows),

@@ -122,12 +122,11 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<Weight> {
             "use the model's safetensors files",
         ));
     };
-    let query = hyper.query_size(meta)?;
     let size = |dim: &Dim| match dim {
         Hidden => hyper.hidden,
         Ffn => hyper.ffn,
         Vocab => hyper.vocab,
-        Query => query,
+        Query => hyper.query,
         // Fits, for there are no more of them than query heads.
         Key => hyper.kv_heads * hyper.head_dim,
     };
