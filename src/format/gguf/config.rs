@@ -1,0 +1,264 @@
+//! The model's hyperparameters from metadata, and the Hugging Face `config.json` they make.
+
+use super::container::Container;
+use super::rope::Scaling;
+use super::value::{self, Metadata};
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+
+/// The token embedding, whose rows are the vocabulary.
+pub(super) const EMBEDDING: &str = "token_embd.weight";
+/// The head; absent where it is tied to the embedding.
+pub(super) const HEAD: &str = "output.weight";
+
+/// Model families whose GGUF files can be expressed as Hugging Face checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    Llama,
+    /// GGUF calls it `llama`, too; only the sliding window tells.
+    Mistral,
+    Qwen2,
+}
+
+/// Sizes in elements, before any shape is checked against them.
+#[derive(Clone, Debug)]
+pub(super) struct Hyper {
+    pub(super) family: Family,
+    pub(super) hidden: usize,
+    pub(super) ffn: usize,
+    pub(super) layers: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
+    /// Rows of all query heads, which is at least that of all key heads.
+    pub(super) query: usize,
+    pub(super) vocab: usize,
+    pub(super) tied: bool,
+    pub(super) attention_bias: bool,
+    pub(super) mlp_bias: bool,
+    context: usize,
+    sliding_window: Option<usize>,
+    epsilon: f64,
+    theta: f64,
+    scaling: Scaling,
+}
+
+impl Hyper {
+    /// Reads and cross-checks the hyperparameters of `file`.
+    ///
+    /// # Errors
+    /// The architecture or a feature is not supported; a key is missing or contradicts another.
+    pub(super) fn read(file: &Container) -> Result<Self> {
+        let meta = &file.metadata;
+        refuse_other_kinds(meta)?;
+        let arch = meta.required("general.architecture", meta.string("general.architecture")?)?;
+        let family = match arch {
+            "llama" => Family::Llama,
+            "qwen2" => Family::Qwen2,
+            other => {
+                return Err(Error::unsupported(
+                    meta.path(),
+                    format_args!("architecture `{other}` in GGUF"),
+                    "`llama` (with Mistral) and `qwen2` can be read; for others use the model's safetensors files",
+                ));
+            }
+        };
+        let keys = Keys { meta, arch };
+        let hidden = keys.size("embedding_length")?;
+        let heads = keys.size("attention.head_count")?;
+        let kv_heads = keys.optional_size("attention.head_count_kv")?.unwrap_or(heads);
+        let head_dim = match keys.optional_size("attention.key_length")? {
+            Some(n) => n,
+            None if hidden % heads == 0 => hidden / heads,
+            None => return Err(keys.fail("attention.head_count", format_args!("a divisor of {hidden}"), heads)),
+        };
+        if heads % kv_heads != 0 {
+            return Err(keys.fail("attention.head_count_kv", format_args!("a divisor of {heads}"), kv_heads));
+        }
+        // RoPE rotates pairs.
+        if head_dim % 2 != 0 {
+            return Err(keys.fail("attention.key_length", "an even head size", head_dim));
+        }
+        let Some(query) = heads.checked_mul(head_dim) else {
+            return Err(keys.fail("attention.key_length", "heads that fit in memory", head_dim));
+        };
+        keys.same("attention.value_length", head_dim)?;
+        keys.same("rope.dimension_count", head_dim)?;
+        let vocab = vocabulary(&keys, file)?;
+        // The GGUF specification's default, which is also Hugging Face's.
+        let theta = keys.positive("rope.freq_base")?.unwrap_or(10_000.0);
+        let epsilon = keys.positive("attention.layer_norm_rms_epsilon")?;
+        let sliding_window = keys.optional_size("attention.sliding_window")?;
+        let has = |name: &str| file.tensors.iter().any(|t| t.name == name);
+        let hyper = Self {
+            family: if family == Family::Llama && sliding_window.is_some() { Family::Mistral } else { family },
+            hidden,
+            ffn: keys.size("feed_forward_length")?,
+            layers: keys.size("block_count")?,
+            heads,
+            kv_heads,
+            head_dim,
+            query,
+            vocab,
+            tied: !has(HEAD),
+            attention_bias: has("blk.0.attn_q.bias"),
+            mlp_bias: has("blk.0.ffn_gate.bias"),
+            context: keys.size("context_length")?,
+            sliding_window,
+            epsilon: meta.required(&keys.name("attention.layer_norm_rms_epsilon"), epsilon)?,
+            theta,
+            scaling: Scaling::read(file, arch, head_dim, theta)?,
+        };
+        hyper.check_biases(meta)?;
+        Ok(hyper)
+    }
+
+    /// Biases that the family's Hugging Face model has no place for. (Qwen2's are part of it, so that their absence is
+    /// a missing tensor.)
+    fn check_biases(&self, meta: &Metadata) -> Result<()> {
+        let what = match self.family {
+            Family::Mistral if self.attention_bias || self.mlp_bias => "a Mistral model with biases",
+            Family::Qwen2 if self.mlp_bias => "a Qwen2 model with feed-forward biases",
+            _ => return Ok(()),
+        };
+        Err(Error::unsupported(meta.path(), what, "use the model's safetensors files"))
+    }
+
+    /// Hugging Face's `config.json`.
+    pub(super) fn to_json(&self, meta: &Metadata) -> Result<Map<String, Value>> {
+        let (model_type, class) = match self.family {
+            Family::Llama => ("llama", "LlamaForCausalLM"),
+            Family::Mistral => ("mistral", "MistralForCausalLM"),
+            Family::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
+        };
+        let mut config = Map::new();
+        let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
+        set("architectures", json!([class]));
+        set("model_type", json!(model_type));
+        set("hidden_size", json!(self.hidden));
+        set("intermediate_size", json!(self.ffn));
+        set("num_hidden_layers", json!(self.layers));
+        set("num_attention_heads", json!(self.heads));
+        set("num_key_value_heads", json!(self.kv_heads));
+        set("head_dim", json!(self.head_dim));
+        set("hidden_act", json!("silu"));
+        set("vocab_size", json!(self.vocab));
+        set("max_position_embeddings", json!(self.context));
+        set("rms_norm_eps", json!(self.epsilon));
+        set("tie_word_embeddings", json!(self.tied));
+        match self.family {
+            Family::Llama => {
+                set("attention_bias", json!(self.attention_bias));
+                set("mlp_bias", json!(self.mlp_bias));
+            }
+            Family::Mistral => {
+                set("sliding_window", json!(self.sliding_window));
+            }
+            Family::Qwen2 => {
+                set("use_sliding_window", json!(false));
+            }
+        }
+        // transformers 5 reads `rope_parameters`, older versions and most other tools the other two.
+        set("rope_theta", json!(self.theta));
+        let mut rope = self.scaling.to_json();
+        if self.scaling != Scaling::None {
+            set("rope_scaling", Value::Object(rope.clone()));
+        }
+        rope.insert("rope_theta".to_owned(), json!(self.theta));
+        set("rope_parameters", Value::Object(rope));
+        for (key, name) in [
+            ("bos_token_id", "tokenizer.ggml.bos_token_id"),
+            ("eos_token_id", "tokenizer.ggml.eos_token_id"),
+            ("pad_token_id", "tokenizer.ggml.padding_token_id"),
+        ] {
+            match meta.uint(name)? {
+                Some(id) if id >= self.vocab => return Err(meta.fail(name, format_args!("below {}", self.vocab), id)),
+                Some(id) => set(key, json!(id)),
+                None => set(key, Value::Null),
+            };
+        }
+        set("torch_dtype", json!("float16"));
+        Ok(config)
+    }
+}
+
+/// The keys of one architecture.
+struct Keys<'a> {
+    meta: &'a Metadata,
+    arch: &'a str,
+}
+
+impl Keys<'_> {
+    fn name(&self, key: &str) -> String {
+        format!("{}.{key}", self.arch)
+    }
+
+    fn fail(&self, key: &str, expected: impl std::fmt::Display, got: impl std::fmt::Display) -> Error {
+        self.meta.fail(&self.name(key), expected, got)
+    }
+
+    /// A size that may be absent; zero, which some writers use for "none", counts as absent.
+    fn optional_size(&self, key: &str) -> Result<Option<usize>> {
+        Ok(self.meta.uint(&self.name(key))?.filter(|&n| n > 0))
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        let size = self.optional_size(key)?;
+        size.ok_or_else(|| self.fail(key, "a positive size", "none"))
+    }
+
+    fn positive(&self, key: &str) -> Result<Option<f64>> {
+        match self.meta.float(&self.name(key))? {
+            Some(x) if x <= 0.0 => Err(self.fail(key, "a positive number", x)),
+            x => Ok(x),
+        }
+    }
+
+    /// Checks that a size, where given, is `size`: heads whose keys and values differ, or that rotate only in part,
+    /// are no Llama.
+    fn same(&self, key: &str, size: usize) -> Result<()> {
+        match self.optional_size(key)? {
+            Some(n) if n != size => Err(self.fail(key, format_args!("the head size {size}"), n)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Files that are GGUF, but no whole dense language model.
+fn refuse_other_kinds(meta: &Metadata) -> Result<()> {
+    if let Some(kind) = meta.string("general.type")?.filter(|&kind| kind != "model") {
+        let what = format_args!("a GGUF file of type `{kind}` as a model");
+        return Err(Error::unsupported(meta.path(), what, "give the language model's file"));
+    }
+    if let Some(parts) = meta.uint("split.count")?.filter(|&n| n > 1) {
+        let what = format_args!("a GGUF file in {parts} parts");
+        return Err(Error::unsupported(meta.path(), what, "join them with `llama-gguf-split --merge`"));
+    }
+    if let Some(arch) = meta.string("general.architecture")? {
+        let key = format!("{arch}.expert_count");
+        if let Some(experts) = meta.uint(&key)?.filter(|&n| n > 0) {
+            let what = format_args!("a mixture of {experts} experts");
+            return Err(Error::unsupported(meta.path(), what, "use a dense model"));
+        }
+    }
+    Ok(())
+}
+
+/// Rows of the embedding, checked against what metadata says about the vocabulary.
+fn vocabulary(keys: &Keys<'_>, file: &Container) -> Result<usize> {
+    let embedding = file.tensors.iter().find(|t| t.name == EMBEDDING);
+    let Some(rows) = embedding.map(super::container::Tensor::rows) else {
+        let item = format_args!("tensor `{EMBEDDING}`");
+        return Err(Error::format(keys.meta.path(), item, "a tensor", "none"));
+    };
+    let tokens = "tokenizer.ggml.tokens";
+    if let Some(value::Value::Array(list)) = keys.meta.get(tokens)
+        && list.len() > rows
+    {
+        return Err(keys.meta.fail(tokens, format_args!("at most the {rows} rows of `{EMBEDDING}`"), list.len()));
+    }
+    match keys.optional_size("vocab_size")? {
+        Some(n) if n != rows => Err(keys.fail("vocab_size", format_args!("the {rows} rows of `{EMBEDDING}`"), n)),
+        _ => Ok(rows),
+    }
+}

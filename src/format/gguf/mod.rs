@@ -1,0 +1,104 @@
+//! GGUF files of llama.cpp as checkpoints: names, row order, `config.json` and tokenizer as Hugging Face has them.
+//!
+//! Read-only, from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral) and `qwen2`. The format
+//! is described in ggml's `docs/gguf.md`.
+
+mod config;
+mod container;
+mod cursor;
+mod dequant;
+mod names;
+mod rope;
+mod sidecars;
+mod tokenizer;
+mod value;
+
+pub use container::{Container, Tensor};
+pub use dequant::GgmlType;
+pub use value::{Array, Kind, Metadata, Value};
+
+use crate::error::Result;
+use crate::format::{Sidecars, Source, TensorMeta};
+use crate::mmap;
+use bytes::Bytes;
+use serde_json::Map;
+use std::ops::Range;
+use std::path::Path;
+
+/// A language model in a GGUF file.
+#[derive(Clone, Debug)]
+pub struct Gguf {
+    file: Container,
+    config: Map<String, serde_json::Value>,
+    weights: Vec<names::Weight>,
+    /// The weights' descriptions again, for [`Source::tensors`] hands out a slice.
+    tensors: Vec<TensorMeta>,
+}
+
+impl Gguf {
+    /// Maps the file at `path` and checks its header, hyperparameters and tensor shapes. No weight is read.
+    ///
+    /// # Errors
+    /// The file cannot be mapped, breaks the format, or holds something that is not supported.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::from_bytes(mmap::map(path)?, path)
+    }
+
+    /// As [`Gguf::open`], for bytes that are in memory already; `path` is for messages.
+    ///
+    /// # Errors
+    /// The bytes break the format, or hold something that is not supported.
+    pub fn from_bytes(bytes: Bytes, path: &Path) -> Result<Self> {
+        let file = Container::parse(bytes, path)?;
+        let hyper = config::Hyper::read(&file)?;
+        let weights = names::weights(&file, &hyper)?;
+        let config = hyper.to_json(&file.metadata)?;
+        let tensors = weights.iter().map(|w| w.meta.clone()).collect();
+        Ok(Self { file, config, weights, tensors })
+    }
+
+    /// The file behind the model: metadata and tensors under their own names.
+    #[must_use]
+    pub fn container(&self) -> &Container {
+        &self.file
+    }
+}
+
+impl Source for Gguf {
+    fn config(&self) -> &Map<String, serde_json::Value> {
+        &self.config
+    }
+
+    fn tensors(&self) -> &[TensorMeta] {
+        &self.tensors
+    }
+
+    fn read_rows(&self, index: usize, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let weight = &self.weights[index];
+        let tensor = &self.file.tensors[weight.tensor];
+        let Some(head_dim) = weight.interleaved else {
+            self.file.read_rows(tensor, rows, out);
+            return Ok(());
+        };
+        if tensor.shape.len() == 1 {
+            // A bias is one row for the reader, but its elements are the rows that are permuted.
+            let mut stored = vec![0.0; out.len()];
+            self.file.read_rows(tensor, rows, &mut stored);
+            for (row, y) in out.iter_mut().enumerate() {
+                *y = stored[names::interleaved_row(row, head_dim)];
+            }
+            return Ok(());
+        }
+        let columns = tensor.columns();
+        assert_eq!(out.len(), rows.len() * columns, "values for rows {rows:?} of `{}`", weight.meta.name);
+        for (row, y) in rows.zip(out.chunks_exact_mut(columns)) {
+            let row = names::interleaved_row(row, head_dim);
+            self.file.read_rows(tensor, row..row + 1, y);
+        }
+        Ok(())
+    }
+
+    fn sidecars(&self) -> Result<Sidecars> {
+        sidecars::build(&self.file.metadata)
+    }
+}

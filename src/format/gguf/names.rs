@@ -1,0 +1,198 @@
+//! Which GGUF tensor is which Hugging Face weight: names, shapes, and the order of rows.
+
+use super::config::{EMBEDDING, Family, HEAD, Hyper};
+use super::container::Container;
+use super::rope;
+use crate::error::{Error, Result};
+use crate::format::TensorMeta;
+use std::collections::HashSet;
+
+/// One weight of the model: its Hugging Face description and where it comes from.
+#[derive(Clone, Debug)]
+pub(super) struct Weight {
+    pub(super) meta: TensorMeta,
+    /// Number of its tensor in the directory.
+    pub(super) tensor: usize,
+    /// For query and key projections of Llama: the rows of each head are interleaved in the file. Size of a head.
+    pub(super) interleaved: Option<usize>,
+}
+
+/// A dimension of a weight, by its role.
+#[derive(Clone, Copy)]
+enum Dim {
+    Hidden,
+    Ffn,
+    Vocab,
+    /// All query heads.
+    Query,
+    /// All key or value heads.
+    Key,
+}
+use Dim::{Ffn, Hidden, Key, Query, Vocab};
+
+/// A place in the model for a tensor.
+struct Slot {
+    gguf: &'static str,
+    hf: &'static str,
+    shape: &'static [Dim],
+    /// Whether its rows, head by head, are stored in the order of interleaved RoPE in `llama` files.
+    rotary: bool,
+}
+
+const fn slot(gguf: &'static str, hf: &'static str, shape: &'static [Dim]) -> Slot {
+    Slot { gguf, hf, shape, rotary: false }
+}
+
+const fn rotary(gguf: &'static str, hf: &'static str, shape: &'static [Dim]) -> Slot {
+    Slot { gguf, hf, shape, rotary: true }
+}
+
+/// Tensors outside the layers.
+const MODEL: &[Slot] = &[
+    slot(EMBEDDING, "model.embed_tokens.weight", &[Vocab, Hidden]),
+    slot("output_norm.weight", "model.norm.weight", &[Hidden]),
+    slot(HEAD, "lm_head.weight", &[Vocab, Hidden]),
+];
+
+/// Tensors of each layer, after `blk.N.` and `model.layers.N.`.
+const LAYER: &[Slot] = &[
+    slot("attn_norm.weight", "input_layernorm.weight", &[Hidden]),
+    rotary("attn_q.weight", "self_attn.q_proj.weight", &[Query, Hidden]),
+    rotary("attn_q.bias", "self_attn.q_proj.bias", &[Query]),
+    rotary("attn_k.weight", "self_attn.k_proj.weight", &[Key, Hidden]),
+    rotary("attn_k.bias", "self_attn.k_proj.bias", &[Key]),
+    slot("attn_v.weight", "self_attn.v_proj.weight", &[Key, Hidden]),
+    slot("attn_v.bias", "self_attn.v_proj.bias", &[Key]),
+    slot("attn_output.weight", "self_attn.o_proj.weight", &[Hidden, Query]),
+    slot("attn_output.bias", "self_attn.o_proj.bias", &[Hidden]),
+    slot("ffn_norm.weight", "post_attention_layernorm.weight", &[Hidden]),
+    slot("ffn_gate.weight", "mlp.gate_proj.weight", &[Ffn, Hidden]),
+    slot("ffn_gate.bias", "mlp.gate_proj.bias", &[Ffn]),
+    slot("ffn_up.weight", "mlp.up_proj.weight", &[Ffn, Hidden]),
+    slot("ffn_up.bias", "mlp.up_proj.bias", &[Ffn]),
+    slot("ffn_down.weight", "mlp.down_proj.weight", &[Hidden, Ffn]),
+    slot("ffn_down.bias", "mlp.down_proj.bias", &[Hidden]),
+];
+
+/// Whether a model with these hyperparameters has a tensor in the slot named `gguf`.
+fn expected(gguf: &str, hyper: &Hyper) -> bool {
+    match (gguf, hyper.family) {
+        (HEAD, _) => !hyper.tied,
+        ("attn_output.bias", Family::Qwen2) => false,
+        ("attn_q.bias" | "attn_k.bias" | "attn_v.bias", Family::Qwen2) => true,
+        // Llama's `attention_bias` means all four.
+        (name, _) if name.starts_with("attn_") && name.ends_with(".bias") => hyper.attention_bias,
+        (name, _) if name.ends_with(".bias") => hyper.mlp_bias,
+        _ => true,
+    }
+}
+
+/// The weights of `file` under their Hugging Face names, in file order.
+///
+/// # Errors
+/// A tensor is missing, has another shape than metadata says, or has no place in the model.
+pub(super) fn weights(file: &Container, hyper: &Hyper) -> Result<Vec<Weight>> {
+    let mut found = Vec::new();
+    for (index, tensor) in file.tensors.iter().enumerate() {
+        if tensor.name != rope::FREQS {
+            found.push(weight(file, hyper, index)?);
+        }
+    }
+    complete(file, hyper, &found)?;
+    found.sort_by_key(|w| file.tensors[w.tensor].offset());
+    Ok(found)
+}
+
+/// Finds the place of tensor number `index` and checks its shape.
+fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<Weight> {
+    let meta = &file.metadata;
+    let tensor = &file.tensors[index];
+    let in_layer = tensor.name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).and_then(|(n, rest)| {
+        // `blk.01` would be a second name for `blk.1`.
+        let layer = n.parse::<usize>().ok().filter(|layer| *layer < hyper.layers && layer.to_string() == n)?;
+        let slot = LAYER.iter().find(|s| s.gguf == rest)?;
+        Some((slot, format!("model.layers.{layer}.{}", slot.hf)))
+    });
+    let outside = || MODEL.iter().find(|s| s.gguf == tensor.name).map(|s| (s, s.hf.to_owned()));
+    let place = in_layer.or_else(outside).filter(|(slot, _)| expected(slot.gguf, hyper));
+    let Some((slot, name)) = place else {
+        return Err(Error::unsupported(
+            meta.path(),
+            format_args!("tensor `{}` in a {:?} model of {} layers", tensor.name, hyper.family, hyper.layers),
+            "use the model's safetensors files",
+        ));
+    };
+    let size = |dim: &Dim| match dim {
+        Hidden => hyper.hidden,
+        Ffn => hyper.ffn,
+        Vocab => hyper.vocab,
+        Query => hyper.query,
+        // Fits, for there are no more of them than query heads.
+        Key => hyper.kv_heads * hyper.head_dim,
+    };
+    let shape: Vec<usize> = slot.shape.iter().map(size).collect();
+    if tensor.shape != shape {
+        let item = format_args!("tensor `{}`", tensor.name);
+        let (want, got) = (format!("shape {shape:?} from metadata"), format!("{:?}", tensor.shape));
+        return Err(Error::format(meta.path(), item, want, got));
+    }
+    let permuted = slot.rotary && hyper.family != Family::Qwen2;
+    Ok(Weight {
+        meta: TensorMeta { name, shape, dtype: tensor.dtype.to_string() },
+        tensor: index,
+        interleaved: permuted.then_some(hyper.head_dim),
+    })
+}
+
+/// Checks that no weight is missing. A hostile layer count ends at the first layer without tensors.
+fn complete(file: &Container, hyper: &Hyper, found: &[Weight]) -> Result<()> {
+    let names: HashSet<&str> = found.iter().map(|w| file.tensors[w.tensor].name.as_str()).collect();
+    let check = |name: &str| {
+        if names.contains(name) {
+            return Ok(());
+        }
+        Err(Error::format(file.metadata.path(), format_args!("tensor `{name}`"), "a tensor", "none"))
+    };
+    for slot in MODEL.iter().filter(|s| expected(s.gguf, hyper)) {
+        check(slot.gguf)?;
+    }
+    for layer in 0..hyper.layers {
+        for slot in LAYER.iter().filter(|s| expected(s.gguf, hyper)) {
+            check(&format!("blk.{layer}.{}", slot.gguf))?;
+        }
+    }
+    Ok(())
+}
+
+/// The file's row for row `row` of a Hugging Face query or key projection with heads of `head_dim` rows.
+///
+/// Hugging Face rotates row j of a head with row j + head_dim/2; llama.cpp rotates neighbours, so its converter stores
+/// that pair as rows 2j and 2j + 1 (`LlamaModel.permute` in llama.cpp's converter).
+pub(super) fn interleaved_row(row: usize, head_dim: usize) -> usize {
+    let (head, r) = (row / head_dim, row % head_dim);
+    let half = head_dim / 2;
+    head * head_dim + 2 * (r % half) + r / half
+}
+
+#[cfg(test)]
+mod tests {
+    use super::interleaved_row;
+
+    /// The converter's permutation, written as it is there: reshape(heads, 2, d/2), swap the last two, flatten.
+    #[test]
+    fn undoes_the_converters_permutation() {
+        for (heads, d) in [(1, 2), (3, 4), (9, 64), (2, 6)] {
+            let mut file = Vec::new();
+            for h in 0..heads {
+                for j in 0..d / 2 {
+                    for k in 0..2 {
+                        file.push(h * d + k * (d / 2) + j);
+                    }
+                }
+            }
+            for row in 0..heads * d {
+                assert_eq!(file[interleaved_row(row, d)], row, "row {row} of {heads} heads of {d}");
+            }
+        }
+    }
+}

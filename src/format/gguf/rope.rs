@@ -1,0 +1,146 @@
+//! RoPE scaling: what GGUF metadata and the `rope_freqs.weight` tensor say, in Hugging Face's terms.
+
+use super::container::{Container, Tensor};
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::f64::consts::TAU;
+
+/// The tensor that holds one frequency divisor for each pair of a head's dimensions, shape [head_dim / 2].
+pub(super) const FREQS: &str = "rope_freqs.weight";
+
+// The converter bakes Llama 3's scaling into `rope_freqs.weight` and drops its parameters. These are the ones of
+// every released Llama 3.1, 3.2 and 3.3; the factor (8 or 32) is the tensor's largest value.
+const LOW_FREQ_FACTOR: f64 = 1.0;
+const HIGH_FREQ_FACTOR: f64 = 4.0;
+const ORIGINAL_CONTEXT: usize = 8192;
+
+/// Relative difference allowed between stored and recomputed divisors: the converter computes in f32, and the middle
+/// band amplifies a frequency's rounding error by up to the factor.
+const TOLERANCE: f64 = 1e-3;
+
+/// How positions or frequencies are scaled beyond the base frequency.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Scaling {
+    None,
+    /// Positions divided by `factor`.
+    Linear {
+        factor: f64,
+    },
+    /// Low frequencies divided by `factor`, high ones kept, a smooth band between.
+    Llama3 {
+        factor: f64,
+        original_context: usize,
+    },
+}
+
+impl Scaling {
+    /// Reads the scaling of `arch`; `head_dim` and `theta` are needed to recognize `rope_freqs.weight`.
+    pub(super) fn read(file: &Container, arch: &str, head_dim: usize, theta: f64) -> Result<Self> {
+        let meta = &file.metadata;
+        let type_key = format!("{arch}.rope.scaling.type");
+        let factor_key = format!("{arch}.rope.scaling.factor");
+        // Files from before the scaling had a type carry only a factor under an older name.
+        let old_key = format!("{arch}.rope.scale_linear");
+        let (key, factor) = match meta.float(&factor_key)? {
+            Some(factor) => (factor_key, Some(factor)),
+            None => (old_key.clone(), meta.float(&old_key)?),
+        };
+        let declared = match (meta.string(&type_key)?, factor) {
+            (None, None) | (Some("none"), _) => Self::None,
+            (Some("linear") | None, Some(factor)) if factor > 0.0 => Self::Linear { factor },
+            (Some("linear") | None, Some(factor)) => return Err(meta.fail(&key, "a positive factor", factor)),
+            (Some("linear"), None) => return Err(meta.fail(&key, "a factor for linear scaling", "none")),
+            (Some(other), _) => {
+                return Err(Error::unsupported(
+                    meta.path(),
+                    format_args!("RoPE scaling `{other}`"),
+                    "use a model with linear, Llama 3 or no scaling",
+                ));
+            }
+        };
+        let declared = if declared == (Self::Linear { factor: 1.0 }) { Self::None } else { declared };
+        let Some(freqs) = file.tensors.iter().find(|t| t.name == FREQS) else { return Ok(declared) };
+        let original_context =
+            meta.uint(&format!("{arch}.rope.scaling.original_context_length"))?.unwrap_or(ORIGINAL_CONTEXT);
+        match (declared, Self::from_divisors(file, freqs, head_dim, theta, original_context)?) {
+            (declared, Self::None) => Ok(declared),
+            (Self::None, baked) => Ok(baked),
+            _ => Err(meta.fail(&type_key, format_args!("no scaling beside the tensor `{FREQS}`"), "linear scaling")),
+        }
+    }
+
+    /// Recognizes the divisors that the converter computes for Llama 3, or none.
+    fn from_divisors(
+        file: &Container,
+        freqs: &Tensor,
+        head_dim: usize,
+        theta: f64,
+        original_context: usize,
+    ) -> Result<Self> {
+        let path = file.metadata.path();
+        if freqs.shape != [head_dim / 2] {
+            let item = format_args!("tensor `{FREQS}`");
+            return Err(Error::format(
+                path,
+                item,
+                format_args!("shape [{}]", head_dim / 2),
+                format_args!("{:?}", freqs.shape),
+            ));
+        }
+        let mut stored = vec![0.0; head_dim / 2];
+        file.read_rows(freqs, 0..1, &mut stored);
+        if stored.iter().all(|&x| x == 1.0) {
+            return Ok(Self::None);
+        }
+        let factor = stored.iter().copied().fold(0.0, f32::max).into();
+        let found = Self::Llama3 { factor, original_context };
+        let same = stored.iter().enumerate().all(|(i, &got)| {
+            let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
+            let want = llama3_divisor(frequency, factor, original_context as f64);
+            (f64::from(got) - want).abs() <= TOLERANCE * want
+        });
+        if same {
+            return Ok(found);
+        }
+        Err(Error::unsupported(
+            path,
+            format_args!("the RoPE scaling in tensor `{FREQS}`"),
+            format_args!(
+                "only Llama 3's (low_freq_factor {LOW_FREQ_FACTOR}, high_freq_factor {HIGH_FREQ_FACTOR}, \
+                 original context {original_context}) can be told from it; use the model's safetensors files"
+            ),
+        ))
+    }
+
+    /// `rope_type` and parameters, as in `config.json`.
+    pub(super) fn to_json(self) -> Map<String, Value> {
+        let parameters = match self {
+            Self::None => json!({"rope_type": "default"}),
+            Self::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+            Self::Llama3 { factor, original_context } => json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": LOW_FREQ_FACTOR,
+                "high_freq_factor": HIGH_FREQ_FACTOR,
+                "original_max_position_embeddings": original_context,
+            }),
+        };
+        match parameters {
+            Value::Object(map) => map,
+            _ => Map::new(),
+        }
+    }
+}
+
+/// Llama 3's divisor of one `frequency` [radians per position] (transformers `_compute_llama3_parameters`).
+fn llama3_divisor(frequency: f64, factor: f64, original_context: f64) -> f64 {
+    let wavelength = TAU / frequency;
+    if wavelength < original_context / HIGH_FREQ_FACTOR {
+        1.0
+    } else if wavelength > original_context / LOW_FREQ_FACTOR {
+        factor
+    } else {
+        let smooth = (original_context / wavelength - LOW_FREQ_FACTOR) / (HIGH_FREQ_FACTOR - LOW_FREQ_FACTOR);
+        1.0 / ((1.0 - smooth) / factor + smooth)
+    }
+}
