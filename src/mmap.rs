@@ -16,10 +16,10 @@ pub fn map(path: &Path) -> Result<Bytes> {
     if len == 0 {
         return Err(Error::format(path, "file", "at least one byte", "an empty file"));
     }
+    #[allow(unsafe_code)] // one of the five places where unsafe lives
     // SAFETY: the map is read-only and private to this process. Pocketlora never writes to a file in place: every
     // file it produces is written beside and renamed, so a mapped inode keeps its bytes. A foreign program that
     // truncates the file meanwhile is outside what any user of a mapping can guard against; SECURITY.md says so.
-    #[allow(unsafe_code)] // one of the five places where unsafe lives
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
     Ok(Bytes::from_owner(map))
 }

@@ -1,0 +1,193 @@
+//! bitsandbytes' 4-bit weights in safetensors: the companion tensors of one weight, checked against each other.
+//!
+//! A weight `P.weight` is packed nibbles plus `P.weight.absmax`, `.quant_map`, `.quant_state.bitsandbytes__nf4` (or
+//! `__fp4`) and, with double quantization, `.nested_absmax` and `.nested_quant_map`. Read from bitsandbytes 0.50,
+//! `functional.QuantState.{as_dict, from_dict}`.
+
+use super::safetensors::{Dtype, Tensor};
+use crate::error::{Error, Result};
+use pocketlora_kernels::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Endings of the companion tensors; whatever carries one is not a weight of its own.
+const COMPANIONS: [&str; 6] = [
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+    ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+];
+
+/// Whether `name` is a companion of a 4-bit weight.
+pub(super) fn is_companion(name: &str) -> bool {
+    COMPANIONS.iter().any(|ending| name.ends_with(ending))
+}
+
+/// The JSON in `.quant_state.bitsandbytes__*`, its keys in bitsandbytes' order.
+#[derive(Debug, Deserialize, Serialize)]
+pub(super) struct QuantState {
+    pub quant_type: String,
+    pub blocksize: usize,
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nested_blocksize: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nested_dtype: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nested_offset: Option<f64>,
+}
+
+/// torch's name of a float type, as `quant_state` and `config.json` spell it.
+pub(super) fn torch_name(dtype: FloatType) -> &'static str {
+    match dtype {
+        FloatType::F32 => "float32",
+        FloatType::F16 => "float16",
+        FloatType::BF16 => "bfloat16",
+    }
+}
+
+/// The float type that torch calls `name`.
+pub(super) fn from_torch_name(name: &str) -> Option<FloatType> {
+    [FloatType::F32, FloatType::F16, FloatType::BF16].into_iter().find(|&t| torch_name(t) == name)
+}
+
+/// What reads the tensors of one weight: where it lies, for messages, and a lookup of whole names.
+pub(super) struct Weight<'a> {
+    pub path: &'a Path,
+    pub name: &'a str,
+    pub find: &'a dyn Fn(&str) -> Option<&'a Tensor>,
+}
+
+impl<'a> Weight<'a> {
+    fn companion(&self, ending: &str) -> Option<&'a Tensor> {
+        (self.find)(&format!("{}{ending}", self.name))
+    }
+
+    fn required(&self, ending: &str) -> Result<&'a Tensor> {
+        self.companion(ending).ok_or_else(|| self.bad(ending, "a tensor", "none"))
+    }
+
+    fn bad(&self, ending: &str, expected: impl std::fmt::Display, got: impl std::fmt::Display) -> Error {
+        Error::format(self.path, format_args!("tensor `{}{ending}`", self.name), expected, got)
+    }
+
+    /// Whether any bitsandbytes companion lies beside the weight.
+    pub fn is_quantized(&self) -> bool {
+        COMPANIONS.iter().any(|ending| self.companion(ending).is_some())
+    }
+
+    /// The weight `packed` with its companions, all checked against each other.
+    ///
+    /// # Errors
+    /// A companion is missing, malformed or contradicts another.
+    pub fn read(&self, packed: &Tensor) -> Result<MatrixSource> {
+        let (state_key, state) = self.state()?;
+        let [rows, cols] = state.shape[..] else {
+            return Err(self.bad(state_key, "a `shape` of 2 numbers", format!("`{:?}`", state.shape)));
+        };
+        let elements = rows.checked_mul(cols).filter(|&n| n > 0);
+        let Some(elements) = elements else {
+            return Err(self.bad(state_key, "a `shape` of positive numbers", format!("`{:?}`", state.shape)));
+        };
+        let Some(dtype) = from_torch_name(&state.dtype) else {
+            let expected = "`dtype` to be `float32`, `float16` or `bfloat16`";
+            return Err(self.bad(state_key, expected, format!("`{}`", state.dtype)));
+        };
+        self.check_block(state_key, "blocksize", state.blocksize)?;
+
+        // The bytes may be labelled with another storage type (`bnb_4bit_quant_storage`): same bytes, fewer rows.
+        let storage = matches!(packed.dtype, Dtype::U8 | Dtype::I8 | Dtype::BF16 | Dtype::F16 | Dtype::F32);
+        if !storage || packed.bytes.len() != elements.div_ceil(2) {
+            let expected = format!("`{}` bytes of packed nibbles for shape `[{rows}, {cols}]`", elements.div_ceil(2));
+            return Err(self.bad("", expected, format!("{} of `{}` bytes", packed.describe(), packed.bytes.len())));
+        }
+        let code = self.floats::<16>(".quant_map")?;
+        let blocks = elements.div_ceil(state.blocksize);
+        let absmax = self.absmax(state_key, &state, blocks)?;
+        let data = Nf4Source { packed: packed.bytes.clone(), block: state.blocksize, code, absmax, dtype };
+        Ok(MatrixSource { rows, cols, data: MatrixData::Nf4(data) })
+    }
+
+    fn state(&self) -> Result<(&'static str, QuantState)> {
+        let (nf4, fp4) = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4");
+        let (key, kind, tensor) = match (self.companion(nf4), self.companion(fp4)) {
+            (Some(tensor), None) => (nf4, "nf4", tensor),
+            (None, Some(tensor)) => (fp4, "fp4", tensor),
+            (Some(_), Some(_)) => return Err(self.bad(fp4, "one quant_state", "one for nf4 and one for fp4")),
+            (None, None) => return Err(self.bad(nf4, "a tensor", "none")),
+        };
+        if tensor.dtype != Dtype::U8 {
+            return Err(self.bad(key, "UTF-8 JSON as `U8`", tensor.describe()));
+        }
+        let state: QuantState = serde_json::from_slice(&tensor.bytes)
+            .map_err(|e| self.bad(key, "bitsandbytes' JSON", e.to_string()).caused_by(e))?;
+        if state.quant_type != kind {
+            return Err(self.bad(key, format!("`quant_type` to be `{kind}`"), format!("`{}`", state.quant_type)));
+        }
+        Ok((key, state))
+    }
+
+    fn absmax(&self, state_key: &str, state: &QuantState, blocks: usize) -> Result<Absmax> {
+        let absmax = self.required(".absmax")?;
+        let (nested_block, offset) = match (state.nested_blocksize, state.nested_offset) {
+            (Some(block), Some(offset)) => (block, offset),
+            (None, None) => {
+                for ending in [".nested_absmax", ".nested_quant_map"] {
+                    if self.companion(ending).is_some() {
+                        return Err(self.bad(ending, "none, as quant_state has no nested keys", "a tensor"));
+                    }
+                }
+                if absmax.dtype != Dtype::F32 || absmax.shape != [blocks] {
+                    return Err(self.bad(".absmax", format!("`F32[{blocks}]`"), absmax.describe()));
+                }
+                return Ok(Absmax::Plain(absmax.bytes.clone()));
+            }
+            _ => return Err(self.bad(state_key, "both `nested_blocksize` and `nested_offset`, or neither", "one")),
+        };
+        self.check_block(state_key, "nested_blocksize", nested_block)?;
+        if let Some(dtype) = state.nested_dtype.as_deref().filter(|&dtype| dtype != "float32") {
+            return Err(self.bad(state_key, "`nested_dtype` to be `float32`", format!("`{dtype}`")));
+        }
+        let offset = offset as f32; // torch keeps it in f32; JSON holds the same number as f64
+        if !offset.is_finite() {
+            return Err(self.bad(state_key, "a finite `nested_offset`", format!("`{offset}`")));
+        }
+        if absmax.dtype != Dtype::U8 || absmax.shape != [blocks] {
+            return Err(self.bad(".absmax", format!("`U8[{blocks}]`"), absmax.describe()));
+        }
+        let map = Arc::new(self.floats::<256>(".nested_quant_map")?);
+        let nested = self.float_vec(".nested_absmax", blocks.div_ceil(nested_block))?;
+        Ok(Absmax::Double { codes: absmax.bytes.clone(), map, nested: nested.into(), nested_block, offset })
+    }
+
+    /// Block sizes for which bitsandbytes has kernels.
+    fn check_block(&self, state_key: &str, what: &str, block: usize) -> Result<()> {
+        if block.is_power_of_two() && (32..=4096).contains(&block) {
+            return Ok(());
+        }
+        let expected = format!("`{what}` to be a power of two from 32 to 4096");
+        Err(self.bad(state_key, expected, format!("`{block}`")))
+    }
+
+    fn floats<const N: usize>(&self, ending: &str) -> Result<[f32; N]> {
+        let values = self.float_vec(ending, N)?;
+        Ok(std::array::from_fn(|i| values[i]))
+    }
+
+    /// A companion of `len` finite f32 values.
+    fn float_vec(&self, ending: &str, len: usize) -> Result<Vec<f32>> {
+        let tensor = self.required(ending)?;
+        if tensor.dtype != Dtype::F32 || tensor.shape != [len] {
+            return Err(self.bad(ending, format!("`F32[{len}]`"), tensor.describe()));
+        }
+        let values: Vec<f32> = tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        match values.iter().position(|v| !v.is_finite()) {
+            Some(i) => Err(self.bad(ending, "finite values", format!("`{}` at index `{i}`", values[i]))),
+            None => Ok(values),
+        }
+    }
+}
