@@ -6,8 +6,9 @@
 
 use super::safetensors::{Dtype, Tensor};
 use crate::error::{Error, Result};
+use pocketlora_kernels::quant::{BLOCK, NESTED_BLOCK};
 use pocketlora_kernels::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -26,19 +27,41 @@ pub(super) fn is_companion(name: &str) -> bool {
     COMPANIONS.iter().any(|ending| name.ends_with(ending))
 }
 
-/// The JSON in `.quant_state.bitsandbytes__*`, its keys in bitsandbytes' order.
-#[derive(Debug, Deserialize, Serialize)]
-pub(super) struct QuantState {
-    pub quant_type: String,
-    pub blocksize: usize,
-    pub dtype: String,
-    pub shape: Vec<usize>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub nested_blocksize: Option<usize>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub nested_dtype: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub nested_offset: Option<f64>,
+/// The JSON in `.quant_state.bitsandbytes__*`.
+#[derive(Debug, Deserialize)]
+struct QuantState {
+    quant_type: String,
+    blocksize: usize,
+    dtype: String,
+    shape: Vec<usize>,
+    nested_blocksize: Option<usize>,
+    nested_dtype: Option<String>,
+    nested_offset: Option<f64>,
+}
+
+/// The most bytes that [`quant_state`] makes.
+pub(super) const QUANT_STATE_MAX: usize = 256;
+
+/// The quant_state of a double-quantized NF4 weight `[rows, cols]`, as Python's `json.dumps` spells it.
+pub(super) fn quant_state(rows: usize, cols: usize, dtype: FloatType, offset: f32) -> String {
+    let (dtype, offset) = (torch_name(dtype), python_repr(f64::from(offset)));
+    format!(
+        "{{\"quant_type\": \"nf4\", \"blocksize\": {BLOCK}, \"dtype\": \"{dtype}\", \"shape\": [{rows}, {cols}], \
+         \"nested_blocksize\": {NESTED_BLOCK}, \"nested_dtype\": \"float32\", \"nested_offset\": {offset}}}"
+    )
+}
+
+/// Python's `repr` of a float: decimal from 1e-4 to 1e16, else an exponent of at least two digits.
+fn python_repr(x: f64) -> String {
+    if x == 0.0 || (1e-4..1e16).contains(&x.abs()) {
+        return format!("{x:?}");
+    }
+    let scientific = format!("{x:e}");
+    let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    match exponent.strip_prefix('-') {
+        Some(digits) => format!("{mantissa}e-{digits:0>2}"),
+        None => format!("{mantissa}e+{exponent:0>2}"),
+    }
 }
 
 /// torch's name of a float type, as `quant_state` and `config.json` spell it.
@@ -189,5 +212,27 @@ impl<'a> Weight<'a> {
             Some(i) => Err(self.bad(ending, "finite values", format!("`{}` at index `{i}`", values[i]))),
             None => Ok(values),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quant_state_is_spelled_as_python_does() {
+        let offsets = [
+            (0.0, "0.0"),
+            (1.0, "1.0"),
+            (0.308_120_73, "0.3081207275390625"),
+            (1e-4, "9.999999747378752e-05"),
+            (2.166_001_2e-30, "2.1660012496952197e-30"),
+            (1e16, "1.0000000272564224e+16"),
+        ];
+        for (offset, repr) in offsets {
+            assert_eq!(python_repr(f64::from(offset as f32)), repr);
+        }
+        let longest = quant_state(usize::MAX, usize::MAX, FloatType::BF16, -f32::MIN_POSITIVE * 1.234_567_9);
+        assert!(longest.len() <= QUANT_STATE_MAX, "{longest}");
     }
 }
