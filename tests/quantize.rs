@@ -49,6 +49,7 @@ fn the_output_is_what_bitsandbytes_saves() {
     assert_eq!(ours.metadata()["format"], "pt");
     let names = |file: &TensorFile| file.tensors().map(|(name, _)| name.to_owned()).collect::<Vec<_>>();
     assert_eq!(names(&ours), names(&theirs));
+    let (mut blocks, mut moved) = (0, 0);
     for (name, theirs) in theirs.tensors() {
         let ours = ours.get(name).unwrap();
         if name.contains("quant_state") {
@@ -59,12 +60,16 @@ fn the_output_is_what_bitsandbytes_saves() {
         } else if theirs.dtype == Dtype::F32 && !name.contains("_proj.weight") {
             assert_eq!((ours.dtype, &ours.shape), (Dtype::BF16, &theirs.shape), "{name}");
         } else if name.ends_with(".absmax") {
-            let far = ours.bytes.iter().zip(&theirs.bytes).filter(|(a, b)| a.abs_diff(**b) > 1).count();
-            assert!(ours.shape == theirs.shape && far == 0, "{name}");
+            // bitsandbytes picks a neighbour of the nearest code for about one block in 600; see `double_quantize`.
+            let pairs = || ours.bytes.iter().zip(&theirs.bytes);
+            assert!(ours.shape == theirs.shape && pairs().all(|(a, b)| a.abs_diff(*b) <= 1), "{name}");
+            blocks += pairs().count();
+            moved += pairs().filter(|(a, b)| a != b).count();
         } else {
             assert_eq!((ours.dtype, &ours.shape, &ours.bytes), (theirs.dtype, &theirs.shape, &theirs.bytes), "{name}");
         }
     }
+    assert!(moved * 200 <= blocks, "{moved} of {blocks} absmax codes moved by one");
 
     let read = |dir: &Path| -> Map<String, Value> {
         serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap()

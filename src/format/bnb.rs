@@ -53,15 +53,20 @@ pub(super) fn quant_state(rows: usize, cols: usize, dtype: FloatType, offset: f3
 
 /// Python's `repr` of a float: decimal from 1e-4 to 1e16, else an exponent of at least two digits.
 fn python_repr(x: f64) -> String {
-    if x == 0.0 || (1e-4..1e16).contains(&x.abs()) {
-        return format!("{x:?}");
+    // Rust and Python both find the fewest digits that read back as `x`, but differ when two such numbers are equally
+    // near: Python takes the even one, as Rust does only when told how many digits to write.
+    let shortest = format!("{x:e}");
+    let (mantissa, exponent) = shortest.split_once('e').unwrap_or((&shortest, "0"));
+    let decimals = mantissa.bytes().filter(u8::is_ascii_digit).count() - 1;
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if (-4..16).contains(&exponent) {
+        let decimals = (decimals as i32 - exponent).max(1) as usize;
+        return format!("{x:.decimals$}");
     }
-    let scientific = format!("{x:e}");
-    let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
-    match exponent.strip_prefix('-') {
-        Some(digits) => format!("{mantissa}e-{digits:0>2}"),
-        None => format!("{mantissa}e+{exponent:0>2}"),
-    }
+    let even = format!("{x:.decimals$e}");
+    let mantissa = even.split_once('e').map_or(even.as_str(), |(mantissa, _)| mantissa);
+    let sign = if exponent < 0 { '-' } else { '+' };
+    format!("{mantissa}e{sign}{:02}", exponent.abs())
 }
 
 /// torch's name of a float type, as `quant_state` and `config.json` spell it.
@@ -225,6 +230,8 @@ mod tests {
             (0.0, "0.0"),
             (1.0, "1.0"),
             (0.308_120_73, "0.3081207275390625"),
+            (0.209_857_94, "0.20985794067382812"), // 0.20985794067382813 is as near
+            (40_000.0, "40000.0"),
             (1e-4, "9.999999747378752e-05"),
             (2.166_001_2e-30, "2.1660012496952197e-30"),
             (1e16, "1.0000000272564224e+16"),
