@@ -1,6 +1,20 @@
 //! Files: safetensors with bitsandbytes NF4, GGUF, import and quantization.
 
 pub mod gguf;
+pub mod atomic;
+mod bnb;
+mod hf;
+mod hf_source;
+mod pieces;
+mod plan;
+mod quantize;
+pub mod safetensors;
 mod source;
+mod widen;
+mod writer;
 
+pub use hf::Checkpoint;
+pub use hf_source::HfSource;
+pub use quantize::{Progress, Summary, Target, quantize};
 pub use source::{Sidecars, Source, TensorMeta};
+pub(crate) use widen::widen;

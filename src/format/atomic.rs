@@ -1,0 +1,188 @@
+//! Files and directories that appear whole or not at all: written beside, synced, renamed.
+//!
+//! Temporary names begin with `.NAME.tmp-`; only a kill leaves one behind, and it may be deleted.
+
+use crate::error::{Error, ErrorCode, Result};
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// Writes the file at `path` through `write`. Readers see the old file or the new one, also after a power cut.
+///
+/// # Errors
+/// `write` failed, or the system refused; what was at `path` is untouched.
+pub fn write_file(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let place = Place::of(path)?;
+    // `make_in` rather than `tempfile_in`, which would leave the final file readable by its owner only.
+    let mut temp = tempfile::Builder::new()
+        .prefix(&place.temp_prefix())
+        .make_in(&place.parent, |path| File::create_new(path))
+        .map_err(|e| Error::io("create a temporary file for", path, e))?;
+    write(temp.as_file_mut())?;
+    temp.as_file().sync_all().map_err(|e| Error::io("sync", path, e))?;
+    temp.persist(&place.path).map_err(|e| Error::io("rename a temporary file to", path, e.error))?;
+    sync_dir(&place.parent)
+}
+
+/// A directory being filled under a temporary name; dropped without [`commit`](Self::commit), it vanishes.
+#[derive(Debug)]
+pub struct AtomicDir {
+    place: Place,
+    temp: TempDir,
+    may_replace: fn(&Path) -> bool,
+}
+
+impl AtomicDir {
+    /// Starts a directory that will appear at `path`. What is there already must be an empty directory or one that
+    /// `may_replace` accepts, for it will be deleted.
+    ///
+    /// # Errors
+    /// `path` holds something else, or the temporary directory beside it cannot be created.
+    pub fn create(path: &Path, may_replace: fn(&Path) -> bool) -> Result<Self> {
+        let place = Place::of(path)?;
+        place.recover()?;
+        place.occupant(may_replace)?;
+        let mut builder = tempfile::Builder::new();
+        let prefix = place.temp_prefix();
+        builder.prefix(&prefix);
+        #[cfg(unix)] // the usual permissions instead of the owner's only
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        let temp = builder
+            .tempdir_in(&place.parent)
+            .map_err(|e| Error::io("create a temporary directory for", &place.path, e))?;
+        Ok(Self { place, temp, may_replace })
+    }
+
+    /// Where to put the files meanwhile.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.temp.path()
+    }
+
+    /// Syncs all files and renames the directory to its final name. A directory that is there already is moved
+    /// aside first and back if the rename fails.
+    ///
+    /// # Errors
+    /// The system refused, or something irreplaceable has appeared at the final name; what was there is untouched.
+    pub fn commit(self) -> Result<()> {
+        let Self { place, temp, may_replace } = self;
+        sync_tree(temp.path())?;
+        let (path, previous) = (&place.path, place.previous());
+        let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| Error::io("rename to", to, e));
+        match place.occupant(may_replace)? {
+            Occupant::None => rename(temp.path(), path)?,
+            Occupant::Empty => {
+                fs::remove_dir(path).map_err(|e| Error::io("replace", path, e))?;
+                rename(temp.path(), path)?;
+            }
+            Occupant::Replaceable => {
+                rename(path, &previous)?;
+                if let Err(e) = rename(temp.path(), path) {
+                    rename(&previous, path)?;
+                    return Err(e);
+                }
+                // The new one is in place; leftovers of the old one are taken away next time.
+                fs::remove_dir_all(&previous).ok();
+            }
+        }
+        drop(temp.keep()); // renamed: there is nothing left to delete under the temporary name
+        sync_dir(&place.parent)
+    }
+}
+
+enum Occupant {
+    None,
+    Empty,
+    Replaceable,
+}
+
+/// A final name, symbolic link followed, taken apart.
+#[derive(Debug)]
+struct Place {
+    path: PathBuf,
+    parent: PathBuf,
+    name: OsString,
+}
+
+impl Place {
+    fn of(path: &Path) -> Result<Self> {
+        let path = if path.is_symlink() {
+            fs::canonicalize(path).map_err(|e| Error::io("follow the link at", path, e))?
+        } else {
+            path.to_path_buf()
+        };
+        let Some(name) = path.file_name().map(OsStr::to_owned) else {
+            return Err(Error::config("output path", "a path that ends in a name", path.display()));
+        };
+        let parent = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+            _ => PathBuf::from("."),
+        };
+        Ok(Self { path, parent, name })
+    }
+
+    fn hidden(&self, ending: &str) -> OsString {
+        let mut name = OsString::from(".");
+        name.push(&self.name);
+        name.push(ending);
+        name
+    }
+
+    fn temp_prefix(&self) -> OsString {
+        self.hidden(".tmp-")
+    }
+
+    /// Where a replaced directory waits while its successor is renamed into place.
+    fn previous(&self) -> PathBuf {
+        self.parent.join(self.hidden(".previous"))
+    }
+
+    /// Finishes what a kill between the two renames of a replacement left undone.
+    fn recover(&self) -> Result<()> {
+        let previous = self.previous();
+        if !previous.exists() {
+            return Ok(());
+        }
+        let done = if self.path.exists() { fs::remove_dir_all(&previous) } else { fs::rename(&previous, &self.path) };
+        done.map_err(|e| Error::io("take away", &previous, e))
+    }
+
+    fn occupant(&self, may_replace: fn(&Path) -> bool) -> Result<Occupant> {
+        if !self.path.exists() {
+            return Ok(Occupant::None);
+        }
+        let is_dir = self.path.is_dir();
+        if is_dir && fs::read_dir(&self.path).is_ok_and(|mut entries| entries.next().is_none()) {
+            return Ok(Occupant::Empty);
+        }
+        if is_dir && may_replace(&self.path) {
+            return Ok(Occupant::Replaceable);
+        }
+        let message = "expected nothing or an older output of pocketlora there, got something else; choose another \
+                       name or move it away";
+        Err(Error::new(ErrorCode::Config, format!("`{}`", self.path.display()), message))
+    }
+}
+
+fn sync_tree(dir: &Path) -> Result<()> {
+    let refused = |e| Error::io("sync", dir, e);
+    for entry in fs::read_dir(dir).map_err(refused)? {
+        let path = entry.map_err(refused)?.path();
+        if path.is_dir() {
+            sync_tree(&path)?;
+        } else {
+            let file = File::options().write(true).open(&path);
+            file.and_then(|file| file.sync_all()).map_err(|e| Error::io("sync", &path, e))?;
+        }
+    }
+    sync_dir(dir)
+}
+
+/// Makes renames in `dir` durable. Windows has no such call and needs none.
+fn sync_dir(dir: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| Error::io("sync", dir, e))?;
+    }
+    Ok(())
+}

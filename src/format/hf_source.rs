@@ -1,0 +1,110 @@
+//! A Hugging Face directory as a [`Source`]: dense weights widened, 4-bit weights dequantized.
+
+use super::hf::read_file;
+use super::{Checkpoint, Sidecars, Source, TensorMeta, widen};
+use crate::error::Result;
+use bytes::Bytes;
+use pocketlora_kernels::quant::NF4;
+use pocketlora_kernels::{FloatType, MatrixData, Nf4Source};
+use serde_json::{Map, Value};
+use std::ops::Range;
+use std::path::Path;
+
+/// Files beside the weights that belong to a model.
+pub(super) const SIDECARS: [&str; 10] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// A checkpoint whose weights have all been checked once, so that reading rows cannot meet a malformed one.
+#[derive(Debug)]
+pub struct HfSource {
+    checkpoint: Checkpoint,
+    tensors: Vec<TensorMeta>,
+    data: Vec<Stored>,
+}
+
+#[derive(Debug)]
+enum Stored {
+    Dense(FloatType, Bytes),
+    FourBit(Nf4Source),
+}
+
+impl HfSource {
+    /// Opens the directory or `.safetensors` file at `path`, as [`Checkpoint::open`] does.
+    ///
+    /// # Errors
+    /// A file is missing or malformed, or a weight is neither 4-bit nor F32, F16 or BF16.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::new(Checkpoint::open(path)?)
+    }
+
+    /// Reads the weights of `checkpoint`.
+    ///
+    /// # Errors
+    /// A weight is malformed, or neither 4-bit nor F32, F16 or BF16.
+    pub fn new(checkpoint: Checkpoint) -> Result<Self> {
+        let mut all = Vec::new();
+        for name in checkpoint.weights() {
+            let tensor = checkpoint.tensor(name)?;
+            let (stored, shape, dtype) = if checkpoint.is_quantized(name) {
+                let matrix = checkpoint.matrix(name)?;
+                let MatrixData::Nf4(data) = matrix.data else { unreachable!("a quantized matrix is read as one") };
+                let dtype = if data.code == NF4 { "NF4" } else { "FP4" };
+                (Stored::FourBit(data), vec![matrix.rows, matrix.cols], dtype.to_owned())
+            } else {
+                let float = checkpoint.float_type(name, tensor)?;
+                (Stored::Dense(float, tensor.bytes.clone()), tensor.shape.clone(), format!("{:?}", tensor.dtype))
+            };
+            let address = tensor.bytes.as_ptr().addr();
+            all.push((address, TensorMeta { name: name.to_owned(), shape, dtype }, stored));
+        }
+        // In the order of the bytes in the files, which is how disks and the OS's read-ahead like it.
+        all.sort_by_key(|(address, ..)| *address);
+        let (tensors, data) = all.into_iter().map(|(_, meta, stored)| (meta, stored)).unzip();
+        Ok(Self { checkpoint, tensors, data })
+    }
+}
+
+impl Source for HfSource {
+    fn config(&self) -> &Map<String, Value> {
+        self.checkpoint.config()
+    }
+
+    fn tensors(&self) -> &[TensorMeta] {
+        &self.tensors
+    }
+
+    fn read_rows(&self, index: usize, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let shape = &self.tensors[index].shape;
+        let cols: usize = if shape.len() < 2 { shape.iter().product() } else { shape[1..].iter().product() };
+        assert_eq!(out.len(), rows.len() * cols, "elements of {rows:?} of `{}`", self.tensors[index].name);
+        match &self.data[index] {
+            Stored::Dense(float, bytes) => {
+                let size = cols * float.size();
+                widen(*float, &bytes[rows.start * size..rows.end * size], out);
+            }
+            Stored::FourBit(data) => data.decode(rows.start * cols, out),
+        }
+        Ok(())
+    }
+
+    fn sidecars(&self) -> Result<Sidecars> {
+        let mut files = Vec::new();
+        for name in SIDECARS {
+            let path = self.checkpoint.dir().join(name);
+            if path.is_file() {
+                files.push((name.to_owned(), read_file(&path)?));
+            }
+        }
+        Ok(Sidecars { files })
+    }
+}

@@ -1,0 +1,177 @@
+//! What becomes of each weight, decided before the first byte is written.
+
+use super::bnb::QUANT_STATE_MAX;
+use super::pieces::for_each_piece;
+use super::quantize::{Target, Ticker};
+use super::writer::Entry;
+use super::{Source, TensorMeta};
+use crate::error::{Error, ErrorCode, Result};
+use pocketlora_kernels::FloatType;
+use pocketlora_kernels::quant::{BLOCK, NESTED_BLOCK};
+use safetensors::Dtype;
+use std::collections::HashSet;
+
+/// Beyond this a weight does not go to binary16, whose largest value is 65504: double quantization may enlarge a
+/// block's scale by half a step of its map, 0.35 %.
+const F16_LIMIT: f32 = 65_000.0;
+
+/// How a weight will be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Store {
+    Nf4,
+    Float(FloatType),
+}
+
+/// One weight of the source.
+#[derive(Debug)]
+pub(super) struct Weight {
+    pub name: String,
+    /// Its number in the source.
+    pub index: usize,
+    pub shape: Vec<usize>,
+    /// Leading dimension; a vector is one row.
+    pub rows: usize,
+    pub cols: usize,
+    pub store: Store,
+}
+
+impl Weight {
+    fn new(index: usize, meta: &TensorMeta, store: Store) -> Result<Self> {
+        let (rows, cols) = match meta.shape[..] {
+            [] => (1, Some(1)),
+            [n] => (1, Some(n)),
+            [rows, ref rest @ ..] => (rows, rest.iter().try_fold(1, |n: usize, &d| n.checked_mul(d))),
+        };
+        match cols.filter(|&cols| cols.checked_mul(rows).is_some_and(|n| n > 0)) {
+            Some(cols) => Ok(Self { name: meta.name.clone(), index, shape: meta.shape.clone(), rows, cols, store }),
+            None => Err(bad(&meta.name, format!("expected at least one element, got shape `{:?}`", meta.shape))),
+        }
+    }
+
+    pub fn elements(&self) -> u64 {
+        self.rows as u64 * self.cols as u64
+    }
+
+    /// Full name of the companion tensor with `ending`.
+    pub fn companion(&self, ending: &str) -> String {
+        format!("{}{ending}", self.name)
+    }
+
+    /// The error for the value at element `at` of the flattened weight.
+    pub fn bad_value(&self, at: u64, value: f32, expected: &str) -> Error {
+        bad(&self.name, format!("expected {expected}, got `{value}` at element `{at}`"))
+    }
+}
+
+fn bad(name: &str, message: String) -> Error {
+    Error::new(ErrorCode::Format, format!("tensor `{name}`"), message)
+}
+
+/// The fate of all weights, in the source's order.
+#[derive(Debug)]
+pub(super) struct Plan {
+    pub weights: Vec<Weight>,
+    /// Type of dense weights, and the one to which 4-bit weights are dequantized.
+    pub float: FloatType,
+}
+
+impl Plan {
+    /// Decides on every weight. Reads those of a source without 16-bit types, to see whether binary16 holds them.
+    ///
+    /// # Errors
+    /// Weights are empty, named twice or 4-bit already, one is not finite, or the caller stops.
+    pub fn new(source: &dyn Source, to: Target, ticker: &mut Ticker<'_>) -> Result<Self> {
+        let mut weights = Vec::new();
+        for (index, meta) in source.tensors().iter().enumerate() {
+            let four_bit = to == Target::Nf4 && is_linear(meta);
+            if four_bit && matches!(meta.dtype.as_str(), "NF4" | "FP4") {
+                let message = "is 4-bit already; use the model as it is, or quantize its 16-bit checkpoint";
+                return Err(Error::new(ErrorCode::Unsupported, format!("tensor `{}`", meta.name), message));
+            }
+            // The float type is filled in below, when it is known.
+            let store = if four_bit { Store::Nf4 } else { Store::Float(FloatType::F32) };
+            weights.push(Weight::new(index, meta, store)?);
+        }
+        ticker.total = weights.iter().map(Weight::elements).sum();
+        ticker.advance("", 0)?;
+        let float = match to {
+            Target::F16 => FloatType::F16,
+            Target::BF16 => FloatType::BF16,
+            Target::F32 => FloatType::F32,
+            Target::Nf4 => sixteen_bit_type(source, &weights, ticker)?,
+        };
+        for weight in weights.iter_mut().filter(|w| w.store != Store::Nf4) {
+            weight.store = Store::Float(float);
+        }
+        let plan = Self { weights, float };
+        let mut names = HashSet::new();
+        let appended = plan.quant_states().into_iter().map(|(name, _)| name);
+        match plan.entries().into_iter().map(|entry| entry.name).chain(appended).find(|n| !names.insert(n.clone())) {
+            Some(name) => Err(bad(&name, "expected one tensor of that name, got two".to_owned())),
+            None => Ok(plan),
+        }
+    }
+
+    /// The tensors of the file, but for those of [`quant_states`](Self::quant_states).
+    pub fn entries(&self) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        for weight in &self.weights {
+            let mut add = |ending: &str, dtype, shape| {
+                entries.push(Entry { name: weight.companion(ending), dtype, shape });
+            };
+            match weight.store {
+                Store::Float(float) => add("", dtype(float), weight.shape.clone()),
+                Store::Nf4 => {
+                    let elements = weight.rows * weight.cols;
+                    let blocks = elements.div_ceil(BLOCK);
+                    add("", Dtype::U8, vec![elements.div_ceil(2), 1]);
+                    add(".absmax", Dtype::U8, vec![blocks]);
+                    add(".nested_absmax", Dtype::F32, vec![blocks.div_ceil(NESTED_BLOCK)]);
+                    add(".nested_quant_map", Dtype::F32, vec![256]);
+                    add(".quant_map", Dtype::F32, vec![16]);
+                }
+            }
+        }
+        entries
+    }
+
+    /// Names and greatest lengths of the quant_state tensors.
+    pub fn quant_states(&self) -> Vec<(String, usize)> {
+        let four_bit = self.weights.iter().filter(|w| w.store == Store::Nf4);
+        four_bit.map(|w| (w.companion(".quant_state.bitsandbytes__nf4"), QUANT_STATE_MAX)).collect()
+    }
+}
+
+fn dtype(float: FloatType) -> Dtype {
+    match float {
+        FloatType::F32 => Dtype::F32,
+        FloatType::F16 => Dtype::F16,
+        FloatType::BF16 => Dtype::BF16,
+    }
+}
+
+/// The layers that bitsandbytes quantizes in the families we run: all projections inside decoder layers.
+fn is_linear(meta: &TensorMeta) -> bool {
+    meta.shape.len() == 2 && meta.name.contains("model.layers.") && meta.name.ends_with("_proj.weight")
+}
+
+/// The 16-bit type that loses least: the source's own; else binary16, which has the finer steps, if it holds all
+/// weights.
+fn sixteen_bit_type(source: &dyn Source, weights: &[Weight], ticker: &mut Ticker<'_>) -> Result<FloatType> {
+    let dtype = |weight: &Weight| source.tensors()[weight.index].dtype.as_str();
+    if weights.iter().any(|w| dtype(w) == "BF16") {
+        return Ok(FloatType::BF16);
+    }
+    let unknown: Vec<&Weight> = weights.iter().filter(|w| dtype(w) != "F16").collect();
+    ticker.total += unknown.iter().map(|w| w.elements()).sum::<u64>();
+    let mut largest = 0.0f32;
+    for weight in unknown {
+        // NaN and infinity are left to the writing pass, which names them.
+        let magnitude = |_, values: &[f32]| Ok(values.iter().fold(0.0f32, |max, x| max.max(x.abs())));
+        for_each_piece(source, weight, magnitude, ticker, |max| {
+            largest = largest.max(max);
+            Ok(())
+        })?;
+    }
+    Ok(if largest > F16_LIMIT { FloatType::BF16 } else { FloatType::F16 })
+}

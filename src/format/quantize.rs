@@ -1,0 +1,300 @@
+//! Any checkpoint to a Hugging Face directory, its linear layers in bitsandbytes NF4 or all of it in one float type.
+//!
+//! Weights stream through in pieces of a few megabytes on all threads, so that memory stays small whatever the model.
+//! The output is what transformers with bitsandbytes saves: same tensors, same config, same bytes.
+
+use super::atomic::AtomicDir;
+use super::bnb::{self, torch_name};
+use super::hf_source::SIDECARS;
+use super::pieces::{for_each_piece, narrow};
+use super::plan::{Plan, Store, Weight};
+use super::safetensors::TensorFile;
+use super::writer::Writer;
+use super::{Source, atomic};
+use crate::error::{Error, ErrorCode, Result};
+use pocketlora_kernels::quant::{BLOCK, NF4, double_quantize, dynamic_map, encode_blocks};
+use serde_json::{Map, Value, json};
+use std::fs::{self, File};
+use std::io::{Seek, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::str::FromStr;
+
+pub(super) const MODEL: &str = "model.safetensors";
+const CONFIG: &str = "config.json";
+/// Key in the safetensors metadata by which an older output is known, and may be replaced.
+const PRODUCER: &str = "producer";
+
+/// What to make of the weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Linear layers in 4-bit NF4 with double quantization, the rest in 16 bits.
+    Nf4,
+    /// Everything in IEEE binary16.
+    F16,
+    /// Everything in bfloat16.
+    BF16,
+    /// Everything in binary32.
+    F32,
+}
+
+impl FromStr for Target {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "nf4" => Ok(Self::Nf4),
+            "f16" => Ok(Self::F16),
+            "bf16" => Ok(Self::BF16),
+            "f32" => Ok(Self::F32),
+            _ => Err(Error::config("to", "`nf4`, `f16`, `bf16` or `f32`", name)),
+        }
+    }
+}
+
+/// How far the work has come.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// The weight being read.
+    pub tensor: &'a str,
+    /// Elements done so far.
+    pub done: u64,
+    /// Elements in all; those that must be looked at before the 16-bit type is known count twice.
+    pub total: u64,
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Summary {
+    /// Weights in NF4.
+    pub quantized: usize,
+    /// Weights in a float type.
+    pub dense: usize,
+    /// Elements of all weights.
+    pub elements: u64,
+    /// Bytes of `model.safetensors`.
+    pub bytes: u64,
+    /// torch's name of the float type of dense weights, to which 4-bit ones are dequantized too.
+    pub dtype: &'static str,
+}
+
+/// Counts elements and asks the caller whether to go on.
+pub(super) struct Ticker<'a> {
+    pub progress: &'a mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+    pub done: u64,
+    pub total: u64,
+}
+
+impl Ticker<'_> {
+    /// # Errors
+    /// The caller stopped the work.
+    pub fn advance(&mut self, tensor: &str, elements: u64) -> Result<()> {
+        self.done += elements;
+        match (self.progress)(Progress { tensor, done: self.done, total: self.total }) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => {
+                Err(Error::new(ErrorCode::Cancelled, format!("tensor `{tensor}`"), "stopped as asked; nothing is kept"))
+            }
+        }
+    }
+}
+
+/// Writes `source` as a Hugging Face directory at `out`, which appears when it is complete. `progress` is called every
+/// few million elements and stops the work by returning `Break`.
+///
+/// # Errors
+/// `out` holds something that is not an older output of this function, a weight is malformed or not finite, the disk
+/// refuses, or the caller stops. Nothing is left behind then, and an older output stays.
+pub fn quantize(
+    source: &dyn Source,
+    out: &Path,
+    to: Target,
+    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+) -> Result<Summary> {
+    let dir = AtomicDir::create(out, is_ours)?;
+    let mut ticker = Ticker { progress, done: 0, total: 0 };
+    let plan = Plan::new(source, to, &mut ticker)?;
+
+    let path = out.join(MODEL);
+    let file = File::create_new(dir.path().join(MODEL)).map_err(|e| Error::io("create", &path, e))?;
+    let bytes = write_weights(source, &plan, &path, file, &mut ticker)?;
+    let mut config = serde_json::to_string_pretty(&config(source.config(), &plan)).unwrap_or_default();
+    config.push('\n');
+    atomic::write_file(&dir.path().join(CONFIG), |file| {
+        file.write_all(config.as_bytes()).map_err(|e| Error::io("write", &out.join(CONFIG), e))
+    })?;
+    for (name, content) in source.sidecars()?.files {
+        fs::write(dir.path().join(&name), content).map_err(|e| Error::io("write", &out.join(&name), e))?;
+    }
+    dir.commit()?;
+
+    let quantized = plan.weights.iter().filter(|w| w.store == Store::Nf4).count();
+    let elements = plan.weights.iter().map(Weight::elements).sum();
+    let dense = plan.weights.len() - quantized;
+    Ok(Summary { quantized, dense, elements, bytes, dtype: torch_name(plan.float) })
+}
+
+/// Whether `dir` holds an output of [`quantize`] and nothing else, so that replacing it loses nothing.
+fn is_ours(dir: &Path) -> bool {
+    let known = |name: &str| name == MODEL || name == CONFIG || SIDECARS.contains(&name);
+    let only_known = fs::read_dir(dir).is_ok_and(|mut entries| {
+        entries.all(|entry| entry.is_ok_and(|entry| entry.file_name().to_str().is_some_and(known)))
+    });
+    only_known && TensorFile::open(&dir.join(MODEL)).is_ok_and(|file| file.metadata().contains_key(PRODUCER))
+}
+
+/// Writes the safetensors file that `plan` describes to `sink`; `path` is for messages. Returns its length.
+fn write_weights(
+    source: &dyn Source,
+    plan: &Plan,
+    path: &Path,
+    sink: impl Write + Seek,
+    ticker: &mut Ticker<'_>,
+) -> Result<u64> {
+    let refused = |e| Error::io("write", path, e);
+    let metadata = json!({"format": "pt", PRODUCER: concat!("pocketlora ", env!("CARGO_PKG_VERSION"))});
+    let mut writer = Writer::new(sink, metadata, plan.entries(), plan.quant_states());
+    let mut states = Vec::new();
+    for weight in &plan.weights {
+        match weight.store {
+            Store::Float(float) => {
+                let mut at = 0;
+                let convert = |start, values: &[f32]| narrow(float, values, weight, start);
+                for_each_piece(source, weight, convert, ticker, |bytes| {
+                    writer.write(&weight.name, at, &bytes).map_err(refused)?;
+                    at += bytes.len() as u64;
+                    Ok(())
+                })?;
+            }
+            Store::Nf4 => {
+                let absmax = write_packed(source, weight, path, &mut writer, ticker)?;
+                let state = write_scales(weight, plan, &absmax, &mut writer).map_err(refused)?;
+                states.push((weight.companion(".quant_state.bitsandbytes__nf4"), state));
+            }
+        }
+    }
+    // Last because their length depends on how many digits the offset has.
+    for (name, state) in states {
+        writer.append(name, state.as_bytes()).map_err(refused)?;
+    }
+    writer.finish().map_err(refused)
+}
+
+/// Encodes and writes the nibbles of `weight`; returns its block scales.
+fn write_packed<W: Write + Seek>(
+    source: &dyn Source,
+    weight: &Weight,
+    path: &Path,
+    writer: &mut Writer<W>,
+    ticker: &mut Ticker<'_>,
+) -> Result<Vec<f32>> {
+    let encode = |start: u64, values: &[f32]| {
+        let (mut packed, mut absmax) = (vec![0; values.len().div_ceil(2)], vec![0.0; values.len().div_ceil(BLOCK)]);
+        match encode_blocks(values, &mut packed, &mut absmax) {
+            Ok(()) => Ok((packed, absmax)),
+            Err(e) => Err(weight.bad_value(start + e.index as u64, e.value, "a finite weight")),
+        }
+    };
+    let (mut at, mut scales) = (0, Vec::new());
+    for_each_piece(source, weight, encode, ticker, |(packed, absmax)| {
+        writer.write(&weight.name, at, &packed).map_err(|e| Error::io("write", path, e))?;
+        at += packed.len() as u64;
+        scales.extend(absmax);
+        Ok(())
+    })?;
+    Ok(scales)
+}
+
+/// Double-quantizes `absmax` and writes the companions of `weight`; returns the quant_state to append.
+fn write_scales<W: Write + Seek>(
+    weight: &Weight,
+    plan: &Plan,
+    absmax: &[f32],
+    writer: &mut Writer<W>,
+) -> std::io::Result<String> {
+    let double = double_quantize(absmax);
+    writer.write(&weight.companion(".absmax"), 0, &double.codes)?;
+    let floats = [(".nested_absmax", &double.nested[..]), (".nested_quant_map", &dynamic_map()), (".quant_map", &NF4)];
+    for (ending, values) in floats {
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        writer.write(&weight.companion(ending), 0, &bytes)?;
+    }
+    Ok(bnb::quant_state(weight.rows, weight.cols, plan.float, double.offset))
+}
+
+/// The source's config with the new types, keys sorted as transformers sorts them.
+fn config(source: &Map<String, Value>, plan: &Plan) -> Value {
+    let mut config = source.clone();
+    config.shift_remove("quantization_config");
+    // transformers 5 reads the first, older ones the second.
+    for key in ["dtype", "torch_dtype"] {
+        config.insert(key.to_owned(), torch_name(plan.float).into());
+    }
+    if plan.weights.iter().any(|w| w.store == Store::Nf4) {
+        let quantization = json!({
+            "_load_in_4bit": true,
+            "_load_in_8bit": false,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": true,
+            "llm_int8_enable_fp32_cpu_offload": false,
+            "llm_int8_has_fp16_weight": false,
+            "llm_int8_skip_modules": null,
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": true,
+            "load_in_8bit": false,
+            "quant_method": "bitsandbytes",
+        });
+        config.insert("quantization_config".to_owned(), quantization);
+    }
+    config.sort_keys();
+    Value::Object(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::HfSource;
+    use std::io::{self, Cursor, SeekFrom};
+
+    /// A disk that is full after some bytes.
+    struct Full(Cursor<Vec<u8>>, u64);
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if self.0.position() + bytes.len() as u64 > self.1 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            self.0.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Seek for Full {
+        fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+            self.0.seek(to)
+        }
+    }
+
+    #[test]
+    fn a_full_disk_is_an_error_wherever_it_strikes() {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/oracles/tiny-mistral");
+        let source = HfSource::open(&model).unwrap();
+        let write = |room| {
+            let mut go_on = |_: Progress<'_>| ControlFlow::Continue(());
+            let mut ticker = Ticker { progress: &mut go_on, done: 0, total: 0 };
+            let plan = Plan::new(&source, Target::Nf4, &mut ticker).unwrap();
+            write_weights(&source, &plan, Path::new("x"), Full(Cursor::default(), room), &mut ticker)
+        };
+        let whole = write(u64::MAX).unwrap();
+        for room in (0..whole).step_by(4999).chain([whole - 1]) {
+            let error = write(room).expect_err(&format!("a disk of {room} bytes"));
+            assert_eq!(error.code(), ErrorCode::Io);
+        }
+        assert_eq!(write(whole).unwrap(), whole);
+    }
+}

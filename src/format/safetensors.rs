@@ -1,0 +1,149 @@
+//! Reading safetensors over a map: header checked once, tensors as slices of the map.
+//!
+//! The layout is eight bytes of header length, a JSON header, then the data
+//! (<https://huggingface.co/docs/safetensors/index>). The `safetensors` crate checks that offsets are contiguous and
+//! fit shape and dtype; this module checks them against the file's length and names file and tensor in errors.
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::mmap;
+use bytes::Bytes;
+use pocketlora_kernels::FloatType;
+pub use safetensors::Dtype;
+use safetensors::tensor::Metadata;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+/// The most header bytes that the reference implementation reads.
+const MAX_HEADER: u64 = 100_000_000;
+
+/// One tensor of a file; its bytes keep the map alive.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// Little-endian elements, possibly unaligned; as many as dtype and shape say.
+    pub bytes: Bytes,
+}
+
+impl Tensor {
+    /// The dtype if it is one of the floats that weights are computed with.
+    #[must_use]
+    pub fn float_type(&self) -> Option<FloatType> {
+        match self.dtype {
+            Dtype::F32 => Some(FloatType::F32),
+            Dtype::F16 => Some(FloatType::F16),
+            Dtype::BF16 => Some(FloatType::BF16),
+            _ => None,
+        }
+    }
+
+    /// Dtype and shape for messages, such as `U8[2048, 1]`.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        format!("`{:?}{:?}`", self.dtype, self.shape)
+    }
+}
+
+/// A mapped safetensors file.
+#[derive(Clone, Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    mapped: usize,
+    tensors: BTreeMap<String, Tensor>,
+    metadata: HashMap<String, String>,
+}
+
+impl TensorFile {
+    /// Maps the file at `path` and checks its header.
+    ///
+    /// # Errors
+    /// The file cannot be mapped, or its header is damaged or contradicts its length.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::parse(path, mmap::map(path)?)
+    }
+
+    /// Reads `bytes` as a safetensors file; `path` is for messages.
+    ///
+    /// # Errors
+    /// The header is damaged or contradicts the number of bytes.
+    pub fn parse(path: &Path, bytes: Bytes) -> Result<Self> {
+        let header_len = match bytes.first_chunk::<8>() {
+            Some(n) => u64::from_le_bytes(*n),
+            None => return Err(Error::format(path, "header", "8 bytes or more", format!("`{}`", bytes.len()))),
+        };
+        let available = bytes.len() - 8;
+        let header_len = usize::try_from(header_len.min(MAX_HEADER + 1)).unwrap_or(usize::MAX);
+        if header_len > available || header_len as u64 > MAX_HEADER {
+            let limit = (available as u64).min(MAX_HEADER);
+            return Err(Error::format(path, "header length", format!("at most `{limit}`"), "a larger number"));
+        }
+        let header: Metadata = serde_json::from_slice(&bytes[8..8 + header_len])
+            .map_err(|e| Error::format(path, "header", "a valid JSON header", e.to_string()).caused_by(e))?;
+
+        // Compared without a sum: hostile offsets may come close to `usize::MAX`.
+        let data = bytes.slice(8 + header_len..);
+        if header.data_len() != data.len() {
+            let expected = format!("`{}` bytes of tensor data", header.data_len());
+            return Err(Error::format(path, "length", expected, format!("`{}`", data.len())));
+        }
+        let tensors = header
+            .tensors()
+            .into_iter()
+            .map(|(name, info)| {
+                // In range: offsets are contiguous from 0 and the last one is the data's length.
+                let bytes = data.slice(info.data_offsets.0..info.data_offsets.1);
+                (name, Tensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
+            })
+            .collect();
+        let metadata = header.metadata().clone().unwrap_or_default();
+        Ok(Self { path: path.to_path_buf(), mapped: bytes.len(), tensors, metadata })
+    }
+
+    /// The tensor called `name`.
+    ///
+    /// # Errors
+    /// The file has none of that name.
+    pub fn get(&self, name: &str) -> Result<&Tensor> {
+        self.tensors.get(name).ok_or_else(|| missing(&self.path, name))
+    }
+
+    /// The tensor called `name`, if there is one.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<&Tensor> {
+        self.tensors.get(name)
+    }
+
+    /// All tensors by name, sorted.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// The header's free `__metadata__`.
+    #[must_use]
+    pub fn metadata(&self) -> &HashMap<String, String> {
+        &self.metadata
+    }
+
+    /// Where the file lies.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Bytes of address space that the map takes (clean pages, which the OS can drop).
+    #[must_use]
+    pub fn mapped_bytes(&self) -> usize {
+        self.mapped
+    }
+}
+
+/// The error for a tensor that a file or a checkpoint lacks.
+pub(super) fn missing(path: &Path, name: &str) -> Error {
+    Error::new(
+        ErrorCode::Format,
+        format!("`{}`: tensor `{name}`", path.display()),
+        "expected it, found no tensor of that name; the files may be incomplete or of another model family",
+    )
+}
