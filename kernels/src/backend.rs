@@ -141,6 +141,7 @@ pub trait Backend: Send + Sync + 'static {
     fn rope(
         &self,
         heads: usize,
+        head_dim: usize,
         cos: &Self::Buffer,
         sin: &Self::Buffer,
         x: &Self::Buffer,
