@@ -5,6 +5,8 @@
 
 mod adamw;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod buffer;
 mod cache;
 mod cross_entropy;

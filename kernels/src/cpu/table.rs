@@ -52,7 +52,27 @@ static PORTABLE: Table = Table {
     tile_axpy: tile::portable::axpy,
 };
 
-static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| vec![&PORTABLE]);
+#[cfg(target_arch = "x86_64")]
+static AVX2: Table = Table {
+    isa: Isa::Avx2,
+    nf4_decode: nf4::avx2::decode,
+    nf4_matvec: nf4::avx2::matvec,
+    dense_decode: dense::avx2::decode,
+    dense_matvec: dense::avx2::matvec,
+    tile_dot: tile::avx2::dot,
+    tile_axpy: tile::avx2::axpy,
+};
+
+/// Where every table is checked once against the CPU.
+static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "no further tables"))]
+    let mut tables = vec![&PORTABLE];
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        tables.push(&AVX2);
+    }
+    tables
+});
 
 static BEST: LazyLock<&'static Table> = LazyLock::new(|| Table::from_env().unwrap_or(AVAILABLE[AVAILABLE.len() - 1]));
 

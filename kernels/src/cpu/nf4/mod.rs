@@ -5,6 +5,8 @@
 //! products of a block once and then only look up, which yields bitsandbytes' bits exactly and spares a
 //! multiplication per weight.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
 pub(crate) mod portable;
 
 use crate::{Absmax, Error, FloatType, Nf4Source};
@@ -67,16 +69,19 @@ impl Nf4 {
         }
     }
 
-    /// Calls `piece(absmax, start, length)` for the parts that block borders cut `start..start + len` into.
+    /// The parts that block borders cut `start..start + len` into.
     #[inline(always)]
-    fn pieces(&self, start: usize, len: usize, mut piece: impl FnMut(f32, usize, usize)) {
+    fn pieces(&self, start: usize, len: usize) -> impl Iterator<Item = Piece> + '_ {
         let (mut at, end) = (start, start + len);
-        while at < end {
-            let block = at >> self.block_log2;
-            let stop = end.min((block + 1) << self.block_log2);
-            piece(self.absmax(block), at, stop - at);
-            at = stop;
-        }
+        std::iter::from_fn(move || {
+            (at < end).then(|| {
+                let block = at >> self.block_log2;
+                let stop = end.min((block + 1) << self.block_log2);
+                let piece = Piece { absmax: self.absmax(block), at, len: stop - at };
+                at = stop;
+                piece
+            })
+        })
     }
 
     /// The 16 values that a block with this scale can hold.
@@ -93,6 +98,14 @@ impl Nf4 {
     fn nibble(&self, i: usize) -> usize {
         usize::from(self.packed[i / 2] >> (4 * (1 - i % 2)) & 15)
     }
+}
+
+/// Consecutive elements of one block.
+struct Piece {
+    absmax: f32,
+    /// First element, counted over the flattened matrix.
+    at: usize,
+    len: usize,
 }
 
 /// Activations of one token with even and odd elements apart: a packed byte holds one of each, so weights

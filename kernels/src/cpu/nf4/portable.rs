@@ -1,12 +1,12 @@
 //! NF4 kernels for any CPU.
 
 use super::super::lanes::{LANES, load};
-use super::{EvenOdd, GRANULE, Nf4};
+use super::{EvenOdd, GRANULE, Nf4, Piece};
 use wide::f32x8;
 
 /// See [`super::super::Table::nf4_decode`].
 pub(crate) fn decode(w: &Nf4, start: usize, out: &mut [f32]) {
-    w.pieces(start, out.len(), |absmax, at, len| {
+    for Piece { absmax, at, len } in w.pieces(start, out.len()) {
         let values = w.values(absmax);
         let out = &mut out[at - start..][..len];
         // A piece that begins in the middle of a byte: its first element, then whole bytes.
@@ -22,7 +22,7 @@ pub(crate) fn decode(w: &Nf4, start: usize, out: &mut [f32]) {
         if let [last] = last {
             *last = values[w.nibble(at + len - 1)];
         }
-    });
+    }
 }
 
 /// See [`super::super::Table::nf4_matvec`].
@@ -30,7 +30,7 @@ pub(crate) fn matvec(w: &Nf4, cols: usize, row: usize, x: &EvenOdd, y: &mut [f32
     for (i, y) in y.iter_mut().enumerate() {
         let start = (row + i) * cols;
         let (mut even_sum, mut odd_sum) = (f32x8::ZERO, f32x8::ZERO);
-        w.pieces(start, cols, |absmax, at, len| {
+        for Piece { absmax, at, len } in w.pieces(start, cols) {
             let values = w.values(absmax);
             for at in (at..at + len).step_by(GRANULE) {
                 let bytes = &w.packed[at / 2..][..LANES];
@@ -40,7 +40,7 @@ pub(crate) fn matvec(w: &Nf4, cols: usize, row: usize, x: &EvenOdd, y: &mut [f32
                 even_sum = even.mul_add(load(&x.even[k..]), even_sum);
                 odd_sum = odd.mul_add(load(&x.odd[k..]), odd_sum);
             }
-        });
+        }
         *y = (even_sum + odd_sum).reduce_add();
     }
 }

@@ -4,6 +4,8 @@
 //! with more than one token reduces to them: matmul forward and by both arguments, attention forward and
 //! backward. Both accumulate, so that callers may cut the sum into pieces.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
 pub(crate) mod portable;
 
 /// Rows of `dot`'s sum taken at a time, so that a block of either operand stays in second-level cache.
