@@ -1,6 +1,6 @@
 //! Speed of the ops that dominate time, on every instruction set of this CPU.
 //!
-//! `cargo bench -p pocketlora-kernels -- [threads]`; without `--bench` (as `cargo test --benches` runs it) every
+//! `cargo bench -p pocketlora-kernels --bench ops -- [THREADS] [NAME@ISA]` runs those whose name holds the given part; without `--bench` (as `cargo test --benches` runs it) every
 //! op runs once. Figures are the best of several runs: other processes only ever add time.
 
 use bytes::Bytes;
@@ -14,8 +14,9 @@ use std::time::Instant;
 fn main() {
     let measured = std::env::args().any(|arg| arg == "--bench");
     let threads = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(1);
+    let wanted = std::env::args().skip(1).find(|arg| !arg.starts_with('-') && arg.parse::<usize>().is_err());
     for table in Table::available() {
-        let bench = Bench { cpu: Cpu::with_table(threads, table), measured };
+        let bench = Bench { cpu: Cpu::with_table(threads, table), measured, wanted: wanted.clone() };
         println!("{} on {threads} threads", table.isa().name());
         bench.run();
     }
@@ -24,6 +25,7 @@ fn main() {
 struct Bench {
     cpu: Cpu,
     measured: bool,
+    wanted: Option<String>,
 }
 
 impl Bench {
@@ -107,6 +109,10 @@ impl Bench {
 
     /// Prints `work` a second at the best of some 0.2 s of runs.
     fn time(&self, name: &str, work: f64, unit: &str, mut op: impl FnMut() + Send) {
+        let name = format!("{name} @{}", self.cpu.isa().name());
+        if self.wanted.as_ref().is_some_and(|part| !name.contains(part)) {
+            return;
+        }
         let (start, mut best) = (Instant::now(), f64::INFINITY);
         self.cpu.scope(|| {
             while best.is_infinite() || self.measured && start.elapsed().as_secs_f64() < 0.2 {
@@ -115,7 +121,7 @@ impl Bench {
                 best = best.min(before.elapsed().as_secs_f64());
             }
         });
-        println!("  {name:42} {:9.2} us {:8.2} {unit}", best * 1e6, work / best / 1e9);
+        println!("  {name:50} {:9.2} us {:8.2} {unit}", best * 1e6, work / best / 1e9);
     }
 
     fn noise(&self, len: usize) -> Buffer {

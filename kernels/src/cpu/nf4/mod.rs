@@ -13,8 +13,8 @@ use crate::{Absmax, Error, FloatType, Nf4Source};
 use bytes::Bytes;
 use half::{bf16, f16};
 
-/// [`super::Table::nf4_matvec`] wants rows of a multiple of this: 8 packed bytes, which never cross a block.
-pub(crate) const GRANULE: usize = 16;
+/// [`super::Table::nf4_matvec`] wants rows of a multiple of this: 16 packed bytes, which never cross a block.
+pub(crate) const GRANULE: usize = 32;
 
 /// A validated weight.
 pub(crate) struct Nf4 {
@@ -71,17 +71,8 @@ impl Nf4 {
 
     /// The parts that block borders cut `start..start + len` into.
     #[inline(always)]
-    fn pieces(&self, start: usize, len: usize) -> impl Iterator<Item = Piece> + '_ {
-        let (mut at, end) = (start, start + len);
-        std::iter::from_fn(move || {
-            (at < end).then(|| {
-                let block = at >> self.block_log2;
-                let stop = end.min((block + 1) << self.block_log2);
-                let piece = Piece { absmax: self.absmax(block), at, len: stop - at };
-                at = stop;
-                piece
-            })
-        })
+    fn pieces(&self, start: usize, len: usize) -> Pieces<'_> {
+        Pieces { w: self, at: start, end: start + len }
     }
 
     /// The 16 values that a block with this scale can hold.
@@ -108,23 +99,42 @@ struct Piece {
     len: usize,
 }
 
-/// Activations of one token with even and odd elements apart: a packed byte holds one of each, so weights
-/// need no reordering before the product.
-pub(crate) struct EvenOdd {
-    even: Vec<f32>,
-    odd: Vec<f32>,
+/// A type of its own, for a closure in `iter::from_fn` would not be inlined into the AVX2 kernels: a call and the
+/// saving of all registers for every 64 weights.
+struct Pieces<'a> {
+    w: &'a Nf4,
+    at: usize,
+    end: usize,
 }
 
+impl Iterator for Pieces<'_> {
+    type Item = Piece;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Piece> {
+        if self.at >= self.end {
+            return None;
+        }
+        let (at, block) = (self.at, self.at >> self.w.block_log2);
+        self.at = self.end.min((block + 1) << self.w.block_log2);
+        Some(Piece { absmax: self.w.absmax(block), at, len: self.at - at })
+    }
+}
+
+/// Activations of one token in the order in which four packed bytes yield weights: of every eight elements the
+/// four even ones (high nibbles), then the four odd ones. So weights need no reordering before the product.
+pub(crate) struct EvenOdd(Vec<f32>);
+
 impl EvenOdd {
-    /// Splits `x` of even length.
+    /// Reorders `x`, whose length is a multiple of eight.
     pub fn new(x: &[f32]) -> Self {
-        let (pairs, rest) = x.as_chunks::<2>();
+        let (groups, rest) = x.as_chunks::<8>();
         assert!(rest.is_empty());
-        Self { even: pairs.iter().map(|p| p[0]).collect(), odd: pairs.iter().map(|p| p[1]).collect() }
+        Self(groups.iter().flat_map(|g| [g[0], g[2], g[4], g[6], g[1], g[3], g[5], g[7]]).collect())
     }
 
-    /// Elements of both halves.
+    /// Elements.
     pub fn len(&self) -> usize {
-        2 * self.even.len()
+        self.0.len()
     }
 }

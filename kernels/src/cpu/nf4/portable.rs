@@ -29,18 +29,18 @@ pub(crate) fn decode(w: &Nf4, start: usize, out: &mut [f32]) {
 pub(crate) fn matvec(w: &Nf4, cols: usize, row: usize, x: &EvenOdd, y: &mut [f32]) {
     for (i, y) in y.iter_mut().enumerate() {
         let start = (row + i) * cols;
-        let (mut even_sum, mut odd_sum) = (f32x8::ZERO, f32x8::ZERO);
+        let mut sums = [f32x8::ZERO; 4];
         for Piece { absmax, at, len } in w.pieces(start, cols) {
             let values = w.values(absmax);
-            for at in (at..at + len).step_by(GRANULE) {
-                let bytes = &w.packed[at / 2..][..LANES];
-                let k = (at - start) / 2;
-                let even = f32x8::new(std::array::from_fn(|j| values[usize::from(bytes[j] >> 4)]));
-                let odd = f32x8::new(std::array::from_fn(|j| values[usize::from(bytes[j] & 15)]));
-                even_sum = even.mul_add(load(&x.even[k..]), even_sum);
-                odd_sum = odd.mul_add(load(&x.odd[k..]), odd_sum);
+            let packed = w.packed[at / 2..][..len / 2].as_chunks::<{ GRANULE / 2 }>().0;
+            for (packed, x) in packed.iter().zip(x.0[at - start..].as_chunks::<GRANULE>().0) {
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let byte = |j: usize| packed[4 * i + j % 4] >> (4 - j / 4 * 4) & 15;
+                    let weights = f32x8::new(std::array::from_fn(|j| values[usize::from(byte(j))]));
+                    *sum = weights.mul_add(load(&x[LANES * i..]), *sum);
+                }
             }
         }
-        *y = (even_sum + odd_sum).reduce_add();
+        *y = ((sums[0] + sums[1]) + (sums[2] + sums[3])).reduce_add();
     }
 }
