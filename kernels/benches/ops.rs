@@ -48,12 +48,13 @@ impl Bench {
             let name = format!("nf4_matvec O={o} K={k}");
             self.time(&name, (o * k) as f64, "Gweights/s", || cpu.matmul(&w, &x, &mut y, false));
         }
-        let (o, k) = (49152, 576);
-        let bytes = Bytes::from(vec![0x2c; o * k * 2]);
-        let w = MatrixSource { rows: o, cols: k, data: MatrixData::Dense(FloatType::F16, bytes) };
-        let w = cpu.matrix(w).unwrap();
-        let (x, mut y) = (self.noise(k), self.noise(o));
-        self.time("f16_matvec O=49152 K=576", (o * k * 2) as f64, "GB/s", || cpu.matmul(&w, &x, &mut y, false));
+        for (o, k) in [(1536, 576), (49152, 576)] {
+            let data = MatrixData::Dense(FloatType::F16, Bytes::from(vec![0x2c; o * k * 2]));
+            let w = cpu.matrix(MatrixSource { rows: o, cols: k, data }).unwrap();
+            let (x, mut y) = (self.noise(k), self.noise(o));
+            let name = format!("f16_matvec O={o} K={k}");
+            self.time(&name, (o * k * 2) as f64, "GB/s", || cpu.matmul(&w, &x, &mut y, false));
+        }
 
         for t in [1, 256] {
             let (a, b) = (self.work(8, 576), self.work(1536, 8));

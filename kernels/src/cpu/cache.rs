@@ -70,12 +70,8 @@ impl Cache {
             CacheType::F32 => FloatType::F32,
             CacheType::F16 => FloatType::F16,
         };
-        let size = self.size();
-        for (bytes, out) in [(&self.keys, k), (&self.values, v)] {
-            for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                let at = ((row + i) * self.width + col) * size;
-                table.dense_decode(dtype, &bytes[at..][..width * size], out);
-            }
-        }
+        let at = (row * self.width + col) * self.size();
+        table.dense_decode(dtype, &self.keys[at..], self.width, width, k);
+        table.dense_decode(dtype, &self.values[at..], self.width, width, v);
     }
 }

@@ -82,18 +82,17 @@ impl Matrix {
     /// Expands rows `row..row + n` by columns `col..col + width` into `out`, `n` rows of `width`.
     pub(crate) fn decode(&self, table: &Table, row: usize, col: usize, width: usize, out: &mut [f32]) {
         assert!(col + width <= self.cols);
-        let run = |start: usize, out: &mut [f32]| match self.elements() {
-            Elements::Nf4(w) => table.nf4_decode(w, start, out),
+        match self.elements() {
             Elements::Dense(dtype, bytes) => {
-                let size = dtype.size();
-                table.dense_decode(dtype, &bytes[start * size..][..out.len() * size], out);
+                let start = (row * self.cols + col) * dtype.size();
+                table.dense_decode(dtype, &bytes[start..], self.cols, width, out);
             }
-        };
-        if width == self.cols {
-            return run(row * self.cols, out);
-        }
-        for (i, out) in out.chunks_exact_mut(width).enumerate() {
-            run((row + i) * self.cols + col, out);
+            Elements::Nf4(w) if width == self.cols => table.nf4_decode(w, row * self.cols, out),
+            Elements::Nf4(w) => {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    table.nf4_decode(w, (row + i) * self.cols + col, out);
+                }
+            }
         }
     }
 }

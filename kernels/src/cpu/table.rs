@@ -36,7 +36,7 @@ pub struct Table {
     isa: Isa,
     nf4_decode: unsafe fn(&Nf4, usize, &mut [f32]),
     nf4_matvec: unsafe fn(&Nf4, usize, usize, &EvenOdd, &mut [f32]),
-    dense_decode: unsafe fn(FloatType, &[u8], &mut [f32]),
+    dense_decode: unsafe fn(FloatType, &[u8], usize, usize, &mut [f32]),
     dense_matvec: unsafe fn(FloatType, &[u8], &[f32], &mut [f32]),
     tile_dot: unsafe fn(Rows, Rows, &mut [&mut [f32]], usize),
     tile_axpy: unsafe fn(Coefficients, Rows, &mut [&mut [f32]]),
@@ -139,13 +139,18 @@ impl Table {
         }
     }
 
-    /// Widens `out.len()` little-endian floats.
-    pub(crate) fn dense_decode(&self, dtype: FloatType, bytes: &[u8], out: &mut [f32]) {
-        assert_eq!(bytes.len(), out.len() * dtype.size());
+    /// Widens rows of `width` little-endian floats that are `stride` floats apart; `out` holds them one after
+    /// another.
+    pub(crate) fn dense_decode(&self, dtype: FloatType, bytes: &[u8], stride: usize, width: usize, out: &mut [f32]) {
+        if out.is_empty() {
+            return;
+        }
+        assert!(stride >= width && out.len().is_multiple_of(width));
+        assert!(bytes.len() >= ((out.len() / width - 1) * stride + width) * dtype.size());
         // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
         unsafe {
-            (self.dense_decode)(dtype, bytes, out);
+            (self.dense_decode)(dtype, bytes, stride, width, out);
         }
     }
 

@@ -5,7 +5,7 @@ use super::oracle;
 use super::weights::{self, KINDS, Kind};
 use pocketlora_kernels::{Backend, FloatType, WorkType};
 
-/// `[T, O, K]`: the matrix-vector paths, tails of every tile, blocks that run over row ends, odd rows, several
+/// `[T, O, K]`, some of them large enough for several threads: the matrix-vector paths, tails of every tile, blocks that run over row ends, odd rows, several
 /// panels and tasks, thin adapters, nothing at all.
 const SHAPES: &[[usize; 3]] = &[
     [1, 1, 1],
@@ -26,6 +26,8 @@ const SHAPES: &[[usize; 3]] = &[
     [131, 8, 66],
     [64, 131, 8],
     [3, 5, 2050],
+    [40, 70, 100],
+    [66, 520, 8],
     [0, 4, 64],
     [2, 0, 64],
 ];
@@ -81,7 +83,9 @@ fn matmul_and_its_gradients_meet_the_oracle() {
 fn the_gradient_by_the_weight_meets_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(2);
-    for [t, o, k] in [[1, 1, 1], [1, 8, 65], [2, 3, 8], [5, 50, 17], [17, 8, 300], [300, 9, 8], [3, 0, 4], [0, 3, 4]] {
+    for [t, o, k] in
+        [[1, 1, 1], [1, 8, 65], [2, 3, 8], [5, 50, 17], [17, 8, 300], [300, 9, 8], [300, 50, 18], [3, 0, 4], [0, 3, 4]]
+    {
         let (x, dy) = (random.vector(t * k), random.vector(t * o));
         let (dw, size) = if t == 0 {
             (vec![0.0; o * k], vec![0.0; o * k])

@@ -14,25 +14,32 @@ const BF16: u8 = 2;
 /// Rows at least this long are summed one at a time: two streams side by side read memory slower.
 const LONG: usize = 256;
 
+/// Bytes that the matrix-vector product reads ahead.
+const AHEAD: usize = 2048;
+
 /// See [`super::super::Table::dense_decode`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) fn decode(dtype: FloatType, bytes: &[u8], out: &mut [f32]) {
+pub(crate) fn decode(dtype: FloatType, bytes: &[u8], stride: usize, width: usize, out: &mut [f32]) {
     match dtype {
-        FloatType::F32 => decode_as::<F32>(bytes, out),
-        FloatType::F16 => decode_as::<F16>(bytes, out),
-        FloatType::BF16 => decode_as::<BF16>(bytes, out),
+        FloatType::F32 => decode_as::<F32>(dtype, bytes, stride, width, out),
+        FloatType::F16 => decode_as::<F16>(dtype, bytes, stride, width, out),
+        FloatType::BF16 => decode_as::<BF16>(dtype, bytes, stride, width, out),
     }
-    let done = out.len() / 8 * 8;
-    super::portable::decode(dtype, &bytes[done * dtype.size()..], &mut out[done..]);
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn decode_as<const TYPE: u8>(bytes: &[u8], out: &mut [f32]) {
-    let step = 8 * size::<TYPE>();
-    for (bytes, out) in bytes.chunks_exact(step).zip(out.as_chunks_mut::<8>().0) {
-        // SAFETY: `bytes` holds 8 elements, `out` 8 floats.
-        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), load::<TYPE>(bytes.as_ptr())) };
+fn decode_as<const TYPE: u8>(dtype: FloatType, bytes: &[u8], stride: usize, width: usize, out: &mut [f32]) {
+    let size = size::<TYPE>();
+    for (bytes, out) in bytes.chunks(stride * size).zip(out.chunks_exact_mut(width)) {
+        let (vectors, rest) = out.as_chunks_mut::<8>();
+        for (bytes, out) in bytes.chunks_exact(8 * size).zip(vectors) {
+            // SAFETY: `bytes` holds 8 elements, `out` 8 floats.
+            unsafe { _mm256_storeu_ps(out.as_mut_ptr(), load::<TYPE>(bytes.as_ptr())) };
+        }
+        if !rest.is_empty() {
+            super::portable::decode_row(dtype, &bytes[(width - rest.len()) * size..], rest);
+        }
     }
 }
 
@@ -75,6 +82,8 @@ fn dot_rows<const TYPE: u8, const ROWS: usize, const PARTS: usize>(bytes: &[u8],
     let mut sums = [[_mm256_setzero_ps(); PARTS]; ROWS];
     let mut k = 0;
     while k + 8 * PARTS <= n {
+        // A prefetch is no access: it may point past the end.
+        _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(k * size + AHEAD).cast());
         for part in 0..PARTS {
             let at = k + 8 * part;
             // SAFETY: `at + 8 <= n`, and `bytes` holds ROWS rows of n elements.

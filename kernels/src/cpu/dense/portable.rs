@@ -6,7 +6,14 @@ use half::{bf16, f16};
 use wide::f32x8;
 
 /// See [`super::super::Table::dense_decode`].
-pub(crate) fn decode(dtype: FloatType, bytes: &[u8], out: &mut [f32]) {
+pub(crate) fn decode(dtype: FloatType, bytes: &[u8], stride: usize, width: usize, out: &mut [f32]) {
+    for (bytes, out) in bytes.chunks(stride * dtype.size()).zip(out.chunks_exact_mut(width)) {
+        decode_row(dtype, bytes, out);
+    }
+}
+
+/// As many elements as `out` holds.
+pub(super) fn decode_row(dtype: FloatType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         FloatType::F32 => {
             for (y, b) in out.iter_mut().zip(bytes.as_chunks().0) {
@@ -35,7 +42,7 @@ pub(crate) fn matvec(dtype: FloatType, bytes: &[u8], x: &[f32], y: &mut [f32]) {
         let mut sums = [f32x8::ZERO; STEP / LANES];
         for (x, row) in x.chunks(STEP).zip(row.chunks(STEP * dtype.size())) {
             let mut w = [0.0; STEP];
-            decode(dtype, row, &mut w[..x.len()]);
+            decode_row(dtype, row, &mut w[..x.len()]);
             for (j, sum) in sums.iter_mut().enumerate().take(x.len().div_ceil(LANES)) {
                 *sum = load(&w[j * LANES..]).mul_add(load(&x[j * LANES..]), *sum);
             }
