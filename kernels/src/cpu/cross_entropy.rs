@@ -4,10 +4,11 @@
 
 use super::elementwise::scale_part;
 use super::softmax;
+use super::table::Table;
 use rayon::prelude::*;
 
 /// Rows `[N, V]` become gradients of `factor * loss`; `losses` is `[N]`.
-pub(crate) fn forward_vjp(targets: &[u32], factor: f32, logits: &mut [f32], losses: &mut [f32]) {
+pub(crate) fn forward_vjp(table: &Table, targets: &[u32], factor: f32, logits: &mut [f32], losses: &mut [f32]) {
     assert_eq!(targets.len(), losses.len());
     if targets.is_empty() {
         return assert!(logits.is_empty());
@@ -19,7 +20,7 @@ pub(crate) fn forward_vjp(targets: &[u32], factor: f32, logits: &mut [f32], loss
     rows.for_each(|((x, loss), target)| {
         let target = *target as usize;
         let (max, picked) = (softmax::max(x), x[target]);
-        let sum = softmax::exp_sum(x, max);
+        let sum = softmax::exp_sum(table, x, max);
         *loss = (sum.ln() + f64::from(max) - f64::from(picked)) as f32;
         let probability = f64::from(x[target]) / sum;
         scale_part((f64::from(factor) / sum) as f32, x);

@@ -1,6 +1,6 @@
 //! The CPU backend: [`Cpu`] implements [`Backend`] by calling one file per op.
 //!
-//! The ops that dominate time (`nf4`, `dense`, `tile`) have a text per instruction set, picked at run time
+//! The ops that dominate time (`nf4`, `dense`, `tile`, `exp`) have a text per instruction set, picked at run time
 //! through [`Table`]; all others are written once on `wide` or in terms of those.
 
 mod adamw;
@@ -12,6 +12,7 @@ mod cache;
 mod cross_entropy;
 mod dense;
 mod elementwise;
+mod exp;
 mod lanes;
 mod matmul;
 mod matrix;
@@ -180,11 +181,11 @@ impl Backend for Cpu {
     }
 
     fn swiglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
-        swiglu::forward(gate, up, y);
+        swiglu::forward(self.table, gate, up, y);
     }
 
     fn swiglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
-        swiglu::vjp(gate, up, dy, dgate, dup);
+        swiglu::vjp(self.table, gate, up, dy, dgate, dup);
     }
 
     fn attention(
@@ -238,7 +239,7 @@ impl Backend for Cpu {
     }
 
     fn cross_entropy(&self, targets: &[u32], scale: f32, logits: &mut Buffer, losses: &mut Buffer) {
-        cross_entropy::forward_vjp(targets, scale, logits, losses);
+        cross_entropy::forward_vjp(self.table, targets, scale, logits, losses);
     }
 
     fn sum_squares(&self, x: &Buffer) -> Result<f64, Error> {

@@ -2,10 +2,12 @@
 //! `p = e^(x - m) / sum e^(x - m)` with `m = max x`, so that no exponential overflows.
 //! Backward, with `D = sum_i p_i dp_i`: `dx = p (dp - D)`.
 
-use super::lanes::{LANES, exp, load, store, update};
+use super::lanes::{LANES, sum, update};
+use super::table::Table;
 use wide::f32x8;
 
-/// Vectors that are summed in f32 before they join the f64 total; keeps a vocabulary's sum exact to f32.
+/// Elements that are summed in f32 before they join the f64 total; keeps a vocabulary's sum exact to f32, and
+/// the exponentials in first-level cache until they are summed.
 const BLOCK: usize = 128 * LANES;
 
 /// Largest element, `-inf` of an empty row. A NaN may be skipped: [`exp_sum`] carries it.
@@ -19,23 +21,11 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 }
 
 /// `x = e^(x - shift)`; returns the sum.
-pub(crate) fn exp_sum(x: &mut [f32], shift: f32) -> f64 {
-    let shift = f32x8::splat(shift);
+pub(crate) fn exp_sum(table: &Table, x: &mut [f32], shift: f32) -> f64 {
     let mut total = 0.0;
     for x in x.chunks_mut(BLOCK) {
-        let mut sum = f32x8::ZERO;
-        let (vectors, rest) = x.as_chunks_mut::<LANES>();
-        for x in vectors {
-            let y = exp(f32x8::new(*x) - shift);
-            *x = y.to_array();
-            sum += y;
-        }
-        total += f64::from(sum.reduce_add());
-        if !rest.is_empty() {
-            let y = exp(load(rest) - shift);
-            store(rest, y);
-            total += rest.iter().map(|y| f64::from(*y)).sum::<f64>();
-        }
+        table.exp(1.0, shift, x);
+        total += f64::from(sum([&*x], |[x]| x));
     }
     total
 }

@@ -1,6 +1,7 @@
 //! The functions that dominate time, one set per instruction set, chosen at run time.
 
 use super::dense;
+use super::exp;
 use super::nf4::{self, EvenOdd, Nf4};
 use super::tile::{self, Coefficients, Rows};
 use crate::{Error, FloatType};
@@ -38,6 +39,7 @@ pub struct Table {
     nf4_matvec: unsafe fn(&Nf4, usize, usize, &EvenOdd, &mut [f32]),
     dense_decode: unsafe fn(FloatType, &[u8], usize, usize, &mut [f32]),
     dense_matvec: unsafe fn(FloatType, &[u8], &[f32], &mut [f32]),
+    exp: unsafe fn(f32, f32, &mut [f32]),
     tile_dot: unsafe fn(Rows, Rows, &mut [&mut [f32]], usize),
     tile_axpy: unsafe fn(Coefficients, Rows, &mut [&mut [f32]]),
 }
@@ -48,6 +50,7 @@ static PORTABLE: Table = Table {
     nf4_matvec: nf4::portable::matvec,
     dense_decode: dense::portable::decode,
     dense_matvec: dense::portable::matvec,
+    exp: exp::portable::exp,
     tile_dot: tile::portable::dot,
     tile_axpy: tile::portable::axpy,
 };
@@ -59,6 +62,7 @@ static AVX2: Table = Table {
     nf4_matvec: nf4::avx2::matvec,
     dense_decode: dense::avx2::decode,
     dense_matvec: dense::avx2::matvec,
+    exp: exp::avx2::exp,
     tile_dot: tile::avx2::dot,
     tile_axpy: tile::avx2::axpy,
 };
@@ -161,6 +165,15 @@ impl Table {
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
         unsafe {
             (self.dense_matvec)(dtype, bytes, x, y);
+        }
+    }
+
+    /// `x = e^(factor x - shift)`.
+    pub(crate) fn exp(&self, factor: f32, shift: f32, x: &mut [f32]) {
+        // SAFETY: any slice will do; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.exp)(factor, shift, x);
         }
     }
 

@@ -3,14 +3,13 @@
 //! Per query row, with `D = dy . y`: `dv += p dy`, `ds = scale p (dy . v - D)`, `dq = ds k`, `dk += ds q`.
 
 use super::super::elementwise::zero;
-use super::super::lanes::{exp, sum, update};
+use super::super::lanes::sum;
 use super::super::softmax;
 use super::super::split::run;
 use super::super::table::Table;
 use super::super::tile::{Coefficients, Rows};
 use super::{KEYS, Shape, clip, visible};
 use crate::Attention;
-use wide::f32x8;
 
 /// Query tokens of a block.
 const TOKENS: usize = 32;
@@ -147,8 +146,7 @@ impl Inputs<'_> {
                 row[seen.end..].fill(0.0);
             }
             let lse = self.lse[(task.segment + token + i) * self.spec.heads + head];
-            let (scale, lse) = (f32x8::splat(self.spec.scale), f32x8::splat(lse));
-            update(&mut p[seen.clone()], [], |s, []| exp(s * scale - lse));
+            table.exp(self.spec.scale, lse, &mut p[seen.clone()]);
             let along = sum([dy.row(i), y.row(i)], |[dy, y]| dy * y);
             softmax::vjp(&p[seen.clone()], along, self.spec.scale, &mut ds[seen]);
         }

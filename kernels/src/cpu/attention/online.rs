@@ -66,7 +66,7 @@ impl<'a> OnlineSoftmax<'a> {
                 continue;
             }
             let shrink = (self.max[i] - max).exp();
-            self.sum[i] = self.sum[i] * f64::from(shrink) + softmax::exp_sum(row, max);
+            self.sum[i] = self.sum[i] * f64::from(shrink) + softmax::exp_sum(self.table, row, max);
             self.max[i] = max;
             if shrink != 1.0 {
                 scale_part(shrink, y[i]);
