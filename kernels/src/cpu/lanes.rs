@@ -36,20 +36,22 @@ pub(crate) fn store(y: &mut [f32], value: f32x8) {
 /// `y[i] = f(xs[0][i], xs[1][i], ..)`.
 #[inline(always)]
 pub(crate) fn map<const N: usize>(xs: [&[f32]; N], y: &mut [f32], f: impl Fn([f32x8; N]) -> f32x8) {
-    assert!(xs.iter().all(|x| x.len() == y.len()));
-    for i in (0..y.len()).step_by(LANES) {
-        let value = f(xs.map(|x| load(&x[i..])));
-        store(&mut y[i..], value);
-    }
+    update(y, xs, |_, xs| f(xs));
 }
 
 /// `y[i] = f(y[i], xs[0][i], xs[1][i], ..)`.
 #[inline(always)]
 pub(crate) fn update<const N: usize>(y: &mut [f32], xs: [&[f32]; N], f: impl Fn(f32x8, [f32x8; N]) -> f32x8) {
     assert!(xs.iter().all(|x| x.len() == y.len()));
-    for i in (0..y.len()).step_by(LANES) {
-        let value = f(load(&y[i..]), xs.map(|x| load(&x[i..])));
-        store(&mut y[i..], value);
+    let whole = y.len() / LANES * LANES;
+    let (vectors, rest) = y.as_chunks_mut::<LANES>();
+    let chunks = xs.map(|x| x.as_chunks::<LANES>().0);
+    for (i, y) in vectors.iter_mut().enumerate() {
+        *y = f(f32x8::new(*y), chunks.map(|x| f32x8::new(x[i]))).to_array();
+    }
+    if !rest.is_empty() {
+        let value = f(load(rest), xs.map(|x| load(&x[whole..])));
+        store(rest, value);
     }
 }
 
@@ -58,9 +60,13 @@ pub(crate) fn update<const N: usize>(y: &mut [f32], xs: [&[f32]; N], f: impl Fn(
 pub(crate) fn sum<const N: usize>(xs: [&[f32]; N], f: impl Fn([f32x8; N]) -> f32x8) -> f32 {
     let n = xs[0].len();
     assert!(xs.iter().all(|x| x.len() == n));
+    let chunks = xs.map(|x| x.as_chunks::<LANES>().0);
     let mut total = f32x8::ZERO;
-    for i in (0..n).step_by(LANES) {
-        total += f(xs.map(|x| load(&x[i..])));
+    for i in 0..n / LANES {
+        total += f(chunks.map(|x| f32x8::new(x[i])));
+    }
+    if !n.is_multiple_of(LANES) {
+        total += f(xs.map(|x| load(&x[n / LANES * LANES..])));
     }
     total.reduce_add()
 }
