@@ -135,12 +135,13 @@ pub trait Backend: Send + Sync + 'static {
     /// `dx += ` the gradient of [`Backend::rms_norm`] by `x`; `w` is frozen.
     fn rms_norm_vjp_x(&self, w: &Self::Buffer, eps: f32, x: &Self::Buffer, dy: &Self::Buffer, dx: &mut Self::Buffer);
 
-    /// Rotates each head of `x` `[T, heads * D]` by the angles whose `cos` and `sin` are `[T, D / 2]`,
+    /// Rotates each head (`D` = `head_dim`) of `x` `[T, heads * D]` by the angles whose `cos` and `sin` are `[T, D / 2]`,
     /// pairing element `i` with `i + D / 2` as Hugging Face checkpoints do (Su et al. 2021). `inverse`
     /// turns back, which is also the gradient.
     fn rope(
         &self,
         heads: usize,
+        head_dim: usize,
         cos: &Self::Buffer,
         sin: &Self::Buffer,
         x: &Self::Buffer,

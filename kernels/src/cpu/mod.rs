@@ -1,3 +1,252 @@
-//! CPU backend.
-/// The CPU.
-pub struct Cpu;
+//! The CPU backend: [`Cpu`] implements [`Backend`] by calling one file per op.
+//!
+//! The ops that dominate time (`nf4`, `dense`, `tile`, `exp`) have a text per instruction set, picked at run time
+//! through [`Table`]; all others are written once on `wide` or in terms of those.
+
+mod adamw;
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod buffer;
+mod cache;
+mod cross_entropy;
+mod dense;
+mod elementwise;
+mod exp;
+mod lanes;
+mod matmul;
+mod matrix;
+mod nf4;
+mod rms_norm;
+mod rope;
+mod rows;
+mod softmax;
+mod split;
+mod swiglu;
+mod table;
+mod tile;
+
+pub use buffer::Buffer;
+pub use cache::Cache;
+pub use matrix::Matrix;
+pub use table::{Isa, Table};
+
+use crate::{AdamW, Attention, Backend, CacheType, Error, MatrixSource, WorkType};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+/// The CPU: a pool of threads and the kernels of one instruction set.
+pub struct Cpu {
+    table: &'static Table,
+    /// `None` if the system refused the threads: ops then run on rayon's global pool.
+    pool: Option<ThreadPool>,
+}
+
+impl Cpu {
+    /// The best kernels for this machine on `threads` threads, all cores if 0. [`Table::from_env`] tells
+    /// whether `POCKETLORA_ISA` holds a name that this ignores.
+    #[must_use]
+    pub fn new(threads: usize) -> Self {
+        Self::with_table(threads, Table::best())
+    }
+
+    /// The kernels of `table` on `threads` threads, all cores if 0.
+    #[must_use]
+    pub fn with_table(threads: usize, table: &'static Table) -> Self {
+        let name = |i| format!("pocketlora-{i}");
+        let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().ok();
+        Self { table, pool }
+    }
+
+    /// The instruction set of the kernels.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.table.isa()
+    }
+
+    /// Threads that [`Backend::scope`] offers.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.pool.as_ref().map_or_else(rayon::current_num_threads, ThreadPool::current_num_threads)
+    }
+}
+
+impl Backend for Cpu {
+    type Buffer = Buffer;
+    type Matrix = Matrix;
+    type Cache = Cache;
+
+    fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match &self.pool {
+            Some(pool) => pool.install(work),
+            None => work(),
+        }
+    }
+
+    fn buffer(&self, len: usize) -> Result<Buffer, Error> {
+        Buffer::zeros(len)
+    }
+
+    fn len(&self, buffer: &Buffer) -> usize {
+        buffer.len()
+    }
+
+    fn write(&self, dst: &mut Buffer, src: &[f32]) {
+        dst.copy_from_slice(src);
+    }
+
+    fn read(&self, src: &Buffer, dst: &mut [f32]) -> Result<(), Error> {
+        dst.copy_from_slice(src);
+        Ok(())
+    }
+
+    fn matrix(&self, source: MatrixSource) -> Result<Matrix, Error> {
+        Matrix::new(source)
+    }
+
+    fn work_matrix(&self, rows: usize, cols: usize, dtype: WorkType) -> Result<Matrix, Error> {
+        Matrix::zeros(rows, cols, dtype)
+    }
+
+    fn set_matrix(&self, dst: &mut Matrix, master: &Buffer) {
+        dst.set(master);
+    }
+
+    fn shape(&self, matrix: &Matrix) -> (usize, usize) {
+        matrix.shape()
+    }
+
+    fn embed(&self, table: &Matrix, ids: &[u32], y: &mut Buffer) {
+        rows::embed(self.table, table, ids, y);
+    }
+
+    fn gather_rows(&self, x: &Buffer, rows: &[u32], y: &mut Buffer) {
+        rows::gather(x, rows, y);
+    }
+
+    fn scatter_add_rows(&self, x: &Buffer, rows: &[u32], y: &mut Buffer) {
+        rows::scatter_add(x, rows, y);
+    }
+
+    fn matmul(&self, w: &Matrix, x: &Buffer, y: &mut Buffer, accumulate: bool) {
+        matmul::forward(self.table, w, x, y, accumulate);
+    }
+
+    fn matmul_vjp_x(&self, w: &Matrix, dy: &Buffer, dx: &mut Buffer, accumulate: bool) {
+        matmul::vjp_x(self.table, w, dy, dx, accumulate);
+    }
+
+    fn matmul_vjp_w(&self, tokens: usize, dy: &Buffer, x: &Buffer, dw: &mut Buffer) {
+        matmul::vjp_w(self.table, tokens, dy, x, dw);
+    }
+
+    fn add_bias(&self, bias: &Buffer, y: &mut Buffer) {
+        elementwise::add_bias(bias, y);
+    }
+
+    fn add(&self, a: &Buffer, b: &Buffer, y: &mut Buffer) {
+        elementwise::add(a, b, y);
+    }
+
+    fn add_assign(&self, x: &Buffer, y: &mut Buffer) {
+        elementwise::add_assign(x, y);
+    }
+
+    fn scale(&self, factor: f32, x: &mut Buffer) {
+        elementwise::scale(factor, x);
+    }
+
+    fn zero(&self, x: &mut Buffer) {
+        elementwise::zero(x);
+    }
+
+    fn rms_norm(&self, w: &Buffer, eps: f32, x: &Buffer, y: &mut Buffer) {
+        rms_norm::forward(w, eps, x, y);
+    }
+
+    fn rms_norm_vjp_x(&self, w: &Buffer, eps: f32, x: &Buffer, dy: &Buffer, dx: &mut Buffer) {
+        rms_norm::vjp_x(w, eps, x, dy, dx);
+    }
+
+    fn rope(
+        &self,
+        heads: usize,
+        head_dim: usize,
+        cos: &Buffer,
+        sin: &Buffer,
+        x: &Buffer,
+        inverse: bool,
+        y: &mut Buffer,
+    ) {
+        rope::forward(heads, head_dim, cos, sin, x, inverse, y);
+    }
+
+    fn swiglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
+        swiglu::forward(self.table, gate, up, y);
+    }
+
+    fn swiglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
+        swiglu::vjp(self.table, gate, up, dy, dgate, dup);
+    }
+
+    fn attention(
+        &self,
+        spec: &Attention,
+        segments: &[usize],
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        y: &mut Buffer,
+        lse: &mut Buffer,
+    ) {
+        attention::forward(self.table, spec, segments, q, k, v, y, lse);
+    }
+
+    fn attention_vjp(
+        &self,
+        spec: &Attention,
+        segments: &[usize],
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        y: &Buffer,
+        lse: &Buffer,
+        dy: &Buffer,
+        dq: &mut Buffer,
+        dk: &mut Buffer,
+        dv: &mut Buffer,
+    ) {
+        attention::vjp(self.table, spec, segments, q, k, v, y, lse, dy, dq, dk, dv);
+    }
+
+    fn cache(&self, width: usize, dtype: CacheType) -> Cache {
+        Cache::new(width, dtype)
+    }
+
+    fn cache_len(&self, cache: &Cache) -> usize {
+        cache.len()
+    }
+
+    fn cache_append(&self, cache: &mut Cache, k: &Buffer, v: &Buffer) -> Result<(), Error> {
+        cache.append(k, v)
+    }
+
+    fn cache_truncate(&self, cache: &mut Cache, len: usize) {
+        cache.truncate(len);
+    }
+
+    fn attention_cached(&self, spec: &Attention, q: &Buffer, cache: &Cache, y: &mut Buffer) {
+        attention::forward_cached(self.table, spec, q, cache, y);
+    }
+
+    fn cross_entropy(&self, targets: &[u32], scale: f32, logits: &mut Buffer, losses: &mut Buffer) {
+        cross_entropy::forward_vjp(self.table, targets, scale, logits, losses);
+    }
+
+    fn sum_squares(&self, x: &Buffer) -> Result<f64, Error> {
+        Ok(adamw::sum_squares(x))
+    }
+
+    fn adamw(&self, step: &AdamW, grad: &Buffer, param: &mut Buffer, m: &mut Buffer, v: &mut Buffer) {
+        adamw::step(step, grad, param, m, v);
+    }
+}

@@ -1,0 +1,30 @@
+//! Cross-entropy of softmax with integer targets, and its gradient in place of the logits.
+//!
+//! `loss = log sum e^x - x[target]` (natural log), `d loss / d x = softmax(x) - onehot(target)`.
+
+use super::elementwise::scale_part;
+use super::softmax;
+use super::table::Table;
+use rayon::prelude::*;
+
+/// Rows `[N, V]` become gradients of `factor * loss`; `losses` is `[N]`.
+pub(crate) fn forward_vjp(table: &Table, targets: &[u32], factor: f32, logits: &mut [f32], losses: &mut [f32]) {
+    assert_eq!(targets.len(), losses.len());
+    if targets.is_empty() {
+        return assert!(logits.is_empty());
+    }
+    let vocab = logits.len() / targets.len();
+    assert_eq!(logits.len(), vocab * targets.len());
+    assert!(targets.iter().all(|target| (*target as usize) < vocab), "target beyond the `{vocab}` logits");
+    let rows = logits.par_chunks_exact_mut(vocab).zip(losses).zip(targets);
+    rows.for_each(|((x, loss), target)| {
+        let target = *target as usize;
+        let (max, picked) = (softmax::max(x), x[target]);
+        let sum = softmax::exp_sum(table, x, max);
+        *loss = (sum.ln() + f64::from(max) - f64::from(picked)) as f32;
+        let probability = f64::from(x[target]) / sum;
+        scale_part((f64::from(factor) / sum) as f32, x);
+        // In f64: `p - 1` of a sure prediction would lose its digits in f32.
+        x[target] = (f64::from(factor) * (probability - 1.0)) as f32;
+    });
+}

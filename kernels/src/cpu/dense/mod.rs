@@ -1,0 +1,5 @@
+//! Weights in f16, bf16 or f32, read in place from bytes of any alignment.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+pub(crate) mod portable;

@@ -1,0 +1,51 @@
+//! The exponential of softmax and of the gated activation, within 2 ulp: NaN stays NaN, overflow is infinite,
+//! underflow gradual.
+//!
+//! Cody & Waite's reduction `x = n ln 2 + r`, the degree-6 minimax polynomial of Cephes' `expf` on
+//! `|r| <= ln 2 / 2`, and `2^n` applied in two halves, for `n` alone would leave the exponent's range.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+pub(crate) mod portable;
+
+/// Below the first the result rounds to zero, above the second to infinity.
+const RANGE: (f32, f32) = (-104.0, 89.0);
+/// ln 2 in two parts; the first has 9 bits, so that its product with `n` is exact.
+const LN_2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4);
+/// `(e^r - 1 - r) / r²`, highest power first.
+const POLYNOMIAL: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5];
+
+#[cfg(test)]
+mod tests {
+    use super::super::Table;
+
+    /// Calls `check(isa, e^x)` for each table.
+    fn each(x: &[f32], check: impl Fn(&str, &[f32])) {
+        for table in Table::available() {
+            let mut y = x.to_vec();
+            table.exp(1.0, 0.0, &mut y);
+            check(table.isa().name(), &y);
+        }
+    }
+
+    #[test]
+    fn exp_is_within_two_ulp_of_f64() {
+        let xs: Vec<f32> = (-8300..7097).map(|i| i as f32 * 0.0125).collect();
+        each(&xs, |isa, ys| {
+            for (x, y) in xs.iter().zip(ys) {
+                let want = f64::from(*x).exp();
+                let ulp = (want * f64::from(f32::EPSILON)).max(f64::from(f32::from_bits(1)));
+                assert!((f64::from(*y) - want).abs() <= 2.0 * ulp, "exp({x}) = {y} @{isa}, expected {want}");
+            }
+        });
+    }
+
+    #[test]
+    fn exp_carries_the_special_values() {
+        each(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 89.5, -104.5, 88.72, f32::NAN], |isa, y| {
+            assert!(y[0].is_nan() && y[8].is_nan(), "{isa}");
+            assert_eq!(y[1..7], [f32::INFINITY, 0.0, 1.0, 1.0, f32::INFINITY, 0.0], "{isa}");
+            assert!(y[7].is_finite(), "{isa}");
+        });
+    }
+}

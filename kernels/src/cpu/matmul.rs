@@ -1,0 +1,173 @@
+//! Products with a weight `W[O, K]` that is expanded a panel at a time, into scratch that stays in cache.
+//!
+//! | | formula | form | task |
+//! |---|---|---|---|
+//! | forward, one token | `y = W x` | fused decode and dot | rows of `W` |
+//! | forward | `Y[T, O] = X[T, K] Wᵀ` | `dot` | columns of `Y` |
+//! | forward, thin `K` | same | `axpy` on `Wᵀ` | columns of `Y` |
+//! | by `X` | `dX[T, K] = dY[T, O] W` | `axpy` | tokens by columns of `dX` |
+//! | by `W` | `dW[O, K] += dYᵀ X` | `axpy` | patches of `dW` |
+
+use super::matrix::{Elements, Matrix};
+use super::nf4::{EvenOdd, GRANULE};
+use super::split::{Patch, patches, run, with_scratch};
+use super::table::Table;
+use super::tile::{Coefficients, Rows};
+use rayon::prelude::*;
+
+/// Multiplications below which other threads stay asleep.
+const SMALL: usize = 256 * 1024;
+/// Weights of a matrix-vector task, some 10 us of work; twice that is not worth two threads.
+const MATVEC_TASK: usize = 32 * 1024;
+/// Floats in a decoded panel: 256 KiB, half of a usual second-level cache.
+const PANEL: usize = 64 * 1024;
+/// Rows of a decoded panel at most, so that a task's share of the output is not too coarse.
+const PANEL_ROWS: usize = 32;
+/// Tasks of a forward product at most; a larger output gets larger tasks, as each holds a slice a token.
+const TASKS: usize = 64;
+/// Sums shorter than this (adapters of low rank) cost less as `axpy`, which has no horizontal additions.
+const THIN: usize = 64;
+/// Columns of a task of the thin product.
+const THIN_COLS: usize = 128;
+/// Columns and tokens of a task of the product by `X`: one NF4 block, and enough tokens to pay its decoding.
+const VJP_X: (usize, usize) = (64, 128);
+/// Rows of `W` per panel there: 32 KiB with 64 columns.
+const VJP_X_DEPTH: usize = 128;
+/// Rows and columns of a task of the product by `W`.
+const VJP_W: (usize, usize) = (48, 256);
+
+/// `y[T, O] = x[T, K] Wᵀ`, added to `y` if `accumulate`.
+pub(crate) fn forward(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], accumulate: bool) {
+    let (o, k) = w.shape();
+    let tokens = tokens(x, k, y, o);
+    if !accumulate && (tokens != 1 || k == 0) {
+        super::elementwise::zero(y);
+    }
+    if tokens == 0 || o == 0 || k == 0 {
+        return;
+    }
+    match w.elements() {
+        Elements::Dense(dtype, bytes) if tokens == 1 => {
+            let row = k * dtype.size();
+            rows_of_one(k, y, accumulate, |at, y| {
+                table.dense_matvec(dtype, &bytes[at * row..][..y.len() * row], x, y);
+            });
+        }
+        Elements::Nf4(w) if tokens == 1 && k.is_multiple_of(GRANULE) => {
+            let x = EvenOdd::new(x);
+            rows_of_one(k, y, accumulate, |at, y| table.nf4_matvec(w, k, at, &x, y));
+        }
+        _ => {
+            if tokens == 1 && !accumulate {
+                super::elementwise::zero(y);
+            }
+            let small = tokens * o * k < SMALL;
+            if k <= THIN { thin(table, w, x, y, small) } else { panels(table, w, x, y, small) }
+        }
+    }
+}
+
+/// Runs `matvec(first_row, y)` on parts of the rows; `matvec` overwrites.
+fn rows_of_one(k: usize, y: &mut [f32], accumulate: bool, matvec: impl Fn(usize, &mut [f32]) + Sync) {
+    let part = |at: usize, y: &mut [f32]| {
+        if !accumulate {
+            return matvec(at, y);
+        }
+        with_scratch(y.len(), |sums| {
+            matvec(at, sums);
+            super::elementwise::add_part(sums, y);
+        });
+    };
+    // Groups of four rows, as the kernels sum short rows four at a time.
+    let rows = (MATVEC_TASK / k).next_multiple_of(4).max(4);
+    if y.len() * k < 2 * MATVEC_TASK {
+        for (i, y) in y.chunks_mut(rows).enumerate() {
+            part(i * rows, y);
+        }
+    } else {
+        y.par_chunks_mut(rows).enumerate().for_each(|(i, y)| part(i * rows, y));
+    }
+}
+
+/// `y += x Wᵀ` by panels of whole rows.
+fn panels(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
+    let (o, k) = w.shape();
+    let panel = (PANEL / k / 4 * 4).clamp(4, PANEL_ROWS);
+    let task = panel * o.div_ceil(TASKS * panel);
+    let x = Rows::packed(x, k);
+    run(patches(y, o, x.count(), task), small, |Patch { col, mut rows, .. }| {
+        let cols = rows[0].len();
+        with_scratch(panel * k, |scratch| {
+            for at in (0..cols).step_by(panel) {
+                let decoded = &mut scratch[..panel.min(cols - at) * k];
+                w.decode(table, col + at, 0, k, decoded);
+                table.tile_dot(x, Rows::packed(decoded, k), &mut rows, at);
+            }
+        });
+    });
+}
+
+/// `y += x Wᵀ` for few columns, with the panel transposed.
+fn thin(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
+    let (o, k) = w.shape();
+    let tokens = x.len() / k;
+    run(patches(y, o, tokens, THIN_COLS), small, |Patch { col, mut rows, .. }| {
+        let cols = rows[0].len();
+        with_scratch(2 * cols * k, |scratch| {
+            let (decoded, transposed) = scratch.split_at_mut(cols * k);
+            w.decode(table, col, 0, k, decoded);
+            for (j, row) in decoded.chunks_exact(k).enumerate() {
+                for (i, value) in row.iter().enumerate() {
+                    transposed[i * cols + j] = *value;
+                }
+            }
+            table.tile_axpy(Coefficients { data: x, row: k, col: 1 }, Rows::packed(transposed, cols), &mut rows);
+        });
+    });
+}
+
+/// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`.
+pub(crate) fn vjp_x(table: &Table, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
+    let (o, k) = w.shape();
+    let tokens = tokens(dx, k, dy, o);
+    if !accumulate {
+        super::elementwise::zero(dx);
+    }
+    if tokens == 0 || o == 0 || k == 0 {
+        return;
+    }
+    run(patches(dx, k, VJP_X.1, VJP_X.0), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
+        let cols = rows[0].len();
+        with_scratch(VJP_X_DEPTH * cols, |scratch| {
+            for at in (0..o).step_by(VJP_X_DEPTH) {
+                let decoded = &mut scratch[..VJP_X_DEPTH.min(o - at) * cols];
+                w.decode(table, at, col, cols, decoded);
+                let coef = Coefficients { data: &dy[row * o + at..], row: o, col: 1 };
+                table.tile_axpy(coef, Rows::packed(decoded, cols), &mut rows);
+            }
+        });
+    });
+}
+
+/// `dw[O, K] += dy[T, O]ᵀ x[T, K]`.
+pub(crate) fn vjp_w(table: &Table, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f32]) {
+    if tokens == 0 {
+        return;
+    }
+    let (o, k) = (dy.len() / tokens, x.len() / tokens);
+    assert!(dy.len() == tokens * o && x.len() == tokens * k && dw.len() == o * k);
+    if dw.is_empty() {
+        return;
+    }
+    run(patches(dw, k, VJP_W.0, VJP_W.1), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
+        let x = Rows::new(&x[col..], k, tokens, rows[0].len());
+        table.tile_axpy(Coefficients { data: &dy[row..], row: 1, col: o }, x, &mut rows);
+    });
+}
+
+/// `T` of `x[T, K]` and `y[T, O]`; asserts that they agree.
+fn tokens(x: &[f32], k: usize, y: &[f32], o: usize) -> usize {
+    let tokens = x.len().checked_div(k).or(y.len().checked_div(o)).unwrap_or(0);
+    assert!(x.len() == tokens * k && y.len() == tokens * o, "x {}, y {} for [{o}, {k}]", x.len(), y.len());
+    tokens
+}

@@ -1,0 +1,111 @@
+//! Weights as the CPU backend holds them: mapped bytes, or a small matrix that changes every step.
+
+use super::buffer::reserve;
+use super::nf4::Nf4;
+use super::table::Table;
+use crate::{Error, FloatType, MatrixData, MatrixSource, WorkType};
+use bytes::Bytes;
+use half::f16;
+
+/// A weight `[O, K]` whose parts fit its shape.
+pub struct Matrix {
+    rows: usize,
+    cols: usize,
+    data: Data,
+}
+
+/// Where the elements are.
+pub(crate) enum Data {
+    Nf4(Nf4),
+    Mapped(FloatType, Bytes),
+    /// Little-endian like a mapped weight, so that the same kernels read both.
+    Work(WorkType, Vec<u8>),
+}
+
+impl Matrix {
+    pub(crate) fn new(source: MatrixSource) -> Result<Self, Error> {
+        let MatrixSource { rows, cols, data } = source;
+        // A product that overflows saturates and then differs from every length there can be.
+        let len = rows.saturating_mul(cols);
+        let data = match data {
+            MatrixData::Nf4(source) => Data::Nf4(Nf4::new(rows, cols, len, source)?),
+            MatrixData::Dense(dtype, bytes) => {
+                let (got, expected) = (bytes.len(), len.saturating_mul(dtype.size()));
+                if got != expected {
+                    return Err(Error::Matrix { rows, cols, what: "data", unit: "bytes", got, expected });
+                }
+                Data::Mapped(dtype, bytes)
+            }
+        };
+        Ok(Self { rows, cols, data })
+    }
+
+    pub(crate) fn zeros(rows: usize, cols: usize, dtype: WorkType) -> Result<Self, Error> {
+        let size = rows.saturating_mul(cols).saturating_mul(float_type(dtype).size());
+        let mut bytes = reserve(size)?;
+        bytes.resize(size, 0);
+        Ok(Self { rows, cols, data: Data::Work(dtype, bytes) })
+    }
+
+    /// Rounds `master` into a work matrix.
+    pub(crate) fn set(&mut self, master: &[f32]) {
+        assert_eq!(master.len(), self.rows * self.cols);
+        match &mut self.data {
+            Data::Work(WorkType::F32, bytes) => {
+                for (b, value) in bytes.as_chunks_mut().0.iter_mut().zip(master) {
+                    *b = value.to_le_bytes();
+                }
+            }
+            Data::Work(WorkType::F16, bytes) => {
+                for (b, value) in bytes.as_chunks_mut().0.iter_mut().zip(master) {
+                    *b = f16::from_f32(*value).to_le_bytes();
+                }
+            }
+            Data::Nf4(_) | Data::Mapped(..) => panic!("a frozen weight cannot be set"),
+        }
+    }
+
+    /// `(O, K)`.
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.cols)
+    }
+
+    /// Blocks, or the type and bytes of plain floats.
+    pub(crate) fn elements(&self) -> Elements<'_> {
+        match &self.data {
+            Data::Nf4(w) => Elements::Nf4(w),
+            Data::Mapped(dtype, bytes) => Elements::Dense(*dtype, bytes),
+            Data::Work(dtype, bytes) => Elements::Dense(float_type(*dtype), bytes),
+        }
+    }
+
+    /// Expands rows `row..row + n` by columns `col..col + width` into `out`, `n` rows of `width`.
+    pub(crate) fn decode(&self, table: &Table, row: usize, col: usize, width: usize, out: &mut [f32]) {
+        assert!(col + width <= self.cols);
+        match self.elements() {
+            Elements::Dense(dtype, bytes) => {
+                let start = (row * self.cols + col) * dtype.size();
+                table.dense_decode(dtype, &bytes[start..], self.cols, width, out);
+            }
+            Elements::Nf4(w) if width == self.cols => table.nf4_decode(w, row * self.cols, out),
+            Elements::Nf4(w) => {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    table.nf4_decode(w, (row + i) * self.cols + col, out);
+                }
+            }
+        }
+    }
+}
+
+/// What [`Matrix::elements`] finds.
+pub(crate) enum Elements<'a> {
+    Nf4(&'a Nf4),
+    Dense(FloatType, &'a [u8]),
+}
+
+fn float_type(dtype: WorkType) -> FloatType {
+    match dtype {
+        WorkType::F32 => FloatType::F32,
+        WorkType::F16 => FloatType::F16,
+    }
+}

@@ -1,0 +1,140 @@
+//! Weights in bitsandbytes' 4-bit blocks, read in place.
+//!
+//! Element `i` of the flattened `[O, K]` matrix is `round(code[nibble(i)] * absmax[i / block])`: the product in
+//! f32, rounded to the checkpoint's 16-bit type where it has one (Dettmers et al. 2023). Kernels make the 16
+//! products of a block once and then only look up, which yields bitsandbytes' bits exactly and spares a
+//! multiplication per weight.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+pub(crate) mod portable;
+
+use crate::{Absmax, Error, FloatType, Nf4Source};
+use bytes::Bytes;
+use half::{bf16, f16};
+
+/// [`super::Table::nf4_matvec`] wants rows of a multiple of this: 16 packed bytes, which never cross a block.
+pub(crate) const GRANULE: usize = 32;
+
+/// A validated weight.
+pub(crate) struct Nf4 {
+    packed: Bytes,
+    len: usize,
+    block_log2: u32,
+    code: [f32; 16],
+    absmax: Absmax,
+    dtype: FloatType,
+}
+
+impl Nf4 {
+    /// Checks every part against the shape, so that kernels may index without asking again.
+    pub fn new(rows: usize, cols: usize, len: usize, source: Nf4Source) -> Result<Self, Error> {
+        let expect = |what, unit, got: usize, expected: usize| {
+            if got == expected { Ok(()) } else { Err(Error::Matrix { rows, cols, what, unit, got, expected }) }
+        };
+        let Nf4Source { packed, block, code, absmax, dtype } = source;
+        let valid = block.is_power_of_two() && (32..=4096).contains(&block);
+        expect("block", "elements", block, if valid { block } else { 64 })?;
+        expect("packed", "bytes", packed.len(), len.div_ceil(2))?;
+        let blocks = len.div_ceil(block);
+        match &absmax {
+            Absmax::Plain(scales) => expect("absmax", "bytes", scales.len(), blocks.saturating_mul(4))?,
+            Absmax::Double { codes, nested, nested_block, .. } => {
+                expect("absmax", "bytes", codes.len(), blocks)?;
+                expect("nested block", "blocks", *nested_block, (*nested_block).max(1))?;
+                expect("nested_absmax", "elements", nested.len(), blocks.div_ceil(*nested_block))?;
+            }
+        }
+        Ok(Self { packed, len, block_log2: block.trailing_zeros(), code, absmax, dtype })
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Scale of one block; with double quantization two roundings, as bitsandbytes has them.
+    #[inline(always)]
+    pub fn absmax(&self, block: usize) -> f32 {
+        match &self.absmax {
+            Absmax::Plain(bytes) => {
+                let at = 4 * block;
+                f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+            }
+            Absmax::Double { codes, map, nested, nested_block, offset } => {
+                // A shift for the size that all files have; a division costs as much as 16 weights.
+                let outer = if *nested_block == 256 { block >> 8 } else { block / *nested_block };
+                map[usize::from(codes[block])] * nested[outer] + *offset
+            }
+        }
+    }
+
+    /// The parts that block borders cut `start..start + len` into.
+    #[inline(always)]
+    fn pieces(&self, start: usize, len: usize) -> Pieces<'_> {
+        Pieces { w: self, at: start, end: start + len }
+    }
+
+    /// The 16 values that a block with this scale can hold.
+    fn values(&self, absmax: f32) -> [f32; 16] {
+        self.code.map(|code| match self.dtype {
+            FloatType::F32 => code * absmax,
+            FloatType::F16 => f16::from_f32(code * absmax).to_f32(),
+            FloatType::BF16 => bf16::from_f32(code * absmax).to_f32(),
+        })
+    }
+
+    /// The four bits of element `i`.
+    #[inline(always)]
+    fn nibble(&self, i: usize) -> usize {
+        usize::from(self.packed[i / 2] >> (4 * (1 - i % 2)) & 15)
+    }
+}
+
+/// Consecutive elements of one block.
+struct Piece {
+    absmax: f32,
+    /// First element, counted over the flattened matrix.
+    at: usize,
+    len: usize,
+}
+
+/// A type of its own, for a closure in `iter::from_fn` would not be inlined into the AVX2 kernels: a call and the
+/// saving of all registers for every 64 weights.
+struct Pieces<'a> {
+    w: &'a Nf4,
+    at: usize,
+    end: usize,
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = Piece;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Piece> {
+        if self.at >= self.end {
+            return None;
+        }
+        let (at, block) = (self.at, self.at >> self.w.block_log2);
+        self.at = self.end.min((block + 1) << self.w.block_log2);
+        Some(Piece { absmax: self.w.absmax(block), at, len: self.at - at })
+    }
+}
+
+/// Activations of one token in the order in which four packed bytes yield weights: of every eight elements the
+/// four even ones (high nibbles), then the four odd ones. So weights need no reordering before the product.
+pub(crate) struct EvenOdd(Vec<f32>);
+
+impl EvenOdd {
+    /// Reorders `x`, whose length is a multiple of eight.
+    pub fn new(x: &[f32]) -> Self {
+        let (groups, rest) = x.as_chunks::<8>();
+        assert!(rest.is_empty());
+        Self(groups.iter().flat_map(|g| [g[0], g[2], g[4], g[6], g[1], g[3], g[5], g[7]]).collect())
+    }
+
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+}

@@ -1,0 +1,80 @@
+//! How work is cut into tasks.
+//!
+//! Cuts depend on shapes alone, and an output element is computed by one task in a fixed order, so results
+//! are the same bits whatever the number of threads. Outputs are split into `&mut` slices before the tasks
+//! start, which is what keeps parallel writes free of unsafe code.
+
+use rayon::prelude::*;
+use std::cell::Cell;
+
+/// Elements of a light op per task: some 10 us of work, a hundred times the cost of a task.
+const LIGHT: usize = 16 * 1024;
+
+/// Calls `work(start, part)` for consecutive parts of `y`, each a whole number of rows of `width`.
+pub(crate) fn parts(y: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+    let width = width.max(1);
+    let part = (LIGHT / width).max(1) * width;
+    if y.len() <= part {
+        return work(0, y);
+    }
+    y.par_chunks_mut(part).enumerate().for_each(|(i, y)| work(i * part, y));
+}
+
+/// As [`parts`] with two outputs of the same length.
+pub(crate) fn parts2(a: &mut [f32], b: &mut [f32], work: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) {
+    assert_eq!(a.len(), b.len());
+    if a.len() <= LIGHT {
+        return work(0, a, b);
+    }
+    let pairs = a.par_chunks_mut(LIGHT).zip(b.par_chunks_mut(LIGHT));
+    pairs.enumerate().for_each(|(i, (a, b))| work(i * LIGHT, a, b));
+}
+
+/// A rectangle of an output matrix: the place of its first element and a slice of every row.
+pub(crate) struct Patch<'a> {
+    pub row: usize,
+    pub col: usize,
+    pub rows: Vec<&'a mut [f32]>,
+}
+
+/// Cuts `y` of rows of `width` into patches of at most `rows` by `cols`, row band by row band.
+pub(crate) fn patches(y: &mut [f32], width: usize, rows: usize, cols: usize) -> Vec<Patch<'_>> {
+    let mut patches = Vec::new();
+    for (band, y) in y.chunks_mut(rows * width).enumerate() {
+        let first = patches.len();
+        let height = y.len() / width;
+        let starts = (0..width).step_by(cols);
+        patches.extend(starts.map(|col| Patch { row: band * rows, col, rows: Vec::with_capacity(height) }));
+        for row in y.chunks_mut(width) {
+            for (patch, part) in patches[first..].iter_mut().zip(row.chunks_mut(cols)) {
+                patch.rows.push(part);
+            }
+        }
+    }
+    patches
+}
+
+/// Runs `work` on every task, on this thread alone where `small` says that waking others would cost more.
+pub(crate) fn run<T: Send>(tasks: Vec<T>, small: bool, work: impl Fn(T) + Sync) {
+    if small || tasks.len() < 2 {
+        tasks.into_iter().for_each(work);
+    } else {
+        tasks.into_par_iter().for_each(&work);
+    }
+}
+
+thread_local! {
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Lends `work` a scratch array that this thread keeps between tasks; it holds anything at first.
+pub(crate) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    // Taken out of its cell meanwhile: a nested call finds an empty one and is merely slower.
+    let mut scratch = SCRATCH.take();
+    if scratch.len() < len {
+        scratch.resize(len, 0.0);
+    }
+    let result = work(&mut scratch[..len]);
+    SCRATCH.set(scratch);
+    result
+}

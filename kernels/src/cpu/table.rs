@@ -1,0 +1,201 @@
+//! The functions that dominate time, one set per instruction set, chosen at run time.
+
+use super::dense;
+use super::exp;
+use super::nf4::{self, EvenOdd, Nf4};
+use super::tile::{self, Coefficients, Rows};
+use crate::{Error, FloatType};
+use std::sync::LazyLock;
+
+/// Instruction sets with kernels of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Isa {
+    /// What the compilation target guarantees: SSE2 on x86-64, NEON on aarch64.
+    Portable,
+    /// AVX2 with FMA and F16C.
+    Avx2,
+}
+
+impl Isa {
+    /// The name that `POCKETLORA_ISA` and kernel names use.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+        }
+    }
+}
+
+/// Kernels of one instruction set.
+///
+/// The fields are `unsafe fn` because they may use instructions that a CPU lacks. The methods of the same
+/// names are the only callers: they check bounds, and a table for which this CPU lacks the instructions
+/// cannot be had, for the statics are private to this module and [`Table::available`] filters them.
+pub struct Table {
+    isa: Isa,
+    nf4_decode: unsafe fn(&Nf4, usize, &mut [f32]),
+    nf4_matvec: unsafe fn(&Nf4, usize, usize, &EvenOdd, &mut [f32]),
+    dense_decode: unsafe fn(FloatType, &[u8], usize, usize, &mut [f32]),
+    dense_matvec: unsafe fn(FloatType, &[u8], &[f32], &mut [f32]),
+    exp: unsafe fn(f32, f32, &mut [f32]),
+    tile_dot: unsafe fn(Rows, Rows, &mut [&mut [f32]], usize),
+    tile_axpy: unsafe fn(Coefficients, Rows, &mut [&mut [f32]]),
+}
+
+static PORTABLE: Table = Table {
+    isa: Isa::Portable,
+    nf4_decode: nf4::portable::decode,
+    nf4_matvec: nf4::portable::matvec,
+    dense_decode: dense::portable::decode,
+    dense_matvec: dense::portable::matvec,
+    exp: exp::portable::exp,
+    tile_dot: tile::portable::dot,
+    tile_axpy: tile::portable::axpy,
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX2: Table = Table {
+    isa: Isa::Avx2,
+    nf4_decode: nf4::avx2::decode,
+    nf4_matvec: nf4::avx2::matvec,
+    dense_decode: dense::avx2::decode,
+    dense_matvec: dense::avx2::matvec,
+    exp: exp::avx2::exp,
+    tile_dot: tile::avx2::dot,
+    tile_axpy: tile::avx2::axpy,
+};
+
+/// Where every table is checked once against the CPU.
+static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "no further tables"))]
+    let mut tables = vec![&PORTABLE];
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        tables.push(&AVX2);
+    }
+    tables
+});
+
+static BEST: LazyLock<&'static Table> = LazyLock::new(|| Table::from_env().unwrap_or(AVAILABLE[AVAILABLE.len() - 1]));
+
+impl Table {
+    /// The tables that this CPU can run, the slowest first.
+    #[must_use]
+    pub fn available() -> &'static [&'static Table] {
+        &AVAILABLE
+    }
+
+    /// The table that `POCKETLORA_ISA` names, or the fastest if it is not set.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the name is unknown or this CPU or build has no such kernels.
+    pub fn from_env() -> Result<&'static Table, Error> {
+        match std::env::var("POCKETLORA_ISA") {
+            Ok(name) if !name.is_empty() => Self::by_name(&name),
+            _ => Ok(AVAILABLE[AVAILABLE.len() - 1]),
+        }
+    }
+
+    /// The table called `name`, as in `POCKETLORA_ISA`.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the name is unknown or this CPU or build has no such kernels.
+    pub fn by_name(name: &str) -> Result<&'static Table, Error> {
+        AVAILABLE.iter().copied().find(|table| table.isa.name() == name).ok_or_else(|| {
+            let names: Vec<_> = AVAILABLE.iter().map(|table| format!("`{}`", table.isa.name())).collect();
+            Error::Device(format!("instruction set `{name}` is not available here, only {}", names.join(", ")))
+        })
+    }
+
+    /// [`Table::from_env`], read once; the fastest table if that fails. A front end that wants to report a
+    /// wrong `POCKETLORA_ISA` calls `from_env` first.
+    #[must_use]
+    pub fn best() -> &'static Table {
+        *BEST
+    }
+
+    /// What the kernels were written for.
+    #[must_use]
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Elements `start..start + out.len()` of the flattened weight.
+    pub(crate) fn nf4_decode(&self, w: &Nf4, start: usize, out: &mut [f32]) {
+        assert!(start.checked_add(out.len()).is_some_and(|end| end <= w.len()));
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.nf4_decode)(w, start, out);
+        }
+    }
+
+    /// `y[i] = sum_k w[row + i, k] x[k]` for rows of `cols` elements, a multiple of [`nf4::GRANULE`].
+    pub(crate) fn nf4_matvec(&self, w: &Nf4, cols: usize, row: usize, x: &EvenOdd, y: &mut [f32]) {
+        assert!(cols.is_multiple_of(nf4::GRANULE) && x.len() == cols);
+        assert!((row + y.len()).checked_mul(cols).is_some_and(|end| end <= w.len()));
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.nf4_matvec)(w, cols, row, x, y);
+        }
+    }
+
+    /// Widens rows of `width` little-endian floats that are `stride` floats apart; `out` holds them one after
+    /// another.
+    pub(crate) fn dense_decode(&self, dtype: FloatType, bytes: &[u8], stride: usize, width: usize, out: &mut [f32]) {
+        if out.is_empty() {
+            return;
+        }
+        assert!(stride >= width && out.len().is_multiple_of(width));
+        assert!(bytes.len() >= ((out.len() / width - 1) * stride + width) * dtype.size());
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.dense_decode)(dtype, bytes, stride, width, out);
+        }
+    }
+
+    /// `y[i] = sum_k w[i, k] x[k]`; `bytes` holds `y.len()` rows of `x.len()` little-endian floats.
+    pub(crate) fn dense_matvec(&self, dtype: FloatType, bytes: &[u8], x: &[f32], y: &mut [f32]) {
+        assert_eq!(bytes.len(), x.len() * y.len() * dtype.size());
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.dense_matvec)(dtype, bytes, x, y);
+        }
+    }
+
+    /// `x = e^(factor x - shift)`.
+    pub(crate) fn exp(&self, factor: f32, shift: f32, x: &mut [f32]) {
+        // SAFETY: any slice will do; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.exp)(factor, shift, x);
+        }
+    }
+
+    /// `c[i][at + j] += sum_k x[i, k] w[j, k]`.
+    pub(crate) fn tile_dot(&self, x: Rows, w: Rows, c: &mut [&mut [f32]], at: usize) {
+        assert!(x.count() == c.len() && x.width() == w.width());
+        assert!(c.iter().all(|row| at + w.count() <= row.len()));
+        // SAFETY: `Rows` checked its own bounds; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.tile_dot)(x, w, c, at);
+        }
+    }
+
+    /// `c[i][n] += sum_j coef(i, j) p[j, n]`.
+    pub(crate) fn tile_axpy(&self, coef: Coefficients, p: Rows, c: &mut [&mut [f32]]) {
+        assert!(coef.covers(c.len(), p.count()));
+        assert!(c.iter().all(|row| row.len() == p.width()));
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.tile_axpy)(coef, p, c);
+        }
+    }
+}

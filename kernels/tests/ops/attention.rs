@@ -1,0 +1,141 @@
+//! Attention over segments and over a cache.
+
+use super::harness::{EPS, Expected, Random, Report, buffer, poisoned, read, wide};
+use super::oracle;
+use pocketlora_kernels::{Attention, Backend, CacheType};
+
+type Case = (usize, usize, usize, Option<usize>, &'static [usize]);
+
+/// Heads, key/value heads, head width, window, segments: groups, blocks of 64 keys and 48 queries and their
+/// borders, windows shorter and longer than a block, packed samples, an empty segment.
+const CASES: &[Case] = &[
+    (1, 1, 8, None, &[1]),
+    (2, 1, 12, None, &[5]),
+    (3, 3, 7, None, &[2, 3]),
+    (4, 2, 16, Some(3), &[17]),
+    (2, 2, 8, Some(1), &[4]),
+    (6, 2, 8, None, &[65]),
+    (2, 1, 8, Some(40), &[130]),
+    (3, 1, 8, Some(64), &[66, 0, 7]),
+];
+
+fn spec(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> Attention {
+    Attention { heads, kv_heads, head_dim, scale: 1.3 / (head_dim as f32).sqrt(), window }
+}
+
+#[test]
+fn attention_and_its_gradients_meet_the_oracle() {
+    let mut report = Report::default();
+    let mut random = Random(11);
+    for &(heads, kv_heads, d, window, segments) in CASES {
+        let spec = spec(heads, kv_heads, d, window);
+        let t: usize = segments.iter().sum();
+        let [q, dy] = [0; 2].map(|_| random.vector(t * heads * d));
+        let [k, v] = [0; 2].map(|_| random.vector(t * kv_heads * d));
+        let (q64, k64, v64, dy64) = (wide(&q), wide(&k), wide(&v), wide(&dy));
+        let (y, lse) = oracle::attention(&spec, segments, &q64, &k64, &v64);
+        let [dq, dk, dv] = oracle::attention_vjp(&spec, segments, &q64, &k64, &v64, &dy64);
+        // Values are averages of v, up to 1; gradients sum over as many as t queries, and their terms, of the
+        // size of 1, may cancel.
+        let average = |x| Expected::new(x, vec![16.0 * EPS; t * heads * d]);
+        let gradient = |x: Vec<f64>| {
+            let largest = x.iter().fold(0.5_f64, |m, x| m.max(x.abs()));
+            let bounds = vec![32.0 * EPS * largest; x.len()];
+            Expected::new(x, bounds)
+        };
+        let expected =
+            [average(y), Expected::new(lse, vec![16.0 * EPS; t * heads]), gradient(dq), gradient(dk), gradient(dv)];
+        report.case(&format!("attention {spec:?} {segments:?}"), &expected, |cpu| {
+            let [q, k, v, dy] = [&q, &k, &v, &dy].map(|x| buffer(cpu, x));
+            let [mut y, mut dq] = [0; 2].map(|_| poisoned(cpu, t * heads * d));
+            let [mut dk, mut dv] = [0; 2].map(|_| poisoned(cpu, t * kv_heads * d));
+            let mut lse = poisoned(cpu, t * heads);
+            cpu.attention(&spec, segments, &q, &k, &v, &mut y, &mut lse);
+            cpu.attention_vjp(&spec, segments, &q, &k, &v, &y, &lse, &dy, &mut dq, &mut dk, &mut dv);
+            [y, lse, dq, dk, dv].map(|b| read(cpu, &b)).into()
+        });
+    }
+}
+
+/// The analytic oracle against central differences of the naive forward.
+#[test]
+fn the_oracle_of_the_gradients_is_right() {
+    let mut random = Random(12);
+    let spec = spec(4, 2, 3, Some(3));
+    let segments = [5, 2];
+    let (q, dy) = (wide(&random.vector(7 * 12)), wide(&random.vector(7 * 12)));
+    let (k, v) = (wide(&random.vector(7 * 6)), wide(&random.vector(7 * 6)));
+    let got = oracle::attention_vjp(&spec, &segments, &q, &k, &v, &dy);
+    let want = [
+        oracle::gradient(&q, &dy, |q| oracle::attention(&spec, &segments, q, &k, &v).0),
+        oracle::gradient(&k, &dy, |k| oracle::attention(&spec, &segments, &q, k, &v).0),
+        oracle::gradient(&v, &dy, |v| oracle::attention(&spec, &segments, &q, &k, v).0),
+    ];
+    for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
+        assert!((got - want).abs() < 1e-8, "{got} {want}");
+    }
+}
+
+#[test]
+fn attention_over_a_cache_meets_the_oracle() {
+    let mut report = Report::default();
+    let mut random = Random(13);
+    // Tokens in the cache, new ones among them, window.
+    for (keys, new, window) in [(1, 1, None), (6, 6, None), (70, 1, None), (70, 3, Some(5)), (130, 20, Some(66))] {
+        for dtype in [CacheType::F32, CacheType::F16] {
+            let (heads, kv_heads, d) = (6, 2, 10);
+            let spec = spec(heads, kv_heads, d, window);
+            let q = random.vector(new * heads * d);
+            let [k, v] = [0; 2].map(|_| random.vector(keys * kv_heads * d));
+            let stored = |x: &[f32]| match dtype {
+                CacheType::F32 => wide(x),
+                CacheType::F16 => x.iter().map(|x| half::f16::from_f32(*x).to_f64()).collect(),
+            };
+            let (y, _) = oracle::attention(&spec, &[keys], &wide(&q), &stored(&k), &stored(&v));
+            let expected = [Expected::new(y, vec![16.0 * EPS; new * heads * d])];
+            report.case(&format!("attention_cached {dtype:?} {spec:?} {new} of {keys}"), &expected, |cpu| {
+                let width = kv_heads * d;
+                let mut cache = cpu.cache(width, dtype);
+                // Appended in two parts, with a wrong token that is taken back between them.
+                let half = keys / 2 * width;
+                cpu.cache_append(&mut cache, &buffer(cpu, &k[..half]), &buffer(cpu, &v[..half])).unwrap();
+                let wrong = poisoned(cpu, width);
+                cpu.cache_append(&mut cache, &wrong, &wrong).unwrap();
+                cpu.cache_truncate(&mut cache, keys / 2);
+                cpu.cache_append(&mut cache, &buffer(cpu, &k[half..]), &buffer(cpu, &v[half..])).unwrap();
+                assert_eq!(cpu.cache_len(&cache), keys);
+                let mut y = poisoned(cpu, q.len());
+                cpu.attention_cached(&spec, &buffer(cpu, &q), &cache, &mut y);
+                vec![read(cpu, &y)]
+            });
+        }
+    }
+}
+
+#[test]
+fn large_scores_stay_finite_and_nan_is_carried() {
+    let mut report = Report::default();
+    let spec = spec(1, 1, 8, None);
+    let mut random = Random(14);
+    let t = 70;
+    let [q, k, v] = [0; 3].map(|_| random.vector(t * 8));
+    let large: Vec<f32> = q.iter().map(|q| q * 300.0).collect();
+    let (y, _) = oracle::attention(&spec, &[t], &wide(&large), &wide(&k), &wide(&v));
+    // Scores of some 300 have an error of 300 EPS, which the exponential passes on.
+    report.case("attention of large scores", &[Expected::new(y, vec![2000.0 * EPS; t * 8])], |cpu| {
+        let [q, k, v] = [&large, &k, &v].map(|x| buffer(cpu, x));
+        let (mut y, mut lse) = (poisoned(cpu, t * 8), poisoned(cpu, t));
+        cpu.attention(&spec, &[t], &q, &k, &v, &mut y, &mut lse);
+        vec![read(cpu, &y)]
+    });
+    let mut broken = q.clone();
+    broken[67 * 8..][..8].fill(f32::NAN);
+    let (mut y, _) = oracle::attention(&spec, &[t], &wide(&q), &wide(&k), &wide(&v));
+    y[67 * 8..][..8].fill(f64::NAN);
+    report.case("attention with a NaN query", &[Expected::new(y, vec![16.0 * EPS; t * 8])], |cpu| {
+        let [q, k, v] = [&broken, &k, &v].map(|x| buffer(cpu, x));
+        let (mut y, mut lse) = (poisoned(cpu, t * 8), poisoned(cpu, t));
+        cpu.attention(&spec, &[t], &q, &k, &v, &mut y, &mut lse);
+        vec![read(cpu, &y)]
+    });
+}

@@ -1,0 +1,214 @@
+//! Norms, activations, loss, optimizer and other light ops.
+
+use super::harness::{EPS, Expected, Random, Report, buffer, poisoned, read, wide};
+use super::oracle;
+use pocketlora_kernels::{AdamW, Backend};
+
+/// Lengths around a vector and around a task.
+const LENGTHS: [usize; 8] = [0, 1, 7, 8, 9, 100, 16384, 16391];
+
+#[test]
+fn elementwise_ops_meet_the_oracle() {
+    let mut report = Report::default();
+    let mut random = Random(21);
+    for n in LENGTHS {
+        let (a, b) = (random.vector(n), random.vector(n));
+        let with = |f: fn(f32, f32) -> f32| {
+            let values: Vec<f64> = a.iter().zip(&b).map(|(a, b)| f64::from(f(*a, *b))).collect();
+            Expected::new(values, vec![0.0; n])
+        };
+        let expected = [with(|a, b| a + b), with(|a, b| a + b), with(|a, _| a * 0.3), with(|_, _| 0.0)];
+        report.case(&format!("add, add_assign, scale, zero of {n}"), &expected, |cpu| {
+            let (x, z) = (buffer(cpu, &a), buffer(cpu, &b));
+            let mut sum = poisoned(cpu, n);
+            cpu.add(&x, &z, &mut sum);
+            let mut assigned = buffer(cpu, &b);
+            cpu.add_assign(&x, &mut assigned);
+            let mut scaled = buffer(cpu, &a);
+            cpu.scale(0.3, &mut scaled);
+            let mut zero = poisoned(cpu, n);
+            cpu.zero(&mut zero);
+            [sum, assigned, scaled, zero].map(|b| read(cpu, &b)).into()
+        });
+    }
+    let (bias, x) = (random.vector(13), random.vector(13 * 5));
+    let values = x.iter().enumerate().map(|(i, x)| f64::from(x + bias[i % 13])).collect::<Vec<_>>();
+    report.case("add_bias", &[Expected::new(values, vec![0.0; 65])], |cpu| {
+        let mut y = buffer(cpu, &x);
+        cpu.add_bias(&buffer(cpu, &bias), &mut y);
+        vec![read(cpu, &y)]
+    });
+}
+
+#[test]
+fn rows_are_gathered_and_scattered() {
+    let mut report = Report::default();
+    let mut random = Random(22);
+    let (x, y, rows) = (random.vector(7 * 9), random.vector(7 * 9), [6_u32, 0, 3]);
+    let gathered: Vec<f32> = rows.iter().flat_map(|r| x[*r as usize * 9..][..9].to_vec()).collect();
+    let mut scattered = y.clone();
+    for (t, row) in rows.iter().enumerate() {
+        for c in 0..9 {
+            scattered[*row as usize * 9 + c] += gathered[t * 9 + c];
+        }
+    }
+    let exact = |x: &[f32]| Expected::new(wide(x), vec![0.0; x.len()]);
+    report.case("gather_rows, scatter_add_rows", &[exact(&gathered), exact(&scattered)], |cpu| {
+        let mut picked = poisoned(cpu, 27);
+        cpu.gather_rows(&buffer(cpu, &x), &rows, &mut picked);
+        let mut all = buffer(cpu, &y);
+        cpu.scatter_add_rows(&picked, &rows, &mut all);
+        vec![read(cpu, &picked), read(cpu, &all)]
+    });
+}
+
+#[test]
+fn rms_norm_meets_the_oracle() {
+    let mut report = Report::default();
+    let mut random = Random(23);
+    for (t, c) in [(0, 8), (1, 1), (1, 7), (3, 8), (5, 65), (2, 300)] {
+        let (w, x, dy) = (random.vector(c), random.vector(t * c), random.vector(t * c));
+        let (w64, x64, dy64) = (wide(&w), wide(&x), wide(&dy));
+        let eps = 1e-5_f32;
+        let y = oracle::rms_norm(&w64, f64::from(eps), &x64);
+        let dx = oracle::gradient(&x64, &dy64, |x| oracle::rms_norm(&w64, f64::from(eps), x));
+        let dx = dx.iter().map(|dx| dx + 0.5).collect();
+        // One division and a sum of c / 8 terms; differences in f64 are good to 1e-9.
+        let bound = EPS * (c as f64 / 8.0 + 16.0);
+        let expected = [Expected::relative(y, bound), Expected::norm(dx, bound + 1e-8)];
+        report.case(&format!("rms_norm [{t}, {c}]"), &expected, |cpu| {
+            let (w, x, dy) = (buffer(cpu, &w), buffer(cpu, &x), buffer(cpu, &dy));
+            let (mut y, mut dx) = (poisoned(cpu, t * c), buffer(cpu, &vec![0.5; t * c]));
+            cpu.rms_norm(&w, eps, &x, &mut y);
+            cpu.rms_norm_vjp_x(&w, eps, &x, &dy, &mut dx);
+            vec![read(cpu, &y), read(cpu, &dx)]
+        });
+    }
+}
+
+#[test]
+fn rope_turns_and_turns_back() {
+    let mut report = Report::default();
+    let mut random = Random(24);
+    for (t, heads, d) in [(1, 1, 2), (5, 3, 6), (3, 2, 64), (70, 9, 32)] {
+        let x = random.vector(t * heads * d);
+        let angles = random.vector(t * d / 2);
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| ((a * 9.0).cos(), (a * 9.0).sin())).unzip();
+        let turn = |sign: f64| {
+            let mut y = vec![0.0; x.len()];
+            for (at, y) in y.iter_mut().enumerate() {
+                let (token, i) = (at / (heads * d), at % d);
+                let angle = token * d / 2 + i % (d / 2);
+                let (c, s) = (f64::from(cos[angle]), sign * f64::from(sin[angle]));
+                let other = if i < d / 2 { -f64::from(x[at + d / 2]) } else { f64::from(x[at - d / 2]) };
+                *y = f64::from(x[at]) * c + other * s;
+            }
+            Expected::new(y, vec![4.0 * EPS; x.len()])
+        };
+        report.case(&format!("rope T={t} H={heads} D={d}"), &[turn(1.0), turn(-1.0)], |cpu| {
+            let (cos, sin, x) = (buffer(cpu, &cos), buffer(cpu, &sin), buffer(cpu, &x));
+            let (mut y, mut back) = (poisoned(cpu, t * heads * d), poisoned(cpu, t * heads * d));
+            cpu.rope(heads, d, &cos, &sin, &x, false, &mut y);
+            cpu.rope(heads, d, &cos, &sin, &x, true, &mut back);
+            vec![read(cpu, &y), read(cpu, &back)]
+        });
+    }
+}
+
+#[test]
+fn swiglu_meets_the_oracle() {
+    let mut report = Report::default();
+    let mut random = Random(25);
+    for n in [0, 1, 8, 9, 100, 16390] {
+        let gate: Vec<f32> = random.vector(n).iter().map(|x| x * 12.0).collect();
+        let (up, dy) = (random.vector(n), random.vector(n));
+        let (g, u, d) = (wide(&gate), wide(&up), wide(&dy));
+        let each = |f: &dyn Fn(f64, f64, f64) -> f64| (0..n).map(|i| f(g[i], u[i], d[i])).collect::<Vec<_>>();
+        // The op is element-wise, so one difference quotient an element does.
+        let h = 1e-5;
+        let value = |g: f64, u: f64| oracle::swiglu(&[g], &[u])[0];
+        let expected = [
+            Expected::relative(oracle::swiglu(&g, &u), 8.0 * EPS),
+            Expected::norm(each(&|g, u, d| d * (value(g + h, u) - value(g - h, u)) / (2.0 * h)), 8.0 * EPS),
+            Expected::relative(each(&|g, _, d| d * value(g, 1.0)), 8.0 * EPS),
+        ];
+        report.case(&format!("swiglu of {n}"), &expected, |cpu| {
+            let (gate, up, dy) = (buffer(cpu, &gate), buffer(cpu, &up), buffer(cpu, &dy));
+            let (mut y, mut dgate, mut dup) = (poisoned(cpu, n), poisoned(cpu, n), poisoned(cpu, n));
+            cpu.swiglu(&gate, &up, &mut y);
+            cpu.swiglu_vjp(&gate, &up, &dy, &mut dgate, &mut dup);
+            [y, dgate, dup].map(|b| read(cpu, &b)).into()
+        });
+    }
+}
+
+#[test]
+fn cross_entropy_meets_the_oracle() {
+    let mut report = Report::default();
+    let mut random = Random(26);
+    for (n, vocab) in [(0, 5), (1, 1), (3, 7), (2, 8), (4, 1031), (1, 5000)] {
+        let logits: Vec<f32> = random.vector(n * vocab).iter().map(|x| x * 15.0).collect();
+        let targets: Vec<u32> = (0..n).map(|_| (random.bits() % vocab as u64) as u32).collect();
+        let (mut losses, mut gradients) = (Vec::new(), Vec::new());
+        for (x, target) in logits.chunks(vocab).zip(&targets) {
+            let mut p = oracle::softmax(&wide(x));
+            losses.push(-p[*target as usize].ln());
+            p[*target as usize] -= 1.0;
+            gradients.extend(p.iter().map(|p| 0.25 * p));
+        }
+        // Differences of logits up to 30 are exact to EPS * 30 / 2; `p - 1` of a sure target to the EPS of 1.
+        let bounds = gradients.iter().map(|g| EPS * (32.0 * g.abs() + 1.0)).collect();
+        let expected = [Expected::new(losses, vec![32.0 * EPS; n]), Expected::new(gradients, bounds)];
+        report.case(&format!("cross_entropy [{n}, {vocab}]"), &expected, |cpu| {
+            let (mut logits, mut losses) = (buffer(cpu, &logits), poisoned(cpu, n));
+            cpu.cross_entropy(&targets, 0.25, &mut logits, &mut losses);
+            vec![read(cpu, &losses), read(cpu, &logits)]
+        });
+    }
+    let nan = [1.0, f32::NAN, 2.0];
+    report.case("cross_entropy of NaN", &[Expected::new(vec![f64::NAN; 4], vec![0.0; 4])], |cpu| {
+        let (mut logits, mut losses) = (buffer(cpu, &nan), poisoned(cpu, 1));
+        cpu.cross_entropy(&[0], 1.0, &mut logits, &mut losses);
+        vec![[read(cpu, &losses), read(cpu, &logits)].concat()]
+    });
+}
+
+#[test]
+fn adamw_meets_the_oracle_over_ten_steps() {
+    let mut report = Report::default();
+    let mut random = Random(27);
+    for n in [0, 1, 9, 5000] {
+        let start = random.vector(n);
+        let grads: Vec<Vec<f32>> = (0..10).map(|_| random.vector(n)).collect();
+        let (lr, b1, b2, eps, decay) = (1e-2_f64, 0.9_f64, 0.999_f64, 1e-8, 0.01);
+        let (mut p, mut m, mut v) = (wide(&start), vec![0.0; n], vec![0.0; n]);
+        for (step, grad) in grads.iter().enumerate() {
+            let t = step as i32 + 1;
+            for i in 0..n {
+                let g = f64::from(grad[i]);
+                p[i] -= lr * decay * p[i];
+                m[i] = b1 * m[i] + (1.0 - b1) * g;
+                v[i] = b2 * v[i] + (1.0 - b2) * g * g;
+                p[i] -= lr * (m[i] / (1.0 - b1.powi(t))) / ((v[i] / (1.0 - b2.powi(t))).sqrt() + eps);
+            }
+        }
+        let square: f64 = wide(&start).iter().map(|x| x * x).sum();
+        let expected = [p, m, v].map(|x| Expected::norm(x, 64.0 * EPS));
+        report.case(&format!("adamw of {n}"), &expected, |cpu| {
+            let (mut p, mut m, mut v) = (buffer(cpu, &start), buffer(cpu, &vec![0.0; n]), buffer(cpu, &vec![0.0; n]));
+            assert!((cpu.sum_squares(&p).unwrap() - square).abs() <= 1e-12 * square);
+            for (step, grad) in (1..).zip(&grads) {
+                let settings = AdamW {
+                    lr: lr as f32,
+                    beta1: b1 as f32,
+                    beta2: b2 as f32,
+                    eps: eps as f32,
+                    weight_decay: decay as f32,
+                    step,
+                };
+                cpu.adamw(&settings, &buffer(cpu, grad), &mut p, &mut m, &mut v);
+            }
+            [p, m, v].map(|b| read(cpu, &b)).into()
+        });
+    }
+}

@@ -1,0 +1,76 @@
+//! Refusals: parts that contradict a shape, memory that is not there, instruction sets that are not here.
+
+use super::harness::Random;
+use super::weights::{self, KINDS};
+use bytes::Bytes;
+use pocketlora_kernels::cpu::{Cpu, Table};
+use pocketlora_kernels::{Absmax, Backend, Error, FloatType, MatrixData, MatrixSource, Nf4Source, WorkType};
+use std::sync::Arc;
+
+#[test]
+fn a_weight_whose_parts_do_not_fit_is_refused() {
+    let cpu = Cpu::new(1);
+    let (good, _) = weights::random(&mut Random(31), KINDS[3], 5, 70);
+    let MatrixData::Nf4(nf4) = good.data.clone() else { panic!() };
+    let with = |nf4: Nf4Source| MatrixSource { rows: 5, cols: 70, data: MatrixData::Nf4(nf4) };
+    type Edit = fn(&mut Bytes, &mut Arc<[f32]>, &mut usize);
+    let double = |f: Edit| {
+        let mut nf4 = nf4.clone();
+        let Absmax::Double { codes, nested, nested_block, .. } = &mut nf4.absmax else { panic!() };
+        f(codes, nested, nested_block);
+        with(nf4)
+    };
+    assert!(cpu.matrix(with(nf4.clone())).is_ok());
+    let cases = [
+        with(Nf4Source { packed: nf4.packed.slice(1..), ..nf4.clone() }),
+        with(Nf4Source { block: 0, ..nf4.clone() }),
+        with(Nf4Source { block: 48, ..nf4.clone() }),
+        with(Nf4Source { block: 8192, ..nf4.clone() }),
+        with(Nf4Source { absmax: Absmax::Plain(Bytes::from_static(&[0; 7])), ..nf4.clone() }),
+        double(|codes, _, _| *codes = codes.slice(1..)),
+        double(|_, nested, _| *nested = [].into()),
+        double(|_, _, nested_block| *nested_block = 0),
+        double(|_, _, nested_block| *nested_block = 1),
+        MatrixSource { rows: usize::MAX, cols: 3, ..good.clone() },
+        MatrixSource { rows: usize::MAX, cols: 3, data: MatrixData::Dense(FloatType::F16, Bytes::new()) },
+        MatrixSource { rows: 2, cols: 3, data: MatrixData::Dense(FloatType::F16, Bytes::from_static(&[0; 13])) },
+    ];
+    for (i, source) in cases.into_iter().enumerate() {
+        let result = cpu.matrix(source);
+        assert!(matches!(result, Err(Error::Matrix { .. })), "case {i} was accepted");
+    }
+}
+
+#[test]
+fn refused_memory_is_an_error() {
+    let cpu = Cpu::new(1);
+    assert!(matches!(cpu.buffer(usize::MAX / 2), Err(Error::OutOfMemory { .. })));
+    assert!(matches!(cpu.work_matrix(usize::MAX, 3, WorkType::F16), Err(Error::OutOfMemory { .. })));
+}
+
+#[test]
+fn an_instruction_set_that_is_not_here_is_an_error() {
+    let message = Table::by_name("mmx").err().unwrap().to_string();
+    assert!(message.contains("`mmx`") && message.contains("`portable`"), "{message}");
+    for table in Table::available() {
+        assert_eq!(Table::by_name(table.isa().name()).unwrap().isa(), table.isa());
+    }
+}
+
+#[test]
+#[should_panic(expected = "token id beyond")]
+fn a_token_id_beyond_the_embedding_is_a_bug() {
+    let cpu = Cpu::new(1);
+    let (source, _) = weights::random(&mut Random(32), KINDS[0], 4, 8);
+    cpu.embed(&cpu.matrix(source).unwrap(), &[4], &mut cpu.buffer(8).unwrap());
+}
+
+#[test]
+fn ops_work_outside_a_scope() {
+    let cpu = Cpu::new(2);
+    assert_eq!(cpu.threads(), 2);
+    let mut x = cpu.buffer(100_000).unwrap();
+    cpu.write(&mut x, &vec![1.0; 100_000]);
+    cpu.scale(2.0, &mut x);
+    assert_eq!(cpu.sum_squares(&x).unwrap(), 400_000.0);
+}
