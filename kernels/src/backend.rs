@@ -127,6 +127,9 @@ pub trait Backend: Send + Sync + 'static {
     fn add_assign(&self, x: &Self::Buffer, y: &mut Self::Buffer);
     /// `x *= factor`.
     fn scale(&self, factor: f32, x: &mut Self::Buffer);
+    /// `y = x / (1 - p)` with elements dropped to zero with probability `p`; which ones is a function of `key` and
+    /// the element's index alone.
+    fn dropout(&self, p: f32, key: u64, x: &Self::Buffer, y: &mut Self::Buffer);
     /// Sets all of `x` to zero.
     fn zero(&self, x: &mut Self::Buffer);
 

@@ -6,6 +6,7 @@
 mod backend;
 mod error;
 mod matrix;
+mod random;
 
 pub mod cpu;
 pub mod quant;
@@ -14,3 +15,4 @@ pub use backend::{AdamW, Attention, Backend, CacheType, WorkType};
 pub use cpu::Cpu;
 pub use error::Error;
 pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};
+pub use random::mix;

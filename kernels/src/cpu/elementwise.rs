@@ -2,6 +2,7 @@
 
 use super::lanes::{map, update};
 use super::split::parts;
+use crate::mix;
 use wide::f32x8;
 
 /// `y = a + b`.
@@ -45,6 +46,18 @@ pub(crate) fn scale(factor: f32, x: &mut [f32]) {
 /// `x *= factor` on this thread.
 pub(crate) fn scale_part(factor: f32, x: &mut [f32]) {
     update(x, [], |x, []| x * f32x8::splat(factor));
+}
+
+/// Inverted dropout (Srivastava et al. 2014): element `i` falls if the upper 32 of its random bits lie below `p`.
+/// Linear in `x` with a mask that only `key` decides, so it is its own gradient.
+pub(crate) fn dropout(p: f32, key: u64, x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len());
+    let (bar, keep) = ((f64::from(p) * 2f64.powi(32)) as u64, 1.0 / (1.0 - p));
+    parts(y, 1, |at, y| {
+        for (i, y) in y.iter_mut().enumerate() {
+            *y = if mix(key, (at + i) as u64) >> 32 < bar { 0.0 } else { x[at + i] * keep };
+        }
+    });
 }
 
 /// Zeros.

@@ -4,7 +4,7 @@
 //! |---|---|---|---|
 //! | forward, one token | `y = W x` | fused decode and dot | rows of `W` |
 //! | forward | `Y[T, O] = X[T, K] Wᵀ` | `dot` | columns of `Y` |
-//! | forward, thin `K` | same | `axpy` on `Wᵀ` | columns of `Y` |
+//! | forward, thin `K` or many tokens | same | `axpy` on `Wᵀ` | columns of `Y` |
 //! | by `X` | `dX[T, K] = dY[T, O] W` | `axpy` | tokens by columns of `dX` |
 //! | by `W` | `dW[O, K] += dYᵀ X` | `axpy` | patches of `dW` |
 
@@ -27,8 +27,10 @@ const PANEL_ROWS: usize = 32;
 const TASKS: usize = 64;
 /// Sums shorter than this (adapters of low rank) cost less as `axpy`, which has no horizontal additions.
 const THIN: usize = 64;
-/// Columns of a task of the thin product.
-const THIN_COLS: usize = 128;
+/// Columns of a task of the product by a transposed panel, and rows of that panel: 128 KiB.
+const TRANSPOSED: (usize, usize) = (128, 256);
+/// Side of the squares in which a panel is transposed, so that reads and writes both stay in first-level cache.
+const SQUARE: usize = 16;
 /// Columns and tokens of a task of the product by `X`: one NF4 block, and enough tokens to pay its decoding.
 const VJP_X: (usize, usize) = (64, 128);
 /// Rows of `W` per panel there: 32 KiB with 64 columns.
@@ -62,7 +64,11 @@ pub(crate) fn forward(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], accum
                 super::elementwise::zero(y);
             }
             let small = tokens * o * k < SMALL;
-            if k <= THIN { thin(table, w, x, y, small) } else { panels(table, w, x, y, small) }
+            if k <= THIN || tokens >= table.transposes_from() {
+                transposed(table, w, x, y, small);
+            } else {
+                panels(table, w, x, y, small);
+            }
         }
     }
 }
@@ -107,23 +113,40 @@ fn panels(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
     });
 }
 
-/// `y += x Wᵀ` for few columns, with the panel transposed.
-fn thin(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
+/// `y += x Wᵀ` by panels of `W` that are transposed first, which turns the product into `axpy`.
+fn transposed(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
     let (o, k) = w.shape();
     let tokens = x.len() / k;
-    run(patches(y, o, tokens, THIN_COLS), small, |Patch { col, mut rows, .. }| {
+    run(patches(y, o, tokens, TRANSPOSED.0), small, |Patch { col, mut rows, .. }| {
         let cols = rows[0].len();
-        with_scratch(2 * cols * k, |scratch| {
-            let (decoded, transposed) = scratch.split_at_mut(cols * k);
-            w.decode(table, col, 0, k, decoded);
-            for (j, row) in decoded.chunks_exact(k).enumerate() {
-                for (i, value) in row.iter().enumerate() {
-                    transposed[i * cols + j] = *value;
-                }
+        let depth = TRANSPOSED.1.min(k);
+        with_scratch(2 * cols * depth, |scratch| {
+            for at in (0..k).step_by(depth) {
+                let depth = depth.min(k - at);
+                let (decoded, panel) = scratch[..2 * cols * depth].split_at_mut(cols * depth);
+                w.decode(table, col, at, depth, decoded);
+                transpose(decoded, depth, panel);
+                let coef = Coefficients { data: &x[at..], row: k, col: 1 };
+                table.tile_axpy(coef, Rows::packed(panel, cols), &mut rows);
             }
-            table.tile_axpy(Coefficients { data: x, row: k, col: 1 }, Rows::packed(transposed, cols), &mut rows);
         });
     });
+}
+
+/// Writes the transpose of `from`, whose rows are `width` long, to `to`.
+fn transpose(from: &[f32], width: usize, to: &mut [f32]) {
+    let height = from.len() / width;
+    for (band, rows) in from.chunks(SQUARE * width).enumerate() {
+        for left in (0..width).step_by(SQUARE) {
+            let cols = SQUARE.min(width - left);
+            for (i, row) in rows.chunks_exact(width).enumerate() {
+                let to = to[left * height + band * SQUARE + i..].iter_mut().step_by(height);
+                for (to, from) in to.zip(&row[left..][..cols]) {
+                    *to = *from;
+                }
+            }
+        }
+    }
 }
 
 /// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`.

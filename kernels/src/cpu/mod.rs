@@ -155,6 +155,10 @@ impl Backend for Cpu {
         elementwise::scale(factor, x);
     }
 
+    fn dropout(&self, p: f32, key: u64, x: &Buffer, y: &mut Buffer) {
+        elementwise::dropout(p, key, x, y);
+    }
+
     fn zero(&self, x: &mut Buffer) {
         elementwise::zero(x);
     }

@@ -15,6 +15,8 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
+    /// AVX-512 F and BW beside those.
+    Avx512,
 }
 
 impl Isa {
@@ -24,6 +26,7 @@ impl Isa {
         match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
         }
     }
 }
@@ -35,6 +38,8 @@ impl Isa {
 /// cannot be had, for the statics are private to this module and [`Table::available`] filters them.
 pub struct Table {
     isa: Isa,
+    /// Tokens from which transposing a panel of weights pays, because `tile_axpy` is so much faster than `tile_dot`.
+    transposes_from: usize,
     nf4_decode: unsafe fn(&Nf4, usize, &mut [f32]),
     nf4_matvec: unsafe fn(&Nf4, usize, usize, &EvenOdd, &mut [f32]),
     dense_decode: unsafe fn(FloatType, &[u8], usize, usize, &mut [f32]),
@@ -46,6 +51,7 @@ pub struct Table {
 
 static PORTABLE: Table = Table {
     isa: Isa::Portable,
+    transposes_from: 16,
     nf4_decode: nf4::portable::decode,
     nf4_matvec: nf4::portable::matvec,
     dense_decode: dense::portable::decode,
@@ -58,6 +64,7 @@ static PORTABLE: Table = Table {
 #[cfg(target_arch = "x86_64")]
 static AVX2: Table = Table {
     isa: Isa::Avx2,
+    transposes_from: usize::MAX,
     nf4_decode: nf4::avx2::decode,
     nf4_matvec: nf4::avx2::matvec,
     dense_decode: dense::avx2::decode,
@@ -67,6 +74,17 @@ static AVX2: Table = Table {
     tile_axpy: tile::avx2::axpy,
 };
 
+#[cfg(target_arch = "x86_64")]
+static AVX512: Table = Table {
+    isa: Isa::Avx512,
+    transposes_from: 48,
+    nf4_decode: nf4::avx512::decode,
+    nf4_matvec: nf4::avx512::matvec,
+    tile_dot: tile::avx512::dot,
+    tile_axpy: tile::avx512::axpy,
+    ..AVX2
+};
+
 /// Where every table is checked once against the CPU.
 static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "no further tables"))]
@@ -74,6 +92,9 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
         tables.push(&AVX2);
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            tables.push(&AVX512);
+        }
     }
     tables
 });
@@ -120,6 +141,11 @@ impl Table {
     #[must_use]
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// Tokens from which a forward product should transpose its panels.
+    pub(crate) fn transposes_from(&self) -> usize {
+        self.transposes_from
     }
 
     /// Elements `start..start + out.len()` of the flattened weight.

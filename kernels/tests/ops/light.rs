@@ -41,6 +41,23 @@ fn elementwise_ops_meet_the_oracle() {
 }
 
 #[test]
+fn dropout_falls_by_key_and_index_and_keeps_the_mean() {
+    let mut report = Report::default();
+    let (n, p, key) = (40_000, 0.25_f32, 7);
+    let ones = vec![1.0; n];
+    // The definition, spelled out: element i falls if the upper half of its random bits lies below p.
+    let falls = |i: usize| (pocketlora_kernels::mix(key, i as u64) >> 32) as f64 / 2f64.powi(32) < f64::from(p);
+    let values: Vec<f64> = (0..n).map(|i| if falls(i) { 0.0 } else { 1.0 / 0.75 }).collect();
+    let kept = values.iter().filter(|v| **v > 0.0).count() as f64 / n as f64;
+    assert!((kept - 0.75).abs() < 0.01, "{kept}");
+    report.case("dropout", &[Expected::relative(values, 2.0 * EPS)], |cpu| {
+        let mut y = poisoned(cpu, n);
+        cpu.dropout(p, key, &buffer(cpu, &ones), &mut y);
+        vec![read(cpu, &y)]
+    });
+}
+
+#[test]
 fn rows_are_gathered_and_scattered() {
     let mut report = Report::default();
     let mut random = Random(22);

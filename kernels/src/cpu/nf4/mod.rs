@@ -7,6 +7,8 @@
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 pub(crate) mod portable;
 
 use crate::{Absmax, Error, FloatType, Nf4Source};
@@ -66,6 +68,19 @@ impl Nf4 {
                 let outer = if *nested_block == 256 { block >> 8 } else { block / *nested_block };
                 map[usize::from(codes[block])] * nested[outer] + *offset
             }
+        }
+    }
+
+    /// Scales of consecutive blocks from `first` on, as [`Nf4::absmax`] has them; the way to read them is chosen once.
+    #[inline(always)]
+    fn scales(&self, first: usize, out: &mut [f32]) {
+        match &self.absmax {
+            Absmax::Double { codes, map, nested, nested_block: 256, offset } => {
+                for (i, (out, code)) in out.iter_mut().zip(&codes[first..]).enumerate() {
+                    *out = map[usize::from(*code)] * nested[(first + i) >> 8] + *offset;
+                }
+            }
+            _ => out.iter_mut().enumerate().for_each(|(i, out)| *out = self.absmax(first + i)),
         }
     }
 

@@ -1,0 +1,162 @@
+//! NF4 kernels for AVX-512: a block's 16 values fill one register, and a lane permutation looks up 16 weights at once.
+
+#![allow(unsafe_code, reason = "vector loads and stores")]
+
+use super::super::avx2::sum1;
+use super::{EvenOdd, GRANULE, Nf4, Piece};
+use crate::FloatType;
+use std::arch::x86_64::*;
+
+/// Elements of a block as every file in the wild has them.
+const BLOCK: usize = 64;
+
+/// Bytes that the matrix-vector product reads ahead.
+const AHEAD: usize = 1024;
+
+/// See [`super::super::Table::nf4_decode`].
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+pub(crate) fn decode(w: &Nf4, start: usize, out: &mut [f32]) {
+    // Each byte twice, for its two nibbles, the high one first.
+    let twice = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7];
+    let shifts = _mm512_set1_epi64(4);
+    for Piece { absmax, at, len } in w.pieces(start, out.len()) {
+        let out = &mut out[at - start..][..len];
+        // Half a byte in front and what is left of a granule behind go through the portable text.
+        let lead = (at % 2).min(len);
+        let whole = (len - lead) / GRANULE * GRANULE;
+        let values = values(w, absmax);
+        let packed = &w.packed[(at + lead) / 2..][..whole / 2];
+        for (packed, out) in packed.as_chunks::<16>().0.iter().zip(out[lead..].as_chunks_mut::<GRANULE>().0) {
+            for (weights, out) in look_up(values, packed, twice, shifts).into_iter().zip(out.as_chunks_mut::<16>().0) {
+                // SAFETY: `out` is an array of 16 floats.
+                unsafe { _mm512_storeu_ps(out.as_mut_ptr(), weights) };
+            }
+        }
+        if lead > 0 {
+            super::portable::decode(w, at, &mut out[..lead]);
+        }
+        if lead + whole < len {
+            super::portable::decode(w, at + lead + whole, &mut out[lead + whole..]);
+        }
+    }
+}
+
+/// See [`super::super::Table::nf4_matvec`].
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+pub(crate) fn matvec(w: &Nf4, cols: usize, row: usize, x: &EvenOdd, y: &mut [f32]) {
+    if w.block_log2 == BLOCK.trailing_zeros() && cols.is_multiple_of(BLOCK) {
+        for (i, y) in y.iter_mut().enumerate() {
+            *y = dot_whole_blocks(w, (row + i) * cols, x);
+        }
+    } else {
+        for (i, y) in y.iter_mut().enumerate() {
+            *y = dot_pieces(w, (row + i) * cols, x);
+        }
+    }
+}
+
+/// Of four bytes the high nibbles, then the low ones, as `EvenOdd` has the activations.
+const ORDER: [i8; 16] = [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7];
+
+/// A row of blocks of the usual size, with their scales decoded a batch at a time: what is not arithmetic costs more
+/// than the arithmetic otherwise.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+fn dot_whole_blocks(w: &Nf4, start: usize, x: &EvenOdd) -> f32 {
+    let shifts = shifts();
+    let mut sums = [_mm512_setzero_ps(); 4];
+    let (packed, _) = w.packed[start / 2..].as_chunks::<{ BLOCK / 2 }>();
+    let (x, _) = x.0.as_chunks::<BLOCK>();
+    let mut scales = [0.0; 32];
+    for (batch, (x, packed)) in x.chunks(scales.len()).zip(packed.chunks(scales.len())).enumerate() {
+        let scales = &mut scales[..x.len()];
+        w.scales(start / BLOCK + batch * 32, scales);
+        for ((packed, x), scale) in packed.iter().zip(x).zip(scales.iter()) {
+            let values = values(w, *scale);
+            // A prefetch is no access: it may point past the end.
+            _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
+            let halves = packed.as_chunks::<16>().0.iter().zip(x.as_chunks::<GRANULE>().0);
+            for ((packed, x), sums) in halves.zip(sums.as_chunks_mut::<2>().0) {
+                let weights = look_up(values, packed, ORDER, shifts);
+                for ((sum, weights), x) in sums.iter_mut().zip(weights).zip(x.as_chunks::<16>().0) {
+                    // SAFETY: `x` is an array of 16 floats.
+                    *sum = _mm512_fmadd_ps(weights, unsafe { _mm512_loadu_ps(x.as_ptr()) }, *sum);
+                }
+            }
+        }
+    }
+    total(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])))
+}
+
+/// A row of blocks of any size, cut where they end.
+#[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
+fn dot_pieces(w: &Nf4, start: usize, x: &EvenOdd) -> f32 {
+    let shifts = shifts();
+    let mut sums = [_mm512_setzero_ps(); 2];
+    for Piece { absmax, at, len } in w.pieces(start, x.len()) {
+        let values = values(w, absmax);
+        let packed = &w.packed[at / 2..][..len / 2];
+        let x = &x.0[at - start..][..len];
+        for (packed, x) in packed.as_chunks::<16>().0.iter().zip(x.as_chunks::<GRANULE>().0) {
+            let weights = look_up(values, packed, ORDER, shifts);
+            for ((sum, weights), x) in sums.iter_mut().zip(weights).zip(x.as_chunks::<16>().0) {
+                // SAFETY: `x` is an array of 16 floats.
+                *sum = _mm512_fmadd_ps(weights, unsafe { _mm512_loadu_ps(x.as_ptr()) }, *sum);
+            }
+        }
+    }
+    total(_mm512_add_ps(sums[0], sums[1]))
+}
+
+/// Shifts that bring the nibbles which `ORDER` selects to the bottom of their lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn shifts() -> __m512i {
+    _mm512_setr_epi32(4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0)
+}
+
+/// The sum of all lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx2")]
+fn total(v: __m512) -> f32 {
+    let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+    sum1(_mm256_add_ps(_mm512_castps512_ps256(v), upper))
+}
+
+/// The weights of 16 packed bytes. `order` says which of eight bytes each of 16 lanes takes, `shifts` (by 4 or 0) which
+/// of its nibbles; the permutation looks at the low four bits only.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx2")]
+fn look_up(values: __m512, packed: &[u8; 16], order: [i8; 16], shifts: __m512i) -> [__m512; 2] {
+    // SAFETY: both are arrays of 16 bytes.
+    let (bytes, order) = unsafe { (_mm_loadu_si128(packed.as_ptr().cast()), _mm_loadu_si128(order.as_ptr().cast())) };
+    [order, _mm_add_epi8(order, _mm_set1_epi8(8))].map(|order| {
+        let lanes = _mm512_cvtepu8_epi32(_mm_shuffle_epi8(bytes, order));
+        _mm512_permutexvar_ps(_mm512_srlv_epi32(lanes, shifts), values)
+    })
+}
+
+/// The 16 values of a block: code times absmax in f32, rounded to the checkpoint's type.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx2")]
+fn values(w: &Nf4, absmax: f32) -> __m512 {
+    // SAFETY: `code` is an array of 16 floats.
+    let exact = _mm512_mul_ps(unsafe { _mm512_loadu_ps(w.code.as_ptr()) }, _mm512_set1_ps(absmax));
+    match w.dtype {
+        FloatType::F32 => exact,
+        FloatType::F16 => _mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(exact)),
+        FloatType::BF16 => round_bf16(exact),
+    }
+}
+
+/// To the nearest, ties to even, by adding half of the last place that stays; a NaN is kept from the carry. The
+/// instruction for bf16 would flush subnormal values to zero.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn round_bf16(x: __m512) -> __m512 {
+    let bits = _mm512_castps_si512(x);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let carried = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let rounded = _mm512_and_si512(carried, _mm512_set1_epi32(0xffff_0000_u32.cast_signed()));
+    _mm512_mask_mov_ps(_mm512_castsi512_ps(rounded), _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x), x)
+}
