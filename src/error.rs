@@ -59,6 +59,12 @@ impl Error {
         self
     }
 
+    /// The same error with a place in front of its own.
+    pub(crate) fn at(mut self, place: impl fmt::Display) -> Self {
+        self.place = format!("{place}: {}", self.place);
+        self
+    }
+
     /// The system refused to `verb` the file at `path`.
     pub fn io(verb: &str, path: &Path, source: io::Error) -> Self {
         Self::new(ErrorCode::Io, format!("`{}`", path.display()), format!("could not {verb} it")).caused_by(source)

@@ -18,7 +18,9 @@ pub struct ConfigError {
 
 impl ConfigError {
     pub(crate) fn new(key: impl Into<String>, expected: impl Display, got: impl Display) -> Self {
-        Self { key: key.into(), expected: expected.to_string(), got: got.to_string() }
+        // What a file holds instead of a number may be as long as the file.
+        let got: String = got.to_string().chars().take(100).collect();
+        Self { key: key.into(), expected: expected.to_string(), got }
     }
 }
 
@@ -111,7 +113,7 @@ impl Config {
             attention_bias: keys.flag("attention_bias", false)?,
             mlp_bias: keys.flag("mlp_bias", false)?,
             window: if windowed { keys.optional_size("sliding_window")? } else { None },
-            window_from: keys.get("max_window_layers").and_then(Value::as_u64).unwrap_or(0) as usize,
+            window_from: keys.index("max_window_layers")?.unwrap_or(0),
             rope: Rope::parse(&keys, head_dim)?,
         })
     }
@@ -161,6 +163,11 @@ impl<'a> Keys<'a> {
             return Err(ConfigError::new(key, "a number", "nothing"));
         }
         self.number(key, 0.0)
+    }
+
+    /// As [`Keys::optional_size`], where nothing is a size too.
+    fn index(&self, key: &str) -> Result<Option<usize>, ConfigError> {
+        if self.get(key).and_then(Value::as_u64) == Some(0) { Ok(Some(0)) } else { self.optional_size(key) }
     }
 
     fn optional_size(&self, key: &str) -> Result<Option<usize>, ConfigError> {

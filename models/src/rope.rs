@@ -36,8 +36,9 @@ impl Rope {
             Some(_) => nested.as_ref().map_or(Ok(10_000.0), |n| n.number("rope_theta", 10_000.0))?,
             None => keys.number("rope_theta", 10_000.0)?,
         };
-        if !(theta > 1.0 && theta.is_finite()) {
-            return Err(ConfigError::new("rope_theta", "a number above 1", theta));
+        // The upper bounds, here and below, keep every angle a finite f32.
+        if !(theta > 1.0 && theta < 1e30) {
+            return Err(ConfigError::new("rope_theta", "a number from 1 to 1e30", theta));
         }
         let scaling = nested.map_or(Ok(Scaling::Default), |n| Scaling::parse(&n, keys))?;
         // transformers computes the exponent and the power in f32; doing so too keeps the angles bit-equal.
@@ -60,10 +61,10 @@ impl Scaling {
                 Some(default) => rope.number(key, default)?,
                 None => rope.required_number(key)?,
             };
-            if value > 0.0 && value.is_finite() {
+            if (1e-6..1e12).contains(&value) {
                 Ok(value)
             } else {
-                Err(ConfigError::new(key, "a number above 0", value))
+                Err(ConfigError::new(key, "a number from 1e-6 to 1e12", value))
             }
         };
         match kind {

@@ -5,24 +5,60 @@
 use crate::error::{Error, ErrorCode, Result};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use tempfile::TempDir;
+use tempfile::{NamedTempFile, TempDir};
 
 /// Writes the file at `path` through `write`. Readers see the old file or the new one, also after a power cut.
 ///
 /// # Errors
 /// `write` failed, or the system refused; what was at `path` is untouched.
 pub fn write_file(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
-    let place = Place::of(path)?;
-    // `make_in` rather than `tempfile_in`, which would leave the final file readable by its owner only.
-    let mut temp = tempfile::Builder::new()
-        .prefix(&place.temp_prefix())
-        .make_in(&place.parent, |path| File::create_new(path))
-        .map_err(|e| Error::io("create a temporary file for", path, e))?;
-    write(temp.as_file_mut())?;
-    temp.as_file().sync_all().map_err(|e| Error::io("sync", path, e))?;
-    temp.persist(&place.path).map_err(|e| Error::io("rename a temporary file to", path, e.error))?;
-    sync_dir(&place.parent)
+    Staged::write(path, write)?.commit()
+}
+
+/// A file that is written and synced, but not yet under its name; dropped without [`commit`](Self::commit), it
+/// vanishes. Files that belong together are all staged before the first is committed, so that a full disk spares them.
+#[derive(Debug)]
+pub struct Staged {
+    place: Place,
+    temp: NamedTempFile<File>,
+}
+
+impl Staged {
+    /// Writes what shall become the file at `path` through `write`.
+    ///
+    /// # Errors
+    /// `write` failed, or the system refused.
+    pub fn write(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<Self> {
+        let place = Place::of(path)?;
+        // `make_in` rather than `tempfile_in`, which would leave the final file readable by its owner only.
+        let mut temp = tempfile::Builder::new()
+            .prefix(&place.temp_prefix())
+            .make_in(&place.parent, |path| File::create_new(path))
+            .map_err(|e| Error::io("create a temporary file for", path, e))?;
+        write(temp.as_file_mut())?;
+        temp.as_file().sync_all().map_err(|e| Error::io("sync", path, e))?;
+        Ok(Self { place, temp })
+    }
+
+    /// Gives the file its name.
+    ///
+    /// # Errors
+    /// The system refused; what was there is untouched.
+    pub fn commit(self) -> Result<()> {
+        let Self { place, temp } = self;
+        temp.persist(&place.path).map_err(|e| Error::io("rename a temporary file to", &place.path, e.error))?;
+        sync_dir(&place.parent)
+    }
+}
+
+/// [`write_file`] with content that is ready.
+///
+/// # Errors
+/// As there.
+pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_file(path, |file| file.write_all(bytes).map_err(|e| Error::io("write", path, e)))
 }
 
 /// A directory being filled under a temporary name; dropped without [`commit`](Self::commit), it vanishes.

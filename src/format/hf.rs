@@ -86,6 +86,19 @@ impl Checkpoint {
         self.files.iter().map(TensorFile::mapped_bytes).sum()
     }
 
+    /// A number that changes when the config, the list of tensors or the start of any of them does: enough to tell
+    /// models apart without reading all of one.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        let config = Value::Object(self.config.clone()).to_string();
+        let hash_bytes = |hash, bytes: &[u8]| bytes.iter().fold(hash, |h, &b| crate::rng::mix(h, u64::from(b)));
+        self.names().fold(hash_bytes(0, config.as_bytes()), |hash, name| {
+            let bytes = self.find(name).map_or(&[][..], |t| &t.bytes);
+            let hash = crate::rng::mix(hash_bytes(hash, name.as_bytes()), bytes.len() as u64);
+            hash_bytes(hash, &bytes[..bytes.len().min(64)])
+        })
+    }
+
     /// The tensor called `name` as it lies in its file.
     ///
     /// # Errors

@@ -1,8 +1,8 @@
 //! Files: safetensors with bitsandbytes NF4, GGUF, import and quantization.
 
-pub mod gguf;
 pub mod atomic;
 mod bnb;
+pub mod gguf;
 mod hf;
 mod hf_source;
 mod pieces;
@@ -13,8 +13,9 @@ mod source;
 mod widen;
 mod writer;
 
+pub use atomic::{Staged, write_bytes, write_file};
 pub use hf::Checkpoint;
 pub use hf_source::HfSource;
 pub use quantize::{Progress, Summary, Target, quantize};
-pub use source::{Sidecars, Source, TensorMeta};
+pub use source::{Sidecars, Source, TensorMeta, open_source};
 pub(crate) use widen::widen;

@@ -144,6 +144,6 @@ pub(super) fn missing(path: &Path, name: &str) -> Error {
     Error::new(
         ErrorCode::Format,
         format!("`{}`: tensor `{name}`", path.display()),
-        "expected it, found no tensor of that name; the files may be incomplete or of another model family",
+        "expected a tensor of that name, got none; the files may be incomplete, or config.json of another model",
     )
 }

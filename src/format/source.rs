@@ -1,7 +1,10 @@
 //! What `quantize` and the loader ask of a checkpoint, whatever file it lies in.
 
+use super::HfSource;
+use super::gguf::Gguf;
 use crate::error::Result;
 use std::ops::Range;
+use std::path::Path;
 
 /// One weight of a checkpoint under its Hugging Face name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,4 +40,16 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// The file has a tokenizer that cannot be expressed.
     fn sidecars(&self) -> Result<Sidecars>;
+}
+
+/// Opens a `.gguf` file, a Hugging Face directory or a `.safetensors` file with its `config.json` beside it.
+///
+/// # Errors
+/// It is none of these, or broken.
+pub fn open_source(path: &Path) -> Result<Box<dyn Source>> {
+    if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+        Ok(Box::new(Gguf::open(path)?))
+    } else {
+        Ok(Box::new(HfSource::open(path)?))
+    }
 }

@@ -1,0 +1,119 @@
+//! LoRA (Hu et al. 2021): `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]`, `B` `[out, r]`, `s = alpha / r`, or
+//! `alpha / sqrt(r)` for rsLoRA (Kalajdzievski 2023).
+
+use super::{Adapter, Context, LoraModule, TensorSpec};
+use crate::error::Result;
+use pocketlora_kernels::{Backend, WorkType};
+
+/// One LoRA on one linear layer.
+pub struct Lora<B: Backend> {
+    a: B::Matrix,
+    b: B::Matrix,
+    scale: f32,
+}
+
+impl<B: Backend> Lora<B> {
+    /// Puts the matrices of a module on the device, with its scale multiplied by `factor`.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn load(backend: &B, module: &LoraModule, factor: f32, dtype: WorkType) -> Result<Self> {
+        let put = |tensor: &super::HostTensor| -> Result<B::Matrix> {
+            let mut master = backend.buffer(tensor.data.len())?;
+            backend.write(&mut master, &tensor.data);
+            let mut matrix = backend.work_matrix(tensor.shape[0], tensor.shape[1], dtype)?;
+            backend.set_matrix(&mut matrix, &master);
+            Ok(matrix)
+        };
+        Ok(Self { a: put(&module.a)?, b: put(&module.b)?, scale: module.scale * factor })
+    }
+
+    /// `s x Aᵀ` `[T, r]`, with `x` after dropout.
+    fn low(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<B::Buffer> {
+        let (rank, input) = cx.backend.shape(&self.a);
+        let mut h = cx.pool.take(cx.backend, cx.backend.len(x) / input * rank)?;
+        cx.backend.matmul(&self.a, x, &mut h, false);
+        cx.backend.scale(self.scale, &mut h);
+        Ok(h)
+    }
+
+    /// `x` after dropout in a buffer of its own, or `None` where nothing drops.
+    fn dropped(cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<Option<B::Buffer>> {
+        let Some(dropout) = cx.dropout else { return Ok(None) };
+        let mut y = cx.pool.take(cx.backend, cx.backend.len(x))?;
+        cx.backend.dropout(dropout.p, dropout.key, x, &mut y);
+        Ok(Some(y))
+    }
+}
+
+impl<B: Backend> Adapter<B> for Lora<B> {
+    fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()> {
+        let dropped = Self::dropped(cx, x)?;
+        let h = self.low(cx, dropped.as_ref().unwrap_or(x))?;
+        cx.backend.matmul(&self.b, &h, y, true);
+        cx.pool.put(cx.backend, h);
+        if let Some(buffer) = dropped {
+            cx.pool.put(cx.backend, buffer);
+        }
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        cx: &mut Context<'_, B>,
+        x: &B::Buffer,
+        dy: &B::Buffer,
+        grads: &mut [B::Buffer],
+        dx: Option<&mut B::Buffer>,
+    ) -> Result<()> {
+        let (backend, [da, db]) = (cx.backend, grads) else {
+            unreachable!("the tape hands over one gradient for each of `tensors`")
+        };
+        let (rank, input) = backend.shape(&self.a);
+        let tokens = backend.len(x) / input;
+        let dropped = Self::dropped(cx, x)?;
+        let x = dropped.as_ref().unwrap_or(x);
+
+        // y += h Bᵀ with h = s x Aᵀ, recomputed rather than kept: it is r wide and costs next to nothing.
+        let h = self.low(cx, x)?;
+        backend.matmul_vjp_w(tokens, dy, &h, db);
+        cx.pool.put(backend, h);
+
+        let mut dh = cx.pool.take(backend, tokens * rank)?;
+        backend.matmul_vjp_x(&self.b, dy, &mut dh, false);
+        backend.scale(self.scale, &mut dh);
+        backend.matmul_vjp_w(tokens, &dh, x, da);
+        if let Some(dx) = dx {
+            match cx.dropout {
+                None => backend.matmul_vjp_x(&self.a, &dh, dx, true),
+                Some(dropout) => {
+                    let mut part = cx.pool.take(backend, tokens * input)?;
+                    let mut masked = cx.pool.take(backend, tokens * input)?;
+                    backend.matmul_vjp_x(&self.a, &dh, &mut part, false);
+                    backend.dropout(dropout.p, dropout.key, &part, &mut masked);
+                    backend.add_assign(&masked, dx);
+                    cx.pool.put(backend, part);
+                    cx.pool.put(backend, masked);
+                }
+            }
+        }
+        cx.pool.put(backend, dh);
+        if let Some(buffer) = dropped {
+            cx.pool.put(backend, buffer);
+        }
+        Ok(())
+    }
+
+    fn tensors(&self, backend: &B) -> Vec<TensorSpec> {
+        let spec = |name, matrix| {
+            let (rows, cols) = backend.shape(matrix);
+            TensorSpec { name, shape: [rows, cols] }
+        };
+        vec![spec("lora_A.weight", &self.a), spec("lora_B.weight", &self.b)]
+    }
+
+    fn set(&mut self, backend: &B, masters: &[&B::Buffer]) {
+        backend.set_matrix(&mut self.a, masters[0]);
+        backend.set_matrix(&mut self.b, masters[1]);
+    }
+}

@@ -1,0 +1,130 @@
+//! Adapters: small trainable additions to frozen linear layers, and the files that hold them.
+
+mod lora;
+mod peft;
+
+pub use lora::Lora;
+pub use peft::{AdapterFile, HostTensor, LoraConfig, LoraModule};
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::exec::{Base, Pool};
+use pocketlora_kernels::{Backend, WorkType};
+use pocketlora_models::{Param, Role};
+use std::path::Path;
+
+/// What an adapter computes with.
+pub struct Context<'a, B: Backend> {
+    /// The device.
+    pub backend: &'a B,
+    /// Scratch buffers.
+    pub pool: &'a mut Pool<B>,
+    /// Dropout of the adapter's input, in training only.
+    pub dropout: Option<Dropout>,
+}
+
+/// Dropout of an adapter's input: which elements fall is a function of `key` and their position alone, so that
+/// recomputing a layer drops the same ones.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// Probability that an element is dropped.
+    pub p: f32,
+    /// Selects the random stream; differs by step, micro-batch and layer.
+    pub key: u64,
+}
+
+/// Name and shape of one of an adapter's tensors, as PEFT names it under its module.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Such as `lora_A.weight`.
+    pub name: &'static str,
+    /// Row-major shape.
+    pub shape: [usize; 2],
+}
+
+/// One adapter method on one linear layer `[out, in]`.
+pub trait Adapter<B: Backend>: Send + Sync {
+    /// Turns `y = x Wᵀ` `[T, out]` into the adapted output, given `x` `[T, in]`.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()>;
+
+    /// Given the gradient `dy` of the adapted output, adds the adapter's part to `dx`, if the input needs one, and to
+    /// the gradients `grads` of [`Adapter::tensors`].
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn backward(
+        &self,
+        cx: &mut Context<'_, B>,
+        x: &B::Buffer,
+        dy: &B::Buffer,
+        grads: &mut [B::Buffer],
+        dx: Option<&mut B::Buffer>,
+    ) -> Result<()>;
+
+    /// The tensors that training moves.
+    fn tensors(&self, backend: &B) -> Vec<TensorSpec>;
+
+    /// Takes new values for [`Adapter::tensors`].
+    fn set(&mut self, backend: &B, masters: &[&B::Buffer]);
+}
+
+/// The adapters attached to a model, by linear layer. Several on one layer add up.
+pub struct Adapters<B: Backend> {
+    by_param: Vec<Vec<Box<dyn Adapter<B>>>>,
+}
+
+impl<B: Backend> Adapters<B> {
+    /// None.
+    pub fn none(base: &Base<B>) -> Self {
+        Self { by_param: base.model.params().iter().map(|_| Vec::new()).collect() }
+    }
+
+    /// Those on the linear layer with weight `p`, in the order in which they were attached.
+    pub fn on(&self, p: Param) -> &[Box<dyn Adapter<B>>] {
+        &self.by_param[p.0 as usize]
+    }
+
+    /// All, with the parameter each sits on, in the order of the parameters.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (Param, &mut Box<dyn Adapter<B>>)> {
+        let at = |i: usize| Param(i as u32);
+        self.by_param.iter_mut().enumerate().flat_map(move |(i, list)| list.iter_mut().map(move |a| (at(i), a)))
+    }
+
+    /// Attaches every module of `file` with its effect multiplied by `factor`.
+    ///
+    /// # Errors
+    /// A module or shape that this base does not have.
+    pub fn attach(&mut self, base: &Base<B>, file: &AdapterFile, factor: f32, dtype: WorkType) -> Result<()> {
+        // All are built before any is attached: a mismatch in the last one must leave the model as it was.
+        let mut built = Vec::with_capacity(file.modules.len());
+        for module in &file.modules {
+            let param = target(base, &file.dir, &module.path)?;
+            let shape = base.backend.shape(base.matrix(param));
+            module.check_shape(&file.dir, shape)?;
+            built.push((param, Lora::load(&base.backend, module, factor, dtype)?));
+        }
+        for (param, lora) in built {
+            self.by_param[param.0 as usize].push(Box::new(lora));
+        }
+        Ok(())
+    }
+}
+
+/// The linear layer that an adapter's module path names; a tied head is the embedding's parameter.
+fn target<B: Backend>(base: &Base<B>, dir: &Path, path: &str) -> Result<Param> {
+    let params = base.model.params();
+    let found = params.iter().position(|p| match p.role {
+        Role::Linear | Role::Head => p.module() == path,
+        Role::Embedding => path == "lm_head" && base.model.config().tied_head,
+        Role::Vector => false,
+    });
+    found.map(|i| Param(i as u32)).ok_or_else(|| {
+        let message = format!(
+            "expected a linear layer of this `{}` base, got module `{path}`; use the base that the adapter was trained on",
+            base.model.config().model_type
+        );
+        Error::new(ErrorCode::AdapterMismatch, format!("`{}`", dir.display()), message)
+    })
+}

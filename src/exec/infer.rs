@@ -1,0 +1,228 @@
+//! Forward with a key/value cache: prompts, decoding and evaluation.
+
+use super::{Base, Pool, attention_spec};
+use crate::adapter::Adapters;
+use crate::error::{Error, Result};
+use pocketlora_kernels::{Backend, CacheType};
+use pocketlora_models::{AttentionShape, Exec, Linear, Param, RopeTable, Tensor};
+
+/// Tokens run through the layers at once; bounds the activations of a long prompt.
+pub const PREFILL_CHUNK: usize = 256;
+
+/// Keys and values of a growing text, with the buffers its steps reuse.
+pub struct State<B: Backend> {
+    caches: Vec<B::Cache>,
+    pool: Pool<B>,
+    last_tokens: usize,
+}
+
+impl<B: Backend> State<B> {
+    /// An empty state for `base`.
+    pub fn new(base: &Base<B>, dtype: CacheType) -> Self {
+        let config = base.model.config();
+        let width = config.kv_heads * config.head_dim;
+        let caches = (0..config.layers).map(|_| base.backend.cache(width, dtype)).collect();
+        Self { caches, pool: Pool::default(), last_tokens: 0 }
+    }
+
+    /// Tokens held.
+    pub fn len(&self, base: &Base<B>) -> usize {
+        self.caches.first().map_or(0, |c| base.backend.cache_len(c))
+    }
+
+    /// Keeps the first `len` tokens, as when a chat's history was edited.
+    pub fn truncate(&mut self, base: &Base<B>, len: usize) {
+        for cache in &mut self.caches {
+            base.backend.cache_truncate(cache, len);
+        }
+    }
+}
+
+/// Hidden states `[T, C]` before the final norm, for [`Base::logits`].
+pub struct Hidden<B: Backend>(B::Buffer);
+
+impl<B: Backend> Base<B> {
+    /// Runs `ids` (at most [`PREFILL_CHUNK`] is sensible) after what `state` holds.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, out of memory. `state` keeps its earlier tokens then.
+    pub fn forward(&self, adapters: &Adapters<B>, state: &mut State<B>, ids: &[u32]) -> Result<Hidden<B>> {
+        self.check_ids(ids)?;
+        let start = state.len(self);
+        if state.last_tokens != ids.len() {
+            state.pool.clear();
+            state.last_tokens = ids.len();
+        }
+        let positions: Vec<u32> = (start..start + ids.len()).map(|p| p as u32).collect();
+        let angles = self.rope_angles(&positions, &mut state.pool)?;
+        let mut run = Infer { base: self, adapters, state, ids, angles, values: Vec::new(), error: None };
+        let mut x = self.model.embed(&mut run);
+        for layer in 0..self.model.config().layers {
+            x = self.model.layer(&mut run, layer, x);
+            x = run.keep_only(x);
+        }
+        let result = run.finish(x);
+        if result.is_err() {
+            state.truncate(self, start);
+        }
+        result.map(Hidden)
+    }
+
+    /// Logits `[rows, V]` of the given rows of `hidden`, read back to the host.
+    ///
+    /// # Errors
+    /// Out of memory, device lost.
+    pub fn logits(
+        &self,
+        adapters: &Adapters<B>,
+        state: &mut State<B>,
+        hidden: &Hidden<B>,
+        rows: &[u32],
+    ) -> Result<Vec<f32>> {
+        let backend = &self.backend;
+        let width = self.model.config().hidden_size;
+        let mut x = state.pool.take(backend, rows.len() * width)?;
+        backend.gather_rows(&hidden.0, rows, &mut x);
+        let mut run =
+            Infer { base: self, adapters, state, ids: &[], angles: Vec::new(), values: vec![Some(x)], error: None };
+        let y = self.model.head(&mut run, Tensor(0));
+        let y = run.finish(y)?;
+        let mut logits = vec![0.0; backend.len(&y)];
+        backend.read(&y, &mut logits)?;
+        state.pool.put(backend, y);
+        Ok(logits)
+    }
+
+    /// Hands the buffer of `hidden` back for the next step.
+    pub fn recycle(&self, state: &mut State<B>, hidden: Hidden<B>) {
+        state.pool.put(&self.backend, hidden.0);
+    }
+}
+
+/// One forward pass. The first failure is kept and the operations after it do nothing, so that model files stay free
+/// of error handling.
+struct Infer<'a, B: Backend> {
+    base: &'a Base<B>,
+    adapters: &'a Adapters<B>,
+    state: &'a mut State<B>,
+    ids: &'a [u32],
+    angles: Vec<(B::Buffer, B::Buffer)>,
+    values: Vec<Option<B::Buffer>>,
+    error: Option<Error>,
+}
+
+impl<B: Backend> Infer<'_, B> {
+    fn push(&mut self, result: Result<B::Buffer>) -> Tensor {
+        let value = match result {
+            Ok(buffer) => Some(buffer),
+            Err(e) => {
+                self.error.get_or_insert(e);
+                None
+            }
+        };
+        self.values.push(value);
+        Tensor(self.values.len() as u32 - 1)
+    }
+
+    /// A new value of `len` elements that `fill` computes from `inputs`.
+    fn op<const N: usize>(
+        &mut self,
+        inputs: [Tensor; N],
+        len: impl FnOnce(&B, [&B::Buffer; N]) -> usize,
+        fill: impl FnOnce(&Base<B>, [&B::Buffer; N], &mut B::Buffer),
+    ) -> Tensor {
+        let (base, pool) = (self.base, &mut self.state.pool);
+        let inputs = inputs.map(|t| self.values[t.0 as usize].as_ref());
+        if self.error.is_some() || inputs.iter().any(Option::is_none) {
+            self.values.push(None);
+            return Tensor(self.values.len() as u32 - 1);
+        }
+        let inputs = inputs.map(|i| i.expect("checked above"));
+        let result = pool.take(&base.backend, len(&base.backend, inputs)).map(|mut y| {
+            fill(base, inputs, &mut y);
+            y
+        });
+        self.push(result)
+    }
+
+    /// Recycles every value but `x`, which becomes number 0.
+    fn keep_only(&mut self, x: Tensor) -> Tensor {
+        let kept = self.values[x.0 as usize].take();
+        for buffer in self.values.drain(..).flatten() {
+            self.state.pool.put(&self.base.backend, buffer);
+        }
+        self.values.push(kept);
+        Tensor(0)
+    }
+
+    /// Recycles everything else and returns `y`, or the first error.
+    fn finish(mut self, y: Tensor) -> Result<B::Buffer> {
+        self.keep_only(y);
+        for (cos, sin) in self.angles.drain(..) {
+            self.state.pool.put(&self.base.backend, cos);
+            self.state.pool.put(&self.base.backend, sin);
+        }
+        match self.error {
+            Some(error) => Err(error),
+            None => Ok(self.values[0].take().expect("without an error every value was computed")),
+        }
+    }
+}
+
+impl<B: Backend> Exec for Infer<'_, B> {
+    fn embed(&mut self, table: Param) -> Tensor {
+        let ids = self.ids;
+        let width = self.base.model.config().hidden_size;
+        self.op([], |_, []| ids.len() * width, |base, [], y| base.backend.embed(base.matrix(table), ids, y))
+    }
+
+    fn linear(&mut self, layer: Linear, x: Tensor) -> Tensor {
+        let Some(input) = self.values[x.0 as usize].as_ref().filter(|_| self.error.is_none()) else {
+            self.values.push(None);
+            return Tensor(self.values.len() as u32 - 1);
+        };
+        let y = self.base.linear(self.adapters, None, layer, input, &mut self.state.pool);
+        self.push(y)
+    }
+
+    fn rms_norm(&mut self, weight: Param, eps: f32, x: Tensor) -> Tensor {
+        self.op([x], |b, [x]| b.len(x), |base, [x], y| base.backend.rms_norm(base.vector(weight), eps, x, y))
+    }
+
+    fn rope(&mut self, table: RopeTable, heads: usize, x: Tensor) -> Tensor {
+        let angles = std::mem::take(&mut self.angles);
+        let y = self.op(
+            [x],
+            |b, [x]| b.len(x),
+            |base, [x], y| {
+                let (cos, sin) = &angles[table.0 as usize];
+                base.backend.rope(heads, base.rope_dim(table), cos, sin, x, false, y);
+            },
+        );
+        self.angles = angles;
+        y
+    }
+
+    fn attention(&mut self, layer: usize, shape: &AttentionShape, q: Tensor, k: Tensor, v: Tensor) -> Tensor {
+        let backend = &self.base.backend;
+        if let (Some(k), Some(v), None) = (&self.values[k.0 as usize], &self.values[v.0 as usize], &self.error)
+            && let Err(e) = backend.cache_append(&mut self.state.caches[layer], k, v)
+        {
+            self.error = Some(e.into());
+        }
+        let spec = attention_spec(shape);
+        let caches = std::mem::take(&mut self.state.caches);
+        let y =
+            self.op([q], |b, [q]| b.len(q), |base, [q], y| base.backend.attention_cached(&spec, q, &caches[layer], y));
+        self.state.caches = caches;
+        y
+    }
+
+    fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Tensor {
+        self.op([gate, up], |b, [gate, _]| b.len(gate), |base, [gate, up], y| base.backend.swiglu(gate, up, y))
+    }
+
+    fn add(&mut self, a: Tensor, b: Tensor) -> Tensor {
+        self.op([a, b], |dev, [a, _]| dev.len(a), |base, [a, b], y| base.backend.add(a, b, y))
+    }
+}

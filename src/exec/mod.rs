@@ -1,0 +1,203 @@
+//! Executors: a model's operations turned into backend operations, with NF4 weights and adapters below `linear`.
+//!
+//! [`infer`] runs with a key/value cache, [`train`] with a tape. Both share the frozen [`Base`].
+
+pub mod infer;
+pub mod train;
+
+use crate::adapter::Adapters;
+use crate::error::{Error, ErrorCode, Result};
+use crate::format::Checkpoint;
+use pocketlora_kernels::{Attention, Backend};
+use pocketlora_models::{AttentionShape, Linear, Model, Param, Role, RopeTable};
+use std::collections::BTreeMap;
+
+/// A model's architecture with its frozen weights on a device; shared by everything that runs it.
+pub struct Base<B: Backend> {
+    /// The device.
+    pub backend: B,
+    /// The architecture.
+    pub model: Box<dyn Model>,
+    weights: Vec<Weight<B>>,
+}
+
+enum Weight<B: Backend> {
+    Matrix(B::Matrix),
+    Vector(B::Buffer),
+}
+
+impl<B: Backend> Base<B> {
+    /// Builds the architecture that the checkpoint's `config.json` names and maps its weights.
+    ///
+    /// # Errors
+    /// The family is unknown, or a tensor is missing or does not have the shape that the config asks for.
+    pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self> {
+        let model = pocketlora_models::build(checkpoint.config()).map_err(|e| {
+            let place = format!("`{}`", checkpoint.dir().join("config.json").display());
+            Error::new(ErrorCode::Format, place, format!("{e}; fetch the model again or use one of a supported family"))
+        })?;
+        let layers = model.config().layers;
+        if let Some(name) = checkpoint.names().find(|name| layer_of(name).is_some_and(|layer| layer >= layers)) {
+            let place = format!("`{}`: tensor `{name}`", checkpoint.dir().display());
+            let message = format!(
+                "expected {layers} layers from config.json, got one more; config and weights belong to different models"
+            );
+            return Err(Error::new(ErrorCode::Format, place, message));
+        }
+        let mut weights = Vec::with_capacity(model.params().len());
+        for spec in model.params() {
+            let wrong_shape = |got: Vec<usize>| {
+                let place = format!("`{}`: tensor `{}`", checkpoint.dir().display(), spec.name);
+                let message = format!(
+                    "expected shape `{:?}` from config.json, got `{got:?}`; config and weights belong to different models",
+                    spec.shape
+                );
+                Err(Error::new(ErrorCode::Format, place, message))
+            };
+            weights.push(match spec.role {
+                Role::Vector => {
+                    let values = checkpoint.vector(&spec.name)?;
+                    if values.len() != spec.shape[0] {
+                        return wrong_shape(vec![values.len()]);
+                    }
+                    let mut buffer = backend.buffer(values.len())?;
+                    backend.write(&mut buffer, &values);
+                    Weight::Vector(buffer)
+                }
+                Role::Embedding | Role::Linear | Role::Head => {
+                    let source = checkpoint.matrix(&spec.name)?;
+                    if spec.shape != [source.rows, source.cols] {
+                        return wrong_shape(vec![source.rows, source.cols]);
+                    }
+                    let matrix = backend.matrix(source).map_err(|e| {
+                        let place = format!("`{}`: tensor `{}`", checkpoint.dir().display(), spec.name);
+                        Error::new(
+                            Error::from(e).code(),
+                            place,
+                            "its parts contradict each other; fetch the model again",
+                        )
+                    })?;
+                    Weight::Matrix(matrix)
+                }
+            });
+        }
+        Ok(Self { backend, model, weights })
+    }
+
+    pub(crate) fn matrix(&self, p: Param) -> &B::Matrix {
+        match &self.weights[p.0 as usize] {
+            Weight::Matrix(m) => m,
+            Weight::Vector(_) => unreachable!("`load` stores a matrix for every parameter that is not a vector"),
+        }
+    }
+
+    fn vector(&self, p: Param) -> &B::Buffer {
+        match &self.weights[p.0 as usize] {
+            Weight::Vector(v) => v,
+            Weight::Matrix(_) => unreachable!("`load` stores a buffer for every vector"),
+        }
+    }
+
+    /// Checks that `ids` are rows of the embedding; tokenizers and checkpoints do disagree in the wild.
+    pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<()> {
+        let vocab = self.model.config().vocab_size;
+        match ids.iter().position(|&id| id as usize >= vocab) {
+            None => Ok(()),
+            Some(at) => Err(Error::new(
+                ErrorCode::Data,
+                format!("token {at}"),
+                format!(
+                    "expected an id below the vocabulary's {vocab}, got `{}`; use the tokenizer of this model",
+                    ids[at]
+                ),
+            )),
+        }
+    }
+
+    /// `cos` and `sin` `[T, D / 2]` of every rotary table at `positions`, as the tables' f32 products have them.
+    fn rope_angles(&self, positions: &[u32], pool: &mut Pool<B>) -> Result<Vec<(B::Buffer, B::Buffer)>> {
+        let angles = |rope: &pocketlora_models::Rope, f: fn(f64) -> f64| -> Vec<f32> {
+            let at = |&p: &u32| rope.inv_freq.iter().map(move |&w| f(f64::from(p as f32 * w)) as f32);
+            positions.iter().flat_map(at).collect()
+        };
+        let mut load = |values: &[f32]| -> Result<B::Buffer> {
+            let mut buffer = pool.take(&self.backend, values.len())?;
+            self.backend.write(&mut buffer, values);
+            Ok(buffer)
+        };
+        self.model.ropes().iter().map(|r| Ok((load(&angles(r, f64::cos))?, load(&angles(r, f64::sin))?))).collect()
+    }
+
+    /// Width of the heads that a rotary table turns.
+    fn rope_dim(&self, table: RopeTable) -> usize {
+        2 * self.model.ropes()[table.0 as usize].inv_freq.len()
+    }
+
+    /// `y = x Wᵀ` plus the adapters' parts plus bias: what both executors mean by a linear layer.
+    fn linear(
+        &self,
+        adapters: &Adapters<B>,
+        dropout: Option<crate::adapter::Dropout>,
+        layer: Linear,
+        x: &B::Buffer,
+        pool: &mut Pool<B>,
+    ) -> Result<B::Buffer> {
+        let backend = &self.backend;
+        let weight = self.matrix(layer.weight);
+        let (out, input) = backend.shape(weight);
+        let mut y = pool.take(backend, backend.len(x) / input * out)?;
+        backend.matmul(weight, x, &mut y, false);
+        for adapter in adapters.on(layer.weight) {
+            adapter.apply(&mut crate::adapter::Context { backend, pool, dropout }, x, &mut y)?;
+        }
+        if let Some(bias) = layer.bias {
+            backend.add_bias(self.vector(bias), &mut y);
+        }
+        Ok(y)
+    }
+}
+
+/// The number in `model.layers.N.`, where a tensor's name has one.
+fn layer_of(name: &str) -> Option<usize> {
+    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
+}
+
+/// The kernels' form of a model's attention shape.
+fn attention_spec(shape: &AttentionShape) -> Attention {
+    let AttentionShape { heads, kv_heads, head_dim, scale, window } = *shape;
+    Attention { heads, kv_heads, head_dim, scale, window }
+}
+
+/// Buffers between uses, by length. What a taken buffer holds is unspecified.
+pub struct Pool<B: Backend> {
+    free: BTreeMap<usize, Vec<B::Buffer>>,
+}
+
+impl<B: Backend> Default for Pool<B> {
+    fn default() -> Self {
+        Self { free: BTreeMap::new() }
+    }
+}
+
+impl<B: Backend> Pool<B> {
+    /// A buffer of `len` values, used before or new.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn take(&mut self, backend: &B, len: usize) -> Result<B::Buffer> {
+        match self.free.get_mut(&len).and_then(Vec::pop) {
+            Some(buffer) => Ok(buffer),
+            None => Ok(backend.buffer(len)?),
+        }
+    }
+
+    /// Hands a buffer back for later use.
+    pub fn put(&mut self, backend: &B, buffer: B::Buffer) {
+        self.free.entry(backend.len(&buffer)).or_default().push(buffer);
+    }
+
+    /// Frees everything held; called when lengths change, so that a run does not hold buffers of every length it met.
+    pub fn clear(&mut self) {
+        self.free.clear();
+    }
+}
