@@ -1,0 +1,171 @@
+//! How well a model, with its adapters, predicts given text.
+
+mod logits_file;
+
+pub use logits_file::save_logits;
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::exec::Pool;
+use crate::exec::infer::{PREFILL_CHUNK, State};
+use crate::memory::Peak;
+use crate::session::Session;
+use crate::train::{Dataset, MicroBatch, Watch, micro_step};
+use pocketlora_kernels::Backend;
+
+/// Rows of logits held at once.
+const LOGIT_ROWS: usize = 32;
+
+/// Losses over a text.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Score {
+    /// Tokens whose probability was taken.
+    pub tokens: usize,
+    /// Sum of their negative log-likelihoods (natural log).
+    pub nll_sum: f64,
+}
+
+impl Score {
+    /// Mean negative log-likelihood.
+    #[must_use]
+    pub fn nll(&self) -> f64 {
+        self.nll_sum / self.tokens as f64
+    }
+
+    /// `exp` of the mean negative log-likelihood.
+    #[must_use]
+    pub fn perplexity(&self) -> f64 {
+        self.nll().exp()
+    }
+
+    /// The score, if it is a number: broken weights give none.
+    fn checked(self) -> Result<Self> {
+        if self.nll_sum.is_finite() {
+            return Ok(self);
+        }
+        let message = format!(
+            "expected a finite number, got `{}`; the weights or an attached adapter are broken: fetch the model again \
+             or leave out the adapter",
+            self.nll_sum
+        );
+        Err(Error::new(ErrorCode::Diverged, "loss", message))
+    }
+}
+
+impl std::ops::Add for Score {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { tokens: self.tokens + other.tokens, nll_sum: self.nll_sum + other.nll_sum }
+    }
+}
+
+/// Runs `ids` as one text and hands the logits `[V]` after each token to `on_row`. `progress` hears of tokens done and
+/// may stop the work.
+///
+/// # Errors
+/// Too long for the context, an id outside the vocabulary, stopped.
+pub fn logits_of(
+    session: &Session,
+    ids: &[u32],
+    progress: &mut (dyn FnMut(usize) -> bool + Send),
+    on_row: &mut (dyn FnMut(usize, &[f32]) -> Result<()> + Send),
+) -> Result<()> {
+    let (base, adapters) = (session.base(), session.adapters());
+    let config = base.model.config();
+    if ids.len() > config.max_positions {
+        let message =
+            format!("expected at most the context's {} tokens, got `{}`; use windows", config.max_positions, ids.len());
+        return Err(Error::new(ErrorCode::Data, "text", message));
+    }
+    base.backend.scope(|| {
+        let mut state = State::new(base, session.cache_type());
+        let mut row = 0;
+        for chunk in ids.chunks(PREFILL_CHUNK) {
+            let hidden = base.forward(adapters, &mut state, chunk)?;
+            let rows: Vec<u32> = (0..chunk.len() as u32).collect();
+            for rows in rows.chunks(LOGIT_ROWS) {
+                let logits = base.logits(adapters, &mut state, &hidden, rows)?;
+                for one in logits.chunks_exact(config.vocab_size) {
+                    on_row(row, one)?;
+                    row += 1;
+                }
+            }
+            base.recycle(&mut state, hidden);
+            if !progress(chunk.len()) {
+                return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Scores every token of `ids` but the first of each window of `window` tokens; windows do not overlap.
+///
+/// # Errors
+/// As [`logits_of`]; fewer than two tokens, a loss that is not a number.
+pub fn score_text(
+    session: &Session,
+    ids: &[u32],
+    window: usize,
+    progress: &mut (dyn FnMut(usize) -> bool + Send),
+) -> Result<Score> {
+    if ids.len() < 2 {
+        let message = format!("expected at least two tokens, got `{}`; give a longer text", ids.len());
+        return Err(Error::new(ErrorCode::Data, "text", message));
+    }
+    let mut score = Score::default();
+    for part in ids.chunks(window.max(2)) {
+        logits_of(session, part, progress, &mut |row, logits| {
+            if let Some(&next) = part.get(row + 1) {
+                score.tokens += 1;
+                score.nll_sum += nll(logits, next as usize);
+            }
+            Ok(())
+        })?;
+    }
+    score.checked()
+}
+
+/// Scores the learned tokens of a data file.
+///
+/// # Errors
+/// An id outside the vocabulary, a loss that is not a number, stopped, out of memory.
+pub fn score_data(
+    session: &Session,
+    data: &Dataset,
+    progress: &mut (dyn FnMut(usize) -> bool + Send),
+) -> Result<Score> {
+    let base = session.base();
+    base.backend.scope(|| {
+        let (mut score, mut pool, mut peak) = (Score::default(), Pool::default(), Peak::default());
+        for sample in &data.samples {
+            let micro = MicroBatch::new([sample]);
+            let mut watch = Watch { keep_going: &mut || true, peak: &mut peak };
+            pool.clear();
+            score.nll_sum += micro_step(base, session.adapters(), &micro, 1.0, None, None, &mut pool, &mut watch)?;
+            score.tokens += micro.trained();
+            if !progress(micro.tokens()) {
+                return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));
+            }
+        }
+        score.checked()
+    })
+}
+
+/// `-log softmax(logits)[target]`, in f64; NaN where a logit is not finite.
+fn nll(logits: &[f32], target: usize) -> f64 {
+    if !logits.iter().all(|l| l.is_finite()) {
+        return f64::NAN;
+    }
+    let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - max).exp()).sum();
+    max + sum.ln() - f64::from(logits[target])
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_loss_of_a_uniform_guess_is_the_log_of_the_choices() {
+        assert!((super::nll(&[5.0; 8], 3) - (8f64).ln()).abs() < 1e-12);
+    }
+}

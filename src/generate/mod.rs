@@ -1,0 +1,158 @@
+//! The decode loop: prompt in, tokens out, with the cache reused across turns.
+
+mod sampler;
+
+pub use sampler::{Sampler, Sampling};
+
+use crate::adapter::Adapters;
+use crate::error::{Error, ErrorCode, Result};
+use crate::exec::Base;
+use crate::exec::infer::{PREFILL_CHUNK, State};
+use pocketlora_kernels::{Backend, CacheType};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The model said it was done.
+    Stop,
+    /// The asked-for number of tokens was reached.
+    Length,
+    /// The context is full.
+    Context,
+    /// The caller stopped it.
+    Cancelled,
+}
+
+/// What a generation did.
+#[derive(Clone, Debug)]
+pub struct Generated {
+    /// New tokens, without the one that ended the answer.
+    pub ids: Vec<u32>,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens of the prompt that were not in the cache yet.
+    pub prefilled: usize,
+    /// Time until the first token was chosen.
+    pub prefill: Duration,
+    /// Time for the tokens after the first.
+    pub decode: Duration,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+impl Generated {
+    /// Prompt tokens per second.
+    #[must_use]
+    pub fn prefill_rate(&self) -> f64 {
+        rate(self.prefilled, self.prefill)
+    }
+
+    /// New tokens per second, the first (which the prompt's pass yields) not counted.
+    #[must_use]
+    pub fn decode_rate(&self) -> f64 {
+        rate(self.ids.len().saturating_sub(1), self.decode)
+    }
+}
+
+fn rate(tokens: usize, time: Duration) -> f64 {
+    if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() }
+}
+
+/// A text that grows by prompts and answers; its keys and values are kept, so that a chat's next turn costs only its
+/// new tokens.
+pub struct Context<B: Backend> {
+    state: State<B>,
+    ids: Vec<u32>,
+}
+
+impl<B: Backend> Context<B> {
+    /// An empty context.
+    pub fn new(base: &Base<B>, dtype: CacheType) -> Self {
+        Self { state: State::new(base, dtype), ids: Vec::new() }
+    }
+
+    /// Forgets everything, as when another adapter changes what the kept keys should have been.
+    pub fn clear(&mut self, base: &Base<B>) {
+        self.state.truncate(base, 0);
+        self.ids.clear();
+    }
+
+    /// Continues `prompt` by up to `max_tokens` tokens. `on_token` sees each and may stop the answer.
+    ///
+    /// # Errors
+    /// An empty prompt, one longer than the context, an id outside the vocabulary, logits that are not numbers, out of
+    /// memory.
+    pub fn generate(
+        &mut self,
+        base: &Base<B>,
+        adapters: &Adapters<B>,
+        prompt: &[u32],
+        max_tokens: usize,
+        sampling: &Sampling,
+        stop: &[u32],
+        on_token: &mut dyn FnMut(u32) -> Result<ControlFlow<()>>,
+    ) -> Result<Generated> {
+        let limit = base.model.config().max_positions;
+        if prompt.is_empty() {
+            return Err(Error::new(ErrorCode::Data, "prompt", "expected at least one token, got none"));
+        }
+        if prompt.len() >= limit {
+            let message =
+                format!("expected fewer than the context's {limit} tokens, got `{}`; shorten it", prompt.len());
+            return Err(Error::new(ErrorCode::Data, "prompt", message));
+        }
+        let start = Instant::now();
+        // The last prompt token is always run again: its logits choose the first new token.
+        let kept = self.ids.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
+        self.state.truncate(base, kept);
+        self.ids.truncate(kept);
+        let prefilled = prompt.len() - kept;
+        let mut logits = self.advance(base, adapters, &prompt[kept..])?;
+
+        let mut sampler = Sampler::new(sampling.clone());
+        let (mut ids, mut finish) = (Vec::new(), Finish::Length);
+        let mut prefill = start.elapsed();
+        let decode_start = Instant::now();
+        while ids.len() < max_tokens {
+            let id = sampler.sample(&mut logits, &self.ids)?;
+            if ids.is_empty() {
+                prefill = start.elapsed();
+            }
+            if stop.contains(&id) {
+                finish = Finish::Stop;
+                break;
+            }
+            ids.push(id);
+            if on_token(id)?.is_break() {
+                finish = Finish::Cancelled;
+                break;
+            }
+            if self.ids.len() + 1 >= limit {
+                finish = Finish::Context;
+                break;
+            }
+            if ids.len() < max_tokens {
+                logits = self.advance(base, adapters, &[id])?;
+            }
+        }
+        let decode = decode_start.elapsed();
+        Ok(Generated { ids, prompt_tokens: prompt.len(), prefilled, prefill, decode, finish })
+    }
+
+    /// Runs `ids` and returns the logits after the last of them.
+    fn advance(&mut self, base: &Base<B>, adapters: &Adapters<B>, ids: &[u32]) -> Result<Vec<f32>> {
+        let mut logits = Vec::new();
+        let last_chunk = ids.len().div_ceil(PREFILL_CHUNK) - 1;
+        for (i, chunk) in ids.chunks(PREFILL_CHUNK).enumerate() {
+            let hidden = base.forward(adapters, &mut self.state, chunk)?;
+            if i == last_chunk {
+                logits = base.logits(adapters, &mut self.state, &hidden, &[chunk.len() as u32 - 1])?;
+            }
+            base.recycle(&mut self.state, hidden);
+            self.ids.extend_from_slice(chunk);
+        }
+        Ok(logits)
+    }
+}

@@ -1,0 +1,194 @@
+//! Choosing the next token from logits.
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::rng::Rng;
+
+/// How the next token is chosen. The defaults choose the likeliest one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// Divides the logits; 0 chooses the likeliest token.
+    pub temperature: f32,
+    /// Keeps the `k` likeliest tokens; 0 keeps all (Fan et al. 2018).
+    pub top_k: usize,
+    /// Keeps the likeliest tokens that together reach this probability; 1 keeps all (Holtzman et al. 2020).
+    pub top_p: f32,
+    /// Keeps tokens at least this fraction as likely as the likeliest; 0 keeps all (Nguyen et al. 2024).
+    pub min_p: f32,
+    /// Divides positive logits of tokens seen in the context and multiplies negative ones; 1 does nothing (Keskar et
+    /// al. 2019).
+    pub repetition_penalty: f32,
+    /// Seed of the random stream.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+    }
+}
+
+impl Sampling {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// The first setting that is out of range.
+    pub fn validate(&self) -> Result<()> {
+        let checks = [
+            ("temperature", self.temperature, 0.0..=100.0),
+            ("top-p", self.top_p, f32::MIN_POSITIVE..=1.0),
+            ("min-p", self.min_p, 0.0..=1.0),
+            ("repetition-penalty", self.repetition_penalty, 0.01..=100.0),
+        ];
+        for (name, value, range) in checks {
+            if !range.contains(&value) {
+                return Err(Error::config(name, format!("a number from {} to {}", range.start(), range.end()), value));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A sampler in the middle of an answer.
+pub struct Sampler {
+    settings: Sampling,
+    rng: Rng,
+}
+
+impl Sampler {
+    /// The start of an answer.
+    #[must_use]
+    pub fn new(settings: Sampling) -> Self {
+        let rng = Rng::new(settings.seed);
+        Self { settings, rng }
+    }
+
+    /// The next token, given the logits (which are changed) and the context so far.
+    ///
+    /// # Errors
+    /// A logit is not a finite number: the weights or an adapter are broken.
+    pub fn sample(&mut self, logits: &mut [f32], context: &[u32]) -> Result<u32> {
+        self.penalize(logits, context);
+        let best = argmax(logits)?;
+        if self.settings.temperature == 0.0 {
+            return Ok(best as u32);
+        }
+        let mut kept = self.candidates(logits, logits[best]);
+        let total: f32 = kept.iter().map(|&(_, p)| p).sum();
+        let mut mass = 0.0;
+        let wanted = self.settings.top_p * total;
+        let enough = kept.iter().position(|&(_, p)| {
+            mass += p;
+            mass >= wanted
+        });
+        kept.truncate(enough.map_or(kept.len(), |i| i + 1));
+
+        let total: f32 = kept.iter().map(|&(_, p)| p).sum();
+        let mut left = self.rng.unit() * total;
+        for &(id, p) in &kept {
+            left -= p;
+            if left < 0.0 {
+                return Ok(id);
+            }
+        }
+        Ok(kept.last().map_or(best as u32, |&(id, _)| id)) // rounding may leave a sliver
+    }
+
+    fn penalize(&self, logits: &mut [f32], context: &[u32]) {
+        let penalty = self.settings.repetition_penalty;
+        if penalty == 1.0 {
+            return;
+        }
+        let mut seen = context.to_vec();
+        seen.sort_unstable();
+        seen.dedup();
+        for id in seen {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+        }
+    }
+
+    /// Tokens that top-k and min-p leave, likeliest first, with `exp` of their tempered distance to the likeliest.
+    fn candidates(&self, logits: &[f32], best: f32) -> Vec<(u32, f32)> {
+        let s = &self.settings;
+        // Below this the probability is under 1e-7 of the likeliest one's, beyond what 24 random bits can reach.
+        let floor = if s.min_p > 0.0 { s.min_p.ln() } else { -17.0 };
+        let scaled = |&l: &f32| (l - best) / s.temperature;
+        let mut kept: Vec<(u32, f32)> =
+            logits.iter().enumerate().map(|(i, l)| (i as u32, scaled(l))).filter(|&(_, d)| d >= floor).collect();
+        kept.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if s.top_k > 0 {
+            kept.truncate(s.top_k);
+        }
+        for (_, d) in &mut kept {
+            *d = d.exp();
+        }
+        kept
+    }
+}
+
+/// Index of the first of the largest.
+fn argmax(logits: &[f32]) -> Result<usize> {
+    if let Some(at) = logits.iter().position(|l| !l.is_finite()) {
+        let message = format!(
+            "expected finite numbers, got `{}`; the weights or an attached adapter are broken: fetch the model again or \
+             detach the adapter",
+            logits[at]
+        );
+        return Err(Error::new(ErrorCode::Diverged, format!("logits: token {at}"), message));
+    }
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
+    Ok(best.map_or(0, |(i, _)| i))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn draw(settings: Sampling, logits: &[f32], n: u64) -> Vec<u32> {
+        let one = |seed| Sampler::new(Sampling { seed, ..settings.clone() }).sample(&mut logits.to_vec(), &[]).unwrap();
+        let mut ids: Vec<u32> = (0..n).map(one).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    #[test]
+    fn zero_temperature_takes_the_first_of_the_likeliest() {
+        assert_eq!(draw(Sampling::default(), &[0.0, 3.0, 3.0, 1.0], 1), [1]);
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        let logits = [0.0, (3.0f32).ln()];
+        let ids = draw(Sampling { temperature: 1.0, ..Default::default() }, &logits, 4000);
+        let ones = ids.iter().filter(|&&i| i == 1).count() as f64 / 4000.0;
+        assert!((ones - 0.75).abs() < 0.03, "{ones}");
+    }
+
+    #[test]
+    fn filters_keep_what_they_promise() {
+        let logits = [(0.5f32).ln(), (0.3f32).ln(), (0.15f32).ln(), (0.05f32).ln()];
+        let base = Sampling { temperature: 1.0, ..Default::default() };
+        for (settings, last) in [
+            (Sampling { top_k: 2, ..base.clone() }, 1),
+            (Sampling { top_p: 0.79, ..base.clone() }, 1),
+            (Sampling { min_p: 0.25, ..base.clone() }, 2),
+            (Sampling { top_k: 1, ..base.clone() }, 0),
+        ] {
+            assert_eq!(draw(settings.clone(), &logits, 500).last(), Some(&last), "{settings:?}");
+        }
+    }
+
+    #[test]
+    fn the_penalty_turns_away_from_seen_tokens() {
+        let settings = Sampling { repetition_penalty: 2.0, ..Default::default() };
+        assert_eq!(Sampler::new(settings.clone()).sample(&mut [3.0, 2.0], &[0]).unwrap(), 1);
+        assert_eq!(Sampler::new(settings).sample(&mut [-1.0, -1.5], &[0]).unwrap(), 1);
+    }
+
+    #[test]
+    fn broken_logits_are_an_error() {
+        let error = Sampler::new(Sampling::default()).sample(&mut [f32::NAN, f32::NAN], &[]).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::Diverged);
+    }
+}

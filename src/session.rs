@@ -1,0 +1,282 @@
+//! The facade that every front end uses: open a model, attach adapters, generate, train, evaluate.
+
+use crate::adapter::{AdapterFile, Adapters};
+use crate::chat::{ChatTemplate, Message};
+use crate::error::{Error, ErrorCode, Result};
+use crate::exec::Base;
+use crate::format::Checkpoint;
+use crate::generate::{Context, Generated, Sampling};
+use crate::memory::Peak;
+use crate::tokenizer::Tokenizer;
+use crate::train::{Dataset, TrainConfig, Trainer};
+use pocketlora_kernels::cpu::Table;
+use pocketlora_kernels::{Backend, CacheType, Cpu, WorkType};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Arithmetic of inference.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 everywhere, cache and adapters included.
+    Exact,
+    /// Cache and adapters in f16.
+    #[default]
+    Fast,
+}
+
+/// How to open a model.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Worker threads; 0 takes one per core.
+    pub threads: usize,
+    /// Arithmetic.
+    pub precision: Precision,
+}
+
+/// An open model with its adapters and one running text.
+pub struct Session {
+    base: Arc<Base<Cpu>>,
+    dir: PathBuf,
+    fingerprint: u64,
+    mapped_bytes: u64,
+    tokenizer: Option<(Tokenizer, ChatTemplate)>,
+    adapters: Adapters<Cpu>,
+    attached: Vec<(PathBuf, f32)>,
+    context: Context<Cpu>,
+    precision: Precision,
+    peak: Peak,
+}
+
+impl Session {
+    /// Maps the Hugging Face directory `dir`. A model without a tokenizer opens too, for work on token ids.
+    ///
+    /// # Errors
+    /// A file is missing, broken or of an unsupported kind.
+    pub fn open(dir: &Path, options: &Options) -> Result<Self> {
+        let checkpoint = Checkpoint::open(dir)?;
+        let base = Arc::new(Base::load(Cpu::with_table(options.threads, Table::from_env()?), &checkpoint)?);
+        let tokenizer = if dir.join("tokenizer.json").exists() {
+            let tokenizer = Tokenizer::open(dir)?;
+            let template = ChatTemplate::open(dir, &tokenizer)?;
+            Some((tokenizer, template))
+        } else {
+            None
+        };
+        Ok(Self {
+            adapters: Adapters::none(&base),
+            context: Context::new(&base, cache_type(options.precision)),
+            base,
+            dir: dir.to_owned(),
+            fingerprint: checkpoint.fingerprint(),
+            mapped_bytes: checkpoint.mapped_bytes() as u64,
+            tokenizer,
+            attached: Vec::new(),
+            precision: options.precision,
+            peak: Peak::default(),
+        })
+    }
+
+    /// Adds the PEFT adapter in `dir`, its effect multiplied by `scale`; several add up.
+    ///
+    /// # Errors
+    /// The adapter is broken, of an unsupported method, or for another base. The session is unchanged then.
+    pub fn attach(&mut self, dir: &Path, scale: f32) -> Result<()> {
+        if !scale.is_finite() {
+            return Err(Error::config("scale", "a finite number", scale));
+        }
+        let file = AdapterFile::open(dir)?;
+        let dtype = match self.precision {
+            Precision::Exact => WorkType::F32,
+            Precision::Fast => WorkType::F16,
+        };
+        self.adapters.attach(&self.base, &file, scale, dtype)?;
+        self.attached.push((dir.to_owned(), scale));
+        self.context.clear(&self.base);
+        Ok(())
+    }
+
+    /// Removes all adapters.
+    pub fn detach_all(&mut self) {
+        self.adapters = Adapters::none(&self.base);
+        self.attached.clear();
+        self.context.clear(&self.base);
+    }
+
+    /// Folders and scales of the attached adapters.
+    #[must_use]
+    pub fn attached(&self) -> &[(PathBuf, f32)] {
+        &self.attached
+    }
+
+    /// The model's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The frozen base, for code that drives executors itself.
+    #[must_use]
+    pub fn base(&self) -> &Arc<Base<Cpu>> {
+        &self.base
+    }
+
+    /// The attached adapters, for code that drives executors itself.
+    #[must_use]
+    pub fn adapters(&self) -> &Adapters<Cpu> {
+        &self.adapters
+    }
+
+    /// The arithmetic chosen at opening.
+    #[must_use]
+    pub fn cache_type(&self) -> CacheType {
+        cache_type(self.precision)
+    }
+
+    /// Bytes of weights mapped from files: clean pages that the system may drop.
+    #[must_use]
+    pub fn mapped_bytes(&self) -> u64 {
+        self.mapped_bytes
+    }
+
+    /// Highest anonymous memory seen at the ends of this session's generations, in bytes.
+    #[must_use]
+    pub fn peak_anonymous_bytes(&self) -> Option<u64> {
+        self.peak.bytes()
+    }
+
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// The model has none.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        Ok(&self.text()?.0)
+    }
+
+    /// The model's chat template.
+    ///
+    /// # Errors
+    /// The model has no tokenizer.
+    pub fn template(&self) -> Result<&ChatTemplate> {
+        Ok(&self.text()?.1)
+    }
+
+    fn text(&self) -> Result<&(Tokenizer, ChatTemplate)> {
+        self.tokenizer.as_ref().ok_or_else(|| {
+            let path = self.dir.join("tokenizer.json");
+            let message = "expected the model's tokenizer, got none; put the file there or work with `--ids`";
+            Error::new(ErrorCode::Io, format!("`{}`", path.display()), message)
+        })
+    }
+
+    /// Ids of `text` that this model has an embedding for; tokenizers of other models have others.
+    fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
+        let ids = self.tokenizer()?.encode(text, add_special)?;
+        let place = self.dir.join("tokenizer.json");
+        self.base.check_ids(&ids).map_err(|e| e.at(format!("`{}`", place.display())))?;
+        Ok(ids)
+    }
+
+    /// Continues `prompt` (text, taken as it is) by up to `max_tokens` tokens; `on_text` sees the answer piece by piece
+    /// and may stop it.
+    ///
+    /// # Errors
+    /// As [`Context::generate`]; no tokenizer.
+    pub fn complete(
+        &mut self,
+        prompt: &str,
+        max_tokens: usize,
+        sampling: &Sampling,
+        on_text: &mut (dyn FnMut(&str) -> ControlFlow<()> + Send),
+    ) -> Result<(String, Generated)> {
+        let ids = self.encode(prompt, true)?;
+        self.generate(&ids, max_tokens, sampling, on_text)
+    }
+
+    /// Answers a conversation, as [`Session::complete`] continues a text. Turns already in the cache are not run again.
+    ///
+    /// # Errors
+    /// As [`Session::complete`]; the chat template refuses the messages.
+    pub fn chat(
+        &mut self,
+        messages: &[Message],
+        max_tokens: usize,
+        sampling: &Sampling,
+        on_text: &mut (dyn FnMut(&str) -> ControlFlow<()> + Send),
+    ) -> Result<(String, Generated)> {
+        let ids = self.encode(&self.template()?.render(messages, None, true)?, false)?;
+        self.generate(&ids, max_tokens, sampling, on_text)
+    }
+
+    /// Continues token ids.
+    ///
+    /// # Errors
+    /// As [`Context::generate`]; no tokenizer.
+    pub fn generate(
+        &mut self,
+        ids: &[u32],
+        max_tokens: usize,
+        sampling: &Sampling,
+        on_text: &mut (dyn FnMut(&str) -> ControlFlow<()> + Send),
+    ) -> Result<(String, Generated)> {
+        sampling.validate()?;
+        let Some((tokenizer, _)) = &self.tokenizer else { return Err(self.text().err().expect("there is none")) };
+        let (base, adapters, context) = (&self.base, &self.adapters, &mut self.context);
+        let (text, generated) = base.backend.scope(|| {
+            let (mut stream, mut text) = (tokenizer.stream(), String::new());
+            let mut on_token = |id| {
+                let piece = stream.push(id)?;
+                text.push_str(&piece);
+                Ok(if piece.is_empty() { ControlFlow::Continue(()) } else { on_text(&piece) })
+            };
+            let generated =
+                context.generate(base, adapters, ids, max_tokens, sampling, &tokenizer.stop, &mut on_token)?;
+            let rest = stream.finish()?;
+            if !rest.is_empty() {
+                text.push_str(&rest);
+                let _ = on_text(&rest);
+            }
+            Ok::<_, Error>((text, generated))
+        })?;
+        self.peak.sample();
+        Ok((text, generated))
+    }
+
+    /// Reads a JSONL data file with this model's tokenizer and template.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`]; the tokenizer gives ids that the model has no embedding for.
+    pub fn dataset(&self, path: &Path, max_tokens: usize) -> Result<Dataset> {
+        let (tokenizer, template) = self.text()?;
+        let context = self.base.model.config().max_positions;
+        let data = Dataset::open(path, tokenizer, template, max_tokens.min(context))?;
+        for (i, sample) in data.samples.iter().enumerate() {
+            let place = || format!("`{}`: sample {}", path.display(), i + 1);
+            self.base.check_ids(&sample.ids).map_err(|e| e.at(place()))?;
+        }
+        Ok(data)
+    }
+
+    /// Prepares a training run on this session's base; attached adapters take no part in it.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn trainer(
+        &self,
+        config: TrainConfig,
+        data: Dataset,
+        eval_data: Option<Dataset>,
+        init: Option<&AdapterFile>,
+        out: &Path,
+    ) -> Result<Trainer<Cpu>> {
+        let name = self.dir.file_name().map(|n| n.to_string_lossy().into_owned());
+        Trainer::new(Arc::clone(&self.base), self.fingerprint, name, config, data, eval_data, init, out)
+    }
+}
+
+fn cache_type(precision: Precision) -> CacheType {
+    match precision {
+        Precision::Exact => CacheType::F32,
+        Precision::Fast => CacheType::F16,
+    }
+}
