@@ -1,0 +1,205 @@
+//! Settings of a training run: the keys of `train.toml` and the flags of `pocketlora train`.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// How the learning rate moves after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// Stays.
+    Constant,
+    /// Falls to zero in a line.
+    Linear,
+    /// Falls to zero in half a cosine (Loshchilov & Hutter 2017).
+    Cosine,
+}
+
+/// Arithmetic of training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// f32 everywhere, adapters included.
+    Exact,
+    /// Adapters as their file will hold them (f16 beside f32 masters); bf16 products where the CPU has fast ones, f32
+    /// elsewhere.
+    Bf16,
+}
+
+/// All settings, with their defaults.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct TrainConfig {
+    /// Rank of the adapter.
+    pub rank: usize,
+    /// LoRA's alpha; twice the rank unless given.
+    pub alpha: Option<f64>,
+    /// Last path parts of the linear layers to adapt; `all` means every linear layer of the decoder.
+    pub targets: Vec<String>,
+    /// Dropout of the adapters' input.
+    pub dropout: f32,
+    /// Scale by `alpha / sqrt(rank)`.
+    pub rslora: bool,
+    /// Peak learning rate.
+    pub lr: f32,
+    /// Its course.
+    pub schedule: Schedule,
+    /// Steps of linear warm-up; below 1, a fraction of all steps.
+    pub warmup: f64,
+    /// Passes over the data.
+    pub epochs: usize,
+    /// Optimizer steps in all; overrides `epochs`.
+    pub steps: Option<u64>,
+    /// Samples in one forward and backward pass.
+    pub batch: usize,
+    /// Passes per optimizer step.
+    pub accumulate: usize,
+    /// Longest sample in tokens.
+    pub seq: usize,
+    /// Bound on the gradient's norm; 0 does not clip.
+    pub clip: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// Optimizer; `adamw`.
+    pub optimizer: Optimizer,
+    /// Seed of initialization, order and dropout.
+    pub seed: u64,
+    /// Steps between checkpoints; 0 writes one only when stopped.
+    pub save_every: u64,
+    /// JSONL that is evaluated during training.
+    pub eval_data: Option<PathBuf>,
+    /// Steps between evaluations; 0 evaluates only at the end.
+    pub eval_every: u64,
+    /// Arithmetic.
+    pub precision: Precision,
+}
+
+/// Optimizers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    /// AdamW with betas 0.9 and 0.999, eps 1e-8.
+    AdamW,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            rank: 8,
+            alpha: None,
+            targets: vec!["all".to_owned()],
+            dropout: 0.0,
+            rslora: false,
+            lr: 2e-4,
+            schedule: Schedule::Cosine,
+            warmup: 0.03,
+            epochs: 3,
+            steps: None,
+            batch: 4,
+            accumulate: 1,
+            seq: 1024,
+            clip: 1.0,
+            weight_decay: 0.0,
+            optimizer: Optimizer::AdamW,
+            seed: 0,
+            save_every: 50,
+            eval_data: None,
+            eval_every: 0,
+            precision: Precision::Bf16,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// LoRA's alpha.
+    #[must_use]
+    pub fn alpha(&self) -> f64 {
+        self.alpha.unwrap_or(2.0 * self.rank as f64)
+    }
+
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// The first setting that is out of range.
+    pub fn validate(&self) -> Result<()> {
+        let whole = |name: &str, value: usize, max: usize| {
+            let range = 1..=max;
+            if range.contains(&value) {
+                Ok(())
+            } else {
+                Err(Error::config(name, format!("a whole number from 1 to {max}"), value))
+            }
+        };
+        whole("rank", self.rank, 4096)?;
+        whole("epochs", self.epochs, 1_000_000)?;
+        whole("batch", self.batch, 65_536)?;
+        whole("accumulate", self.accumulate, 65_536)?;
+        whole("seq", self.seq, 1 << 20)?;
+        if self.steps == Some(0) {
+            return Err(Error::config("steps", "at least 1", 0));
+        }
+        if self.targets.is_empty() {
+            return Err(Error::config("targets", "at least one layer name, or `all`", "nothing"));
+        }
+        let real = |name: &str, value: f64, ok: bool, expected: &str| {
+            if ok && value.is_finite() { Ok(()) } else { Err(Error::config(name, expected, value)) }
+        };
+        real("alpha", self.alpha(), self.alpha() > 0.0, "a number above 0")?;
+        let (dropout, lr) = (f64::from(self.dropout), f64::from(self.lr));
+        real("dropout", dropout, (0.0..1.0).contains(&dropout), "a number from 0 to below 1")?;
+        real("lr", lr, lr > 0.0 && lr <= 1.0, "a number above 0 and up to 1")?;
+        real("warmup", self.warmup, self.warmup >= 0.0, "steps, or a fraction of them below 1")?;
+        real("clip", self.clip, self.clip >= 0.0, "a number above 0, or 0 for none")?;
+        let decay = f64::from(self.weight_decay);
+        real("weight-decay", decay, (0.0..=1.0).contains(&decay), "a number from 0 to 1")
+    }
+
+    /// Learning rate of `step` (1-based) of `total`.
+    #[must_use]
+    pub fn lr_at(&self, step: u64, total: u64) -> f32 {
+        let warmup = if self.warmup < 1.0 { (self.warmup * total as f64).ceil() } else { self.warmup };
+        let at = step as f64;
+        let factor = if at <= warmup {
+            at / warmup
+        } else {
+            // The step after the last one would have rate zero; the last one still learns.
+            let progress = (at - warmup) / (total as f64 - warmup + 1.0).max(1.0);
+            match self.schedule {
+                Schedule::Constant => 1.0,
+                Schedule::Linear => 1.0 - progress,
+                Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+            }
+        };
+        (f64::from(self.lr) * factor) as f32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_rises_and_falls() {
+        let config = TrainConfig { lr: 1.0, warmup: 2.0, ..Default::default() };
+        let rates: Vec<f32> = (1..=10).map(|s| config.lr_at(s, 10)).collect();
+        assert_eq!(rates[..2], [0.5, 1.0]);
+        assert!(rates[2..].windows(2).all(|w| w[1] < w[0] && w[1] > 0.0), "{rates:?}");
+        let flat = TrainConfig { schedule: Schedule::Constant, warmup: 0.0, lr: 0.5, ..Default::default() };
+        assert_eq!(flat.lr_at(1, 10), 0.5);
+    }
+
+    #[test]
+    fn bad_settings_name_themselves() {
+        for (config, name) in [
+            (TrainConfig { rank: 0, ..Default::default() }, "rank"),
+            (TrainConfig { lr: f32::NAN, ..Default::default() }, "lr"),
+            (TrainConfig { lr: 1e9, ..Default::default() }, "lr"),
+            (TrainConfig { dropout: 1.0, ..Default::default() }, "dropout"),
+            (TrainConfig { steps: Some(0), ..Default::default() }, "steps"),
+        ] {
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(&format!("`{name}`")), "{error}");
+        }
+    }
+}

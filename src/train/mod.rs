@@ -1,0 +1,442 @@
+//! Training of LoRA adapters on a frozen base.
+
+mod checkpoint;
+mod config;
+mod data;
+mod plan;
+mod setup;
+mod step;
+
+pub use config::{Optimizer, Precision, Schedule, TrainConfig};
+pub use data::{Dataset, Sample};
+pub use plan::MemoryPlan;
+pub use step::{MicroBatch, Watch, micro_step};
+
+use crate::adapter::{AdapterFile, Adapters, Dropout, HostTensor, LoraConfig, LoraModule};
+use crate::error::{Error, ErrorCode, Result};
+use crate::exec::train::Gradients;
+use crate::exec::{Base, Pool};
+use crate::memory::Peak;
+use crate::rng::{Rng, mix};
+use checkpoint::{RunFacts, TensorState};
+use pocketlora_kernels::{AdamW, Backend, WorkType};
+use setup::{Trained, fingerprint, fresh_modules, target_modules, trained_tensors};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Streams of random numbers that a run draws from its seed.
+const ORDER: u64 = 2;
+const DROPOUT: u64 = 3;
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// 1-based number.
+    pub step: u64,
+    /// Steps in all.
+    pub total_steps: u64,
+    /// Mean loss of the learned tokens (natural log), before the step.
+    pub loss: f64,
+    /// Learning rate.
+    pub lr: f32,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Tokens run.
+    pub tokens: usize,
+    /// Tokens learned.
+    pub trained: usize,
+    /// Wall-clock time.
+    pub time: Duration,
+    /// Mean loss on the evaluation data, where this step ended with one.
+    pub eval_loss: Option<f64>,
+}
+
+/// Who watches a run.
+pub trait Observer: Send {
+    /// After every step; `Break` stops the run there, with a checkpoint.
+    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()>;
+
+    /// Asked many times a second; `false` stops the run within a layer's time, with a checkpoint of the last whole
+    /// step. Blocking in it pauses the run.
+    fn keep_going(&mut self) -> bool {
+        true
+    }
+}
+
+/// What a run did.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// All steps were done and the adapter is written.
+    pub done: bool,
+    /// Steps done, those before a resume included.
+    pub steps: u64,
+    /// Loss of the last step.
+    pub loss: f64,
+    /// Tokens run in this process.
+    pub tokens: u64,
+    /// Tokens learned in this process.
+    pub trained_tokens: u64,
+    /// Wall-clock time in this process.
+    pub time: Duration,
+    /// Highest anonymous memory seen, in bytes.
+    pub peak_anonymous_bytes: Option<u64>,
+    /// Mean loss on the evaluation data at the end.
+    pub eval_loss: Option<f64>,
+    /// The adapter's folder.
+    pub adapter: PathBuf,
+}
+
+/// A run between two steps.
+pub struct Trainer<B: Backend> {
+    base: Arc<Base<B>>,
+    config: TrainConfig,
+    data: Dataset,
+    eval_data: Option<Dataset>,
+    out: PathBuf,
+    lora: LoraConfig,
+    adapters: Adapters<B>,
+    tensors: Vec<Trained<B>>,
+    grads: Gradients<B>,
+    pool: Pool<B>,
+    pool_tokens: usize,
+    facts: RunFacts,
+    peak: Peak,
+}
+
+impl<B: Backend> Trainer<B> {
+    /// Prepares a run whose adapter will be written to the folder `out`, from scratch or from the adapter `init`.
+    ///
+    /// # Errors
+    /// A setting is out of range, `out` holds an adapter already and `overwrite` is off, `init` belongs to another
+    /// base, out of memory.
+    pub fn new(
+        base: Arc<Base<B>>,
+        base_fingerprint: u64,
+        base_name: Option<String>,
+        config: TrainConfig,
+        data: Dataset,
+        eval_data: Option<Dataset>,
+        init: Option<&AdapterFile>,
+        out: &Path,
+    ) -> Result<Self> {
+        config.validate()?;
+        let targets = target_modules(base.model.params(), &config.targets)?;
+        let mut names: Vec<String> =
+            targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
+        names.sort_unstable();
+        names.dedup();
+        let lora = match init {
+            Some(file) => file.config.clone(),
+            None => LoraConfig {
+                rank: config.rank,
+                alpha: config.alpha(),
+                rslora: config.rslora,
+                dropout: f64::from(config.dropout),
+                targets: names,
+                base: base_name,
+            },
+        };
+        let modules = match init {
+            Some(file) => file.modules.clone(),
+            None => fresh_modules(&targets, &lora, config.seed),
+        };
+        let steps_per_epoch = data.samples.len().div_ceil(config.batch * config.accumulate) as u64;
+        let total_steps = config.steps.unwrap_or(steps_per_epoch * config.epochs as u64);
+        let facts = RunFacts {
+            step: 0,
+            total_steps,
+            config: serde_json::to_value(&config).expect("plain data serializes"),
+            data: data.fingerprint(),
+            base: base_fingerprint,
+            init: init.map_or(0, |file| fingerprint(&file.modules)),
+        };
+        let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
+        let dtype = match config.precision {
+            Precision::Exact => WorkType::F32,
+            Precision::Bf16 => WorkType::F16,
+        };
+        let mut adapters = Adapters::none(&base);
+        adapters.attach(&base, &file, 1.0, dtype)?;
+        let (tensors, grads) = trained_tensors(&base, &mut adapters, &file.modules)?;
+        std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        Ok(Self {
+            base,
+            config,
+            data,
+            eval_data,
+            out: out.to_owned(),
+            lora,
+            adapters,
+            tensors,
+            grads,
+            pool: Pool::default(),
+            pool_tokens: 0,
+            facts,
+            peak: Peak::default(),
+        })
+    }
+
+    /// Goes to where the checkpoint in the output folder stands.
+    ///
+    /// # Errors
+    /// There is none, it is broken, or it belongs to another run.
+    pub fn resume(&mut self) -> Result<()> {
+        let layout: Vec<(String, [usize; 2])> = self.tensors.iter().map(|t| (t.name.clone(), t.shape)).collect();
+        let (step, states) = checkpoint::load(&self.out, &self.facts, &layout)?;
+        for (t, state) in self.tensors.iter_mut().zip(states) {
+            for (buffer, values) in [&mut t.master, &mut t.m, &mut t.v].into_iter().zip(&state.values) {
+                self.base.backend.write(buffer, values);
+            }
+        }
+        self.facts.step = step;
+        self.publish();
+        Ok(())
+    }
+
+    /// Steps done.
+    #[must_use]
+    pub fn step_number(&self) -> u64 {
+        self.facts.step
+    }
+
+    /// Steps in all.
+    #[must_use]
+    pub fn total_steps(&self) -> u64 {
+        self.facts.total_steps
+    }
+
+    /// What the run will hold in memory, with `weights_mapped` bytes of mapped files.
+    #[must_use]
+    pub fn plan(&self, weights_mapped: u64) -> MemoryPlan {
+        let work_bytes = match self.config.precision {
+            Precision::Exact => 4,
+            Precision::Bf16 => 2,
+        };
+        let (model, values) = (self.base.model.config(), self.trained_parameters());
+        MemoryPlan::new(model, &self.config, &self.data, values, work_bytes, weights_mapped)
+    }
+
+    /// Trained values.
+    #[must_use]
+    pub fn trained_parameters(&self) -> usize {
+        self.tensors.iter().map(|t| t.shape[0] * t.shape[1]).sum()
+    }
+
+    /// Gradients of the last step, after clipping, under their PEFT names.
+    ///
+    /// # Errors
+    /// Device lost.
+    pub fn gradients(&self) -> Result<Vec<(String, Vec<f32>)>> {
+        let read = |(t, grad): (&Trained<B>, &B::Buffer)| {
+            let mut host = vec![0.0; self.base.backend.len(grad)];
+            self.base.backend.read(grad, &mut host)?;
+            Ok((t.name.clone(), host))
+        };
+        self.tensors.iter().zip(&self.grads.tensors).map(read).collect()
+    }
+
+    /// Runs to the end, or until the observer stops it; then writes the adapter, or a checkpoint.
+    ///
+    /// # Errors
+    /// Non-finite loss or gradients (the last checkpoint is kept), files that cannot be written, out of memory.
+    pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
+        let start = Instant::now();
+        let (mut tokens, mut trained, mut loss, mut eval_loss) = (0u64, 0u64, f64::NAN, None);
+        let mut stopped = false;
+        while self.facts.step < self.facts.total_steps && !stopped {
+            let mut report = match self.step(observer) {
+                Err(e) if e.code() == ErrorCode::Cancelled => break,
+                other => other?,
+            };
+            let last = report.step == report.total_steps;
+            if last || self.config.eval_every > 0 && report.step.is_multiple_of(self.config.eval_every) {
+                report.eval_loss = match self.evaluate(observer) {
+                    Err(e) if e.code() == ErrorCode::Cancelled => None,
+                    other => other?,
+                };
+            }
+            tokens += report.tokens as u64;
+            trained += report.trained as u64;
+            (loss, eval_loss) = (report.loss, report.eval_loss.or(eval_loss));
+            stopped = observer.on_step(&report).is_break();
+            if !last && self.config.save_every > 0 && report.step.is_multiple_of(self.config.save_every) {
+                self.save_checkpoint()?;
+            }
+        }
+        let done = self.facts.step == self.facts.total_steps;
+        if done {
+            self.save_adapter()?;
+            checkpoint::remove(&self.out)?;
+        } else {
+            self.save_checkpoint()?;
+        }
+        Ok(Summary {
+            done,
+            steps: self.facts.step,
+            loss,
+            tokens,
+            trained_tokens: trained,
+            time: start.elapsed(),
+            peak_anonymous_bytes: self.peak.bytes(),
+            eval_loss,
+            adapter: self.out.clone(),
+        })
+    }
+
+    /// One optimizer step. A stopped or failed one leaves the run as it was before.
+    ///
+    /// # Errors
+    /// Stopped by the observer, non-finite loss or gradients, out of memory.
+    pub fn step(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
+        let base = Arc::clone(&self.base);
+        base.backend.scope(|| self.step_in_scope(observer))
+    }
+
+    fn step_in_scope(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
+        let start = Instant::now();
+        let number = self.facts.step + 1;
+        let micros = self.micro_batches(number);
+        let trained: usize = micros.iter().map(MicroBatch::trained).sum();
+        let scale = 1.0 / trained as f32;
+
+        let base = Arc::clone(&self.base);
+        for grad in &mut self.grads.tensors {
+            base.backend.zero(grad);
+        }
+        let mut loss = 0.0;
+        for (i, micro) in micros.iter().enumerate() {
+            let dropout = (self.config.dropout > 0.0).then(|| {
+                let key = mix(mix(mix(self.config.seed, DROPOUT), number), i as u64);
+                Dropout { p: self.config.dropout, key }
+            });
+            loss += self.micro(micro, scale, dropout, true, observer)?;
+        }
+        let loss = loss / trained as f64;
+        let grad_norm = self.grad_norm()?;
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            let message = format!(
+                "expected a finite loss and gradient, got loss `{loss}` and gradient norm `{grad_norm}`; lower the \
+                 learning rate, then resume from the last checkpoint or start again"
+            );
+            return Err(Error::new(ErrorCode::Diverged, format!("step {number}"), message));
+        }
+        if self.config.clip > 0.0 && grad_norm > self.config.clip {
+            // As torch.nn.utils.clip_grad_norm_ does it.
+            let factor = (self.config.clip / (grad_norm + 1e-6)) as f32;
+            for grad in &mut self.grads.tensors {
+                base.backend.scale(factor, grad);
+            }
+        }
+        let lr = self.config.lr_at(number, self.facts.total_steps);
+        let weight_decay = self.config.weight_decay;
+        let adamw = AdamW { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay, step: number as u32 };
+        for (t, grad) in self.tensors.iter_mut().zip(&self.grads.tensors) {
+            base.backend.adamw(&adamw, grad, &mut t.master, &mut t.m, &mut t.v);
+        }
+        self.publish();
+        self.facts.step = number;
+        Ok(StepReport {
+            step: number,
+            total_steps: self.facts.total_steps,
+            loss,
+            lr,
+            grad_norm,
+            tokens: micros.iter().map(MicroBatch::tokens).sum(),
+            trained,
+            time: start.elapsed(),
+            eval_loss: None,
+        })
+    }
+
+    /// The samples of step `number` (1-based): epochs are permutations that depend on the seed and their number alone.
+    fn micro_batches(&self, number: u64) -> Vec<MicroBatch> {
+        let (n, per_step) = (self.data.samples.len(), self.config.batch * self.config.accumulate);
+        let steps_per_epoch = n.div_ceil(per_step) as u64;
+        let (epoch, at) = ((number - 1) / steps_per_epoch, ((number - 1) % steps_per_epoch) as usize * per_step);
+        let order = Rng::new(mix(mix(self.config.seed, ORDER), epoch)).permutation(n);
+        let chosen = &order[at..(at + per_step).min(n)];
+        chosen.chunks(self.config.batch).map(|c| MicroBatch::new(c.iter().map(|&i| &self.data.samples[i]))).collect()
+    }
+
+    /// Loss sum of one micro-batch, with its gradient added if `learn`.
+    fn micro(
+        &mut self,
+        micro: &MicroBatch,
+        scale: f32,
+        dropout: Option<Dropout>,
+        learn: bool,
+        observer: &mut dyn Observer,
+    ) -> Result<f64> {
+        if self.pool_tokens != micro.tokens() {
+            self.pool.clear();
+            self.pool_tokens = micro.tokens();
+        }
+        let mut keep_going = || observer.keep_going();
+        let mut watch = Watch { keep_going: &mut keep_going, peak: &mut self.peak };
+        let grads = learn.then_some(&mut self.grads);
+        micro_step(&self.base, &self.adapters, micro, scale, dropout, grads, &mut self.pool, &mut watch)
+    }
+
+    /// Mean loss on the evaluation data, if there is any.
+    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Option<f64>> {
+        let Some(data) = self.eval_data.take() else { return Ok(None) };
+        let base = Arc::clone(&self.base);
+        let loss = base.backend.scope(|| {
+            let losses = data.samples.iter().map(|s| self.micro(&MicroBatch::new([s]), 1.0, None, false, observer));
+            losses.sum::<Result<f64>>()
+        });
+        let tokens: usize = data.samples.iter().map(Sample::trained_tokens).sum();
+        self.eval_data = Some(data);
+        Ok(Some(loss? / tokens as f64))
+    }
+
+    fn grad_norm(&self) -> Result<f64> {
+        let squares = self.grads.tensors.iter().map(|g| self.base.backend.sum_squares(g));
+        Ok(squares.sum::<Result<f64, _>>()?.sqrt())
+    }
+
+    /// Rounds the masters into the matrices that forward and backward use.
+    fn publish(&mut self) {
+        let Self { base, adapters, grads, tensors, .. } = self;
+        for (param, adapter) in adapters.iter_mut() {
+            let Some(range) = grads.ranges[param.0 as usize].clone() else { continue };
+            let masters: Vec<&B::Buffer> = tensors[range].iter().map(|t| &t.master).collect();
+            adapter.set(&base.backend, &masters);
+        }
+    }
+
+    fn host(&self, buffer: &B::Buffer) -> Result<Vec<f32>> {
+        let mut host = vec![0.0; self.base.backend.len(buffer)];
+        self.base.backend.read(buffer, &mut host)?;
+        Ok(host)
+    }
+
+    /// Writes the state of the run beside where the adapter will be.
+    ///
+    /// # Errors
+    /// The file cannot be written; the one before it is kept then.
+    pub fn save_checkpoint(&self) -> Result<()> {
+        let state = |t: &Trained<B>| {
+            let values = [self.host(&t.master)?, self.host(&t.m)?, self.host(&t.v)?];
+            Ok(TensorState { name: t.name.clone(), shape: t.shape, values })
+        };
+        let states: Vec<TensorState> = self.tensors.iter().map(state).collect::<Result<_>>()?;
+        checkpoint::save(&self.out, &self.facts, &states)
+    }
+
+    /// Writes the adapter as it is now.
+    ///
+    /// # Errors
+    /// A value does not fit f16, or the files cannot be written.
+    pub fn save_adapter(&self) -> Result<()> {
+        let mut modules = Vec::with_capacity(self.tensors.len() / 2);
+        for pair in self.tensors.chunks_exact(2) {
+            let tensor = |t: &Trained<B>| Ok::<_, Error>(HostTensor { shape: t.shape, data: self.host(&t.master)? });
+            let path = pair[0].name.trim_end_matches(".lora_A.weight").to_owned();
+            modules.push(LoraModule::new(path, tensor(&pair[0])?, tensor(&pair[1])?, &self.lora));
+        }
+        AdapterFile { dir: self.out.clone(), config: self.lora.clone(), modules }.save()
+    }
+}
