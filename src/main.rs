@@ -1,1 +1,7 @@
-fn main() {}
+//! The `pocketlora` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    pocketlora::cli::run()
+}

@@ -1,0 +1,139 @@
+//! Flags that several subcommands share.
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::generate::Sampling;
+use crate::session::{Options, Precision, Session};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+
+/// An adapter with its strength: `DIR` or `DIR=SCALE`.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct AdapterArg {
+    pub dir: PathBuf,
+    pub scale: f32,
+}
+
+impl std::str::FromStr for AdapterArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // A folder whose own name has an equals sign is still reachable: what follows must be a number to count.
+        if let Some((dir, scale)) = text.rsplit_once('=')
+            && let Ok(scale) = scale.parse::<f32>()
+        {
+            return Ok(Self { dir: dir.into(), scale });
+        }
+        Ok(Self { dir: text.into(), scale: 1.0 })
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum PrecisionArg {
+    /// f32 everywhere.
+    Exact,
+    /// Cache and adapters in f16.
+    Fast,
+}
+
+/// Which model, with which adapters, and how to run it.
+#[derive(Args, Clone, Debug)]
+pub(super) struct ModelArgs {
+    /// Directory, .gguf file, or name of a model in the cache.
+    #[arg(short, long, default_value = super::model::DEFAULT)]
+    pub model: String,
+    /// PEFT adapter directory, with a factor on its effect if wanted; several add up.
+    #[arg(short, long = "adapter", value_name = "DIR[=SCALE]")]
+    pub adapters: Vec<AdapterArg>,
+    /// Worker threads; 0 takes one per core.
+    #[arg(long, default_value_t = 0)]
+    pub threads: usize,
+    /// Arithmetic of inference.
+    #[arg(long, value_enum, default_value = "fast")]
+    pub precision: PrecisionArg,
+    /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
+    #[arg(long)]
+    pub no_quantize: bool,
+}
+
+impl ModelArgs {
+    /// Opens the model, quantizing it into the cache at first use, and attaches the adapters.
+    pub fn open(&self) -> Result<Session> {
+        let dir = super::model::resolve(&self.model, !self.no_quantize)?;
+        let precision = match self.precision {
+            PrecisionArg::Exact => Precision::Exact,
+            PrecisionArg::Fast => Precision::Fast,
+        };
+        let mut session = Session::open(&dir, &Options { threads: self.threads, precision })?;
+        for adapter in &self.adapters {
+            session.attach(&adapter.dir, adapter.scale)?;
+        }
+        Ok(session)
+    }
+}
+
+/// How tokens are chosen.
+#[derive(Args, Clone, Debug)]
+pub(super) struct SamplingArgs {
+    /// Divides the logits; 0 takes the likeliest token. [default: 0 in generate, 0.7 in chat]
+    #[arg(long)]
+    pub temperature: Option<f32>,
+    /// Keep the K likeliest tokens; 0 keeps all.
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Keep the likeliest tokens that reach this probability together. [default: 1 in generate, 0.9 in chat]
+    #[arg(long)]
+    pub top_p: Option<f32>,
+    /// Keep tokens at least this fraction as likely as the likeliest.
+    #[arg(long, default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Makes tokens of the context less likely; 1 does nothing.
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f32,
+    /// Seed of the random stream. [default: 0 in generate, the time in chat]
+    #[arg(long)]
+    pub seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// The settings, with a command's own defaults for what was not given.
+    pub fn sampling(&self, temperature: f32, top_p: f32, seed: u64) -> Result<Sampling> {
+        let sampling = Sampling {
+            temperature: self.temperature.unwrap_or(temperature),
+            top_k: self.top_k,
+            top_p: self.top_p.unwrap_or(top_p),
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed.unwrap_or(seed),
+        };
+        sampling.validate()?;
+        Ok(sampling)
+    }
+}
+
+/// Prints one JSON object on stdout.
+pub(super) fn print_json(value: &serde_json::Value) {
+    println!("{value}");
+}
+
+/// The error of work that Ctrl-C stopped.
+pub(super) fn stopped(what: &str) -> Error {
+    Error::new(ErrorCode::Cancelled, what, "stopped by Ctrl-C")
+}
+
+/// `12.3 MB`, in powers of ten as disks and networks count.
+pub(super) fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scale_is_a_number_after_the_last_equals_sign() {
+        let parse = |t: &str| t.parse::<AdapterArg>().unwrap();
+        assert_eq!(parse("a/b=0.5"), AdapterArg { dir: "a/b".into(), scale: 0.5 });
+        assert_eq!(parse("a=b/c"), AdapterArg { dir: "a=b/c".into(), scale: 1.0 });
+        assert_eq!(parse("a=b=-2"), AdapterArg { dir: "a=b".into(), scale: -2.0 });
+    }
+}

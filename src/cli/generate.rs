@@ -1,0 +1,87 @@
+//! `pocketlora generate`: one prompt, one answer.
+
+use super::args::{ModelArgs, SamplingArgs, megabytes, print_json};
+use super::interrupt;
+use crate::chat::Message;
+use crate::error::Result;
+use serde_json::json;
+use std::io::Write as _;
+use std::ops::ControlFlow;
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// The prompt.
+    #[arg(short, long)]
+    prompt: String,
+    /// Put the prompt through the model's chat template, as the user's turn.
+    #[arg(long)]
+    chat: bool,
+    /// System prompt, with --chat.
+    #[arg(long, requires = "chat")]
+    system: Option<String>,
+    /// Most tokens to write.
+    #[arg(short = 'n', long, default_value_t = 256)]
+    max_tokens: usize,
+    /// Report as one JSON object instead of streaming the text.
+    #[arg(long)]
+    json: bool,
+    /// Print speed and memory on stderr afterwards.
+    #[arg(long)]
+    stats: bool,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let sampling = args.sampling.sampling(0.0, 1.0, 0)?;
+    let mut session = args.model.open()?;
+    let json = args.json;
+    let mut on_text = |piece: &str| {
+        if !json {
+            print!("{piece}");
+            let _ = std::io::stdout().flush();
+        }
+        if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let (text, done) = if args.chat {
+        let mut messages: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();
+        messages.push(Message::new("user", &args.prompt));
+        session.chat(&messages, args.max_tokens, &sampling, &mut on_text)?
+    } else {
+        session.complete(&args.prompt, args.max_tokens, &sampling, &mut on_text)?
+    };
+    let peak = session.peak_anonymous_bytes();
+    if json {
+        print_json(&json!({
+            "text": text,
+            "prompt_tokens": done.prompt_tokens,
+            "tokens": done.ids.len(),
+            "ids": done.ids,
+            "prefill_tok_s": done.prefill_rate(),
+            "decode_tok_s": done.decode_rate(),
+            "peak_anonymous_bytes": peak,
+            "mapped_bytes": session.mapped_bytes(),
+        }));
+    } else {
+        println!();
+    }
+    if args.stats {
+        eprintln!("{}", stats_line(&done, peak, session.mapped_bytes()));
+    }
+    Ok(())
+}
+
+/// Speed and memory in one line.
+pub(super) fn stats_line(done: &crate::generate::Generated, peak: Option<u64>, mapped: u64) -> String {
+    format!(
+        "{} prompt tokens at {:.0} tok/s, {} tokens at {:.1} tok/s; {} anonymous, {} mapped",
+        done.prefilled,
+        done.prefill_rate(),
+        done.ids.len(),
+        done.decode_rate(),
+        peak.map_or_else(|| "unknown".to_owned(), megabytes),
+        megabytes(mapped)
+    )
+}

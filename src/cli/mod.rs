@@ -1,0 +1,77 @@
+//! The command line: one file per subcommand; answers on stdout, progress on stderr.
+
+mod args;
+mod chat;
+mod demo;
+mod eval;
+mod generate;
+mod info;
+mod interrupt;
+mod model;
+mod progress;
+mod pull;
+mod quantize;
+mod train;
+
+use crate::error::Result;
+use clap::{Parser, Subcommand};
+use std::error::Error as _;
+use std::process::ExitCode;
+
+/// Run and fine-tune QLoRA models on this device. Nothing you type or train on leaves it.
+#[derive(Parser)]
+#[command(name = "pocketlora", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The tour: fetch a small model, quantize it, ask it, teach it, ask again.
+    Demo(demo::Args),
+    /// Fetch a model into the cache, by its short name or as OWNER/REPO of the model hub.
+    Pull(pull::Args),
+    /// Convert a GGUF file or a Hugging Face directory to bitsandbytes NF4, or to plain 16 or 32 bits.
+    Quantize(quantize::Args),
+    /// Describe a model or an adapter.
+    Info(info::Args),
+    /// Talk to a model.
+    Chat(chat::Args),
+    /// Answer one prompt.
+    Generate(generate::Args),
+    /// Teach a model: train a LoRA adapter on a JSONL file.
+    Train(Box<train::Args>),
+    /// Measure how well a model predicts a text or a data file.
+    Eval(eval::Args),
+}
+
+/// Parses the command line and runs it. Exit codes: 0 done, 1 failed, 2 wrong usage.
+#[must_use]
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    interrupt::install();
+    let result: Result<bool> = match cli.command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Pull(args) => pull::run(&args).map(|()| true),
+        Command::Quantize(args) => quantize::run(&args).map(|()| true),
+        Command::Info(args) => info::run(&args).map(|()| true),
+        Command::Chat(args) => chat::run(args).map(|()| true),
+        Command::Generate(args) => generate::run(&args).map(|()| true),
+        Command::Train(args) => train::run(&args),
+        Command::Eval(args) => eval::run(&args).map(|()| true),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error}");
+            let mut cause = error.source();
+            while let Some(e) = cause {
+                eprintln!("  caused by: {e}");
+                cause = e.source();
+            }
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! `pocketlora quantize`: a GGUF file or Hugging Face directory to bitsandbytes NF4 or plain floats.
+
+use super::args::{megabytes, print_json};
+use super::model;
+use crate::error::Result;
+use crate::format::Target;
+use clap::ValueEnum;
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::Instant;
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Hugging Face directory, .safetensors file with its config.json beside it, or .gguf file.
+    source: PathBuf,
+    /// Directory to write.
+    #[arg(short, long)]
+    out: PathBuf,
+    /// Format of the linear layers.
+    #[arg(long, value_enum, default_value = "nf4")]
+    to: To,
+    /// Report as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum To {
+    /// bitsandbytes NF4 with double quantization, 4.127 bits a weight.
+    Nf4,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// IEEE single precision.
+    F32,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let to = match args.to {
+        To::Nf4 => Target::Nf4,
+        To::F16 => Target::F16,
+        To::Bf16 => Target::BF16,
+        To::F32 => Target::F32,
+    };
+    let start = Instant::now();
+    let summary = model::convert(&args.source, &args.out, to)?;
+    let seconds = start.elapsed().as_secs_f64();
+    if args.json {
+        print_json(&json!({
+            "out": args.out, "tensors": summary.quantized + summary.dense, "quantized": summary.quantized, "bytes": summary.bytes,
+            "seconds": seconds,
+        }));
+    } else {
+        println!(
+            "{}: {} tensors, {} of them in 4 bits, {} in {seconds:.1} s",
+            args.out.display(),
+            summary.quantized + summary.dense,
+            summary.quantized,
+            megabytes(summary.bytes)
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,294 @@
+//! `pocketlora train`: a LoRA adapter from a JSONL file.
+
+use super::args::{megabytes, print_json};
+use super::{interrupt, model, progress};
+use crate::adapter::AdapterFile;
+use crate::error::{Error, ErrorCode, Result};
+use crate::session::{Options, Session};
+use crate::train::{MemoryPlan, Observer, StepReport, Summary, TrainConfig};
+use indicatif::ProgressBar;
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Directory, .gguf file, or name of a model in the cache.
+    #[arg(short, long, default_value = model::DEFAULT)]
+    model: String,
+    /// JSONL with `messages`, `prompt` and `completion`, or `text`.
+    #[arg(short, long)]
+    data: PathBuf,
+    /// Folder for the adapter.
+    #[arg(short, long)]
+    out: PathBuf,
+    /// Settings as TOML; flags win over it.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Continue a stopped run from its checkpoint in the output folder.
+    #[arg(long)]
+    resume: bool,
+    /// Replace an adapter, or the checkpoint of an unfinished run, in the output folder.
+    #[arg(long, conflicts_with = "resume")]
+    overwrite: bool,
+    /// Start from this PEFT adapter; its rank, alpha and layers are kept.
+    #[arg(long, value_name = "ADAPTER")]
+    init: Option<PathBuf>,
+    /// Worker threads; 0 takes one per core.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
+    #[arg(long)]
+    no_quantize: bool,
+    /// One JSON object per step on stdout, the summary last.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Flags that override `train.toml`, under the same names; see [`TrainConfig`] for the defaults.
+#[derive(clap::Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Settings {
+    /// Rank of the adapter. [default: 8]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rank: Option<usize>,
+    /// LoRA's alpha. [default: twice the rank]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alpha: Option<f64>,
+    /// Linear layers to adapt, such as q_proj,v_proj. [default: all]
+    #[arg(long, value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    targets: Option<Vec<String>>,
+    /// Dropout of the adapters' input. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dropout: Option<f32>,
+    /// Scale by alpha / sqrt(rank).
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    rslora: bool,
+    /// Peak learning rate. [default: 2e-4]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lr: Option<f32>,
+    /// Course of the learning rate: constant, linear or cosine. [default: cosine]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    schedule: Option<String>,
+    /// Steps of warm-up, or a fraction of all steps below 1. [default: 0.03]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warmup: Option<f64>,
+    /// Passes over the data. [default: 3]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epochs: Option<usize>,
+    /// Optimizer steps in all, instead of epochs.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    steps: Option<u64>,
+    /// Samples in one pass. [default: 4]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch: Option<usize>,
+    /// Passes per optimizer step. [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    accumulate: Option<usize>,
+    /// Longest sample in tokens. [default: 1024]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seq: Option<usize>,
+    /// Bound on the gradient's norm, 0 for none. [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clip: Option<f64>,
+    /// Decoupled weight decay. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weight_decay: Option<f32>,
+    /// Optimizer: adamw. [default: adamw]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    optimizer: Option<String>,
+    /// Seed of initialization, order and dropout. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+    /// Steps between checkpoints; 0 writes one only when stopped. [default: 50]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    save_every: Option<u64>,
+    /// JSONL that is evaluated during training.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_data: Option<PathBuf>,
+    /// Steps between evaluations; 0 evaluates only at the end. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_every: Option<u64>,
+    /// Arithmetic: exact (f32) or bf16. [default: bf16]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    precision: Option<String>,
+}
+
+impl Settings {
+    /// The settings of `file`, with the flags that were given laid over them.
+    fn merge(&self, file: Option<&Path>) -> Result<TrainConfig> {
+        let mut table = match file {
+            None => toml::Table::new(),
+            Some(path) => {
+                let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+                let parsed: toml::Table = text.parse().map_err(|e: toml::de::Error| bad_settings(Some(path), &e))?;
+                // Checked by itself first, so that a typing error in the file is reported as the file's.
+                toml::Value::Table(parsed.clone())
+                    .try_into::<TrainConfig>()
+                    .map_err(|e| bad_settings(Some(path), &e))?;
+                parsed
+            }
+        };
+        let flags = toml::Table::try_from(self).map_err(|e| Error::config("flags", "plain values", e))?;
+        table.extend(flags);
+        let config: TrainConfig = toml::Value::Table(table).try_into().map_err(|e| bad_settings(None, &e))?;
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+fn bad_settings(file: Option<&Path>, e: &toml::de::Error) -> Error {
+    let place = file.map_or_else(|| "flags".to_owned(), |f| format!("`{}`", f.display()));
+    Error::new(ErrorCode::Config, place, e.to_string().trim_end().to_owned())
+}
+
+pub(super) fn run(args: &Args) -> Result<bool> {
+    let config = args.settings.merge(args.config.as_deref())?;
+    check_out(args)?;
+    let dir = model::resolve(&args.model, !args.no_quantize)?;
+    let session = Session::open(&dir, &Options { threads: args.threads, ..Options::default() })?;
+    let (summary, plan) = fit(&session, config, args)?;
+    report(&summary, plan, &session, args.json);
+    Ok(summary.done)
+}
+
+/// Refuses to write over what an earlier run left, unless told to.
+fn check_out(args: &Args) -> Result<()> {
+    let finished = args.out.join("adapter_config.json").exists();
+    let unfinished = args.out.join("checkpoint.safetensors").exists();
+    let message = match (args.resume || args.overwrite, unfinished, finished) {
+        (true, ..) | (_, false, false) => return Ok(()),
+        (_, true, _) => "holds an unfinished run; continue it with `--resume` or replace it with `--overwrite`",
+        (_, _, true) => "holds an adapter; name another folder or replace it with `--overwrite`",
+    };
+    Err(Error::new(ErrorCode::Config, format!("`{}`", args.out.display()), message))
+}
+
+fn fit(session: &Session, config: TrainConfig, args: &Args) -> Result<(Summary, MemoryPlan)> {
+    let data = session.dataset(&args.data, config.seq)?;
+    let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
+    let init = args.init.as_deref().map(AdapterFile::open).transpose()?;
+    let tokens: usize = data.samples.iter().map(|s| s.ids.len()).sum();
+    let learned: usize = data.samples.iter().map(crate::train::Sample::trained_tokens).sum();
+    let samples = data.samples.len();
+    let mut trainer = session.trainer(config, data, eval_data, init.as_ref(), &args.out)?;
+    if args.resume {
+        trainer.resume()?;
+        eprintln!("resuming after step {}", trainer.step_number());
+    }
+    eprintln!(
+        "{samples} samples, {tokens} tokens, {learned} of them learned; {} trained values, {} steps",
+        trainer.trained_parameters(),
+        trainer.total_steps()
+    );
+    let plan = trainer.plan(session.mapped_bytes());
+    eprintln!(
+        "memory: {} mapped; {} anonymous planned: adapter {}, optimizer {}, layer inputs {}, one layer {}, logits {}",
+        megabytes(plan.weights_mapped),
+        megabytes(plan.anonymous()),
+        megabytes(plan.adapter),
+        megabytes(plan.optimizer),
+        megabytes(plan.layer_inputs),
+        megabytes(plan.layer_workspace),
+        megabytes(plan.logits)
+    );
+    let mut watcher = Watcher::new(trainer.total_steps(), trainer.step_number(), args.json);
+    let summary = trainer.run(&mut watcher);
+    watcher.bar.finish_and_clear();
+    Ok((summary?, plan))
+}
+
+/// Shows steps on a bar, or as JSON lines, and passes Ctrl-C on.
+pub(super) struct Watcher {
+    pub(super) bar: ProgressBar,
+    json: bool,
+}
+
+impl Watcher {
+    pub(super) fn new(total: u64, done: u64, json: bool) -> Self {
+        let bar = progress::count(total, "train");
+        bar.set_position(done);
+        bar.reset_eta();
+        Self { bar, json }
+    }
+}
+
+impl Observer for Watcher {
+    fn on_step(&mut self, r: &StepReport) -> ControlFlow<()> {
+        let rate = r.tokens as f64 / r.time.as_secs_f64();
+        let memory = crate::memory::anonymous_bytes().map_or_else(String::new, |b| format!(", {}", megabytes(b)));
+        self.bar.set_position(r.step);
+        self.bar.set_message(format!("loss {:.3}, {rate:.0} tok/s{memory}", r.loss));
+        if self.json {
+            let mut line = json!({
+                "step": r.step, "loss": r.loss, "lr": r.lr, "grad_norm": r.grad_norm, "tok_s": rate,
+            });
+            if let Some(loss) = r.eval_loss {
+                line["eval_loss"] = loss.into();
+            }
+            print_json(&line);
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn keep_going(&mut self) -> bool {
+        !interrupt::asked()
+    }
+}
+
+fn report(s: &Summary, plan: MemoryPlan, session: &Session, as_json: bool) {
+    let rate = s.tokens as f64 / s.time.as_secs_f64();
+    if as_json {
+        print_json(&json!({
+            "done": s.done, "steps": s.steps, "loss": finite(s.loss), "eval_loss": s.eval_loss, "tok_s": rate,
+            "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": 0,
+            "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
+            "mapped_bytes": session.mapped_bytes(), "plan": plan, "adapter": s.adapter,
+        }));
+    } else {
+        let eval = s.eval_loss.map_or_else(String::new, |l| format!(", evaluation loss {l:.3}"));
+        println!(
+            "{} after {} steps: loss {:.3}{eval}; {rate:.0} tok/s, {} anonymous at most, {} mapped",
+            if s.done { "done" } else { "stopped" },
+            s.steps,
+            s.loss,
+            s.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
+            megabytes(session.mapped_bytes())
+        );
+    }
+    if s.done {
+        eprintln!("use it: pocketlora chat -m {} -a {}", session.dir().display(), s.adapter.display());
+    } else {
+        eprintln!("continue it: the same command with --resume");
+    }
+}
+
+/// JSON has no NaN; a run that was stopped before its first step has no loss.
+fn finite(value: f64) -> Value {
+    if value.is_finite() { value.into() } else { Value::Null }
+}
