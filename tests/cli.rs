@@ -1,0 +1,257 @@
+//! The command as people run it: what it prints, its exit codes, and what a kill leaves behind.
+#![cfg(feature = "cli")]
+
+mod common;
+
+use common::{check_all, golden, tiny_chat_model, tiny_chats};
+use serde_json::Value;
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+struct Fixture {
+    dir: tempfile::TempDir,
+    model: PathBuf,
+    data: PathBuf,
+}
+
+fn fixture() -> Fixture {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = (tiny_chat_model(dir.path()), tiny_chats(dir.path(), 12));
+    Fixture { dir, model, data }
+}
+
+impl Fixture {
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pocketlora"));
+        command.args(args).env("POCKETLORA_HOME", self.dir.path().join("home")).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Stdout of a run that must succeed.
+    fn ok(&self, args: &[&str]) -> String {
+        let out = self.run(args);
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        serde_json::from_str(self.ok(args).lines().last().unwrap()).unwrap()
+    }
+
+    fn train_args<'a>(&'a self, out: &'a str) -> Vec<&'a str> {
+        let (model, data) = (self.model.to_str().unwrap(), self.data.to_str().unwrap());
+        vec!["train", "-m", model, "-d", data, "-o", out, "--lr", "3e-3", "--epochs", "4", "--batch", "2", "--json"]
+    }
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn the_commands_work_together() {
+    let f = fixture();
+    let model = f.model.to_str().unwrap();
+    let nf4 = f.path("nf4");
+    let report = f.json(&["quantize", model, "-o", &nf4, "--json"]);
+    assert_eq!(report["quantized"], 14);
+
+    let info = f.json(&["info", &nf4, "--json"]);
+    assert_eq!((&info["model_type"], &info["layers"]), (&"llama".into(), &2.into()));
+
+    let out = f.path("adapter");
+    let lines: Vec<Value> = f.ok(&f.train_args(&out)).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let (summary, steps) = lines.split_last().unwrap();
+    assert_eq!((steps.len(), &summary["done"], &summary["steps"]), (24, &true.into(), &24.into()));
+    assert_eq!(summary["padded_tokens"], 0);
+    for key in ["loss", "tok_s", "trained_tokens", "seconds", "peak_anonymous_bytes", "mapped_bytes", "adapter", "plan"]
+    {
+        assert!(!summary[key].is_null(), "{key} in {summary}");
+    }
+    for key in ["step", "loss", "lr", "tok_s"] {
+        assert!(steps.iter().all(|s| s[key].is_number()), "{key}");
+    }
+    assert_eq!(names(Path::new(&out)), ["adapter_config.json", "adapter_model.safetensors"]);
+    assert_eq!(f.json(&["info", &out, "--json"])["rank"], 8);
+
+    let data = f.data.to_str().unwrap();
+    let before = f.json(&["eval", "-m", model, "-d", data, "--json"]);
+    let after = f.json(&["eval", "-m", &nf4, "-a", &out, "-d", data, "--json"]);
+    assert!(after["nll"].as_f64().unwrap() < before["nll"].as_f64().unwrap(), "{before} {after}");
+    let none = f.json(&["eval", "-m", &nf4, "-a", &format!("{out}=0"), "-d", data, "--json"]);
+    let gap = none["nll"].as_f64().unwrap() - before["nll"].as_f64().unwrap();
+    assert!(gap.abs() < 1e-6, "a scale of 0 must do nothing: {gap}");
+
+    let answer =
+        f.json(&["generate", "-m", &nf4, "-a", &out, "-p", "what is number 3?", "--chat", "-n", "6", "--json"]);
+    for key in
+        ["text", "prompt_tokens", "tokens", "prefill_tok_s", "decode_tok_s", "peak_anonymous_bytes", "mapped_bytes"]
+    {
+        assert!(!answer[key].is_null(), "{key} in {answer}");
+    }
+    let plain = f.ok(&["generate", "-m", &nf4, "-p", "a", "-n", "3"]);
+    assert_eq!(plain, f.ok(&["generate", "-m", &nf4, "-p", "a", "-n", "3"]), "greedy answers repeat");
+}
+
+#[test]
+fn eval_ids_saves_the_logits_it_scored() {
+    let f = fixture();
+    let (ids, out) = (f.path("ids.json"), f.path("logits.safetensors"));
+    fs::write(&ids, "[[1, 2, 3, 4], [5, 6]]").unwrap();
+    let dir = golden("tiny-llama");
+    let model = ["-m", dir.to_str().unwrap(), "--no-quantize", "--precision", "exact"];
+    let score = f.json(&[&["eval"], &model[..], &["--ids", &ids, "--save-logits", &out, "--json"]].concat());
+    assert_eq!(score["tokens"], 4);
+    let same = f.json(&[&["eval"], &model[..], &["--ids", &ids, "--json"]].concat());
+    assert_eq!(score["nll"], same["nll"]);
+    let logits = common::tensors(Path::new(&out));
+    assert_eq!((&logits["logits.0"].shape, &logits["logits.1"].shape), (&vec![4, 512], &vec![2, 512]));
+    let text = f.path("text.txt");
+    fs::write(&text, "some words to read").unwrap();
+    let model = f.model.to_str().unwrap();
+    assert!(f.json(&["eval", "-m", model, "--text", &text, "--json"])["perplexity"].as_f64().unwrap() > 1.0);
+}
+
+#[test]
+fn a_chat_answers_and_obeys_its_commands() {
+    let f = fixture();
+    let saved = f.path("saved.jsonl");
+    let model = f.model.to_str().unwrap();
+    let mut chat = f
+        .command(&["chat", "-m", model, "-n", "4", "--seed", "1"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let adapter = golden("adapters/lora");
+    let script = format!(
+        "hello\n/adapter {}=0.5\n/adapter\n/adapter nowhere\n/stats\nagain\n/save {saved}\n/reset\n/nonsense\n/help\n/quit\n",
+        adapter.display()
+    );
+    chat.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+    let out = chat.wait_with_output().unwrap();
+    let (stdout, stderr) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success(), "{stderr}");
+    assert!(stdout.contains("lora=0.5") && stdout.contains("/save FILE"), "{stdout}");
+    assert!(stderr.contains("nowhere") && stderr.contains("/nonsense") && stderr.contains("tok/s"), "{stderr}");
+    let line: Value = serde_json::from_str(&fs::read_to_string(&saved).unwrap()).unwrap();
+    assert_eq!(line["messages"][0]["content"], "hello");
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_same_bytes() {
+    let f = fixture();
+    let (whole, killed) = (f.path("whole"), f.path("killed"));
+    let args = |out| [f.train_args(out), vec!["--save-every", "1", "--dropout", "0.1", "--threads", "1"]].concat();
+    f.ok(&args(&whole));
+    let weights = |out: &str| fs::read(Path::new(out).join("adapter_model.safetensors")).unwrap();
+    let mut resumed = 0;
+    for wait in [40, 90, 150] {
+        let _ = fs::remove_dir_all(&killed);
+        let mut child = f.command(&args(&killed)).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // Wait for a first checkpoint, then a little, so that kills strike at different moments.
+        let (start, checkpoint) = (Instant::now(), Path::new(&killed).join("checkpoint.safetensors"));
+        while !checkpoint.exists() && child.try_wait().unwrap().is_none() && start.elapsed() < Duration::from_secs(60) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        thread::sleep(Duration::from_millis(wait));
+        let _ = child.kill();
+        child.wait().unwrap();
+        if checkpoint.exists() {
+            let again = f.run(&args(&killed));
+            assert_eq!(again.status.code(), Some(1), "an unfinished run must not be overwritten unasked");
+            f.ok(&[args(&killed), vec!["--resume"]].concat());
+            resumed += 1;
+        }
+        assert!(weights(&killed) == weights(&whole), "killed after {wait} ms");
+    }
+    assert!(resumed > 0, "no kill struck before the end");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_training_with_a_checkpoint() {
+    let f = fixture();
+    let out = f.path("stopped");
+    let args = [f.train_args(&out), vec!["--steps", "100000"]].concat();
+    let child = f.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    thread::sleep(Duration::from_millis(700));
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    let done = child.wait_with_output().unwrap();
+    assert_eq!(done.status.code(), Some(1), "{}", String::from_utf8_lossy(&done.stderr));
+    let last = String::from_utf8(done.stdout).unwrap().lines().last().unwrap().to_owned();
+    assert_eq!(serde_json::from_str::<Value>(&last).unwrap()["done"], false);
+    assert!(Path::new(&out).join("checkpoint.safetensors").exists());
+    assert!(String::from_utf8_lossy(&done.stderr).contains("--resume"));
+}
+
+#[test]
+fn a_killed_quantization_leaves_nothing_under_the_final_name() {
+    let f = fixture();
+    let out = f.path("nf4");
+    for wait in [0, 2, 5, 10] {
+        let mut child = f.command(&["quantize", f.model.to_str().unwrap(), "-o", &out]).spawn().unwrap();
+        thread::sleep(Duration::from_millis(wait));
+        let _ = child.kill();
+        child.wait().unwrap();
+        let whole = Path::new(&out).join("config.json").exists() && Path::new(&out).join("model.safetensors").exists();
+        assert!(whole || !Path::new(&out).exists(), "half a model under the final name after {wait} ms");
+    }
+    f.ok(&["quantize", f.model.to_str().unwrap(), "-o", &out]);
+    f.ok(&["info", &out]);
+}
+
+#[test]
+fn wrong_usage_and_bad_input_have_their_exit_codes() {
+    let f = fixture();
+    let model = f.model.to_str().unwrap();
+    let bad = f.path("bad.jsonl");
+    fs::write(&bad, "{\"text\": \"a\"}\n{oops\n").unwrap();
+    let (out, toml, isa) = (f.path("out"), f.path("train.toml"), f.path("x"));
+    fs::write(&toml, "rnak = 4\n").unwrap();
+    let train = ["train", "-m", model, "-d", f.data.to_str().unwrap(), "-o", &out];
+    let cases: Vec<(Vec<&str>, i32, &str)> = vec![
+        (vec!["nonsense"], 2, "nonsense"),
+        (vec!["generate", "-m", model], 2, "--prompt"),
+        (vec!["eval", "-m", model], 2, "--text"),
+        (vec!["generate", "-m", "no-such-model", "-p", "a"], 1, "no-such-model"),
+        (vec!["generate", "-m", model, "-p", "a", "--temperature=-1"], 1, "temperature"),
+        (vec!["generate", "-m", model, "-a", "nowhere", "-p", "a"], 1, "adapter_config.json"),
+        (vec!["train", "-m", model, "-d", &bad, "-o", &isa], 1, "line 2"),
+        ([&train[..], &["--config", &toml]].concat(), 1, "rnak"),
+        ([&train[..], &["--schedule", "sideways"]].concat(), 1, "sideways"),
+        ([&train[..], &["--targets", "qproj"]].concat(), 1, "q_proj"),
+        ([&train[..], &["--lr", "0"]].concat(), 1, "lr"),
+        ([&train[..], &["--resume"]].concat(), 1, "checkpoint"),
+        (vec!["pull", "../etc"], 1, "../etc"),
+        (vec!["quantize", "nowhere.gguf", "-o", &out], 1, "nowhere.gguf"),
+    ];
+    check_all(cases, |(args, code, what)| {
+        let done = f.run(args);
+        let stderr = String::from_utf8_lossy(&done.stderr);
+        if done.status.code() != Some(*code) {
+            return Err(format!("{args:?}: exit code {:?} instead of {code}: {stderr}", done.status.code()));
+        }
+        if stderr.contains(what) { Ok(()) } else { Err(format!("{args:?}: no `{what}` in {stderr}")) }
+    });
+    assert!(!Path::new(&out).join("adapter_config.json").exists());
+    let unknown = f.command(&["generate", "-m", model, "-p", "a"]).env("POCKETLORA_ISA", "mmx").output().unwrap();
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("mmx"), "an unknown instruction set is an error");
+}
