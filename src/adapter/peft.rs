@@ -2,8 +2,10 @@
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Staged;
+use crate::format::safetensors::float_type;
+use crate::format::widen;
 use crate::mmap;
-use half::{bf16, f16};
+use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -314,13 +316,10 @@ fn host_tensor(path: &Path, name: &str, view: &TensorView<'_>) -> Result<HostTen
     let &[rows, cols] = view.shape() else {
         return Err(Error::format(path, item(), "two dimensions", format!("`{:?}`", view.shape())));
     };
-    let raw = view.data();
-    let data: Vec<f32> = match view.dtype() {
-        Dtype::F32 => raw.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect(),
-        Dtype::F16 => raw.chunks_exact(2).map(|c| f16::from_le_bytes([c[0], c[1]]).to_f32()).collect(),
-        Dtype::BF16 => raw.chunks_exact(2).map(|c| bf16::from_le_bytes([c[0], c[1]]).to_f32()).collect(),
-        other => return Err(Error::format(path, item(), "F32, F16 or BF16", format!("{other:?}"))),
-    };
+    let float = float_type(view.dtype())
+        .ok_or_else(|| Error::format(path, item(), "F32, F16 or BF16", format!("{:?}", view.dtype())))?;
+    let mut data = vec![0.0; rows * cols];
+    widen(float, view.data(), &mut data);
     if let Some(at) = data.iter().position(|v| !v.is_finite()) {
         return Err(Error::format(path, format!("{} value {at}", item()), "a finite number", data[at]));
     }

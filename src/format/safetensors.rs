@@ -31,12 +31,7 @@ impl Tensor {
     /// The dtype if it is one of the floats that weights are computed with.
     #[must_use]
     pub fn float_type(&self) -> Option<FloatType> {
-        match self.dtype {
-            Dtype::F32 => Some(FloatType::F32),
-            Dtype::F16 => Some(FloatType::F16),
-            Dtype::BF16 => Some(FloatType::BF16),
-            _ => None,
-        }
+        float_type(self.dtype)
     }
 
     /// Dtype and shape for messages, such as `U8[2048, 1]`.
@@ -146,4 +141,14 @@ pub(super) fn missing(path: &Path, name: &str) -> Error {
         format!("`{}`: tensor `{name}`", path.display()),
         "expected a tensor of that name, got none; the files may be incomplete, or config.json of another model",
     )
+}
+
+/// The float type that weights of a dtype are computed with, if it is one.
+pub(crate) fn float_type(dtype: Dtype) -> Option<FloatType> {
+    match dtype {
+        Dtype::F32 => Some(FloatType::F32),
+        Dtype::F16 => Some(FloatType::F16),
+        Dtype::BF16 => Some(FloatType::BF16),
+        _ => None,
+    }
 }

@@ -1,7 +1,9 @@
 //! The state of a run between two steps: one safetensors file that replaces the one before in a single step.
 
 use crate::error::{Error, ErrorCode, Result};
+use crate::format::widen;
 use crate::mmap;
+use pocketlora_kernels::FloatType;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -133,7 +135,9 @@ pub fn load(out: &Path, facts: &RunFacts, layout: &[(String, [usize; 2])]) -> Re
                 &format!("{:?}", view.shape()),
             ));
         }
-        Ok(view.data().chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect())
+        let mut values = vec![0.0; shape[0] * shape[1]];
+        widen(FloatType::F32, view.data(), &mut values);
+        Ok(values)
     };
     let tensors = layout.iter().map(|(name, shape)| {
         let [p, m, v] = PARTS.map(|prefix| part(&format!("{prefix}.{name}"), shape));

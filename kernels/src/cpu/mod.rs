@@ -7,6 +7,8 @@ mod adamw;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod buffer;
 mod cache;
 mod cross_entropy;

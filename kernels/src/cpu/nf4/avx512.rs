@@ -3,6 +3,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 
 use super::super::avx2::sum1;
+use super::super::avx512::halve;
 use super::{EvenOdd, GRANULE, Nf4, Piece};
 use crate::FloatType;
 use std::arch::x86_64::*;
@@ -85,7 +86,7 @@ fn dot_whole_blocks(w: &Nf4, start: usize, x: &EvenOdd) -> f32 {
             }
         }
     }
-    total(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])))
+    sum1(halve(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]))))
 }
 
 /// A row of blocks of any size, cut where they end.
@@ -105,7 +106,7 @@ fn dot_pieces(w: &Nf4, start: usize, x: &EvenOdd) -> f32 {
             }
         }
     }
-    total(_mm512_add_ps(sums[0], sums[1]))
+    sum1(halve(_mm512_add_ps(sums[0], sums[1])))
 }
 
 /// Shifts that bring the nibbles which `ORDER` selects to the bottom of their lanes.
@@ -113,14 +114,6 @@ fn dot_pieces(w: &Nf4, start: usize, x: &EvenOdd) -> f32 {
 #[target_feature(enable = "avx512f")]
 fn shifts() -> __m512i {
     _mm512_setr_epi32(4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0)
-}
-
-/// The sum of all lanes.
-#[inline]
-#[target_feature(enable = "avx512f,avx2")]
-fn total(v: __m512) -> f32 {
-    let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
-    sum1(_mm256_add_ps(_mm512_castps512_ps256(v), upper))
 }
 
 /// The weights of 16 packed bytes. `order` says which of eight bytes each of 16 lanes takes, `shifts` (by 4 or 0) which

@@ -6,6 +6,7 @@
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx2::{sum1, sum4};
+use super::super::avx512::halve;
 use super::{AXPY_DEPTH, Coefficients, DOT_DEPTH, Rows};
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -101,14 +102,6 @@ fn dot_tile<const I: usize, const J: usize>(
             }
         }
     }
-}
-
-/// The upper half added to the lower.
-#[inline]
-#[target_feature(enable = "avx512f,avx2")]
-fn halve(v: __m512) -> __m256 {
-    let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
-    _mm256_add_ps(_mm512_castps512_ps256(v), upper)
 }
 
 /// Selects the first `n` lanes, fewer than [`LANES`].
