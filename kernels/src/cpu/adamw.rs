@@ -2,8 +2,9 @@
 //! that gradient clipping needs.
 
 use super::lanes::{LANES, load, store};
+use super::split::run;
+use super::team::Team;
 use crate::AdamW;
-use rayon::prelude::*;
 use wide::{f32x8, f64x4};
 
 /// Elements per task.
@@ -11,7 +12,7 @@ const CHUNK: usize = 4096;
 
 /// `p *= 1 - lr wd; m += (1 - b1)(g - m); v = b2 v + (1 - b2) g²;
 /// p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)`.
-pub(crate) fn step(settings: &AdamW, grad: &[f32], param: &mut [f32], m: &mut [f32], v: &mut [f32]) {
+pub(crate) fn step(team: &Team, settings: &AdamW, grad: &[f32], param: &mut [f32], m: &mut [f32], v: &mut [f32]) {
     assert!(grad.len() == param.len() && m.len() == param.len() && v.len() == param.len());
     let AdamW { lr, beta1, beta2, eps, weight_decay, step } = *settings;
     let (beta1, beta2) = (decimal(beta1), decimal(beta2));
@@ -21,9 +22,9 @@ pub(crate) fn step(settings: &AdamW, grad: &[f32], param: &mut [f32], m: &mut [f
     let inverse_root = splat(1.0 / correction(beta2).sqrt());
     let keep = splat(1.0 - f64::from(lr) * f64::from(weight_decay));
     let (fresh1, fresh2, stale2, eps) = (splat(1.0 - beta1), splat(1.0 - beta2), splat(beta2), f32x8::splat(eps));
-    let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
-    let chunks = param.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK)).zip(moments);
-    chunks.for_each(|((param, grad), (m, v))| {
+    let moments = m.chunks_mut(CHUNK).zip(v.chunks_mut(CHUNK));
+    let chunks = param.chunks_mut(CHUNK).zip(grad.chunks(CHUNK)).zip(moments).collect();
+    run(team, chunks, false, |((param, grad), (m, v))| {
         for i in (0..param.len()).step_by(LANES) {
             let g = load(&grad[i..]);
             let first = load(&m[i..]) + fresh1 * (g - load(&m[i..]));
@@ -44,19 +45,17 @@ fn decimal(beta: f32) -> f64 {
 }
 
 /// `sum x²` in f64: chunks in parallel, their sums in order.
-pub(crate) fn sum_squares(x: &[f32]) -> f64 {
-    let sums: Vec<f64> = x
-        .par_chunks(CHUNK)
-        .map(|x| {
-            let mut total = f64x4::ZERO;
-            for x in x.chunks(4) {
-                let mut lanes = [0.0; 4];
-                lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane = f64::from(*x));
-                let lanes = f64x4::new(lanes);
-                total += lanes * lanes;
-            }
-            total.reduce_add()
-        })
-        .collect();
+pub(crate) fn sum_squares(team: &Team, x: &[f32]) -> f64 {
+    let mut sums = vec![0.0; x.len().div_ceil(CHUNK)];
+    run(team, sums.iter_mut().zip(x.chunks(CHUNK)).collect(), false, |(sum, x)| {
+        let mut total = f64x4::ZERO;
+        for x in x.chunks(4) {
+            let mut lanes = [0.0; 4];
+            lanes.iter_mut().zip(x).for_each(|(lane, x)| *lane = f64::from(*x));
+            let lanes = f64x4::new(lanes);
+            total += lanes * lanes;
+        }
+        *sum = total.reduce_add();
+    });
     sums.iter().sum()
 }

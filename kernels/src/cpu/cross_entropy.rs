@@ -2,13 +2,13 @@
 //!
 //! `loss = log sum e^x - x[target]` (natural log), `d loss / d x = softmax(x) - onehot(target)`.
 
+use super::Cpu;
 use super::elementwise::scale_part;
 use super::softmax;
-use super::table::Table;
-use rayon::prelude::*;
+use super::split::run;
 
 /// Rows `[N, V]` become gradients of `factor * loss`; `losses` is `[N]`.
-pub(crate) fn forward_vjp(table: &Table, targets: &[u32], factor: f32, logits: &mut [f32], losses: &mut [f32]) {
+pub(crate) fn forward_vjp(cpu: &Cpu, targets: &[u32], factor: f32, logits: &mut [f32], losses: &mut [f32]) {
     assert_eq!(targets.len(), losses.len());
     if targets.is_empty() {
         return assert!(logits.is_empty());
@@ -16,11 +16,11 @@ pub(crate) fn forward_vjp(table: &Table, targets: &[u32], factor: f32, logits: &
     let vocab = logits.len() / targets.len();
     assert_eq!(logits.len(), vocab * targets.len());
     assert!(targets.iter().all(|target| (*target as usize) < vocab), "target beyond the `{vocab}` logits");
-    let rows = logits.par_chunks_exact_mut(vocab).zip(losses).zip(targets);
-    rows.for_each(|((x, loss), target)| {
+    let rows = logits.chunks_exact_mut(vocab).zip(losses).zip(targets).collect();
+    run(&cpu.team, rows, false, |((x, loss), target)| {
         let target = *target as usize;
         let (max, picked) = (softmax::max(x), x[target]);
-        let sum = softmax::exp_sum(table, x, max);
+        let sum = softmax::exp_sum(cpu.table, x, max);
         *loss = (sum.ln() + f64::from(max) - f64::from(picked)) as f32;
         let probability = f64::from(x[target]) / sum;
         scale_part((f64::from(factor) / sum) as f32, x);

@@ -8,12 +8,11 @@
 //! | by `X` | `dX[T, K] = dY[T, O] W` | `axpy` | tokens by columns of `dX` |
 //! | by `W` | `dW[O, K] += dYᵀ X` | `axpy` | patches of `dW` |
 
+use super::Cpu;
 use super::matrix::{Elements, Matrix};
 use super::nf4::{EvenOdd, GRANULE};
-use super::split::{Patch, patches, run, with_scratch};
-use super::table::Table;
+use super::split::{Patch, chunks, patches, run, with_scratch};
 use super::tile::{Coefficients, Rows};
-use rayon::prelude::*;
 
 /// Multiplications below which other threads stay asleep.
 const SMALL: usize = 256 * 1024;
@@ -39,11 +38,11 @@ const VJP_X_DEPTH: usize = 128;
 const VJP_W: (usize, usize) = (48, 256);
 
 /// `y[T, O] = x[T, K] Wᵀ`, added to `y` if `accumulate`.
-pub(crate) fn forward(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], accumulate: bool) {
+pub(crate) fn forward(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
     let tokens = tokens(x, k, y, o);
     if !accumulate && (tokens != 1 || k == 0) {
-        super::elementwise::zero(y);
+        super::elementwise::zero(&cpu.team, y);
     }
     if tokens == 0 || o == 0 || k == 0 {
         return;
@@ -51,30 +50,30 @@ pub(crate) fn forward(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], accum
     match w.elements() {
         Elements::Dense(dtype, bytes) if tokens == 1 => {
             let row = k * dtype.size();
-            rows_of_one(k, y, accumulate, |at, y| {
-                table.dense_matvec(dtype, &bytes[at * row..][..y.len() * row], x, y);
+            rows_of_one(cpu, k, y, accumulate, |at, y| {
+                cpu.table.dense_matvec(dtype, &bytes[at * row..][..y.len() * row], x, y);
             });
         }
         Elements::Nf4(w) if tokens == 1 && k.is_multiple_of(GRANULE) => {
             let x = EvenOdd::new(x);
-            rows_of_one(k, y, accumulate, |at, y| table.nf4_matvec(w, k, at, &x, y));
+            rows_of_one(cpu, k, y, accumulate, |at, y| cpu.table.nf4_matvec(w, k, at, &x, y));
         }
         _ => {
             if tokens == 1 && !accumulate {
-                super::elementwise::zero(y);
+                super::elementwise::zero(&cpu.team, y);
             }
             let small = tokens * o * k < SMALL;
-            if k <= THIN || tokens >= table.transposes_from() {
-                transposed(table, w, x, y, small);
+            if k <= THIN || tokens >= cpu.table.transposes_from() {
+                transposed(cpu, w, x, y, small);
             } else {
-                panels(table, w, x, y, small);
+                panels(cpu, w, x, y, small);
             }
         }
     }
 }
 
 /// Runs `matvec(first_row, y)` on parts of the rows; `matvec` overwrites.
-fn rows_of_one(k: usize, y: &mut [f32], accumulate: bool, matvec: impl Fn(usize, &mut [f32]) + Sync) {
+fn rows_of_one(cpu: &Cpu, k: usize, y: &mut [f32], accumulate: bool, matvec: impl Fn(usize, &mut [f32]) + Sync) {
     let part = |at: usize, y: &mut [f32]| {
         if !accumulate {
             return matvec(at, y);
@@ -86,48 +85,43 @@ fn rows_of_one(k: usize, y: &mut [f32], accumulate: bool, matvec: impl Fn(usize,
     };
     // Groups of four rows, as the kernels sum short rows four at a time.
     let rows = (MATVEC_TASK / k).next_multiple_of(4).max(4);
-    if y.len() * k < 2 * MATVEC_TASK {
-        for (i, y) in y.chunks_mut(rows).enumerate() {
-            part(i * rows, y);
-        }
-    } else {
-        y.par_chunks_mut(rows).enumerate().for_each(|(i, y)| part(i * rows, y));
-    }
+    let small = y.len() * k < 2 * MATVEC_TASK;
+    chunks(&cpu.team, y, rows, small, |i, y| part(i * rows, y));
 }
 
 /// `y += x Wᵀ` by panels of whole rows.
-fn panels(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
+fn panels(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
     let (o, k) = w.shape();
     let panel = (PANEL / k / 4 * 4).clamp(4, PANEL_ROWS);
     let task = panel * o.div_ceil(TASKS * panel);
     let x = Rows::packed(x, k);
-    run(patches(y, o, x.count(), task), small, |Patch { col, mut rows, .. }| {
+    run(&cpu.team, patches(y, o, x.count(), task), small, |Patch { col, mut rows, .. }| {
         let cols = rows[0].len();
         with_scratch(panel * k, |scratch| {
             for at in (0..cols).step_by(panel) {
                 let decoded = &mut scratch[..panel.min(cols - at) * k];
-                w.decode(table, col + at, 0, k, decoded);
-                table.tile_dot(x, Rows::packed(decoded, k), &mut rows, at);
+                w.decode(cpu.table, col + at, 0, k, decoded);
+                cpu.table.tile_dot(x, Rows::packed(decoded, k), &mut rows, at);
             }
         });
     });
 }
 
 /// `y += x Wᵀ` by panels of `W` that are transposed first, which turns the product into `axpy`.
-fn transposed(table: &Table, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
+fn transposed(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
     let (o, k) = w.shape();
     let tokens = x.len() / k;
-    run(patches(y, o, tokens, TRANSPOSED.0), small, |Patch { col, mut rows, .. }| {
+    run(&cpu.team, patches(y, o, tokens, TRANSPOSED.0), small, |Patch { col, mut rows, .. }| {
         let cols = rows[0].len();
         let depth = TRANSPOSED.1.min(k);
         with_scratch(2 * cols * depth, |scratch| {
             for at in (0..k).step_by(depth) {
                 let depth = depth.min(k - at);
                 let (decoded, panel) = scratch[..2 * cols * depth].split_at_mut(cols * depth);
-                w.decode(table, col, at, depth, decoded);
+                w.decode(cpu.table, col, at, depth, decoded);
                 transpose(decoded, depth, panel);
                 let coef = Coefficients { data: &x[at..], row: k, col: 1 };
-                table.tile_axpy(coef, Rows::packed(panel, cols), &mut rows);
+                cpu.table.tile_axpy(coef, Rows::packed(panel, cols), &mut rows);
             }
         });
     });
@@ -150,30 +144,30 @@ fn transpose(from: &[f32], width: usize, to: &mut [f32]) {
 }
 
 /// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`.
-pub(crate) fn vjp_x(table: &Table, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
+pub(crate) fn vjp_x(cpu: &Cpu, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
     let tokens = tokens(dx, k, dy, o);
     if !accumulate {
-        super::elementwise::zero(dx);
+        super::elementwise::zero(&cpu.team, dx);
     }
     if tokens == 0 || o == 0 || k == 0 {
         return;
     }
-    run(patches(dx, k, VJP_X.1, VJP_X.0), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
+    run(&cpu.team, patches(dx, k, VJP_X.1, VJP_X.0), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
         let cols = rows[0].len();
         with_scratch(VJP_X_DEPTH * cols, |scratch| {
             for at in (0..o).step_by(VJP_X_DEPTH) {
                 let decoded = &mut scratch[..VJP_X_DEPTH.min(o - at) * cols];
-                w.decode(table, at, col, cols, decoded);
+                w.decode(cpu.table, at, col, cols, decoded);
                 let coef = Coefficients { data: &dy[row * o + at..], row: o, col: 1 };
-                table.tile_axpy(coef, Rows::packed(decoded, cols), &mut rows);
+                cpu.table.tile_axpy(coef, Rows::packed(decoded, cols), &mut rows);
             }
         });
     });
 }
 
 /// `dw[O, K] += dy[T, O]ᵀ x[T, K]`.
-pub(crate) fn vjp_w(table: &Table, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f32]) {
+pub(crate) fn vjp_w(cpu: &Cpu, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f32]) {
     if tokens == 0 {
         return;
     }
@@ -182,9 +176,9 @@ pub(crate) fn vjp_w(table: &Table, tokens: usize, dy: &[f32], x: &[f32], dw: &mu
     if dw.is_empty() {
         return;
     }
-    run(patches(dw, k, VJP_W.0, VJP_W.1), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
+    run(&cpu.team, patches(dw, k, VJP_W.0, VJP_W.1), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
         let x = Rows::new(&x[col..], k, tokens, rows[0].len());
-        table.tile_axpy(Coefficients { data: &dy[row..], row: 1, col: o }, x, &mut rows);
+        cpu.table.tile_axpy(Coefficients { data: &dy[row..], row: 1, col: o }, x, &mut rows);
     });
 }
 

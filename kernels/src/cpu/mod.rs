@@ -26,6 +26,7 @@ mod softmax;
 mod split;
 mod swiglu;
 mod table;
+mod team;
 mod tile;
 
 pub use buffer::Buffer;
@@ -34,13 +35,12 @@ pub use matrix::Matrix;
 pub use table::{Isa, Table};
 
 use crate::{AdamW, Attention, Backend, CacheType, Error, MatrixSource, WorkType};
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use team::Team;
 
-/// The CPU: a pool of threads and the kernels of one instruction set.
+/// The CPU: a team of threads and the kernels of one instruction set.
 pub struct Cpu {
     table: &'static Table,
-    /// `None` if the system refused the threads: ops then run on rayon's global pool.
-    pool: Option<ThreadPool>,
+    team: Team,
 }
 
 impl Cpu {
@@ -54,9 +54,8 @@ impl Cpu {
     /// The kernels of `table` on `threads` threads, all cores if 0.
     #[must_use]
     pub fn with_table(threads: usize, table: &'static Table) -> Self {
-        let name = |i| format!("pocketlora-{i}");
-        let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(name).build().ok();
-        Self { table, pool }
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        Self { table, team: Team::new(if threads == 0 { cores() } else { threads }) }
     }
 
     /// The instruction set of the kernels.
@@ -65,10 +64,10 @@ impl Cpu {
         self.table.isa()
     }
 
-    /// Threads that [`Backend::scope`] offers.
+    /// Threads that ops run on, the caller's included.
     #[must_use]
     pub fn threads(&self) -> usize {
-        self.pool.as_ref().map_or_else(rayon::current_num_threads, ThreadPool::current_num_threads)
+        self.team.active()
     }
 }
 
@@ -78,10 +77,7 @@ impl Backend for Cpu {
     type Cache = Cache;
 
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        match &self.pool {
-            Some(pool) => pool.install(work),
-            None => work(),
-        }
+        self.team.keep_awake(work)
     }
 
     fn buffer(&self, len: usize) -> Result<Buffer, Error> {
@@ -118,11 +114,11 @@ impl Backend for Cpu {
     }
 
     fn embed(&self, table: &Matrix, ids: &[u32], y: &mut Buffer) {
-        rows::embed(self.table, table, ids, y);
+        rows::embed(self, table, ids, y);
     }
 
     fn gather_rows(&self, x: &Buffer, rows: &[u32], y: &mut Buffer) {
-        rows::gather(x, rows, y);
+        rows::gather(&self.team, x, rows, y);
     }
 
     fn scatter_add_rows(&self, x: &Buffer, rows: &[u32], y: &mut Buffer) {
@@ -130,47 +126,47 @@ impl Backend for Cpu {
     }
 
     fn matmul(&self, w: &Matrix, x: &Buffer, y: &mut Buffer, accumulate: bool) {
-        matmul::forward(self.table, w, x, y, accumulate);
+        matmul::forward(self, w, x, y, accumulate);
     }
 
     fn matmul_vjp_x(&self, w: &Matrix, dy: &Buffer, dx: &mut Buffer, accumulate: bool) {
-        matmul::vjp_x(self.table, w, dy, dx, accumulate);
+        matmul::vjp_x(self, w, dy, dx, accumulate);
     }
 
     fn matmul_vjp_w(&self, tokens: usize, dy: &Buffer, x: &Buffer, dw: &mut Buffer) {
-        matmul::vjp_w(self.table, tokens, dy, x, dw);
+        matmul::vjp_w(self, tokens, dy, x, dw);
     }
 
     fn add_bias(&self, bias: &Buffer, y: &mut Buffer) {
-        elementwise::add_bias(bias, y);
+        elementwise::add_bias(&self.team, bias, y);
     }
 
     fn add(&self, a: &Buffer, b: &Buffer, y: &mut Buffer) {
-        elementwise::add(a, b, y);
+        elementwise::add(&self.team, a, b, y);
     }
 
     fn add_assign(&self, x: &Buffer, y: &mut Buffer) {
-        elementwise::add_assign(x, y);
+        elementwise::add_assign(&self.team, x, y);
     }
 
     fn scale(&self, factor: f32, x: &mut Buffer) {
-        elementwise::scale(factor, x);
+        elementwise::scale(&self.team, factor, x);
     }
 
     fn dropout(&self, p: f32, key: u64, x: &Buffer, y: &mut Buffer) {
-        elementwise::dropout(p, key, x, y);
+        elementwise::dropout(&self.team, p, key, x, y);
     }
 
     fn zero(&self, x: &mut Buffer) {
-        elementwise::zero(x);
+        elementwise::zero(&self.team, x);
     }
 
     fn rms_norm(&self, w: &Buffer, eps: f32, x: &Buffer, y: &mut Buffer) {
-        rms_norm::forward(w, eps, x, y);
+        rms_norm::forward(&self.team, w, eps, x, y);
     }
 
     fn rms_norm_vjp_x(&self, w: &Buffer, eps: f32, x: &Buffer, dy: &Buffer, dx: &mut Buffer) {
-        rms_norm::vjp_x(w, eps, x, dy, dx);
+        rms_norm::vjp_x(&self.team, w, eps, x, dy, dx);
     }
 
     fn rope(
@@ -183,15 +179,15 @@ impl Backend for Cpu {
         inverse: bool,
         y: &mut Buffer,
     ) {
-        rope::forward(heads, head_dim, cos, sin, x, inverse, y);
+        rope::forward(&self.team, heads, head_dim, cos, sin, x, inverse, y);
     }
 
     fn swiglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
-        swiglu::forward(self.table, gate, up, y);
+        swiglu::forward(self, gate, up, y);
     }
 
     fn swiglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
-        swiglu::vjp(self.table, gate, up, dy, dgate, dup);
+        swiglu::vjp(self, gate, up, dy, dgate, dup);
     }
 
     fn attention(
@@ -204,7 +200,7 @@ impl Backend for Cpu {
         y: &mut Buffer,
         lse: &mut Buffer,
     ) {
-        attention::forward(self.table, spec, segments, q, k, v, y, lse);
+        attention::forward(self, spec, segments, q, k, v, y, lse);
     }
 
     fn attention_vjp(
@@ -221,7 +217,7 @@ impl Backend for Cpu {
         dk: &mut Buffer,
         dv: &mut Buffer,
     ) {
-        attention::vjp(self.table, spec, segments, q, k, v, y, lse, dy, dq, dk, dv);
+        attention::vjp(self, spec, segments, q, k, v, y, lse, dy, dq, dk, dv);
     }
 
     fn cache(&self, width: usize, dtype: CacheType) -> Cache {
@@ -241,18 +237,18 @@ impl Backend for Cpu {
     }
 
     fn attention_cached(&self, spec: &Attention, q: &Buffer, cache: &Cache, y: &mut Buffer) {
-        attention::forward_cached(self.table, spec, q, cache, y);
+        attention::forward_cached(self, spec, q, cache, y);
     }
 
     fn cross_entropy(&self, targets: &[u32], scale: f32, logits: &mut Buffer, losses: &mut Buffer) {
-        cross_entropy::forward_vjp(self.table, targets, scale, logits, losses);
+        cross_entropy::forward_vjp(self, targets, scale, logits, losses);
     }
 
     fn sum_squares(&self, x: &Buffer) -> Result<f64, Error> {
-        Ok(adamw::sum_squares(x))
+        Ok(adamw::sum_squares(&self.team, x))
     }
 
     fn adamw(&self, step: &AdamW, grad: &Buffer, param: &mut Buffer, m: &mut Buffer, v: &mut Buffer) {
-        adamw::step(step, grad, param, m, v);
+        adamw::step(&self.team, step, grad, param, m, v);
     }
 }

@@ -5,15 +5,16 @@
 
 use super::lanes::{map, sum, update};
 use super::split::parts;
+use super::team::Team;
 use wide::f32x8;
 
 /// `y[T, C]` from `x[T, C]` and `w[C]`.
-pub(crate) fn forward(w: &[f32], eps: f32, x: &[f32], y: &mut [f32]) {
+pub(crate) fn forward(team: &Team, w: &[f32], eps: f32, x: &[f32], y: &mut [f32]) {
     let width = width(w, x, y);
     if width == 0 {
         return;
     }
-    parts(y, width, |at, y| {
+    parts(team, y, width, |at, y| {
         for (x, y) in x[at..].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
             let r = f32x8::splat(inverse_rms(x, eps));
             map([x, w], y, |[x, w]| x * r * w);
@@ -22,13 +23,13 @@ pub(crate) fn forward(w: &[f32], eps: f32, x: &[f32], y: &mut [f32]) {
 }
 
 /// `dx += r (dy w) - x r³ mean(dy w x)`.
-pub(crate) fn vjp_x(w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+pub(crate) fn vjp_x(team: &Team, w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) {
     let width = width(w, x, dx);
     assert_eq!(dy.len(), dx.len());
     if width == 0 {
         return;
     }
-    parts(dx, width, |at, dx| {
+    parts(team, dx, width, |at, dx| {
         let rows = x[at..].chunks_exact(width).zip(dy[at..].chunks_exact(width));
         for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(width)) {
             let r = inverse_rms(x, eps);

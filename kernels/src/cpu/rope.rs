@@ -6,10 +6,12 @@
 
 use super::lanes::map;
 use super::split::parts;
+use super::team::Team;
 use wide::f32x8;
 
 /// `y[T, heads * D]` from `x` of the same shape and `cos`, `sin` `[T, D / 2]`.
 pub(crate) fn forward(
+    team: &Team,
     heads: usize,
     head_dim: usize,
     cos: &[f32],
@@ -26,7 +28,7 @@ pub(crate) fn forward(
     }
     assert!(x.len().is_multiple_of(width));
     let sign = f32x8::splat(if inverse { -1.0 } else { 1.0 });
-    parts(y, width, |at, y| {
+    parts(team, y, width, |at, y| {
         let angles = cos[at / heads / 2..].chunks_exact(half).zip(sin[at / heads / 2..].chunks_exact(half));
         let rows = x[at..].chunks_exact(width).zip(y.chunks_exact_mut(width));
         for ((x, y), (cos, sin)) in rows.zip(angles) {

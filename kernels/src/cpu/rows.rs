@@ -1,31 +1,32 @@
 //! Rows picked by number: embeddings, and the tokens whose logits are wanted.
 
+use super::Cpu;
 use super::matrix::Matrix;
 use super::split::parts;
-use super::table::Table;
+use super::team::Team;
 
 /// `y[t, :] = table[ids[t], :]`; panics on an id that the table lacks.
-pub(crate) fn embed(kernels: &Table, table: &Matrix, ids: &[u32], y: &mut [f32]) {
+pub(crate) fn embed(cpu: &Cpu, table: &Matrix, ids: &[u32], y: &mut [f32]) {
     let (vocab, width) = table.shape();
     assert_eq!(y.len(), ids.len() * width);
     assert!(ids.iter().all(|id| (*id as usize) < vocab), "token id beyond the embedding's `{vocab}` rows");
     if width == 0 {
         return;
     }
-    parts(y, width, |at, y| {
+    parts(&cpu.team, y, width, |at, y| {
         for (y, id) in y.chunks_exact_mut(width).zip(&ids[at / width..]) {
-            table.decode(kernels, *id as usize, 0, width, y);
+            table.decode(cpu.table, *id as usize, 0, width, y);
         }
     });
 }
 
 /// `y[t, :] = x[rows[t], :]`.
-pub(crate) fn gather(x: &[f32], rows: &[u32], y: &mut [f32]) {
+pub(crate) fn gather(team: &Team, x: &[f32], rows: &[u32], y: &mut [f32]) {
     let width = row_width(x, rows, y);
     if width == 0 {
         return;
     }
-    parts(y, width, |at, y| {
+    parts(team, y, width, |at, y| {
         for (y, row) in y.chunks_exact_mut(width).zip(&rows[at / width..]) {
             y.copy_from_slice(&x[*row as usize * width..][..width]);
         }

@@ -4,30 +4,36 @@
 //! are the same bits whatever the number of threads. Outputs are split into `&mut` slices before the tasks
 //! start, which is what keeps parallel writes free of unsafe code.
 
-use rayon::prelude::*;
+use super::team::Team;
 use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
 
 /// Elements of a light op per task: some 10 us of work, a hundred times the cost of a task.
 const LIGHT: usize = 16 * 1024;
 
 /// Calls `work(start, part)` for consecutive parts of `y`, each a whole number of rows of `width`.
-pub(crate) fn parts(y: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+pub(crate) fn parts(team: &Team, y: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
     let width = width.max(1);
     let part = (LIGHT / width).max(1) * width;
-    if y.len() <= part {
-        return work(0, y);
+    chunks(team, y, part, false, |i, y| work(i * part, y));
+}
+
+/// Calls `work(i, chunk)` for the chunks of `y`; on this thread alone where `small`, or where there is only one.
+pub(crate) fn chunks(team: &Team, y: &mut [f32], chunk: usize, small: bool, work: impl Fn(usize, &mut [f32]) + Sync) {
+    if small || y.len() <= chunk {
+        return y.chunks_mut(chunk).enumerate().for_each(|(i, y)| work(i, y));
     }
-    y.par_chunks_mut(part).enumerate().for_each(|(i, y)| work(i * part, y));
+    run(team, y.chunks_mut(chunk).enumerate().collect(), false, |(i, y)| work(i, y));
 }
 
 /// As [`parts`] with two outputs of the same length.
-pub(crate) fn parts2(a: &mut [f32], b: &mut [f32], work: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) {
+pub(crate) fn parts2(team: &Team, a: &mut [f32], b: &mut [f32], work: impl Fn(usize, &mut [f32], &mut [f32]) + Sync) {
     assert_eq!(a.len(), b.len());
     if a.len() <= LIGHT {
         return work(0, a, b);
     }
-    let pairs = a.par_chunks_mut(LIGHT).zip(b.par_chunks_mut(LIGHT));
-    pairs.enumerate().for_each(|(i, (a, b))| work(i * LIGHT, a, b));
+    let pairs = a.chunks_mut(LIGHT).zip(b.chunks_mut(LIGHT)).enumerate().collect();
+    run(team, pairs, false, |(i, (a, b))| work(i * LIGHT, a, b));
 }
 
 /// A rectangle of an output matrix: the place of its first element and a slice of every row.
@@ -55,12 +61,17 @@ pub(crate) fn patches(y: &mut [f32], width: usize, rows: usize, cols: usize) -> 
 }
 
 /// Runs `work` on every task, on this thread alone where `small` says that waking others would cost more.
-pub(crate) fn run<T: Send>(tasks: Vec<T>, small: bool, work: impl Fn(T) + Sync) {
-    if small || tasks.len() < 2 {
-        tasks.into_iter().for_each(work);
-    } else {
-        tasks.into_par_iter().for_each(&work);
+pub(crate) fn run<T: Send>(team: &Team, tasks: Vec<T>, small: bool, work: impl Fn(T) + Sync) {
+    if small || tasks.len() < 2 || team.active() < 2 {
+        return tasks.into_iter().for_each(work);
     }
+    // A lock that nobody contends for is how a task's data changes threads without unsafe code.
+    let tasks: Vec<_> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
+    team.run(tasks.len(), &|i| {
+        if let Some(task) = tasks[i].lock().unwrap_or_else(PoisonError::into_inner).take() {
+            work(task);
+        }
+    });
 }
 
 thread_local! {

@@ -2,6 +2,7 @@
 //!
 //! Per query row, with `D = dy . y`: `dv += p dy`, `ds = scale p (dy . v - D)`, `dq = ds k`, `dk += ds q`.
 
+use super::super::Cpu;
 use super::super::elementwise::zero;
 use super::super::lanes::sum;
 use super::super::softmax;
@@ -38,7 +39,7 @@ struct Inputs<'a> {
 
 /// See [`crate::Backend::attention_vjp`].
 pub(crate) fn vjp(
-    table: &Table,
+    cpu: &Cpu,
     spec: &Attention,
     segments: &[usize],
     q: &[f32],
@@ -57,11 +58,11 @@ pub(crate) fn vjp(
     assert!([k.len(), v.len(), dk.len(), dv.len()] == [tokens * shape.kv_width; 4]);
     assert_eq!(lse.len(), tokens * spec.heads);
     for gradient in [&mut *dq, &mut *dk, &mut *dv] {
-        zero(gradient);
+        zero(&cpu.team, gradient);
     }
     let inputs = Inputs { spec, shape, q, k, v, y, lse, dy };
     let tasks = tasks(&shape, segments, dq, dk, dv);
-    run(tasks, tokens * tokens * shape.q_width < 64 * 1024, |task| inputs.segment(table, task));
+    run(&cpu.team, tasks, tokens * tokens * shape.q_width < 64 * 1024, |task| inputs.segment(cpu.table, task));
 }
 
 fn tasks<'a>(

@@ -1,15 +1,15 @@
 //! Forward of the last tokens over a key/value cache, whose rows are widened a block at a time.
 
+use super::super::Cpu;
 use super::super::cache::Cache;
 use super::super::split::{run, with_scratch};
-use super::super::table::Table;
 use super::super::tile::Rows;
 use super::online::OnlineSoftmax;
 use super::{KEYS, Shape, visible};
 use crate::Attention;
 
 /// See [`crate::Backend::attention_cached`].
-pub(crate) fn forward(table: &Table, spec: &Attention, q: &[f32], cache: &Cache, y: &mut [f32]) {
+pub(crate) fn forward(cpu: &Cpu, spec: &Attention, q: &[f32], cache: &Cache, y: &mut [f32]) {
     let shape = Shape::new(spec);
     let d = shape.head_dim;
     assert!(q.len() == y.len() && q.len().is_multiple_of(shape.q_width) && cache.width() == shape.kv_width);
@@ -25,9 +25,9 @@ pub(crate) fn forward(table: &Table, spec: &Attention, q: &[f32], cache: &Cache,
         tasks[t / block * shape.kv_heads + head / shape.group].push(y);
     }
     let small = tokens * cache.len() * shape.q_width < 64 * 1024;
-    run(tasks.into_iter().enumerate().collect(), small, |(task, mut y)| {
+    run(&cpu.team, tasks.into_iter().enumerate().collect(), small, |(task, mut y)| {
         let (token, kv_head) = (task / shape.kv_heads * block, task % shape.kv_heads);
-        let mut softmax = OnlineSoftmax::new(table, d, y.len());
+        let mut softmax = OnlineSoftmax::new(cpu.table, d, y.len());
         for (i, y) in y.iter_mut().enumerate() {
             let (t, head) = (token + i / shape.group, kv_head * shape.group + i % shape.group);
             softmax.push(&q[t * shape.q_width + head * d..][..d], spec.scale, visible(spec, past + t));
@@ -39,7 +39,7 @@ pub(crate) fn forward(table: &Table, spec: &Attention, q: &[f32], cache: &Cache,
                 let count = KEYS.min(span.end - first);
                 let (k, rest) = scratch.split_at_mut(count * d);
                 let v = &mut rest[..count * d];
-                cache.read(table, first, kv_head * d, d, k, v);
+                cache.read(cpu.table, first, kv_head * d, d, k, v);
                 softmax.step(Rows::packed(k, d), Rows::packed(v, d), first, &mut y);
             }
         });

@@ -1,7 +1,7 @@
 //! Forward over whole segments.
 
+use super::super::Cpu;
 use super::super::split::run;
-use super::super::table::Table;
 use super::super::tile::Rows;
 use super::online::OnlineSoftmax;
 use super::{KEYS, Shape, visible};
@@ -19,7 +19,7 @@ struct Task<'a> {
 
 /// See [`crate::Backend::attention`].
 pub(crate) fn forward(
-    table: &Table,
+    cpu: &Cpu,
     spec: &Attention,
     segments: &[usize],
     q: &[f32],
@@ -33,8 +33,8 @@ pub(crate) fn forward(
     assert!(q.len() == tokens * shape.q_width && y.len() == q.len() && lse.len() == tokens * spec.heads);
     assert!(k.len() == tokens * shape.kv_width && v.len() == k.len());
     let tasks = tasks(&shape, segments, y, lse);
-    run(tasks, tokens * tokens * shape.q_width < 64 * 1024, |mut task| {
-        let mut softmax = OnlineSoftmax::new(table, shape.head_dim, task.y.len());
+    run(&cpu.team, tasks, tokens * tokens * shape.q_width < 64 * 1024, |mut task| {
+        let mut softmax = OnlineSoftmax::new(cpu.table, shape.head_dim, task.y.len());
         for i in 0..task.y.len() {
             let (t, head) = (task.token + i / shape.group, task.kv_head * shape.group + i % shape.group);
             let q = &q[t * shape.q_width + head * shape.head_dim..][..shape.head_dim];
