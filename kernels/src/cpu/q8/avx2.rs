@@ -15,8 +15,6 @@ pub(crate) const LANES: usize = 16;
 const TOKENS: usize = 4;
 /// Bytes that the matrix-vector products read ahead.
 const AHEAD: usize = 1536;
-/// Scales that are decoded at a time.
-const BATCH: usize = 32;
 
 /// See [`super::super::Table::q8_quantize`].
 #[target_feature(enable = "avx2,fma")]
@@ -103,30 +101,23 @@ fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    let (blocks, book, unit) = (x.units.len(), book(w), w.codebook().unit);
-    let mut scales = [0.0; BATCH];
-    for (i, y) in y.iter_mut().enumerate() {
+    let (book, unit) = (book(w), w.codebook().unit);
+    super::each_row(w, row, x.units.len(), y, |group, block, scales| {
+        let n = scales.len();
+        let (packed, codes, units) = (&w.packed64(group)[..n], &x.codes[block..][..n], &x.units[block..][..n]);
         let mut sums = [_mm256_setzero_ps(); 2];
-        let first = (row + i) * blocks;
-        let packed = &w.packed64(first)[..blocks];
-        for (batch, ((packed, codes), units)) in
-            packed.chunks(BATCH).zip(x.codes.chunks(BATCH)).zip(x.units.chunks(BATCH)).enumerate()
-        {
-            w.scales64(first + batch * BATCH, &mut scales[..packed.len()]);
-            scales.iter_mut().zip(units).for_each(|(scale, unit)| *scale *= unit);
-            for ((packed, codes), scale) in packed.iter().zip(codes).zip(scales) {
-                // A prefetch is no access: it may point past the end.
-                _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
-                let scale = _mm256_set1_ps(scale);
-                for (half, w) in look_up(book, packed).into_iter().enumerate() {
-                    let x = load32(codes, half);
-                    let dot = _mm256_cvtepi32_ps(dot(w, x, _mm256_abs_epi8(x)));
-                    sums[half] = _mm256_fmadd_ps(dot, scale, sums[half]);
-                }
+        for b in 0..n {
+            // A prefetch is no access: it may point past the end.
+            _mm_prefetch::<_MM_HINT_T0>(packed[b].as_ptr().wrapping_add(AHEAD).cast());
+            let scale = _mm256_set1_ps(scales[b] * units[b]);
+            for (half, w) in look_up(book, &packed[b]).into_iter().enumerate() {
+                let x = load32(&codes[b], half);
+                let dot = _mm256_cvtepi32_ps(dot(w, x, _mm256_abs_epi8(x)));
+                sums[half] = _mm256_fmadd_ps(dot, scale, sums[half]);
             }
         }
-        *y = sum1(_mm256_add_ps(sums[0], sums[1])) * unit;
-    }
+        sum1(_mm256_add_ps(sums[0], sums[1])) * unit
+    });
 }
 
 /// See [`super::super::Table::q8_int8_matvec`].

@@ -14,8 +14,6 @@ pub(crate) const LANES: usize = 32;
 const TOKENS: usize = 12;
 /// Bytes that the matrix-vector products read ahead.
 const AHEAD: usize = 1536;
-/// Scales that are decoded at a time.
-const BATCH: usize = 32;
 
 /// The codebook, 128 too large, in all lanes.
 #[inline]
@@ -53,27 +51,22 @@ fn load<T>(array: &[T]) -> __m512i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    let (blocks, book, shifts, unit) = (x.units.len(), book(w), shifts(), w.codebook().unit);
-    let mut scales = [0.0; BATCH];
-    for (i, y) in y.iter_mut().enumerate() {
-        let mut sums = [_mm512_setzero_ps(); 2];
-        let first = (row + i) * blocks;
-        for at in (0..blocks).step_by(BATCH) {
-            let n = BATCH.min(blocks - at);
-            w.scales64(first + at, &mut scales[..n]);
-            let (packed, codes) = (&w.packed64(first + at)[..n], &x.codes[at..][..n]);
-            let (units, starts) = (&x.units[at..][..n], &x.starts[at..][..n]);
-            scales.iter_mut().zip(units).for_each(|(scale, unit)| *scale *= unit);
-            for b in 0..n {
-                // A prefetch is no access: it may point past the end.
-                _mm_prefetch::<_MM_HINT_T0>(packed[b].as_ptr().wrapping_add(AHEAD).cast());
-                let w = look_up(book, shifts, &packed[b]);
-                let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(load(&starts[b]), w, load(&codes[b])));
-                sums[b % 2] = _mm512_fmadd_ps(dot, _mm512_set1_ps(scales[b]), sums[b % 2]);
-            }
+    let (book, shifts, unit) = (book(w), shifts(), w.codebook().unit);
+    super::each_row(w, row, x.units.len(), y, |group, block, scales| {
+        let n = scales.len();
+        let (packed, codes) = (&w.packed64(group)[..n], &x.codes[block..][..n]);
+        let (units, starts) = (&x.units[block..][..n], &x.starts[block..][..n]);
+        // Two sums that change places: each addition waits for the one before the last only.
+        let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+        for b in 0..n {
+            // A prefetch is no access: it may point past the end.
+            _mm_prefetch::<_MM_HINT_T0>(packed[b].as_ptr().wrapping_add(AHEAD).cast());
+            let w = look_up(book, shifts, &packed[b]);
+            let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(load(&starts[b]), w, load(&codes[b])));
+            (this, other) = (other, _mm512_fmadd_ps(dot, _mm512_set1_ps(scales[b] * units[b]), this));
         }
-        *y = sum16(_mm512_add_ps(sums[0], sums[1])) * unit;
-    }
+        sum16(_mm512_add_ps(this, other)) * unit
+    });
 }
 
 /// See [`super::super::Table::q8_int8_matvec`].
@@ -81,16 +74,14 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     let sign = _mm512_set1_epi8(-128);
     for (i, y) in y.iter_mut().enumerate() {
-        let mut sums = [_mm512_setzero_ps(); 2];
-        for (b, (((w, codes), unit), starts)) in
-            w.row(row + i).iter().zip(x.codes).zip(x.units).zip(x.starts).enumerate()
-        {
+        let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+        for (((w, codes), unit), starts) in w.row(row + i).iter().zip(x.codes).zip(x.units).zip(x.starts) {
             _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
             let w = _mm512_xor_si512(load(w), sign);
             let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(load(starts), w, load(codes)));
-            sums[b % 2] = _mm512_fmadd_ps(dot, _mm512_set1_ps(*unit), sums[b % 2]);
+            (this, other) = (other, _mm512_fmadd_ps(dot, _mm512_set1_ps(*unit), this));
         }
-        *y = sum16(_mm512_add_ps(sums[0], sums[1])) * w.scale(row + i);
+        *y = sum16(_mm512_add_ps(this, other)) * w.scale(row + i);
     }
 }
 

@@ -20,6 +20,7 @@ mod weight;
 pub(crate) use weight::Int8;
 
 use super::Cpu;
+use super::nf4::Nf4;
 use super::split::run;
 
 /// Activations that share a unit, and weights that share a scale.
@@ -92,6 +93,35 @@ impl Q8 {
             codes: &self.codes.as_chunks().0[range.clone()],
             units: &self.units[range.clone()],
             starts: &self.starts.as_chunks().0[range],
+        }
+    }
+}
+
+/// Scales that are decoded at a time: several short rows' or a part of a long one's.
+const BATCH: usize = 256;
+
+/// `y[i] = sum of dot(group, block, scales)` over row `row + i`, where `scales` belong to the consecutive groups of 64
+/// from number `group` on, the row's from number `block` on.
+#[inline(always)]
+fn each_row(w: &Nf4, row: usize, blocks: usize, y: &mut [f32], mut dot: impl FnMut(usize, usize, &[f32]) -> f32) {
+    let mut scales = [0.0; BATCH];
+    if blocks > BATCH {
+        for (i, y) in y.iter_mut().enumerate() {
+            *y = 0.0;
+            for block in (0..blocks).step_by(BATCH) {
+                let (scales, group) = (&mut scales[..BATCH.min(blocks - block)], (row + i) * blocks + block);
+                w.scales64(group, scales);
+                *y += dot(group, block, scales);
+            }
+        }
+        return;
+    }
+    let rows = BATCH / blocks;
+    for (i, y) in y.chunks_mut(rows).enumerate() {
+        let first = (row + i * rows) * blocks;
+        w.scales64(first, &mut scales[..y.len() * blocks]);
+        for (j, (y, scales)) in y.iter_mut().zip(scales.chunks_exact(blocks)).enumerate() {
+            *y = dot(first + j * blocks, 0, scales);
         }
     }
 }

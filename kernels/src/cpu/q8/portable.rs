@@ -29,22 +29,20 @@ pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
 
 /// See [`super::super::Table::q8_nf4_matvec`].
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    let (blocks, book) = (x.units.len(), w.codebook());
-    for (i, y) in y.iter_mut().enumerate() {
-        let first = (row + i) * blocks;
-        let mut sum = 0.0;
-        for (b, ((packed, codes), unit)) in w.packed64(first).iter().zip(x.codes).zip(x.units).enumerate() {
+    let book = w.codebook();
+    super::each_row(w, row, x.units.len(), y, |group, block, scales| {
+        let parts = w.packed64(group).iter().zip(&x.codes[block..]).zip(scales).zip(&x.units[block..]);
+        let dots = parts.map(|(((packed, codes), scale), unit)| {
             let (even, odd) = codes.split_at(BLOCK / 2);
-            let halves = packed.iter().zip(even.iter().zip(odd));
             let product = |(byte, (even, odd)): (&u8, (&i8, &i8))| {
                 let code = |nibble: u8| i32::from(book.codes[usize::from(nibble)]);
                 code(byte >> 4) * i32::from(*even) + code(byte & 15) * i32::from(*odd)
             };
-            let dot: i32 = halves.map(product).sum();
-            sum += w.scale64(first + b) * unit * dot as f32;
-        }
-        *y = sum * book.unit;
-    }
+            let dot: i32 = packed.iter().zip(even.iter().zip(odd)).map(product).sum();
+            scale * unit * dot as f32
+        });
+        dots.sum::<f32>() * book.unit
+    });
 }
 
 /// See [`super::super::Table::q8_int8_matvec`].
