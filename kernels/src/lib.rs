@@ -13,7 +13,7 @@ pub mod quant;
 #[cfg(feature = "vulkan")]
 pub mod vulkan;
 
-pub use backend::{AdamW, Attention, Backend, CacheType, WorkType};
+pub use backend::{AdamW, Arithmetic, Attention, Backend, CacheType, LowRank, Product, WorkType};
 pub use cpu::Cpu;
 pub use error::Error;
 pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};
