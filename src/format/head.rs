@@ -19,19 +19,22 @@ use std::io::BufWriter;
 use std::path::Path;
 use std::time::UNIX_EPOCH;
 
+/// Elements from which a copy is worth a file: a smaller head is read in no time.
+const WORTH: usize = 1 << 20;
+
 const WEIGHT: &str = "weight";
 const SCALE: &str = "scale";
 
 /// The copy of the 16- or 32-bit matrix `name` of `checkpoint` in the folder `cache`, and the bytes that its map takes;
 /// made now if it is not there or damaged. `None` if the matrix is in 4 bits already, its rows are no multiple of 64
-/// elements, or the folder cannot be written to: the copy is for speed alone.
+/// elements, it is small, or the folder cannot be written to: the copy is for speed alone.
 ///
 /// # Errors
 /// The matrix itself cannot be read.
 pub fn int8_head(checkpoint: &Checkpoint, name: &str, cache: &Path) -> Result<Option<(MatrixSource, u64)>> {
     let MatrixSource { rows, cols, data } = checkpoint.matrix(name)?;
     let MatrixData::Dense(float, bytes) = data else { return Ok(None) };
-    if !cols.is_multiple_of(BLOCK) {
+    if !cols.is_multiple_of(BLOCK) || rows.saturating_mul(cols) < WORTH {
         return Ok(None);
     }
     let Ok(meta) = checkpoint.path_of(name).metadata() else { return Ok(None) };
@@ -61,8 +64,15 @@ pub fn int8_head(checkpoint: &Checkpoint, name: &str, cache: &Path) -> Result<Op
         writer.finish().map_err(failed)?;
         Ok(())
     };
-    let made = std::fs::create_dir_all(cache).is_ok() && write_file(&path, write).is_ok();
-    Ok(if made { open(&path, rows, cols) } else { None })
+    let new = !cache.exists();
+    if std::fs::create_dir_all(cache).is_ok() && write_file(&path, write).is_ok() {
+        return Ok(open(&path, rows, cols));
+    }
+    if new {
+        // Empty, for the file did not come to be; if that fails, too, an empty folder harms nobody.
+        let _ = std::fs::remove_dir(cache);
+    }
+    Ok(None)
 }
 
 /// The copy at `path`, if it is whole.
