@@ -62,7 +62,8 @@ float round_bf16(float value) {
     return uintBitsToFloat((bits + 0x7fffu + (bits >> 16 & 1u)) & ~0xffffu);
 }
 
-// The weight that bitsandbytes dequantizes a code value and a scale to.
+// The weight that bitsandbytes dequantizes a code value and a scale to, bit by bit on devices that round f32 products
+// to the nearest, as all known do. Only f32's own subnormals may be flushed to zero.
 float nf4_value(float code, float scale) {
     precise float product = code * scale;
     switch (dtype) {

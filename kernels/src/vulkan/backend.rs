@@ -3,7 +3,7 @@
 use super::Vulkan;
 use super::buffer::Buffer;
 use super::matrix::Matrix;
-use crate::{AdamW, Attention, Backend, CacheType, Error, MatrixSource, WorkType, cpu};
+use crate::{AdamW, Arithmetic, Attention, Backend, CacheType, Error, MatrixSource, WorkType, cpu};
 
 impl Backend for Vulkan {
     type Buffer = Buffer;
@@ -65,16 +65,17 @@ impl Backend for Vulkan {
         self.cpu.scatter_add_rows(&x.host, rows, &mut y.host);
     }
 
-    fn matmul(&self, w: &Matrix, x: &Buffer, y: &mut Buffer, accumulate: bool) {
+    /// The shader computes in f32, which is as exact as any arithmetic asks for.
+    fn matmul(&self, arithmetic: Arithmetic, w: &Matrix, x: &Buffer, y: &mut Buffer, accumulate: bool) {
         if !self.record_nf4_matvec(w, x, y, accumulate) {
             self.host(&[x], &[y]);
-            self.cpu.matmul(&w.host, &x.host, &mut y.host, accumulate);
+            self.cpu.matmul(arithmetic, &w.host, &x.host, &mut y.host, accumulate);
         }
     }
 
-    fn matmul_vjp_x(&self, w: &Matrix, dy: &Buffer, dx: &mut Buffer, accumulate: bool) {
+    fn matmul_vjp_x(&self, arithmetic: Arithmetic, w: &Matrix, dy: &Buffer, dx: &mut Buffer, accumulate: bool) {
         self.host(&[dy], &[dx]);
-        self.cpu.matmul_vjp_x(&w.host, &dy.host, &mut dx.host, accumulate);
+        self.cpu.matmul_vjp_x(arithmetic, &w.host, &dy.host, &mut dx.host, accumulate);
     }
 
     fn matmul_vjp_w(&self, tokens: usize, dy: &Buffer, x: &Buffer, dw: &mut Buffer) {
@@ -141,6 +142,16 @@ impl Backend for Vulkan {
         self.cpu.rope(heads, head_dim, &cos.host, &sin.host, &x.host, inverse, &mut y.host);
     }
 
+    fn geglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
+        self.host(&[gate, up], &[y]);
+        self.cpu.geglu(&gate.host, &up.host, &mut y.host);
+    }
+
+    fn geglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
+        self.host(&[gate, up, dy], &[dgate, dup]);
+        self.cpu.geglu_vjp(&gate.host, &up.host, &dy.host, &mut dgate.host, &mut dup.host);
+    }
+
     fn swiglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
         self.host(&[gate, up], &[y]);
         self.cpu.swiglu(&gate.host, &up.host, &mut y.host);
@@ -185,8 +196,8 @@ impl Backend for Vulkan {
         self.cpu.attention_vjp(spec, segments, q, k, v, y, lse, dy, dq, dk, dv);
     }
 
-    fn cache(&self, width: usize, dtype: CacheType) -> cpu::Cache {
-        self.cpu.cache(width, dtype)
+    fn cache(&self, kv_heads: usize, head_dim: usize, dtype: CacheType) -> cpu::Cache {
+        self.cpu.cache(kv_heads, head_dim, dtype)
     }
 
     fn cache_len(&self, cache: &cpu::Cache) -> usize {

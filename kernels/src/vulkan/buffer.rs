@@ -34,8 +34,8 @@ impl Deref for Mapped {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        // SAFETY: the memory was made for this many f32, is mapped, aligned and initialized (with zeros). Only this view
-        // writes on the host's side, and borrowing tells apart its readers and writers; on the device's side
+        // SAFETY: the memory was made for this many f32, is mapped, aligned and initialized (with zeros). Only this
+        // view writes on the host's side, and borrowing tells apart its readers and writers; on the device's side
         // `Vulkan::host` has waited for all that writes.
         unsafe { std::slice::from_raw_parts(self.memory.address().cast().as_ptr(), self.len) }
     }

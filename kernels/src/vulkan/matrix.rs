@@ -1,5 +1,5 @@
-//! Weights. 4-bit ones are copied into the device's memory once, in one range with all their parts; the CPU backend then
-//! reads them there, too. Other weights stay where they are, mapped, and are the CPU's.
+//! Weights. 4-bit ones are copied into the device's memory once, in one range with all their parts; the CPU backend
+//! then reads them there, too. Other weights stay where they are, mapped, and are the CPU's.
 
 #![allow(unsafe_code, reason = "slices of memory that the driver maps")]
 

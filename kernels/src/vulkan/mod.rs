@@ -8,8 +8,8 @@
 //! | `batch`, `recorder` | recorded work: barriers, submission, waiting |
 //!
 //! Any device of Vulkan 1.1 will do; no feature and no extension is asked for. An operation without a shader runs on
-//! the CPU's kernels in the same memory, once the device is done with the buffers that it touches: correct, but the device
-//! idles meanwhile. [`Vulkan::waits`] counts how often that happens.
+//! the CPU's kernels in the same memory, once the device is done with the buffers that it touches: correct, but the
+//! device idles meanwhile. [`Vulkan::waits`] counts how often that happens.
 
 mod backend;
 mod batch;

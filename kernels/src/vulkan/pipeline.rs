@@ -1,7 +1,7 @@
 //! The shaders, compiled for the device.
 //!
-//! All have the same interface: two storage buffers that they read, one that they write, and some 32-bit constants. Three
-//! bindings are fewer than the four that the poorest device has, and one layout serves all.
+//! All have the same interface: two storage buffers that they read, one that they write, and some 32-bit constants.
+//! Three bindings are fewer than the four that the poorest device has, and one layout serves all.
 
 #![allow(unsafe_code, reason = "calls into the Vulkan driver")]
 
@@ -81,8 +81,8 @@ impl Pipelines {
 fn pipeline(device: &Device, layout: vk::PipelineLayout, code: &[u8]) -> Result<vk::Pipeline, Error> {
     let words = ash::util::read_spv(&mut Cursor::new(code)).map_err(|e| Error::Device(format!("shader: {e}")))?;
     let info = vk::ShaderModuleCreateInfo::default().code(&words);
-    // SAFETY: the code is our own, valid by `spirv-val`, and its interface is that of `layout`. The module may go as soon
-    // as the pipeline is there.
+    // SAFETY: the code is our own, valid by `spirv-val`, and its interface is that of `layout`. The module may go as
+    // soon as the pipeline is there.
     unsafe {
         let module = device.raw.create_shader_module(&info, None).map_err(device_error("vulkan shader"))?;
         let stage = vk::PipelineShaderStageCreateInfo::default()

@@ -3,7 +3,7 @@
 use super::harness::{EPS, Expected, Random, Report, buffer, case, new_vulkan, poisoned, read, wide};
 use super::oracle;
 use super::weights::{self, KINDS};
-use pocketlora_kernels::{Absmax, Backend, Error, FloatType, MatrixData, MatrixSource, Nf4Source, Vulkan};
+use pocketlora_kernels::{Absmax, Arithmetic, Backend, Error, FloatType, MatrixData, MatrixSource, Nf4Source, Vulkan};
 
 /// Runs `test` on a device of its own, whose counters nobody else moves, and destroys it; asks the validation layers
 /// afterwards whether all was well, if they are on.
@@ -43,7 +43,7 @@ impl Block {
             // Dropped before the device gets to it, as the inputs below are.
             let w = device.matrix(self.weights[w].0.clone()).unwrap();
             let mut y = poisoned(device, device.shape(&w).0);
-            device.matmul(&w, x, &mut y, false);
+            device.matmul(Arithmetic::Exact, &w, x, &mut y, false);
             y
         };
         let add = |a: &B::Buffer, b: &B::Buffer| {
@@ -125,8 +125,8 @@ fn only_what_touches_recorded_work_waits() {
 #[test]
 fn dependent_work_is_done_in_order() {
     alone(|device| {
-        // Fibonacci numbers, exact in f32: reads after writes, writes after reads and writes after writes, through buffers
-        // that are dropped at once, and far more of it than fits a batch or all that may be in flight.
+        // Fibonacci numbers, exact in f32: reads after writes, writes after reads and writes after writes, through
+        // buffers that are dropped at once, and far more of it than fits a batch or all that may be in flight.
         let n = 1000;
         let one = buffer(device, &vec![1.0; n]);
         let (mut x, mut y) = (poisoned(device, n), poisoned(device, n));
@@ -222,7 +222,7 @@ fn sizes_beyond_a_dispatch_and_beyond_a_shader_are_right() {
         let (source, w) = weights::random(&mut random, KINDS[3], rows, 8);
         let x = random.vector(8);
         let mut y = poisoned(device, rows);
-        device.matmul(&device.matrix(source).unwrap(), &buffer(device, &x), &mut y, false);
+        device.matmul(Arithmetic::Exact, &device.matrix(source).unwrap(), &buffer(device, &x), &mut y, false);
         let want = oracle::matmul(&wide(&x), &wide(&w), 8).0;
         assert!(read(device, &y).iter().zip(want).all(|(y, want)| (f64::from(*y) - want).abs() < 64.0 * EPS));
         let column = random.vector(rows);
@@ -243,8 +243,8 @@ fn sizes_beyond_a_dispatch_and_beyond_a_shader_are_right() {
 fn the_shader_dequantizes_to_the_same_bits() {
     alone(|device| {
         let mut random = Random(43);
-        // Sizes around every border of f16 (subnormal below 2^-14, nothing below 2^-25, infinity from 65520 on) and of bf16
-        // (infinity near the largest f32), and what is no number.
+        // Sizes around every border of f16 (subnormal below 2^-14, nothing below 2^-25, infinity from 65520 on) and of
+        // bf16 (infinity near the largest f32), and what is no number.
         let mut code: [f32; 16] = std::array::from_fn(|_| random.uniform());
         code[..8].copy_from_slice(&[1.0, -1.0, 0.0, 1.000_488_3, 1.001_464_8, 1.003_906_3, 1.011_718_8, -0.999_755_9]);
         let mut scales: Vec<f32> = (-32..=18).map(|e| 2.0_f32.powi(e)).collect();
@@ -260,9 +260,9 @@ fn the_shader_dequantizes_to_the_same_bits() {
             source.decode(0, &mut want);
             let w = device.matrix(MatrixSource { rows, cols: 1, data: MatrixData::Nf4(source) }).unwrap();
             let mut y = poisoned(device, rows);
-            device.matmul(&w, &buffer(device, &[1.0]), &mut y, false);
+            device.matmul(Arithmetic::Exact, &w, &buffer(device, &[1.0]), &mut y, false);
             for (i, (y, want)) in read(device, &y).iter().zip(&want).enumerate() {
-                // The sum over a work group adds zeros, which takes the sign off a zero. Devices may flush f32's subnormals.
+                // The sum over a work group adds zeros, which takes the sign off a zero; f32's subnormals may be lost.
                 let same = y == want || y.is_nan() && want.is_nan() || want.is_subnormal() && *y == 0.0;
                 assert!(same, "{dtype:?} [{i}]: {y:e}, expected {want:e}, scale {:e}", scales[i / block]);
             }
