@@ -10,6 +10,8 @@ use super::Cpu;
 use super::split::run;
 use super::tile::Rows;
 
+type Tile = unsafe fn(&[u16], Bf16Rows, &mut [&mut [f32]], usize, usize);
+
 /// Kernels of one instruction set.
 pub(crate) struct Bf16 {
     /// Outputs of a panel.
@@ -23,7 +25,7 @@ pub(crate) struct Bf16 {
     /// Columns of the weight become lanes: any number of rows of at most `lanes`.
     pub pack_cols: unsafe fn(Rows, &mut [u16]),
     /// `c[t][col..col + n] += x[t, at..] . panel` over the panel's depth.
-    pub tile: unsafe fn(&[u16], Bf16Rows, &mut [&mut [f32]], usize, usize),
+    pub tile: Tile,
 }
 
 /// Activations `[T, K]` in bf16, rows padded with zeros.

@@ -2,6 +2,7 @@
 //! neither side exceeds 127.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
+#![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx2::sum1;
 use super::super::nf4::Nf4;
@@ -128,12 +129,12 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
             _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
             let unit = _mm256_set1_ps(*unit);
-            for half in 0..2 {
+            for (half, sum) in sums.iter_mut().enumerate() {
                 let x = load32(codes, half);
                 // SAFETY: `w` is an array of 64 bytes.
                 let w = unsafe { _mm256_loadu_si256(w.as_ptr().add(32 * half).cast()) };
                 let dot = _mm256_cvtepi32_ps(dot(w, x, _mm256_abs_epi8(x)));
-                sums[half] = _mm256_fmadd_ps(dot, unit, sums[half]);
+                *sum = _mm256_fmadd_ps(dot, unit, *sum);
             }
         }
         *y = sum1(_mm256_add_ps(sums[0], sums[1])) * w.scale(row + i);

@@ -2,6 +2,7 @@
 //! operand, and sums that begin with what that adds too much.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
+#![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx512::{sum16, transpose16};
 use super::super::nf4::Nf4;

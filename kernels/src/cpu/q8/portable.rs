@@ -14,8 +14,8 @@ pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
     let parts = q.codes.iter_mut().zip(q.units).zip(q.starts);
     for (x, ((codes, unit), starts)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
         let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-        // `max` passes over NaN; a difference of an infinity with itself is one.
-        let broken = x.iter().any(|x| (x - x).is_nan());
+        // `max` passes over NaN. A product with zero is NaN for all that is not finite, and so stays a sum.
+        let broken = x.iter().map(|x| x * 0.0).sum::<f32>().is_nan();
         *unit = if broken { f32::NAN } else { if largest < TINY { 0.0 } else { largest / 127.0 } };
         let inverse = if *unit > 0.0 { 127.0 / largest } else { 0.0 };
         for (i, x) in x.iter().enumerate() {
