@@ -17,7 +17,7 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
-    /// AVX-512 F and BW beside those, VNNI and BF16 where the CPU has them.
+    /// AVX-512 F and BW beside those, VNNI with VBMI and BF16 where the CPU has them.
     Avx512,
 }
 
@@ -135,8 +135,8 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
         tables.push(&AVX2);
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            // One name for what a CPU has of it: bf16 came after VNNI, which came after the base.
-            tables.push(if !is_x86_feature_detected!("avx512vnni") {
+            // One name for what a CPU has of it: bf16 came after VNNI and VBMI, which came after the base.
+            tables.push(if !is_x86_feature_detected!("avx512vnni") || !is_x86_feature_detected!("avx512vbmi") {
                 &AVX512
             } else if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vl") {
                 &AVX512_BF16

@@ -101,9 +101,14 @@ impl Nf4 {
                     let n = out.len().min(256 - at % 256);
                     let (now, later) = out.split_at_mut(n);
                     // Two passes: plain loads from the map, then arithmetic on whole vectors. Vector gathers are slow.
-                    now.iter_mut().zip(&codes[at..at + n]).for_each(|(out, code)| *out = map[usize::from(*code)]);
+                    // Loops, not `for_each`, which would be a call without the caller's instructions.
+                    for (out, code) in now.iter_mut().zip(&codes[at..at + n]) {
+                        *out = map[usize::from(*code)];
+                    }
                     let outer = nested[at >> 8];
-                    now.iter_mut().for_each(|out| *out = *out * outer + *offset);
+                    for out in now {
+                        *out = *out * outer + *offset;
+                    }
                     (at, out) = (at + n, later);
                 }
             }

@@ -21,7 +21,7 @@ const AHEAD: usize = 1536;
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
     let parts = q.codes.iter_mut().zip(q.units).zip(q.starts);
-    for (x, ((codes, unit), starts)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
+    for (x, ((codes, unit), start)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
         // SAFETY: `x` is an array of 64 floats.
         let v: [__m256; 8] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) });
         let magnitude = |v| _mm256_andnot_ps(_mm256_set1_ps(-0.0), v);
@@ -53,15 +53,17 @@ pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
         let keep = if broken { _mm256_setzero_si256() } else { _mm256_set1_epi8(-1) };
         let even = _mm256_and_si256(keep, _mm256_permute2x128_si256::<0x20>(packed[0], packed[1]));
         let odd = _mm256_and_si256(keep, _mm256_permute2x128_si256::<0x31>(packed[0], packed[1]));
-        // SAFETY: `codes` is an array of 64 bytes, `starts` of 16 integers.
-        unsafe {
-            for (i, codes8) in [even, odd].into_iter().enumerate() {
-                _mm256_storeu_si256(codes.as_mut_ptr().add(32 * i).cast(), codes8);
-                let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes8);
-                let quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(-128));
-                _mm256_storeu_si256(starts.as_mut_ptr().add(8 * i).cast(), quads);
-            }
+        let mut sum = _mm256_setzero_si256();
+        for (codes, half) in codes.as_chunks_mut::<32>().0.iter_mut().zip([even, odd]) {
+            // SAFETY: `codes` is an array of 32 bytes.
+            unsafe { _mm256_storeu_si256(codes.as_mut_ptr().cast(), half) };
+            let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), half);
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(-128)));
         }
+        let mut lanes = [0; 8];
+        // SAFETY: `lanes` is an array of 8 integers.
+        unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), sum) };
+        *start = lanes.iter().sum();
     }
 }
 

@@ -33,11 +33,12 @@ const QUADS: usize = BLOCK / QUAD;
 /// Activations `[T, K]` in 8 bits.
 pub(crate) struct Q8 {
     blocks: usize,
+    /// From `aligned` on, so that a vector of codes never lies across two cache lines.
     codes: Vec<i8>,
+    aligned: usize,
     /// `[T, K / 64]`.
     units: Vec<f32>,
-    /// `-128` times the sum of each four codes, `[T, K / 4]`: what products of unsigned weights begin with, which are
-    /// 128 too large.
+    /// `-128` times the sum of each block's codes, `[T, K / 64]`: what products begin with whose weights are 128 too large.
     starts: Vec<i32>,
 }
 
@@ -46,14 +47,14 @@ pub(crate) struct Q8 {
 pub(crate) struct Q8Row<'a> {
     pub codes: &'a [[i8; BLOCK]],
     pub units: &'a [f32],
-    pub starts: &'a [[i32; QUADS]],
+    pub starts: &'a [i32],
 }
 
 /// What quantizing one token fills in.
 pub(crate) struct Q8Mut<'a> {
     pub codes: &'a mut [[i8; BLOCK]],
     pub units: &'a mut [f32],
-    pub starts: &'a mut [[i32; QUADS]],
+    pub starts: &'a mut [i32],
 }
 
 impl Q8 {
@@ -61,14 +62,16 @@ impl Q8 {
     pub fn new(cpu: &Cpu, x: &[f32], width: usize) -> Self {
         assert!(width > 0 && width.is_multiple_of(BLOCK) && x.len().is_multiple_of(width));
         let blocks = width / BLOCK;
+        let codes = vec![0; x.len() + BLOCK];
         let mut q = Self {
             blocks,
-            codes: vec![0; x.len()],
+            aligned: codes.as_ptr().align_offset(BLOCK).min(BLOCK),
+            codes,
             units: vec![0.0; x.len() / BLOCK],
-            starts: vec![0; x.len() / QUAD],
+            starts: vec![0; x.len() / BLOCK],
         };
-        let rows = q.codes.as_chunks_mut().0.chunks_mut(blocks).zip(q.units.chunks_mut(blocks));
-        let rows = rows.zip(q.starts.as_chunks_mut().0.chunks_mut(blocks)).zip(x.chunks(width)).collect();
+        let rows = q.codes[q.aligned..][..x.len()].as_chunks_mut().0.chunks_mut(blocks).zip(q.units.chunks_mut(blocks));
+        let rows = rows.zip(q.starts.chunks_mut(blocks)).zip(x.chunks(width)).collect();
         run(&cpu.team, rows, x.len() < 16 * 1024, |(((codes, units), starts), x)| {
             cpu.table.q8_quantize(x, Q8Mut { codes, units, starts });
         });
@@ -90,9 +93,9 @@ impl Q8 {
     pub fn row(&self, t: usize) -> Q8Row<'_> {
         let range = t * self.blocks..(t + 1) * self.blocks;
         Q8Row {
-            codes: &self.codes.as_chunks().0[range.clone()],
+            codes: &self.codes[self.aligned..].as_chunks().0[range.clone()],
             units: &self.units[range.clone()],
-            starts: &self.starts.as_chunks().0[range],
+            starts: &self.starts[range],
         }
     }
 }
@@ -167,9 +170,7 @@ mod tests {
                 assert_eq!(f32::from(code), (x * (127.0 / 50.5)).round_ties_even(), "{isa} element {i}");
             }
             for (codes, starts) in row.codes.iter().zip(row.starts) {
-                for (quad, start) in codes.as_chunks::<4>().0.iter().zip(starts) {
-                    assert_eq!(*start, -128 * quad.iter().map(|c| i32::from(*c)).sum::<i32>(), "{isa}");
-                }
+                assert_eq!(*starts, -128 * codes.iter().map(|c| i32::from(*c)).sum::<i32>(), "{isa}");
             }
         }
     }

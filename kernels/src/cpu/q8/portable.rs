@@ -12,7 +12,7 @@ pub(super) const TINY: f32 = 1e-36;
 /// See [`super::super::Table::q8_quantize`].
 pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
     let parts = q.codes.iter_mut().zip(q.units).zip(q.starts);
-    for (x, ((codes, unit), starts)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
+    for (x, ((codes, unit), start)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
         let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
         // `max` passes over NaN. A product with zero is NaN for all that is not finite, and so stays a sum.
         let broken = x.iter().map(|x| x * 0.0).sum::<f32>().is_nan();
@@ -21,9 +21,7 @@ pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
         for (i, x) in x.iter().enumerate() {
             codes[i % 2 * (BLOCK / 2) + i / 2] = if broken { 0 } else { (x * inverse).round_ties_even() as i8 };
         }
-        for (start, quad) in starts.iter_mut().zip(codes.as_chunks::<QUAD>().0) {
-            *start = -128 * quad.iter().map(|c| i32::from(*c)).sum::<i32>();
-        }
+        *start = -128 * codes.iter().map(|c| i32::from(*c)).sum::<i32>();
     }
 }
 
