@@ -105,41 +105,44 @@ fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let (book, unit) = (book(w), w.codebook().unit);
+    let mut factors = [0.0; super::BATCH];
     super::each_row(w, row, x.units.len(), y, |group, block, scales| {
         let n = scales.len();
-        let (packed, codes, units) = (&w.packed64(group)[..n], &x.codes[block..][..n], &x.units[block..][..n]);
-        let mut sums = [_mm256_setzero_ps(); 2];
-        for b in 0..n {
-            // A prefetch is no access: it may point past the end.
-            _mm_prefetch::<_MM_HINT_T0>(packed[b].as_ptr().wrapping_add(AHEAD).cast());
-            let scale = _mm256_set1_ps(scales[b] * units[b]);
-            for (half, w) in look_up(book, &packed[b]).into_iter().enumerate() {
-                let x = load32(&codes[b], half);
-                let dot = _mm256_cvtepi32_ps(dot(w, x, _mm256_abs_epi8(x)));
-                sums[half] = _mm256_fmadd_ps(dot, scale, sums[half]);
-            }
+        for (factor, (scale, unit)) in factors.iter_mut().zip(scales.iter().zip(&x.units[block..])) {
+            *factor = scale * unit;
         }
-        sum1(_mm256_add_ps(sums[0], sums[1])) * unit
+        // Two sums that change places: each addition waits for the one before the last only.
+        let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
+        for ((packed, codes), factor) in w.packed64(group)[..n].iter().zip(&x.codes[block..][..n]).zip(&factors) {
+            // A prefetch is no access: it may point past the end.
+            _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
+            (this, other) = (other, add_block(this, look_up(book, packed), codes, *factor));
+        }
+        sum1(_mm256_add_ps(this, other)) * unit
     });
+}
+
+/// `sum + factor (w . x)`, lane by lane.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], factor: f32) -> __m256 {
+    let [low, high] = [load32(x, 0), load32(x, 1)];
+    let dots = _mm256_add_epi32(dot(w[0], low, _mm256_abs_epi8(low)), dot(w[1], high, _mm256_abs_epi8(high)));
+    _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), _mm256_set1_ps(factor), sum)
 }
 
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     for (i, y) in y.iter_mut().enumerate() {
-        let mut sums = [_mm256_setzero_ps(); 2];
+        let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
             _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
-            let unit = _mm256_set1_ps(*unit);
-            for (half, sum) in sums.iter_mut().enumerate() {
-                let x = load32(codes, half);
-                // SAFETY: `w` is an array of 64 bytes.
-                let w = unsafe { _mm256_loadu_si256(w.as_ptr().add(32 * half).cast()) };
-                let dot = _mm256_cvtepi32_ps(dot(w, x, _mm256_abs_epi8(x)));
-                *sum = _mm256_fmadd_ps(dot, unit, *sum);
-            }
+            // SAFETY: `w` is an array of 64 bytes.
+            let w = [0, 32].map(|at| unsafe { _mm256_loadu_si256(w.as_ptr().add(at).cast()) });
+            (this, other) = (other, add_block(this, w, codes, *unit));
         }
-        *y = sum1(_mm256_add_ps(sums[0], sums[1])) * w.scale(row + i);
+        *y = sum1(_mm256_add_ps(this, other)) * w.scale(row + i);
     }
 }
 
