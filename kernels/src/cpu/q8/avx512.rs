@@ -135,11 +135,11 @@ pub(crate) fn pack_int8(w: &Int8, at: Place, panel: Panel) {
 fn pack(at: Place, codes: &mut [u8], get: impl Fn(usize, usize) -> __m512i) {
     for (b, codes) in codes.as_chunks_mut::<{ BLOCK * LANES }>().0.iter_mut().take(at.blocks).enumerate() {
         for half in 0..2 {
-            let row = |i: usize| {
-                let lane = 16 * half + i;
-                if lane < at.rows { get(lane, b) } else { _mm512_setzero_si512() }
-            };
-            let quads = transpose16(std::array::from_fn(row));
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (i, row) in rows.iter_mut().enumerate().take(at.rows.saturating_sub(16 * half)) {
+                *row = get(16 * half + i, b);
+            }
+            let quads = transpose16(rows);
             for (quad, lanes) in quads.into_iter().enumerate() {
                 let to = &mut codes[quad * QUAD * LANES + 64 * half..][..64];
                 // SAFETY: the slice has 64 bytes.
@@ -186,7 +186,10 @@ fn tokens<const M: usize>(panel: &Panel, x: &Q8, t: usize, at: Place, c: &mut [&
     let blocks = panel.codes.as_chunks::<{ BLOCK * LANES }>().0.iter().zip(panel.scales.as_chunks::<LANES>().0);
     for (b, (w, scales)) in blocks.take(at.blocks).enumerate() {
         let codes: [*const i8; M] = std::array::from_fn(|m| rows[m].codes[at.block + b].as_ptr());
-        let mut dots: [[__m512i; 2]; M] = std::array::from_fn(|m| [_mm512_set1_epi32(rows[m].starts[at.block + b]); 2]);
+        let mut dots = [[_mm512_setzero_si512(); 2]; M];
+        for m in 0..M {
+            dots[m] = [_mm512_set1_epi32(rows[m].starts[at.block + b]); 2];
+        }
         for quad in 0..QUADS {
             // SAFETY: `w` holds 16 quads of 128 bytes, each row of codes 16 quads of 4.
             unsafe {
