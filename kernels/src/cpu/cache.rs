@@ -32,11 +32,12 @@ pub struct Cache {
     scales: Vec<f32>,
 }
 
-/// Rows of `width` elements, one after another.
+/// `count` rows of `width` elements, `stride` apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile<'a> {
     pub dtype: CacheType,
     pub bytes: &'a [u8],
+    pub stride: usize,
     pub width: usize,
     pub count: usize,
 }
@@ -149,16 +150,16 @@ impl Cache {
         self.len = len;
     }
 
-    /// Keys of a block as `[D, BLOCK]`, before their scales; those past the last token are undefined.
-    pub(crate) fn keys(&self, block: usize, head: usize) -> Tile<'_> {
+    /// The first `columns` keys of a block, turned and before their scales; those past the last token are undefined.
+    pub(crate) fn keys(&self, block: usize, head: usize, columns: usize) -> Tile<'_> {
         let bytes = self.bytes(self.tile(block, head, Side::Keys));
-        Tile { dtype: self.dtype, bytes, width: BLOCK, count: self.head_dim }
+        Tile { dtype: self.dtype, bytes, stride: BLOCK, width: columns.min(BLOCK), count: self.head_dim }
     }
 
     /// The first `count` values of a block as `[count, D]`, before their scales.
     pub(crate) fn values(&self, block: usize, head: usize, count: usize) -> Tile<'_> {
         let bytes = self.bytes(self.tile(block, head, Side::Values));
-        Tile { dtype: self.dtype, bytes, width: self.head_dim, count }
+        Tile { dtype: self.dtype, bytes, stride: self.head_dim, width: self.head_dim, count }
     }
 
     fn bytes(&self, tile: usize) -> &[u8] {
@@ -173,7 +174,7 @@ impl Cache {
 
     /// As [`Cache::keys`] and [`Cache::values`], in f32 and times their scales.
     pub(crate) fn decode(&self, table: &Table, block: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
-        let tiles = [(k, self.keys(block, head)), (v, self.values(block, head, BLOCK))];
+        let tiles = [(k, self.keys(block, head, BLOCK)), (v, self.values(block, head, BLOCK))];
         if let Some(scales) = self.scales(block, head) {
             let [(k, keys), (v, values)] = tiles;
             table.light().decode_int8_keys(keys.bytes, scales[0], k);
@@ -281,7 +282,7 @@ mod tests {
             let cache = cache(dtype, 300);
             let [mut k, mut v] = [0; 2].map(|_| vec![0.0; 64 * BLOCK]);
             for block in 0..5 {
-                assert!(cache.keys(block, 1).bytes.as_ptr().align_offset(CACHE_LINE) == 0);
+                assert!(cache.keys(block, 1, BLOCK).bytes.as_ptr().align_offset(CACHE_LINE) == 0);
                 cache.decode(Table::best(), block, 2, &mut k, &mut v);
                 let held = BLOCK.min(300 - block * BLOCK);
                 assert!(k.chunks(BLOCK).all(|row| row[..held].iter().all(|x| *x == 1.0)), "{dtype:?} {block}");

@@ -2,6 +2,8 @@
 //! instructions: the compiler vectorizes them, and one that knows of AVX-512 makes twice and more of it than one that
 //! may count on SSE2 only. What is added here is nothing but those compilations and the way to them.
 
+use super::cache::BLOCK as KEYS;
+
 /// Makes the table of loops, a safe method for each, and its instances.
 macro_rules! light {
     ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
@@ -41,7 +43,7 @@ macro_rules! light {
     };
     (@texts $fma:expr, $attribute:meta, $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
         use super::super::{cache, gated, rms_norm, rope, softmax};
-        use super::Light;
+        use super::{KEYS, Light};
 
         /// Whether products and sums may be rounded once.
         const FMA: bool = $fma;
@@ -77,9 +79,9 @@ light! {
     /// `x = e^(x - shift)`; returns the sum.
     fn exp_sum(x: &mut [f32], shift: f32) -> f64 = softmax::exp_sum::<FMA>;
     /// See [`softmax::step`].
-    fn softmax_step(x: &mut [f32], max: f32) -> (f32, f32) = softmax::step::<FMA>;
+    fn softmax_step(x: &mut [f32; KEYS], max: f32) -> (f32, f32) = softmax::step::<FMA>;
     /// See [`softmax::vjp`].
-    fn softmax_vjp(scale: f32, lse: f32, along: f32, s: &mut [f32], dp: &mut [f32]) = softmax::vjp::<FMA>;
+    fn softmax_vjp(scale: f32, lse: f32, along: f32, s: &mut [f32; KEYS], dp: &mut [f32; KEYS]) = softmax::vjp::<FMA>;
     /// See [`cache::encode_int8`].
     fn encode_int8(x: &[f32], codes: &mut [u8]) -> f32 = cache::encode_int8;
     /// Products of codes with the scale of their column: rows as long as `scales`.

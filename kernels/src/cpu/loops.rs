@@ -64,14 +64,15 @@ pub(crate) fn reduce<const N: usize>(
     for (lane, i) in lanes.iter_mut().zip(n / LANES * LANES..n) {
         *lane = add(*lane, xs.map(|x| x[i]));
     }
-    let [a, b] = halves::<LANES, 16>(lanes);
-    let [a, b] = halves::<16, 8>(std::array::from_fn(|j| join(a[j], b[j])));
-    let [a, b] = halves::<8, 4>(std::array::from_fn(|j| join(a[j], b[j])));
-    let four: [f32; 4] = std::array::from_fn(|j| join(a[j], b[j]));
-    join(join(four[0], four[2]), join(four[1], four[3]))
-}
-
-#[inline(always)]
-fn halves<const N: usize, const HALF: usize>(x: [f32; N]) -> [[f32; HALF]; 2] {
-    [0, HALF].map(|at| std::array::from_fn(|j| x[at + j]))
+    // Halves upon halves: loops of fixed length, which leave the lanes in registers.
+    for j in 0..16 {
+        lanes[j] = join(lanes[j], lanes[j + 16]);
+    }
+    for j in 0..8 {
+        lanes[j] = join(lanes[j], lanes[j + 8]);
+    }
+    for j in 0..4 {
+        lanes[j] = join(lanes[j], lanes[j + 4]);
+    }
+    join(join(lanes[0], lanes[2]), join(lanes[1], lanes[3]))
 }

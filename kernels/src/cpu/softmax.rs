@@ -4,8 +4,11 @@
 
 pub(super) use super::loops::largest;
 
+use super::cache::BLOCK as KEYS;
 use super::exp::exp;
+use super::lanes::LANES;
 use super::loops::{sum, update};
+use wide::f32x8;
 
 /// Elements that are summed in f32 before they join the f64 total; keeps a vocabulary's sum exact to f32, and
 /// the exponentials in first-level cache until they are summed.
@@ -25,18 +28,33 @@ pub(super) fn exp_sum<const FMA: bool>(x: &mut [f32], shift: f32) -> f64 {
 /// A block of a softmax whose maximum so far is `max`: finds the new maximum `m`, makes the scores `e^(x - m)` and
 /// returns `(m, their sum)`.
 #[inline(always)]
-pub(super) fn step<const FMA: bool>(x: &mut [f32], max: f32) -> (f32, f32) {
-    let max = largest(x).max(max);
+pub(super) fn step<const FMA: bool>(x: &mut [f32; KEYS], max: f32) -> (f32, f32) {
+    // `max` of floats passes over a NaN.
+    let max = fold(x, f32x8::fast_max, |a, b| if b > a { b } else { a }).max(max);
     // `-inf - -inf` would be NaN where there is nothing to add; a NaN among the scores is carried on in any case.
     let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
     update(x, [], |x, []| exp::<FMA>(x - shift));
-    (max, sum([x], |[x]| x))
+    (max, fold(x, |a, b| a + b, |a, b| a + b))
+}
+
+/// The row's elements joined, in vectors spelled out: of lengths known to it the compiler makes poor ones.
+#[inline(always)]
+fn fold(x: &[f32; KEYS], vectors: impl Fn(f32x8, f32x8) -> f32x8, floats: impl Fn(f32, f32) -> f32) -> f32 {
+    let x = x.as_chunks::<LANES>().0;
+    let mut lanes: [f32x8; KEYS / LANES] = [f32x8::ZERO; KEYS / LANES];
+    for (lanes, x) in lanes.iter_mut().zip(x) {
+        *lanes = f32x8::new(*x);
+    }
+    let [a, b, c, d, e, f, g, h] = lanes;
+    let joined = vectors(vectors(vectors(a, b), vectors(c, d)), vectors(vectors(e, f), vectors(g, h))).to_array();
+    let [a, b, c, d, e, f, g, h] = joined;
+    floats(floats(floats(a, e), floats(b, f)), floats(floats(c, g), floats(d, h)))
 }
 
 /// From scores before their scale and gradients by probabilities to probabilities `e^(scale s - lse)` and gradients by
 /// scores; `along` is `D`.
 #[inline(always)]
-pub(super) fn vjp<const FMA: bool>(scale: f32, lse: f32, along: f32, s: &mut [f32], dp: &mut [f32]) {
+pub(super) fn vjp<const FMA: bool>(scale: f32, lse: f32, along: f32, s: &mut [f32; KEYS], dp: &mut [f32; KEYS]) {
     update(s, [], |s, []| exp::<FMA>(s * scale - lse));
     update(dp, [s], |dp, [p]| scale * p * (dp - along));
 }

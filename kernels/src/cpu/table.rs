@@ -407,7 +407,7 @@ impl Table {
     /// As [`Table::tile_axpy`] with the elements of a cache, before their scales.
     pub(crate) fn tile_axpy_narrow(&self, coef: Coefficients, p: Tile, c: &mut [&mut [f32]]) {
         assert!(coef.covers(c.len(), p.count));
-        assert!(p.count.checked_mul(p.width * size(p.dtype)).is_some_and(|bytes| bytes <= p.bytes.len()));
+        assert!(p.width <= p.stride && p.count.saturating_mul(p.stride * size(p.dtype)) <= p.bytes.len());
         assert!(c.iter().all(|row| row.len() == p.width));
         // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]

@@ -1,12 +1,12 @@
-//! Tiles of the cache for AVX2: 3 x 32 elements in twelve of sixteen registers.
+//! Tiles of the cache for AVX2: 6 x 16 elements in twelve of sixteen registers.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx2::first_lanes;
-use super::super::cache::{Tile, size};
+use super::super::cache::Tile;
 use super::super::tile::Coefficients;
-use super::{F16, F32, I8};
+use super::{F16, F32, I8, size};
 use crate::CacheType;
 use std::arch::x86_64::*;
 
@@ -28,9 +28,12 @@ pub(crate) fn axpy(coef: Coefficients, p: Tile, c: &mut [&mut [f32]]) {
 fn strips<const TYPE: u8>(coef: Coefficients, p: Tile, c: &mut [&mut [f32]]) {
     let mut n = 0;
     while n < p.width {
-        n += match p.width - n {
-            32.. => strip::<TYPE, 4>(coef, p, n, c),
-            8.. => strip::<TYPE, 1>(coef, p, n, c),
+        n += match (p.width - n, c.len()) {
+            // So few rows leave registers for wider strips, which load the coefficients less often.
+            (32.., 1) => tile::<TYPE, 1, 4>(coef, p, n, 0, c),
+            (32.., 2) => tile::<TYPE, 2, 4>(coef, p, n, 0, c),
+            (16.., _) => strip::<TYPE, 2>(coef, p, n, c),
+            (8.., _) => strip::<TYPE, 1>(coef, p, n, c),
             _ => rest::<TYPE>(coef, p, n, c),
         };
     }
@@ -42,17 +45,23 @@ fn strips<const TYPE: u8>(coef: Coefficients, p: Tile, c: &mut [&mut [f32]]) {
 fn strip<const TYPE: u8, const N: usize>(coef: Coefficients, p: Tile, n: usize, c: &mut [&mut [f32]]) -> usize {
     let mut i = 0;
     while i < c.len() {
-        let high = (c.len() - i).min(3);
+        // Eight rows are better taken as four and four than as six and two.
+        let left = c.len() - i;
+        let high = left.div_ceil(left.div_ceil(6));
         match high {
+            6 => tile::<TYPE, 6, N>(coef, p, n, i, c),
+            5 => tile::<TYPE, 5, N>(coef, p, n, i, c),
+            4 => tile::<TYPE, 4, N>(coef, p, n, i, c),
             3 => tile::<TYPE, 3, N>(coef, p, n, i, c),
             2 => tile::<TYPE, 2, N>(coef, p, n, i, c),
             _ => tile::<TYPE, 1, N>(coef, p, n, i, c),
-        }
+        };
         i += high;
     }
     LANES * N
 }
 
+/// `I` rows of `c` from `i` on, `8 N` columns from `n` on; returns the number of columns.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn tile<const TYPE: u8, const I: usize, const N: usize>(
@@ -61,8 +70,8 @@ fn tile<const TYPE: u8, const I: usize, const N: usize>(
     n: usize,
     i: usize,
     c: &mut [&mut [f32]],
-) {
-    let size = size(p.dtype);
+) -> usize {
+    let size = size::<TYPE>();
     // What the pointers rely on, besides the checks of the entry: the columns of each row.
     assert!(n + LANES * N <= p.width);
     let mut sums = [[_mm256_setzero_ps(); N]; I];
@@ -74,20 +83,20 @@ fn tile<const TYPE: u8, const I: usize, const N: usize>(
                 sums[a][b] = _mm256_loadu_ps(c[i + a].as_ptr().add(n + LANES * b));
             }
         }
-        let coef_rows: [*const f32; I] = std::array::from_fn(|a| coef.data.as_ptr().wrapping_add((i + a) * coef.row));
+        let coefs = coef.data.as_ptr().wrapping_add(i * coef.row);
         let mut row = p.bytes.as_ptr().wrapping_add(n * size);
         for j in 0..p.count {
-            let mut factors = [_mm256_setzero_ps(); I];
-            for a in 0..I {
-                factors[a] = _mm256_broadcast_ss(&*coef_rows[a].add(j * coef.col));
-            }
+            let mut pv = [_mm256_setzero_ps(); N];
             for b in 0..N {
-                let pv = load::<TYPE>(row.add(LANES * b * size));
-                for a in 0..I {
-                    sums[a][b] = _mm256_fmadd_ps(factors[a], pv, sums[a][b]);
+                pv[b] = load::<TYPE>(row.add(LANES * b * size));
+            }
+            for a in 0..I {
+                let factor = _mm256_broadcast_ss(&*coefs.add(a * coef.row + j * coef.col));
+                for b in 0..N {
+                    sums[a][b] = _mm256_fmadd_ps(factor, pv[b], sums[a][b]);
                 }
             }
-            row = row.wrapping_add(p.width * size);
+            row = row.wrapping_add(p.stride * size);
         }
         for a in 0..I {
             for b in 0..N {
@@ -95,12 +104,13 @@ fn tile<const TYPE: u8, const I: usize, const N: usize>(
             }
         }
     }
+    LANES * N
 }
 
 /// The last columns, fewer than eight; rare enough for one row at a time.
 #[target_feature(enable = "avx2,fma,f16c")]
 fn rest<const TYPE: u8>(coef: Coefficients, p: Tile, n: usize, c: &mut [&mut [f32]]) -> usize {
-    let (size, count) = (size(p.dtype), p.width - n);
+    let (size, count) = (size::<TYPE>(), p.width - n);
     for (i, c) in c.iter_mut().enumerate() {
         let c = &mut c[n..p.width];
         let mask = first_lanes(count);
@@ -109,7 +119,7 @@ fn rest<const TYPE: u8>(coef: Coefficients, p: Tile, n: usize, c: &mut [&mut [f3
             let mut sum = _mm256_maskload_ps(c.as_ptr(), mask);
             for j in 0..p.count {
                 let mut padded = [0; 32];
-                padded[..count * size].copy_from_slice(&p.bytes[(j * p.width + n) * size..][..count * size]);
+                padded[..count * size].copy_from_slice(&p.bytes[(j * p.stride + n) * size..][..count * size]);
                 sum = _mm256_fmadd_ps(
                     _mm256_set1_ps(coef.data[i * coef.row + j * coef.col]),
                     load::<TYPE>(padded.as_ptr()),

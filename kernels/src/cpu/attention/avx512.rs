@@ -3,9 +3,9 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::cache::{Tile, size};
+use super::super::cache::Tile;
 use super::super::tile::Coefficients;
-use super::{F16, F32, I8};
+use super::{F16, F32, I8, size};
 use crate::CacheType;
 use std::arch::x86_64::*;
 
@@ -74,7 +74,7 @@ fn tile<const TYPE: u8, const I: usize, const N: usize>(
     i: usize,
     c: &mut [&mut [f32]],
 ) {
-    let size = size(p.dtype);
+    let size = size::<TYPE>();
     // What the pointers rely on, besides the checks of the entry: the columns of each row.
     assert!(n + LANES * (N - 1) + mask.count_ones() as usize <= p.width);
     let mut sums = [[_mm512_setzero_ps(); N]; I];
@@ -86,7 +86,7 @@ fn tile<const TYPE: u8, const I: usize, const N: usize>(
                 sums[a][b] = _mm512_maskz_loadu_ps(mask, c[i + a].as_ptr().add(n + LANES * b));
             }
         }
-        let coef_rows: [*const f32; I] = std::array::from_fn(|a| coef.data.as_ptr().wrapping_add((i + a) * coef.row));
+        let coefs = coef.data.as_ptr().wrapping_add(i * coef.row);
         let mut row = p.bytes.as_ptr().wrapping_add(n * size);
         for j in 0..p.count {
             let mut pv = [_mm512_setzero_ps(); N];
@@ -94,12 +94,12 @@ fn tile<const TYPE: u8, const I: usize, const N: usize>(
                 pv[b] = load::<TYPE>(mask, row.add(LANES * b * size));
             }
             for a in 0..I {
-                let factor = _mm512_set1_ps(*coef_rows[a].add(j * coef.col));
+                let factor = _mm512_set1_ps(*coefs.add(a * coef.row + j * coef.col));
                 for b in 0..N {
                     sums[a][b] = _mm512_fmadd_ps(factor, pv[b], sums[a][b]);
                 }
             }
-            row = row.wrapping_add(p.width * size);
+            row = row.wrapping_add(p.stride * size);
         }
         for a in 0..I {
             for b in 0..N {

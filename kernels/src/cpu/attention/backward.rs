@@ -255,15 +255,15 @@ impl Inputs<'_> {
         products(self.q, scratch.k, scratch.p);
         products(self.dy, scratch.v, scratch.ds);
         let along = &scratch.along[r * tokens.len() + token - tokens.start..][..count];
-        let rows = scratch.p.chunks_exact_mut(KEYS).zip(scratch.ds.chunks_exact_mut(KEYS)).zip(along).enumerate();
+        let rows = scratch.p.as_chunks_mut().0.iter_mut().zip(scratch.ds.as_chunks_mut().0).zip(along).enumerate();
         for (i, ((p, ds), along)) in rows {
+            let lse = self.lse[(segment + token + i) * self.spec.heads + head];
+            self.table.light().softmax_vjp(self.spec.scale, lse, *along, p, ds);
             let seen = clip(&visible(self.spec, token + i), key, keys);
-            for row in [&mut *p, &mut *ds] {
+            for row in [p, ds] {
                 row[..seen.start].fill(0.0);
                 row[seen.end..].fill(0.0);
             }
-            let lse = self.lse[(segment + token + i) * self.spec.heads + head];
-            self.table.light().softmax_vjp(self.spec.scale, lse, *along, &mut p[seen.clone()], &mut ds[seen]);
         }
 
         let transposed = |data| Coefficients { data, row: 1, col: KEYS };

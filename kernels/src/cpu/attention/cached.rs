@@ -151,12 +151,12 @@ impl Queries<'_> {
     fn narrow(&self, block: usize, span: &Range<usize>, softmax: &mut OnlineSoftmax, task: &mut Task) {
         let (table, first) = (self.cpu.table, block * KEYS);
         let count = KEYS.min(span.end - first);
-        let keys = self.cache.keys(block, task.kv_head);
+        let keys = self.cache.keys(block, task.kv_head, columns(count));
         let values = self.cache.values(block, task.kv_head, count);
         softmax.step(
             first,
             count,
-            KEYS,
+            columns(count),
             self.cache.scales(block, task.kv_head),
             |queries, scores| table.tile_axpy_narrow(queries, keys, scores),
             |p, y| table.tile_axpy_narrow(p, values, y),

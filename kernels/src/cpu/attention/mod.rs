@@ -37,6 +37,16 @@ const F16: u8 = 1;
 #[cfg(target_arch = "x86_64")]
 const I8: u8 = 2;
 
+/// Bytes of an element.
+#[cfg(target_arch = "x86_64")]
+const fn size<const TYPE: u8>() -> usize {
+    match TYPE {
+        F32 => 4,
+        F16 => 2,
+        _ => 1,
+    }
+}
+
 /// Query rows (tokens times heads of a group) that a forward task aims for.
 const QUERIES: usize = 48;
 
@@ -93,19 +103,21 @@ fn columns(count: usize) -> usize {
 /// Writes up to [`KEYS`] rows as the columns of `turned`, `[D, KEYS]`, whose further columns keep what they hold.
 fn turn(x: Rows, turned: &mut [f32]) {
     assert!(x.count() <= KEYS && turned.len() == x.width() * KEYS);
-    let whole = x.width() / LANES * LANES;
-    for j in (0..x.count()).step_by(LANES) {
-        let end = x.count().min(j + LANES);
-        for d in (0..whole).step_by(LANES) {
-            let rows = std::array::from_fn(|i| if j + i < end { load(&x.row(j + i)[d..]) } else { f32x8::ZERO });
-            for (i, column) in f32x8::transpose(rows).into_iter().enumerate() {
-                store(&mut turned[(d + i) * KEYS + j..][..end - j], column);
+    // Squares of eight by eight, as many as there are.
+    let (rows, columns) = (x.count() / LANES * LANES, x.width() / LANES * LANES);
+    for j in (0..rows).step_by(LANES) {
+        let eight: [&[f32]; LANES] = std::array::from_fn(|i| x.row(j + i));
+        for d in (0..columns).step_by(LANES) {
+            let square = f32x8::transpose(eight.map(|row| load(&row[d..d + LANES])));
+            for (i, column) in square.into_iter().enumerate() {
+                store(&mut turned[(d + i) * KEYS + j..][..LANES], column);
             }
         }
-        for d in whole..x.width() {
-            for i in j..end {
-                turned[d * KEYS + i] = x.row(i)[d];
-            }
+    }
+    for j in 0..x.count() {
+        let done = if j < rows { columns } else { 0 };
+        for (d, x) in x.row(j).iter().enumerate().skip(done) {
+            turned[d * KEYS + j] = *x;
         }
     }
 }

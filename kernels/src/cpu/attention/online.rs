@@ -80,14 +80,14 @@ impl<'a> OnlineSoftmax<'a> {
         self.scores.fill(0.0);
         let queries = Coefficients { data: &self.queries, row: self.head_dim, col: 1 };
         with_rows(&mut self.scores, columns, |scores| keys(queries, scores));
-        for ((row, scores), y) in self.rows.iter_mut().zip(self.scores.chunks_exact_mut(KEYS)).zip(&mut *y) {
+        for ((row, scores), y) in self.rows.iter_mut().zip(self.scores.as_chunks_mut().0).zip(&mut *y) {
             let seen = clip(&row.visible, first, count);
-            scores[..seen.start].fill(0.0);
-            scores[seen.end..].fill(0.0);
-            let scores = &mut scores[seen.clone()];
             if let Some([keys, _]) = factors {
-                update(scores, [&keys[seen.clone()]], |s, [factor]| s * factor);
+                update(&mut scores[seen.clone()], [&keys[seen.clone()]], |s, [factor]| s * factor);
             }
+            // Their exponentials are zeros, so that whole rows can be worked on.
+            scores[..seen.start].fill(f32::NEG_INFINITY);
+            scores[seen.end..].fill(f32::NEG_INFINITY);
             let old = row.state;
             let (max, sum) = self.light.softmax_step(scores, old.max);
             let shrink = if max == old.max { 1.0 } else { (old.max - max).exp() };
@@ -97,7 +97,7 @@ impl<'a> OnlineSoftmax<'a> {
                 scale_part(shrink, y);
             }
             if let Some([_, values]) = factors {
-                update(scores, [&values[seen]], |p, [factor]| p * factor);
+                update(&mut scores[seen.clone()], [&values[seen]], |p, [factor]| p * factor);
             }
         }
         values(Coefficients { data: &self.scores, row: KEYS, col: 1 }, y);
@@ -122,10 +122,11 @@ const FEW: usize = 8;
 /// Calls `work` with the first `columns` of each row of scores.
 fn with_rows(scores: &mut [f32], columns: usize, work: impl FnOnce(&mut [&mut [f32]])) {
     let count = scores.len() / KEYS;
-    let mut rows = scores.chunks_exact_mut(KEYS).map(|row| &mut row[..columns]);
+    let rows = scores.chunks_exact_mut(KEYS).map(|row| &mut row[..columns]);
     if count <= FEW {
         // Without an allocation: there is a call for every block of every layer.
-        let mut few: [&mut [f32]; FEW] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+        let mut few: [&mut [f32]; FEW] = Default::default();
+        few.iter_mut().zip(rows).for_each(|(few, row)| *few = row);
         work(&mut few[..count]);
     } else {
         work(&mut rows.collect::<Vec<_>>());

@@ -4,51 +4,66 @@ use super::super::cache::{Tile, size};
 use super::super::lanes::{LANES, load, store};
 use super::super::tile::Coefficients;
 use crate::CacheType;
+use std::ops::Range;
 use wide::f32x8;
 
-/// Columns that are widened at a time.
-const COLUMNS: usize = 2 * LANES;
+/// Columns and rows that are widened at a time, on the stack.
+const PART: (usize, usize) = (2 * LANES, 64);
+/// Rows of a register tile, as in `tile::portable`.
+const ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 2 };
 
 /// See [`super::super::Table::tile_axpy_narrow`].
 pub(crate) fn axpy(coef: Coefficients, p: Tile, c: &mut [&mut [f32]]) {
-    for n in (0..p.width).step_by(COLUMNS) {
-        let mut i = 0;
-        while i < c.len() {
-            if c.len() - i >= 2 {
-                strip::<2>(coef, p, n, i, c);
-                i += 2;
-            } else {
-                strip::<1>(coef, p, n, i, c);
-                i += 1;
+    let size = size(p.dtype);
+    let mut part = [[0.0; PART.0]; PART.1];
+    for j in (0..p.count).step_by(PART.1) {
+        let part = &mut part[..PART.1.min(p.count - j)];
+        for n in (0..p.width).step_by(PART.0) {
+            let columns = n..p.width.min(n + PART.0);
+            for (i, wide) in part.iter_mut().enumerate() {
+                widen(p.dtype, &p.bytes[(j + i) * p.stride * size..][columns.start * size..columns.end * size], wide);
+            }
+            let mut i = 0;
+            while i < c.len() {
+                if c.len() - i >= ROWS {
+                    rows::<ROWS>(coef, j, part, columns.clone(), i, c);
+                    i += ROWS;
+                } else {
+                    rows::<1>(coef, j, part, columns.clone(), i, c);
+                    i += 1;
+                }
             }
         }
     }
 }
 
-/// `I` rows by [`COLUMNS`] columns, fewer at the right edge.
+/// Adds multiples of widened rows, of which the first is row `j`, to `I` rows of `c` from `i` on.
 #[inline(always)]
-fn strip<const I: usize>(coef: Coefficients, p: Tile, n: usize, i: usize, c: &mut [&mut [f32]]) {
-    let (end, size) = (p.width.min(n + COLUMNS), size(p.dtype));
-    let mid = end.min(n + LANES);
-    let mut sums: [[f32x8; 2]; I] = std::array::from_fn(|a| [load(&c[i + a][n..mid]), load(&c[i + a][mid..end])]);
-    let rows = p.bytes.chunks_exact(p.width * size).take(p.count);
-    for (j, row) in rows.enumerate() {
-        let mut wide = [0.0; COLUMNS];
-        widen(p.dtype, &row[n * size..end * size], &mut wide);
-        let pv = [load(&wide[..LANES]), load(&wide[LANES..])];
+fn rows<const I: usize>(
+    coef: Coefficients,
+    j: usize,
+    part: &[[f32; PART.0]],
+    Range { start, end }: Range<usize>,
+    i: usize,
+    c: &mut [&mut [f32]],
+) {
+    let mid = end.min(start + LANES);
+    let mut sums: [[f32x8; 2]; I] = std::array::from_fn(|a| [load(&c[i + a][start..mid]), load(&c[i + a][mid..end])]);
+    for (j, row) in (j..).zip(part) {
+        let pv = [load(&row[..LANES]), load(&row[LANES..])];
         for (a, sums) in sums.iter_mut().enumerate() {
             let factor = f32x8::splat(coef.data[(i + a) * coef.row + j * coef.col]);
             *sums = [factor.mul_add(pv[0], sums[0]), factor.mul_add(pv[1], sums[1])];
         }
     }
     for (c, sums) in c[i..].iter_mut().zip(sums) {
-        store(&mut c[n..mid], sums[0]);
+        store(&mut c[start..mid], sums[0]);
         store(&mut c[mid..end], sums[1]);
     }
 }
 
 #[inline(always)]
-fn widen(dtype: CacheType, bytes: &[u8], out: &mut [f32; COLUMNS]) {
+fn widen(dtype: CacheType, bytes: &[u8], out: &mut [f32; PART.0]) {
     match dtype {
         CacheType::F32 => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(y, b)| *y = f32::from_le_bytes(*b)),
         CacheType::F16 => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(y, b)| *y = half(u16::from_le_bytes(*b))),
