@@ -7,7 +7,7 @@ use pocketlora_kernels::{Attention, Backend, CacheType};
 type Case = (usize, usize, usize, Option<usize>, &'static [usize]);
 
 /// Heads, key/value heads, head width, window, segments: groups, blocks of 64 keys and 48 queries and their
-/// borders, windows shorter and longer than a block, packed samples, an empty segment.
+/// borders, windows shorter and longer than a block, packed samples, an empty segment, stretches of backward.
 const CASES: &[Case] = &[
     (1, 1, 8, None, &[1]),
     (2, 1, 12, None, &[5]),
@@ -17,6 +17,9 @@ const CASES: &[Case] = &[
     (6, 2, 8, None, &[65]),
     (2, 1, 8, Some(40), &[130]),
     (3, 1, 8, Some(64), &[66, 0, 7]),
+    (2, 1, 17, None, &[300]),
+    (2, 2, 64, Some(100), &[270, 129]),
+    (10, 1, 24, None, &[150]),
 ];
 
 fn spec(heads: usize, kv_heads: usize, head_dim: usize, window: Option<usize>) -> Attention {
@@ -80,10 +83,22 @@ fn the_oracle_of_the_gradients_is_right() {
 fn attention_over_a_cache_meets_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(13);
-    // Tokens in the cache, new ones among them, window.
-    for (keys, new, window) in [(1, 1, None), (6, 6, None), (70, 1, None), (70, 3, Some(5)), (130, 20, Some(66))] {
+    // Tokens in the cache, new ones among them, window, heads, key/value heads, head width: one block and several, few
+    // rows of queries and many, whole vectors and rests, contexts that are cut into parts.
+    let cases = [
+        (1, 1, None, (6, 2, 10)),
+        (6, 6, None, (6, 2, 10)),
+        (70, 1, None, (6, 2, 10)),
+        (70, 3, Some(5), (6, 2, 10)),
+        (130, 20, Some(66), (6, 2, 10)),
+        (1100, 1, None, (3, 1, 64)),
+        (1100, 3, Some(700), (4, 2, 24)),
+        (1400, 1, Some(1000), (7, 1, 40)),
+        (640, 9, None, (9, 1, 33)),
+        (200, 130, None, (2, 1, 64)),
+    ];
+    for (keys, new, window, (heads, kv_heads, d)) in cases {
         for dtype in [CacheType::F32, CacheType::F16, CacheType::I8] {
-            let (heads, kv_heads, d) = (6, 2, 10);
             let spec = spec(heads, kv_heads, d, window);
             let q = random.vector(new * heads * d);
             let [k, v] = [0; 2].map(|_| random.vector(keys * kv_heads * d));
@@ -144,4 +159,50 @@ fn large_scores_stay_finite_and_nan_is_carried() {
         cpu.attention(&spec, &[t], &q, &k, &v, &mut y, &mut lse);
         vec![read(cpu, &y)]
     });
+}
+
+/// A NaN or an infinity in a key reaches the outputs of the tokens that see it, one in a value the element at its place
+/// or, in 8 bits, where it makes its row's scale a NaN, all of them; heads that do not read it stay as they are.
+#[test]
+fn a_nan_in_the_cache_is_carried() {
+    let mut report = Report::default();
+    let mut random = Random(15);
+    let (keys, d, spec) = (400, 16, spec(2, 2, 16, None));
+    let q = random.vector(2 * d);
+    for dtype in [CacheType::F32, CacheType::F16, CacheType::I8] {
+        let exact =
+            |x: f32| if dtype == CacheType::I8 { (x * 127.0).round() / 127.0 } else { (x * 256.0).round() / 256.0 };
+        let mut row = || {
+            let mut x: Vec<f32> = random.vector(keys * 2 * d).into_iter().map(exact).collect();
+            // The largest of each row is 1, so that 8 bits hold the others exactly, but for the last place of an f32.
+            x.chunks_exact_mut(d).for_each(|x| x[0] = 1.0);
+            x
+        };
+        let (k, v) = (row(), row());
+        let (y, _) = oracle::attention(&spec, &[keys], &wide(&q), &wide(&k), &wide(&v));
+        for (side, broken) in [(0, f32::NAN), (1, f32::NAN), (0, f32::INFINITY), (1, f32::INFINITY)] {
+            let (mut k, mut v, mut y) = (k.clone(), v.clone(), y.clone());
+            // Token 290, of the second part and neither the first nor the last of its block; head 1, element 3.
+            [&mut k, &mut v][side][(290 * 2 + 1) * d + 3] = broken;
+            let element = d + 3;
+            if side == 0 || dtype == CacheType::I8 {
+                // One infinite score takes all the weight: `e^(inf - inf)`. With the other sign it would take none.
+                let all = dtype == CacheType::I8 || broken.is_nan() || q[element] > 0.0;
+                if !all {
+                    continue;
+                }
+                y[d..].fill(f64::NAN);
+            } else {
+                y[element] = f64::from(broken);
+            }
+            let expected = [Expected::new(y, vec![32.0 * EPS; 2 * d])];
+            case!(report, &format!("attention_cached {dtype:?} with {broken} on side {side}"), &expected, |cpu| {
+                let mut cache = cpu.cache(2, d, dtype);
+                cpu.cache_append(&mut cache, &buffer(cpu, &k), &buffer(cpu, &v)).unwrap();
+                let mut y = poisoned(cpu, 2 * d);
+                cpu.attention_cached(&spec, &buffer(cpu, &q), &cache, &mut y);
+                vec![read(cpu, &y)]
+            });
+        }
+    }
 }

@@ -132,31 +132,93 @@ fn rope_turns_and_turns_back() {
     }
 }
 
+/// The gated ops by name, with the activation's oracle.
+type Gated = (&'static str, fn(f64) -> f64);
+
 #[test]
-fn swiglu_meets_the_oracle() {
+fn gated_activations_meet_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(25);
-    for n in [0, 1, 8, 9, 100, 16390] {
-        let gate: Vec<f32> = random.vector(n).iter().map(|x| x * 12.0).collect();
-        let (up, dy) = (random.vector(n), random.vector(n));
-        let (g, u, d) = (wide(&gate), wide(&up), wide(&dy));
-        let each = |f: &dyn Fn(f64, f64, f64) -> f64| (0..n).map(|i| f(g[i], u[i], d[i])).collect::<Vec<_>>();
-        // The op is element-wise, so one difference quotient an element does.
-        let h = 1e-5;
-        let value = |g: f64, u: f64| oracle::swiglu(&[g], &[u])[0];
-        let expected = [
-            Expected::relative(oracle::swiglu(&g, &u), 8.0 * EPS),
-            Expected::norm(each(&|g, u, d| d * (value(g + h, u) - value(g - h, u)) / (2.0 * h)), 8.0 * EPS),
-            Expected::relative(each(&|g, _, d| d * value(g, 1.0)), 8.0 * EPS),
-        ];
-        case!(report, &format!("swiglu of {n}"), &expected, |cpu| {
-            let (gate, up, dy) = (buffer(cpu, &gate), buffer(cpu, &up), buffer(cpu, &dy));
-            let (mut y, mut dgate, mut dup) = (poisoned(cpu, n), poisoned(cpu, n), poisoned(cpu, n));
-            cpu.swiglu(&gate, &up, &mut y);
-            cpu.swiglu_vjp(&gate, &up, &dy, &mut dgate, &mut dup);
-            [y, dgate, dup].map(|b| read(cpu, &b)).into()
+    let activations: [Gated; 2] = [("swiglu", oracle::silu), ("geglu", oracle::gelu)];
+    for (name, act) in activations {
+        for n in [0, 1, 8, 9, 100, 16390] {
+            let gate: Vec<f32> = random.vector(n).iter().map(|x| x * 12.0).collect();
+            let (up, dy) = (random.vector(n), random.vector(n));
+            let (g, u, d) = (wide(&gate), wide(&up), wide(&dy));
+            let each = |f: &dyn Fn(f64, f64, f64) -> f64| (0..n).map(|i| f(g[i], u[i], d[i])).collect::<Vec<_>>();
+            // The op is element-wise, so one difference quotient an element does.
+            let h = 1e-5;
+            // An error of z, whose terms are some times larger than 1, is one of e^-z in proportion: of a few EPS, where
+            // `g e^-z` is small, too.
+            let wide_z = if name == "geglu" { 1.0 } else { 0.0 };
+            let value = |values: Vec<f64>, factors: &[f64]| {
+                let bound = |(v, f): (&f64, &f64)| EPS * (8.0 * v.abs() + 2.0 * wide_z * f.abs()) + 1e-15;
+                let bounds = values.iter().zip(factors).map(bound).collect();
+                Expected::new(values, bounds)
+            };
+            let expected = [
+                value(each(&|g, u, _| act(g) * u), &u),
+                Expected::norm(
+                    each(&|g, u, d| d * u * (act(g + h) - act(g - h)) / (2.0 * h)),
+                    (8.0 + 8.0 * wide_z) * EPS,
+                ),
+                value(each(&|g, _, d| d * act(g)), &d),
+            ];
+            case!(report, &format!("{name} of {n}"), &expected, |cpu| gated(cpu, name, [&gate, &up, &dy]));
+        }
+    }
+}
+
+/// Limits for gates so large that powers of them overflow, zeros, infinities and NaN.
+#[test]
+fn gated_activations_carry_the_special_values() {
+    let mut report = Report::default();
+    let nan = f64::NAN;
+    // Gate, activation, slope. At an infinity `inf * 0` remains, as in the reference stack.
+    let common = [
+        (3e38, f64::from(3e38_f32), 1.0),
+        (1e15, f64::from(1e15_f32), 1.0),
+        (-1e15, 0.0, 0.0),
+        (-3e38, 0.0, 0.0),
+        (0.0, 0.0, 0.5),
+        (f32::NAN, nan, nan),
+        (f32::NEG_INFINITY, nan, nan),
+    ];
+    // The slope of gelu's logistic function is taken at a bound, which saves it.
+    for (name, at_infinity) in [("swiglu", nan), ("geglu", 1.0)] {
+        let cases = [&common[..], &[(f32::INFINITY, f64::INFINITY, at_infinity)]].concat();
+        let n = cases.len();
+        let gate: Vec<f32> = cases.iter().map(|case| case.0).collect();
+        let slopes: Vec<f64> = match name {
+            "geglu" => cases.iter().map(|case| if case.0 == f32::NEG_INFINITY { 0.0 } else { case.2 }).collect(),
+            _ => cases.iter().map(|case| case.2).collect(),
+        };
+        let values: Vec<f64> = cases.iter().map(|case| case.1).collect();
+        let exact = |x: Vec<f64>| Expected::new(x, vec![0.0; n]);
+        let expected = [exact(values.clone()), exact(slopes), exact(values)];
+        case!(report, &format!("{name} of special values"), &expected, |cpu| {
+            gated(cpu, name, [&gate, &vec![1.0; n], &vec![1.0; n]])
+        });
+        // What comes in beside the gate is carried, too.
+        let expected = [exact(vec![nan; n]), exact(vec![nan; n]), exact(vec![nan; n])];
+        case!(report, &format!("{name} with NaN"), &expected, |cpu| {
+            gated(cpu, name, [&vec![1.0; n], &vec![f32::NAN; n], &vec![f32::NAN; n]])
         });
     }
+}
+
+/// `y`, `dgate` and `dup` of the op called `name`.
+fn gated<B: Backend>(cpu: &B, name: &str, inputs: [&[f32]; 3]) -> Vec<Vec<f32>> {
+    let [gate, up, dy] = inputs.map(|x| buffer(cpu, x));
+    let [mut y, mut dgate, mut dup] = [0; 3].map(|_| poisoned(cpu, inputs[0].len()));
+    if name == "geglu" {
+        cpu.geglu(&gate, &up, &mut y);
+        cpu.geglu_vjp(&gate, &up, &dy, &mut dgate, &mut dup);
+    } else {
+        cpu.swiglu(&gate, &up, &mut y);
+        cpu.swiglu_vjp(&gate, &up, &dy, &mut dgate, &mut dup);
+    }
+    [y, dgate, dup].map(|b| read(cpu, &b)).into()
 }
 
 #[test]

@@ -34,8 +34,14 @@ pub fn rms_norm(w: &[f64], eps: f64, x: &[f64]) -> Vec<f64> {
     x.chunks(w.len()).flat_map(row).collect()
 }
 
-pub fn swiglu(gate: &[f64], up: &[f64]) -> Vec<f64> {
-    gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+pub fn silu(g: f64) -> f64 {
+    g / (1.0 + (-g).exp())
+}
+
+/// In the tanh form.
+pub fn gelu(g: f64) -> f64 {
+    let inner = (2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g.powi(3));
+    0.5 * g * (1.0 + inner.tanh())
 }
 
 /// The gradient of `sum_i dy[i] f(x)[i]` by central differences: exact to some 1e-9 of the values' size.
