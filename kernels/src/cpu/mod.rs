@@ -16,6 +16,7 @@ mod dense;
 mod elementwise;
 mod exp;
 mod lanes;
+pub mod limits;
 mod matmul;
 mod matrix;
 mod nf4;
