@@ -4,34 +4,51 @@ use crate::adapter::{AdapterFile, Adapters};
 use crate::chat::{ChatTemplate, Message};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::Base;
-use crate::format::Checkpoint;
+use crate::exec::infer::Numbers;
+use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
 use crate::memory::Peak;
 use crate::tokenizer::Tokenizer;
 use crate::train::{Dataset, TrainConfig, Trainer};
 use pocketlora_kernels::cpu::Table;
-use pocketlora_kernels::{Backend, CacheType, Cpu, WorkType};
+use pocketlora_kernels::{Arithmetic, Backend, CacheType, Cpu, WorkType};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 /// Arithmetic of inference.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// f32 everywhere, cache and adapters included.
     Exact,
-    /// Cache and adapters in f16.
+    /// Cache and adapters in f16, products in bf16 where the CPU has fast ones.
+    Bf16,
+    /// Cache and adapters in f16, products with the base in 8 bits.
     #[default]
     Fast,
+}
+
+impl Precision {
+    fn numbers(self) -> Numbers {
+        match self {
+            Self::Exact => Numbers { cache: CacheType::F32, arithmetic: Arithmetic::Exact },
+            Self::Bf16 => Numbers { cache: CacheType::F16, arithmetic: Arithmetic::Bf16 },
+            Self::Fast => Numbers { cache: CacheType::F16, arithmetic: Arithmetic::Int8 },
+        }
+    }
 }
 
 /// How to open a model.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Worker threads; 0 takes one per core.
+    /// Threads; 0 finds by measuring, at first use, how many serve best.
     pub threads: usize,
     /// Arithmetic.
     pub precision: Precision,
+    /// Keys and values in 8 bits: half the memory of a long text, at a small cost in quality.
+    pub int8_cache: bool,
+    /// A folder for copies that make things faster and can be made again at any time; none are kept without it.
+    pub cache_dir: Option<PathBuf>,
 }
 
 /// An open model with its adapters and one running text.
@@ -45,6 +62,9 @@ pub struct Session {
     attached: Vec<(PathBuf, f32)>,
     context: Context<Cpu>,
     precision: Precision,
+    numbers: Numbers,
+    /// Threads are to be chosen by measurement, once.
+    calibration: Option<Once>,
     peak: Peak,
 }
 
@@ -55,7 +75,20 @@ impl Session {
     /// A file is missing, broken or of an unsupported kind.
     pub fn open(dir: &Path, options: &Options) -> Result<Self> {
         let checkpoint = Checkpoint::open(dir)?;
-        let base = Arc::new(Base::load(Cpu::with_table(options.threads, Table::from_env()?), &checkpoint)?);
+        let mut base = Base::load(Cpu::with_table(options.threads, Table::from_env()?), &checkpoint)?;
+        let mut numbers = options.precision.numbers();
+        if options.int8_cache {
+            numbers.cache = CacheType::I8;
+        }
+        let mut mapped_bytes = checkpoint.mapped_bytes() as u64;
+        if let (Arithmetic::Int8, Some(cache)) = (numbers.arithmetic, &options.cache_dir) {
+            let name = &base.model.params()[base.model.head_param().0 as usize].name;
+            if let Some((source, bytes)) = int8_head(&checkpoint, name, cache)? {
+                base.set_int8_head(source)?;
+                mapped_bytes += bytes;
+            }
+        }
+        let base = Arc::new(base);
         let tokenizer = if dir.join("tokenizer.json").exists() {
             let tokenizer = Tokenizer::open(dir)?;
             let template = ChatTemplate::open(dir, &tokenizer)?;
@@ -65,14 +98,16 @@ impl Session {
         };
         Ok(Self {
             adapters: Adapters::none(&base),
-            context: Context::new(&base, cache_type(options.precision)),
+            context: Context::new(&base, numbers),
             base,
             dir: dir.to_owned(),
             fingerprint: checkpoint.fingerprint(),
-            mapped_bytes: checkpoint.mapped_bytes() as u64,
+            mapped_bytes,
             tokenizer,
             attached: Vec::new(),
             precision: options.precision,
+            numbers,
+            calibration: (options.threads == 0).then(Once::new),
             peak: Peak::default(),
         })
     }
@@ -88,7 +123,7 @@ impl Session {
         let file = AdapterFile::open(dir)?;
         let dtype = match self.precision {
             Precision::Exact => WorkType::F32,
-            Precision::Fast => WorkType::F16,
+            Precision::Bf16 | Precision::Fast => WorkType::F16,
         };
         self.adapters.attach(&self.base, &file, scale, dtype)?;
         self.attached.push((dir.to_owned(), scale));
@@ -127,10 +162,17 @@ impl Session {
         &self.adapters
     }
 
-    /// The arithmetic chosen at opening.
+    /// How this session keeps and multiplies numbers, as chosen at opening.
     #[must_use]
-    pub fn cache_type(&self) -> CacheType {
-        cache_type(self.precision)
+    pub fn numbers(&self) -> Numbers {
+        self.numbers
+    }
+
+    /// At the first work, unless a number was given: measures how many threads serve best.
+    fn choose_threads(&self) {
+        if let Some(once) = &self.calibration {
+            once.call_once(|| self.base.choose_threads());
+        }
     }
 
     /// Bytes of weights mapped from files: clean pages that the system may drop.
@@ -220,6 +262,7 @@ impl Session {
         on_text: &mut (dyn FnMut(&str) -> ControlFlow<()> + Send),
     ) -> Result<(String, Generated)> {
         sampling.validate()?;
+        self.choose_threads();
         let Some((tokenizer, _)) = &self.tokenizer else { return Err(self.text().err().expect("there is none")) };
         let (base, adapters, context) = (&self.base, &self.adapters, &mut self.context);
         let (text, generated) = base.backend.scope(|| {
@@ -269,14 +312,8 @@ impl Session {
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Trainer<Cpu>> {
+        self.choose_threads();
         let name = self.dir.file_name().map(|n| n.to_string_lossy().into_owned());
         Trainer::new(Arc::clone(&self.base), self.fingerprint, name, config, data, eval_data, init, out)
-    }
-}
-
-fn cache_type(precision: Precision) -> CacheType {
-    match precision {
-        Precision::Exact => CacheType::F32,
-        Precision::Fast => CacheType::F16,
     }
 }

@@ -115,7 +115,7 @@ fn a_cache_filled_in_pieces_gives_the_same_logits() {
     let ids = ids(&tensors(&golden("tiny_variants_logits.safetensors"))["ids"]);
     let whole = logits(&session, &ids);
     let vocab = base.model.config().vocab_size;
-    let mut state = pocketlora::exec::infer::State::new(base, session.cache_type());
+    let mut state = pocketlora::exec::infer::State::new(base, session.numbers());
     let mut row = 0;
     for piece in [&ids[..5], &ids[5..6], &ids[6..17], &ids[17..]] {
         let hidden = base.forward(session.adapters(), &mut state, piece).unwrap();

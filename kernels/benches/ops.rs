@@ -6,7 +6,7 @@
 use bytes::Bytes;
 use pocketlora_kernels::cpu::{Buffer, Cpu, Matrix, Table};
 use pocketlora_kernels::{
-    Absmax, Attention, Backend, CacheType, FloatType, MatrixData, MatrixSource, Nf4Source, WorkType,
+    Absmax, Arithmetic, Attention, Backend, CacheType, FloatType, MatrixData, MatrixSource, Nf4Source, WorkType,
 };
 use std::sync::Arc;
 use std::time::Instant;
@@ -38,22 +38,24 @@ impl Bench {
                 let (mut y, mut dx) = (self.noise(t * o), self.noise(t * k));
                 let work = 2.0 * (t * o * k) as f64;
                 let shape = format!("T={t} O={o} K={k}");
-                self.time(&format!("nf4_matmul {shape}"), work, "GFLOP/s", || cpu.matmul(&w, &x, &mut y, false));
+                self.time(&format!("nf4_matmul {shape}"), work, "GFLOP/s", || {
+                    cpu.matmul(Arithmetic::Exact, &w, &x, &mut y, false)
+                });
                 let name = format!("nf4_matmul_vjp_x {shape}");
-                self.time(&name, work, "GFLOP/s", || cpu.matmul_vjp_x(&w, &dy, &mut dx, false));
+                self.time(&name, work, "GFLOP/s", || cpu.matmul_vjp_x(Arithmetic::Exact, &w, &dy, &mut dx, false));
             }
         }
         for (o, k) in [(1536, 576), (576, 1536), (8192, 2048)] {
             let (w, x, mut y) = (self.nf4(o, k), self.noise(k), self.noise(o));
             let name = format!("nf4_matvec O={o} K={k}");
-            self.time(&name, (o * k) as f64, "Gweights/s", || cpu.matmul(&w, &x, &mut y, false));
+            self.time(&name, (o * k) as f64, "Gweights/s", || cpu.matmul(Arithmetic::Exact, &w, &x, &mut y, false));
         }
         for (o, k) in [(1536, 576), (49152, 576)] {
             let data = MatrixData::Dense(FloatType::F16, Bytes::from(vec![0x2c; o * k * 2]));
             let w = cpu.matrix(MatrixSource { rows: o, cols: k, data }).unwrap();
             let (x, mut y) = (self.noise(k), self.noise(o));
             let name = format!("f16_matvec O={o} K={k}");
-            self.time(&name, (o * k * 2) as f64, "GB/s", || cpu.matmul(&w, &x, &mut y, false));
+            self.time(&name, (o * k * 2) as f64, "GB/s", || cpu.matmul(Arithmetic::Exact, &w, &x, &mut y, false));
         }
 
         for t in [1, 256] {
@@ -63,12 +65,12 @@ impl Bench {
             let (mut da, mut db) = (self.noise(8 * 576), self.noise(1536 * 8));
             let work = 2.0 * (t * 8 * (576 + 1536)) as f64;
             self.time(&format!("lora forward T={t}"), work, "GFLOP/s", || {
-                cpu.matmul(&a, &x, &mut h, false);
-                cpu.matmul(&b, &h, &mut y, true);
+                cpu.matmul(Arithmetic::Exact, &a, &x, &mut h, false);
+                cpu.matmul(Arithmetic::Exact, &b, &h, &mut y, true);
             });
             self.time(&format!("lora vjp T={t}"), 2.0 * work, "GFLOP/s", || {
-                cpu.matmul_vjp_x(&b, &y, &mut dh, false);
-                cpu.matmul_vjp_x(&a, &dh, &mut dx, true);
+                cpu.matmul_vjp_x(Arithmetic::Exact, &b, &y, &mut dh, false);
+                cpu.matmul_vjp_x(Arithmetic::Exact, &a, &dh, &mut dx, true);
                 cpu.matmul_vjp_w(t, &y, &h, &mut db);
                 cpu.matmul_vjp_w(t, &dh, &x, &mut da);
             });
@@ -98,7 +100,7 @@ impl Bench {
         self.time("attention_vjp T=256 H=9 G=3 D=64", 5.0 * product, "GFLOP/s", || {
             cpu.attention_vjp(&spec, &[t], &q, &k, &v, &y, &lse, &dy, &mut dq, &mut dk, &mut dv);
         });
-        let mut cache = cpu.cache(192, CacheType::F16);
+        let mut cache = cpu.cache(3, 64, CacheType::F16);
         for _ in 0..4 {
             cpu.cache_append(&mut cache, &k, &v).unwrap();
         }

@@ -11,6 +11,19 @@
 
 use crate::{Error, MatrixSource};
 
+/// Arithmetic of the products with weights. Results are f32 in all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// f32 products and sums, of the weights' exact values.
+    #[default]
+    Exact,
+    /// Products of operands rounded to bf16, summed in f32; f32 where the device has no such instruction.
+    Bf16,
+    /// Products of activations rounded to 8 bits per 64 elements with 8-bit codes of the weight, summed exactly within
+    /// such a block. For weights in 4 or 8 bits whose rows are whole blocks; exact for all others.
+    Int8,
+}
+
 /// Number type of a key/value cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheType {
@@ -18,6 +31,8 @@ pub enum CacheType {
     F32,
     /// 2 bytes an element.
     F16,
+    /// 1 byte an element and a scale for each head's row.
+    I8,
 }
 
 /// Number type of a small trainable matrix as forward and backward see it.
@@ -59,6 +74,26 @@ pub struct AdamW {
     pub weight_decay: f32,
     /// 1-based number of this step, for bias correction.
     pub step: u32,
+}
+
+/// `scale (x Aᵀ) Bᵀ`, what a low-rank adapter adds to a product: `a` is `[r, K]`, `b` `[O, r]`.
+pub struct LowRank<'a, B: Backend + ?Sized> {
+    /// Down to the rank.
+    pub a: &'a B::Matrix,
+    /// Up from it.
+    pub b: &'a B::Matrix,
+    /// Factor on the whole.
+    pub scale: f32,
+}
+
+/// One of several products of the same `x`, see [`Backend::matmul_group`].
+pub struct Product<'a, B: Backend + ?Sized> {
+    /// `[O, K]`.
+    pub w: &'a B::Matrix,
+    /// Added to `x Wᵀ`.
+    pub low_rank: Vec<LowRank<'a, B>>,
+    /// `[T, O]`, overwritten.
+    pub y: &'a mut B::Buffer,
 }
 
 /// A device that runs Pocketlora's operations. See the module text for the conventions.
@@ -113,9 +148,49 @@ pub trait Backend: Send + Sync + 'static {
     fn scatter_add_rows(&self, x: &Self::Buffer, rows: &[u32], y: &mut Self::Buffer);
 
     /// `y[T, O] = x[T, K] Wᵀ`, added to `y` if `accumulate`.
-    fn matmul(&self, w: &Self::Matrix, x: &Self::Buffer, y: &mut Self::Buffer, accumulate: bool);
-    /// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`.
-    fn matmul_vjp_x(&self, w: &Self::Matrix, dy: &Self::Buffer, dx: &mut Self::Buffer, accumulate: bool);
+    fn matmul(
+        &self,
+        arithmetic: Arithmetic,
+        w: &Self::Matrix,
+        x: &Self::Buffer,
+        y: &mut Self::Buffer,
+        accumulate: bool,
+    );
+    /// `y[T, O] = x[T, K] Wᵀ + ` the low-rank terms, for each of `products`: a layer that multiplies the same `x` by
+    /// several weights says so at once, so that a device reads `x` once and starts its threads once.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn matmul_group(
+        &self,
+        arithmetic: Arithmetic,
+        x: &Self::Buffer,
+        products: &mut [Product<'_, Self>],
+    ) -> Result<(), Error> {
+        for Product { w, low_rank, y } in products {
+            self.matmul(arithmetic, w, x, y, false);
+            let (_, width) = self.shape(w);
+            for LowRank { a, b, scale } in low_rank {
+                let (rank, _) = self.shape(a);
+                let tokens = self.len(x).checked_div(width).unwrap_or(0);
+                let mut h = self.buffer(tokens * rank)?;
+                self.matmul(arithmetic, a, x, &mut h, false);
+                self.scale(*scale, &mut h);
+                self.matmul(arithmetic, b, &h, y, true);
+            }
+        }
+        Ok(())
+    }
+    /// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`. [`Arithmetic::Int8`] is too coarse for gradients and taken
+    /// as exact.
+    fn matmul_vjp_x(
+        &self,
+        arithmetic: Arithmetic,
+        w: &Self::Matrix,
+        dy: &Self::Buffer,
+        dx: &mut Self::Buffer,
+        accumulate: bool,
+    );
     /// `dw[O, K] += dy[T, O]ᵀ x[T, K]`.
     fn matmul_vjp_w(&self, tokens: usize, dy: &Self::Buffer, x: &Self::Buffer, dw: &mut Self::Buffer);
 
@@ -152,6 +227,17 @@ pub trait Backend: Send + Sync + 'static {
         y: &mut Self::Buffer,
     );
 
+    /// `y = gelu(gate) * up` with the tanh form of GELU (Shazeer 2020, Hendrycks & Gimpel 2016).
+    fn geglu(&self, gate: &Self::Buffer, up: &Self::Buffer, y: &mut Self::Buffer);
+    /// Gradient of [`Backend::geglu`]; `dgate` and `dup` are overwritten.
+    fn geglu_vjp(
+        &self,
+        gate: &Self::Buffer,
+        up: &Self::Buffer,
+        dy: &Self::Buffer,
+        dgate: &mut Self::Buffer,
+        dup: &mut Self::Buffer,
+    );
     /// `y = silu(gate) * up` (Shazeer 2020).
     fn swiglu(&self, gate: &Self::Buffer, up: &Self::Buffer, y: &mut Self::Buffer);
     /// Gradient of [`Backend::swiglu`]; `dgate` and `dup` are overwritten.
@@ -193,8 +279,8 @@ pub trait Backend: Send + Sync + 'static {
         dv: &mut Self::Buffer,
     );
 
-    /// An empty cache of rows of `width = G * D` for keys and as much for values; it grows as needed.
-    fn cache(&self, width: usize, dtype: CacheType) -> Self::Cache;
+    /// An empty cache of `kv_heads` rows of `head_dim` a token for keys and as many for values; it grows as needed.
+    fn cache(&self, kv_heads: usize, head_dim: usize, dtype: CacheType) -> Self::Cache;
     /// Tokens held.
     fn cache_len(&self, cache: &Self::Cache) -> usize;
     /// Appends the rows of `k` and `v`.

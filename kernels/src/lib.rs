@@ -11,7 +11,7 @@ mod random;
 pub mod cpu;
 pub mod quant;
 
-pub use backend::{AdamW, Attention, Backend, CacheType, WorkType};
+pub use backend::{AdamW, Arithmetic, Attention, Backend, CacheType, LowRank, Product, WorkType};
 pub use cpu::Cpu;
 pub use error::Error;
 pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};

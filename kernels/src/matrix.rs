@@ -43,6 +43,13 @@ pub enum MatrixData {
     Dense(FloatType, Bytes),
     /// bitsandbytes 4-bit blocks.
     Nf4(Nf4Source),
+    /// Signed bytes times a scale for each row: a faster copy of a 16-bit matrix, made by [`crate::quant::encode_int8`].
+    Int8 {
+        /// `[rows, cols]` with `cols` a multiple of 64; of every 64 the 32 even elements come first.
+        codes: Bytes,
+        /// One little-endian f32 a row, possibly unaligned.
+        scales: Bytes,
+    },
 }
 
 /// bitsandbytes' 4-bit format (QLoRA, Dettmers et al. 2023; bitsandbytes `quantize_4bit`).

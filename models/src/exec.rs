@@ -41,8 +41,10 @@ pub struct AttentionShape {
 pub trait Exec {
     /// Rows of `table` `[V, C]` for the current tokens.
     fn embed(&mut self, table: Param) -> Tensor;
-    /// `y = x Wᵀ + b`, plus whatever adapters are attached to `layer`.
-    fn linear(&mut self, layer: Linear, x: Tensor) -> Tensor;
+    /// `y = x Wᵀ + b`, plus whatever adapters are attached, for each of `layers`: those that read the same `x` are asked
+    /// for together, so that it is read once. Model files call
+    /// `linear` and `linear_group`.
+    fn linears(&mut self, layers: &[Linear], x: Tensor, ys: &mut [Tensor]);
     /// RMSNorm with weight `weight` `[C]`.
     fn rms_norm(&mut self, weight: Param, eps: f32, x: Tensor) -> Tensor;
     /// Rotary position embedding of `heads` heads.
@@ -53,4 +55,19 @@ pub trait Exec {
     fn swiglu(&mut self, gate: Tensor, up: Tensor) -> Tensor;
     /// `a + b`.
     fn add(&mut self, a: Tensor, b: Tensor) -> Tensor;
+}
+
+impl dyn Exec + '_ {
+    /// `y = x Wᵀ + b`, plus whatever adapters are attached to `layer`.
+    pub fn linear(&mut self, layer: Linear, x: Tensor) -> Tensor {
+        let [y] = self.linear_group([layer], x);
+        y
+    }
+
+    /// As many layers that read the same `x`.
+    pub fn linear_group<const N: usize>(&mut self, layers: [Linear; N], x: Tensor) -> [Tensor; N] {
+        let mut ys = [Tensor(0); N];
+        self.linears(&layers, x, &mut ys);
+        ys
+    }
 }

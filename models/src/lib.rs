@@ -25,6 +25,8 @@ pub trait Model: Send + Sync {
     fn params(&self) -> &[ParamSpec];
     /// Rotary tables in use; a [`RopeTable`] is an index into this list.
     fn ropes(&self) -> &[Rope];
+    /// The weight of the last product, `[V, C]`; the embedding's where they are tied.
+    fn head_param(&self) -> Param;
     /// Token embeddings `[T, C]` of the executor's current tokens.
     fn embed(&self, ex: &mut dyn Exec) -> Tensor;
     /// Layer number `index` applied to `x` `[T, C]`.

@@ -109,6 +109,10 @@ impl Model for Llama {
         &self.ropes
     }
 
+    fn head_param(&self) -> Param {
+        self.lm_head.weight
+    }
+
     fn embed(&self, ex: &mut dyn Exec) -> Tensor {
         ex.embed(self.embed_tokens)
     }
@@ -117,14 +121,14 @@ impl Model for Llama {
         let (l, eps, rope) = (&self.layers[index], self.config.rms_norm_eps, RopeTable(0));
 
         let h = ex.rms_norm(l.input_norm, eps, x);
-        let (q, k, v) = (ex.linear(l.q, h), ex.linear(l.k, h), ex.linear(l.v, h));
+        let [q, k, v] = ex.linear_group([l.q, l.k, l.v], h);
         let (q, k) = (ex.rope(rope, l.attention.heads, q), ex.rope(rope, l.attention.kv_heads, k));
         let a = ex.attention(index, &l.attention, q, k, v);
         let o = ex.linear(l.o, a);
         let x = ex.add(x, o);
 
         let h = ex.rms_norm(l.post_attention_norm, eps, x);
-        let (gate, up) = (ex.linear(l.gate, h), ex.linear(l.up, h));
+        let [gate, up] = ex.linear_group([l.gate, l.up], h);
         let h = ex.swiglu(gate, up);
         let down = ex.linear(l.down, h);
         ex.add(x, down)

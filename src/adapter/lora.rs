@@ -3,7 +3,7 @@
 
 use super::{Adapter, Context, LoraModule, TensorSpec};
 use crate::error::Result;
-use pocketlora_kernels::{Backend, WorkType};
+use pocketlora_kernels::{Backend, LowRank, WorkType};
 
 /// One LoRA on one linear layer.
 pub struct Lora<B: Backend> {
@@ -32,7 +32,7 @@ impl<B: Backend> Lora<B> {
     fn low(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<B::Buffer> {
         let (rank, input) = cx.backend.shape(&self.a);
         let mut h = cx.pool.take(cx.backend, cx.backend.len(x) / input * rank)?;
-        cx.backend.matmul(&self.a, x, &mut h, false);
+        cx.backend.matmul(cx.arithmetic, &self.a, x, &mut h, false);
         cx.backend.scale(self.scale, &mut h);
         Ok(h)
     }
@@ -50,12 +50,16 @@ impl<B: Backend> Adapter<B> for Lora<B> {
     fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()> {
         let dropped = Self::dropped(cx, x)?;
         let h = self.low(cx, dropped.as_ref().unwrap_or(x))?;
-        cx.backend.matmul(&self.b, &h, y, true);
+        cx.backend.matmul(cx.arithmetic, &self.b, &h, y, true);
         cx.pool.put(cx.backend, h);
         if let Some(buffer) = dropped {
             cx.pool.put(cx.backend, buffer);
         }
         Ok(())
+    }
+
+    fn low_rank(&self) -> Option<LowRank<'_, B>> {
+        Some(LowRank { a: &self.a, b: &self.b, scale: self.scale })
     }
 
     fn backward(
@@ -80,16 +84,16 @@ impl<B: Backend> Adapter<B> for Lora<B> {
         cx.pool.put(backend, h);
 
         let mut dh = cx.pool.take(backend, tokens * rank)?;
-        backend.matmul_vjp_x(&self.b, dy, &mut dh, false);
+        backend.matmul_vjp_x(cx.arithmetic, &self.b, dy, &mut dh, false);
         backend.scale(self.scale, &mut dh);
         backend.matmul_vjp_w(tokens, &dh, x, da);
         if let Some(dx) = dx {
             match cx.dropout {
-                None => backend.matmul_vjp_x(&self.a, &dh, dx, true),
+                None => backend.matmul_vjp_x(cx.arithmetic, &self.a, &dh, dx, true),
                 Some(dropout) => {
                     let mut part = cx.pool.take(backend, tokens * input)?;
                     let mut masked = cx.pool.take(backend, tokens * input)?;
-                    backend.matmul_vjp_x(&self.a, &dh, &mut part, false);
+                    backend.matmul_vjp_x(cx.arithmetic, &self.a, &dh, &mut part, false);
                     backend.dropout(dropout.p, dropout.key, &part, &mut masked);
                     backend.add_assign(&masked, dx);
                     cx.pool.put(backend, part);

@@ -8,7 +8,7 @@ pub use peft::{AdapterFile, HostTensor, LoraConfig, LoraModule};
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::{Base, Pool};
-use pocketlora_kernels::{Backend, WorkType};
+use pocketlora_kernels::{Arithmetic, Backend, LowRank, WorkType};
 use pocketlora_models::{Param, Role};
 use std::path::Path;
 
@@ -18,6 +18,8 @@ pub struct Context<'a, B: Backend> {
     pub backend: &'a B,
     /// Scratch buffers.
     pub pool: &'a mut Pool<B>,
+    /// Of the products.
+    pub arithmetic: Arithmetic,
     /// Dropout of the adapter's input, in training only.
     pub dropout: Option<Dropout>,
 }
@@ -48,6 +50,11 @@ pub trait Adapter<B: Backend>: Send + Sync {
     /// # Errors
     /// Out of memory.
     fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()>;
+
+    /// The same as a low-rank term, where it is one: the base's product then takes it along, and `apply` is not called.
+    fn low_rank(&self) -> Option<LowRank<'_, B>> {
+        None
+    }
 
     /// Given the gradient `dy` of the adapted output, adds the adapter's part to `dx`, if the input needs one, and to
     /// the gradients `grads` of [`Adapter::tensors`].

@@ -33,7 +33,7 @@ pub(super) struct Args {
     /// Fewer facts: a quick check that everything works.
     #[arg(long)]
     short: bool,
-    /// Worker threads; 0 takes one per core.
+    /// Threads; 0 measures how many serve best.
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Report as JSON.
@@ -60,7 +60,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let start = Instant::now();
     eprintln!("1. a model of 135 million parameters");
     let dir = model::resolve(model::DEFAULT, true)?;
-    let mut session = Session::open(&dir, &Options { threads: args.threads, ..Options::default() })?;
+    let mut session = Session::open(&dir, &Options { threads: args.threads, ..super::args::options() })?;
     eprintln!("   {} of 4-bit weights, mapped from {}", megabytes(session.mapped_bytes()), dir.display());
 
     let questions = questions(if args.short { SHORT_FACTS } else { usize::MAX });

@@ -36,7 +36,7 @@ pub(super) struct Args {
     /// Start from this PEFT adapter; its rank, alpha and layers are kept.
     #[arg(long, value_name = "ADAPTER")]
     init: Option<PathBuf>,
-    /// Worker threads; 0 takes one per core.
+    /// Threads; 0 measures how many serve best.
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
@@ -171,7 +171,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let config = args.settings.merge(args.config.as_deref())?;
     check_out(args)?;
     let dir = model::resolve(&args.model, !args.no_quantize)?;
-    let session = Session::open(&dir, &Options { threads: args.threads, ..Options::default() })?;
+    let session = Session::open(&dir, &Options { threads: args.threads, ..super::args::options() })?;
     let (summary, plan) = fit(&session, config, args)?;
     report(&summary, plan, &session, args.json);
     Ok(summary.done)

@@ -78,7 +78,7 @@ pub fn logits_of(
         return Err(Error::new(ErrorCode::Data, "text", message));
     }
     base.backend.scope(|| {
-        let mut state = State::new(base, session.cache_type());
+        let mut state = State::new(base, session.numbers());
         let mut row = 0;
         for chunk in ids.chunks(PREFILL_CHUNK) {
             let hidden = base.forward(adapters, &mut state, chunk)?;
@@ -142,7 +142,10 @@ pub fn score_data(
             let micro = MicroBatch::new([sample]);
             let mut watch = Watch { keep_going: &mut || true, peak: &mut peak };
             pool.clear();
-            score.nll_sum += micro_step(base, session.adapters(), &micro, 1.0, None, None, &mut pool, &mut watch)?;
+            score.nll_sum += {
+                let arithmetic = session.numbers().arithmetic;
+                micro_step(base, session.adapters(), &micro, 1.0, None, arithmetic, None, &mut pool, &mut watch)?
+            };
             score.tokens += micro.trained();
             if !progress(micro.tokens()) {
                 return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));

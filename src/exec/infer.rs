@@ -3,8 +3,8 @@
 use super::{Base, Pool, attention_spec};
 use crate::adapter::Adapters;
 use crate::error::{Error, Result};
-use pocketlora_kernels::{Backend, CacheType};
-use pocketlora_models::{AttentionShape, Exec, Linear, Param, RopeTable, Tensor};
+use pocketlora_kernels::{Arithmetic, Backend, CacheType, Cpu};
+use pocketlora_models::{AttentionShape, Exec, Linear, Param, Role, RopeTable, Tensor};
 
 /// Tokens run through the layers at once; bounds the activations of a long prompt.
 pub const PREFILL_CHUNK: usize = 256;
@@ -14,15 +14,25 @@ pub struct State<B: Backend> {
     caches: Vec<B::Cache>,
     pool: Pool<B>,
     last_tokens: usize,
+    arithmetic: Arithmetic,
+}
+
+/// How numbers are kept and multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Numbers {
+    /// Keys and values.
+    pub cache: CacheType,
+    /// Products with weights.
+    pub arithmetic: Arithmetic,
 }
 
 impl<B: Backend> State<B> {
     /// An empty state for `base`.
-    pub fn new(base: &Base<B>, dtype: CacheType) -> Self {
+    pub fn new(base: &Base<B>, numbers: Numbers) -> Self {
         let config = base.model.config();
-        let width = config.kv_heads * config.head_dim;
-        let caches = (0..config.layers).map(|_| base.backend.cache(width, dtype)).collect();
-        Self { caches, pool: Pool::default(), last_tokens: 0 }
+        let cache = |_| base.backend.cache(config.kv_heads, config.head_dim, numbers.cache);
+        let caches = (0..config.layers).map(cache).collect();
+        Self { caches, pool: Pool::default(), last_tokens: 0, arithmetic: numbers.arithmetic }
     }
 
     /// Tokens held.
@@ -35,6 +45,16 @@ impl<B: Backend> State<B> {
         for cache in &mut self.caches {
             base.backend.cache_truncate(cache, len);
         }
+    }
+}
+
+impl Base<Cpu> {
+    /// Measures how many threads decode fastest, with the weights of the first layer, and uses as many from then on.
+    pub fn choose_threads(&self) {
+        let params = self.model.params().iter().enumerate();
+        let first = params.filter(|(_, p)| p.role == Role::Linear && p.name.contains(".layers.0."));
+        let weights: Vec<_> = first.map(|(i, _)| self.matrix(Param(i as u32))).collect();
+        self.backend.choose_threads(&weights);
     }
 }
 
@@ -176,13 +196,16 @@ impl<B: Backend> Exec for Infer<'_, B> {
         self.op([], |_, []| ids.len() * width, |base, [], y| base.backend.embed(base.matrix(table), ids, y))
     }
 
-    fn linear(&mut self, layer: Linear, x: Tensor) -> Tensor {
-        let Some(input) = self.values[x.0 as usize].as_ref().filter(|_| self.error.is_none()) else {
-            self.values.push(None);
-            return Tensor(self.values.len() as u32 - 1);
+    fn linears(&mut self, layers: &[Linear], x: Tensor, ys: &mut [Tensor]) {
+        let State { pool, arithmetic, .. } = &mut *self.state;
+        let results = match self.values[x.0 as usize].as_ref().filter(|_| self.error.is_none()) {
+            Some(x) => self.base.linears(self.adapters, *arithmetic, |_| None, layers, x, pool).map_err(Some),
+            None => Err(None),
         };
-        let y = self.base.linear(self.adapters, None, layer, input, &mut self.state.pool);
-        self.push(y)
+        super::spread(results, ys, &mut self.error, |value| {
+            self.values.push(value);
+            Tensor(self.values.len() as u32 - 1)
+        });
     }
 
     fn rms_norm(&mut self, weight: Param, eps: f32, x: Tensor) -> Tensor {

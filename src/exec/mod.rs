@@ -5,11 +5,11 @@
 pub mod infer;
 pub mod train;
 
-use crate::adapter::Adapters;
+use crate::adapter::{Adapters, Context, Dropout};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
-use pocketlora_kernels::{Attention, Backend};
-use pocketlora_models::{AttentionShape, Linear, Model, Param, Role, RopeTable};
+use pocketlora_kernels::{Arithmetic, Attention, Backend, LowRank, MatrixSource, Product};
+use pocketlora_models::{AttentionShape, Linear, Model, Param, Role, RopeTable, Tensor};
 use std::collections::BTreeMap;
 
 /// A model's architecture with its frozen weights on a device; shared by everything that runs it.
@@ -19,6 +19,8 @@ pub struct Base<B: Backend> {
     /// The architecture.
     pub model: Box<dyn Model>,
     weights: Vec<Weight<B>>,
+    /// The head in 8 bits, for [`Arithmetic::Int8`].
+    int8_head: Option<B::Matrix>,
 }
 
 enum Weight<B: Backend> {
@@ -81,7 +83,29 @@ impl<B: Backend> Base<B> {
                 }
             });
         }
-        Ok(Self { backend, model, weights })
+        Ok(Self { backend, model, weights, int8_head: None })
+    }
+
+    /// Gives the head a copy in 8 bits for products in [`Arithmetic::Int8`].
+    ///
+    /// # Errors
+    /// It does not have the head's shape.
+    pub fn set_int8_head(&mut self, source: MatrixSource) -> Result<()> {
+        let expected = self.backend.shape(self.matrix(self.model.head_param()));
+        if expected != (source.rows, source.cols) {
+            let message = format!("expected shape `{expected:?}`, got `{:?}`", (source.rows, source.cols));
+            return Err(Error::new(ErrorCode::Format, "head in 8 bits", message));
+        }
+        self.int8_head = Some(self.backend.matrix(source)?);
+        Ok(())
+    }
+
+    /// The matrix of `p` that products in `arithmetic` read.
+    fn factor(&self, p: Param, arithmetic: Arithmetic) -> &B::Matrix {
+        match &self.int8_head {
+            Some(head) if arithmetic == Arithmetic::Int8 && p == self.model.head_param() => head,
+            _ => self.matrix(p),
+        }
     }
 
     pub(crate) fn matrix(&self, p: Param) -> &B::Matrix {
@@ -133,28 +157,63 @@ impl<B: Backend> Base<B> {
         2 * self.model.ropes()[table.0 as usize].inv_freq.len()
     }
 
-    /// `y = x Wᵀ` plus the adapters' parts plus bias: what both executors mean by a linear layer.
-    fn linear(
+    /// `y = x Wᵀ` plus the adapters' parts plus bias, for each of `layers`: what both executors mean by linear layers.
+    /// `dropout` gives each layer's, in training.
+    fn linears(
         &self,
         adapters: &Adapters<B>,
-        dropout: Option<crate::adapter::Dropout>,
-        layer: Linear,
+        arithmetic: Arithmetic,
+        dropout: impl Fn(Param) -> Option<Dropout>,
+        layers: &[Linear],
         x: &B::Buffer,
         pool: &mut Pool<B>,
-    ) -> Result<B::Buffer> {
+    ) -> Result<Vec<B::Buffer>> {
         let backend = &self.backend;
-        let weight = self.matrix(layer.weight);
-        let (out, input) = backend.shape(weight);
-        let mut y = pool.take(backend, backend.len(x) / input * out)?;
-        backend.matmul(weight, x, &mut y, false);
-        for adapter in adapters.on(layer.weight) {
-            adapter.apply(&mut crate::adapter::Context { backend, pool, dropout }, x, &mut y)?;
+        let weight = |layer: &Linear| self.factor(layer.weight, arithmetic);
+        let mut ys = Vec::with_capacity(layers.len());
+        for layer in layers {
+            let (out, input) = backend.shape(weight(layer));
+            ys.push(pool.take(backend, backend.len(x) / input * out)?);
         }
-        if let Some(bias) = layer.bias {
-            backend.add_bias(self.vector(bias), &mut y);
+        // Low-rank terms go along with the product, unless their input is another because some of it is dropped.
+        let fused = |layer: &Linear| -> Option<Vec<LowRank<'_, B>>> {
+            let terms = adapters.on(layer.weight).iter().map(|adapter| adapter.low_rank());
+            if dropout(layer.weight).is_some() { None } else { terms.collect() }
+        };
+        let product = |(layer, y)| Product { w: weight(layer), low_rank: fused(layer).unwrap_or_default(), y };
+        let mut products: Vec<_> = layers.iter().zip(&mut ys).map(product).collect();
+        backend.matmul_group(arithmetic, x, &mut products)?;
+        for (layer, y) in layers.iter().zip(&mut ys) {
+            if fused(layer).is_none() {
+                for adapter in adapters.on(layer.weight) {
+                    let dropout = dropout(layer.weight);
+                    adapter.apply(&mut Context { backend, pool, arithmetic, dropout }, x, y)?;
+                }
+            }
+            if let Some(bias) = layer.bias {
+                backend.add_bias(self.vector(bias), y);
+            }
         }
-        Ok(y)
+        Ok(ys)
     }
+}
+
+/// Hands the results of a group of operations to `push`, one for each of `ys`, or the first error to `error` and nothing
+/// in their place.
+fn spread<T>(
+    results: Result<Vec<T>, Option<Error>>,
+    ys: &mut [Tensor],
+    error: &mut Option<Error>,
+    mut push: impl FnMut(Option<T>) -> Tensor,
+) {
+    let mut results = match results {
+        Ok(results) => results.into_iter(),
+        Err(e) => {
+            *error = error.take().or(e);
+            Vec::new().into_iter()
+        }
+    };
+    ys.iter_mut().for_each(|y| *y = push(results.next()));
 }
 
 /// The number in `model.layers.N.`, where a tensor's name has one.

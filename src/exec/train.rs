@@ -7,7 +7,7 @@
 use super::{Base, Pool, attention_spec};
 use crate::adapter::{Adapters, Context, Dropout};
 use crate::error::{Error, Result};
-use pocketlora_kernels::{Attention, Backend};
+use pocketlora_kernels::{Arithmetic, Attention, Backend};
 use pocketlora_models::{AttentionShape, Exec, Linear, Param, RopeTable, Tensor};
 use std::ops::Range;
 
@@ -42,6 +42,7 @@ pub struct Pass<'a, B: Backend> {
     batch: &'a Batch,
     angles: Vec<(B::Buffer, B::Buffer)>,
     dropout: Option<Dropout>,
+    arithmetic: Arithmetic,
 }
 
 impl<'a, B: Backend> Pass<'a, B> {
@@ -54,11 +55,12 @@ impl<'a, B: Backend> Pass<'a, B> {
         adapters: &'a Adapters<B>,
         batch: &'a Batch,
         dropout: Option<Dropout>,
+        arithmetic: Arithmetic,
         pool: &mut Pool<B>,
     ) -> Result<Self> {
         base.check_ids(&batch.ids)?;
         let angles = base.rope_angles(&batch.positions(), pool)?;
-        Ok(Self { base, adapters, batch, angles, dropout })
+        Ok(Self { base, adapters, batch, angles, dropout, arithmetic })
     }
 
     /// Hands the pass's buffers back.
@@ -233,7 +235,7 @@ impl<B: Backend> Tape<'_, B> {
                 let mut dx = None;
                 if self.needs(x) {
                     let (mut buffer, started) = self.take_grad(x)?;
-                    backend.matmul_vjp_x(base.matrix(layer.weight), &dy, &mut buffer, started);
+                    backend.matmul_vjp_x(pass.arithmetic, base.matrix(layer.weight), &dy, &mut buffer, started);
                     dx = Some(buffer);
                 }
                 self.adapters_back(layer, x, &dy, dx.as_mut(), grads)?;
@@ -311,7 +313,8 @@ impl<B: Backend> Tape<'_, B> {
         let dropout = pass.layer_dropout(layer.weight);
         let x = self.values[x.0 as usize].data.as_ref().expect("backward runs only over computed values");
         for adapter in pass.adapters.on(layer.weight) {
-            let mut cx = Context { backend: &pass.base.backend, pool: &mut *self.pool, dropout };
+            let mut cx =
+                Context { backend: &pass.base.backend, pool: &mut *self.pool, arithmetic: pass.arithmetic, dropout };
             let Some(range) = grads.ranges[layer.weight.0 as usize].clone() else { continue };
             adapter.backward(&mut cx, x, dy, &mut grads.tensors[range], dx.as_deref_mut())?;
         }
@@ -370,22 +373,25 @@ impl<B: Backend> Exec for Tape<'_, B> {
         })
     }
 
-    fn linear(&mut self, layer: Linear, x: Tensor) -> Tensor {
+    fn linears(&mut self, layers: &[Linear], x: Tensor, ys: &mut [Tensor]) {
         let pass = self.pass;
-        let needs_grad = self.needs(x) || !pass.adapters.on(layer.weight).is_empty();
-        let y = match (&self.error, &self.values[x.0 as usize].data) {
+        let results = match (&self.error, &self.values[x.0 as usize].data) {
             (None, Some(x)) => {
-                let dropout = pass.layer_dropout(layer.weight);
-                let y = pass.base.linear(pass.adapters, dropout, layer, x, self.pool);
-                self.push(y, needs_grad)
+                let dropout = |weight| pass.layer_dropout(weight);
+                pass.base.linears(pass.adapters, pass.arithmetic, dropout, layers, x, self.pool).map_err(Some)
             }
-            _ => {
-                self.values.push(Value { data: None, grad: None, needs_grad });
-                Tensor(self.values.len() as u32 - 1)
-            }
+            _ => Err(None),
         };
-        self.ops.push(Op::Linear { layer, x, y });
-        y
+        let mut layers = layers.iter();
+        let x_needs = self.needs(x);
+        super::spread(results, ys, &mut self.error, |data| {
+            let layer = *layers.next().expect("one result for each layer");
+            let needs_grad = x_needs || !pass.adapters.on(layer.weight).is_empty();
+            self.values.push(Value { data, grad: None, needs_grad });
+            let y = Tensor(self.values.len() as u32 - 1);
+            self.ops.push(Op::Linear { layer, x, y });
+            y
+        });
     }
 
     fn rms_norm(&mut self, weight: Param, eps: f32, x: Tensor) -> Tensor {

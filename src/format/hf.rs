@@ -167,7 +167,7 @@ impl Checkpoint {
         self.files[*self.owners.get(name)?].find(name)
     }
 
-    fn path_of(&self, name: &str) -> &Path {
+    pub(super) fn path_of(&self, name: &str) -> &Path {
         self.owners.get(name).map_or(&self.dir, |&i| self.files[i].path())
     }
 }

@@ -3,6 +3,7 @@
 pub mod atomic;
 mod bnb;
 pub mod gguf;
+mod head;
 mod hf;
 mod hf_source;
 mod pieces;
@@ -14,6 +15,7 @@ mod widen;
 mod writer;
 
 pub use atomic::{Staged, write_bytes, write_file};
+pub use head::int8_head;
 pub use hf::Checkpoint;
 pub use hf_source::HfSource;
 pub use quantize::{Progress, Summary, Target, quantize};

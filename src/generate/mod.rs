@@ -7,8 +7,8 @@ pub use sampler::{Sampler, Sampling};
 use crate::adapter::Adapters;
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::Base;
-use crate::exec::infer::{PREFILL_CHUNK, State};
-use pocketlora_kernels::{Backend, CacheType};
+use crate::exec::infer::{Numbers, PREFILL_CHUNK, State};
+use pocketlora_kernels::Backend;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -69,8 +69,8 @@ pub struct Context<B: Backend> {
 
 impl<B: Backend> Context<B> {
     /// An empty context.
-    pub fn new(base: &Base<B>, dtype: CacheType) -> Self {
-        Self { state: State::new(base, dtype), ids: Vec::new() }
+    pub fn new(base: &Base<B>, numbers: Numbers) -> Self {
+        Self { state: State::new(base, numbers), ids: Vec::new() }
     }
 
     /// Forgets everything, as when another adapter changes what the kept keys should have been.

@@ -1,6 +1,7 @@
 //! Settings of a training run: the keys of `train.toml` and the flags of `pocketlora train`.
 
 use crate::error::{Error, Result};
+use pocketlora_kernels::Arithmetic;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -25,6 +26,16 @@ pub enum Precision {
     /// Adapters as their file will hold them (f16 beside f32 masters); bf16 products where the CPU has fast ones, f32
     /// elsewhere.
     Bf16,
+}
+
+impl Precision {
+    /// Of the products with weights.
+    pub(super) fn arithmetic(self) -> Arithmetic {
+        match self {
+            Self::Exact => Arithmetic::Exact,
+            Self::Bf16 => Arithmetic::Bf16,
+        }
+    }
 }
 
 /// All settings, with their defaults.

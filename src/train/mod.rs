@@ -376,7 +376,8 @@ impl<B: Backend> Trainer<B> {
         let mut keep_going = || observer.keep_going();
         let mut watch = Watch { keep_going: &mut keep_going, peak: &mut self.peak };
         let grads = learn.then_some(&mut self.grads);
-        micro_step(&self.base, &self.adapters, micro, scale, dropout, grads, &mut self.pool, &mut watch)
+        let arithmetic = self.config.precision.arithmetic();
+        micro_step(&self.base, &self.adapters, micro, scale, dropout, arithmetic, grads, &mut self.pool, &mut watch)
     }
 
     /// Mean loss on the evaluation data, if there is any.

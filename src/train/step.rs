@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::{Batch, Gradients, Pass};
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Arithmetic, Backend};
 
 /// Rows of logits held at once: `[64, V]`, not `[T, V]`.
 pub(super) const LOGIT_ROWS: usize = 64;
@@ -75,13 +75,14 @@ pub fn micro_step<B: Backend>(
     micro: &MicroBatch,
     scale: f32,
     dropout: Option<Dropout>,
+    arithmetic: Arithmetic,
     mut grads: Option<&mut Gradients<B>>,
     pool: &mut Pool<B>,
     watch: &mut Watch<'_>,
 ) -> Result<f64> {
     base.check_ids(&micro.targets)?;
     let (model, backend) = (&base.model, &base.backend);
-    let pass = Pass::new(base, adapters, &micro.batch, dropout, pool)?;
+    let pass = Pass::new(base, adapters, &micro.batch, dropout, arithmetic, pool)?;
 
     // Forward: of each layer only the input stays.
     let mut inputs = Vec::new();

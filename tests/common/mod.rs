@@ -92,7 +92,7 @@ pub fn ids(tensor: &Tensor) -> Vec<u32> {
 
 /// Opens a model in f32 arithmetic on `threads` threads.
 pub fn open_exact(dir: &Path, threads: usize) -> Session {
-    Session::open(dir, &Options { threads, precision: Precision::Exact }).unwrap()
+    Session::open(dir, &Options { threads, precision: Precision::Exact, ..Options::default() }).unwrap()
 }
 
 /// Converts a model into `out`.

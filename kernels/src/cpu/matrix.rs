@@ -2,6 +2,7 @@
 
 use super::buffer::reserve;
 use super::nf4::Nf4;
+use super::q8::Int8;
 use super::table::Table;
 use crate::{Error, FloatType, MatrixData, MatrixSource, WorkType};
 use bytes::Bytes;
@@ -17,6 +18,7 @@ pub struct Matrix {
 /// Where the elements are.
 pub(crate) enum Data {
     Nf4(Nf4),
+    Int8(Int8),
     Mapped(FloatType, Bytes),
     /// Little-endian like a mapped weight, so that the same kernels read both.
     Work(WorkType, Vec<u8>),
@@ -36,6 +38,7 @@ impl Matrix {
                 }
                 Data::Mapped(dtype, bytes)
             }
+            MatrixData::Int8 { codes, scales } => Data::Int8(Int8::new(rows, cols, codes, scales)?),
         };
         Ok(Self { rows, cols, data })
     }
@@ -61,7 +64,7 @@ impl Matrix {
                     *b = f16::from_f32(*value).to_le_bytes();
                 }
             }
-            Data::Nf4(_) | Data::Mapped(..) => panic!("a frozen weight cannot be set"),
+            Data::Nf4(_) | Data::Int8(_) | Data::Mapped(..) => panic!("a frozen weight cannot be set"),
         }
     }
 
@@ -74,6 +77,7 @@ impl Matrix {
     pub(crate) fn elements(&self) -> Elements<'_> {
         match &self.data {
             Data::Nf4(w) => Elements::Nf4(w),
+            Data::Int8(w) => Elements::Int8(w),
             Data::Mapped(dtype, bytes) => Elements::Dense(*dtype, bytes),
             Data::Work(dtype, bytes) => Elements::Dense(float_type(*dtype), bytes),
         }
@@ -86,6 +90,9 @@ impl Matrix {
             Elements::Dense(dtype, bytes) => {
                 let start = (row * self.cols + col) * dtype.size();
                 table.dense_decode(dtype, &bytes[start..], self.cols, width, out);
+            }
+            Elements::Int8(w) => {
+                out.chunks_exact_mut(width).enumerate().for_each(|(i, out)| w.decode(row + i, col, out));
             }
             Elements::Nf4(w) if width == self.cols => table.nf4_decode(w, row * self.cols, out),
             Elements::Nf4(w) => {
@@ -100,6 +107,7 @@ impl Matrix {
 /// What [`Matrix::elements`] finds.
 pub(crate) enum Elements<'a> {
     Nf4(&'a Nf4),
+    Int8(&'a Int8),
     Dense(FloatType, &'a [u8]),
 }
 

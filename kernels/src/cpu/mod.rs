@@ -9,23 +9,25 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bf16;
 mod buffer;
 mod cache;
 mod cross_entropy;
 mod dense;
 mod elementwise;
 mod exp;
+mod gated;
 mod lanes;
 pub mod limits;
 mod matmul;
 mod matrix;
 mod nf4;
+mod q8;
 mod rms_norm;
 mod rope;
 mod rows;
 mod softmax;
 mod split;
-mod swiglu;
 mod table;
 mod team;
 mod tile;
@@ -35,7 +37,8 @@ pub use cache::Cache;
 pub use matrix::Matrix;
 pub use table::{Isa, Table};
 
-use crate::{AdamW, Attention, Backend, CacheType, Error, MatrixSource, WorkType};
+use crate::{AdamW, Arithmetic, Attention, Backend, CacheType, Error, MatrixSource, Product, WorkType};
+use gated::Gate;
 use team::Team;
 
 /// The CPU: a team of threads and the kernels of one instruction set.
@@ -69,6 +72,39 @@ impl Cpu {
     #[must_use]
     pub fn threads(&self) -> usize {
         self.team.active()
+    }
+}
+
+/// Passes over the weights that [`Cpu::choose_threads`] times for each number of threads.
+const TRIALS: usize = 8;
+/// A further thread must save this share of the time: it costs power, and other apps want cores, too.
+const WORTH: f64 = 0.04;
+
+impl Cpu {
+    /// Times products of one token with `weights` on more and more threads, and lets ops use as many as pay from then
+    /// on. Results do not depend on it. Takes some milliseconds; does nothing on one thread.
+    pub fn choose_threads(&self, weights: &[&Matrix]) {
+        let inputs: Vec<_> = weights.iter().map(|w| vec![0.0; w.shape().1]).collect();
+        let mut outputs: Vec<_> = weights.iter().map(|w| vec![0.0; w.shape().0]).collect();
+        let mut best = (f64::INFINITY, 1);
+        let all = self.team.threads();
+        for threads in (1..=all).filter(|n| *n <= 4 || n.is_multiple_of(2) || *n == all) {
+            self.team.set_active(threads);
+            let mut fastest = f64::INFINITY;
+            self.team.keep_awake(|| {
+                for _ in 0..TRIALS {
+                    let start = std::time::Instant::now();
+                    for ((w, x), y) in weights.iter().zip(&inputs).zip(&mut outputs) {
+                        matmul::forward(self, Arithmetic::Int8, w, x, y, false);
+                    }
+                    fastest = fastest.min(start.elapsed().as_secs_f64());
+                }
+            });
+            if fastest < best.0 * (1.0 - WORTH) {
+                best = (fastest, threads);
+            }
+        }
+        self.team.set_active(best.1);
     }
 }
 
@@ -126,12 +162,21 @@ impl Backend for Cpu {
         rows::scatter_add(x, rows, y);
     }
 
-    fn matmul(&self, w: &Matrix, x: &Buffer, y: &mut Buffer, accumulate: bool) {
-        matmul::forward(self, w, x, y, accumulate);
+    fn matmul(&self, arithmetic: Arithmetic, w: &Matrix, x: &Buffer, y: &mut Buffer, accumulate: bool) {
+        matmul::forward(self, arithmetic, w, x, y, accumulate);
     }
 
-    fn matmul_vjp_x(&self, w: &Matrix, dy: &Buffer, dx: &mut Buffer, accumulate: bool) {
-        matmul::vjp_x(self, w, dy, dx, accumulate);
+    fn matmul_group(
+        &self,
+        arithmetic: Arithmetic,
+        x: &Buffer,
+        products: &mut [Product<'_, Self>],
+    ) -> Result<(), Error> {
+        matmul::group(self, arithmetic, x, products)
+    }
+
+    fn matmul_vjp_x(&self, arithmetic: Arithmetic, w: &Matrix, dy: &Buffer, dx: &mut Buffer, accumulate: bool) {
+        matmul::vjp_x(self, arithmetic, w, dy, dx, accumulate);
     }
 
     fn matmul_vjp_w(&self, tokens: usize, dy: &Buffer, x: &Buffer, dw: &mut Buffer) {
@@ -183,12 +228,20 @@ impl Backend for Cpu {
         rope::forward(&self.team, heads, head_dim, cos, sin, x, inverse, y);
     }
 
+    fn geglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
+        gated::forward(self, Gate::Gelu, gate, up, y);
+    }
+
+    fn geglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
+        gated::vjp(self, Gate::Gelu, gate, up, dy, dgate, dup);
+    }
+
     fn swiglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
-        swiglu::forward(self, gate, up, y);
+        gated::forward(self, Gate::Silu, gate, up, y);
     }
 
     fn swiglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
-        swiglu::vjp(self, gate, up, dy, dgate, dup);
+        gated::vjp(self, Gate::Silu, gate, up, dy, dgate, dup);
     }
 
     fn attention(
@@ -221,8 +274,8 @@ impl Backend for Cpu {
         attention::vjp(self, spec, segments, q, k, v, y, lse, dy, dq, dk, dv);
     }
 
-    fn cache(&self, width: usize, dtype: CacheType) -> Cache {
-        Cache::new(width, dtype)
+    fn cache(&self, kv_heads: usize, head_dim: usize, dtype: CacheType) -> Cache {
+        Cache::new(kv_heads, head_dim, dtype)
     }
 
     fn cache_len(&self, cache: &Cache) -> usize {

@@ -1,8 +1,10 @@
 //! The functions that dominate time, one set per instruction set, chosen at run time.
 
+use super::bf16::{Bf16, Bf16Rows};
 use super::dense;
 use super::exp;
 use super::nf4::{self, EvenOdd, Nf4};
+use super::q8::{self, Int8, Panel, Place, Q8, Q8Mut, Q8Row};
 use super::tile::{self, Coefficients, Rows};
 use crate::{Error, FloatType};
 use std::sync::LazyLock;
@@ -15,7 +17,7 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
-    /// AVX-512 F and BW beside those.
+    /// AVX-512 F and BW beside those, VNNI and BF16 where the CPU has them.
     Avx512,
 }
 
@@ -44,6 +46,16 @@ pub struct Table {
     nf4_matvec: unsafe fn(&Nf4, usize, usize, &EvenOdd, &mut [f32]),
     dense_decode: unsafe fn(FloatType, &[u8], usize, usize, &mut [f32]),
     dense_matvec: unsafe fn(FloatType, &[u8], &[f32], &mut [f32]),
+    /// Rows of a panel in the products in 8 bits.
+    q8_lanes: usize,
+    q8_quantize: unsafe fn(&[f32], Q8Mut),
+    q8_nf4_matvec: unsafe fn(&Nf4, usize, Q8Row, &mut [f32]),
+    q8_int8_matvec: unsafe fn(&Int8, usize, Q8Row, &mut [f32]),
+    q8_pack_nf4: unsafe fn(&Nf4, usize, Place, Panel),
+    q8_pack_int8: unsafe fn(&Int8, Place, Panel),
+    q8_tile: unsafe fn(Panel, &Q8, Place, &mut [&mut [f32]], usize),
+    /// Where the CPU multiplies in bf16.
+    bf16: Option<&'static Bf16>,
     exp: unsafe fn(f32, f32, &mut [f32]),
     tile_dot: unsafe fn(Rows, Rows, &mut [&mut [f32]], usize),
     tile_axpy: unsafe fn(Coefficients, Rows, &mut [&mut [f32]]),
@@ -56,6 +68,14 @@ static PORTABLE: Table = Table {
     nf4_matvec: nf4::portable::matvec,
     dense_decode: dense::portable::decode,
     dense_matvec: dense::portable::matvec,
+    q8_lanes: q8::portable::LANES,
+    q8_quantize: q8::portable::quantize,
+    q8_nf4_matvec: q8::portable::nf4_matvec,
+    q8_int8_matvec: q8::portable::int8_matvec,
+    q8_pack_nf4: q8::portable::pack_nf4,
+    q8_pack_int8: q8::portable::pack_int8,
+    q8_tile: q8::portable::tile,
+    bf16: None,
     exp: exp::portable::exp,
     tile_dot: tile::portable::dot,
     tile_axpy: tile::portable::axpy,
@@ -69,6 +89,14 @@ static AVX2: Table = Table {
     nf4_matvec: nf4::avx2::matvec,
     dense_decode: dense::avx2::decode,
     dense_matvec: dense::avx2::matvec,
+    q8_lanes: q8::avx2::LANES,
+    q8_quantize: q8::avx2::quantize,
+    q8_nf4_matvec: q8::avx2::nf4_matvec,
+    q8_int8_matvec: q8::avx2::int8_matvec,
+    q8_pack_nf4: q8::avx2::pack_nf4,
+    q8_pack_int8: q8::avx2::pack_int8,
+    q8_tile: q8::avx2::tile,
+    bf16: None,
     exp: exp::avx2::exp,
     tile_dot: tile::avx2::dot,
     tile_axpy: tile::avx2::axpy,
@@ -85,6 +113,20 @@ static AVX512: Table = Table {
     ..AVX2
 };
 
+#[cfg(target_arch = "x86_64")]
+static AVX512_VNNI: Table = Table {
+    q8_lanes: q8::avx512::LANES,
+    q8_nf4_matvec: q8::avx512::nf4_matvec,
+    q8_int8_matvec: q8::avx512::int8_matvec,
+    q8_pack_nf4: q8::avx512::pack_nf4,
+    q8_pack_int8: q8::avx512::pack_int8,
+    q8_tile: q8::avx512::tile,
+    ..AVX512
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX512_BF16: Table = Table { bf16: Some(&super::bf16::avx512::KERNELS), ..AVX512_VNNI };
+
 /// Where every table is checked once against the CPU.
 static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "no further tables"))]
@@ -93,7 +135,14 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
         tables.push(&AVX2);
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            tables.push(&AVX512);
+            // One name for what a CPU has of it: bf16 came after VNNI, which came after the base.
+            tables.push(if !is_x86_feature_detected!("avx512vnni") {
+                &AVX512
+            } else if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vl") {
+                &AVX512_BF16
+            } else {
+                &AVX512_VNNI
+            });
         }
     }
     tables
@@ -191,6 +240,131 @@ impl Table {
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
         unsafe {
             (self.dense_matvec)(dtype, bytes, x, y);
+        }
+    }
+
+    /// Rows of a panel for [`Table::q8_tile`].
+    pub(crate) fn q8_lanes(&self) -> usize {
+        self.q8_lanes
+    }
+
+    /// Rounds one token of activations to 8 bits.
+    pub(crate) fn q8_quantize(&self, x: &[f32], q: Q8Mut) {
+        let blocks = x.len() / q8::BLOCK;
+        assert!(x.len().is_multiple_of(q8::BLOCK));
+        assert!([q.codes.len(), q.units.len(), q.starts.len()] == [blocks; 3]);
+        // SAFETY: lengths are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.q8_quantize)(x, q);
+        }
+    }
+
+    /// `y[i] = sum_k w[row + i, k] x[k]` in 8 bits.
+    pub(crate) fn q8_nf4_matvec(&self, w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
+        let cols = x.units.len() * q8::BLOCK;
+        assert!(w.has_q8(cols) && x.codes.len() == x.units.len() && x.starts.len() == x.units.len());
+        assert!((row + y.len()).checked_mul(cols).is_some_and(|end| end <= w.len()));
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.q8_nf4_matvec)(w, row, x, y);
+        }
+    }
+
+    /// As [`Table::q8_nf4_matvec`].
+    pub(crate) fn q8_int8_matvec(&self, w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+        assert!(y.is_empty() || w.row(row).len() == x.units.len());
+        // SAFETY: `Int8::row` checks each row; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.q8_int8_matvec)(w, row, x, y);
+        }
+    }
+
+    /// Unfolds a part of a weight whose rows have `blocks` blocks.
+    pub(crate) fn q8_pack_nf4(&self, w: &Nf4, blocks: usize, at: Place, panel: Panel) {
+        self.check_panel(&at, &panel);
+        assert!(at.block + at.blocks <= blocks && (at.row + at.rows) * blocks * q8::BLOCK <= w.len());
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.q8_pack_nf4)(w, blocks, at, panel);
+        }
+    }
+
+    /// Unfolds a part of a weight.
+    pub(crate) fn q8_pack_int8(&self, w: &Int8, at: Place, panel: Panel) {
+        self.check_panel(&at, &panel);
+        // SAFETY: `Int8::row` checks each row; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.q8_pack_int8)(w, at, panel);
+        }
+    }
+
+    /// `c[t][col + i] += sum_k w[i, k] x[t, k]` over the panel's rows and blocks.
+    pub(crate) fn q8_tile(&self, panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
+        self.check_panel(&at, &panel);
+        assert!(at.block + at.blocks <= x.blocks() && c.len() <= x.tokens());
+        assert!(c.iter().all(|row| col + at.rows <= row.len()));
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.q8_tile)(panel, x, at, c, col);
+        }
+    }
+
+    fn check_panel(&self, at: &Place, panel: &Panel) {
+        assert!(at.rows <= self.q8_lanes && panel.scales.len() >= at.blocks * self.q8_lanes);
+        assert!(panel.codes.len() >= at.blocks * self.q8_lanes * q8::BLOCK);
+    }
+
+    /// Lanes and group of the bf16 kernels, where there are any.
+    pub(crate) fn bf16(&self) -> Option<&'static Bf16> {
+        self.bf16
+    }
+
+    fn has_bf16(&self) -> &'static Bf16 {
+        self.bf16.expect("asked for by `bf16()` first")
+    }
+
+    /// Rounds `x` to bf16.
+    pub(crate) fn bf16_round(&self, x: &[f32], y: &mut [u16]) {
+        assert_eq!(x.len(), y.len());
+        // SAFETY: lengths are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.has_bf16().round)(x, y);
+        }
+    }
+
+    /// Arranges `w` in bf16: its rows as lanes if `rows`, else its columns.
+    pub(crate) fn bf16_pack(&self, w: Rows, rows: bool, panel: &mut [u16]) {
+        let bf16 = self.has_bf16();
+        let (lanes, depth, pack) = match rows {
+            true => (w.count(), w.width(), bf16.pack_rows),
+            false => (w.width(), w.count(), bf16.pack_cols),
+        };
+        assert!(lanes <= bf16.lanes && panel.len() >= depth.next_multiple_of(bf16.group) * bf16.lanes);
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            pack(w, panel);
+        }
+    }
+
+    /// `c[t][col + i] += x[t] . lane i of the panel` for `i < n`.
+    pub(crate) fn bf16_tile(&self, panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col: usize, n: usize) {
+        let bf16 = self.has_bf16();
+        assert!(n <= bf16.lanes && panel.len().is_multiple_of(bf16.lanes * bf16.group) && c.len() == x.count);
+        let depth = panel.len() / bf16.lanes;
+        assert!(c.is_empty() || (c.len() - 1) * x.stride + depth <= x.values.len());
+        assert!(c.iter().all(|row| col + n <= row.len()));
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (bf16.tile)(panel, x, c, col, n);
         }
     }
 

@@ -8,9 +8,11 @@
 
 mod decode;
 mod dynamic;
+mod int8;
 mod nf4;
 
 pub use dynamic::{DoubleQuantized, double_quantize, dynamic_map};
+pub use int8::encode_int8;
 pub use nf4::{NF4, NotFinite, encode, encode_blocks};
 
 /// Weights per absmax.

@@ -82,12 +82,18 @@ fn attention_over_a_cache_meets_the_oracle() {
     let mut random = Random(13);
     // Tokens in the cache, new ones among them, window.
     for (keys, new, window) in [(1, 1, None), (6, 6, None), (70, 1, None), (70, 3, Some(5)), (130, 20, Some(66))] {
-        for dtype in [CacheType::F32, CacheType::F16] {
+        for dtype in [CacheType::F32, CacheType::F16, CacheType::I8] {
             let (heads, kv_heads, d) = (6, 2, 10);
             let spec = spec(heads, kv_heads, d, window);
             let q = random.vector(new * heads * d);
             let [k, v] = [0; 2].map(|_| random.vector(keys * kv_heads * d));
+            let int8 = |x: &[f32]| {
+                let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+                let code = |x: &f32| f64::from((x * (127.0 / largest)).round_ties_even());
+                x.iter().map(|x| code(x) * f64::from(largest / 127.0)).collect::<Vec<_>>()
+            };
             let stored = |x: &[f32]| match dtype {
+                CacheType::I8 => x.chunks(d).flat_map(int8).collect(),
                 CacheType::F32 => wide(x),
                 CacheType::F16 => x.iter().map(|x| half::f16::from_f32(*x).to_f64()).collect(),
             };
@@ -95,7 +101,7 @@ fn attention_over_a_cache_meets_the_oracle() {
             let expected = [Expected::new(y, vec![16.0 * EPS; new * heads * d])];
             report.case(&format!("attention_cached {dtype:?} {spec:?} {new} of {keys}"), &expected, |cpu| {
                 let width = kv_heads * d;
-                let mut cache = cpu.cache(width, dtype);
+                let mut cache = cpu.cache(spec.kv_heads, spec.head_dim, dtype);
                 // Appended in two parts, with a wrong token that is taken back between them.
                 let half = keys / 2 * width;
                 cpu.cache_append(&mut cache, &buffer(cpu, &k[..half]), &buffer(cpu, &v[..half])).unwrap();

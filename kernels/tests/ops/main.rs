@@ -7,6 +7,7 @@ mod attention;
 mod golden;
 mod harness;
 mod light;
+mod low_precision;
 mod matmul;
 mod oracle;
 mod robust;

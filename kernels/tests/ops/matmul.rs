@@ -3,7 +3,7 @@
 use super::harness::{EPS, Expected, Random, Report, buffer, poisoned, read, wide};
 use super::oracle;
 use super::weights::{self, KINDS, Kind};
-use pocketlora_kernels::{Backend, FloatType, WorkType};
+use pocketlora_kernels::{Arithmetic, Backend, FloatType, WorkType};
 
 /// `[T, O, K]`, some of them large enough for several threads: the matrix-vector paths, tails of every tile, blocks that run over row ends, odd rows, several
 /// panels and tasks, thin adapters, nothing at all.
@@ -68,11 +68,11 @@ fn matmul_and_its_gradients_meet_the_oracle() {
                 assert_eq!(cpu.shape(&w), (o, k));
                 let (x, dy) = (buffer(cpu, &x), buffer(cpu, &dy));
                 let (mut y, mut dx) = (poisoned(cpu, t * o), poisoned(cpu, t * k));
-                cpu.matmul(&w, &x, &mut y, false);
-                cpu.matmul_vjp_x(&w, &dy, &mut dx, false);
+                cpu.matmul(Arithmetic::Exact, &w, &x, &mut y, false);
+                cpu.matmul_vjp_x(Arithmetic::Exact, &w, &dy, &mut dx, false);
                 let (mut y1, mut dx1) = (buffer(cpu, &vec![1.0; t * o]), buffer(cpu, &vec![1.0; t * k]));
-                cpu.matmul(&w, &x, &mut y1, true);
-                cpu.matmul_vjp_x(&w, &dy, &mut dx1, true);
+                cpu.matmul(Arithmetic::Exact, &w, &x, &mut y1, true);
+                cpu.matmul_vjp_x(Arithmetic::Exact, &w, &dy, &mut dx1, true);
                 [y, y1, dx, dx1].map(|b| read(cpu, &b)).into()
             });
         }
@@ -141,7 +141,7 @@ fn work_matrices_hold_the_rounded_master() {
                     let mut w = cpu.work_matrix(rows, cols, dtype).unwrap();
                     cpu.set_matrix(&mut w, &buffer(cpu, &master));
                     let mut y = poisoned(cpu, t * rows);
-                    cpu.matmul(&w, &buffer(cpu, &x), &mut y, false);
+                    cpu.matmul(Arithmetic::Exact, &w, &buffer(cpu, &x), &mut y, false);
                     vec![read(cpu, &y)]
                 },
             );
@@ -164,7 +164,7 @@ fn nan_and_infinity_are_carried() {
             let (y, size) = oracle::matmul(&wide(&x), &wide(&w), 64);
             report.case(&format!("special values {kind:?} T={t}"), &[Expected::new(y, bounds(&size, 64))], |cpu| {
                 let mut y = poisoned(cpu, t * 6);
-                cpu.matmul(&cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &x), &mut y, false);
+                cpu.matmul(Arithmetic::Exact, &cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &x), &mut y, false);
                 vec![read(cpu, &y)]
             });
         }

@@ -39,7 +39,7 @@ pub(crate) fn forward(cpu: &Cpu, spec: &Attention, q: &[f32], cache: &Cache, y: 
                 let count = KEYS.min(span.end - first);
                 let (k, rest) = scratch.split_at_mut(count * d);
                 let v = &mut rest[..count * d];
-                cache.read(cpu.table, first, kv_head * d, d, k, v);
+                cache.read(cpu.table, first, kv_head, k, v);
                 softmax.step(Rows::packed(k, d), Rows::packed(v, d), first, &mut y);
             }
         });

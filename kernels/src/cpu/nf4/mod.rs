@@ -24,8 +24,27 @@ pub(crate) struct Nf4 {
     len: usize,
     block_log2: u32,
     code: [f32; 16],
+    codebook: Option<Codebook>,
     absmax: Absmax,
     dtype: FloatType,
+}
+
+/// The codebook in 8 bits: `code[i] ≈ codes[i] * unit`.
+pub(crate) struct Codebook {
+    pub codes: [i8; 16],
+    pub unit: f32,
+}
+
+impl Codebook {
+    /// `None` if the values are not finite or all zero.
+    fn new(code: &[f32; 16]) -> Option<Self> {
+        let largest = code.iter().fold(0.0_f32, |m, c| m.max(c.abs()));
+        if !code.iter().all(|c| c.is_finite()) || largest < f32::MIN_POSITIVE {
+            return None;
+        }
+        let round = |c: f32| (f64::from(c) / f64::from(largest) * 127.0).round_ties_even() as i8;
+        Some(Self { codes: code.map(round), unit: largest / 127.0 })
+    }
 }
 
 impl Nf4 {
@@ -47,7 +66,8 @@ impl Nf4 {
                 expect("nested_absmax", "elements", nested.len(), blocks.div_ceil(*nested_block))?;
             }
         }
-        Ok(Self { packed, len, block_log2: block.trailing_zeros(), code, absmax, dtype })
+        let codebook = Codebook::new(&code).filter(|_| block >= super::q8::BLOCK);
+        Ok(Self { packed, len, block_log2: block.trailing_zeros(), code, codebook, absmax, dtype })
     }
 
     /// Elements.
@@ -82,6 +102,38 @@ impl Nf4 {
             }
             _ => out.iter_mut().enumerate().for_each(|(i, out)| *out = self.absmax(first + i)),
         }
+    }
+
+    /// Whether rows of `cols` can be multiplied in 8 bits: 64 elements share a scale.
+    pub fn has_q8(&self, cols: usize) -> bool {
+        self.codebook.is_some() && cols.is_multiple_of(super::q8::BLOCK)
+    }
+
+    /// The codebook in 8 bits; asserts [`Nf4::has_q8`].
+    #[inline(always)]
+    pub fn codebook(&self) -> &Codebook {
+        self.codebook.as_ref().expect("only weights that have one come here")
+    }
+
+    /// The packed bytes from group number `first` of 64 elements on.
+    #[inline(always)]
+    pub fn packed64(&self, first: usize) -> &[[u8; 32]] {
+        &self.packed.as_chunks().0[first..]
+    }
+
+    /// Scale of group number `group` of 64 elements.
+    #[inline(always)]
+    pub fn scale64(&self, group: usize) -> f32 {
+        self.absmax(group >> (self.block_log2 - 6))
+    }
+
+    /// Scales of consecutive groups of 64 from `first` on.
+    #[inline(always)]
+    pub fn scales64(&self, first: usize, out: &mut [f32]) {
+        if self.block_log2 == 6 {
+            return self.scales(first, out);
+        }
+        out.iter_mut().enumerate().for_each(|(i, out)| *out = self.scale64(first + i));
     }
 
     /// The parts that block borders cut `start..start + len` into.

@@ -1,23 +1,18 @@
-//! Products with a weight `W[O, K]` that is expanded a panel at a time, into scratch that stays in cache.
+//! Products in f32 with a weight that is expanded a panel at a time, into scratch that stays in cache.
 //!
 //! | | formula | form | task |
 //! |---|---|---|---|
-//! | forward, one token | `y = W x` | fused decode and dot | rows of `W` |
 //! | forward | `Y[T, O] = X[T, K] Wᵀ` | `dot` | columns of `Y` |
 //! | forward, thin `K` or many tokens | same | `axpy` on `Wᵀ` | columns of `Y` |
 //! | by `X` | `dX[T, K] = dY[T, O] W` | `axpy` | tokens by columns of `dX` |
 //! | by `W` | `dW[O, K] += dYᵀ X` | `axpy` | patches of `dW` |
 
-use super::Cpu;
-use super::matrix::{Elements, Matrix};
-use super::nf4::{EvenOdd, GRANULE};
-use super::split::{Patch, chunks, patches, run, with_scratch};
-use super::tile::{Coefficients, Rows};
+use super::super::Cpu;
+use super::super::matrix::Matrix;
+use super::super::split::{Patch, patches, run, with_scratch};
+use super::super::tile::{Coefficients, Rows};
+use super::SMALL;
 
-/// Multiplications below which other threads stay asleep.
-const SMALL: usize = 256 * 1024;
-/// Weights of a matrix-vector task, some 10 us of work; twice that is not worth two threads.
-const MATVEC_TASK: usize = 32 * 1024;
 /// Floats in a decoded panel: 256 KiB, half of a usual second-level cache.
 const PANEL: usize = 64 * 1024;
 /// Rows of a decoded panel at most, so that a task's share of the output is not too coarse.
@@ -25,7 +20,7 @@ const PANEL_ROWS: usize = 32;
 /// Tasks of a forward product at most; a larger output gets larger tasks, as each holds a slice a token.
 const TASKS: usize = 64;
 /// Sums shorter than this (adapters of low rank) cost less as `axpy`, which has no horizontal additions.
-const THIN: usize = 64;
+pub(super) const THIN: usize = 64;
 /// Columns of a task of the product by a transposed panel, and rows of that panel: 128 KiB.
 const TRANSPOSED: (usize, usize) = (128, 256);
 /// Side of the squares in which a panel is transposed, so that reads and writes both stay in first-level cache.
@@ -37,56 +32,16 @@ const VJP_X_DEPTH: usize = 128;
 /// Rows and columns of a task of the product by `W`.
 const VJP_W: (usize, usize) = (48, 256);
 
-/// `y[T, O] = x[T, K] Wᵀ`, added to `y` if `accumulate`.
-pub(crate) fn forward(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], accumulate: bool) {
+/// `y += x Wᵀ` for any number of tokens.
+pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32]) {
     let (o, k) = w.shape();
-    let tokens = tokens(x, k, y, o);
-    if !accumulate && (tokens != 1 || k == 0) {
-        super::elementwise::zero(&cpu.team, y);
+    let tokens = x.len() / k;
+    let small = tokens * o * k < SMALL;
+    if k <= THIN || tokens >= cpu.table.transposes_from() {
+        transposed(cpu, w, x, y, small);
+    } else {
+        panels(cpu, w, x, y, small);
     }
-    if tokens == 0 || o == 0 || k == 0 {
-        return;
-    }
-    match w.elements() {
-        Elements::Dense(dtype, bytes) if tokens == 1 => {
-            let row = k * dtype.size();
-            rows_of_one(cpu, k, y, accumulate, |at, y| {
-                cpu.table.dense_matvec(dtype, &bytes[at * row..][..y.len() * row], x, y);
-            });
-        }
-        Elements::Nf4(w) if tokens == 1 && k.is_multiple_of(GRANULE) => {
-            let x = EvenOdd::new(x);
-            rows_of_one(cpu, k, y, accumulate, |at, y| cpu.table.nf4_matvec(w, k, at, &x, y));
-        }
-        _ => {
-            if tokens == 1 && !accumulate {
-                super::elementwise::zero(&cpu.team, y);
-            }
-            let small = tokens * o * k < SMALL;
-            if k <= THIN || tokens >= cpu.table.transposes_from() {
-                transposed(cpu, w, x, y, small);
-            } else {
-                panels(cpu, w, x, y, small);
-            }
-        }
-    }
-}
-
-/// Runs `matvec(first_row, y)` on parts of the rows; `matvec` overwrites.
-fn rows_of_one(cpu: &Cpu, k: usize, y: &mut [f32], accumulate: bool, matvec: impl Fn(usize, &mut [f32]) + Sync) {
-    let part = |at: usize, y: &mut [f32]| {
-        if !accumulate {
-            return matvec(at, y);
-        }
-        with_scratch(y.len(), |sums| {
-            matvec(at, sums);
-            super::elementwise::add_part(sums, y);
-        });
-    };
-    // Groups of four rows, as the kernels sum short rows four at a time.
-    let rows = (MATVEC_TASK / k).next_multiple_of(4).max(4);
-    let small = y.len() * k < 2 * MATVEC_TASK;
-    chunks(&cpu.team, y, rows, small, |i, y| part(i * rows, y));
 }
 
 /// `y += x Wᵀ` by panels of whole rows.
@@ -143,16 +98,10 @@ fn transpose(from: &[f32], width: usize, to: &mut [f32]) {
     }
 }
 
-/// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`.
-pub(crate) fn vjp_x(cpu: &Cpu, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
+/// `dx += dy W`.
+pub(super) fn vjp_x(cpu: &Cpu, w: &Matrix, dy: &[f32], dx: &mut [f32]) {
     let (o, k) = w.shape();
-    let tokens = tokens(dx, k, dy, o);
-    if !accumulate {
-        super::elementwise::zero(&cpu.team, dx);
-    }
-    if tokens == 0 || o == 0 || k == 0 {
-        return;
-    }
+    let tokens = dx.len() / k;
     run(&cpu.team, patches(dx, k, VJP_X.1, VJP_X.0), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
         let cols = rows[0].len();
         with_scratch(VJP_X_DEPTH * cols, |scratch| {
@@ -167,7 +116,7 @@ pub(crate) fn vjp_x(cpu: &Cpu, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulat
 }
 
 /// `dw[O, K] += dy[T, O]ᵀ x[T, K]`.
-pub(crate) fn vjp_w(cpu: &Cpu, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f32]) {
+pub(super) fn vjp_w(cpu: &Cpu, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f32]) {
     if tokens == 0 {
         return;
     }
@@ -180,11 +129,4 @@ pub(crate) fn vjp_w(cpu: &Cpu, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f
         let x = Rows::new(&x[col..], k, tokens, rows[0].len());
         cpu.table.tile_axpy(Coefficients { data: &dy[row..], row: 1, col: o }, x, &mut rows);
     });
-}
-
-/// `T` of `x[T, K]` and `y[T, O]`; asserts that they agree.
-fn tokens(x: &[f32], k: usize, y: &[f32], o: usize) -> usize {
-    let tokens = x.len().checked_div(k).or(y.len().checked_div(o)).unwrap_or(0);
-    assert!(x.len() == tokens * k && y.len() == tokens * o, "x {}, y {} for [{o}, {k}]", x.len(), y.len());
-    tokens
 }

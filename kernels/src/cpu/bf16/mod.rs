@@ -1,0 +1,59 @@
+//! Products of operands rounded to bf16 with sums in f32, for CPUs that have an instruction for it.
+//!
+//! The weight's rows are decoded to f32 a panel at a time, rounded, and arranged so that each lane is one output: `pack`
+//! for `X Wᵀ` makes lanes of rows, for `dY W` lanes of columns. The panel stays in cache for all tokens.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+
+use super::Cpu;
+use super::split::run;
+use super::tile::Rows;
+
+/// Kernels of one instruction set.
+pub(crate) struct Bf16 {
+    /// Outputs of a panel.
+    pub lanes: usize,
+    /// Terms of the sum that lie together in a panel: its depth is padded to a multiple.
+    pub group: usize,
+    /// To the nearest, ties to even.
+    pub round: unsafe fn(&[f32], &mut [u16]),
+    /// Rows of the weight become lanes: at most `lanes` rows of any width.
+    pub pack_rows: unsafe fn(Rows, &mut [u16]),
+    /// Columns of the weight become lanes: any number of rows of at most `lanes`.
+    pub pack_cols: unsafe fn(Rows, &mut [u16]),
+    /// `c[t][col..col + n] += x[t, at..] . panel` over the panel's depth.
+    pub tile: unsafe fn(&[u16], Bf16Rows, &mut [&mut [f32]], usize, usize),
+}
+
+/// Activations `[T, K]` in bf16, rows padded with zeros.
+pub(crate) struct Rounded {
+    values: Vec<u16>,
+    stride: usize,
+}
+
+/// Depth that rows are padded to.
+const PAD: usize = 8;
+
+impl Rounded {
+    pub fn new(cpu: &Cpu, x: &[f32], width: usize) -> Self {
+        let stride = width.next_multiple_of(PAD);
+        let mut values = vec![0; x.len() / width * stride];
+        let rows = values.chunks_mut(stride).zip(x.chunks_exact(width)).collect();
+        run(&cpu.team, rows, x.len() < 16 * 1024, |(to, x)| cpu.table.bf16_round(x, &mut to[..width]));
+        Self { values, stride }
+    }
+
+    /// Rows `first..first + count`, columns from `col` on.
+    pub fn rows(&self, first: usize, count: usize, col: usize) -> Bf16Rows<'_> {
+        Bf16Rows { values: &self.values[first * self.stride + col..], stride: self.stride, count }
+    }
+}
+
+/// `count` rows, `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Bf16Rows<'a> {
+    pub values: &'a [u16],
+    pub stride: usize,
+    pub count: usize,
+}

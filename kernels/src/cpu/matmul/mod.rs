@@ -1,0 +1,69 @@
+//! Products with a weight `W[O, K]` in the arithmetic that was asked for: in f32, in bf16 or in 8 bits.
+
+mod bf16;
+mod exact;
+mod group;
+mod one;
+mod q8;
+
+pub(crate) use group::group;
+
+use super::Cpu;
+use super::matrix::{Elements, Matrix};
+use super::q8::Q8;
+use crate::Arithmetic;
+use one::OneToken;
+
+/// Multiplications below which other threads stay asleep.
+const SMALL: usize = 128 * 1024;
+/// Tokens from which rounding and arranging operands for bf16 pays.
+const BF16_TOKENS: usize = 8;
+
+/// `y[T, O] = x[T, K] Wᵀ`, added to `y` if `accumulate`.
+pub(crate) fn forward(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, x: &[f32], y: &mut [f32], accumulate: bool) {
+    let (o, k) = w.shape();
+    let tokens = tokens(x, k, y, o);
+    if tokens == 1 && k > 0 && (k > exact::THIN || matches!(w.elements(), Elements::Nf4(_))) {
+        return OneToken::new(cpu, arithmetic, x).product(cpu, w, y, accumulate);
+    }
+    if !accumulate {
+        super::elementwise::zero(&cpu.team, y);
+    }
+    if tokens == 0 || o == 0 || k == 0 {
+        return;
+    }
+    match arithmetic {
+        Arithmetic::Int8 if q8::fits(w) => q8::forward(cpu, w, &Q8::new(cpu, x, k), y),
+        Arithmetic::Exact => exact::forward(cpu, w, x, y),
+        _ if cpu.table.bf16().is_some() && tokens >= BF16_TOKENS => bf16::forward(cpu, w, x, y),
+        _ => exact::forward(cpu, w, x, y),
+    }
+}
+
+/// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`.
+pub(crate) fn vjp_x(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
+    let (o, k) = w.shape();
+    let tokens = tokens(dx, k, dy, o);
+    if !accumulate {
+        super::elementwise::zero(&cpu.team, dx);
+    }
+    if tokens == 0 || o == 0 || k == 0 {
+        return;
+    }
+    match arithmetic {
+        Arithmetic::Bf16 if cpu.table.bf16().is_some() && tokens >= BF16_TOKENS => bf16::vjp_x(cpu, w, dy, dx),
+        _ => exact::vjp_x(cpu, w, dy, dx),
+    }
+}
+
+/// `dw[O, K] += dy[T, O]ᵀ x[T, K]`.
+pub(crate) fn vjp_w(cpu: &Cpu, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f32]) {
+    exact::vjp_w(cpu, tokens, dy, x, dw);
+}
+
+/// `T` of `x[T, K]` and `y[T, O]`; asserts that they agree.
+fn tokens(x: &[f32], k: usize, y: &[f32], o: usize) -> usize {
+    let tokens = x.len().checked_div(k).or(y.len().checked_div(o)).unwrap_or(0);
+    assert!(x.len() == tokens * k && y.len() == tokens * o, "x {}, y {} for [{o}, {k}]", x.len(), y.len());
+    tokens
+}

@@ -1,0 +1,228 @@
+//! 8-bit products with AVX2: `maddubs` of magnitudes with signs moved to the other side, which cannot saturate as
+//! neither side exceeds 127.
+
+#![allow(unsafe_code, reason = "vector loads and stores")]
+
+use super::super::avx2::sum1;
+use super::super::nf4::Nf4;
+use super::portable::TINY;
+use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS};
+use std::arch::x86_64::*;
+
+/// Rows of a panel: two vectors.
+pub(crate) const LANES: usize = 16;
+/// Tokens that a tile takes at once.
+const TOKENS: usize = 4;
+/// Bytes that the matrix-vector products read ahead.
+const AHEAD: usize = 1536;
+/// Scales that are decoded at a time.
+const BATCH: usize = 32;
+
+/// See [`super::super::Table::q8_quantize`].
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
+    let parts = q.codes.iter_mut().zip(q.units).zip(q.starts);
+    for (x, ((codes, unit), starts)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
+        // SAFETY: `x` is an array of 64 floats.
+        let v: [__m256; 8] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) });
+        let magnitude = |v| _mm256_andnot_ps(_mm256_set1_ps(-0.0), v);
+        // The difference of a NaN or an infinity with itself is NaN, and so stays their sum.
+        let (mut most, mut odd) = (_mm256_setzero_ps(), _mm256_setzero_ps());
+        for v in v {
+            most = _mm256_max_ps(most, magnitude(v));
+            odd = _mm256_add_ps(odd, _mm256_sub_ps(v, v));
+        }
+        let mut lanes = [0.0; 8];
+        // SAFETY: `lanes` is an array of 8 floats.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), most) };
+        let largest = lanes.iter().fold(0.0_f32, |m, x| m.max(*x));
+        let broken = sum1(odd).is_nan();
+        *unit = if broken { f32::NAN } else { if largest < TINY { 0.0 } else { largest / 127.0 } };
+        let inverse = if *unit > 0.0 { 127.0 / largest } else { 0.0 };
+        let inverse = _mm256_set1_ps(inverse);
+        let mut packed = [_mm256_setzero_si256(); 2];
+        for (half, packed) in packed.iter_mut().enumerate() {
+            let n: [__m256i; 4] = std::array::from_fn(|i| _mm256_cvtps_epi32(_mm256_mul_ps(v[4 * half + i], inverse)));
+            // Packing works within 128-bit lanes: quads come out as 0 2 4 6 1 3 5 7.
+            let n = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
+            let n = _mm256_permutevar8x32_epi32(n, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            // Even elements to the front of each lane, then to the front of all.
+            let order =
+                _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+            *packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_shuffle_epi8(n, order));
+        }
+        let keep = if broken { _mm256_setzero_si256() } else { _mm256_set1_epi8(-1) };
+        let even = _mm256_and_si256(keep, _mm256_permute2x128_si256::<0x20>(packed[0], packed[1]));
+        let odd = _mm256_and_si256(keep, _mm256_permute2x128_si256::<0x31>(packed[0], packed[1]));
+        // SAFETY: `codes` is an array of 64 bytes, `starts` of 16 integers.
+        unsafe {
+            for (i, codes8) in [even, odd].into_iter().enumerate() {
+                _mm256_storeu_si256(codes.as_mut_ptr().add(32 * i).cast(), codes8);
+                let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes8);
+                let quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(-128));
+                _mm256_storeu_si256(starts.as_mut_ptr().add(8 * i).cast(), quads);
+            }
+        }
+    }
+}
+
+/// Products of signed bytes, summed by fours.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn dot(w: __m256i, x: __m256i, magnitude: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w, x));
+    _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+}
+
+/// The codes of 32 packed bytes: those of the high halves, then those of the low ones.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn look_up(book: __m256i, packed: &[u8; 32]) -> [__m256i; 2] {
+    // SAFETY: `packed` is an array of 32 bytes.
+    let bytes = unsafe { _mm256_loadu_si256(packed.as_ptr().cast()) };
+    let low = _mm256_set1_epi8(15);
+    [_mm256_srli_epi16::<4>(bytes), bytes].map(|b| _mm256_shuffle_epi8(book, _mm256_and_si256(b, low)))
+}
+
+/// The codebook in both lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn book(w: &Nf4) -> __m256i {
+    // SAFETY: the codes are an array of 16 bytes.
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(w.codebook().codes.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
+    let half = &codes[32 * half..][..32];
+    // SAFETY: the slice has 32 bytes.
+    unsafe { _mm256_loadu_si256(half.as_ptr().cast()) }
+}
+
+/// See [`super::super::Table::q8_nf4_matvec`].
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
+    let (blocks, book, unit) = (x.units.len(), book(w), w.codebook().unit);
+    let mut scales = [0.0; BATCH];
+    for (i, y) in y.iter_mut().enumerate() {
+        let mut sums = [_mm256_setzero_ps(); 2];
+        let first = (row + i) * blocks;
+        let packed = &w.packed64(first)[..blocks];
+        for (batch, ((packed, codes), units)) in
+            packed.chunks(BATCH).zip(x.codes.chunks(BATCH)).zip(x.units.chunks(BATCH)).enumerate()
+        {
+            w.scales64(first + batch * BATCH, &mut scales[..packed.len()]);
+            scales.iter_mut().zip(units).for_each(|(scale, unit)| *scale *= unit);
+            for ((packed, codes), scale) in packed.iter().zip(codes).zip(scales) {
+                // A prefetch is no access: it may point past the end.
+                _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
+                let scale = _mm256_set1_ps(scale);
+                for (half, w) in look_up(book, packed).into_iter().enumerate() {
+                    let x = load32(codes, half);
+                    let dot = _mm256_cvtepi32_ps(dot(w, x, _mm256_abs_epi8(x)));
+                    sums[half] = _mm256_fmadd_ps(dot, scale, sums[half]);
+                }
+            }
+        }
+        *y = sum1(_mm256_add_ps(sums[0], sums[1])) * unit;
+    }
+}
+
+/// See [`super::super::Table::q8_int8_matvec`].
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+    for (i, y) in y.iter_mut().enumerate() {
+        let mut sums = [_mm256_setzero_ps(); 2];
+        for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
+            _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
+            let unit = _mm256_set1_ps(*unit);
+            for half in 0..2 {
+                let x = load32(codes, half);
+                // SAFETY: `w` is an array of 64 bytes.
+                let w = unsafe { _mm256_loadu_si256(w.as_ptr().add(32 * half).cast()) };
+                let dot = _mm256_cvtepi32_ps(dot(w, x, _mm256_abs_epi8(x)));
+                sums[half] = _mm256_fmadd_ps(dot, unit, sums[half]);
+            }
+        }
+        *y = sum1(_mm256_add_ps(sums[0], sums[1])) * w.scale(row + i);
+    }
+}
+
+/// See [`super::super::Table::q8_pack_nf4`].
+#[target_feature(enable = "avx2")]
+pub(crate) fn pack_nf4(w: &Nf4, blocks: usize, at: Place, panel: Panel) {
+    let (book, unit) = (book(w), w.codebook().unit);
+    super::portable::pack::<LANES>(at, panel, |lane, b| {
+        let block = (at.row + lane) * blocks + at.block + b;
+        let mut codes = [0_u8; BLOCK];
+        for (half, w) in look_up(book, &w.packed64(block)[0]).into_iter().enumerate() {
+            // SAFETY: `codes` is an array of 64 bytes.
+            unsafe { _mm256_storeu_si256(codes.as_mut_ptr().add(32 * half).cast(), w) };
+        }
+        (codes, w.scale64(block) * unit)
+    });
+}
+
+/// See [`super::super::Table::q8_pack_int8`].
+pub(crate) fn pack_int8(w: &Int8, at: Place, panel: Panel) {
+    super::portable::pack::<LANES>(at, panel, |lane, b| (w.row(at.row + lane)[at.block + b], w.scale(at.row + lane)));
+}
+
+/// See [`super::super::Table::q8_tile`].
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn tile(panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
+    let mut t = 0;
+    while t < c.len() {
+        let count = (c.len() - t).min(TOKENS);
+        let c = &mut c[t..t + count];
+        match count {
+            4 => tokens::<4>(&panel, x, t, at, c, col),
+            3 => tokens::<3>(&panel, x, t, at, c, col),
+            2 => tokens::<2>(&panel, x, t, at, c, col),
+            _ => tokens::<1>(&panel, x, t, at, c, col),
+        }
+        t += count;
+    }
+}
+
+/// `M` tokens from `t` on with all rows of the panel.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn tokens<const M: usize>(panel: &Panel, x: &Q8, t: usize, at: Place, c: &mut [&mut [f32]], col: usize) {
+    let rows: [Q8Row; M] = std::array::from_fn(|m| x.row(t + m));
+    let mut sums = [[0.0; LANES]; M];
+    let blocks = panel.codes.as_chunks::<{ QUADS * QUAD * LANES }>().0.iter().zip(panel.scales.as_chunks::<LANES>().0);
+    for (b, (w, scales)) in blocks.take(at.blocks).enumerate() {
+        let codes: [&[i8; BLOCK]; M] = std::array::from_fn(|m| &rows[m].codes[at.block + b]);
+        let mut dots = [[_mm256_setzero_si256(); 2]; M];
+        for quad in 0..QUADS {
+            // SAFETY: `w` holds 16 quads of 64 bytes, each row of codes 16 quads of 4.
+            unsafe {
+                let w = w.as_ptr().add(quad * QUAD * LANES);
+                let w = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
+                for m in 0..M {
+                    let x = _mm256_set1_epi32(codes[m].as_ptr().add(QUAD * quad).cast::<i32>().read_unaligned());
+                    let magnitude = _mm256_abs_epi8(x);
+                    for j in 0..2 {
+                        dots[m][j] = _mm256_add_epi32(dots[m][j], dot(w[j], x, magnitude));
+                    }
+                }
+            }
+        }
+        for m in 0..M {
+            let unit = _mm256_set1_ps(rows[m].units[at.block + b]);
+            for j in 0..2 {
+                // SAFETY: `scales` and `sums[m]` are arrays of 16 floats.
+                unsafe {
+                    let scale = _mm256_mul_ps(_mm256_loadu_ps(scales.as_ptr().add(8 * j)), unit);
+                    let sum = sums[m].as_mut_ptr().add(8 * j);
+                    _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[m][j]), scale, _mm256_loadu_ps(sum)));
+                }
+            }
+        }
+    }
+    for (c, sums) in c.iter_mut().zip(sums) {
+        c[col..][..at.rows].iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
+    }
+}

@@ -1,0 +1,203 @@
+//! 8-bit products with AVX-512 VNNI: weights 128 too large, so that they are unsigned as `dpbusd` wants its first
+//! operand, and sums that begin with what that adds too much.
+
+#![allow(unsafe_code, reason = "vector loads and stores")]
+
+use super::super::avx512::{sum16, transpose16};
+use super::super::nf4::Nf4;
+use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS};
+use std::arch::x86_64::*;
+
+/// Rows of a panel: two vectors.
+pub(crate) const LANES: usize = 32;
+/// Tokens that a tile takes at once: 24 sums of 16, and the weights, stay in registers.
+const TOKENS: usize = 12;
+/// Bytes that the matrix-vector products read ahead.
+const AHEAD: usize = 1536;
+/// Scales that are decoded at a time.
+const BATCH: usize = 32;
+
+/// The codebook, 128 too large, in all lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn book(w: &Nf4) -> __m512i {
+    let codes = w.codebook().codes.map(|code| code.cast_unsigned() ^ 0x80);
+    // SAFETY: `codes` is an array of 16 bytes.
+    _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) })
+}
+
+/// The codes of 32 packed bytes: those of the high halves, then those of the low ones.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn look_up(book: __m512i, shifts: __m512i, packed: &[u8; 32]) -> __m512i {
+    // SAFETY: `packed` is an array of 32 bytes.
+    let bytes = _mm512_broadcast_i64x4(unsafe { _mm256_loadu_si256(packed.as_ptr().cast()) });
+    _mm512_shuffle_epi8(book, _mm512_and_si512(_mm512_srlv_epi16(bytes, shifts), _mm512_set1_epi8(15)))
+}
+
+/// By 4 in the lower half, by 0 in the upper one.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn shifts() -> __m512i {
+    _mm512_inserti64x4::<1>(_mm512_set1_epi16(4), _mm256_setzero_si256())
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load<T>(array: &[T]) -> __m512i {
+    assert!(size_of_val(array) == 64);
+    // SAFETY: checked above; any 64 bytes will do.
+    unsafe { _mm512_loadu_si512(array.as_ptr().cast()) }
+}
+
+/// See [`super::super::Table::q8_nf4_matvec`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
+    let (blocks, book, shifts, unit) = (x.units.len(), book(w), shifts(), w.codebook().unit);
+    let mut scales = [0.0; BATCH];
+    for (i, y) in y.iter_mut().enumerate() {
+        let mut sums = [_mm512_setzero_ps(); 2];
+        let first = (row + i) * blocks;
+        for at in (0..blocks).step_by(BATCH) {
+            let n = BATCH.min(blocks - at);
+            w.scales64(first + at, &mut scales[..n]);
+            let (packed, codes) = (&w.packed64(first + at)[..n], &x.codes[at..][..n]);
+            let (units, starts) = (&x.units[at..][..n], &x.starts[at..][..n]);
+            scales.iter_mut().zip(units).for_each(|(scale, unit)| *scale *= unit);
+            for b in 0..n {
+                // A prefetch is no access: it may point past the end.
+                _mm_prefetch::<_MM_HINT_T0>(packed[b].as_ptr().wrapping_add(AHEAD).cast());
+                let w = look_up(book, shifts, &packed[b]);
+                let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(load(&starts[b]), w, load(&codes[b])));
+                sums[b % 2] = _mm512_fmadd_ps(dot, _mm512_set1_ps(scales[b]), sums[b % 2]);
+            }
+        }
+        *y = sum16(_mm512_add_ps(sums[0], sums[1])) * unit;
+    }
+}
+
+/// See [`super::super::Table::q8_int8_matvec`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+    let sign = _mm512_set1_epi8(-128);
+    for (i, y) in y.iter_mut().enumerate() {
+        let mut sums = [_mm512_setzero_ps(); 2];
+        for (b, (((w, codes), unit), starts)) in
+            w.row(row + i).iter().zip(x.codes).zip(x.units).zip(x.starts).enumerate()
+        {
+            _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
+            let w = _mm512_xor_si512(load(w), sign);
+            let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(load(starts), w, load(codes)));
+            sums[b % 2] = _mm512_fmadd_ps(dot, _mm512_set1_ps(*unit), sums[b % 2]);
+        }
+        *y = sum16(_mm512_add_ps(sums[0], sums[1])) * w.scale(row + i);
+    }
+}
+
+/// See [`super::super::Table::q8_pack_nf4`].
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) fn pack_nf4(w: &Nf4, blocks: usize, at: Place, panel: Panel) {
+    let (book, shifts, unit) = (book(w), shifts(), w.codebook().unit);
+    let group = |lane: usize, b: usize| (at.row + lane) * blocks + at.block + b;
+    pack(at, panel.codes, |lane, b| look_up(book, shifts, &w.packed64(group(lane, b))[0]));
+    fill_scales(at, panel.scales, |lane, b| w.scale64(group(lane, b)) * unit);
+}
+
+/// See [`super::super::Table::q8_pack_int8`].
+#[target_feature(enable = "avx512f,avx512bw")]
+pub(crate) fn pack_int8(w: &Int8, at: Place, panel: Panel) {
+    let sign = _mm512_set1_epi8(-128);
+    pack(at, panel.codes, |lane, b| _mm512_xor_si512(load(&w.row(at.row + lane)[at.block + b]), sign));
+    fill_scales(at, panel.scales, |lane, _| w.scale(at.row + lane));
+}
+
+/// Turns rows into lanes. `get(lane, block)` returns 64 codes of a row.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn pack(at: Place, codes: &mut [u8], get: impl Fn(usize, usize) -> __m512i) {
+    for (b, codes) in codes.as_chunks_mut::<{ BLOCK * LANES }>().0.iter_mut().take(at.blocks).enumerate() {
+        for half in 0..2 {
+            let row = |i: usize| {
+                let lane = 16 * half + i;
+                if lane < at.rows { get(lane, b) } else { _mm512_setzero_si512() }
+            };
+            let quads = transpose16(std::array::from_fn(row));
+            for (quad, lanes) in quads.into_iter().enumerate() {
+                let to = &mut codes[quad * QUAD * LANES + 64 * half..][..64];
+                // SAFETY: the slice has 64 bytes.
+                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), lanes) };
+            }
+        }
+    }
+}
+
+fn fill_scales(at: Place, scales: &mut [f32], get: impl Fn(usize, usize) -> f32) {
+    for (b, scales) in scales.as_chunks_mut::<LANES>().0.iter_mut().take(at.blocks).enumerate() {
+        for (lane, scale) in scales.iter_mut().enumerate() {
+            *scale = if lane < at.rows { get(lane, b) } else { 0.0 };
+        }
+    }
+}
+
+/// See [`super::super::Table::q8_tile`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn tile(panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
+    let mut t = 0;
+    while t < c.len() {
+        let left = c.len() - t;
+        let count = [TOKENS, 8, 4, 2, 1].into_iter().find(|n| *n <= left).unwrap_or(1);
+        let c = &mut c[t..t + count];
+        match count {
+            TOKENS => tokens::<TOKENS>(&panel, x, t, at, c, col),
+            8 => tokens::<8>(&panel, x, t, at, c, col),
+            4 => tokens::<4>(&panel, x, t, at, c, col),
+            2 => tokens::<2>(&panel, x, t, at, c, col),
+            _ => tokens::<1>(&panel, x, t, at, c, col),
+        }
+        t += count;
+    }
+}
+
+/// `M` tokens from `t` on with all rows of the panel.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn tokens<const M: usize>(panel: &Panel, x: &Q8, t: usize, at: Place, c: &mut [&mut [f32]], col: usize) {
+    let rows: [Q8Row; M] = std::array::from_fn(|m| x.row(t + m));
+    // In memory, for they are touched once a block: the registers belong to the integer sums.
+    let mut sums = [[0.0; LANES]; M];
+    let blocks = panel.codes.as_chunks::<{ BLOCK * LANES }>().0.iter().zip(panel.scales.as_chunks::<LANES>().0);
+    for (b, (w, scales)) in blocks.take(at.blocks).enumerate() {
+        let codes: [*const i8; M] = std::array::from_fn(|m| rows[m].codes[at.block + b].as_ptr());
+        let mut dots: [[__m512i; 2]; M] = std::array::from_fn(|m| {
+            let start: i32 = rows[m].starts[at.block + b].iter().sum();
+            [_mm512_set1_epi32(start); 2]
+        });
+        for quad in 0..QUADS {
+            // SAFETY: `w` holds 16 quads of 128 bytes, each row of codes 16 quads of 4.
+            unsafe {
+                let w = w.as_ptr().add(quad * QUAD * LANES);
+                let w = [_mm512_loadu_si512(w.cast()), _mm512_loadu_si512(w.add(64).cast())];
+                for m in 0..M {
+                    let x = _mm512_set1_epi32(codes[m].add(QUAD * quad).cast::<i32>().read_unaligned());
+                    for j in 0..2 {
+                        dots[m][j] = _mm512_dpbusd_epi32(dots[m][j], w[j], x);
+                    }
+                }
+            }
+        }
+        for m in 0..M {
+            let unit = _mm512_set1_ps(rows[m].units[at.block + b]);
+            for j in 0..2 {
+                // SAFETY: `scales` and `sums[m]` are arrays of 32 floats.
+                unsafe {
+                    let scale = _mm512_mul_ps(_mm512_loadu_ps(scales.as_ptr().add(16 * j)), unit);
+                    let sum = sums[m].as_mut_ptr().add(16 * j);
+                    _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[m][j]), scale, _mm512_loadu_ps(sum)));
+                }
+            }
+        }
+    }
+    for (c, sums) in c.iter_mut().zip(&sums) {
+        c[col..][..at.rows].iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
+    }
+}

@@ -1,0 +1,146 @@
+//! Products in 8 bits: activations rounded per block, weights as 8-bit codes, sums of a block in exact integers.
+//!
+//! With `x[k] ≈ u[b] p[k]` (`p` in -127..=127, `u[b] = max |x| / 127` over block `b` of 64) and `w[o, k] = a[o, b] c
+//! q[o, k]` (`a` the block's scale, `q` the codebook in -127..=127, `c` its unit):
+//! `y[o] = c sum_b a[o, b] u[b] (sum_k p[k] q[o, k])`. The relative error is some 0.6 % of a product's norm.
+//!
+//! Within each block the even elements come first, for they are the high halves of NF4's bytes. A block with a NaN or
+//! an infinity has a NaN as unit: what reads it becomes NaN, too.
+//!
+//! With one token a kernel walks along the rows of the weight (`matvec`). With more, `pack` unfolds some rows into a
+//! panel whose lanes are rows, and `tile` multiplies it by every token while it stays in cache.
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
+pub(crate) mod portable;
+mod weight;
+
+pub(crate) use weight::Int8;
+
+use super::Cpu;
+use super::split::run;
+
+/// Activations that share a unit, and weights that share a scale.
+pub(crate) const BLOCK: usize = 64;
+/// Codes that a lane of an integer product sums up.
+const QUAD: usize = 4;
+/// Quads of a block.
+const QUADS: usize = BLOCK / QUAD;
+
+/// Activations `[T, K]` in 8 bits.
+pub(crate) struct Q8 {
+    blocks: usize,
+    codes: Vec<i8>,
+    /// `[T, K / 64]`.
+    units: Vec<f32>,
+    /// `-128` times the sum of each four codes, `[T, K / 4]`: what products of unsigned weights begin with, which are
+    /// 128 too large.
+    starts: Vec<i32>,
+}
+
+/// One token of them.
+#[derive(Clone, Copy)]
+pub(crate) struct Q8Row<'a> {
+    pub codes: &'a [[i8; BLOCK]],
+    pub units: &'a [f32],
+    pub starts: &'a [[i32; QUADS]],
+}
+
+/// What quantizing one token fills in.
+pub(crate) struct Q8Mut<'a> {
+    pub codes: &'a mut [[i8; BLOCK]],
+    pub units: &'a mut [f32],
+    pub starts: &'a mut [[i32; QUADS]],
+}
+
+impl Q8 {
+    /// Rounds the rows of `x`, whose width is a multiple of 64.
+    pub fn new(cpu: &Cpu, x: &[f32], width: usize) -> Self {
+        assert!(width > 0 && width.is_multiple_of(BLOCK) && x.len().is_multiple_of(width));
+        let blocks = width / BLOCK;
+        let mut q = Self {
+            blocks,
+            codes: vec![0; x.len()],
+            units: vec![0.0; x.len() / BLOCK],
+            starts: vec![0; x.len() / QUAD],
+        };
+        let rows = q.codes.as_chunks_mut().0.chunks_mut(blocks).zip(q.units.chunks_mut(blocks));
+        let rows = rows.zip(q.starts.as_chunks_mut().0.chunks_mut(blocks)).zip(x.chunks(width)).collect();
+        run(&cpu.team, rows, x.len() < 16 * 1024, |(((codes, units), starts), x)| {
+            cpu.table.q8_quantize(x, Q8Mut { codes, units, starts });
+        });
+        q
+    }
+
+    /// Tokens.
+    pub fn tokens(&self) -> usize {
+        self.units.len() / self.blocks
+    }
+
+    /// Blocks of a token.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Token `t`.
+    #[inline(always)]
+    pub fn row(&self, t: usize) -> Q8Row<'_> {
+        let range = t * self.blocks..(t + 1) * self.blocks;
+        Q8Row {
+            codes: &self.codes.as_chunks().0[range.clone()],
+            units: &self.units[range.clone()],
+            starts: &self.starts.as_chunks().0[range],
+        }
+    }
+}
+
+/// Some rows of a weight, unfolded: `codes` holds, for each block and quad, four codes of each lane; `scales`, for each
+/// block, one of each lane. How codes are signed is up to the instruction set.
+pub(crate) struct Panel<'a> {
+    pub codes: &'a mut [u8],
+    pub scales: &'a mut [f32],
+}
+
+/// Where a panel lies in its weight.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub row: usize,
+    /// Rows, at most the instruction set's lanes; further lanes are zeros.
+    pub rows: usize,
+    /// First block of each row, and how many.
+    pub block: usize,
+    pub blocks: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Cpu, Table};
+    use super::Q8;
+
+    #[test]
+    fn activations_are_rounded_alike_everywhere() {
+        let mut x: Vec<f32> = (0..320).map(|i| ((i * 37 + 11) % 101) as f32 - 50.5).collect();
+        x[64..128].fill(0.0);
+        x[130] = f32::NAN;
+        x[200] = f32::NEG_INFINITY;
+        x[256..].iter_mut().for_each(|x| *x *= 1e-42);
+        for table in Table::available() {
+            let isa = table.isa().name();
+            let q = Q8::new(&Cpu::with_table(1, table), &x, 320);
+            let row = q.row(0);
+            assert_eq!(row.units[..2], [50.5 / 127.0, 0.0], "{isa}");
+            assert!(row.units[2].is_nan() && row.units[3].is_nan() && row.units[4] == 0.0, "{isa}");
+            for (i, x) in x[..64].iter().enumerate() {
+                let code = row.codes[0][i % 2 * 32 + i / 2];
+                assert_eq!(f32::from(code), (x * (127.0 / 50.5)).round_ties_even(), "{isa} element {i}");
+            }
+            for (codes, starts) in row.codes.iter().zip(row.starts) {
+                for (quad, start) in codes.as_chunks::<4>().0.iter().zip(starts) {
+                    assert_eq!(*start, -128 * quad.iter().map(|c| i32::from(*c)).sum::<i32>(), "{isa}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! 8-bit products for any CPU; the compiler makes vectors of the loops over 16-bit products.
+
+use super::super::nf4::Nf4;
+use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS};
+
+/// Rows of a panel.
+pub(crate) const LANES: usize = 8;
+
+/// Units below it are taken as zero: their reciprocals would overflow.
+pub(super) const TINY: f32 = 1e-36;
+
+/// See [`super::super::Table::q8_quantize`].
+pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
+    let parts = q.codes.iter_mut().zip(q.units).zip(q.starts);
+    for (x, ((codes, unit), starts)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
+        let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+        // `max` passes over NaN; a difference of an infinity with itself is one.
+        let broken = x.iter().any(|x| (x - x).is_nan());
+        *unit = if broken { f32::NAN } else { if largest < TINY { 0.0 } else { largest / 127.0 } };
+        let inverse = if *unit > 0.0 { 127.0 / largest } else { 0.0 };
+        for (i, x) in x.iter().enumerate() {
+            codes[i % 2 * (BLOCK / 2) + i / 2] = if broken { 0 } else { (x * inverse).round_ties_even() as i8 };
+        }
+        for (start, quad) in starts.iter_mut().zip(codes.as_chunks::<QUAD>().0) {
+            *start = -128 * quad.iter().map(|c| i32::from(*c)).sum::<i32>();
+        }
+    }
+}
+
+/// See [`super::super::Table::q8_nf4_matvec`].
+pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
+    let (blocks, book) = (x.units.len(), w.codebook());
+    for (i, y) in y.iter_mut().enumerate() {
+        let first = (row + i) * blocks;
+        let mut sum = 0.0;
+        for (b, ((packed, codes), unit)) in w.packed64(first).iter().zip(x.codes).zip(x.units).enumerate() {
+            let (even, odd) = codes.split_at(BLOCK / 2);
+            let halves = packed.iter().zip(even.iter().zip(odd));
+            let product = |(byte, (even, odd)): (&u8, (&i8, &i8))| {
+                let code = |nibble: u8| i32::from(book.codes[usize::from(nibble)]);
+                code(byte >> 4) * i32::from(*even) + code(byte & 15) * i32::from(*odd)
+            };
+            let dot: i32 = halves.map(product).sum();
+            sum += w.scale64(first + b) * unit * dot as f32;
+        }
+        *y = sum * book.unit;
+    }
+}
+
+/// See [`super::super::Table::q8_int8_matvec`].
+pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+    for (i, y) in y.iter_mut().enumerate() {
+        let mut sum = 0.0;
+        for ((w, x), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
+            let product = |(w, x): (&u8, &i8)| i32::from(i16::from(w.cast_signed()) * i16::from(*x));
+            sum += unit * w.iter().zip(x).map(product).sum::<i32>() as f32;
+        }
+        *y = sum * w.scale(row + i);
+    }
+}
+
+/// See [`super::super::Table::q8_pack_nf4`].
+pub(crate) fn pack_nf4(w: &Nf4, blocks: usize, at: Place, panel: Panel) {
+    let book = w.codebook();
+    pack::<LANES>(at, panel, |lane, b| {
+        let block = (at.row + lane) * blocks + at.block + b;
+        let mut codes = [0; BLOCK];
+        for (i, byte) in w.packed64(block)[0].iter().enumerate() {
+            codes[i] = book.codes[usize::from(byte >> 4)].cast_unsigned();
+            codes[i + BLOCK / 2] = book.codes[usize::from(byte & 15)].cast_unsigned();
+        }
+        (codes, w.scale64(block) * book.unit)
+    });
+}
+
+/// See [`super::super::Table::q8_pack_int8`].
+pub(crate) fn pack_int8(w: &Int8, at: Place, panel: Panel) {
+    pack::<LANES>(at, panel, |lane, b| (w.row(at.row + lane)[at.block + b], w.scale(at.row + lane)));
+}
+
+/// Fills a panel of `N` lanes with the blocks that `get(lane, block)` returns, with their scales.
+pub(super) fn pack<const N: usize>(at: Place, panel: Panel, get: impl Fn(usize, usize) -> ([u8; BLOCK], f32)) {
+    let blocks = panel.codes.chunks_exact_mut(BLOCK * N).zip(panel.scales.chunks_exact_mut(N));
+    for (b, (codes, scales)) in blocks.take(at.blocks).enumerate() {
+        for (lane, scale) in scales.iter_mut().enumerate() {
+            let (block, s) = if lane < at.rows { get(lane, b) } else { ([0; BLOCK], 0.0) };
+            *scale = s;
+            for (quad, four) in block.as_chunks::<QUAD>().0.iter().enumerate() {
+                codes[(quad * N + lane) * QUAD..][..QUAD].copy_from_slice(four);
+            }
+        }
+    }
+}
+
+/// See [`super::super::Table::q8_tile`].
+pub(crate) fn tile(panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
+    for (t, c) in c.iter_mut().enumerate() {
+        let (x, c) = (x.row(t), &mut c[col..][..at.rows]);
+        let mut sums = [0.0; LANES];
+        let blocks = panel.codes.as_chunks::<{ QUAD * LANES }>().0.chunks_exact(QUADS);
+        for (b, (w, scales)) in blocks.zip(panel.scales.as_chunks::<LANES>().0).take(at.blocks).enumerate() {
+            let mut dots = [0; LANES];
+            for (w, x) in w.iter().zip(x.codes[at.block + b].as_chunks::<QUAD>().0) {
+                for (dot, w) in dots.iter_mut().zip(w.as_chunks::<QUAD>().0) {
+                    let product = |(w, x): (&u8, &i8)| i32::from(i16::from(w.cast_signed()) * i16::from(*x));
+                    *dot += w.iter().zip(x).map(product).sum::<i32>();
+                }
+            }
+            for ((sum, dot), scale) in sums.iter_mut().zip(dots).zip(scales) {
+                *sum += scale * x.units[at.block + b] * dot as f32;
+            }
+        }
+        c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
+    }
+}

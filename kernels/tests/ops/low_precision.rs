@@ -1,0 +1,274 @@
+//! Products in 8 bits and in bf16, grouped products, and what they do with numbers that are none.
+
+use super::harness::{EPS, Expected, Random, Report, buffer, poisoned, read, wide};
+use super::oracle;
+use super::weights::{self, Kind};
+use bytes::Bytes;
+use pocketlora_kernels::quant::encode_int8;
+use pocketlora_kernels::{
+    Absmax, Arithmetic, Backend, FloatType, LowRank, MatrixData, MatrixSource, Nf4Source, Product, WorkType,
+};
+
+/// Weights with a fast path in 8 bits.
+const KINDS: [Kind; 4] = [
+    Kind::Nf4 { block: 64, double: true, dtype: FloatType::BF16 },
+    Kind::Nf4 { block: 64, double: false, dtype: FloatType::F32 },
+    Kind::Nf4 { block: 128, double: true, dtype: FloatType::F16 },
+    Kind::Nf4 { block: 4096, double: true, dtype: FloatType::F32 },
+];
+
+/// `[T, O, K]`: rows walked one by one, panels, their tails in rows, tokens and blocks, several tasks.
+const SHAPES: &[[usize; 3]] = &[
+    [1, 1, 64],
+    [1, 7, 192],
+    [1, 700, 64],
+    [2, 3, 128],
+    [3, 40, 64],
+    [4, 1, 64],
+    [5, 33, 192],
+    [13, 17, 64],
+    [15, 70, 128],
+    [31, 65, 1088],
+    [12, 600, 64],
+];
+
+/// The definition of activations in 8 bits, of every 64 a unit and their codes.
+fn rounded(x: &[f32]) -> Vec<f64> {
+    x.chunks(64)
+        .flat_map(|x| {
+            let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+            let (unit, inverse) = (f64::from(largest / 127.0), 127.0 / largest);
+            x.iter().map(move |x| f64::from((x * inverse).round_ties_even()) * unit)
+        })
+        .collect()
+}
+
+/// The weight that the codebook in 8 bits stands for.
+fn coarse(nf4: &Nf4Source, n: usize) -> Vec<f64> {
+    let largest = nf4.code.iter().fold(0.0_f64, |m, c| m.max(f64::from(c.abs())));
+    let code = nf4.code.map(|c| (f64::from(c) / largest * 127.0).round_ties_even() * largest / 127.0);
+    let nibble = |i: usize| usize::from(nf4.packed[i / 2] >> [4, 0][i % 2] & 15);
+    (0..n).map(|i| code[nibble(i)] * f64::from(nf4.absmax.get(i / nf4.block))).collect()
+}
+
+#[test]
+fn products_in_8_bits_meet_their_definition_and_stay_near_the_exact_ones() {
+    let mut report = Report::default();
+    let mut random = Random(41);
+    for &[t, o, k] in SHAPES {
+        for kind in KINDS {
+            let (source, w) = weights::random(&mut random, kind, o, k);
+            let MatrixData::Nf4(nf4) = &source.data else { unreachable!("`KINDS` has nothing else") };
+            let x = random.vector(t * k);
+            let (y, size) = oracle::matmul(&rounded(&x), &coarse(nf4, o * k), k);
+            let bounds = size.iter().map(|size| EPS * (k as f64 / 16.0 + 16.0) * (size + 1.0)).collect();
+            let (exact, _) = oracle::matmul(&wide(&x), &wide(&w), k);
+            let error: f64 = y.iter().zip(&exact).map(|(y, e)| (y - e) * (y - e)).sum();
+            let norm: f64 = exact.iter().map(|e| e * e).sum();
+            // 0.4 % of noise from either side, more for a product of few terms.
+            let relative = (error / norm).sqrt();
+            assert!(relative < 0.06 || o * t < 20, "{kind:?} T={t} O={o} K={k}: relative error {relative}");
+            report.case(&format!("matmul int8 {kind:?} T={t} O={o} K={k}"), &[Expected::new(y, bounds)], |cpu| {
+                let mut y = poisoned(cpu, t * o);
+                cpu.matmul(Arithmetic::Int8, &cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &x), &mut y, false);
+                vec![read(cpu, &y)]
+            });
+        }
+    }
+}
+
+#[test]
+fn weights_without_a_path_in_8_bits_are_multiplied_exactly() {
+    let mut report = Report::default();
+    let mut random = Random(42);
+    let small_blocks = Kind::Nf4 { block: 32, double: true, dtype: FloatType::F16 };
+    for (kind, [t, o, k]) in [
+        (KINDS[0], [1, 5, 96]),
+        (KINDS[0], [6, 5, 70]),
+        (small_blocks, [1, 5, 64]),
+        (small_blocks, [5, 9, 64]),
+        (Kind::Dense(FloatType::F16), [1, 9, 64]),
+        (Kind::Dense(FloatType::F32), [3, 9, 64]),
+    ] {
+        let (source, w) = weights::random(&mut random, kind, o, k);
+        let x = random.vector(t * k);
+        let (y, size) = oracle::matmul(&wide(&x), &wide(&w), k);
+        let bounds = size.iter().map(|size| EPS * (k as f64 / 8.0 + 16.0) * (size + 1.0)).collect();
+        report.case(&format!("matmul int8 {kind:?} T={t} O={o} K={k}"), &[Expected::new(y, bounds)], |cpu| {
+            let mut y = poisoned(cpu, t * o);
+            cpu.matmul(Arithmetic::Int8, &cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &x), &mut y, false);
+            vec![read(cpu, &y)]
+        });
+    }
+}
+
+/// A matrix in 8 bits and its values.
+fn int8(random: &mut Random, rows: usize, cols: usize) -> (MatrixSource, Vec<f64>) {
+    let (mut codes, mut scales, mut values) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..rows {
+        let mut row = vec![0; cols];
+        let scale = encode_int8(&random.vector(cols), &mut row);
+        let code = |i: usize| row[i / 64 * 64 + i % 2 * 32 + i % 64 / 2];
+        values.extend((0..cols).map(|i| f64::from(code(i)) * f64::from(scale)));
+        codes.extend(row.iter().map(|c| c.cast_unsigned()));
+        scales.extend(scale.to_le_bytes());
+    }
+    let data = MatrixData::Int8 { codes: Bytes::from(codes), scales: Bytes::from(scales) };
+    (MatrixSource { rows, cols, data }, values)
+}
+
+#[test]
+fn matrices_in_8_bits_meet_their_definition() {
+    let mut report = Report::default();
+    let mut random = Random(43);
+    for [t, o, k] in [[1, 1, 64], [1, 600, 128], [2, 5, 64], [9, 67, 192], [13, 300, 64]] {
+        let (source, w) = int8(&mut random, o, k);
+        let x = random.vector(t * k);
+        let ids: Vec<u32> = (0..o as u32).rev().collect();
+        let rows = ids.iter().flat_map(|id| w[*id as usize * k..][..k].to_vec()).collect();
+        let (y, size) = oracle::matmul(&rounded(&x), &w, k);
+        let (dx, dx_size) = oracle::matmul(&oracle::matmul(&wide(&x), &w, k).0, &oracle::transpose(&w, k), o);
+        let bound = |size: &[f64], n: usize| size.iter().map(|s| EPS * (n as f64 + 16.0) * (s + 1.0)).collect();
+        let dy: Vec<f32> = oracle::matmul(&wide(&x), &w, k).0.iter().map(|y| *y as f32).collect();
+        let expected = [
+            Expected::new(y, bound(&size, k / 16)),
+            Expected::relative(rows, EPS),
+            Expected::new(dx, bound(&dx_size, o)),
+        ];
+        report.case(&format!("int8 matrix T={t} O={o} K={k}"), &expected, |cpu| {
+            let w = cpu.matrix(source.clone()).unwrap();
+            let (mut y, mut e, mut dx) = (poisoned(cpu, t * o), poisoned(cpu, o * k), poisoned(cpu, t * k));
+            cpu.matmul(Arithmetic::Int8, &w, &buffer(cpu, &x), &mut y, false);
+            cpu.embed(&w, &ids, &mut e);
+            cpu.matmul_vjp_x(Arithmetic::Exact, &w, &buffer(cpu, &dy), &mut dx, false);
+            vec![read(cpu, &y), read(cpu, &e), read(cpu, &dx)]
+        });
+    }
+}
+
+#[test]
+fn a_number_that_is_none_spoils_its_token_and_no_other() {
+    let mut report = Report::default();
+    let mut random = Random(44);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for t in [1, 3, 14] {
+            let (source, _) = weights::random(&mut random, KINDS[0], 40, 192);
+            let MatrixData::Nf4(nf4) = &source.data else { unreachable!("`KINDS` has nothing else") };
+            let mut x = random.vector(t * 192);
+            let (mut y, size) = oracle::matmul(&rounded(&x), &coarse(nf4, 40 * 192), 192);
+            x[(t - 1) * 192 + 70] = bad;
+            y[(t - 1) * 40..].fill(f64::NAN);
+            let bounds = size.iter().map(|size| EPS * 64.0 * (size + 1.0)).collect();
+            report.case(&format!("matmul int8 with {bad} in token {t}"), &[Expected::new(y, bounds)], |cpu| {
+                let mut y = poisoned(cpu, t * 40);
+                cpu.matmul(Arithmetic::Int8, &cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &x), &mut y, false);
+                vec![read(cpu, &y)]
+            });
+        }
+    }
+}
+
+#[test]
+fn products_in_bf16_err_by_no_more_than_their_rounding() {
+    let mut report = Report::default();
+    let mut random = Random(45);
+    for [t, o, k] in [[8, 3, 5], [9, 40, 64], [33, 70, 43], [17, 8, 576], [20, 100, 8], [13, 33, 530], [70, 530, 16]] {
+        for kind in [Kind::Dense(FloatType::F16), KINDS[0], weights::KINDS[6]] {
+            let (source, w) = weights::random(&mut random, kind, o, k);
+            let (x, dy) = (random.vector(t * k), random.vector(t * o));
+            let (y, y_size) = oracle::matmul(&wide(&x), &wide(&w), k);
+            let (dx, dx_size) = oracle::matmul(&wide(&dy), &oracle::transpose(&wide(&w), k), o);
+            // Two operands of 8 bits of mantissa, the sum in f32.
+            let bound = |s: &[f64], n: usize| {
+                s.iter().map(|s| (s + 1e-30) * (2.0 / 256.0 + 1e-5 + EPS * n as f64)).collect::<Vec<_>>()
+            };
+            let more = |y: &[f64]| y.iter().map(|y| y + 1.0).collect::<Vec<_>>();
+            let expected = [
+                Expected::new(y, bound(&y_size, k)),
+                Expected::new(more(&dx), bound(&dx_size, o).iter().map(|b| b + EPS).collect()),
+            ];
+            report.case(&format!("matmul bf16 {kind:?} T={t} O={o} K={k}"), &expected, |cpu| {
+                let w = cpu.matrix(source.clone()).unwrap();
+                let (mut y, mut dx) = (poisoned(cpu, t * o), buffer(cpu, &vec![1.0; t * k]));
+                cpu.matmul(Arithmetic::Bf16, &w, &buffer(cpu, &x), &mut y, false);
+                cpu.matmul_vjp_x(Arithmetic::Bf16, &w, &buffer(cpu, &dy), &mut dx, true);
+                vec![read(cpu, &y), read(cpu, &dx)]
+            });
+        }
+    }
+}
+
+#[test]
+fn grouped_products_with_adapters_equal_the_single_ones() {
+    let mut report = Report::default();
+    let mut random = Random(46);
+    for t in [0, 1, 2, 9] {
+        for k in [64, 200, 576] {
+            let shapes = [(70, 16), (24, 8), (300, 3), (5, 0)];
+            let x = random.vector(t * k);
+            let mut expected = Vec::new();
+            let mut parts = Vec::new();
+            for (i, (o, rank)) in shapes.into_iter().enumerate() {
+                let (source, w) = weights::random(&mut random, weights::KINDS[[3, 1, 4, 3][i]], o, k);
+                let (mut y, size) = oracle::matmul(&wide(&x), &wide(&w), k);
+                let mut bounds: Vec<f64> = size.iter().map(|s| EPS * (k as f64 / 8.0 + 16.0) * (s + 1.0)).collect();
+                // The second layer has two adapters, the last none.
+                let adapters: Vec<_> = (0..[1, 2, 1, 0][i])
+                    .map(|_| (random.vector(rank * k), random.vector(o * rank), 0.5 + random.uniform()))
+                    .collect();
+                for (a, b, scale) in &adapters {
+                    let h: Vec<f64> = oracle::matmul(&wide(&x), &wide(a), k).0;
+                    let (low, low_size) = oracle::matmul(&h, &wide(b), rank);
+                    for (i, low) in low.iter().enumerate() {
+                        y[i] += f64::from(*scale) * low;
+                        bounds[i] += EPS * k as f64 * (low_size[i] + 1.0);
+                    }
+                }
+                expected.push(Expected::new(y, bounds));
+                parts.push((source, adapters, o, rank));
+            }
+            report.case(&format!("matmul_group T={t} K={k}"), &expected, |cpu| {
+                let matrix = |rows: usize, cols: usize, values: &[f32]| {
+                    let mut matrix = cpu.work_matrix(rows, cols, WorkType::F32).unwrap();
+                    cpu.set_matrix(&mut matrix, &buffer(cpu, values));
+                    matrix
+                };
+                let weights: Vec<_> = parts
+                    .iter()
+                    .map(|(source, adapters, o, rank)| {
+                        let put =
+                            |(a, b, s): &(Vec<f32>, Vec<f32>, f32)| (matrix(*rank, k, a), matrix(*o, *rank, b), *s);
+                        (cpu.matrix(source.clone()).unwrap(), adapters.iter().map(put).collect::<Vec<_>>())
+                    })
+                    .collect();
+                let mut ys: Vec<_> = parts.iter().map(|part| poisoned(cpu, t * part.2)).collect();
+                let mut products: Vec<_> = weights
+                    .iter()
+                    .zip(&mut ys)
+                    .map(|((w, adapters), y)| {
+                        let low_rank = adapters.iter().map(|(a, b, scale)| LowRank { a, b, scale: *scale }).collect();
+                        Product { w, low_rank, y }
+                    })
+                    .collect();
+                cpu.matmul_group(Arithmetic::Exact, &buffer(cpu, &x), &mut products).unwrap();
+                ys.iter().map(|y| read(cpu, y)).collect()
+            });
+        }
+    }
+}
+
+#[test]
+fn a_codebook_that_is_not_finite_has_no_path_in_8_bits() {
+    let mut report = Report::default();
+    let mut random = Random(47);
+    let (mut source, _) = weights::random(&mut random, KINDS[1], 4, 64);
+    let MatrixData::Nf4(nf4) = &mut source.data else { unreachable!("`KINDS` has nothing else") };
+    nf4.code[3] = f32::INFINITY;
+    nf4.packed = Bytes::from(vec![0x33; 128]);
+    nf4.absmax = Absmax::Plain(Bytes::from(1.0_f32.to_le_bytes().repeat(4)));
+    report.case("infinite codebook", &[Expected::new(vec![f64::INFINITY; 4], vec![0.0; 4])], |cpu| {
+        let mut y = poisoned(cpu, 4);
+        cpu.matmul(Arithmetic::Int8, &cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &[1.0; 64]), &mut y, false);
+        vec![read(cpu, &y)]
+    });
+}
