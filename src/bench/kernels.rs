@@ -72,11 +72,11 @@ fn products(session: &Session, options: &Options) -> Vec<Product> {
 }
 
 /// Weights of one shape.
-struct Group<'a> {
-    head: bool,
-    shape: (usize, usize),
-    layers: Vec<&'a str>,
-    params: Vec<Param>,
+pub(super) struct Group<'a> {
+    pub head: bool,
+    pub shape: (usize, usize),
+    pub layers: Vec<&'a str>,
+    pub params: Vec<Param>,
 }
 
 /// Every operation that dominates the model's time, on the threads of `session`.
@@ -98,7 +98,7 @@ pub(super) fn measure(
 }
 
 /// The linear layers by shape, and the head.
-fn groups(base: &Base<Cpu>) -> Vec<Group<'_>> {
+pub(super) fn groups(base: &Base<Cpu>) -> Vec<Group<'_>> {
     let head = base.model.head_param();
     let mut groups: Vec<Group<'_>> = Vec::new();
     for (i, spec) in base.model.params().iter().enumerate() {
@@ -266,7 +266,7 @@ pub(super) fn noise(backend: &Cpu, len: usize) -> Result<Buffer> {
     Ok(buffer)
 }
 
-fn spelled(arithmetic: Arithmetic) -> &'static str {
+pub(super) fn spelled(arithmetic: Arithmetic) -> &'static str {
     match arithmetic {
         Arithmetic::Exact => "exact",
         Arithmetic::Bf16 => "bf16",

@@ -6,7 +6,13 @@
 //! limits are taken again at the end and the higher ones hold, as other programs can only take away from them.
 //! Top-level figures are medians; everything else stands beside them.
 
+#[cfg(feature = "ggml")]
+mod against;
 mod figure;
+#[cfg(feature = "ggml")]
+pub mod ggml;
+#[cfg(feature = "ggml")]
+pub mod gguf;
 mod infer;
 mod kernels;
 mod learn;
@@ -14,6 +20,8 @@ mod machine;
 pub mod shape;
 mod work;
 
+#[cfg(feature = "ggml")]
+pub use against::{Against, KernelRatio, ModelRatio, Theirs, compare};
 pub use figure::Figure;
 pub use kernels::Kernel;
 pub use machine::Machine;

@@ -72,14 +72,14 @@ pub fn write(name: &str, out: &Path, progress: &mut dyn FnMut(u64, u64) -> bool)
 }
 
 /// A checkpoint that is made while it is read.
-struct Synthetic {
+pub(super) struct Synthetic {
     config: Map<String, Value>,
     tensors: Vec<TensorMeta>,
     roles: Vec<Role>,
 }
 
 impl Synthetic {
-    fn new(config: Map<String, Value>) -> Result<Self> {
+    pub fn new(config: Map<String, Value>) -> Result<Self> {
         let model = pocketlora_models::build(&config).map_err(|e| {
             Error::new(ErrorCode::Config, "shape", "its config is not one of a known family").caused_by(e)
         })?;

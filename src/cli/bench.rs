@@ -52,6 +52,18 @@ pub(super) struct Args {
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
     #[arg(long)]
     no_quantize: bool,
+    /// Measure ggml's 4-bit types on the same shapes in turn, and llama.cpp on whole models given by --gguf.
+    #[cfg(feature = "ggml")]
+    #[arg(long, value_name = "WHOM", value_parser = ["ggml"])]
+    against: Option<String>,
+    /// GGUF files to compare the model with.
+    #[cfg(feature = "ggml")]
+    #[arg(long, value_name = "FILE", value_delimiter = ',', requires = "against")]
+    gguf: Vec<PathBuf>,
+    /// Make these types from the one --gguf file, or from the shape, and compare with them: q4_0, iq4_nl, q4_k_m.
+    #[cfg(feature = "ggml")]
+    #[arg(long, value_name = "TYPE", value_delimiter = ',', requires = "against")]
+    gguf_types: Vec<bench::ggml::Quant>,
     /// Write the report, with the command that made it, to this file.
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
@@ -86,19 +98,43 @@ pub(super) fn run(args: &Args) -> Result<()> {
         bar.set_message(what.to_owned());
         !interrupt::asked()
     };
-    let report = bench::run(&dir, &open, &wanted, &mut tell);
+    let measured = measure(args, &dir, &open, &wanted, work.path(), &mut tell);
     bar.finish_and_clear();
-    let report = report.map_err(|e| if e.code() == ErrorCode::Cancelled { stopped("bench") } else { e })?;
-    let value = json!(report);
+    let (value, text) = measured.map_err(|e| if e.code() == ErrorCode::Cancelled { stopped("bench") } else { e })?;
     if let Some(path) = &args.record {
         record(path, &value)?;
     }
     if args.json {
         print_json(&value);
     } else {
-        print(&report);
+        print!("{text}");
     }
     Ok(())
+}
+
+/// The report as JSON and as text.
+fn measure(
+    args: &Args,
+    dir: &Path,
+    open: &session::Options,
+    wanted: &Options,
+    work: &Path,
+    tell: &mut bench::Progress<'_>,
+) -> Result<(Value, String)> {
+    #[cfg(feature = "ggml")]
+    let files = ggufs(args, work, tell)?;
+    let report = bench::run(dir, open, wanted, tell)?;
+    #[cfg_attr(not(feature = "ggml"), expect(unused_mut, reason = "nothing to add"))]
+    let (mut value, mut text) = (json!(report), text(&report));
+    #[cfg(feature = "ggml")]
+    if args.against.is_some() {
+        let against = bench::compare(dir, open, wanted, &files, tell)?;
+        text.push_str(&against_text(&against));
+        if let Some(report) = value.as_object_mut() {
+            report.insert("against".to_owned(), json!(against));
+        }
+    }
+    Ok((value, text))
 }
 
 /// Writes the model of shape `name` into `folder`, unless it is there.
@@ -131,28 +167,28 @@ fn record(path: &Path, report: &Value) -> Result<()> {
     write_bytes(path, text.as_bytes())
 }
 
-fn print(report: &Report) {
+fn text(report: &Report) -> String {
     let Report { model, machine, runs, kernels, tokens, trials, .. } = report;
-    println!(
-        "{} ({}) on {}; medians of {trials} trials, best and spread in brackets",
-        model.name, model.model_type, machine.cpu
-    );
-    println!(
-        "{} mapped, {} to read for each token; prompt {}, decode {}, training sequence {}",
+    let mut table = new_table(&["", "tok/s", "", "of the limit", "limit", "anonymous"]);
+    for run in runs {
+        rows(run, &mut table);
+    }
+    let mut text = format!(
+        "{} ({}) on {}; medians of {trials} trials, best and spread in brackets\n{} mapped, {} to read for each token; \
+         prompt {}, decode {}, training sequence {}\n{table}\n",
+        model.name,
+        model.model_type,
+        machine.cpu,
         megabytes(model.mapped_bytes),
         megabytes(model.work.bytes_per_token),
         tokens.prefill,
         tokens.decode,
         tokens.train
     );
-    let mut table = new_table(&["", "tok/s", "", "of the limit", "limit", "anonymous"]);
-    for run in runs {
-        rows(run, &mut table);
-    }
-    println!("{table}");
     if !kernels.is_empty() {
-        println!("{}", kernel_table(kernels));
+        text.push_str(&format!("{}\n", kernel_table(kernels)));
     }
+    text
 }
 
 fn rows(run: &Run, table: &mut Table) {
@@ -210,4 +246,63 @@ fn new_table(header: &[&str]) -> Table {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
+}
+
+/// The GGUF files to compare with, made now where types are wanted.
+#[cfg(feature = "ggml")]
+fn ggufs(args: &Args, work: &Path, tell: &mut bench::Progress<'_>) -> Result<Vec<PathBuf>> {
+    if args.gguf_types.is_empty() {
+        return Ok(args.gguf.clone());
+    }
+    let folder = args.keep.as_deref().unwrap_or(work);
+    let (source, name) = match (&args.gguf[..], &args.shape) {
+        ([one], _) => (one.clone(), one.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned())),
+        ([], Some(shape)) => (bench::gguf::write_shape(shape, folder, tell)?, shape.clone()),
+        _ => return Err(Error::config("gguf-types", "one file given by `--gguf`, or a `--shape`", args.gguf.len())),
+    };
+    let make = |quant: &bench::ggml::Quant| {
+        let out = folder.join(format!("{name}.{}.gguf", quant.name()));
+        if !out.exists() {
+            tell(&format!("{} for llama.cpp", quant.name()));
+            bench::ggml::requantize(&source, &out, *quant)?;
+        }
+        Ok(out)
+    };
+    args.gguf_types.iter().map(make).collect()
+}
+
+#[cfg(feature = "ggml")]
+fn against_text(against: &bench::Against) -> String {
+    let mut models =
+        new_table(&["against llama.cpp", "threads", "prefill", "ours", "ratio", "decode", "ours", "ratio"]);
+    for m in &against.models {
+        models.add_row([
+            m.file.clone(),
+            m.threads.to_string(),
+            format!("{:.1}", m.prefill.median),
+            format!("{:.1}", m.our_prefill.median),
+            format!("{:.2}", m.prefill_ratio),
+            format!("{:.1}", m.decode.median),
+            format!("{:.1}", m.our_decode.median),
+            format!("{:.2}", m.decode_ratio),
+        ]);
+    }
+    let mut kernels = new_table(&["against ggml", "shape", "threads", "us", "ours", "ratio"]);
+    for k in &against.kernels {
+        for t in &k.theirs {
+            kernels.add_row([
+                format!("{}{}", t.quant, if t.repacked { ", repacked" } else { "" }),
+                k.shape.clone(),
+                k.threads.to_string(),
+                format!("{:.1}", 1e6 / t.calls.median),
+                format!("{:.1}", 1e6 / k.ours.median),
+                format!("{:.2}", t.ratio),
+            ]);
+        }
+    }
+    let mut text = format!("ggml {}: {}\n", against.version, against.system);
+    for table in [models, kernels].iter().filter(|t| t.row_count() > 0) {
+        text.push_str(&format!("{table}\n"));
+    }
+    text
 }
