@@ -36,6 +36,14 @@ test *ARGS:
 portable:
     .ci/run portable
 
+# The kernels' tests on a Vulkan device as well; a software driver will do.
+vulkan:
+    .ci/run vulkan
+
+# Compile the Vulkan shaders after a change; commit the result with it.
+shaders:
+    .ci/run shaders
+
 # Build for 64-bit ARM and run the kernels' tests on an emulated processor.
 aarch64:
     .ci/run aarch64

@@ -4,14 +4,16 @@
 //! columns, `V` vocabulary, `H` query heads, `G` key/value heads, `D` head width. Activations are f32,
 //! row-major `[T, C]`. Weights are row-major `[O, K]`, as checkpoints store them.
 //!
-//! A backend may record work instead of doing it: only [`Backend::read`] has to wait for it. Buffers and
-//! matrices belong to the device; the caller never sees their memory. Shapes follow from buffer lengths, and
-//! a wrong one is a bug in the caller: every method asserts it at the door. Outputs that are not said to be
-//! accumulated are overwritten whatever they held before.
+//! A backend may record work instead of doing it: only [`Backend::read`] and [`Backend::sum_squares`] have to wait for
+//! it. Operations cannot fail; a device that is lost meanwhile says so at the next of those two. A buffer or matrix may
+//! be dropped before recorded work that uses it is done. Buffers and matrices belong to the device; the caller never
+//! sees their memory. Shapes follow from buffer lengths, and a wrong one is a bug in the caller: every method asserts it at
+//! the door. Outputs that are not said to be accumulated are overwritten whatever they held before.
 
 use crate::{Error, MatrixSource};
 
-/// Arithmetic of the products with weights. Results are f32 in all of them.
+/// Arithmetic of the products with weights. Results are f32 in all of them. A device that lacks one takes a more exact
+/// one instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Arithmetic {
     /// f32 products and sums, of the weights' exact values.

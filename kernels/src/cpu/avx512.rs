@@ -22,24 +22,39 @@ pub(crate) fn sum16(v: __m512) -> f32 {
 #[target_feature(enable = "avx512f")]
 pub(crate) fn transpose16(v: [__m512i; 16]) -> [__m512i; 16] {
     // Within 128-bit parts: first pairs of 32 bits, then pairs of 64.
-    let a: [__m512i; 16] = std::array::from_fn(|i| {
-        let (x, y) = (v[i / 2 * 2], v[i / 2 * 2 + 1]);
-        if i % 2 == 0 { _mm512_unpacklo_epi32(x, y) } else { _mm512_unpackhi_epi32(x, y) }
-    });
-    let b: [__m512i; 16] = std::array::from_fn(|i| {
-        let (x, y) = (a[i / 4 * 4 + i % 4 / 2], a[i / 4 * 4 + 2 + i % 4 / 2]);
-        if i % 2 == 0 { _mm512_unpacklo_epi64(x, y) } else { _mm512_unpackhi_epi64(x, y) }
-    });
+    let (mut a, mut b, mut c, mut d) = (v, v, v, v);
+    for i in 0..8 {
+        let (x, y) = (v[2 * i], v[2 * i + 1]);
+        (a[2 * i], a[2 * i + 1]) = (_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+    }
+    for i in 0..8 {
+        let (x, y) = (a[i / 2 * 4 + i % 2], a[i / 2 * 4 + 2 + i % 2]);
+        (b[2 * i], b[2 * i + 1]) = (_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+    }
     // `b[4 g + r]` holds, in part `p`, column `4 p + r` of rows `4 g ..`. Then the parts themselves.
-    let c: [__m512i; 16] = std::array::from_fn(|i| {
-        let (half, r, odd) = (i / 8, i % 8 / 2, i % 2);
-        let (x, y) = (b[8 * half + r], b[8 * half + 4 + r]);
-        if odd == 0 { _mm512_shuffle_i32x4::<0b10_00_10_00>(x, y) } else { _mm512_shuffle_i32x4::<0b11_01_11_01>(x, y) }
-    });
+    for i in 0..8 {
+        let (x, y) = (b[i / 4 * 8 + i % 4], b[i / 4 * 8 + 4 + i % 4]);
+        (c[2 * i], c[2 * i + 1]) = (even_parts(x, y), odd_parts(x, y));
+    }
     // `c[8 half + 2 r + odd]` holds parts `odd` and `odd + 2` of row groups `2 half` and `2 half + 1`.
-    std::array::from_fn(|i| {
+    for i in 0..8 {
         let (part, r) = (i / 4, i % 4);
-        let (x, y) = (c[2 * r + part % 2], c[8 + 2 * r + part % 2]);
-        if part < 2 { _mm512_shuffle_i32x4::<0b10_00_10_00>(x, y) } else { _mm512_shuffle_i32x4::<0b11_01_11_01>(x, y) }
-    })
+        let (x, y) = (c[2 * r + part], c[8 + 2 * r + part]);
+        (d[4 * part + r], d[8 + 4 * part + r]) = (even_parts(x, y), odd_parts(x, y));
+    }
+    d
+}
+
+/// The 128-bit parts 0 and 2 of `x`, then of `y`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn even_parts(x: __m512i, y: __m512i) -> __m512i {
+    _mm512_shuffle_i32x4::<0b10_00_10_00>(x, y)
+}
+
+/// Parts 1 and 3.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn odd_parts(x: __m512i, y: __m512i) -> __m512i {
+    _mm512_shuffle_i32x4::<0b11_01_11_01>(x, y)
 }

@@ -1,17 +1,29 @@
 //! Memory of the CPU backend.
 
 use crate::Error;
+use std::fmt;
 use std::ops::{Deref, DerefMut};
 
-/// An f32 array on the heap.
-#[derive(Debug)]
-pub struct Buffer(Vec<f32>);
+/// An f32 array on the heap, or one that another device shares.
+pub struct Buffer(Values);
+
+enum Values {
+    Own(Vec<f32>),
+    #[cfg(feature = "vulkan")]
+    Lent(Box<dyn DerefMut<Target = [f32]> + Send + Sync>),
+}
 
 impl Buffer {
     pub(crate) fn zeros(len: usize) -> Result<Self, Error> {
         let mut values = reserve(len)?;
         values.resize(len, 0.0);
-        Ok(Self(values))
+        Ok(Self(Values::Own(values)))
+    }
+
+    /// Memory of a device that leaves operations to this backend.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn lent(values: Box<dyn DerefMut<Target = [f32]> + Send + Sync>) -> Self {
+        Self(Values::Lent(values))
     }
 }
 
@@ -19,13 +31,27 @@ impl Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.0
+        match &self.0 {
+            Values::Own(values) => values,
+            #[cfg(feature = "vulkan")]
+            Values::Lent(values) => values,
+        }
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.0
+        match &mut self.0 {
+            Values::Own(values) => values,
+            #[cfg(feature = "vulkan")]
+            Values::Lent(values) => values,
+        }
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Buffer").field(&&**self).finish()
     }
 }
 

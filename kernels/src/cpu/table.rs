@@ -17,7 +17,7 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
-    /// AVX-512 F and BW beside those, VNNI and BF16 where the CPU has them.
+    /// AVX-512 F, BW and VL beside those, VNNI with VBMI and BF16 where the CPU has them.
     Avx512,
 }
 
@@ -108,6 +108,8 @@ static AVX512: Table = Table {
     transposes_from: 48,
     nf4_decode: nf4::avx512::decode,
     nf4_matvec: nf4::avx512::matvec,
+    dense_decode: dense::avx512::decode,
+    exp: exp::avx512::exp,
     tile_dot: tile::avx512::dot,
     tile_axpy: tile::avx512::axpy,
     ..AVX2
@@ -134,11 +136,12 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
         tables.push(&AVX2);
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            // One name for what a CPU has of it: bf16 came after VNNI, which came after the base.
-            tables.push(if !is_x86_feature_detected!("avx512vnni") {
+        let base = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
+        if base && is_x86_feature_detected!("avx512vl") {
+            // One name for what a CPU has of it: bf16 came after VNNI and VBMI, which came after the base.
+            tables.push(if !is_x86_feature_detected!("avx512vnni") || !is_x86_feature_detected!("avx512vbmi") {
                 &AVX512
-            } else if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vl") {
+            } else if is_x86_feature_detected!("avx512bf16") {
                 &AVX512_BF16
             } else {
                 &AVX512_VNNI

@@ -1,6 +1,6 @@
 //! Attention over segments and over a cache.
 
-use super::harness::{EPS, Expected, Random, Report, buffer, poisoned, read, wide};
+use super::harness::{EPS, Expected, Random, Report, buffer, case, poisoned, read, wide};
 use super::oracle;
 use pocketlora_kernels::{Attention, Backend, CacheType};
 
@@ -45,7 +45,7 @@ fn attention_and_its_gradients_meet_the_oracle() {
         };
         let expected =
             [average(y), Expected::new(lse, vec![16.0 * EPS; t * heads]), gradient(dq), gradient(dk), gradient(dv)];
-        report.case(&format!("attention {spec:?} {segments:?}"), &expected, |cpu| {
+        case!(report, &format!("attention {spec:?} {segments:?}"), &expected, |cpu| {
             let [q, k, v, dy] = [&q, &k, &v, &dy].map(|x| buffer(cpu, x));
             let [mut y, mut dq] = [0; 2].map(|_| poisoned(cpu, t * heads * d));
             let [mut dk, mut dv] = [0; 2].map(|_| poisoned(cpu, t * kv_heads * d));
@@ -99,7 +99,7 @@ fn attention_over_a_cache_meets_the_oracle() {
             };
             let (y, _) = oracle::attention(&spec, &[keys], &wide(&q), &stored(&k), &stored(&v));
             let expected = [Expected::new(y, vec![16.0 * EPS; new * heads * d])];
-            report.case(&format!("attention_cached {dtype:?} {spec:?} {new} of {keys}"), &expected, |cpu| {
+            case!(report, &format!("attention_cached {dtype:?} {spec:?} {new} of {keys}"), &expected, |cpu| {
                 let width = kv_heads * d;
                 let mut cache = cpu.cache(spec.kv_heads, spec.head_dim, dtype);
                 // Appended in two parts, with a wrong token that is taken back between them.
@@ -128,7 +128,7 @@ fn large_scores_stay_finite_and_nan_is_carried() {
     let large: Vec<f32> = q.iter().map(|q| q * 300.0).collect();
     let (y, _) = oracle::attention(&spec, &[t], &wide(&large), &wide(&k), &wide(&v));
     // Scores of some 300 have an error of 300 EPS, which the exponential passes on.
-    report.case("attention of large scores", &[Expected::new(y, vec![2000.0 * EPS; t * 8])], |cpu| {
+    case!(report, "attention of large scores", &[Expected::new(y, vec![2000.0 * EPS; t * 8])], |cpu| {
         let [q, k, v] = [&large, &k, &v].map(|x| buffer(cpu, x));
         let (mut y, mut lse) = (poisoned(cpu, t * 8), poisoned(cpu, t));
         cpu.attention(&spec, &[t], &q, &k, &v, &mut y, &mut lse);
@@ -138,7 +138,7 @@ fn large_scores_stay_finite_and_nan_is_carried() {
     broken[67 * 8..][..8].fill(f32::NAN);
     let (mut y, _) = oracle::attention(&spec, &[t], &wide(&q), &wide(&k), &wide(&v));
     y[67 * 8..][..8].fill(f64::NAN);
-    report.case("attention with a NaN query", &[Expected::new(y, vec![16.0 * EPS; t * 8])], |cpu| {
+    case!(report, "attention with a NaN query", &[Expected::new(y, vec![16.0 * EPS; t * 8])], |cpu| {
         let [q, k, v] = [&broken, &k, &v].map(|x| buffer(cpu, x));
         let (mut y, mut lse) = (poisoned(cpu, t * 8), poisoned(cpu, t));
         cpu.attention(&spec, &[t], &q, &k, &v, &mut y, &mut lse);

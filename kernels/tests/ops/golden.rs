@@ -1,6 +1,6 @@
 //! Dequantized weights against bitsandbytes' own, bit by bit (`data/nf4_small.safetensors`).
 
-use super::harness::{Expected, Report, poisoned, read};
+use super::harness::{Expected, Report, case, poisoned, read};
 use bytes::Bytes;
 use half::{bf16, f16};
 use pocketlora_kernels::{Absmax, Backend, FloatType, MatrixData, MatrixSource, Nf4Source};
@@ -55,7 +55,7 @@ fn dequantized_weights_are_those_of_bitsandbytes() {
             let values: Vec<f64> = values.iter().map(|v| f64::from(*v)).collect();
             let expected = [Expected::new(values, vec![0.0; rows * cols])];
             let ids: Vec<u32> = (0..rows as u32).collect();
-            report.case(&format!("{case}.{variant}"), &expected, |cpu| {
+            case!(report, &format!("{case}.{variant}"), &expected, |cpu| {
                 let mut y = poisoned(cpu, rows * cols);
                 cpu.embed(&cpu.matrix(source.clone()).unwrap(), &ids, &mut y);
                 vec![read(cpu, &y)]

@@ -1,7 +1,7 @@
-//! Runs a case on every table and thread count and reports all failures at once.
+//! Runs a case on every device, table and thread count and reports all failures at once.
 
 use pocketlora_kernels::Backend;
-use pocketlora_kernels::cpu::{Buffer, Cpu, Table};
+use pocketlora_kernels::cpu::{Cpu, Table};
 use std::sync::LazyLock;
 
 /// Unit in the last place of 1 in f32.
@@ -40,6 +40,18 @@ impl Expected {
     }
 }
 
+/// Adds a case to a [`Report`]: `case!(report, name, expected, |device| outputs)`. The body is compiled for every
+/// backend and returns the outputs that `expected` describes, in the same order.
+macro_rules! case {
+    ($report:expr, $name:expr, $expected:expr, |$device:ident| $body:expr $(,)?) => {{
+        let (name, expected): (&str, &[Expected]) = ($name, $expected);
+        $report.cpus(name, expected, |$device: &pocketlora_kernels::Cpu| $body);
+        #[cfg(feature = "vulkan")]
+        $report.vulkan(name, expected, |$device: &pocketlora_kernels::Vulkan| $body);
+    }};
+}
+pub(crate) use case;
+
 /// Collects failures; panics with all of them when dropped.
 #[derive(Default)]
 pub struct Report {
@@ -47,20 +59,40 @@ pub struct Report {
 }
 
 impl Report {
-    /// `compute` returns the outputs that `expected` describes, in the same order.
-    pub fn case(&mut self, name: &str, expected: &[Expected], compute: impl Fn(&Cpu) -> Vec<Vec<f32>> + Sync) {
+    /// See [`case!`].
+    pub fn cpus(&mut self, name: &str, expected: &[Expected], compute: impl Fn(&Cpu) -> Vec<Vec<f32>> + Sync) {
         for [one, two] in CPUS.iter() {
-            let isa = one.isa().name();
-            let single = one.scope(|| compute(one));
-            let double = two.scope(|| compute(two));
-            assert_eq!(single.len(), expected.len(), "{name}: the case is written wrong");
-            for (output, (got, want)) in single.iter().zip(expected).enumerate() {
-                self.compare(&format!("{name} output {output} @{isa}"), got, want);
-                let differs = got.iter().zip(&double[output]).position(|(a, b)| a.to_bits() != b.to_bits());
-                if let Some(i) = differs {
-                    let (a, b) = (got[i], double[output][i]);
-                    self.fail(format!("{name} output {output} @{isa}[{i}]: {a} on 1 thread, {b} on 2"));
-                }
+            let outputs = [one.scope(|| compute(one)), two.scope(|| compute(two))];
+            self.outputs(&format!("{name} @{}", one.isa().name()), expected, outputs, "on 1 thread, on 2");
+        }
+    }
+
+    /// See [`case!`].
+    #[cfg(feature = "vulkan")]
+    pub fn vulkan(
+        &mut self,
+        name: &str,
+        expected: &[Expected],
+        compute: impl Fn(&pocketlora_kernels::Vulkan) -> Vec<Vec<f32>> + Sync,
+    ) {
+        static VULKAN: LazyLock<Option<pocketlora_kernels::Vulkan>> = LazyLock::new(new_vulkan);
+        let Some(device) = &*VULKAN else { return };
+        let outputs = [device.scope(|| compute(device)), device.scope(|| compute(device))];
+        self.outputs(&format!("{name} @vulkan"), expected, outputs, "at first, then");
+        for error in device.validation().iter().flat_map(|validation| validation.errors()) {
+            self.fail(format!("{name} @vulkan or a case at the same time: {error}"));
+        }
+    }
+
+    /// The first run must meet `expected`, the second must be the same bits.
+    fn outputs(&mut self, name: &str, expected: &[Expected], [first, second]: [Vec<Vec<f32>>; 2], runs: &str) {
+        assert_eq!(first.len(), expected.len(), "{name}: the case is written wrong");
+        for (output, (got, want)) in first.iter().zip(expected).enumerate() {
+            let name = format!("{name} output {output}");
+            self.compare(&name, got, want);
+            let again = &second[output];
+            if let Some(i) = got.iter().zip(again).position(|(a, b)| a.to_bits() != b.to_bits()) {
+                self.fail(format!("{name}[{i}]: not the same {runs}: {}, {}", got[i], again[i]));
             }
         }
     }
@@ -94,21 +126,41 @@ impl Drop for Report {
     }
 }
 
+/// Whether `POCKETLORA_REQUIRE` (a comma-separated list) forbids to skip `what`.
+pub fn required(what: &str) -> bool {
+    std::env::var("POCKETLORA_REQUIRE").is_ok_and(|list| list.split(',').any(|item| item.trim() == what))
+}
+
+/// A device of its own, or `None` with a notice where there is none and may be none.
+#[cfg(feature = "vulkan")]
+pub fn new_vulkan() -> Option<pocketlora_kernels::Vulkan> {
+    use std::io::Write as _;
+    match pocketlora_kernels::Vulkan::new(2) {
+        Ok(device) => Some(device),
+        Err(why) => {
+            assert!(!required("vulkan"), "POCKETLORA_REQUIRE has `vulkan`, but there is no device: {why}");
+            // Not `eprintln!`, which the test harness swallows when a test passes.
+            let _ = writeln!(std::io::stderr(), "SKIPPED: no Vulkan device: {why}");
+            None
+        }
+    }
+}
+
 /// A buffer with these values.
-pub fn buffer(cpu: &Cpu, values: &[f32]) -> Buffer {
-    let mut buffer = cpu.buffer(values.len()).unwrap();
-    cpu.write(&mut buffer, values);
+pub fn buffer<B: Backend>(device: &B, values: &[f32]) -> B::Buffer {
+    let mut buffer = device.buffer(values.len()).unwrap();
+    device.write(&mut buffer, values);
     buffer
 }
 
 /// A buffer of NaN: an op that does not overwrite all of its output shows.
-pub fn poisoned(cpu: &Cpu, len: usize) -> Buffer {
-    buffer(cpu, &vec![f32::NAN; len])
+pub fn poisoned<B: Backend>(device: &B, len: usize) -> B::Buffer {
+    buffer(device, &vec![f32::NAN; len])
 }
 
-pub fn read(cpu: &Cpu, buffer: &Buffer) -> Vec<f32> {
-    let mut values = vec![0.0; cpu.len(buffer)];
-    cpu.read(buffer, &mut values).unwrap();
+pub fn read<B: Backend>(device: &B, buffer: &B::Buffer) -> Vec<f32> {
+    let mut values = vec![0.0; device.len(buffer)];
+    device.read(buffer, &mut values).unwrap();
     values
 }
 

@@ -1,6 +1,6 @@
 //! Norms, activations, loss, optimizer and other light ops.
 
-use super::harness::{EPS, Expected, Random, Report, buffer, poisoned, read, wide};
+use super::harness::{EPS, Expected, Random, Report, buffer, case, poisoned, read, wide};
 use super::oracle;
 use pocketlora_kernels::{AdamW, Backend};
 
@@ -18,7 +18,7 @@ fn elementwise_ops_meet_the_oracle() {
             Expected::new(values, vec![0.0; n])
         };
         let expected = [with(|a, b| a + b), with(|a, b| a + b), with(|a, _| a * 0.3), with(|_, _| 0.0)];
-        report.case(&format!("add, add_assign, scale, zero of {n}"), &expected, |cpu| {
+        case!(report, &format!("add, add_assign, scale, zero of {n}"), &expected, |cpu| {
             let (x, z) = (buffer(cpu, &a), buffer(cpu, &b));
             let mut sum = poisoned(cpu, n);
             cpu.add(&x, &z, &mut sum);
@@ -33,7 +33,7 @@ fn elementwise_ops_meet_the_oracle() {
     }
     let (bias, x) = (random.vector(13), random.vector(13 * 5));
     let values = x.iter().enumerate().map(|(i, x)| f64::from(x + bias[i % 13])).collect::<Vec<_>>();
-    report.case("add_bias", &[Expected::new(values, vec![0.0; 65])], |cpu| {
+    case!(report, "add_bias", &[Expected::new(values, vec![0.0; 65])], |cpu| {
         let mut y = buffer(cpu, &x);
         cpu.add_bias(&buffer(cpu, &bias), &mut y);
         vec![read(cpu, &y)]
@@ -50,7 +50,7 @@ fn dropout_falls_by_key_and_index_and_keeps_the_mean() {
     let values: Vec<f64> = (0..n).map(|i| if falls(i) { 0.0 } else { 1.0 / 0.75 }).collect();
     let kept = values.iter().filter(|v| **v > 0.0).count() as f64 / n as f64;
     assert!((kept - 0.75).abs() < 0.01, "{kept}");
-    report.case("dropout", &[Expected::relative(values, 2.0 * EPS)], |cpu| {
+    case!(report, "dropout", &[Expected::relative(values, 2.0 * EPS)], |cpu| {
         let mut y = poisoned(cpu, n);
         cpu.dropout(p, key, &buffer(cpu, &ones), &mut y);
         vec![read(cpu, &y)]
@@ -70,7 +70,7 @@ fn rows_are_gathered_and_scattered() {
         }
     }
     let exact = |x: &[f32]| Expected::new(wide(x), vec![0.0; x.len()]);
-    report.case("gather_rows, scatter_add_rows", &[exact(&gathered), exact(&scattered)], |cpu| {
+    case!(report, "gather_rows, scatter_add_rows", &[exact(&gathered), exact(&scattered)], |cpu| {
         let mut picked = poisoned(cpu, 27);
         cpu.gather_rows(&buffer(cpu, &x), &rows, &mut picked);
         let mut all = buffer(cpu, &y);
@@ -93,7 +93,7 @@ fn rms_norm_meets_the_oracle() {
         // One division and a sum of c / 8 terms; differences in f64 are good to 1e-9.
         let bound = EPS * (c as f64 / 8.0 + 16.0);
         let expected = [Expected::relative(y, bound), Expected::norm(dx, bound + 1e-8)];
-        report.case(&format!("rms_norm [{t}, {c}]"), &expected, |cpu| {
+        case!(report, &format!("rms_norm [{t}, {c}]"), &expected, |cpu| {
             let (w, x, dy) = (buffer(cpu, &w), buffer(cpu, &x), buffer(cpu, &dy));
             let (mut y, mut dx) = (poisoned(cpu, t * c), buffer(cpu, &vec![0.5; t * c]));
             cpu.rms_norm(&w, eps, &x, &mut y);
@@ -122,7 +122,7 @@ fn rope_turns_and_turns_back() {
             }
             Expected::new(y, vec![4.0 * EPS; x.len()])
         };
-        report.case(&format!("rope T={t} H={heads} D={d}"), &[turn(1.0), turn(-1.0)], |cpu| {
+        case!(report, &format!("rope T={t} H={heads} D={d}"), &[turn(1.0), turn(-1.0)], |cpu| {
             let (cos, sin, x) = (buffer(cpu, &cos), buffer(cpu, &sin), buffer(cpu, &x));
             let (mut y, mut back) = (poisoned(cpu, t * heads * d), poisoned(cpu, t * heads * d));
             cpu.rope(heads, d, &cos, &sin, &x, false, &mut y);
@@ -149,7 +149,7 @@ fn swiglu_meets_the_oracle() {
             Expected::norm(each(&|g, u, d| d * (value(g + h, u) - value(g - h, u)) / (2.0 * h)), 8.0 * EPS),
             Expected::relative(each(&|g, _, d| d * value(g, 1.0)), 8.0 * EPS),
         ];
-        report.case(&format!("swiglu of {n}"), &expected, |cpu| {
+        case!(report, &format!("swiglu of {n}"), &expected, |cpu| {
             let (gate, up, dy) = (buffer(cpu, &gate), buffer(cpu, &up), buffer(cpu, &dy));
             let (mut y, mut dgate, mut dup) = (poisoned(cpu, n), poisoned(cpu, n), poisoned(cpu, n));
             cpu.swiglu(&gate, &up, &mut y);
@@ -176,14 +176,14 @@ fn cross_entropy_meets_the_oracle() {
         // Differences of logits up to 30 are exact to EPS * 30 / 2; `p - 1` of a sure target to the EPS of 1.
         let bounds = gradients.iter().map(|g| EPS * (32.0 * g.abs() + 1.0)).collect();
         let expected = [Expected::new(losses, vec![32.0 * EPS; n]), Expected::new(gradients, bounds)];
-        report.case(&format!("cross_entropy [{n}, {vocab}]"), &expected, |cpu| {
+        case!(report, &format!("cross_entropy [{n}, {vocab}]"), &expected, |cpu| {
             let (mut logits, mut losses) = (buffer(cpu, &logits), poisoned(cpu, n));
             cpu.cross_entropy(&targets, 0.25, &mut logits, &mut losses);
             vec![read(cpu, &losses), read(cpu, &logits)]
         });
     }
     let nan = [1.0, f32::NAN, 2.0];
-    report.case("cross_entropy of NaN", &[Expected::new(vec![f64::NAN; 4], vec![0.0; 4])], |cpu| {
+    case!(report, "cross_entropy of NaN", &[Expected::new(vec![f64::NAN; 4], vec![0.0; 4])], |cpu| {
         let (mut logits, mut losses) = (buffer(cpu, &nan), poisoned(cpu, 1));
         cpu.cross_entropy(&[0], 1.0, &mut logits, &mut losses);
         vec![[read(cpu, &losses), read(cpu, &logits)].concat()]
@@ -211,7 +211,7 @@ fn adamw_meets_the_oracle_over_ten_steps() {
         }
         let square: f64 = wide(&start).iter().map(|x| x * x).sum();
         let expected = [p, m, v].map(|x| Expected::norm(x, 64.0 * EPS));
-        report.case(&format!("adamw of {n}"), &expected, |cpu| {
+        case!(report, &format!("adamw of {n}"), &expected, |cpu| {
             let (mut p, mut m, mut v) = (buffer(cpu, &start), buffer(cpu, &vec![0.0; n]), buffer(cpu, &vec![0.0; n]));
             assert!((cpu.sum_squares(&p).unwrap() - square).abs() <= 1e-12 * square);
             for (step, grad) in (1..).zip(&grads) {

@@ -1,6 +1,6 @@
 //! Products with a weight, forward and backward.
 
-use super::harness::{EPS, Expected, Random, Report, buffer, poisoned, read, wide};
+use super::harness::{EPS, Expected, Random, Report, buffer, case, poisoned, read, wide};
 use super::oracle;
 use super::weights::{self, KINDS, Kind};
 use pocketlora_kernels::{Arithmetic, Backend, FloatType, WorkType};
@@ -63,7 +63,7 @@ fn matmul_and_its_gradients_meet_the_oracle() {
                 Expected::new(dx.clone(), bounds(&dx_size, o)),
                 Expected::new(more(&dx), bounds(&dx_size, o)),
             ];
-            report.case(&format!("matmul {kind:?} T={t} O={o} K={k}"), &expected, |cpu| {
+            case!(report, &format!("matmul {kind:?} T={t} O={o} K={k}"), &expected, |cpu| {
                 let w = cpu.matrix(source.clone()).unwrap();
                 assert_eq!(cpu.shape(&w), (o, k));
                 let (x, dy) = (buffer(cpu, &x), buffer(cpu, &dy));
@@ -94,7 +94,7 @@ fn the_gradient_by_the_weight_meets_the_oracle() {
         };
         let dw: Vec<f64> = dw.iter().map(|dw| dw - 2.0).collect();
         let expected = [Expected::new(dw, bounds(&size, t))];
-        report.case(&format!("matmul_vjp_w T={t} O={o} K={k}"), &expected, |cpu| {
+        case!(report, &format!("matmul_vjp_w T={t} O={o} K={k}"), &expected, |cpu| {
             let mut dw = buffer(cpu, &vec![-2.0; o * k]);
             cpu.matmul_vjp_w(t, &buffer(cpu, &dy), &buffer(cpu, &x), &mut dw);
             vec![read(cpu, &dw)]
@@ -112,7 +112,7 @@ fn embed_returns_the_exact_values_of_every_kind() {
             let ids: Vec<u32> = (0..rows as u32).rev().chain([1, 1]).collect();
             let values = ids.iter().flat_map(|id| wide(&w[*id as usize * cols..][..cols])).collect::<Vec<_>>();
             let expected = [Expected::new(values.clone(), vec![0.0; values.len()])];
-            report.case(&format!("embed {kind:?} [{rows}, {cols}]"), &expected, |cpu| {
+            case!(report, &format!("embed {kind:?} [{rows}, {cols}]"), &expected, |cpu| {
                 let mut y = poisoned(cpu, ids.len() * cols);
                 cpu.embed(&cpu.matrix(source.clone()).unwrap(), &ids, &mut y);
                 vec![read(cpu, &y)]
@@ -134,7 +134,8 @@ fn work_matrices_hold_the_rounded_master() {
             };
             let x = random.vector(t * cols);
             let (y, size) = oracle::matmul(&wide(&x), &rounded, cols);
-            report.case(
+            case!(
+                report,
                 &format!("work matrix {dtype:?} T={t} [{rows}, {cols}]"),
                 &[Expected::new(y, bounds(&size, cols))],
                 |cpu| {
@@ -162,7 +163,7 @@ fn nan_and_infinity_are_carried() {
                 x[64 + 5] = f32::INFINITY;
             }
             let (y, size) = oracle::matmul(&wide(&x), &wide(&w), 64);
-            report.case(&format!("special values {kind:?} T={t}"), &[Expected::new(y, bounds(&size, 64))], |cpu| {
+            case!(report, &format!("special values {kind:?} T={t}"), &[Expected::new(y, bounds(&size, 64))], |cpu| {
                 let mut y = poisoned(cpu, t * 6);
                 cpu.matmul(Arithmetic::Exact, &cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &x), &mut y, false);
                 vec![read(cpu, &y)]

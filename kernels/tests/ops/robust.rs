@@ -9,7 +9,12 @@ use std::sync::Arc;
 
 #[test]
 fn a_weight_whose_parts_do_not_fit_is_refused() {
-    let cpu = Cpu::new(1);
+    refuses_weights(&Cpu::new(1));
+    #[cfg(feature = "vulkan")]
+    super::harness::new_vulkan().iter().for_each(refuses_weights);
+}
+
+fn refuses_weights<B: Backend>(device: &B) {
     let (good, _) = weights::random(&mut Random(31), KINDS[3], 5, 70);
     let MatrixData::Nf4(nf4) = good.data.clone() else { panic!() };
     let with = |nf4: Nf4Source| MatrixSource { rows: 5, cols: 70, data: MatrixData::Nf4(nf4) };
@@ -20,7 +25,7 @@ fn a_weight_whose_parts_do_not_fit_is_refused() {
         f(codes, nested, nested_block);
         with(nf4)
     };
-    assert!(cpu.matrix(with(nf4.clone())).is_ok());
+    assert!(device.matrix(with(nf4.clone())).is_ok());
     let cases = [
         with(Nf4Source { packed: nf4.packed.slice(1..), ..nf4.clone() }),
         with(Nf4Source { block: 0, ..nf4.clone() }),
@@ -36,16 +41,21 @@ fn a_weight_whose_parts_do_not_fit_is_refused() {
         MatrixSource { rows: 2, cols: 3, data: MatrixData::Dense(FloatType::F16, Bytes::from_static(&[0; 13])) },
     ];
     for (i, source) in cases.into_iter().enumerate() {
-        let result = cpu.matrix(source);
+        let result = device.matrix(source);
         assert!(matches!(result, Err(Error::Matrix { .. })), "case {i} was accepted");
     }
 }
 
 #[test]
 fn refused_memory_is_an_error() {
-    let cpu = Cpu::new(1);
-    assert!(matches!(cpu.buffer(usize::MAX / 2), Err(Error::OutOfMemory { .. })));
-    assert!(matches!(cpu.work_matrix(usize::MAX, 3, WorkType::F16), Err(Error::OutOfMemory { .. })));
+    refuses_memory(&Cpu::new(1));
+    #[cfg(feature = "vulkan")]
+    super::harness::new_vulkan().iter().for_each(refuses_memory);
+}
+
+fn refuses_memory<B: Backend>(device: &B) {
+    assert!(matches!(device.buffer(usize::MAX / 2), Err(Error::OutOfMemory { .. })));
+    assert!(matches!(device.work_matrix(usize::MAX, 3, WorkType::F16), Err(Error::OutOfMemory { .. })));
 }
 
 #[test]

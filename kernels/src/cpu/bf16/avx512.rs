@@ -1,6 +1,7 @@
 //! `dpbf16ps` of AVX512-BF16: sixteen lanes that each add two products.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
+#![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx512::transpose16;
 use super::super::tile::Rows;
@@ -51,19 +52,17 @@ fn pack_rows(w: Rows, panel: &mut [u16]) {
         let n = (width - k).min(32);
         let masks = (first_lanes(n), first_lanes(n.saturating_sub(16)));
         for half in 0..LANES / 16 {
-            let pairs = transpose16(std::array::from_fn(|i| {
-                let row = 16 * half + i;
-                if row >= w.count() {
-                    return _mm512_setzero_si512();
-                }
-                let row = &w.row(row)[k..];
+            let mut lanes = [_mm512_setzero_si512(); 16];
+            for (i, lane) in lanes.iter_mut().enumerate().take(w.count().saturating_sub(16 * half)) {
+                let row = &w.row(16 * half + i)[k..];
                 // SAFETY: the masks keep the loads within the row; an unread address may lie past it.
                 unsafe {
                     let low = _mm512_maskz_loadu_ps(masks.0, row.as_ptr());
                     let high = _mm512_maskz_loadu_ps(masks.1, row.as_ptr().wrapping_add(16));
-                    round2(low, high)
+                    *lane = round2(low, high);
                 }
-            }));
+            }
+            let pairs = transpose16(lanes);
             for (pair, lanes) in pairs.into_iter().enumerate().take(n.div_ceil(PAIR)) {
                 let to = &mut panel[(k / PAIR + pair) * PAIR * LANES + 32 * half..][..32];
                 // SAFETY: the slice has 64 bytes.
@@ -131,9 +130,13 @@ fn tokens<const M: usize>(panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col:
     };
     // SAFETY: rows and panel hold `pairs` pairs, by the slices above; the masks keep to the `n` columns of `c`.
     unsafe {
-        let mut sums: [[__m512; 2]; M] = std::array::from_fn(|m| {
-            [0, 1].map(|j| _mm512_maskz_loadu_ps(masks[j], c[m].cast_const().wrapping_add(16 * j)))
-        });
+        // Loops instead of `from_fn`, whose closure would become a call that saves all registers.
+        let mut sums = [[_mm512_setzero_ps(); 2]; M];
+        for m in 0..M {
+            for j in 0..2 {
+                sums[m][j] = _mm512_maskz_loadu_ps(masks[j], c[m].cast_const().wrapping_add(16 * j));
+            }
+        }
         let mut w = panel.as_ptr();
         for pair in 0..pairs {
             let wv = [load(w), load(w.add(32))];

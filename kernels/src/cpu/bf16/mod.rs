@@ -7,8 +7,10 @@
 pub(crate) mod avx512;
 
 use super::Cpu;
-use super::split::run;
+use super::split::{run, with_rounded};
 use super::tile::Rows;
+
+type Tile = unsafe fn(&[u16], Bf16Rows, &mut [&mut [f32]], usize, usize);
 
 /// Kernels of one instruction set.
 pub(crate) struct Bf16 {
@@ -23,25 +25,34 @@ pub(crate) struct Bf16 {
     /// Columns of the weight become lanes: any number of rows of at most `lanes`.
     pub pack_cols: unsafe fn(Rows, &mut [u16]),
     /// `c[t][col..col + n] += x[t, at..] . panel` over the panel's depth.
-    pub tile: unsafe fn(&[u16], Bf16Rows, &mut [&mut [f32]], usize, usize),
+    pub tile: Tile,
 }
 
 /// Activations `[T, K]` in bf16, rows padded with zeros.
-pub(crate) struct Rounded {
-    values: Vec<u16>,
+pub(crate) struct Rounded<'a> {
+    values: &'a [u16],
     stride: usize,
 }
 
 /// Depth that rows are padded to.
 const PAD: usize = 8;
+/// Rows of a task.
+const ROWS: usize = 16;
 
-impl Rounded {
-    pub fn new(cpu: &Cpu, x: &[f32], width: usize) -> Self {
+impl Rounded<'_> {
+    /// Lends the rows of `x`, rounded, to `work`.
+    pub fn with<R>(cpu: &Cpu, x: &[f32], width: usize, work: impl FnOnce(Rounded<'_>) -> R) -> R {
         let stride = width.next_multiple_of(PAD);
-        let mut values = vec![0; x.len() / width * stride];
-        let rows = values.chunks_mut(stride).zip(x.chunks_exact(width)).collect();
-        run(&cpu.team, rows, x.len() < 16 * 1024, |(to, x)| cpu.table.bf16_round(x, &mut to[..width]));
-        Self { values, stride }
+        with_rounded(x.len() / width * stride, |values| {
+            let rows = values.chunks_mut(stride * ROWS).zip(x.chunks(width * ROWS)).collect();
+            run(&cpu.team, rows, x.len() < 16 * 1024, |(to, x)| {
+                for (to, x) in to.chunks_mut(stride).zip(x.chunks_exact(width)) {
+                    cpu.table.bf16_round(x, &mut to[..width]);
+                    to[width..].fill(0);
+                }
+            });
+            work(Rounded { values, stride })
+        })
     }
 
     /// Rows `first..first + count`, columns from `col` on.

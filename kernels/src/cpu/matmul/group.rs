@@ -39,10 +39,7 @@ pub(crate) fn group(
         .then(|| Q8::new(cpu, x, k));
     for Product { w, low_rank, y } in products {
         match &eight {
-            Some(x) if q8::fits(w) => {
-                super::super::elementwise::zero(&cpu.team, y);
-                q8::forward(cpu, w, x, y);
-            }
+            Some(x) if q8::fits(w) => q8::forward(cpu, w, x, y, false),
             _ => forward(cpu, arithmetic, w, x, y, false),
         }
         for LowRank { a, b, scale } in low_rank {

@@ -105,8 +105,20 @@ impl Nf4 {
     fn scales(&self, first: usize, out: &mut [f32]) {
         match &self.absmax {
             Absmax::Double { codes, map, nested, nested_block: 256, offset } => {
-                for (i, (out, code)) in out.iter_mut().zip(&codes[first..]).enumerate() {
-                    *out = map[usize::from(*code)] * nested[(first + i) >> 8] + *offset;
+                let (mut at, mut out) = (first, out);
+                while !out.is_empty() {
+                    let n = out.len().min(256 - at % 256);
+                    let (now, later) = out.split_at_mut(n);
+                    // Two passes: plain loads from the map, then arithmetic on whole vectors. Vector gathers are slow.
+                    // Loops, not `for_each`, which would be a call without the caller's instructions.
+                    for (out, code) in now.iter_mut().zip(&codes[at..at + n]) {
+                        *out = map[usize::from(*code)];
+                    }
+                    let outer = nested[at >> 8];
+                    for out in now {
+                        *out = *out * outer + *offset;
+                    }
+                    (at, out) = (at + n, later);
                 }
             }
             _ => out.iter_mut().enumerate().for_each(|(i, out)| *out = self.absmax(first + i)),

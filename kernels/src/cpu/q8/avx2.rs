@@ -2,6 +2,7 @@
 //! neither side exceeds 127.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
+#![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx2::sum1;
 use super::super::nf4::Nf4;
@@ -15,14 +16,12 @@ pub(crate) const LANES: usize = 16;
 const TOKENS: usize = 4;
 /// Bytes that the matrix-vector products read ahead.
 const AHEAD: usize = 1536;
-/// Scales that are decoded at a time.
-const BATCH: usize = 32;
 
 /// See [`super::super::Table::q8_quantize`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
     let parts = q.codes.iter_mut().zip(q.units).zip(q.starts);
-    for (x, ((codes, unit), starts)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
+    for (x, ((codes, unit), start)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
         // SAFETY: `x` is an array of 64 floats.
         let v: [__m256; 8] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) });
         let magnitude = |v| _mm256_andnot_ps(_mm256_set1_ps(-0.0), v);
@@ -54,15 +53,17 @@ pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
         let keep = if broken { _mm256_setzero_si256() } else { _mm256_set1_epi8(-1) };
         let even = _mm256_and_si256(keep, _mm256_permute2x128_si256::<0x20>(packed[0], packed[1]));
         let odd = _mm256_and_si256(keep, _mm256_permute2x128_si256::<0x31>(packed[0], packed[1]));
-        // SAFETY: `codes` is an array of 64 bytes, `starts` of 16 integers.
-        unsafe {
-            for (i, codes8) in [even, odd].into_iter().enumerate() {
-                _mm256_storeu_si256(codes.as_mut_ptr().add(32 * i).cast(), codes8);
-                let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes8);
-                let quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(-128));
-                _mm256_storeu_si256(starts.as_mut_ptr().add(8 * i).cast(), quads);
-            }
+        let mut sum = _mm256_setzero_si256();
+        for (codes, half) in codes.as_chunks_mut::<32>().0.iter_mut().zip([even, odd]) {
+            // SAFETY: `codes` is an array of 32 bytes.
+            unsafe { _mm256_storeu_si256(codes.as_mut_ptr().cast(), half) };
+            let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), half);
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(-128)));
         }
+        let mut lanes = [0; 8];
+        // SAFETY: `lanes` is an array of 8 integers.
+        unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), sum) };
+        *start = lanes.iter().sum();
     }
 }
 
@@ -103,49 +104,45 @@ fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    let (blocks, book, unit) = (x.units.len(), book(w), w.codebook().unit);
-    let mut scales = [0.0; BATCH];
-    for (i, y) in y.iter_mut().enumerate() {
-        let mut sums = [_mm256_setzero_ps(); 2];
-        let first = (row + i) * blocks;
-        let packed = &w.packed64(first)[..blocks];
-        for (batch, ((packed, codes), units)) in
-            packed.chunks(BATCH).zip(x.codes.chunks(BATCH)).zip(x.units.chunks(BATCH)).enumerate()
-        {
-            w.scales64(first + batch * BATCH, &mut scales[..packed.len()]);
-            scales.iter_mut().zip(units).for_each(|(scale, unit)| *scale *= unit);
-            for ((packed, codes), scale) in packed.iter().zip(codes).zip(scales) {
-                // A prefetch is no access: it may point past the end.
-                _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
-                let scale = _mm256_set1_ps(scale);
-                for (half, w) in look_up(book, packed).into_iter().enumerate() {
-                    let x = load32(codes, half);
-                    let dot = _mm256_cvtepi32_ps(dot(w, x, _mm256_abs_epi8(x)));
-                    sums[half] = _mm256_fmadd_ps(dot, scale, sums[half]);
-                }
-            }
+    let (book, unit) = (book(w), w.codebook().unit);
+    let mut factors = [0.0; super::BATCH];
+    super::each_row(w, row, x.units.len(), y, |group, block, scales| {
+        let n = scales.len();
+        for (factor, (scale, unit)) in factors.iter_mut().zip(scales.iter().zip(&x.units[block..])) {
+            *factor = scale * unit;
         }
-        *y = sum1(_mm256_add_ps(sums[0], sums[1])) * unit;
-    }
+        // Two sums that change places: each addition waits for the one before the last only.
+        let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
+        for ((packed, codes), factor) in w.packed64(group)[..n].iter().zip(&x.codes[block..][..n]).zip(&factors) {
+            // A prefetch is no access: it may point past the end.
+            _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
+            (this, other) = (other, add_block(this, look_up(book, packed), codes, *factor));
+        }
+        sum1(_mm256_add_ps(this, other)) * unit
+    });
+}
+
+/// `sum + factor (w . x)`, lane by lane.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], factor: f32) -> __m256 {
+    let [low, high] = [load32(x, 0), load32(x, 1)];
+    let dots = _mm256_add_epi32(dot(w[0], low, _mm256_abs_epi8(low)), dot(w[1], high, _mm256_abs_epi8(high)));
+    _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), _mm256_set1_ps(factor), sum)
 }
 
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     for (i, y) in y.iter_mut().enumerate() {
-        let mut sums = [_mm256_setzero_ps(); 2];
+        let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
             _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
-            let unit = _mm256_set1_ps(*unit);
-            for half in 0..2 {
-                let x = load32(codes, half);
-                // SAFETY: `w` is an array of 64 bytes.
-                let w = unsafe { _mm256_loadu_si256(w.as_ptr().add(32 * half).cast()) };
-                let dot = _mm256_cvtepi32_ps(dot(w, x, _mm256_abs_epi8(x)));
-                sums[half] = _mm256_fmadd_ps(dot, unit, sums[half]);
-            }
+            // SAFETY: `w` is an array of 64 bytes.
+            let w = [0, 32].map(|at| unsafe { _mm256_loadu_si256(w.as_ptr().add(at).cast()) });
+            (this, other) = (other, add_block(this, w, codes, *unit));
         }
-        *y = sum1(_mm256_add_ps(sums[0], sums[1])) * w.scale(row + i);
+        *y = sum1(_mm256_add_ps(this, other)) * w.scale(row + i);
     }
 }
 

@@ -1,7 +1,8 @@
 //! 8-bit products with AVX-512 VNNI: weights 128 too large, so that they are unsigned as `dpbusd` wants its first
-//! operand, and sums that begin with what that adds too much.
+//! operand; what that adds too much is taken off again. Codes are looked up with VBMI.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
+#![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx512::{sum16, transpose16};
 use super::super::nf4::Nf4;
@@ -14,25 +15,24 @@ pub(crate) const LANES: usize = 32;
 const TOKENS: usize = 12;
 /// Bytes that the matrix-vector products read ahead.
 const AHEAD: usize = 1536;
-/// Scales that are decoded at a time.
-const BATCH: usize = 32;
 
-/// The codebook, 128 too large, in all lanes.
+/// The codebook, 128 too large, four times over.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn book(w: &Nf4) -> __m512i {
-    let codes = w.codebook().codes.map(|code| code.cast_unsigned() ^ 0x80);
-    // SAFETY: `codes` is an array of 16 bytes.
-    _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(codes.as_ptr().cast()) })
+    // SAFETY: the codes are an array of 16 bytes.
+    let codes = unsafe { _mm_loadu_si128(w.codebook().codes.as_ptr().cast()) };
+    _mm512_broadcast_i32x4(_mm_xor_si128(codes, _mm_set1_epi8(-128)))
 }
 
-/// The codes of 32 packed bytes: those of the high halves, then those of the low ones.
+/// The codes of 32 packed bytes: those of the high halves, then those of the low ones. The look-up sees six bits of a
+/// byte; as the book repeats after four, the others need not be cleared.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 fn look_up(book: __m512i, shifts: __m512i, packed: &[u8; 32]) -> __m512i {
     // SAFETY: `packed` is an array of 32 bytes.
     let bytes = _mm512_broadcast_i64x4(unsafe { _mm256_loadu_si256(packed.as_ptr().cast()) });
-    _mm512_shuffle_epi8(book, _mm512_and_si512(_mm512_srlv_epi16(bytes, shifts), _mm512_set1_epi8(15)))
+    _mm512_permutexvar_epi8(_mm512_srlv_epi16(bytes, shifts), book)
 }
 
 /// By 4 in the lower half, by 0 in the upper one.
@@ -51,51 +51,69 @@ fn load<T>(array: &[T]) -> __m512i {
 }
 
 /// See [`super::super::Table::q8_nf4_matvec`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    let (blocks, book, shifts, unit) = (x.units.len(), book(w), shifts(), w.codebook().unit);
-    let mut scales = [0.0; BATCH];
-    for (i, y) in y.iter_mut().enumerate() {
-        let mut sums = [_mm512_setzero_ps(); 2];
-        let first = (row + i) * blocks;
-        for at in (0..blocks).step_by(BATCH) {
-            let n = BATCH.min(blocks - at);
-            w.scales64(first + at, &mut scales[..n]);
-            let (packed, codes) = (&w.packed64(first + at)[..n], &x.codes[at..][..n]);
-            let (units, starts) = (&x.units[at..][..n], &x.starts[at..][..n]);
-            scales.iter_mut().zip(units).for_each(|(scale, unit)| *scale *= unit);
-            for b in 0..n {
-                // A prefetch is no access: it may point past the end.
-                _mm_prefetch::<_MM_HINT_T0>(packed[b].as_ptr().wrapping_add(AHEAD).cast());
-                let w = look_up(book, shifts, &packed[b]);
-                let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(load(&starts[b]), w, load(&codes[b])));
-                sums[b % 2] = _mm512_fmadd_ps(dot, _mm512_set1_ps(scales[b]), sums[b % 2]);
+    let (book, shifts, unit) = (book(w), shifts(), w.codebook().unit);
+    let mut factors = [0.0; super::BATCH + 16];
+    super::each_row(w, row, x.units.len(), y, |group, block, scales| {
+        let n = scales.len();
+        // What the codes' offset of 128 adds too much, taken off for 16 blocks at a time.
+        let mut surplus = _mm512_setzero_ps();
+        for at in (0..n).step_by(16) {
+            let mask = first_lanes(n - at);
+            // The store is whole, for what a masked one has written cannot be read before it has reached the cache.
+            // SAFETY: the mask keeps the loads inside the `n` blocks; `factors` has room for a vector behind them.
+            unsafe {
+                let units = _mm512_maskz_loadu_ps(mask, x.units[block..][..n].as_ptr().add(at));
+                let starts = _mm512_maskz_loadu_epi32(mask, x.starts[block..][..n].as_ptr().add(at));
+                let factor = _mm512_mul_ps(units, _mm512_maskz_loadu_ps(mask, scales.as_ptr().add(at)));
+                surplus = _mm512_fmadd_ps(_mm512_cvtepi32_ps(starts), factor, surplus);
+                _mm512_storeu_ps(factors[at..at + 16].as_mut_ptr(), factor);
             }
         }
-        *y = sum16(_mm512_add_ps(sums[0], sums[1])) * unit;
-    }
+        let (packed, codes) = (&w.packed64(group)[..n], &x.codes[block..][..n]);
+        // Two sums that change places: each addition waits for the one before the last only.
+        let (mut this, mut other) = (surplus, _mm512_setzero_ps());
+        for ((packed, codes), factor) in packed.iter().zip(codes).zip(&factors[..n]) {
+            // A prefetch is no access: it may point past the end.
+            _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
+            (this, other) = (other, add_block(this, look_up(book, shifts, packed), codes, *factor));
+        }
+        sum16(_mm512_add_ps(this, other)) * unit
+    });
+}
+
+/// `sum + factor (w . x)`, lane by lane, with `w` 128 too large.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], factor: f32) -> __m512 {
+    let dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load(x));
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(factor), sum)
+}
+
+/// Selects the first `n` of 16 lanes.
+fn first_lanes(n: usize) -> __mmask16 {
+    if n >= 16 { !0 } else { (1 << n) - 1 }
 }
 
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     let sign = _mm512_set1_epi8(-128);
+    // The same for every row, so the sum of all blocks serves.
+    let surplus: f32 = x.starts.iter().zip(x.units).map(|(start, unit)| *start as f32 * unit).sum();
     for (i, y) in y.iter_mut().enumerate() {
-        let mut sums = [_mm512_setzero_ps(); 2];
-        for (b, (((w, codes), unit), starts)) in
-            w.row(row + i).iter().zip(x.codes).zip(x.units).zip(x.starts).enumerate()
-        {
+        let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+        for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
             _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
-            let w = _mm512_xor_si512(load(w), sign);
-            let dot = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(load(starts), w, load(codes)));
-            sums[b % 2] = _mm512_fmadd_ps(dot, _mm512_set1_ps(*unit), sums[b % 2]);
+            (this, other) = (other, add_block(this, _mm512_xor_si512(load(w), sign), codes, *unit));
         }
-        *y = sum16(_mm512_add_ps(sums[0], sums[1])) * w.scale(row + i);
+        *y = (sum16(_mm512_add_ps(this, other)) + surplus) * w.scale(row + i);
     }
 }
 
 /// See [`super::super::Table::q8_pack_nf4`].
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 pub(crate) fn pack_nf4(w: &Nf4, blocks: usize, at: Place, panel: Panel) {
     let (book, shifts, unit) = (book(w), shifts(), w.codebook().unit);
     let group = |lane: usize, b: usize| (at.row + lane) * blocks + at.block + b;
@@ -117,11 +135,11 @@ pub(crate) fn pack_int8(w: &Int8, at: Place, panel: Panel) {
 fn pack(at: Place, codes: &mut [u8], get: impl Fn(usize, usize) -> __m512i) {
     for (b, codes) in codes.as_chunks_mut::<{ BLOCK * LANES }>().0.iter_mut().take(at.blocks).enumerate() {
         for half in 0..2 {
-            let row = |i: usize| {
-                let lane = 16 * half + i;
-                if lane < at.rows { get(lane, b) } else { _mm512_setzero_si512() }
-            };
-            let quads = transpose16(std::array::from_fn(row));
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (i, row) in rows.iter_mut().enumerate().take(at.rows.saturating_sub(16 * half)) {
+                *row = get(16 * half + i, b);
+            }
+            let quads = transpose16(rows);
             for (quad, lanes) in quads.into_iter().enumerate() {
                 let to = &mut codes[quad * QUAD * LANES + 64 * half..][..64];
                 // SAFETY: the slice has 64 bytes.
@@ -168,10 +186,10 @@ fn tokens<const M: usize>(panel: &Panel, x: &Q8, t: usize, at: Place, c: &mut [&
     let blocks = panel.codes.as_chunks::<{ BLOCK * LANES }>().0.iter().zip(panel.scales.as_chunks::<LANES>().0);
     for (b, (w, scales)) in blocks.take(at.blocks).enumerate() {
         let codes: [*const i8; M] = std::array::from_fn(|m| rows[m].codes[at.block + b].as_ptr());
-        let mut dots: [[__m512i; 2]; M] = std::array::from_fn(|m| {
-            let start: i32 = rows[m].starts[at.block + b].iter().sum();
-            [_mm512_set1_epi32(start); 2]
-        });
+        let mut dots = [[_mm512_setzero_si512(); 2]; M];
+        for m in 0..M {
+            dots[m] = [_mm512_set1_epi32(rows[m].starts[at.block + b]); 2];
+        }
         for quad in 0..QUADS {
             // SAFETY: `w` holds 16 quads of 128 bytes, each row of codes 16 quads of 4.
             unsafe {

@@ -20,6 +20,7 @@ mod weight;
 pub(crate) use weight::Int8;
 
 use super::Cpu;
+use super::nf4::Nf4;
 use super::split::run;
 
 /// Activations that share a unit, and weights that share a scale.
@@ -32,11 +33,12 @@ const QUADS: usize = BLOCK / QUAD;
 /// Activations `[T, K]` in 8 bits.
 pub(crate) struct Q8 {
     blocks: usize,
+    /// From `aligned` on, so that a vector of codes never lies across two cache lines.
     codes: Vec<i8>,
+    aligned: usize,
     /// `[T, K / 64]`.
     units: Vec<f32>,
-    /// `-128` times the sum of each four codes, `[T, K / 4]`: what products of unsigned weights begin with, which are
-    /// 128 too large.
+    /// `-128` times the sum of each block's codes, `[T, K / 64]`: what products begin with whose weights are 128 too large.
     starts: Vec<i32>,
 }
 
@@ -45,14 +47,14 @@ pub(crate) struct Q8 {
 pub(crate) struct Q8Row<'a> {
     pub codes: &'a [[i8; BLOCK]],
     pub units: &'a [f32],
-    pub starts: &'a [[i32; QUADS]],
+    pub starts: &'a [i32],
 }
 
 /// What quantizing one token fills in.
 pub(crate) struct Q8Mut<'a> {
     pub codes: &'a mut [[i8; BLOCK]],
     pub units: &'a mut [f32],
-    pub starts: &'a mut [[i32; QUADS]],
+    pub starts: &'a mut [i32],
 }
 
 impl Q8 {
@@ -60,14 +62,16 @@ impl Q8 {
     pub fn new(cpu: &Cpu, x: &[f32], width: usize) -> Self {
         assert!(width > 0 && width.is_multiple_of(BLOCK) && x.len().is_multiple_of(width));
         let blocks = width / BLOCK;
+        let codes = vec![0; x.len() + BLOCK];
         let mut q = Self {
             blocks,
-            codes: vec![0; x.len()],
+            aligned: codes.as_ptr().align_offset(BLOCK).min(BLOCK),
+            codes,
             units: vec![0.0; x.len() / BLOCK],
-            starts: vec![0; x.len() / QUAD],
+            starts: vec![0; x.len() / BLOCK],
         };
-        let rows = q.codes.as_chunks_mut().0.chunks_mut(blocks).zip(q.units.chunks_mut(blocks));
-        let rows = rows.zip(q.starts.as_chunks_mut().0.chunks_mut(blocks)).zip(x.chunks(width)).collect();
+        let rows = q.codes[q.aligned..][..x.len()].as_chunks_mut().0.chunks_mut(blocks).zip(q.units.chunks_mut(blocks));
+        let rows = rows.zip(q.starts.chunks_mut(blocks)).zip(x.chunks(width)).collect();
         run(&cpu.team, rows, x.len() < 16 * 1024, |(((codes, units), starts), x)| {
             cpu.table.q8_quantize(x, Q8Mut { codes, units, starts });
         });
@@ -89,9 +93,38 @@ impl Q8 {
     pub fn row(&self, t: usize) -> Q8Row<'_> {
         let range = t * self.blocks..(t + 1) * self.blocks;
         Q8Row {
-            codes: &self.codes.as_chunks().0[range.clone()],
+            codes: &self.codes[self.aligned..].as_chunks().0[range.clone()],
             units: &self.units[range.clone()],
-            starts: &self.starts.as_chunks().0[range],
+            starts: &self.starts[range],
+        }
+    }
+}
+
+/// Scales that are decoded at a time: several short rows' or a part of a long one's.
+const BATCH: usize = 256;
+
+/// `y[i] = sum of dot(group, block, scales)` over row `row + i`, where `scales` belong to the consecutive groups of 64
+/// from number `group` on, the row's from number `block` on.
+#[inline(always)]
+fn each_row(w: &Nf4, row: usize, blocks: usize, y: &mut [f32], mut dot: impl FnMut(usize, usize, &[f32]) -> f32) {
+    let mut scales = [0.0; BATCH];
+    if blocks > BATCH {
+        for (i, y) in y.iter_mut().enumerate() {
+            *y = 0.0;
+            for block in (0..blocks).step_by(BATCH) {
+                let (scales, group) = (&mut scales[..BATCH.min(blocks - block)], (row + i) * blocks + block);
+                w.scales64(group, scales);
+                *y += dot(group, block, scales);
+            }
+        }
+        return;
+    }
+    let rows = BATCH / blocks;
+    for (i, y) in y.chunks_mut(rows).enumerate() {
+        let first = (row + i * rows) * blocks;
+        w.scales64(first, &mut scales[..y.len() * blocks]);
+        for (j, (y, scales)) in y.iter_mut().zip(scales.chunks_exact(blocks)).enumerate() {
+            *y = dot(first + j * blocks, 0, scales);
         }
     }
 }
@@ -137,9 +170,7 @@ mod tests {
                 assert_eq!(f32::from(code), (x * (127.0 / 50.5)).round_ties_even(), "{isa} element {i}");
             }
             for (codes, starts) in row.codes.iter().zip(row.starts) {
-                for (quad, start) in codes.as_chunks::<4>().0.iter().zip(starts) {
-                    assert_eq!(*start, -128 * quad.iter().map(|c| i32::from(*c)).sum::<i32>(), "{isa}");
-                }
+                assert_eq!(*starts, -128 * codes.iter().map(|c| i32::from(*c)).sum::<i32>(), "{isa}");
             }
         }
     }

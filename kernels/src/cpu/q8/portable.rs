@@ -12,39 +12,35 @@ pub(super) const TINY: f32 = 1e-36;
 /// See [`super::super::Table::q8_quantize`].
 pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
     let parts = q.codes.iter_mut().zip(q.units).zip(q.starts);
-    for (x, ((codes, unit), starts)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
+    for (x, ((codes, unit), start)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
         let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-        // `max` passes over NaN; a difference of an infinity with itself is one.
-        let broken = x.iter().any(|x| (x - x).is_nan());
+        // `max` passes over NaN. A product with zero is NaN for all that is not finite, and so stays a sum.
+        let broken = x.iter().map(|x| x * 0.0).sum::<f32>().is_nan();
         *unit = if broken { f32::NAN } else { if largest < TINY { 0.0 } else { largest / 127.0 } };
         let inverse = if *unit > 0.0 { 127.0 / largest } else { 0.0 };
         for (i, x) in x.iter().enumerate() {
             codes[i % 2 * (BLOCK / 2) + i / 2] = if broken { 0 } else { (x * inverse).round_ties_even() as i8 };
         }
-        for (start, quad) in starts.iter_mut().zip(codes.as_chunks::<QUAD>().0) {
-            *start = -128 * quad.iter().map(|c| i32::from(*c)).sum::<i32>();
-        }
+        *start = -128 * codes.iter().map(|c| i32::from(*c)).sum::<i32>();
     }
 }
 
 /// See [`super::super::Table::q8_nf4_matvec`].
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    let (blocks, book) = (x.units.len(), w.codebook());
-    for (i, y) in y.iter_mut().enumerate() {
-        let first = (row + i) * blocks;
-        let mut sum = 0.0;
-        for (b, ((packed, codes), unit)) in w.packed64(first).iter().zip(x.codes).zip(x.units).enumerate() {
+    let book = w.codebook();
+    super::each_row(w, row, x.units.len(), y, |group, block, scales| {
+        let parts = w.packed64(group).iter().zip(&x.codes[block..]).zip(scales).zip(&x.units[block..]);
+        let dots = parts.map(|(((packed, codes), scale), unit)| {
             let (even, odd) = codes.split_at(BLOCK / 2);
-            let halves = packed.iter().zip(even.iter().zip(odd));
             let product = |(byte, (even, odd)): (&u8, (&i8, &i8))| {
                 let code = |nibble: u8| i32::from(book.codes[usize::from(nibble)]);
                 code(byte >> 4) * i32::from(*even) + code(byte & 15) * i32::from(*odd)
             };
-            let dot: i32 = halves.map(product).sum();
-            sum += w.scale64(first + b) * unit * dot as f32;
-        }
-        *y = sum * book.unit;
-    }
+            let dot: i32 = packed.iter().zip(even.iter().zip(odd)).map(product).sum();
+            scale * unit * dot as f32
+        });
+        dots.sum::<f32>() * book.unit
+    });
 }
 
 /// See [`super::super::Table::q8_int8_matvec`].

@@ -92,7 +92,10 @@ fn dot_tile<const I: usize, const J: usize>(
     }
     for (c, sums) in c[i..].iter_mut().zip(sums) {
         let c = &mut c[at + j..][..J];
-        let halves = sums.map(|s| halve(s));
+        let mut halves = [_mm256_setzero_ps(); J];
+        for b in 0..J {
+            halves[b] = halve(sums[b]);
+        }
         if let (Ok(c), Ok(sums)) = (<&mut [f32; 4]>::try_from(&mut *c), <[__m256; 4]>::try_from(halves.as_slice())) {
             // SAFETY: `c` is an array of 4 floats.
             unsafe { _mm_storeu_ps(c.as_mut_ptr(), _mm_add_ps(_mm_loadu_ps(c.as_ptr()), sum4(sums))) };
