@@ -101,7 +101,7 @@ impl<B: Backend> Base<B> {
     }
 
     /// The matrix of `p` that products in `arithmetic` read.
-    fn factor(&self, p: Param, arithmetic: Arithmetic) -> &B::Matrix {
+    pub(crate) fn factor(&self, p: Param, arithmetic: Arithmetic) -> &B::Matrix {
         match &self.int8_head {
             Some(head) if arithmetic == Arithmetic::Int8 && p == self.model.head_param() => head,
             _ => self.matrix(p),

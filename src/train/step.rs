@@ -9,7 +9,7 @@ use crate::memory::Peak;
 use pocketlora_kernels::{Arithmetic, Backend};
 
 /// Rows of logits held at once: `[64, V]`, not `[T, V]`.
-pub(super) const LOGIT_ROWS: usize = 64;
+pub(crate) const LOGIT_ROWS: usize = 64;
 
 /// Samples laid end to end with the rows whose next token is learned.
 pub struct MicroBatch {

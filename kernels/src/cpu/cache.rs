@@ -32,6 +32,12 @@ impl Cache {
         self.len
     }
 
+    /// Bytes of the keys and values held, with their scales.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        [&self.keys, &self.values].iter().map(|rows| rows.bytes.len() + size_of_val(&rows.scales[..])).sum()
+    }
+
     /// Elements of a row.
     pub(crate) fn width(&self) -> usize {
         self.kv_heads * self.head_dim

@@ -18,6 +18,7 @@ mod elementwise;
 mod exp;
 mod gated;
 mod lanes;
+pub mod limits;
 mod matmul;
 mod matrix;
 mod nf4;

@@ -75,6 +75,15 @@ impl Nf4 {
         self.len
     }
 
+    /// Bytes of codes, scales and the tables that decode them.
+    pub fn bytes(&self) -> usize {
+        let scales = match &self.absmax {
+            Absmax::Plain(scales) => scales.len(),
+            Absmax::Double { codes, map, nested, .. } => codes.len() + size_of_val(&map[..]) + size_of_val(&nested[..]),
+        };
+        self.packed.len() + scales + size_of_val(&self.code)
+    }
+
     /// Scale of one block; with double quantization two roundings, as bitsandbytes has them.
     #[inline(always)]
     pub fn absmax(&self, block: usize) -> f32 {
