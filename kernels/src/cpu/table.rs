@@ -40,6 +40,8 @@ impl Isa {
 /// cannot be had, for the statics are private to this module and [`Table::available`] filters them.
 pub struct Table {
     isa: Isa,
+    /// What is used beyond the base of the instruction set.
+    features: &'static [&'static str],
     /// Tokens from which transposing a panel of weights pays, because `tile_axpy` is so much faster than `tile_dot`.
     transposes_from: usize,
     nf4_decode: unsafe fn(&Nf4, usize, &mut [f32]),
@@ -63,6 +65,7 @@ pub struct Table {
 
 static PORTABLE: Table = Table {
     isa: Isa::Portable,
+    features: &[],
     transposes_from: 16,
     nf4_decode: nf4::portable::decode,
     nf4_matvec: nf4::portable::matvec,
@@ -84,6 +87,7 @@ static PORTABLE: Table = Table {
 #[cfg(target_arch = "x86_64")]
 static AVX2: Table = Table {
     isa: Isa::Avx2,
+    features: &[],
     transposes_from: usize::MAX,
     nf4_decode: nf4::avx2::decode,
     nf4_matvec: nf4::avx2::matvec,
@@ -105,6 +109,7 @@ static AVX2: Table = Table {
 #[cfg(target_arch = "x86_64")]
 static AVX512: Table = Table {
     isa: Isa::Avx512,
+    features: &[],
     transposes_from: 48,
     nf4_decode: nf4::avx512::decode,
     nf4_matvec: nf4::avx512::matvec,
@@ -117,6 +122,7 @@ static AVX512: Table = Table {
 
 #[cfg(target_arch = "x86_64")]
 static AVX512_VNNI: Table = Table {
+    features: &["vnni", "vbmi"],
     q8_lanes: q8::avx512::LANES,
     q8_nf4_matvec: q8::avx512::nf4_matvec,
     q8_int8_matvec: q8::avx512::int8_matvec,
@@ -127,7 +133,8 @@ static AVX512_VNNI: Table = Table {
 };
 
 #[cfg(target_arch = "x86_64")]
-static AVX512_BF16: Table = Table { bf16: Some(&super::bf16::avx512::KERNELS), ..AVX512_VNNI };
+static AVX512_BF16: Table =
+    Table { features: &["vnni", "vbmi", "bf16"], bf16: Some(&super::bf16::avx512::KERNELS), ..AVX512_VNNI };
 
 /// Where every table is checked once against the CPU.
 static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
@@ -193,6 +200,12 @@ impl Table {
     #[must_use]
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// What the kernels use of this CPU beyond the base of their instruction set: names as in its manual.
+    #[must_use]
+    pub fn features(&self) -> &'static [&'static str] {
+        self.features
     }
 
     /// Tokens from which a forward product should transpose its panels.
