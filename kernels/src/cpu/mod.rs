@@ -21,6 +21,8 @@ mod lanes;
 pub mod limits;
 mod matmul;
 mod matrix;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod nf4;
 mod q8;
 mod rms_norm;

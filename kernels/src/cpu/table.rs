@@ -7,6 +7,8 @@ use super::nf4::{self, EvenOdd, Nf4};
 use super::q8::{self, Int8, Panel, Place, Q8, Q8Mut, Q8Row};
 use super::tile::{self, Coefficients, Rows};
 use crate::{Error, FloatType};
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
 use std::sync::LazyLock;
 
 /// Instruction sets with kernels of their own.
@@ -19,6 +21,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW and VL beside those, VNNI with VBMI and BF16 where the CPU has them.
     Avx512,
+    /// What every 64-bit ARM has.
+    Neon,
 }
 
 impl Isa {
@@ -29,6 +33,7 @@ impl Isa {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Neon => "neon",
         }
     }
 }
@@ -136,9 +141,24 @@ static AVX512_VNNI: Table = Table {
 static AVX512_BF16: Table =
     Table { features: &["vnni", "vbmi", "bf16"], bf16: Some(&super::bf16::avx512::KERNELS), ..AVX512_VNNI };
 
+#[cfg(target_arch = "aarch64")]
+static NEON: Table = Table {
+    isa: Isa::Neon,
+    features: &[],
+    transposes_from: 48,
+    nf4_decode: nf4::neon::decode,
+    nf4_matvec: nf4::neon::matvec,
+    dense_decode: dense::neon::decode,
+    dense_matvec: dense::neon::matvec,
+    exp: exp::neon::exp,
+    tile_dot: tile::neon::dot,
+    tile_axpy: tile::neon::axpy,
+    ..PORTABLE
+};
+
 /// Where every table is checked once against the CPU.
 static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "no further tables"))]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(unused_mut, reason = "no others"))]
     let mut tables = vec![&PORTABLE];
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
@@ -154,6 +174,10 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
                 &AVX512_VNNI
             });
         }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if is_aarch64_feature_detected!("neon") {
+        tables.push(&NEON);
     }
     tables
 });

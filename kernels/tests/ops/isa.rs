@@ -7,13 +7,16 @@ use std::io::Write as _;
 fn portable_comes_first_and_the_best_last() {
     let names: Vec<_> = Table::available().iter().map(|table| table.isa().name()).collect();
     assert_eq!(names[0], "portable");
+    if cfg!(target_arch = "aarch64") {
+        assert_eq!(names, ["portable", "neon"]);
+    }
     for table in Table::available() {
         // Not `eprintln!`, which the test harness swallows when a test passes.
         let _ = writeln!(std::io::stderr(), "testing `{}` with {:?}", table.isa().name(), table.features());
     }
 }
 
-/// `POCKETLORA_REQUIRE=avx512` wants that table, `avx512=vnni+vbmi` wants it to use exactly these features.
+/// `POCKETLORA_REQUIRE=neon` wants that table, `neon=dotprod+i8mm` wants it to use exactly these features.
 #[test]
 fn required_instruction_sets_are_here() {
     let required = std::env::var("POCKETLORA_REQUIRE").unwrap_or_default();
