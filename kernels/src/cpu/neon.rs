@@ -1,4 +1,5 @@
-//! What the NEON kernels share.
+//! What the NEON kernels share, and the instructions that have no stable intrinsic yet: each in a function of its own
+//! that holds nothing else.
 
 #![allow(unsafe_code, reason = "instructions without stable intrinsics, vector loads")]
 
@@ -43,6 +44,25 @@ pub(crate) fn round_bf16(x: float32x4_t) -> float32x4_t {
     vbslq_f32(vceqq_f32(x, x), vreinterpretq_f32_u32(rounded), x)
 }
 
+/// Lanes of the panels whose products come in squares: two tokens by two lanes in a vector.
+pub(crate) const LANES: usize = 16;
+
+/// The two tokens of such squares, lane by lane.
+#[inline]
+#[target_feature(enable = "neon")]
+pub(crate) fn tokens_of_squares(squares: &[float32x4_t; LANES / 2]) -> [[f32; LANES]; 2] {
+    let mut tokens = [[0.0; LANES]; 2];
+    for (i, squares) in squares.as_chunks::<2>().0.iter().enumerate() {
+        let [a, b] = squares.map(|square| vreinterpretq_f64_f32(square));
+        for (token, lanes) in tokens.iter_mut().zip([vtrn1q_f64(a, b), vtrn2q_f64(a, b)]) {
+            let four = &mut token[4 * i..][..4];
+            // SAFETY: the slice has 4 floats.
+            unsafe { vst1q_f32(four.as_mut_ptr(), vreinterpretq_f32_f64(lanes)) };
+        }
+    }
+    tokens
+}
+
 /// Calls `work` with four, two or one of `rows` at a time and the number of the first.
 #[inline(always)]
 pub(crate) fn by_fours<T>(mut rows: &mut [T], mut work: impl FnMut(usize, &mut [T])) {
@@ -62,10 +82,93 @@ pub(crate) fn prefetch<T>(at: *const T) {
     unsafe { asm!("prfm pldl1keep, [{}]", in(reg) at, options(readonly, nostack, preserves_flags)) };
 }
 
+/// Defines `fn name(sum, a, b) -> sum`, one instruction that adds products to its first operand.
+macro_rules! multiply_add {
+    ($(#[$doc:meta])* $name:ident $(<$lane:ident>)?, $feature:literal, $text:literal, $sum:ty, $factor:ty) => {
+        $(#[$doc])*
+        #[inline]
+        #[target_feature(enable = $feature)]
+        pub(crate) fn $name$(<const $lane: usize>)?(mut sum: $sum, a: $factor, b: $factor) -> $sum {
+            // SAFETY: the instruction works on registers and status flags alone; the caller has the feature.
+            unsafe {
+                asm!($text, inout(vreg) sum, in(vreg) a, in(vreg) b, $(lane = const $lane,)?
+                     options(pure, nomem, nostack));
+            }
+            sum
+        }
+    };
+}
+
+multiply_add!(
+    /// `sum[i] += a[4 i..][..4] . b[4 i..][..4]`.
+    sdot, "neon,dotprod", "sdot {0:v}.4s, {1:v}.16b, {2:v}.16b", int32x4_t, int8x16_t
+);
+multiply_add!(
+    /// `sum[i] += a[4 i..][..4] . b[4 LANE..][..4]`.
+    sdot_lane<LANE>, "neon,dotprod", "sdot {0:v}.4s, {1:v}.16b, {2:v}.4b[{lane}]", int32x4_t, int8x16_t
+);
+multiply_add!(
+    /// `sum[2 i + j] += a[8 i..][..8] . b[8 j..][..8]`.
+    smmla, "neon,i8mm", "smmla {0:v}.4s, {1:v}.16b, {2:v}.16b", int32x4_t, int8x16_t
+);
 #[cfg(test)]
 mod tests {
     use super::*;
     use half::bf16;
+    use std::arch::is_aarch64_feature_detected;
+    use std::io::Write as _;
+
+    fn skipped(feature: &str) {
+        // Not `eprintln!`, which the test harness swallows when a test passes.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: this CPU lacks `{feature}`");
+    }
+
+    /// Bytes of all sizes and signs, the most negative among them.
+    fn bytes(seed: i32) -> [i8; 16] {
+        std::array::from_fn(|i| ((i as i32 * 89 + seed * 57) % 256 - 128) as i8)
+    }
+
+    fn dot(a: &[i8], b: &[i8]) -> i32 {
+        a.iter().zip(b).map(|(a, b)| i32::from(*a) * i32::from(*b)).sum()
+    }
+
+    #[target_feature(enable = "neon")]
+    fn load(x: &[i8; 16]) -> int8x16_t {
+        // SAFETY: `x` is an array of 16 bytes.
+        unsafe { vld1q_s8(x.as_ptr()) }
+    }
+
+    #[target_feature(enable = "neon")]
+    fn check(name: &str, got: int32x4_t, want: impl Fn(usize) -> i32) {
+        let mut lanes = [0; 4];
+        // SAFETY: `lanes` is an array of 4 integers.
+        unsafe { vst1q_s32(lanes.as_mut_ptr(), got) };
+        assert_eq!(lanes, std::array::from_fn(want), "{name}");
+    }
+
+    #[target_feature(enable = "neon,dotprod")]
+    fn sdot_is_four_products_a_lane() {
+        for seed in 0..50 {
+            let (a, b) = (bytes(seed), bytes(3 * seed + 1));
+            let (start, va, vb) = (vdupq_n_s32(1000 - seed), load(&a), load(&b));
+            let quad = |i: usize, x: [i8; 16]| -> [i8; 4] { x.as_chunks().0[i] };
+            check("sdot", sdot(start, va, vb), |i| 1000 - seed + dot(&quad(i, a), &quad(i, b)));
+            let by_lane = |lane: usize| move |i: usize| 1000 - seed + dot(&quad(i, a), &quad(lane, b));
+            check("sdot_lane 0", sdot_lane::<0>(start, va, vb), by_lane(0));
+            check("sdot_lane 1", sdot_lane::<1>(start, va, vb), by_lane(1));
+            check("sdot_lane 2", sdot_lane::<2>(start, va, vb), by_lane(2));
+            check("sdot_lane 3", sdot_lane::<3>(start, va, vb), by_lane(3));
+        }
+    }
+
+    #[target_feature(enable = "neon,i8mm")]
+    fn smmla_is_a_square_of_products() {
+        for seed in 0..50 {
+            let (a, b) = (bytes(seed), bytes(3 * seed + 1));
+            let got = smmla(vdupq_n_s32(seed - 7), load(&a), load(&b));
+            check("smmla", got, |i| seed - 7 + dot(&a[i / 2 * 8..][..8], &b[i % 2 * 8..][..8]));
+        }
+    }
 
     /// Numbers at and beside ties, subnormal, infinite and none.
     const EDGES: [f32; 12] = [
@@ -98,6 +201,22 @@ mod tests {
             unsafe { vst1q_f32(wide.as_mut_ptr(), round_bf16(vld1q_f32(x.as_ptr()))) };
             assert!(wide.iter().all(|x| x.is_nan() || x.to_bits() & 0xffff == 0));
             check_rounding("round_bf16", x, &wide.map(|x| (x.to_bits() >> 16) as u16));
+        }
+    }
+
+    #[test]
+    fn instructions_do_what_their_names_say() {
+        if is_aarch64_feature_detected!("dotprod") {
+            // SAFETY: the CPU has the feature.
+            unsafe { sdot_is_four_products_a_lane() };
+        } else {
+            skipped("dotprod");
+        }
+        if is_aarch64_feature_detected!("i8mm") {
+            // SAFETY: the CPU has the feature.
+            unsafe { smmla_is_a_square_of_products() };
+        } else {
+            skipped("i8mm");
         }
     }
 

@@ -21,7 +21,7 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW and VL beside those, VNNI with VBMI and BF16 where the CPU has them.
     Avx512,
-    /// What every 64-bit ARM has.
+    /// What every 64-bit ARM has, dot products and matrix products in 8 bits where the CPU has them.
     Neon,
 }
 
@@ -150,10 +150,35 @@ static NEON: Table = Table {
     nf4_matvec: nf4::neon::matvec,
     dense_decode: dense::neon::decode,
     dense_matvec: dense::neon::matvec,
+    q8_lanes: q8::neon::LANES,
+    q8_quantize: q8::neon::quantize,
+    q8_nf4_matvec: q8::neon::base::nf4_matvec,
+    q8_int8_matvec: q8::neon::base::int8_matvec,
+    q8_pack_nf4: q8::neon_panel::pack_nf4::<{ q8::QUAD }>,
+    q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::QUAD }>,
+    q8_tile: q8::neon::base::tile,
+    bf16: None,
     exp: exp::neon::exp,
     tile_dot: tile::neon::dot,
     tile_axpy: tile::neon::axpy,
-    ..PORTABLE
+};
+
+#[cfg(target_arch = "aarch64")]
+static NEON_DOTPROD: Table = Table {
+    features: &["dotprod"],
+    q8_nf4_matvec: q8::neon::dotprod::nf4_matvec,
+    q8_int8_matvec: q8::neon::dotprod::int8_matvec,
+    q8_tile: q8::neon::dotprod::tile,
+    ..NEON
+};
+
+#[cfg(target_arch = "aarch64")]
+static NEON_I8MM: Table = Table {
+    features: &["dotprod", "i8mm"],
+    q8_pack_nf4: q8::neon_panel::pack_nf4::<{ q8::neon_panel::OCTET }>,
+    q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::neon_panel::OCTET }>,
+    q8_tile: q8::neon_panel::tile,
+    ..NEON_DOTPROD
 };
 
 /// Where every table is checked once against the CPU.
@@ -177,7 +202,14 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
     }
     #[cfg(target_arch = "aarch64")]
     if is_aarch64_feature_detected!("neon") {
-        tables.push(&NEON);
+        let table = if !is_aarch64_feature_detected!("dotprod") {
+            &NEON
+        } else if !is_aarch64_feature_detected!("i8mm") {
+            &NEON_DOTPROD
+        } else {
+            &NEON_I8MM
+        };
+        tables.push(table);
     }
     tables
 });

@@ -14,6 +14,10 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon_panel;
 pub(crate) mod portable;
 mod weight;
 
@@ -26,7 +30,7 @@ use super::split::run;
 /// Activations that share a unit, and weights that share a scale.
 pub(crate) const BLOCK: usize = 64;
 /// Codes that a lane of an integer product sums up.
-const QUAD: usize = 4;
+pub(crate) const QUAD: usize = 4;
 /// Quads of a block.
 const QUADS: usize = BLOCK / QUAD;
 
