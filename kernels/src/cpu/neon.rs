@@ -111,6 +111,23 @@ multiply_add!(
     /// `sum[2 i + j] += a[8 i..][..8] . b[8 j..][..8]`.
     smmla, "neon,i8mm", "smmla {0:v}.4s, {1:v}.16b, {2:v}.16b", int32x4_t, int8x16_t
 );
+multiply_add!(
+    /// `sum[2 i + j] += a[4 i..][..4] . b[4 j..][..4]` in bf16.
+    bfmmla, "neon,bf16", "bfmmla {0:v}.4s, {1:v}.8h, {2:v}.8h", float32x4_t, uint16x8_t
+);
+
+/// To the nearest bf16, ties to even.
+#[inline]
+#[target_feature(enable = "neon,bf16")]
+pub(crate) fn bfcvtn(x: float32x4_t) -> uint16x4_t {
+    let bf16: uint16x4_t;
+    // SAFETY: the instruction works on registers and status flags alone; the caller has the feature.
+    unsafe {
+        asm!("bfcvtn {0:v}.4h, {1:v}.4s", lateout(vreg) bf16, in(vreg) x, options(pure, nomem, nostack));
+    }
+    bf16
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,6 +187,28 @@ mod tests {
         }
     }
 
+    #[target_feature(enable = "neon,bf16")]
+    fn bfmmla_is_a_square_of_products() {
+        for seed in 0..50_u16 {
+            // Small whole numbers, whose sums are exact in any order.
+            let numbers = |seed: u16| -> [bf16; 8] {
+                std::array::from_fn(|i| bf16::from_f32(f32::from((i as u16 * 29 + seed * 13) % 61) - 30.0))
+            };
+            let (a, b) = (numbers(seed), numbers(3 * seed + 1));
+            let mut got = [0.0; 4];
+            // SAFETY: all four are arrays of the vectors' sizes; `bf16` is two bytes of plain data.
+            unsafe {
+                let (va, vb) = (vld1q_u16(a.as_ptr().cast()), vld1q_u16(b.as_ptr().cast()));
+                vst1q_f32(got.as_mut_ptr(), bfmmla(vdupq_n_f32(0.5), va, vb));
+            }
+            let want = |i: usize| {
+                let terms = a[i / 2 * 4..][..4].iter().zip(&b[i % 2 * 4..][..4]);
+                0.5 + terms.map(|(a, b)| a.to_f32() * b.to_f32()).sum::<f32>()
+            };
+            assert_eq!(got, std::array::from_fn(want));
+        }
+    }
+
     /// Numbers at and beside ties, subnormal, infinite and none.
     const EDGES: [f32; 12] = [
         0.0,
@@ -201,6 +240,14 @@ mod tests {
             unsafe { vst1q_f32(wide.as_mut_ptr(), round_bf16(vld1q_f32(x.as_ptr()))) };
             assert!(wide.iter().all(|x| x.is_nan() || x.to_bits() & 0xffff == 0));
             check_rounding("round_bf16", x, &wide.map(|x| (x.to_bits() >> 16) as u16));
+            if is_aarch64_feature_detected!("bf16") {
+                let mut narrow = [0; 4];
+                // SAFETY: the CPU has the feature; `narrow` is an array of 4.
+                unsafe { vst1_u16(narrow.as_mut_ptr(), bfcvtn(vld1q_f32(x.as_ptr()))) };
+                check_rounding("bfcvtn", x, &narrow);
+            } else {
+                skipped("bf16");
+            }
         }
     }
 
@@ -217,6 +264,12 @@ mod tests {
             unsafe { smmla_is_a_square_of_products() };
         } else {
             skipped("i8mm");
+        }
+        if is_aarch64_feature_detected!("bf16") {
+            // SAFETY: the CPU has the feature.
+            unsafe { bfmmla_is_a_square_of_products() };
+        } else {
+            skipped("bf16");
         }
     }
 

@@ -21,7 +21,7 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW and VL beside those, VNNI with VBMI and BF16 where the CPU has them.
     Avx512,
-    /// What every 64-bit ARM has, dot products and matrix products in 8 bits where the CPU has them.
+    /// What every 64-bit ARM has, dot products, matrix products in 8 bits and in bf16 where the CPU has them.
     Neon,
 }
 
@@ -181,6 +181,10 @@ static NEON_I8MM: Table = Table {
     ..NEON_DOTPROD
 };
 
+#[cfg(target_arch = "aarch64")]
+static NEON_BF16: Table =
+    Table { features: &["dotprod", "i8mm", "bf16"], bf16: Some(&super::bf16::neon::KERNELS), ..NEON_I8MM };
+
 /// Where every table is checked once against the CPU.
 static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
     #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(unused_mut, reason = "no others"))]
@@ -206,8 +210,10 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
             &NEON
         } else if !is_aarch64_feature_detected!("i8mm") {
             &NEON_DOTPROD
-        } else {
+        } else if !is_aarch64_feature_detected!("bf16") {
             &NEON_I8MM
+        } else {
+            &NEON_BF16
         };
         tables.push(table);
     }
