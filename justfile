@@ -44,7 +44,7 @@ vulkan:
 shaders:
     .ci/run shaders
 
-# Build for 64-bit ARM and run the kernels' tests on an emulated processor.
+# Build for 64-bit ARM and run the kernels' tests on three emulated processors.
 aarch64:
     .ci/run aarch64
 
