@@ -15,7 +15,7 @@ pub(crate) const LANES: usize = 16;
 /// Tokens that a tile takes at once.
 const TOKENS: usize = 4;
 /// Bytes that the matrix-vector products read ahead.
-const AHEAD: usize = 1536;
+const AHEAD: usize = 3072;
 
 /// See [`super::super::Table::q8_quantize`].
 #[target_feature(enable = "avx2,fma")]

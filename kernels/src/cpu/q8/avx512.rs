@@ -14,7 +14,7 @@ pub(crate) const LANES: usize = 32;
 /// Tokens that a tile takes at once: 24 sums of 16, and the weights, stay in registers.
 const TOKENS: usize = 12;
 /// Bytes that the matrix-vector products read ahead.
-const AHEAD: usize = 1536;
+const AHEAD: usize = 3072;
 
 /// The codebook, 128 too large, four times over.
 #[inline]
