@@ -112,8 +112,8 @@ fn arithmetic_in_8_bits_costs_little_perplexity() {
     let ids = ids_of(&json("smollm2_ppl_ids.json"));
     let perplexity = |session: &Session| score_text(session, &ids, 512, &mut |_| true).unwrap().perplexity();
     let base = perplexity(&exact);
-    let cache_dir = Some(dir.path().join("cache"));
-    let fast = Options { cache_dir: cache_dir.clone(), ..Options::default() };
+    let cache = dir.path().join("cache");
+    let fast = Options { cache_dir: Some(cache.clone()), ..Options::default() };
     let settings = [
         ("bf16", 1.005, Options { precision: Precision::Bf16, ..Options::default() }),
         ("8-bit products", 1.015, Options::default()),
@@ -124,7 +124,7 @@ fn arithmetic_in_8_bits_costs_little_perplexity() {
         let cost = perplexity(&Session::open(exact.dir(), &options).unwrap()) / base;
         assert!(cost < bound && cost > 0.99, "{name}: perplexity times {cost}, bound {bound}");
     }
-    assert_eq!(fs::read_dir(cache_dir.unwrap()).unwrap().count(), 1, "one copy of the head");
+    assert_eq!(fs::read_dir(cache).unwrap().count(), 1, "one copy of the head");
 }
 
 /// Streaming pieces join to what decoding all ids at once gives.

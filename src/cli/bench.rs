@@ -52,18 +52,9 @@ pub(super) struct Args {
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
     #[arg(long)]
     no_quantize: bool,
-    /// Measure ggml's 4-bit types on the same shapes in turn, and llama.cpp on whole models given by --gguf.
     #[cfg(feature = "ggml")]
-    #[arg(long, value_name = "WHOM", value_parser = ["ggml"])]
-    against: Option<String>,
-    /// GGUF files to compare the model with.
-    #[cfg(feature = "ggml")]
-    #[arg(long, value_name = "FILE", value_delimiter = ',', requires = "against")]
-    gguf: Vec<PathBuf>,
-    /// Make these types from the one --gguf file, or from the shape, and compare with them: q4_0, iq4_nl, q4_k_m.
-    #[cfg(feature = "ggml")]
-    #[arg(long, value_name = "TYPE", value_delimiter = ',', requires = "against")]
-    gguf_types: Vec<bench::ggml::Quant>,
+    #[command(flatten)]
+    against: super::against::Args,
     /// Write the report, with the command that made it, to this file.
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
@@ -75,10 +66,10 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<()> {
     let work = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
     let mut open = session::Options { precision: args.precision.into(), ..options() };
+    let folder = args.keep.as_deref().unwrap_or(work.path());
     let dir = match &args.shape {
         Some(name) => {
             // The head's copy goes where the shape goes, not into the cache of real models.
-            let folder = args.keep.as_deref().unwrap_or(work.path());
             open.cache_dir = Some(folder.join("int8"));
             synthetic(name, folder)?
         }
@@ -98,43 +89,30 @@ pub(super) fn run(args: &Args) -> Result<()> {
         bar.set_message(what.to_owned());
         !interrupt::asked()
     };
-    let measured = measure(args, &dir, &open, &wanted, work.path(), &mut tell);
+    let measured = (|| {
+        let report = bench::run(&dir, &open, &wanted, &mut tell)?;
+        #[cfg(feature = "ggml")]
+        let against = args.against.measure(args.shape.as_deref(), folder, &dir, &open, &wanted, &mut tell)?;
+        #[cfg(not(feature = "ggml"))]
+        let against: Option<(Value, String)> = None;
+        Ok((report, against))
+    })();
     bar.finish_and_clear();
-    let (value, text) = measured.map_err(|e| if e.code() == ErrorCode::Cancelled { stopped("bench") } else { e })?;
+    let stop = |e: Error| if e.code() == ErrorCode::Cancelled { stopped("bench") } else { e };
+    let (report, against) = measured.map_err(stop)?;
+    let mut value = json!(report);
+    if let (Some((against, _)), Some(value)) = (&against, value.as_object_mut()) {
+        value.insert("against".to_owned(), against.clone());
+    }
     if let Some(path) = &args.record {
         record(path, &value)?;
     }
     if args.json {
         print_json(&value);
     } else {
-        print!("{text}");
+        print!("{}{}", text(&report), against.map_or_else(String::new, |(_, text)| text));
     }
     Ok(())
-}
-
-/// The report as JSON and as text.
-fn measure(
-    args: &Args,
-    dir: &Path,
-    open: &session::Options,
-    wanted: &Options,
-    work: &Path,
-    tell: &mut bench::Progress<'_>,
-) -> Result<(Value, String)> {
-    #[cfg(feature = "ggml")]
-    let files = ggufs(args, work, tell)?;
-    let report = bench::run(dir, open, wanted, tell)?;
-    #[cfg_attr(not(feature = "ggml"), expect(unused_mut, reason = "nothing to add"))]
-    let (mut value, mut text) = (json!(report), text(&report));
-    #[cfg(feature = "ggml")]
-    if args.against.is_some() {
-        let against = bench::compare(dir, open, wanted, &files, tell)?;
-        text.push_str(&against_text(&against));
-        if let Some(report) = value.as_object_mut() {
-            report.insert("against".to_owned(), json!(against));
-        }
-    }
-    Ok((value, text))
 }
 
 /// Writes the model of shape `name` into `folder`, unless it is there.
@@ -152,9 +130,15 @@ fn synthetic(name: &str, folder: &Path) -> Result<PathBuf> {
     written.map(|()| out)
 }
 
-/// One indented JSON file, with the command as it was typed but for where the program lies.
+/// One indented JSON file, with the command as it was typed, but without the folders of files: they say nothing to
+/// others.
 fn record(path: &Path, report: &Value) -> Result<()> {
-    let command: Vec<String> = std::env::args().skip(1).collect();
+    let name = |part: &str| match Path::new(part).file_name() {
+        Some(name) if Path::new(part).is_absolute() => name.to_string_lossy().into_owned(),
+        _ => part.to_owned(),
+    };
+    let plain = |arg: String| arg.split(',').map(name).collect::<Vec<_>>().join(",");
+    let command: Vec<String> = std::env::args().skip(1).map(plain).collect();
     let mut record = json!({ "command": format!("pocketlora {}", command.join(" ")) });
     if let (Some(isa), Some(record)) = (std::env::var_os("POCKETLORA_ISA"), record.as_object_mut()) {
         record.insert("POCKETLORA_ISA".to_owned(), isa.to_string_lossy().into());
@@ -239,70 +223,11 @@ fn kernel_table(kernels: &[Kernel]) -> Table {
 }
 
 /// Without frames: text to be read and copied. The first column is left, numbers are right.
-fn new_table(header: &[&str]) -> Table {
+pub(super) fn new_table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
-}
-
-/// The GGUF files to compare with, made now where types are wanted.
-#[cfg(feature = "ggml")]
-fn ggufs(args: &Args, work: &Path, tell: &mut bench::Progress<'_>) -> Result<Vec<PathBuf>> {
-    if args.gguf_types.is_empty() {
-        return Ok(args.gguf.clone());
-    }
-    let folder = args.keep.as_deref().unwrap_or(work);
-    let (source, name) = match (&args.gguf[..], &args.shape) {
-        ([one], _) => (one.clone(), one.file_stem().map_or_else(String::new, |n| n.to_string_lossy().into_owned())),
-        ([], Some(shape)) => (bench::gguf::write_shape(shape, folder, tell)?, shape.clone()),
-        _ => return Err(Error::config("gguf-types", "one file given by `--gguf`, or a `--shape`", args.gguf.len())),
-    };
-    let make = |quant: &bench::ggml::Quant| {
-        let out = folder.join(format!("{name}.{}.gguf", quant.name()));
-        if !out.exists() {
-            tell(&format!("{} for llama.cpp", quant.name()));
-            bench::ggml::requantize(&source, &out, *quant)?;
-        }
-        Ok(out)
-    };
-    args.gguf_types.iter().map(make).collect()
-}
-
-#[cfg(feature = "ggml")]
-fn against_text(against: &bench::Against) -> String {
-    let mut models =
-        new_table(&["against llama.cpp", "threads", "prefill", "ours", "ratio", "decode", "ours", "ratio"]);
-    for m in &against.models {
-        models.add_row([
-            m.file.clone(),
-            m.threads.to_string(),
-            format!("{:.1}", m.prefill.median),
-            format!("{:.1}", m.our_prefill.median),
-            format!("{:.2}", m.prefill_ratio),
-            format!("{:.1}", m.decode.median),
-            format!("{:.1}", m.our_decode.median),
-            format!("{:.2}", m.decode_ratio),
-        ]);
-    }
-    let mut kernels = new_table(&["against ggml", "shape", "threads", "us", "ours", "ratio"]);
-    for k in &against.kernels {
-        for t in &k.theirs {
-            kernels.add_row([
-                format!("{}{}", t.quant, if t.repacked { ", repacked" } else { "" }),
-                k.shape.clone(),
-                k.threads.to_string(),
-                format!("{:.1}", 1e6 / t.calls.median),
-                format!("{:.1}", 1e6 / k.ours.median),
-                format!("{:.2}", t.ratio),
-            ]);
-        }
-    }
-    let mut text = format!("ggml {}: {}\n", against.version, against.system);
-    for table in [models, kernels].iter().filter(|t| t.row_count() > 0) {
-        text.push_str(&format!("{table}\n"));
-    }
-    text
 }

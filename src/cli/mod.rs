@@ -1,5 +1,7 @@
 //! The command line: one file per subcommand; answers on stdout, progress on stderr.
 
+#[cfg(feature = "ggml")]
+mod against;
 mod args;
 mod bench;
 mod chat;

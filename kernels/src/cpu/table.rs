@@ -49,6 +49,7 @@ pub struct Table {
     features: &'static [&'static str],
     /// Tokens from which transposing a panel of weights pays, because `tile_axpy` is so much faster than `tile_dot`.
     transposes_from: usize,
+    prefetch: unsafe fn(&[u8]),
     nf4_decode: unsafe fn(&Nf4, usize, &mut [f32]),
     nf4_matvec: unsafe fn(&Nf4, usize, usize, &EvenOdd, &mut [f32]),
     dense_decode: unsafe fn(FloatType, &[u8], usize, usize, &mut [f32]),
@@ -72,6 +73,7 @@ static PORTABLE: Table = Table {
     isa: Isa::Portable,
     features: &[],
     transposes_from: 16,
+    prefetch: |_| (),
     nf4_decode: nf4::portable::decode,
     nf4_matvec: nf4::portable::matvec,
     dense_decode: dense::portable::decode,
@@ -94,6 +96,7 @@ static AVX2: Table = Table {
     isa: Isa::Avx2,
     features: &[],
     transposes_from: usize::MAX,
+    prefetch: super::avx2::prefetch,
     nf4_decode: nf4::avx2::decode,
     nf4_matvec: nf4::avx2::matvec,
     dense_decode: dense::avx2::decode,
@@ -119,6 +122,7 @@ static AVX512: Table = Table {
     nf4_decode: nf4::avx512::decode,
     nf4_matvec: nf4::avx512::matvec,
     dense_decode: dense::avx512::decode,
+    dense_matvec: dense::avx512::matvec,
     exp: exp::avx512::exp,
     tile_dot: tile::avx512::dot,
     tile_axpy: tile::avx512::axpy,
@@ -146,6 +150,7 @@ static NEON: Table = Table {
     isa: Isa::Neon,
     features: &[],
     transposes_from: 48,
+    prefetch: super::neon::prefetch_all,
     nf4_decode: nf4::neon::decode,
     nf4_matvec: nf4::neon::matvec,
     dense_decode: dense::neon::decode,
@@ -273,6 +278,15 @@ impl Table {
     /// Tokens from which a forward product should transpose its panels.
     pub(crate) fn transposes_from(&self) -> usize {
         self.transposes_from
+    }
+
+    /// Asks for `bytes` to be brought into the cache; a hint that not every table has.
+    pub(crate) fn prefetch(&self, bytes: &[u8]) {
+        // SAFETY: any slice will do; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.prefetch)(bytes);
+        }
     }
 
     /// Elements `start..start + out.len()` of the flattened weight.
