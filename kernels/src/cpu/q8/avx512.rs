@@ -76,7 +76,7 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
         let (mut this, mut other) = (surplus, _mm512_setzero_ps());
         for ((packed, codes), factor) in packed.iter().zip(codes).zip(&factors[..n]) {
             // A prefetch is no access: it may point past the end.
-            _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(packed.as_ptr().wrapping_add(AHEAD).cast());
             (this, other) = (other, add_block(this, look_up(book, shifts, packed), codes, *factor));
         }
         sum16(_mm512_add_ps(this, other)) * unit
@@ -105,7 +105,7 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-            _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(AHEAD).cast());
             (this, other) = (other, add_block(this, _mm512_xor_si512(load(w), sign), codes, *unit));
         }
         *y = (sum16(_mm512_add_ps(this, other)) + surplus) * w.scale(row + i);
