@@ -1,31 +1,65 @@
-//! Keys and values of one layer.
+//! Keys and values of one layer, in tiles that attention multiplies by without rearranging them.
+//!
+//! Tokens come in blocks of [`BLOCK`]. A block holds for each head a tile of keys `[D, BLOCK]`, turned so that the scores
+//! of neighbouring keys are neighbours in a vector, and behind it a tile of values `[BLOCK, D]`. A thread reads both of
+//! its head as one stream, and a token appended costs `D` scattered stores a head.
 
-use super::buffer::grow;
+use super::buffer::{grow, reserve};
+use super::exp::ROUND;
+use super::light::Light;
+use super::loops::{reduce, sum, update};
 use super::table::Table;
 use crate::{CacheType, Error, FloatType};
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
-/// Rows of keys and as many of values, appended token by token.
+/// Tokens of a block: with 64-wide heads in f16, its two tiles are 16 KiB.
+pub(crate) const BLOCK: usize = 64;
+/// Tiles begin on a cache line: vectors that cross one load at half speed.
+const CACHE_LINE: usize = 64;
+
+/// Keys and values, appended token by token.
 pub struct Cache {
     kv_heads: usize,
     head_dim: usize,
     dtype: CacheType,
     len: usize,
-    keys: Rows,
-    values: Rows,
+    /// Blocks, then in them heads, then keys before values, from `aligned` on; elements as [`CacheType`] says,
+    /// little-endian. What lies behind the last token holds anything finite or not.
+    bytes: Vec<u8>,
+    aligned: usize,
+    /// In 8 bits one a row and head, in the same order; else none.
+    scales: Vec<f32>,
 }
 
-/// Elements as [`CacheType`] says, little-endian, so that the dense kernels read them.
-#[derive(Default)]
-struct Rows {
-    bytes: Vec<u8>,
-    /// In 8 bits one a token and head, else none.
-    scales: Vec<f32>,
+/// Rows of `width` elements, one after another.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile<'a> {
+    pub dtype: CacheType,
+    pub bytes: &'a [u8],
+    pub width: usize,
+    pub count: usize,
+}
+
+/// What a tile holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Keys,
+    Values,
+}
+
+/// Bytes of an element.
+pub(crate) fn size(dtype: CacheType) -> usize {
+    match dtype {
+        CacheType::F32 => 4,
+        CacheType::F16 => 2,
+        CacheType::I8 => 1,
+    }
 }
 
 impl Cache {
     pub(crate) fn new(kv_heads: usize, head_dim: usize, dtype: CacheType) -> Self {
-        Self { kv_heads, head_dim, dtype, len: 0, keys: Rows::default(), values: Rows::default() }
+        Self { kv_heads, head_dim, dtype, len: 0, bytes: Vec::new(), aligned: 0, scales: Vec::new() }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -35,94 +69,231 @@ impl Cache {
     /// Bytes of the keys and values held, with their scales.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        [&self.keys, &self.values].iter().map(|rows| rows.bytes.len() + size_of_val(&rows.scales[..])).sum()
+        let scales = if self.dtype == CacheType::I8 { size_of::<f32>() } else { 0 };
+        2 * self.len * self.kv_heads * (self.head_dim * size(self.dtype) + scales)
     }
 
-    /// Elements of a row.
+    /// Elements of a token's keys.
     pub(crate) fn width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
 
-    fn size(&self) -> usize {
-        match self.dtype {
-            CacheType::F32 => 4,
-            CacheType::F16 => 2,
-            CacheType::I8 => 1,
-        }
+    /// Bytes of a tile.
+    fn tile_bytes(&self) -> usize {
+        BLOCK * self.head_dim * size(self.dtype)
     }
 
-    /// Scales of a token.
-    fn scales(&self) -> usize {
-        if self.dtype == CacheType::I8 { self.kv_heads } else { 0 }
+    /// Number of a tile among all.
+    fn tile(&self, block: usize, head: usize, side: Side) -> usize {
+        assert!(head < self.kv_heads);
+        (block * self.kv_heads + head) * 2 + usize::from(side == Side::Values)
     }
 
-    pub(crate) fn append(&mut self, k: &[f32], v: &[f32]) -> Result<(), Error> {
+    pub(crate) fn append(&mut self, light: &Light, k: &[f32], v: &[f32]) -> Result<(), Error> {
         let width = self.width().max(1);
         assert!(k.len() == v.len() && k.len().is_multiple_of(width));
-        let (more, scales) = (k.len() * self.size(), k.len() / width * self.scales());
-        for rows in [&mut self.keys, &mut self.values] {
-            make_room(&mut rows.bytes, more)?;
-            make_room(&mut rows.scales, scales)?;
-        }
-        for (rows, x) in [(&mut self.keys, k), (&mut self.values, v)] {
-            match self.dtype {
-                CacheType::F32 => rows.bytes.extend(x.iter().flat_map(|x| x.to_le_bytes())),
-                CacheType::F16 => rows.bytes.extend(x.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes())),
-                CacheType::I8 => x.chunks_exact(self.head_dim).for_each(|x| rows.push_int8(x)),
+        let tokens = k.len() / width;
+        self.make_room((self.len + tokens).div_ceil(BLOCK))?;
+        let mut row = reserve(self.head_dim * size(self.dtype))?;
+        row.resize(self.head_dim * size(self.dtype), 0);
+        for (side, x) in [(Side::Keys, k), (Side::Values, v)] {
+            for (t, x) in x.chunks_exact(width).enumerate() {
+                for (head, x) in x.chunks_exact(self.head_dim).enumerate() {
+                    let scale = encode(light, self.dtype, x, &mut row);
+                    self.put(self.len + t, head, side, &row, scale);
+                }
             }
         }
-        self.len += k.len() / width;
+        self.len += tokens;
         Ok(())
+    }
+
+    /// Makes the memory at least `blocks` long. Nothing has changed after an error.
+    fn make_room(&mut self, blocks: usize) -> Result<(), Error> {
+        let tiles = blocks * self.kv_heads * 2;
+        let bytes = tiles * self.tile_bytes();
+        if self.bytes.len() >= self.aligned + bytes {
+            return Ok(());
+        }
+        let scales = if self.dtype == CacheType::I8 { tiles * BLOCK } else { 0 };
+        let more = scales.saturating_sub(self.scales.len());
+        if self.scales.capacity() < scales {
+            let ample = more.max(self.scales.len() / 2);
+            grow(&mut self.scales, ample).or_else(|_| grow(&mut self.scales, more))?;
+        }
+        if self.bytes.capacity() < self.aligned + bytes {
+            // Half as much again, not the double of `Vec`: this memory is the session's largest after weights.
+            let ample = bytes.max(self.bytes.len() + self.bytes.len() / 2);
+            let mut grown: Vec<u8> = reserve(ample + CACHE_LINE).or_else(|_| reserve(bytes + CACHE_LINE))?;
+            let aligned = grown.as_ptr().align_offset(CACHE_LINE).min(CACHE_LINE);
+            grown.resize(aligned, 0);
+            grown.extend_from_slice(&self.bytes[self.aligned..]);
+            (self.bytes, self.aligned) = (grown, aligned);
+        }
+        self.bytes.resize(self.aligned + bytes, 0);
+        self.scales.resize(scales, 0.0);
+        Ok(())
+    }
+
+    /// Writes the encoded row of one token and head into its tile.
+    fn put(&mut self, token: usize, head: usize, side: Side, row: &[u8], scale: Option<f32>) {
+        let (tile, slot) = (self.tile(token / BLOCK, head, side), token % BLOCK);
+        let at = self.aligned + tile * self.tile_bytes();
+        let bytes = &mut self.bytes[at..][..BLOCK * row.len()];
+        match (side, self.dtype) {
+            (Side::Values, _) => bytes[slot * row.len()..][..row.len()].copy_from_slice(row),
+            (Side::Keys, CacheType::F32) => scatter::<4>(row, slot, bytes),
+            (Side::Keys, CacheType::F16) => scatter::<2>(row, slot, bytes),
+            (Side::Keys, CacheType::I8) => scatter::<1>(row, slot, bytes),
+        }
+        if let Some(scale) = scale {
+            self.scales[tile * BLOCK + slot] = scale;
+        }
     }
 
     pub(crate) fn truncate(&mut self, len: usize) {
         assert!(len <= self.len);
         self.len = len;
-        let (bytes, scales) = (len * self.width() * self.size(), len * self.scales());
-        for rows in [&mut self.keys, &mut self.values] {
-            rows.bytes.truncate(bytes);
-            rows.scales.truncate(scales);
-        }
     }
 
-    /// Keys and values of head `head` of tokens from `row` on, as f32.
-    pub(crate) fn read(&self, table: &Table, row: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
-        let at = (row * self.width() + head * self.head_dim) * self.size();
-        for (rows, out) in [(&self.keys, k), (&self.values, v)] {
-            let bytes = &rows.bytes[at..];
-            let dtype = match self.dtype {
-                CacheType::F32 => FloatType::F32,
-                CacheType::F16 => FloatType::F16,
-                CacheType::I8 => {
-                    let scales = rows.scales[row * self.kv_heads + head..].iter().step_by(self.kv_heads);
-                    let rows = out.chunks_exact_mut(self.head_dim).zip(bytes.chunks(self.width())).zip(scales);
-                    for ((out, bytes), scale) in rows {
-                        out.iter_mut().zip(bytes).for_each(|(out, b)| *out = f32::from(b.cast_signed()) * scale);
-                    }
-                    continue;
-                }
-            };
-            table.dense_decode(dtype, bytes, self.width(), self.head_dim, out);
+    /// Keys of a block as `[D, BLOCK]`, before their scales; those past the last token are undefined.
+    pub(crate) fn keys(&self, block: usize, head: usize) -> Tile<'_> {
+        let bytes = self.of_tile(self.tile(block, head, Side::Keys));
+        Tile { dtype: self.dtype, bytes, width: BLOCK, count: self.head_dim }
+    }
+
+    /// The first `count` values of a block as `[count, D]`, before their scales.
+    pub(crate) fn values(&self, block: usize, head: usize, count: usize) -> Tile<'_> {
+        let bytes = self.of_tile(self.tile(block, head, Side::Values));
+        Tile { dtype: self.dtype, bytes, width: self.head_dim, count }
+    }
+
+    fn of_tile(&self, tile: usize) -> &[u8] {
+        &self.bytes[self.aligned + tile * self.tile_bytes()..][..self.tile_bytes()]
+    }
+
+    /// Factors of a block's keys and of its values, where they are in 8 bits.
+    pub(crate) fn scales(&self, block: usize, head: usize) -> Option<[&[f32]; 2]> {
+        let first = self.tile(block, head, Side::Keys) * BLOCK;
+        (self.dtype == CacheType::I8).then(|| [first, first + BLOCK].map(|at| &self.scales[at..][..BLOCK]))
+    }
+
+    /// As [`Cache::keys`] and [`Cache::values`], in f32 and times their scales.
+    pub(crate) fn decode(&self, table: &Table, block: usize, head: usize, k: &mut [f32], v: &mut [f32]) {
+        let tiles = [(k, self.keys(block, head)), (v, self.values(block, head, BLOCK))];
+        if let Some(scales) = self.scales(block, head) {
+            let [(k, keys), (v, values)] = tiles;
+            table.light().decode_int8_keys(keys.bytes, scales[0], k);
+            table.light().decode_int8_values(values.bytes, scales[1], v);
+        } else {
+            let dtype = if self.dtype == CacheType::F16 { FloatType::F16 } else { FloatType::F32 };
+            for (out, tile) in tiles {
+                table.dense_decode(dtype, tile.bytes, out.len(), out.len(), out);
+            }
         }
     }
 }
 
-impl Rows {
-    /// Rounds a head's row to 8 bits; one with a NaN or an infinity gets a NaN as scale.
-    fn push_int8(&mut self, x: &[f32]) {
-        let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-        let finite = x.iter().all(|x| x.is_finite());
-        let inverse = if finite && largest > f32::MIN_POSITIVE * 256.0 { 127.0 / largest } else { 0.0 };
-        self.bytes.extend(x.iter().map(|x| ((x * inverse).round_ties_even() as i8).cast_unsigned()));
-        self.scales.push(if finite { largest / 127.0 } else { f32::NAN });
+/// Element `d` goes to row `d`, column `slot` of rows of [`BLOCK`] elements.
+fn scatter<const SIZE: usize>(row: &[u8], slot: usize, tile: &mut [u8]) {
+    let tile = tile.as_chunks_mut::<SIZE>().0;
+    for (element, tile) in row.as_chunks::<SIZE>().0.iter().zip(tile.chunks_exact_mut(BLOCK)) {
+        tile[slot] = *element;
     }
 }
 
-/// Half as much again, not the double of `Vec`: this memory is the session's largest after weights.
-fn make_room<T>(values: &mut Vec<T>, more: usize) -> Result<(), Error> {
-    if values.capacity() - values.len() < more {
-        let spare = values.len() / 2;
-        grow(values, more.max(spare)).or_else(|_| grow(values, more))?;
+/// One head's row in the cache's type; returns its scale if it has one.
+fn encode(light: &Light, dtype: CacheType, x: &[f32], row: &mut [u8]) -> Option<f32> {
+    match dtype {
+        CacheType::F32 => row.as_chunks_mut().0.iter_mut().zip(x).for_each(|(b, x)| *b = x.to_le_bytes()),
+        CacheType::F16 => {
+            let mut halves = [f16::ZERO; 64];
+            for (row, x) in row.chunks_mut(2 * halves.len()).zip(x.chunks(halves.len())) {
+                halves[..x.len()].convert_from_f32_slice(x);
+                row.as_chunks_mut().0.iter_mut().zip(&halves).for_each(|(b, h)| *b = h.to_le_bytes());
+            }
+        }
+        CacheType::I8 => return Some(light.encode_int8(x, row)),
     }
-    Ok(())
+    None
+}
+
+/// Rounds a row to 8 bits and returns its scale; one that holds a NaN or an infinity gets a NaN as scale.
+#[inline(always)]
+pub(super) fn encode_int8(x: &[f32], codes: &mut [u8]) -> f32 {
+    assert_eq!(x.len(), codes.len());
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let largest = reduce([x], 0.0, |most, [x]| larger(most, x.abs()), larger);
+    let finite = sum([x], |[x]| x * 0.0) == 0.0;
+    // Below that size, 127 / largest is infinite or nearly; such a row is as good as zero.
+    let inverse = if finite && largest > f32::MIN_POSITIVE * 256.0 { 127.0 / largest } else { 0.0 };
+    for (code, x) in codes.iter_mut().zip(x) {
+        *code = (x * inverse + ROUND).to_bits() as u8;
+    }
+    if finite { largest / 127.0 } else { f32::NAN }
+}
+
+/// See [`Light::decode_int8_keys`].
+#[inline(always)]
+pub(super) fn decode_int8_keys(codes: &[u8], scales: &[f32], out: &mut [f32]) {
+    assert_eq!(codes.len(), out.len());
+    for (codes, out) in codes.chunks_exact(scales.len()).zip(out.chunks_exact_mut(scales.len())) {
+        widen(codes, out);
+        update(out, [scales], |code, [scale]| code * scale);
+    }
+}
+
+/// See [`Light::decode_int8_values`].
+#[inline(always)]
+pub(super) fn decode_int8_values(codes: &[u8], scales: &[f32], out: &mut [f32]) {
+    assert_eq!(codes.len(), out.len());
+    let width = out.len() / scales.len();
+    for ((codes, out), scale) in codes.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(scales) {
+        widen(codes, out);
+        update(out, [], |code, []| code * scale);
+    }
+}
+
+#[inline(always)]
+fn widen(codes: &[u8], out: &mut [f32]) {
+    out.iter_mut().zip(codes).for_each(|(out, code)| *out = f32::from(code.cast_signed()));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Table;
+    use super::*;
+
+    fn cache(dtype: CacheType, tokens: usize) -> Cache {
+        let mut cache = Cache::new(3, 64, dtype);
+        for _ in 0..tokens {
+            cache.append(Table::best().light(), &[1.0; 192], &[2.0; 192]).unwrap();
+        }
+        cache
+    }
+
+    #[test]
+    fn eight_bits_take_about_half_of_sixteen_and_the_spare_is_bounded() {
+        let bytes = |cache: &Cache| cache.bytes.capacity() + 4 * cache.scales.capacity();
+        let [f16, int8] = [CacheType::F16, CacheType::I8].map(|dtype| cache(dtype, 1000));
+        let ratio = bytes(&int8) as f64 / bytes(&f16) as f64;
+        assert!((0.5..0.56).contains(&ratio), "{ratio}");
+        let least = 1000 * 2 * 192 * 2;
+        assert!((least..least * 8 / 5).contains(&bytes(&f16)), "{}", bytes(&f16));
+    }
+
+    #[test]
+    fn tiles_begin_on_cache_lines_and_keep_their_tokens_as_memory_grows() {
+        for dtype in [CacheType::F32, CacheType::F16, CacheType::I8] {
+            let cache = cache(dtype, 300);
+            let [mut k, mut v] = [0; 2].map(|_| vec![0.0; 64 * BLOCK]);
+            for block in 0..5 {
+                assert!(cache.keys(block, 1).bytes.as_ptr().align_offset(CACHE_LINE) == 0);
+                cache.decode(Table::best(), block, 2, &mut k, &mut v);
+                let held = BLOCK.min(300 - block * BLOCK);
+                assert!(k.chunks(BLOCK).all(|row| row[..held].iter().all(|x| *x == 1.0)), "{dtype:?} {block}");
+                assert!(v[..held * 64].iter().all(|x| *x == 2.0), "{dtype:?} {block}");
+            }
+        }
+    }
 }

@@ -4,7 +4,6 @@
 
 use super::Cpu;
 use super::elementwise::scale_part;
-use super::softmax;
 use super::split::run;
 
 /// Rows `[N, V]` become gradients of `factor * loss`; `losses` is `[N]`.
@@ -17,10 +16,11 @@ pub(crate) fn forward_vjp(cpu: &Cpu, targets: &[u32], factor: f32, logits: &mut 
     assert_eq!(logits.len(), vocab * targets.len());
     assert!(targets.iter().all(|target| (*target as usize) < vocab), "target beyond the `{vocab}` logits");
     let rows = logits.chunks_exact_mut(vocab).zip(losses).zip(targets).collect();
+    let light = cpu.table.light();
     run(&cpu.team, rows, false, |((x, loss), target)| {
         let target = *target as usize;
-        let (max, picked) = (softmax::max(x), x[target]);
-        let sum = softmax::exp_sum(cpu.table, x, max);
+        let (max, picked) = (light.largest(x), x[target]);
+        let sum = light.exp_sum(x, max);
         *loss = (sum.ln() + f64::from(max) - f64::from(picked)) as f32;
         let probability = f64::from(x[target]) / sum;
         scale_part((f64::from(factor) / sum) as f32, x);

@@ -1,10 +1,9 @@
 //! Additions, factors and zeros.
 
-use super::lanes::{map, update};
+use super::loops::{map, update};
 use super::split::parts;
 use super::team::Team;
 use crate::mix;
-use wide::f32x8;
 
 /// `y = a + b`.
 pub(crate) fn add(team: &Team, a: &[f32], b: &[f32], y: &mut [f32]) {
@@ -46,7 +45,7 @@ pub(crate) fn scale(team: &Team, factor: f32, x: &mut [f32]) {
 
 /// `x *= factor` on this thread.
 pub(crate) fn scale_part(factor: f32, x: &mut [f32]) {
-    update(x, [], |x, []| x * f32x8::splat(factor));
+    update(x, [], |x, []| x * factor);
 }
 
 /// Inverted dropout (Srivastava et al. 2014): element `i` falls if the upper 32 of its random bits lie below `p`.

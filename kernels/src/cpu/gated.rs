@@ -5,15 +5,14 @@
 //! Then `act'(g) = s (1 + g z' (1 - s))`. Backward computes `s` again.
 
 use super::Cpu;
-use super::lanes::{LANES, load, store, update};
+use super::exp::exp;
 use super::split::{parts, parts2};
-use super::table::Table;
-use wide::f32x8;
 
-/// Elements whose exponentials wait in first-level cache.
-const BLOCK: usize = 1024;
 /// `2 sqrt(2 / pi)`, and the cubic term's factor.
 const GELU: (f32, f32) = (1.595_769_2, 0.044_715);
+/// Beyond it `s` is 0 or 1 to the last bit of an f32 and `act'` no longer changes, while `g³` would overflow at some 1e13
+/// and make a NaN of `inf * 0`.
+const GELU_RANGE: f32 = 12.0;
 
 /// Which activation.
 #[derive(Clone, Copy)]
@@ -25,12 +24,12 @@ pub(crate) enum Gate {
 /// `y` from `gate` and `up`, all of one length.
 pub(crate) fn forward(cpu: &Cpu, kind: Gate, gate: &[f32], up: &[f32], y: &mut [f32]) {
     assert!(gate.len() == y.len() && up.len() == y.len());
-    parts(&cpu.team, y, 1, |start, y| {
-        for (i, y) in y.chunks_mut(BLOCK).enumerate() {
-            let (at, n) = (start + i * BLOCK, y.len());
-            let (gate, up) = (&gate[at..][..n], &up[at..][..n]);
-            logistic(cpu.table, kind, gate, y);
-            update(y, [gate, up], |s, [g, u]| g * s * u);
+    let light = cpu.table.light();
+    parts(&cpu.team, y, 1, |at, y| {
+        let (gate, up) = (&gate[at..][..y.len()], &up[at..][..y.len()]);
+        match kind {
+            Gate::Silu => light.swiglu(gate, up, y),
+            Gate::Gelu => light.geglu(gate, up, y),
         }
     });
 }
@@ -38,34 +37,51 @@ pub(crate) fn forward(cpu: &Cpu, kind: Gate, gate: &[f32], up: &[f32], y: &mut [
 /// `dup = dy act(gate)`, `dgate = dy up act'(gate)`.
 pub(crate) fn vjp(cpu: &Cpu, kind: Gate, gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
     assert!(gate.len() == dup.len() && up.len() == dup.len() && dy.len() == dup.len());
-    parts2(&cpu.team, dgate, dup, |start, dgate, dup| {
-        for (i, (dgate, dup)) in dgate.chunks_mut(BLOCK).zip(dup.chunks_mut(BLOCK)).enumerate() {
-            let (at, n) = (start + i * BLOCK, dup.len());
-            let (gate, up, dy) = (&gate[at..][..n], &up[at..][..n], &dy[at..][..n]);
-            logistic(cpu.table, kind, gate, dup);
-            for i in (0..n).step_by(LANES) {
-                let (g, u, dy, s) = (load(&gate[i..]), load(&up[i..]), load(&dy[i..]), load(&dup[i..]));
-                // g z'
-                let slope = match kind {
-                    Gate::Silu => g,
-                    Gate::Gelu => g * f32x8::splat(GELU.0) * (f32x8::ONE + g * g * f32x8::splat(3.0 * GELU.1)),
-                };
-                store(&mut dup[i..], dy * g * s);
-                store(&mut dgate[i..], dy * u * s * (f32x8::ONE + slope * (f32x8::ONE - s)));
-            }
+    let light = cpu.table.light();
+    parts2(&cpu.team, dgate, dup, |at, dgate, dup| {
+        let [gate, up, dy] = [gate, up, dy].map(|x| &x[at..][..dup.len()]);
+        match kind {
+            Gate::Silu => light.swiglu_vjp(gate, up, dy, dgate, dup),
+            Gate::Gelu => light.geglu_vjp(gate, up, dy, dgate, dup),
         }
     });
 }
 
-/// `s = 1 / (1 + e^-z)`.
-fn logistic(table: &Table, kind: Gate, x: &[f32], s: &mut [f32]) {
-    match kind {
-        Gate::Silu => s.copy_from_slice(x),
-        Gate::Gelu => {
-            let (factor, cubic) = (f32x8::splat(GELU.0), f32x8::splat(GELU.1));
-            super::lanes::map([x], s, |[g]| factor * g * (f32x8::ONE + cubic * g * g));
-        }
+/// [`forward`] on one thread.
+#[inline(always)]
+pub(super) fn value<const FMA: bool, const IS_GELU: bool>(gate: &[f32], up: &[f32], y: &mut [f32]) {
+    super::loops::map([gate, up], y, |[g, u]| g * logistic::<FMA, IS_GELU>(g).0 * u);
+}
+
+/// [`vjp`] on one thread.
+#[inline(always)]
+pub(super) fn slope<const FMA: bool, const IS_GELU: bool>(
+    gate: &[f32],
+    up: &[f32],
+    dy: &[f32],
+    dgate: &mut [f32],
+    dup: &mut [f32],
+) {
+    let n = dup.len();
+    assert!(gate.len() == n && up.len() == n && dy.len() == n && dgate.len() == n);
+    let (gate, up, dy, dgate) = (&gate[..n], &up[..n], &dy[..n], &mut dgate[..n]);
+    for i in 0..n {
+        let (s, gz) = logistic::<FMA, IS_GELU>(gate[i]);
+        dup[i] = dy[i] * gate[i] * s;
+        dgate[i] = dy[i] * up[i] * s * (1.0 + gz * (1.0 - s));
     }
-    table.exp(-1.0, 0.0, s);
-    update(s, [], |e, []| f32x8::ONE / (f32x8::ONE + e));
+}
+
+/// `s` and `g z'`.
+#[inline(always)]
+fn logistic<const FMA: bool, const IS_GELU: bool>(g: f32) -> (f32, f32) {
+    let (z, gz) = if IS_GELU {
+        // Not `clamp`, which has a branch; a NaN passes.
+        let g = if g > GELU_RANGE { GELU_RANGE } else { g };
+        let g = if g < -GELU_RANGE { -GELU_RANGE } else { g };
+        (GELU.0 * g * (1.0 + GELU.1 * g * g), GELU.0 * g * (1.0 + 3.0 * GELU.1 * g * g))
+    } else {
+        (g, g)
+    };
+    (1.0 / (1.0 + exp::<FMA>(-z)), gz)
 }

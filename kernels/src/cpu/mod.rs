@@ -1,7 +1,7 @@
 //! The CPU backend: [`Cpu`] implements [`Backend`] by calling one file per op.
 //!
-//! The ops that dominate time (`nf4`, `dense`, `tile`, `exp`) have a text per instruction set, picked at run time
-//! through [`Table`]; all others are written once on `wide` or in terms of those.
+//! The ops that dominate time (`nf4`, `q8`, `dense`, `tile`, `attention`) have a text per instruction set, picked at run
+//! time through [`Table`]; the loops of the others are written once and compiled for each (`light`).
 
 mod adamw;
 mod attention;
@@ -18,7 +18,9 @@ mod elementwise;
 mod exp;
 mod gated;
 mod lanes;
+mod light;
 pub mod limits;
+mod loops;
 mod matmul;
 mod matrix;
 #[cfg(target_arch = "aarch64")]
@@ -210,11 +212,11 @@ impl Backend for Cpu {
     }
 
     fn rms_norm(&self, w: &Buffer, eps: f32, x: &Buffer, y: &mut Buffer) {
-        rms_norm::forward(&self.team, w, eps, x, y);
+        rms_norm::forward(self, w, eps, x, y);
     }
 
     fn rms_norm_vjp_x(&self, w: &Buffer, eps: f32, x: &Buffer, dy: &Buffer, dx: &mut Buffer) {
-        rms_norm::vjp_x(&self.team, w, eps, x, dy, dx);
+        rms_norm::vjp_x(self, w, eps, x, dy, dx);
     }
 
     fn rope(
@@ -227,7 +229,7 @@ impl Backend for Cpu {
         inverse: bool,
         y: &mut Buffer,
     ) {
-        rope::forward(&self.team, heads, head_dim, cos, sin, x, inverse, y);
+        rope::forward(self, heads, head_dim, cos, sin, x, inverse, y);
     }
 
     fn geglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
@@ -285,7 +287,7 @@ impl Backend for Cpu {
     }
 
     fn cache_append(&self, cache: &mut Cache, k: &Buffer, v: &Buffer) -> Result<(), Error> {
-        cache.append(k, v)
+        cache.append(self.table.light(), k, v)
     }
 
     fn cache_truncate(&self, cache: &mut Cache, len: usize) {

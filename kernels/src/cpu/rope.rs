@@ -4,14 +4,13 @@
 //! `y[i] = x[i] c - x[i + D/2] s`, `y[i + D/2] = x[i + D/2] c + x[i] s`. The inverse (`s` negated) is the
 //! transpose of the rotation and so its gradient.
 
-use super::lanes::map;
+use super::Cpu;
+use super::loops::map;
 use super::split::parts;
-use super::team::Team;
-use wide::f32x8;
 
 /// `y[T, heads * D]` from `x` of the same shape and `cos`, `sin` `[T, D / 2]`.
 pub(crate) fn forward(
-    team: &Team,
+    cpu: &Cpu,
     heads: usize,
     head_dim: usize,
     cos: &[f32],
@@ -21,22 +20,29 @@ pub(crate) fn forward(
     y: &mut [f32],
 ) {
     assert!(head_dim.is_multiple_of(2));
-    let (half, width) = (head_dim / 2, heads * head_dim);
+    let width = heads * head_dim;
     assert!(x.len() == y.len() && cos.len() == sin.len() && cos.len() * 2 * heads == x.len());
     if width == 0 {
         return;
     }
     assert!(x.len().is_multiple_of(width));
-    let sign = f32x8::splat(if inverse { -1.0 } else { 1.0 });
-    parts(team, y, width, |at, y| {
-        let angles = cos[at / heads / 2..].chunks_exact(half).zip(sin[at / heads / 2..].chunks_exact(half));
+    let sign = if inverse { -1.0 } else { 1.0 };
+    parts(&cpu.team, y, width, |at, y| {
         let rows = x[at..].chunks_exact(width).zip(y.chunks_exact_mut(width));
-        for ((x, y), (cos, sin)) in rows.zip(angles) {
-            for (x, y) in x.chunks_exact(head_dim).zip(y.chunks_exact_mut(head_dim)) {
-                let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
-                map([x0, x1, cos, sin], y0, |[x0, x1, c, s]| x0 * c - x1 * (s * sign));
-                map([x0, x1, cos, sin], y1, |[x0, x1, c, s]| x1 * c + x0 * (s * sign));
-            }
+        let [cos, sin] = [cos, sin].map(|angles| angles[at / heads / 2..].chunks_exact(head_dim / 2));
+        for ((x, y), (cos, sin)) in rows.zip(cos.zip(sin)) {
+            cpu.table.light().rope(sign, cos, sin, x, y);
         }
     });
+}
+
+/// The heads of one token.
+#[inline(always)]
+pub(super) fn token(sign: f32, cos: &[f32], sin: &[f32], x: &[f32], y: &mut [f32]) {
+    let half = cos.len();
+    for (x, y) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)) {
+        let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
+        map([x0, x1, cos, sin], y0, |[x0, x1, c, s]| x0 * c - x1 * (s * sign));
+        map([x0, x1, cos, sin], y1, |[x0, x1, c, s]| x1 * c + x0 * (s * sign));
+    }
 }

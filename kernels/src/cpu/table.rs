@@ -1,8 +1,10 @@
 //! The functions that dominate time, one set per instruction set, chosen at run time.
 
+use super::attention;
 use super::bf16::{Bf16, Bf16Rows};
+use super::cache::{Tile, size};
 use super::dense;
-use super::exp;
+use super::light::{self, Light};
 use super::nf4::{self, EvenOdd, Nf4};
 use super::q8::{self, Int8, Panel, Place, Q8, Q8Mut, Q8Row};
 use super::tile::{self, Coefficients, Rows};
@@ -64,7 +66,8 @@ pub struct Table {
     q8_tile: unsafe fn(Panel, &Q8, Place, &mut [&mut [f32]], usize),
     /// Where the CPU multiplies in bf16.
     bf16: Option<&'static Bf16>,
-    exp: unsafe fn(f32, f32, &mut [f32]),
+    tile_axpy_narrow: unsafe fn(Coefficients, Tile, &mut [&mut [f32]]),
+    light: &'static Light,
     tile_dot: unsafe fn(Rows, Rows, &mut [&mut [f32]], usize),
     tile_axpy: unsafe fn(Coefficients, Rows, &mut [&mut [f32]]),
 }
@@ -86,7 +89,8 @@ static PORTABLE: Table = Table {
     q8_pack_int8: q8::portable::pack_int8,
     q8_tile: q8::portable::tile,
     bf16: None,
-    exp: exp::portable::exp,
+    tile_axpy_narrow: attention::portable::axpy,
+    light: &light::portable::LIGHT,
     tile_dot: tile::portable::dot,
     tile_axpy: tile::portable::axpy,
 };
@@ -109,7 +113,8 @@ static AVX2: Table = Table {
     q8_pack_int8: q8::avx2::pack_int8,
     q8_tile: q8::avx2::tile,
     bf16: None,
-    exp: exp::avx2::exp,
+    tile_axpy_narrow: attention::avx2::axpy,
+    light: &light::avx2::LIGHT,
     tile_dot: tile::avx2::dot,
     tile_axpy: tile::avx2::axpy,
 };
@@ -123,7 +128,8 @@ static AVX512: Table = Table {
     nf4_matvec: nf4::avx512::matvec,
     dense_decode: dense::avx512::decode,
     dense_matvec: dense::avx512::matvec,
-    exp: exp::avx512::exp,
+    tile_axpy_narrow: attention::avx512::axpy,
+    light: &light::avx512::LIGHT,
     tile_dot: tile::avx512::dot,
     tile_axpy: tile::avx512::axpy,
     ..AVX2
@@ -163,7 +169,6 @@ static NEON: Table = Table {
     q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::QUAD }>,
     q8_tile: q8::neon::base::tile,
     bf16: None,
-    exp: exp::neon::exp,
     tile_dot: tile::neon::dot,
     tile_axpy: tile::neon::axpy,
 };
@@ -460,13 +465,9 @@ impl Table {
         }
     }
 
-    /// `x = e^(factor x - shift)`.
-    pub(crate) fn exp(&self, factor: f32, shift: f32, x: &mut [f32]) {
-        // SAFETY: any slice will do; `available()` hands out only tables that this CPU runs.
-        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
-        unsafe {
-            (self.exp)(factor, shift, x);
-        }
+    /// The loops of the light ops.
+    pub(crate) fn light(&self) -> &'static Light {
+        self.light
     }
 
     /// `c[i][at + j] += sum_k x[i, k] w[j, k]`.
@@ -488,6 +489,18 @@ impl Table {
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
         unsafe {
             (self.tile_axpy)(coef, p, c);
+        }
+    }
+
+    /// As [`Table::tile_axpy`] with the elements of a cache, before their scales.
+    pub(crate) fn tile_axpy_narrow(&self, coef: Coefficients, p: Tile, c: &mut [&mut [f32]]) {
+        assert!(coef.covers(c.len(), p.count));
+        assert!(p.count.checked_mul(p.width * size(p.dtype)).is_some_and(|bytes| bytes <= p.bytes.len()));
+        assert!(c.iter().all(|row| row.len() == p.width));
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.tile_axpy_narrow)(coef, p, c);
         }
     }
 }

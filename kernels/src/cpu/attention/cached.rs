@@ -1,48 +1,191 @@
-//! Forward of the last tokens over a key/value cache, whose rows are widened a block at a time.
+//! Forward of the last tokens over a key/value cache.
+//!
+//! A few rows of queries multiply by the tiles of the cache as they are, many by tiles widened to f32 first. Where one
+//! token or a few leave less tasks than a CPU may have cores, the keys are cut into parts whose outputs are put together
+//! afterwards (Dao et al. 2023): parts that depend on the lengths alone, in their order.
 
 use super::super::Cpu;
 use super::super::cache::Cache;
+use super::super::loops::update;
 use super::super::split::{run, with_scratch};
 use super::super::tile::Rows;
-use super::online::OnlineSoftmax;
-use super::{KEYS, Shape, visible};
+use super::online::{OnlineSoftmax, State};
+use super::{KEYS, Shape, columns, visible};
 use crate::Attention;
+use std::ops::Range;
+
+/// Rows of queries from which widening a tile pays.
+const MANY: usize = 18;
+/// Tasks that a call of few tokens is cut into at most, some more for rounding.
+const TASKS: usize = 24;
+/// Blocks of keys that are worth a task: with 64-wide heads in f16, 64 KiB in 2 us.
+const PART: usize = 4;
+/// Products of elements below which waking other threads costs more than it saves.
+const SMALL: usize = 96 * 1024;
+
+/// Outputs of some tokens and the heads of one group, token by token, from a part of the keys.
+struct Task<'a> {
+    token: usize,
+    kv_head: usize,
+    /// Blocks of the cache.
+    blocks: Range<usize>,
+    y: Vec<&'a mut [f32]>,
+    states: Option<&'a mut [State]>,
+}
 
 /// See [`crate::Backend::attention_cached`].
 pub(crate) fn forward(cpu: &Cpu, spec: &Attention, q: &[f32], cache: &Cache, y: &mut [f32]) {
     let shape = Shape::new(spec);
-    let d = shape.head_dim;
     assert!(q.len() == y.len() && q.len().is_multiple_of(shape.q_width) && cache.width() == shape.kv_width);
     let tokens = q.len() / shape.q_width;
     assert!(tokens <= cache.len());
-    let past = cache.len() - tokens;
-    let block = shape.query_tokens();
-
-    let mut tasks: Vec<Vec<&mut [f32]>> = Vec::new();
-    tasks.resize_with(tokens.div_ceil(block) * shape.kv_heads, Vec::new);
-    for (i, y) in y.chunks_exact_mut(d).enumerate() {
-        let (t, head) = (i / spec.heads, i % spec.heads);
-        tasks[t / block * shape.kv_heads + head / shape.group].push(y);
+    if tokens == 0 {
+        return;
     }
-    let small = tokens * cache.len() * shape.q_width < 64 * 1024;
-    run(&cpu.team, tasks.into_iter().enumerate().collect(), small, |(task, mut y)| {
-        let (token, kv_head) = (task / shape.kv_heads * block, task % shape.kv_heads);
-        let mut softmax = OnlineSoftmax::new(cpu.table, d, y.len());
-        for (i, y) in y.iter_mut().enumerate() {
-            let (t, head) = (token + i / shape.group, kv_head * shape.group + i % shape.group);
-            softmax.push(&q[t * shape.q_width + head * d..][..d], spec.scale, visible(spec, past + t));
+    let past = cache.len() - tokens;
+    let blocks = visible(spec, past).start / KEYS..cache.len().div_ceil(KEYS);
+    let small = tokens * blocks.len() * KEYS * shape.q_width < SMALL;
+    let queries = Queries { cpu, spec, shape, q, cache, past };
+
+    let parts = if tokens <= shape.query_tokens() { TASKS.div_ceil(shape.kv_heads) } else { 1 };
+    let length = blocks.len().div_ceil(parts).max(PART);
+    let parts = blocks.len().div_ceil(length);
+    if parts < 2 {
+        let tasks = tasks(&shape, tokens, blocks, y);
+        return run(&cpu.team, tasks, small, |task| queries.part(task));
+    }
+    let rows = tokens * spec.heads;
+    let mut outputs = vec![0.0; parts * y.len()];
+    let mut states = vec![State::START; parts * rows];
+    let mut all = Vec::with_capacity(parts * shape.kv_heads);
+    let group = tokens * shape.group;
+    for (i, (y, states)) in outputs.chunks_exact_mut(y.len()).zip(states.chunks_exact_mut(rows)).enumerate() {
+        let first = blocks.start + i * length;
+        let mut part = tasks(&shape, tokens, first..blocks.end.min(first + length), y);
+        for (task, states) in part.iter_mut().zip(states.chunks_exact_mut(group)) {
+            task.states = Some(states);
+        }
+        all.append(&mut part);
+    }
+    run(&cpu.team, all, small, |task| queries.part(task));
+    for (i, y) in y.chunks_exact_mut(shape.head_dim).enumerate() {
+        // States lie as tasks have them: by group, then token.
+        let (t, head) = (i / spec.heads, i % spec.heads);
+        let state = head / shape.group * group + t * shape.group + head % shape.group;
+        let states = states.iter().skip(state).step_by(rows);
+        combine(states, outputs.chunks_exact(shape.head_dim).skip(i).step_by(rows), y);
+    }
+}
+
+/// `y = sum_i e^(max_i - m) y_i / sum_i e^(max_i - m) sum_i` over the parts `i`, with `m` the largest `max_i`.
+fn combine<'a>(states: impl Iterator<Item = &'a State> + Clone, parts: impl Iterator<Item = &'a [f32]>, y: &mut [f32]) {
+    let max = states.clone().fold(f32::NEG_INFINITY, |max, state| max.max(state.max));
+    let weight = |state: &State| if state.max == max { 1.0 } else { f64::from(state.max - max).exp() };
+    let sum: f64 = states.clone().map(|state| weight(state) * state.sum).sum();
+    y.fill(0.0);
+    for (state, part) in states.zip(parts) {
+        let factor = (weight(state) / sum) as f32;
+        update(y, [part], |y, [part]| y + factor * part);
+    }
+}
+
+/// Cuts the outputs `y` of all tokens into tasks over `blocks`.
+fn tasks<'a>(shape: &Shape, tokens: usize, blocks: Range<usize>, y: &'a mut [f32]) -> Vec<Task<'a>> {
+    let block = shape.query_tokens();
+    let mut tasks = Vec::with_capacity(tokens.div_ceil(block) * shape.kv_heads);
+    for token in (0..tokens).step_by(block) {
+        let rows = block.min(tokens - token) * shape.group;
+        tasks.extend((0..shape.kv_heads).map(|kv_head| {
+            let y = Vec::with_capacity(rows);
+            Task { token, kv_head, blocks: blocks.clone(), y, states: None }
+        }));
+    }
+    for (i, y) in y.chunks_exact_mut(shape.head_dim).enumerate() {
+        let (token, kv_head) = (i / shape.group / shape.kv_heads, i / shape.group % shape.kv_heads);
+        tasks[token / block * shape.kv_heads + kv_head].y.push(y);
+    }
+    tasks
+}
+
+/// What all tasks read.
+struct Queries<'a> {
+    cpu: &'a Cpu,
+    spec: &'a Attention,
+    shape: Shape,
+    q: &'a [f32],
+    cache: &'a Cache,
+    /// Tokens in the cache before the first query's.
+    past: usize,
+}
+
+impl Queries<'_> {
+    /// One task.
+    fn part(&self, mut task: Task) {
+        let Shape { group, head_dim: d, q_width, .. } = self.shape;
+        let table = self.cpu.table;
+        let mut softmax = OnlineSoftmax::new(table.light(), d, task.y.len());
+        for (i, y) in task.y.iter_mut().enumerate() {
+            let (t, head) = (task.token + i / group, task.kv_head * group + i % group);
+            softmax.push(&self.q[t * q_width + head * d..][..d], self.spec.scale, visible(self.spec, self.past + t));
             y.fill(0.0);
         }
         let span = softmax.span();
-        with_scratch(2 * KEYS * d, |scratch| {
-            for first in span.clone().step_by(KEYS) {
-                let count = KEYS.min(span.end - first);
-                let (k, rest) = scratch.split_at_mut(count * d);
-                let v = &mut rest[..count * d];
-                cache.read(cpu.table, first, kv_head, k, v);
-                softmax.step(Rows::packed(k, d), Rows::packed(v, d), first, &mut y);
+        let blocks = task.blocks.start.max(span.start / KEYS)..task.blocks.end.min(span.end.div_ceil(KEYS));
+        if task.y.len() < MANY {
+            for block in blocks {
+                self.narrow(block, &span, &mut softmax, &mut task);
             }
-        });
-        softmax.finish(&mut y);
-    });
+        } else {
+            with_scratch(2 * KEYS * d, |scratch| {
+                for block in blocks {
+                    self.wide(block, &span, &mut softmax, &mut task, scratch);
+                }
+            });
+        }
+        match task.states {
+            Some(states) => states.iter_mut().zip(softmax.states()).for_each(|(to, state)| *to = state),
+            None => softmax.finish(&mut task.y),
+        }
+    }
+
+    fn narrow(&self, block: usize, span: &Range<usize>, softmax: &mut OnlineSoftmax, task: &mut Task) {
+        let (table, first) = (self.cpu.table, block * KEYS);
+        let count = KEYS.min(span.end - first);
+        let keys = self.cache.keys(block, task.kv_head);
+        let values = self.cache.values(block, task.kv_head, count);
+        softmax.step(
+            first,
+            count,
+            KEYS,
+            self.cache.scales(block, task.kv_head),
+            |queries, scores| table.tile_axpy_narrow(queries, keys, scores),
+            |p, y| table.tile_axpy_narrow(p, values, y),
+            &mut task.y,
+        );
+    }
+
+    fn wide(
+        &self,
+        block: usize,
+        span: &Range<usize>,
+        softmax: &mut OnlineSoftmax,
+        task: &mut Task,
+        scratch: &mut [f32],
+    ) {
+        let (table, first, d) = (self.cpu.table, block * KEYS, self.shape.head_dim);
+        let count = KEYS.min(span.end - first);
+        let (k, v) = scratch.split_at_mut(KEYS * d);
+        self.cache.decode(table, block, task.kv_head, k, v);
+        let keys = Rows::new(k, KEYS, d, columns(count));
+        let values = Rows::new(v, d, count, d);
+        softmax.step(
+            first,
+            count,
+            columns(count),
+            None,
+            |queries, scores| table.tile_axpy(queries, keys, scores),
+            |p, y| table.tile_axpy(p, values, y),
+            &mut task.y,
+        );
+    }
 }

@@ -4,21 +4,39 @@
 //! `s[j] = scale q[t, h] . k[j, g]` over the visible `j` (`t - window < j <= t`, same segment),
 //! `p = softmax(s)`, `y[t, h] = sum_j p[j] v[j, g]`, `lse[t, h] = log sum_j e^s[j]`.
 //! Forward keeps `y` and `lse`; backward computes `p = e^(s - lse)` again.
+//!
+//! All products have the form `axpy`, whose sums stay in vectors until they are done. Scores come out of it when keys are
+//! turned, `[D, KEYS]`: the cache holds them so, elsewhere a block is turned once for many queries.
 
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(super) mod avx512;
 mod backward;
 mod cached;
 mod forward;
 mod online;
+pub(super) mod portable;
 
 pub(crate) use backward::vjp;
 pub(crate) use cached::forward as forward_cached;
 pub(crate) use forward::forward;
 
+use super::cache::BLOCK as KEYS;
+use super::lanes::{LANES, load, store};
+use super::tile::Rows;
 use crate::Attention;
 use std::ops::Range;
+use wide::f32x8;
 
-/// Keys of a block: with 64-wide heads, a block of keys and one of values are 32 KiB.
-const KEYS: usize = 64;
+/// Constants in place of [`crate::CacheType`], which can be no parameter of a function.
+#[cfg(target_arch = "x86_64")]
+const F32: u8 = 0;
+#[cfg(target_arch = "x86_64")]
+const F16: u8 = 1;
+#[cfg(target_arch = "x86_64")]
+const I8: u8 = 2;
+
 /// Query rows (tokens times heads of a group) that a forward task aims for.
 const QUERIES: usize = 48;
 
@@ -44,6 +62,11 @@ impl Shape {
         Self { group: heads / kv_heads, kv_heads, head_dim, q_width, kv_width }
     }
 
+    /// Elements of a block of turned keys.
+    fn turned(&self) -> usize {
+        self.head_dim * KEYS
+    }
+
     /// Tokens of a forward task.
     fn query_tokens(&self) -> usize {
         (QUERIES / self.group).max(8)
@@ -60,4 +83,29 @@ fn visible(spec: &Attention, t: usize) -> Range<usize> {
 fn clip(range: &Range<usize>, first: usize, len: usize) -> Range<usize> {
     let local = |at: usize| at.saturating_sub(first).min(len);
     local(range.start)..local(range.end)
+}
+
+/// Columns of a block of turned keys that `count` keys need: whole vectors of any kind.
+fn columns(count: usize) -> usize {
+    count.next_multiple_of(16).min(KEYS)
+}
+
+/// Writes up to [`KEYS`] rows as the columns of `turned`, `[D, KEYS]`, whose further columns keep what they hold.
+fn turn(x: Rows, turned: &mut [f32]) {
+    assert!(x.count() <= KEYS && turned.len() == x.width() * KEYS);
+    let whole = x.width() / LANES * LANES;
+    for j in (0..x.count()).step_by(LANES) {
+        let end = x.count().min(j + LANES);
+        for d in (0..whole).step_by(LANES) {
+            let rows = std::array::from_fn(|i| if j + i < end { load(&x.row(j + i)[d..]) } else { f32x8::ZERO });
+            for (i, column) in f32x8::transpose(rows).into_iter().enumerate() {
+                store(&mut turned[(d + i) * KEYS + j..][..end - j], column);
+            }
+        }
+        for d in whole..x.width() {
+            for i in j..end {
+                turned[d * KEYS + i] = x.row(i)[d];
+            }
+        }
+    }
 }

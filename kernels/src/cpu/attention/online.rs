@@ -1,35 +1,53 @@
 //! Softmax over keys that arrive in blocks (Milakov & Gimelshein 2018).
 
 use super::super::elementwise::scale_part;
-use super::super::softmax;
-use super::super::table::Table;
-use super::super::tile::{Coefficients, Rows};
+use super::super::light::Light;
+use super::super::loops::update;
+use super::super::tile::Coefficients;
 use super::{KEYS, clip};
 use std::ops::Range;
 
 /// Query rows of one task with their running maximum and sum; their outputs stay with the caller.
 pub(super) struct OnlineSoftmax<'a> {
-    table: &'a Table,
+    light: &'a Light,
     head_dim: usize,
     /// `[rows, D]`, times the scale.
     queries: Vec<f32>,
-    /// Keys that each row sees.
-    visible: Vec<Range<usize>>,
-    max: Vec<f32>,
-    sum: Vec<f64>,
+    rows: Vec<Row>,
     /// `[rows, KEYS]`.
     scores: Vec<f32>,
 }
 
+struct Row {
+    /// Keys that it sees.
+    visible: Range<usize>,
+    state: State,
+}
+
+/// What is known of a row beside its output, which still lacks the division by `sum`.
+#[derive(Clone, Copy)]
+pub(super) struct State {
+    pub max: f32,
+    pub sum: f64,
+}
+
+impl State {
+    /// Before any key.
+    pub const START: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
+
+    /// Log-sum-exp of the scores.
+    pub fn lse(&self) -> f32 {
+        (f64::from(self.max) + self.sum.ln()) as f32
+    }
+}
+
 impl<'a> OnlineSoftmax<'a> {
-    pub fn new(table: &'a Table, head_dim: usize, rows: usize) -> Self {
+    pub fn new(light: &'a Light, head_dim: usize, rows: usize) -> Self {
         Self {
-            table,
+            light,
             head_dim,
             queries: Vec::with_capacity(rows * head_dim),
-            visible: Vec::with_capacity(rows),
-            max: Vec::with_capacity(rows),
-            sum: Vec::with_capacity(rows),
+            rows: Vec::with_capacity(rows),
             scores: vec![0.0; rows * KEYS],
         }
     }
@@ -38,53 +56,78 @@ impl<'a> OnlineSoftmax<'a> {
     pub fn push(&mut self, q: &[f32], scale: f32, visible: Range<usize>) {
         assert_eq!(q.len(), self.head_dim);
         self.queries.extend(q.iter().map(|q| q * scale));
-        self.visible.push(visible);
-        self.max.push(f32::NEG_INFINITY);
-        self.sum.push(0.0);
+        self.rows.push(Row { visible, state: State::START });
     }
 
     /// Keys that any row sees.
     pub fn span(&self) -> Range<usize> {
-        let start = self.visible.iter().map(|range| range.start).min().unwrap_or(0);
-        start..self.visible.iter().map(|range| range.end).max().unwrap_or(0)
+        let start = self.rows.iter().map(|row| row.visible.start).min().unwrap_or(0);
+        start..self.rows.iter().map(|row| row.visible.end).max().unwrap_or(0)
     }
 
-    /// Adds the keys and values `first..first + k.count()`, at most [`KEYS`], to the outputs.
-    pub fn step(&mut self, k: Rows, v: Rows, first: usize, y: &mut [&mut [f32]]) {
+    /// Adds the keys and values `first..first + count` to the outputs `y`. `keys` and `values` are `axpy` with the turned
+    /// keys, `columns` of them, and with the values; `factors` belong to keys and to values.
+    pub fn step(
+        &mut self,
+        first: usize,
+        count: usize,
+        columns: usize,
+        factors: Option<[&[f32]; 2]>,
+        keys: impl FnOnce(Coefficients, &mut [&mut [f32]]),
+        values: impl FnOnce(Coefficients, &mut [&mut [f32]]),
+        y: &mut [&mut [f32]],
+    ) {
         self.scores.fill(0.0);
-        let mut scores: Vec<_> = self.scores.chunks_exact_mut(KEYS).collect();
-        self.table.tile_dot(Rows::packed(&self.queries, self.head_dim), k, &mut scores, 0);
-        for (i, row) in scores.into_iter().enumerate() {
-            let seen = clip(&self.visible[i], first, k.count());
-            row[..seen.start].fill(0.0);
-            row[seen.end..].fill(0.0);
-            let row = &mut row[seen];
-            let max = self.max[i].max(softmax::max(row));
-            // Nothing to add, and `-inf - -inf` would make it NaN. A NaN among the scores is carried on.
-            if max == f32::NEG_INFINITY && row.iter().all(|s| *s == max) {
-                row.fill(0.0);
-                continue;
+        let queries = Coefficients { data: &self.queries, row: self.head_dim, col: 1 };
+        with_rows(&mut self.scores, columns, |scores| keys(queries, scores));
+        for ((row, scores), y) in self.rows.iter_mut().zip(self.scores.chunks_exact_mut(KEYS)).zip(&mut *y) {
+            let seen = clip(&row.visible, first, count);
+            scores[..seen.start].fill(0.0);
+            scores[seen.end..].fill(0.0);
+            let scores = &mut scores[seen.clone()];
+            if let Some([keys, _]) = factors {
+                update(scores, [&keys[seen.clone()]], |s, [factor]| s * factor);
             }
-            let shrink = (self.max[i] - max).exp();
-            self.sum[i] = self.sum[i] * f64::from(shrink) + softmax::exp_sum(self.table, row, max);
-            self.max[i] = max;
-            if shrink != 1.0 {
-                scale_part(shrink, y[i]);
+            let old = row.state;
+            let (max, sum) = self.light.softmax_step(scores, old.max);
+            let shrink = if max == old.max { 1.0 } else { (old.max - max).exp() };
+            row.state = State { max, sum: old.sum * f64::from(shrink) + f64::from(sum) };
+            // Nothing has been added yet where the maximum was that of no key.
+            if shrink != 1.0 && old.max != f32::NEG_INFINITY {
+                scale_part(shrink, y);
+            }
+            if let Some([_, values]) = factors {
+                update(scores, [&values[seen]], |p, [factor]| p * factor);
             }
         }
-        let p = Coefficients { data: &self.scores, row: KEYS, col: 1 };
-        self.table.tile_axpy(p, v, y);
+        values(Coefficients { data: &self.scores, row: KEYS, col: 1 }, y);
+    }
+
+    /// What is known of the rows.
+    pub fn states(&self) -> impl Iterator<Item = State> {
+        self.rows.iter().map(|row| row.state)
     }
 
     /// Divides the outputs by their sums.
     pub fn finish(&self, y: &mut [&mut [f32]]) {
-        for (y, sum) in y.iter_mut().zip(&self.sum) {
-            scale_part((1.0 / sum) as f32, y);
+        for (y, state) in y.iter_mut().zip(self.states()) {
+            scale_part((1.0 / state.sum) as f32, y);
         }
     }
+}
 
-    /// Log-sum-exp of row `i`'s scores.
-    pub fn lse(&self, i: usize) -> f32 {
-        (f64::from(self.max[i]) + self.sum[i].ln()) as f32
+/// Rows that a task of one token usually has at most.
+const FEW: usize = 8;
+
+/// Calls `work` with the first `columns` of each row of scores.
+fn with_rows(scores: &mut [f32], columns: usize, work: impl FnOnce(&mut [&mut [f32]])) {
+    let count = scores.len() / KEYS;
+    let mut rows = scores.chunks_exact_mut(KEYS).map(|row| &mut row[..columns]);
+    if count <= FEW {
+        // Without an allocation: there is a call for every block of every layer.
+        let mut few: [&mut [f32]; FEW] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+        work(&mut few[..count]);
+    } else {
+        work(&mut rows.collect::<Vec<_>>());
     }
 }

@@ -1,0 +1,89 @@
+//! The inner loops of the light ops, each written once beside its op and compiled once for each set of vector
+//! instructions: the compiler vectorizes them, and one that knows of AVX-512 makes twice and more of it than one that
+//! may count on SSE2 only. What is added here is nothing but those compilations and the way to them.
+
+/// Makes the table of loops, a safe method for each, and its instances.
+macro_rules! light {
+    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
+        /// The loops compiled for one instruction set. They check the lengths of their slices themselves.
+        pub(crate) struct Light {
+            $($name: unsafe fn($($type),*) $(-> $out)?,)*
+        }
+
+        impl Light {
+            $(
+                $(#[$doc])*
+                pub fn $name(&self, $($arg: $type),*) $(-> $out)? {
+                    // SAFETY: the code is safe but for the instructions it uses, and the instances are named in the
+                    // ISA tables alone, of which `Table::available()` hands out only those that this CPU runs.
+                    #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+                    unsafe { (self.$name)($($arg),*) }
+                }
+            )*
+        }
+
+        /// For what the compilation target guarantees.
+        pub(super) mod portable {
+            light!(@texts cfg!(target_arch = "aarch64"), inline, $(fn $name($($arg: $type),*) $(-> $out)? = $text;)*);
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        pub(super) mod avx2 {
+            light!(@texts true, target_feature(enable = "avx2,fma"),
+                $(fn $name($($arg: $type),*) $(-> $out)? = $text;)*);
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        pub(super) mod avx512 {
+            light!(@texts true, target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma"),
+                $(fn $name($($arg: $type),*) $(-> $out)? = $text;)*);
+        }
+    };
+    (@texts $fma:expr, $attribute:meta, $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
+        use super::super::{cache, gated, rms_norm, rope, softmax};
+        use super::Light;
+
+        /// Whether products and sums may be rounded once.
+        const FMA: bool = $fma;
+
+        pub(crate) static LIGHT: Light = Light { $($name,)* };
+
+        $(
+            #[$attribute]
+            fn $name($($arg: $type),*) $(-> $out)? {
+                $text($($arg),*)
+            }
+        )*
+    };
+}
+
+light! {
+    /// Rows of `y` from rows of `x`, both as long as `w`.
+    fn rms_norm(w: &[f32], eps: f32, x: &[f32], y: &mut [f32]) = rms_norm::rows;
+    /// Adds the gradient of such rows to `dx`.
+    fn rms_norm_vjp(w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) = rms_norm::vjp_rows;
+    /// Turns the heads of one token, back if `sign` is -1.
+    fn rope(sign: f32, cos: &[f32], sin: &[f32], x: &[f32], y: &mut [f32]) = rope::token;
+    /// `y = silu(gate) up`.
+    fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) = gated::value::<FMA, false>;
+    /// Its gradients by `gate` and by `up`.
+    fn swiglu_vjp(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) = gated::slope::<FMA, false>;
+    /// `y = gelu(gate) up`.
+    fn geglu(gate: &[f32], up: &[f32], y: &mut [f32]) = gated::value::<FMA, true>;
+    /// Its gradients by `gate` and by `up`.
+    fn geglu_vjp(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) = gated::slope::<FMA, true>;
+    /// Largest element, `-inf` of an empty row. A NaN may be skipped: [`Light::exp_sum`] carries it.
+    fn largest(x: &[f32]) -> f32 = softmax::largest;
+    /// `x = e^(x - shift)`; returns the sum.
+    fn exp_sum(x: &mut [f32], shift: f32) -> f64 = softmax::exp_sum::<FMA>;
+    /// See [`softmax::step`].
+    fn softmax_step(x: &mut [f32], max: f32) -> (f32, f32) = softmax::step::<FMA>;
+    /// See [`softmax::vjp`].
+    fn softmax_vjp(scale: f32, lse: f32, along: f32, s: &mut [f32], dp: &mut [f32]) = softmax::vjp::<FMA>;
+    /// See [`cache::encode_int8`].
+    fn encode_int8(x: &[f32], codes: &mut [u8]) -> f32 = cache::encode_int8;
+    /// Products of codes with the scale of their column: rows as long as `scales`.
+    fn decode_int8_keys(codes: &[u8], scales: &[f32], out: &mut [f32]) = cache::decode_int8_keys;
+    /// Products of codes with the scale of their row: as many rows as `scales`.
+    fn decode_int8_values(codes: &[u8], scales: &[f32], out: &mut [f32]) = cache::decode_int8_values;
+}
