@@ -2,6 +2,11 @@
 
 use std::arch::x86_64::*;
 
+/// Selects the first `n` of 16 lanes.
+pub(crate) fn first_lanes(n: usize) -> __mmask16 {
+    if n >= 16 { !0 } else { (1 << n) - 1 }
+}
+
 /// The upper half added to the lower.
 #[inline]
 #[target_feature(enable = "avx512f,avx2")]

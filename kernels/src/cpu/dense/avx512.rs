@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
 
-use super::super::avx512::{sum16, sums16};
+use super::super::avx512::{first_lanes, sum16, sums16};
 use crate::FloatType;
 use std::arch::x86_64::*;
 
@@ -30,7 +30,7 @@ fn rows<const F16: bool>(bytes: &[u8], stride: usize, width: usize, out: &mut [f
                 _mm512_storeu_ps(out.as_mut_ptr(), widen::<F16>(halves));
             }
         }
-        let mask = (1 << rest.len()) - 1;
+        let mask = first_lanes(rest.len());
         // SAFETY: the mask keeps both within what is left, as many elements of either.
         unsafe {
             let halves = _mm256_maskz_loadu_epi16(mask, tail.as_ptr().cast());
@@ -71,7 +71,7 @@ pub(crate) fn matvec(dtype: FloatType, bytes: &[u8], x: &[f32], y: &mut [f32]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
 fn short_rows<const F16: bool>(bytes: &[u8], x: &[f32], y: &mut [f32]) {
     let k = x.len();
-    let masks = [lanes(k), lanes(k.saturating_sub(16))];
+    let masks = [first_lanes(k), first_lanes(k.saturating_sub(16))];
     // SAFETY: the masks keep the loads inside `x`.
     let xs = unsafe {
         let high = x.as_ptr().wrapping_add(16);
@@ -95,7 +95,7 @@ fn short_rows<const F16: bool>(bytes: &[u8], x: &[f32], y: &mut [f32]) {
         unsafe {
             match y.as_mut_array::<16>() {
                 Some(y) => _mm512_storeu_ps(y.as_mut_ptr(), sums),
-                None => _mm512_mask_storeu_ps(y.as_mut_ptr(), lanes(y.len()), sums),
+                None => _mm512_mask_storeu_ps(y.as_mut_ptr(), first_lanes(y.len()), sums),
             }
         }
     }
@@ -123,7 +123,7 @@ fn long_rows<const F16: bool>(bytes: &[u8], x: &[f32], y: &mut [f32]) {
             }
         }
         for ((w, x), sum) in row_rest.chunks(32).zip(rest.chunks(16)).zip(&mut sums) {
-            let mask = lanes(x.len());
+            let mask = first_lanes(x.len());
             // SAFETY: the mask keeps the loads inside their chunks of as many elements.
             unsafe {
                 let w = _mm256_maskz_loadu_epi16(mask, w.as_ptr().cast());
@@ -132,9 +132,4 @@ fn long_rows<const F16: bool>(bytes: &[u8], x: &[f32], y: &mut [f32]) {
         }
         *y = sum16(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
     }
-}
-
-/// Selects the first `n` of 16 lanes.
-fn lanes(n: usize) -> __mmask16 {
-    if n >= 16 { !0 } else { (1 << n) - 1 }
 }

@@ -4,7 +4,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx512::{sum16, transpose16};
+use super::super::avx512::{first_lanes, sum16, transpose16};
 use super::super::nf4::Nf4;
 use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS};
 use std::arch::x86_64::*;
@@ -89,11 +89,6 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
 fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], factor: f32) -> __m512 {
     let dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load(x));
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(factor), sum)
-}
-
-/// Selects the first `n` of 16 lanes.
-fn first_lanes(n: usize) -> __mmask16 {
-    if n >= 16 { !0 } else { (1 << n) - 1 }
 }
 
 /// See [`super::super::Table::q8_int8_matvec`].
