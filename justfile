@@ -44,7 +44,19 @@ vulkan:
 shaders:
     .ci/run shaders
 
-# Build for 64-bit ARM and run the kernels' tests on an emulated processor.
+# Speed on this machine, against its own limits.
+bench *ARGS:
+    cargo run --release -- bench {{ ARGS }}
+
+# Speed of single operations, on every instruction set.
+ops *ARGS:
+    cargo bench -p pocketlora-kernels -- {{ ARGS }}
+
+# Build and test the comparison with ggml; then `target/release/pocketlora bench --against ggml`. Takes minutes.
+ggml:
+    .ci/run ggml
+
+# Build for 64-bit ARM and run the kernels' tests on three emulated processors.
 aarch64:
     .ci/run aarch64
 

@@ -24,6 +24,7 @@
 #![deny(unsafe_code)]
 
 pub mod adapter;
+pub mod bench;
 pub mod chat;
 #[cfg(feature = "cli")]
 pub mod cli;

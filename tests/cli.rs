@@ -219,6 +219,70 @@ fn a_killed_quantization_leaves_nothing_under_the_final_name() {
 }
 
 #[test]
+fn bench_measures_a_model_and_writes_a_record() {
+    let f = fixture();
+    let (model, record) = (golden("tiny-mistral-bnb4"), f.path("record.json"));
+    let args = ["bench", "-m", model.to_str().unwrap(), "--threads", "1,2", "--trials", "1", "--json"];
+    let report =
+        f.json(&[&args[..], &["--prefill", "32", "--decode", "8", "--seq", "16", "--record", &record]].concat());
+    let positive = |value: &Value, what: &str| {
+        let number = value.as_f64().unwrap_or_else(|| panic!("{what} is {value}"));
+        assert!(number.is_finite() && number > 0.0, "{what} is {number}");
+        number
+    };
+    let runs = report["runs"].as_array().unwrap();
+    assert_eq!(runs.iter().map(|run| run["threads"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    for run in runs {
+        assert!(run["isa"].is_string());
+        for key in ["prefill_tok_s", "decode_tok_s", "adapter_decode_tok_s", "train_tok_s", "decode_gb_s"] {
+            positive(&run[key], key);
+        }
+        for key in ["read", "int8", "train"] {
+            assert!(positive(&run["share"][key], key) < 2.0, "share of {key}: {}", run["share"][key]);
+        }
+        for key in ["decode", "train"] {
+            if cfg!(target_os = "linux") {
+                positive(&run["peak_anonymous_bytes"][key], key);
+            }
+        }
+        let decode = &run["figures"]["decode"];
+        assert_eq!((&decode["median"], decode["trials"].as_array().unwrap().len()), (&run["decode_tok_s"], 1));
+    }
+    for key in ["read_gb_s", "f32_gflops", "int8_gops"] {
+        positive(&report["limits"][key], key);
+    }
+    assert!(report["limits"]["bf16_gflops"].is_null() || report["limits"]["bf16_gflops"].as_f64().unwrap() > 0.0);
+    // Two layers of seven matrices, and what stays in floats is not read in four bits.
+    positive(&report["model"]["bytes_per_token"], "bytes_per_token");
+    let kernels = report["kernels"].as_array().unwrap();
+    for name in ["nf4_matvec@", "nf4_matmul@", "nf4_matmul_vjp_x@", "attention@", "attention_vjp@", "attention_cached@"]
+    {
+        let kernel = kernels.iter().find(|k| k["name"].as_str().unwrap().starts_with(name));
+        let kernel = kernel.unwrap_or_else(|| panic!("no {name} in {kernels:?}"));
+        positive(&kernel["gb_s"], name);
+        positive(if kernel["gops"].is_null() { &kernel["gflops"] } else { &kernel["gops"] }, name);
+    }
+    let kept: Value = serde_json::from_str(&fs::read_to_string(&record).unwrap()).unwrap();
+    assert_eq!((&kept["runs"], &kept["machine"]), (&report["runs"], &report["machine"]));
+    let command = kept["command"].as_str().unwrap();
+    assert!(command.starts_with("pocketlora bench -m tiny-mistral-bnb4") && !command.contains("/"), "{command}");
+
+    let less = f.json(&[&args[..], &["--no-train", "--no-kernels", "--decode", "2", "--prefill", "2"]].concat());
+    assert!(less["runs"][0]["train_tok_s"].is_null() && less["kernels"].as_array().unwrap().is_empty());
+}
+
+#[test]
+fn bench_makes_a_model_of_a_known_shape() {
+    let f = fixture();
+    let keep = f.path("shapes");
+    let args = ["bench", "--shape", "smollm2-135m", "--keep", &keep, "--threads", "1", "--trials", "1", "--no-train"];
+    let out = f.ok(&[&args[..], &["--no-kernels", "--prefill", "16", "--decode", "4"]].concat());
+    assert!(out.contains("smollm2-135m") && out.contains("prefill@"), "{out}");
+    let info = f.json(&["info", Path::new(&keep).join("smollm2-135m").to_str().unwrap(), "--json"]);
+    assert_eq!((&info["model_type"], &info["layers"]), (&"llama".into(), &30.into()));
+}
+
+#[test]
 fn wrong_usage_and_bad_input_have_their_exit_codes() {
     let f = fixture();
     let model = f.model.to_str().unwrap();
@@ -240,6 +304,9 @@ fn wrong_usage_and_bad_input_have_their_exit_codes() {
         ([&train[..], &["--targets", "qproj"]].concat(), 1, "q_proj"),
         ([&train[..], &["--lr", "0"]].concat(), 1, "lr"),
         ([&train[..], &["--resume"]].concat(), 1, "checkpoint"),
+        (vec!["bench", "--shape", "llama-9b"], 1, "llama-1b"),
+        (vec!["bench", "-m", model, "--shape", "llama-1b"], 2, "--shape"),
+        (vec!["bench", "-m", model, "--decode", "1"], 1, "decode"),
         (vec!["pull", "../etc"], 1, "../etc"),
         (vec!["quantize", "nowhere.gguf", "-o", &out], 1, "nowhere.gguf"),
     ];

@@ -3,10 +3,10 @@
 mod common;
 
 use common::{convert, golden, logits, open_exact, real_gguf};
-use pocketlora::Session;
 use pocketlora::eval::score_text;
 use pocketlora::format::Target;
 use pocketlora::generate::Sampling;
+use pocketlora::{Options, Precision, Session};
 use serde_json::Value;
 use std::fs;
 use std::ops::ControlFlow;
@@ -103,6 +103,28 @@ fn nf4_weights_reach_the_perplexity_of_bitsandbytes() {
             off * 100.0
         );
     }
+}
+
+/// What 8-bit products, an 8-bit head and an 8-bit cache may cost, together and one after the other.
+#[test]
+fn arithmetic_in_8_bits_costs_little_perplexity() {
+    let Some((dir, exact)) = model(Target::Nf4) else { return };
+    let ids = ids_of(&json("smollm2_ppl_ids.json"));
+    let perplexity = |session: &Session| score_text(session, &ids, 512, &mut |_| true).unwrap().perplexity();
+    let base = perplexity(&exact);
+    let cache = dir.path().join("cache");
+    let fast = Options { cache_dir: Some(cache.clone()), ..Options::default() };
+    let settings = [
+        ("bf16", 1.005, Options { precision: Precision::Bf16, ..Options::default() }),
+        ("8-bit products", 1.015, Options::default()),
+        ("with the head in 8 bits", 1.02, fast.clone()),
+        ("with the cache in 8 bits", 1.025, Options { int8_cache: true, ..fast }),
+    ];
+    for (name, bound, options) in settings {
+        let cost = perplexity(&Session::open(exact.dir(), &options).unwrap()) / base;
+        assert!(cost < bound && cost > 0.99, "{name}: perplexity times {cost}, bound {bound}");
+    }
+    assert_eq!(fs::read_dir(cache).unwrap().count(), 1, "one copy of the head");
 }
 
 /// Streaming pieces join to what decoding all ids at once gives.

@@ -45,7 +45,7 @@ pub enum MatrixData {
     Nf4(Nf4Source),
     /// Signed bytes times a scale for each row: a faster copy of a 16-bit matrix, made by [`crate::quant::encode_int8`].
     Int8 {
-        /// `[rows, cols]` with `cols` a multiple of 64; of every 64 the 32 even elements come first.
+        /// `[rows, cols]` of -127 to 127, with `cols` a multiple of 64; of every 64 the 32 even elements come first.
         codes: Bytes,
         /// One little-endian f32 a row, possibly unaligned.
         scales: Bytes,

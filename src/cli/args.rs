@@ -37,6 +37,16 @@ pub(super) enum PrecisionArg {
     Fast,
 }
 
+impl From<PrecisionArg> for Precision {
+    fn from(arg: PrecisionArg) -> Self {
+        match arg {
+            PrecisionArg::Exact => Self::Exact,
+            PrecisionArg::Bf16 => Self::Bf16,
+            PrecisionArg::Fast => Self::Fast,
+        }
+    }
+}
+
 /// Which model, with which adapters, and how to run it.
 #[derive(Args, Clone, Debug)]
 pub(super) struct ModelArgs {
@@ -64,14 +74,14 @@ impl ModelArgs {
     /// Opens the model, quantizing it into the cache at first use, and attaches the adapters.
     pub fn open(&self) -> Result<Session> {
         let dir = super::model::resolve(&self.model, !self.no_quantize)?;
-        let precision = match self.precision {
-            PrecisionArg::Exact => Precision::Exact,
-            PrecisionArg::Bf16 => Precision::Bf16,
-            PrecisionArg::Fast => Precision::Fast,
-        };
         let mut session = Session::open(
             &dir,
-            &Options { threads: self.threads, precision, int8_cache: self.int8_cache, ..options() },
+            &Options {
+                threads: self.threads,
+                precision: self.precision.into(),
+                int8_cache: self.int8_cache,
+                ..options()
+            },
         )?;
         for adapter in &self.adapters {
             session.attach(&adapter.dir, adapter.scale)?;

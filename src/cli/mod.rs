@@ -1,6 +1,9 @@
 //! The command line: one file per subcommand; answers on stdout, progress on stderr.
 
+#[cfg(feature = "ggml")]
+mod against;
 mod args;
+mod bench;
 mod chat;
 mod demo;
 mod eval;
@@ -44,6 +47,8 @@ enum Command {
     Train(Box<train::Args>),
     /// Measure how well a model predicts a text or a data file.
     Eval(eval::Args),
+    /// Measure how fast a model runs and learns here, and what share of the machine's limits that is.
+    Bench(bench::Args),
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 1 failed, 2 wrong usage.
@@ -60,6 +65,7 @@ pub fn run() -> ExitCode {
         Command::Generate(args) => generate::run(&args).map(|()| true),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args).map(|()| true),
+        Command::Bench(args) => bench::run(&args).map(|()| true),
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,

@@ -29,3 +29,8 @@ pub(super) fn spinner(label: &str) -> ProgressBar {
     styled(ProgressBar::new_spinner(), "{prefix:<12} {spinner} {decimal_bytes} {elapsed} {msg}")
         .with_prefix(label.to_owned())
 }
+
+/// A spinner that tells what is being done.
+pub(super) fn steps(label: &str) -> ProgressBar {
+    styled(ProgressBar::new_spinner(), "{prefix:<12} {spinner} {elapsed} {msg}").with_prefix(label.to_owned())
+}

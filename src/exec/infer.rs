@@ -199,13 +199,18 @@ impl<B: Backend> Exec for Infer<'_, B> {
     fn linears(&mut self, layers: &[Linear], x: Tensor, ys: &mut [Tensor]) {
         let State { pool, arithmetic, .. } = &mut *self.state;
         let results = match self.values[x.0 as usize].as_ref().filter(|_| self.error.is_none()) {
-            Some(x) => self.base.linears(self.adapters, *arithmetic, |_| None, layers, x, pool).map_err(Some),
-            None => Err(None),
+            Some(x) => self.base.linears(self.adapters, *arithmetic, |_| None, layers, x, pool),
+            None => Ok(Vec::new()),
         };
-        super::spread(results, ys, &mut self.error, |value| {
-            self.values.push(value);
-            Tensor(self.values.len() as u32 - 1)
+        let mut results = results.unwrap_or_else(|e| {
+            self.error.get_or_insert(e);
+            Vec::new()
         });
+        let mut results = results.drain(..);
+        for y in ys {
+            self.values.push(results.next());
+            *y = Tensor(self.values.len() as u32 - 1);
+        }
     }
 
     fn rms_norm(&mut self, weight: Param, eps: f32, x: Tensor) -> Tensor {

@@ -9,7 +9,7 @@ use crate::adapter::{Adapters, Context, Dropout};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
 use pocketlora_kernels::{Arithmetic, Attention, Backend, LowRank, MatrixSource, Product};
-use pocketlora_models::{AttentionShape, Linear, Model, Param, Role, RopeTable, Tensor};
+use pocketlora_models::{AttentionShape, Linear, Model, Param, Role, RopeTable};
 use std::collections::BTreeMap;
 
 /// A model's architecture with its frozen weights on a device; shared by everything that runs it.
@@ -101,7 +101,7 @@ impl<B: Backend> Base<B> {
     }
 
     /// The matrix of `p` that products in `arithmetic` read.
-    fn factor(&self, p: Param, arithmetic: Arithmetic) -> &B::Matrix {
+    pub(crate) fn factor(&self, p: Param, arithmetic: Arithmetic) -> &B::Matrix {
         match &self.int8_head {
             Some(head) if arithmetic == Arithmetic::Int8 && p == self.model.head_param() => head,
             _ => self.matrix(p),
@@ -196,24 +196,6 @@ impl<B: Backend> Base<B> {
         }
         Ok(ys)
     }
-}
-
-/// Hands the results of a group of operations to `push`, one for each of `ys`, or the first error to `error` and nothing
-/// in their place.
-fn spread<T>(
-    results: Result<Vec<T>, Option<Error>>,
-    ys: &mut [Tensor],
-    error: &mut Option<Error>,
-    mut push: impl FnMut(Option<T>) -> Tensor,
-) {
-    let mut results = match results {
-        Ok(results) => results.into_iter(),
-        Err(e) => {
-            *error = error.take().or(e);
-            Vec::new().into_iter()
-        }
-    };
-    ys.iter_mut().for_each(|y| *y = push(results.next()));
 }
 
 /// The number in `model.layers.N.`, where a tensor's name has one.

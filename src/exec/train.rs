@@ -73,10 +73,19 @@ impl<'a, B: Backend> Pass<'a, B> {
 
     /// An empty tape, whose first value will be `input` if there is one.
     pub fn tape<'p>(&'p self, input: Option<B::Buffer>, needs_grad: bool, pool: &'p mut Pool<B>) -> Tape<'p, B> {
-        let mut tape = Tape { pass: self, pool, ops: Vec::new(), values: Vec::new(), error: None };
+        let mut tape = Tape { pass: self, pool, ops: Vec::new(), values: Vec::new(), error: None, replay: false };
         if let Some(buffer) = input {
-            tape.values.push(Value { data: Some(buffer), grad: None, needs_grad });
+            let len = self.base.backend.len(&buffer);
+            tape.values.push(Value { data: Some(buffer), grad: None, needs_grad, len });
         }
+        tape
+    }
+
+    /// A tape on which a layer is run again for its gradients alone: products and sums are computed when another
+    /// operation asks for them. Nobody asks for the layer's output, nor for the last product that leads to it.
+    pub fn replay<'p>(&'p self, input: B::Buffer, needs_grad: bool, pool: &'p mut Pool<B>) -> Tape<'p, B> {
+        let mut tape = self.tape(Some(input), needs_grad, pool);
+        tape.replay = true;
         tape
     }
 }
@@ -94,9 +103,11 @@ enum Op {
 }
 
 struct Value<B: Backend> {
+    /// None after an error, while it waits to be asked for, and when it was taken.
     data: Option<B::Buffer>,
     grad: Option<B::Buffer>,
     needs_grad: bool,
+    len: usize,
 }
 
 /// A recorded piece of forward. The first failure is kept and later operations do nothing.
@@ -106,6 +117,7 @@ pub struct Tape<'p, B: Backend> {
     ops: Vec<Op>,
     values: Vec<Value<B>>,
     error: Option<Error>,
+    replay: bool,
 }
 
 impl<B: Backend> Tape<'_, B> {
@@ -188,9 +200,8 @@ impl<B: Backend> Tape<'_, B> {
         match value.grad.take() {
             Some(grad) => Ok((grad, true)),
             None => {
-                let backend = &self.pass.base.backend;
-                let len = backend.len(value.data.as_ref().expect("backward runs only over computed values"));
-                Ok((self.pool.take(backend, len)?, false))
+                let len = value.len;
+                Ok((self.pool.take(&self.pass.base.backend, len)?, false))
             }
         }
     }
@@ -321,16 +332,14 @@ impl<B: Backend> Tape<'_, B> {
         Ok(())
     }
 
-    fn push(&mut self, data: Result<B::Buffer>, needs_grad: bool) -> Tensor {
-        let data = match data {
-            Ok(buffer) => Some(buffer),
-            Err(e) => {
-                self.error.get_or_insert(e);
-                None
-            }
-        };
-        self.values.push(Value { data, grad: None, needs_grad });
+    fn push(&mut self, data: Option<B::Buffer>, needs_grad: bool, len: usize) -> Tensor {
+        self.values.push(Value { data, grad: None, needs_grad, len });
         Tensor(self.values.len() as u32 - 1)
+    }
+
+    /// What `result` holds, or nothing and the error kept, if it is the first.
+    fn kept(&mut self, result: Result<B::Buffer>) -> Option<B::Buffer> {
+        result.map_err(|e| self.error.get_or_insert(e)).ok()
     }
 
     /// A new value of `len` elements that `fill` computes from `inputs`; it needs a gradient if any of them does.
@@ -341,19 +350,75 @@ impl<B: Backend> Tape<'_, B> {
         fill: impl FnOnce(&Pass<'_, B>, [&B::Buffer; N], &mut B::Buffer),
     ) -> Tensor {
         let needs_grad = inputs.iter().any(|&t| self.needs(t));
+        let data = self.compute(inputs, len, fill);
+        self.push(data, needs_grad, len)
+    }
+
+    /// The data of [`Tape::op`].
+    fn compute<const N: usize>(
+        &mut self,
+        inputs: [Tensor; N],
+        len: usize,
+        fill: impl FnOnce(&Pass<'_, B>, [&B::Buffer; N], &mut B::Buffer),
+    ) -> Option<B::Buffer> {
+        inputs.into_iter().for_each(|t| self.demand(t));
         if self.error.is_some() {
-            self.values.push(Value { data: None, grad: None, needs_grad });
-            return Tensor(self.values.len() as u32 - 1);
+            return None;
         }
-        let y = self.pool.take(&self.pass.base.backend, len).map(|mut y| {
+        let result = self.pool.take(&self.pass.base.backend, len).map(|mut y| {
             fill(self.pass, inputs.map(|t| self.data(t)), &mut y);
             y
         });
-        self.push(y, needs_grad)
+        self.kept(result)
+    }
+
+    /// Computes the value `t` if it waits for that, with all products of the same input that wait, too.
+    fn demand(&mut self, t: Tensor) {
+        if self.values[t.0 as usize].data.is_some() || self.error.is_some() {
+            return;
+        }
+        let made = |op: &&Op| matches!(op, Op::Linear { y, .. } | Op::Add { y, .. } if *y == t);
+        match self.ops.iter().find(made).copied() {
+            Some(Op::Add { a, b, .. }) => {
+                let len = self.len(t);
+                self.values[t.0 as usize].data = self.compute([a, b], len, |p, [a, b], y| p.base.backend.add(a, b, y));
+            }
+            Some(Op::Linear { x, .. }) => {
+                let waits = |op: &Op| match *op {
+                    Op::Linear { layer, x: input, y } if input == x && self.values[y.0 as usize].data.is_none() => {
+                        Some((layer, y))
+                    }
+                    _ => None,
+                };
+                let (layers, ys): (Vec<_>, Vec<_>) = self.ops.iter().filter_map(waits).unzip();
+                for (y, data) in ys.into_iter().zip(self.products(&layers, x)) {
+                    self.values[y.0 as usize].data = Some(data);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// `x` through each of `layers`; nothing after an error.
+    fn products(&mut self, layers: &[Linear], x: Tensor) -> Vec<B::Buffer> {
+        self.demand(x);
+        if self.error.is_some() {
+            return Vec::new();
+        }
+        let pass = self.pass;
+        let input = self.values[x.0 as usize].data.as_ref().expect("without an error every value was computed");
+        let dropout = |weight| pass.layer_dropout(weight);
+        match pass.base.linears(pass.adapters, pass.arithmetic, dropout, layers, input, self.pool) {
+            Ok(ys) => ys,
+            Err(e) => {
+                self.error = Some(e);
+                Vec::new()
+            }
+        }
     }
 
     fn len(&self, t: Tensor) -> usize {
-        self.values[t.0 as usize].data.as_ref().map_or(0, |d| self.pass.base.backend.len(d))
+        self.values[t.0 as usize].len
     }
 }
 
@@ -374,24 +439,14 @@ impl<B: Backend> Exec for Tape<'_, B> {
     }
 
     fn linears(&mut self, layers: &[Linear], x: Tensor, ys: &mut [Tensor]) {
-        let pass = self.pass;
-        let results = match (&self.error, &self.values[x.0 as usize].data) {
-            (None, Some(x)) => {
-                let dropout = |weight| pass.layer_dropout(weight);
-                pass.base.linears(pass.adapters, pass.arithmetic, dropout, layers, x, self.pool).map_err(Some)
-            }
-            _ => Err(None),
-        };
-        let mut layers = layers.iter();
-        let x_needs = self.needs(x);
-        super::spread(results, ys, &mut self.error, |data| {
-            let layer = *layers.next().expect("one result for each layer");
-            let needs_grad = x_needs || !pass.adapters.on(layer.weight).is_empty();
-            self.values.push(Value { data, grad: None, needs_grad });
-            let y = Tensor(self.values.len() as u32 - 1);
-            self.ops.push(Op::Linear { layer, x, y });
-            y
-        });
+        let base = self.pass.base;
+        let mut results = if self.replay { Vec::new() } else { self.products(layers, x) }.into_iter();
+        for (layer, y) in layers.iter().zip(ys) {
+            let (out, input) = base.backend.shape(base.matrix(layer.weight));
+            let needs_grad = self.needs(x) || !self.pass.adapters.on(layer.weight).is_empty();
+            *y = self.push(results.next(), needs_grad, self.len(x) / input * out);
+            self.ops.push(Op::Linear { layer: *layer, x, y: *y });
+        }
     }
 
     fn rms_norm(&mut self, weight: Param, eps: f32, x: Tensor) -> Tensor {
@@ -430,7 +485,13 @@ impl<B: Backend> Exec for Tape<'_, B> {
     }
 
     fn add(&mut self, a: Tensor, b: Tensor) -> Tensor {
-        let y = self.op([a, b], self.len(a), |p, [a, b], y| p.base.backend.add(a, b, y));
+        let len = self.len(a);
+        let y = if self.replay {
+            let needs_grad = self.needs(a) || self.needs(b);
+            self.push(None, needs_grad, len)
+        } else {
+            self.op([a, b], len, |p, [a, b], y| p.base.backend.add(a, b, y))
+        };
         self.ops.push(Op::Add { a, b, y });
         y
     }

@@ -141,10 +141,13 @@ impl<B: Backend> Context<B> {
         Ok(Generated { ids, prompt_tokens: prompt.len(), prefilled, prefill, decode, finish })
     }
 
-    /// Runs `ids` and returns the logits after the last of them.
-    fn advance(&mut self, base: &Base<B>, adapters: &Adapters<B>, ids: &[u32]) -> Result<Vec<f32>> {
+    /// Runs `ids` after what is held and returns the logits after the last of them: for code that picks tokens itself.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, out of memory.
+    pub fn advance(&mut self, base: &Base<B>, adapters: &Adapters<B>, ids: &[u32]) -> Result<Vec<f32>> {
         let mut logits = Vec::new();
-        let last_chunk = ids.len().div_ceil(PREFILL_CHUNK) - 1;
+        let last_chunk = ids.len().div_ceil(PREFILL_CHUNK).saturating_sub(1);
         for (i, chunk) in ids.chunks(PREFILL_CHUNK).enumerate() {
             let hidden = base.forward(adapters, &mut self.state, chunk)?;
             if i == last_chunk {

@@ -10,6 +10,8 @@ mod step;
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use data::{Dataset, Sample};
 pub use plan::MemoryPlan;
+pub(crate) use setup::fresh_modules;
+pub(crate) use step::LOGIT_ROWS;
 pub use step::{MicroBatch, Watch, micro_step};
 
 use crate::adapter::{AdapterFile, Adapters, Dropout, HostTensor, LoraConfig, LoraModule};
@@ -20,7 +22,7 @@ use crate::memory::Peak;
 use crate::rng::{Rng, mix};
 use checkpoint::{RunFacts, TensorState};
 use pocketlora_kernels::{AdamW, Backend, WorkType};
-use setup::{Trained, fingerprint, fresh_modules, target_modules, trained_tensors};
+use setup::{Trained, fingerprint, target_modules, trained_tensors};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -222,6 +224,12 @@ impl<B: Backend> Trainer<B> {
     #[must_use]
     pub fn trained_parameters(&self) -> usize {
         self.tensors.iter().map(|t| t.shape[0] * t.shape[1]).sum()
+    }
+
+    /// Memory at the fullest moments of the steps so far.
+    #[must_use]
+    pub fn peak(&self) -> Peak {
+        self.peak
     }
 
     /// Gradients of the last step, after clipping, under their PEFT names.

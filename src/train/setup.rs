@@ -38,7 +38,7 @@ pub(super) fn target_modules<'m>(params: &'m [ParamSpec], targets: &[String]) ->
 }
 
 /// Fresh LoRA matrices: A uniform in `±1/sqrt(in)` (PEFT's Kaiming-uniform with a = sqrt 5), B zero.
-pub(super) fn fresh_modules(modules: &[&ParamSpec], lora: &LoraConfig, seed: u64) -> Vec<LoraModule> {
+pub(crate) fn fresh_modules(modules: &[&ParamSpec], lora: &LoraConfig, seed: u64) -> Vec<LoraModule> {
     let rank = lora.rank;
     let one = |(i, spec): (usize, &&ParamSpec)| {
         let (out, input) = (spec.shape[0], spec.shape[1]);

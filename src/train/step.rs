@@ -9,7 +9,7 @@ use crate::memory::Peak;
 use pocketlora_kernels::{Arithmetic, Backend};
 
 /// Rows of logits held at once: `[64, V]`, not `[T, V]`.
-pub(super) const LOGIT_ROWS: usize = 64;
+pub(crate) const LOGIT_ROWS: usize = 64;
 
 /// Samples laid end to end with the rows whose next token is learned.
 pub struct MicroBatch {
@@ -132,11 +132,12 @@ pub fn micro_step<B: Backend>(
     }
     pool.put(backend, x);
 
-    // Backward: each layer runs once more, now with its tape kept until its gradient is through.
+    // Backward: each layer runs once more, now with its tape kept until its gradient is through,
+    // and without what no gradient needs.
     if let Some(grads) = grads {
         for (layer, input) in inputs.into_iter().enumerate().rev() {
             watch.check()?;
-            let mut tape = pass.tape(Some(input), layer > 0, pool);
+            let mut tape = pass.replay(input, layer > 0, pool);
             let y = model.layer(&mut tape, layer, pocketlora_models::Tensor(0));
             watch.peak.sample();
             match tape.backward(y, dx, grads)? {

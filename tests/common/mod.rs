@@ -181,3 +181,11 @@ pub fn tiny_chats(dir: &Path, lines: usize) -> PathBuf {
     fs::write(&path, (0..lines).map(line).collect::<String>()).unwrap();
     path
 }
+
+/// The values of a buffer.
+pub fn values_of(cpu: &pocketlora_kernels::Cpu, buffer: &pocketlora_kernels::cpu::Buffer) -> Vec<f32> {
+    use pocketlora_kernels::Backend as _;
+    let mut values = vec![0.0; cpu.len(buffer)];
+    cpu.read(buffer, &mut values).unwrap();
+    values
+}

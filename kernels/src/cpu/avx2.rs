@@ -18,6 +18,14 @@ pub(crate) fn sum1(v: __m256) -> f32 {
     _mm_cvtss_f32(sum4([v, zero, zero, zero]))
 }
 
+/// See [`super::Table::prefetch`].
+#[target_feature(enable = "avx2")]
+pub(crate) fn prefetch(bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+    }
+}
+
 /// Selects the first `n` lanes in masked loads and stores.
 #[inline]
 #[target_feature(enable = "avx2")]

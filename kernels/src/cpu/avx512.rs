@@ -2,6 +2,11 @@
 
 use std::arch::x86_64::*;
 
+/// Selects the first `n` of 16 lanes.
+pub(crate) fn first_lanes(n: usize) -> __mmask16 {
+    if n >= 16 { !0 } else { (1 << n) - 1 }
+}
+
 /// The upper half added to the lower.
 #[inline]
 #[target_feature(enable = "avx512f,avx2")]
@@ -57,4 +62,33 @@ fn even_parts(x: __m512i, y: __m512i) -> __m512i {
 #[target_feature(enable = "avx512f")]
 fn odd_parts(x: __m512i, y: __m512i) -> __m512i {
     _mm512_shuffle_i32x4::<0b11_01_11_01>(x, y)
+}
+
+/// The sums of sixteen vectors, in the order of the vectors; each is summed in the same order whatever the others hold.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn sums16(v: [__m512; 16]) -> __m512 {
+    // Halves the vectors four times: with neighbours, then with pairs, within 128-bit parts; then parts with parts.
+    let mut v = v;
+    for i in 0..8 {
+        let (a, b) = (v[2 * i], v[2 * i + 1]);
+        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for i in 0..4 {
+        let (a, b) = (_mm512_castps_pd(v[2 * i]), _mm512_castps_pd(v[2 * i + 1]));
+        let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+        v[i] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    }
+    for i in 0..2 {
+        v[i] = add_parts(v[2 * i], v[2 * i + 1]);
+    }
+    add_parts(v[0], v[1])
+}
+
+/// The sums of neighbouring 128-bit parts of `a`, then of `b`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_parts(a: __m512, b: __m512) -> __m512 {
+    let even = _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b);
+    _mm512_add_ps(even, _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
 }

@@ -67,6 +67,13 @@ impl Cache {
         self.len
     }
 
+    /// Bytes of the keys and values held, with their scales.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let scales = if self.dtype == CacheType::I8 { size_of::<f32>() } else { 0 };
+        2 * self.len * self.kv_heads * (self.head_dim * size(self.dtype) + scales)
+    }
+
     /// Elements of a token's keys.
     pub(crate) fn width(&self) -> usize {
         self.kv_heads * self.head_dim
@@ -152,17 +159,17 @@ impl Cache {
 
     /// The first `columns` keys of a block, turned and before their scales; those past the last token are undefined.
     pub(crate) fn keys(&self, block: usize, head: usize, columns: usize) -> Tile<'_> {
-        let bytes = self.bytes(self.tile(block, head, Side::Keys));
+        let bytes = self.of_tile(self.tile(block, head, Side::Keys));
         Tile { dtype: self.dtype, bytes, stride: BLOCK, width: columns.min(BLOCK), count: self.head_dim }
     }
 
     /// The first `count` values of a block as `[count, D]`, before their scales.
     pub(crate) fn values(&self, block: usize, head: usize, count: usize) -> Tile<'_> {
-        let bytes = self.bytes(self.tile(block, head, Side::Values));
+        let bytes = self.of_tile(self.tile(block, head, Side::Values));
         Tile { dtype: self.dtype, bytes, stride: self.head_dim, width: self.head_dim, count }
     }
 
-    fn bytes(&self, tile: usize) -> &[u8] {
+    fn of_tile(&self, tile: usize) -> &[u8] {
         &self.bytes[self.aligned + tile * self.tile_bytes()..][..self.tile_bytes()]
     }
 

@@ -68,6 +68,29 @@ impl Matrix {
         }
     }
 
+    /// Bytes that a product reads of it: codes, scales and tables, or plain floats.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match &self.data {
+            Data::Nf4(w) => w.bytes(),
+            Data::Int8(w) => w.bytes(),
+            Data::Mapped(_, bytes) => bytes.len(),
+            Data::Work(_, bytes) => bytes.len(),
+        }
+    }
+
+    /// Its elements' type as kernel names spell it: `nf4`, `int8`, `f32`, `f16` or `bf16`.
+    #[must_use]
+    pub fn type_name(&self) -> &'static str {
+        match self.elements() {
+            Elements::Nf4(_) => "nf4",
+            Elements::Int8(_) => "int8",
+            Elements::Dense(FloatType::F32, _) => "f32",
+            Elements::Dense(FloatType::F16, _) => "f16",
+            Elements::Dense(FloatType::BF16, _) => "bf16",
+        }
+    }
+
     /// `(O, K)`.
     pub(crate) fn shape(&self) -> (usize, usize) {
         (self.rows, self.cols)

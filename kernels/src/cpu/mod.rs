@@ -19,9 +19,12 @@ mod exp;
 mod gated;
 mod lanes;
 mod light;
+pub mod limits;
 mod loops;
 mod matmul;
 mod matrix;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod nf4;
 mod q8;
 mod rms_norm;

@@ -109,6 +109,10 @@ scratch!(
     with_bytes, BYTES, u8
 );
 scratch!(
+    /// As [`with_scratch`], for activations in bf16.
+    with_rounded, ROUNDED, u16
+);
+scratch!(
     /// As [`with_scratch`], for panels in bf16.
     with_halves, HALVES, u16
 );

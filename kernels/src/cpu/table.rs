@@ -9,6 +9,8 @@ use super::nf4::{self, EvenOdd, Nf4};
 use super::q8::{self, Int8, Panel, Place, Q8, Q8Mut, Q8Row};
 use super::tile::{self, Coefficients, Rows};
 use crate::{Error, FloatType};
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
 use std::sync::LazyLock;
 
 /// Instruction sets with kernels of their own.
@@ -21,6 +23,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW and VL beside those, VNNI with VBMI and BF16 where the CPU has them.
     Avx512,
+    /// What every 64-bit ARM has, dot products, matrix products in 8 bits and in bf16 where the CPU has them.
+    Neon,
 }
 
 impl Isa {
@@ -31,6 +35,7 @@ impl Isa {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Neon => "neon",
         }
     }
 }
@@ -42,8 +47,11 @@ impl Isa {
 /// cannot be had, for the statics are private to this module and [`Table::available`] filters them.
 pub struct Table {
     isa: Isa,
+    /// What is used beyond the base of the instruction set.
+    features: &'static [&'static str],
     /// Tokens from which transposing a panel of weights pays, because `tile_axpy` is so much faster than `tile_dot`.
     transposes_from: usize,
+    prefetch: unsafe fn(&[u8]),
     nf4_decode: unsafe fn(&Nf4, usize, &mut [f32]),
     nf4_matvec: unsafe fn(&Nf4, usize, usize, &EvenOdd, &mut [f32]),
     dense_decode: unsafe fn(FloatType, &[u8], usize, usize, &mut [f32]),
@@ -66,7 +74,9 @@ pub struct Table {
 
 static PORTABLE: Table = Table {
     isa: Isa::Portable,
+    features: &[],
     transposes_from: 16,
+    prefetch: |_| (),
     nf4_decode: nf4::portable::decode,
     nf4_matvec: nf4::portable::matvec,
     dense_decode: dense::portable::decode,
@@ -88,7 +98,9 @@ static PORTABLE: Table = Table {
 #[cfg(target_arch = "x86_64")]
 static AVX2: Table = Table {
     isa: Isa::Avx2,
+    features: &[],
     transposes_from: usize::MAX,
+    prefetch: super::avx2::prefetch,
     nf4_decode: nf4::avx2::decode,
     nf4_matvec: nf4::avx2::matvec,
     dense_decode: dense::avx2::decode,
@@ -110,10 +122,12 @@ static AVX2: Table = Table {
 #[cfg(target_arch = "x86_64")]
 static AVX512: Table = Table {
     isa: Isa::Avx512,
+    features: &[],
     transposes_from: 48,
     nf4_decode: nf4::avx512::decode,
     nf4_matvec: nf4::avx512::matvec,
     dense_decode: dense::avx512::decode,
+    dense_matvec: dense::avx512::matvec,
     tile_axpy_narrow: attention::avx512::axpy,
     light: &light::avx512::LIGHT,
     tile_dot: tile::avx512::dot,
@@ -123,6 +137,7 @@ static AVX512: Table = Table {
 
 #[cfg(target_arch = "x86_64")]
 static AVX512_VNNI: Table = Table {
+    features: &["vnni", "vbmi"],
     q8_lanes: q8::avx512::LANES,
     q8_nf4_matvec: q8::avx512::nf4_matvec,
     q8_int8_matvec: q8::avx512::int8_matvec,
@@ -133,11 +148,59 @@ static AVX512_VNNI: Table = Table {
 };
 
 #[cfg(target_arch = "x86_64")]
-static AVX512_BF16: Table = Table { bf16: Some(&super::bf16::avx512::KERNELS), ..AVX512_VNNI };
+static AVX512_BF16: Table =
+    Table { features: &["vnni", "vbmi", "bf16"], bf16: Some(&super::bf16::avx512::KERNELS), ..AVX512_VNNI };
+
+#[cfg(target_arch = "aarch64")]
+static NEON: Table = Table {
+    isa: Isa::Neon,
+    features: &[],
+    transposes_from: 48,
+    prefetch: super::neon::prefetch_all,
+    nf4_decode: nf4::neon::decode,
+    nf4_matvec: nf4::neon::matvec,
+    dense_decode: dense::neon::decode,
+    dense_matvec: dense::neon::matvec,
+    q8_lanes: q8::neon::LANES,
+    q8_quantize: q8::neon::quantize,
+    q8_nf4_matvec: q8::neon::base::nf4_matvec,
+    q8_int8_matvec: q8::neon::base::int8_matvec,
+    q8_pack_nf4: q8::neon_panel::pack_nf4::<{ q8::QUAD }>,
+    q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::QUAD }>,
+    q8_tile: q8::neon::base::tile,
+    bf16: None,
+    // What the target guarantees is NEON: the compiler makes vectors of these.
+    tile_axpy_narrow: attention::portable::axpy,
+    light: &light::portable::LIGHT,
+    tile_dot: tile::neon::dot,
+    tile_axpy: tile::neon::axpy,
+};
+
+#[cfg(target_arch = "aarch64")]
+static NEON_DOTPROD: Table = Table {
+    features: &["dotprod"],
+    q8_nf4_matvec: q8::neon::dotprod::nf4_matvec,
+    q8_int8_matvec: q8::neon::dotprod::int8_matvec,
+    q8_tile: q8::neon::dotprod::tile,
+    ..NEON
+};
+
+#[cfg(target_arch = "aarch64")]
+static NEON_I8MM: Table = Table {
+    features: &["dotprod", "i8mm"],
+    q8_pack_nf4: q8::neon_panel::pack_nf4::<{ q8::neon_panel::OCTET }>,
+    q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::neon_panel::OCTET }>,
+    q8_tile: q8::neon_panel::tile,
+    ..NEON_DOTPROD
+};
+
+#[cfg(target_arch = "aarch64")]
+static NEON_BF16: Table =
+    Table { features: &["dotprod", "i8mm", "bf16"], bf16: Some(&super::bf16::neon::KERNELS), ..NEON_I8MM };
 
 /// Where every table is checked once against the CPU.
 static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
-    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "no further tables"))]
+    #[cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), expect(unused_mut, reason = "no others"))]
     let mut tables = vec![&PORTABLE];
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
@@ -153,6 +216,19 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
                 &AVX512_VNNI
             });
         }
+    }
+    #[cfg(target_arch = "aarch64")]
+    if is_aarch64_feature_detected!("neon") {
+        let table = if !is_aarch64_feature_detected!("dotprod") {
+            &NEON
+        } else if !is_aarch64_feature_detected!("i8mm") {
+            &NEON_DOTPROD
+        } else if !is_aarch64_feature_detected!("bf16") {
+            &NEON_I8MM
+        } else {
+            &NEON_BF16
+        };
+        tables.push(table);
     }
     tables
 });
@@ -201,9 +277,24 @@ impl Table {
         self.isa
     }
 
+    /// What the kernels use of this CPU beyond the base of their instruction set: names as in its manual.
+    #[must_use]
+    pub fn features(&self) -> &'static [&'static str] {
+        self.features
+    }
+
     /// Tokens from which a forward product should transpose its panels.
     pub(crate) fn transposes_from(&self) -> usize {
         self.transposes_from
+    }
+
+    /// Asks for `bytes` to be brought into the cache; a hint that not every table has.
+    pub(crate) fn prefetch(&self, bytes: &[u8]) {
+        // SAFETY: any slice will do; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.prefetch)(bytes);
+        }
     }
 
     /// Elements `start..start + out.len()` of the flattened weight.

@@ -159,6 +159,38 @@ fn matrices_in_8_bits_meet_their_definition() {
     }
 }
 
+/// All codes of activations and weights at their limits, where sums of few products in 16 bits are the largest.
+#[test]
+fn the_largest_codes_do_not_overflow() {
+    let mut report = Report::default();
+    let mut random = Random(48);
+    for t in [1, 2, 5] {
+        let (o, k) = (5, 128);
+        let (mut nf4, _) = weights::random(&mut random, KINDS[0], o, k);
+        let MatrixData::Nf4(source) = &mut nf4.data else { unreachable!("`KINDS` has nothing else") };
+        source.packed = Bytes::from(vec![0xff; o * k / 2]);
+        let nf4_values = coarse(source, o * k);
+        let (codes, scales) = (Bytes::from(vec![0x81; o * k]), Bytes::from(1.0_f32.to_le_bytes().repeat(o)));
+        let int8 = MatrixSource { rows: o, cols: k, data: MatrixData::Int8 { codes, scales } };
+        let int8_values = vec![-127.0; o * k];
+        for x in [1.0, -1.0] {
+            let x = vec![x; t * k];
+            for (name, source, values) in [("nf4", &nf4, &nf4_values), ("int8", &int8, &int8_values)] {
+                let (y, size) = oracle::matmul(&rounded(&x), values, k);
+                let bounds = size.iter().map(|size| EPS * 32.0 * (size + 1.0)).collect();
+                let name = format!("{name} of largest codes T={t} x={}", x[0]);
+                // Not by way of `case!`: other devices multiply one token exactly.
+                report.cpus(&name, &[Expected::new(y, bounds)], |cpu| {
+                    let mut y = poisoned(cpu, t * o);
+                    let w = cpu.matrix(source.clone()).unwrap();
+                    cpu.matmul(Arithmetic::Int8, &w, &buffer(cpu, &x), &mut y, false);
+                    vec![read(cpu, &y)]
+                });
+            }
+        }
+    }
+}
+
 #[test]
 fn a_number_that_is_none_spoils_its_token_and_no_other() {
     let mut report = Report::default();

@@ -6,6 +6,7 @@
 mod attention;
 mod golden;
 mod harness;
+mod isa;
 mod light;
 mod low_precision;
 mod matmul;

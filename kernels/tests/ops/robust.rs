@@ -84,3 +84,16 @@ fn ops_work_outside_a_scope() {
     cpu.scale(2.0, &mut x);
     assert_eq!(cpu.sum_squares(&x).unwrap(), 400_000.0);
 }
+
+#[test]
+fn the_number_of_threads_is_chosen_among_those_there_are() {
+    let (source, _) = weights::random(&mut Random(33), KINDS[4], 64, 256);
+    for threads in [1, 3] {
+        let cpu = Cpu::new(threads);
+        let weight = cpu.matrix(source.clone()).unwrap();
+        cpu.choose_threads(&[&weight]);
+        assert!((1..=threads).contains(&cpu.threads()), "{} of {threads}", cpu.threads());
+        cpu.choose_threads(&[]);
+        assert!((1..=threads).contains(&cpu.threads()));
+    }
+}

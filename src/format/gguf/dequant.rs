@@ -241,3 +241,31 @@ fn q6_k(b: &[u8; 210], y: &mut [f32; QK_K]) {
         *y = d * sc * (i32::from(low | (high << 4)) - 32) as f32;
     }
 }
+
+#[cfg(all(test, feature = "ggml"))]
+mod tests {
+    use super::GgmlType;
+    use crate::bench::ggml;
+    use crate::rng::Rng;
+
+    #[test]
+    fn every_type_dequantizes_to_the_bits_of_ggml() {
+        let mut checked = 0;
+        for id in 0..64 {
+            let Ok(dtype) = GgmlType::from_id(id) else { continue };
+            let (values, size) = dtype.block();
+            let (len, mut rng) = (values.max(256) * 8, Rng::new(u64::from(id)));
+            // Random bits are valid blocks of every type; some scales are infinite or NaN.
+            let bytes: Vec<u8> = (0..len / values * size).map(|_| rng.bits() as u8).collect();
+            let Some(expected) = ggml::dequantize(id, &bytes, len) else { continue };
+            let mut actual = vec![0.0; len];
+            dtype.dequantize(&bytes, &mut actual);
+            for (i, (a, e)) in actual.iter().zip(&expected).enumerate() {
+                let same = a.to_bits() == e.to_bits() || a.is_nan() && e.is_nan();
+                assert!(same, "{dtype} value {i}: {a}, expected {e}");
+            }
+            checked += 1;
+        }
+        assert!(checked >= 10, "ggml knew {checked} of our types only");
+    }
+}

@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx512::transpose16;
+use super::super::avx512::{first_lanes, transpose16};
 use super::super::tile::Rows;
 use super::{Bf16, Bf16Rows};
 use std::arch::x86_64::*;
@@ -28,11 +28,6 @@ fn round(x: &[f32], y: &mut [u16]) {
             _mm256_mask_storeu_epi16(y.as_mut_ptr().cast(), mask, std::mem::transmute::<__m256bh, __m256i>(v));
         }
     }
-}
-
-/// Selects the first `n` of 16 lanes.
-fn first_lanes(n: usize) -> __mmask16 {
-    if n >= 16 { !0 } else { (1 << n) - 1 }
 }
 
 /// Two vectors in bf16, the elements of `low` first.

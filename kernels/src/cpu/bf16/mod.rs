@@ -5,9 +5,11 @@
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 
 use super::Cpu;
-use super::split::run;
+use super::split::{run, with_rounded};
 use super::tile::Rows;
 
 type Tile = unsafe fn(&[u16], Bf16Rows, &mut [&mut [f32]], usize, usize);
@@ -29,21 +31,30 @@ pub(crate) struct Bf16 {
 }
 
 /// Activations `[T, K]` in bf16, rows padded with zeros.
-pub(crate) struct Rounded {
-    values: Vec<u16>,
+pub(crate) struct Rounded<'a> {
+    values: &'a [u16],
     stride: usize,
 }
 
 /// Depth that rows are padded to.
 const PAD: usize = 8;
+/// Rows of a task.
+const ROWS: usize = 16;
 
-impl Rounded {
-    pub fn new(cpu: &Cpu, x: &[f32], width: usize) -> Self {
+impl Rounded<'_> {
+    /// Lends the rows of `x`, rounded, to `work`.
+    pub fn with<R>(cpu: &Cpu, x: &[f32], width: usize, work: impl FnOnce(Rounded<'_>) -> R) -> R {
         let stride = width.next_multiple_of(PAD);
-        let mut values = vec![0; x.len() / width * stride];
-        let rows = values.chunks_mut(stride).zip(x.chunks_exact(width)).collect();
-        run(&cpu.team, rows, x.len() < 16 * 1024, |(to, x)| cpu.table.bf16_round(x, &mut to[..width]));
-        Self { values, stride }
+        with_rounded(x.len() / width * stride, |values| {
+            let rows = values.chunks_mut(stride * ROWS).zip(x.chunks(width * ROWS)).collect();
+            run(&cpu.team, rows, x.len() < 16 * 1024, |(to, x)| {
+                for (to, x) in to.chunks_mut(stride).zip(x.chunks_exact(width)) {
+                    cpu.table.bf16_round(x, &mut to[..width]);
+                    to[width..].fill(0);
+                }
+            });
+            work(Rounded { values, stride })
+        })
     }
 
     /// Rows `first..first + count`, columns from `col` on.

@@ -1,7 +1,8 @@
-//! Widening of 16-bit floats with AVX-512, sixteen at a time; 32-bit ones need none and go the way of AVX2.
+//! 16-bit floats with AVX-512, sixteen at a time; 32-bit ones go the way of AVX2.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
 
+use super::super::avx512::{first_lanes, sum16, sums16};
 use crate::FloatType;
 use std::arch::x86_64::*;
 
@@ -29,7 +30,7 @@ fn rows<const F16: bool>(bytes: &[u8], stride: usize, width: usize, out: &mut [f
                 _mm512_storeu_ps(out.as_mut_ptr(), widen::<F16>(halves));
             }
         }
-        let mask = (1 << rest.len()) - 1;
+        let mask = first_lanes(rest.len());
         // SAFETY: the mask keeps both within what is left, as many elements of either.
         unsafe {
             let halves = _mm256_maskz_loadu_epi16(mask, tail.as_ptr().cast());
@@ -45,5 +46,90 @@ fn widen<const F16: bool>(halves: __m256i) -> __m512 {
         _mm512_cvtph_ps(halves)
     } else {
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+    }
+}
+
+/// Rows up to this long are summed sixteen at a time, as those of an adapter's up-projection.
+const SHORT: usize = 32;
+/// Bytes that the matrix-vector product reads ahead.
+const AHEAD: usize = 3072;
+
+/// See [`super::super::Table::dense_matvec`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+pub(crate) fn matvec(dtype: FloatType, bytes: &[u8], x: &[f32], y: &mut [f32]) {
+    match dtype {
+        FloatType::F32 => super::avx2::matvec(dtype, bytes, x, y),
+        FloatType::F16 if x.len() <= SHORT => short_rows::<true>(bytes, x, y),
+        FloatType::BF16 if x.len() <= SHORT => short_rows::<false>(bytes, x, y),
+        FloatType::F16 => long_rows::<true>(bytes, x, y),
+        FloatType::BF16 => long_rows::<false>(bytes, x, y),
+    }
+}
+
+/// Sixteen rows give a vector each, and those are summed crosswise: one by one the sums would take longest.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+fn short_rows<const F16: bool>(bytes: &[u8], x: &[f32], y: &mut [f32]) {
+    let k = x.len();
+    let masks = [first_lanes(k), first_lanes(k.saturating_sub(16))];
+    // SAFETY: the masks keep the loads inside `x`.
+    let xs = unsafe {
+        let high = x.as_ptr().wrapping_add(16);
+        [_mm512_maskz_loadu_ps(masks[0], x.as_ptr()), _mm512_maskz_loadu_ps(masks[1], high)]
+    };
+    for (bytes, y) in bytes.chunks(32 * k.max(1)).zip(y.chunks_mut(16)) {
+        let mut sums = [_mm512_setzero_ps(); 16];
+        for (row, sum) in bytes.chunks_exact(2 * k.max(1)).zip(&mut sums) {
+            // SAFETY: the masks keep the loads inside the row.
+            unsafe {
+                let low = _mm256_maskz_loadu_epi16(masks[0], row.as_ptr().cast());
+                *sum = _mm512_mul_ps(widen::<F16>(low), xs[0]);
+                if k > 16 {
+                    let high = _mm256_maskz_loadu_epi16(masks[1], row.as_ptr().wrapping_add(32).cast());
+                    *sum = _mm512_fmadd_ps(widen::<F16>(high), xs[1], *sum);
+                }
+            }
+        }
+        let sums = sums16(sums);
+        // SAFETY: an array of 16 floats takes a whole vector; the mask keeps the other store inside `y`.
+        unsafe {
+            match y.as_mut_array::<16>() {
+                Some(y) => _mm512_storeu_ps(y.as_mut_ptr(), sums),
+                None => _mm512_mask_storeu_ps(y.as_mut_ptr(), first_lanes(y.len()), sums),
+            }
+        }
+    }
+}
+
+/// One row after the other, in four sums.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
+fn long_rows<const F16: bool>(bytes: &[u8], x: &[f32], y: &mut [f32]) {
+    let (groups, rest) = x.as_chunks::<64>();
+    for (row, y) in bytes.chunks_exact(2 * x.len()).zip(y) {
+        let (row_groups, row_rest) = row.as_chunks::<128>();
+        let mut sums = [_mm512_setzero_ps(); 4];
+        for (w, x) in row_groups.iter().zip(groups) {
+            for line in 0..2 {
+                // A prefetch is no access: it may point past the end.
+                _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(64 * line + AHEAD).cast());
+            }
+            for (i, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: `w` and `x` hold 64 elements.
+                unsafe {
+                    let w = _mm256_loadu_si256(w.as_ptr().add(32 * i).cast());
+                    *sum = _mm512_fmadd_ps(widen::<F16>(w), _mm512_loadu_ps(x.as_ptr().add(16 * i)), *sum);
+                }
+            }
+        }
+        for ((w, x), sum) in row_rest.chunks(32).zip(rest.chunks(16)).zip(&mut sums) {
+            let mask = first_lanes(x.len());
+            // SAFETY: the mask keeps the loads inside their chunks of as many elements.
+            unsafe {
+                let w = _mm256_maskz_loadu_epi16(mask, w.as_ptr().cast());
+                *sum = _mm512_fmadd_ps(widen::<F16>(w), _mm512_maskz_loadu_ps(mask, x.as_ptr()), *sum);
+            }
+        }
+        *y = sum16(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
     }
 }

@@ -8,6 +8,7 @@
 //! | by `W` | `dW[O, K] += dYᵀ X` | `axpy` | patches of `dW` |
 
 use super::super::Cpu;
+use super::super::elementwise::zero;
 use super::super::matrix::Matrix;
 use super::super::split::{Patch, patches, run, with_scratch};
 use super::super::tile::{Coefficients, Rows};
@@ -32,9 +33,15 @@ const VJP_X_DEPTH: usize = 128;
 /// Rows and columns of a task of the product by `W`.
 const VJP_W: (usize, usize) = (48, 256);
 
-/// `y += x Wᵀ` for any number of tokens.
-pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32]) {
+/// `y = x Wᵀ` for any number of tokens, added to `y` if `accumulate`.
+pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
+    if !accumulate {
+        zero(&cpu.team, y);
+    }
+    if x.is_empty() || y.is_empty() {
+        return;
+    }
     let tokens = x.len() / k;
     let small = tokens * o * k < SMALL;
     if k <= THIN || tokens >= cpu.table.transposes_from() {
@@ -98,9 +105,15 @@ fn transpose(from: &[f32], width: usize, to: &mut [f32]) {
     }
 }
 
-/// `dx += dy W`.
-pub(super) fn vjp_x(cpu: &Cpu, w: &Matrix, dy: &[f32], dx: &mut [f32]) {
+/// `dx = dy W`, added to `dx` if `accumulate`.
+pub(super) fn vjp_x(cpu: &Cpu, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
+    if !accumulate {
+        zero(&cpu.team, dx);
+    }
+    if dy.is_empty() || dx.is_empty() {
+        return;
+    }
     let tokens = dx.len() / k;
     run(&cpu.team, patches(dx, k, VJP_X.1, VJP_X.0), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
         let cols = rows[0].len();

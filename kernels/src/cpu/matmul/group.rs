@@ -39,10 +39,7 @@ pub(crate) fn group(
         .then(|| Q8::new(cpu, x, k));
     for Product { w, low_rank, y } in products {
         match &eight {
-            Some(x) if q8::fits(w) => {
-                super::super::elementwise::zero(&cpu.team, y);
-                q8::forward(cpu, w, x, y);
-            }
+            Some(x) if q8::fits(w) => q8::forward(cpu, w, x, y, false),
             _ => forward(cpu, arithmetic, w, x, y, false),
         }
         for LowRank { a, b, scale } in low_rank {
@@ -107,14 +104,18 @@ impl Down<'_> {
 }
 
 impl Low<'_> {
+    /// Rows `row..row + count` of `B`.
+    fn up(&self, row: usize, count: usize) -> &[u8] {
+        let size = self.h.len() * self.b.0.size();
+        &self.b.1[row * size..][..count * size]
+    }
+
     /// `y += B h` for the rows of `B` from `row` on.
     fn add(&self, cpu: &Cpu, row: usize, y: &mut [f32]) {
-        let (dtype, bytes) = self.b;
-        let size = self.h.len() * dtype.size();
         with_scratch(self.h.len() + y.len(), |scratch| {
             let (h, sums) = scratch.split_at_mut(self.h.len());
             h.iter_mut().zip(&self.h).for_each(|(to, h)| *to = f32::from_bits(h.load(Ordering::Relaxed)));
-            cpu.table.dense_matvec(dtype, &bytes[row * size..][..y.len() * size], h, sums);
+            cpu.table.dense_matvec(self.b.0, self.up(row, y.len()), h, sums);
             add_part(sums, y);
         });
     }
@@ -143,6 +144,8 @@ fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Produ
     }
     let small = tasks.len() < 3;
     run(&cpu.team, tasks, small, |(w, lows, row, y)| {
+        // On its way while the base's rows are read: too short a piece for the processor to guess.
+        down.lows[lows.clone()].iter().for_each(|low| cpu.table.prefetch(low.up(row, y.len())));
         token.rows(cpu, w, row, y);
         if !lows.is_empty() {
             down.finish(cpu, x);

@@ -26,17 +26,11 @@ pub(crate) fn forward(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, x: &[f32], 
     if tokens == 1 && k > 0 && (k > exact::THIN || matches!(w.elements(), Elements::Nf4(_))) {
         return OneToken::new(cpu, arithmetic, x).product(cpu, w, y, accumulate);
     }
-    if !accumulate {
-        super::elementwise::zero(&cpu.team, y);
-    }
-    if tokens == 0 || o == 0 || k == 0 {
-        return;
-    }
+    let bf16 = cpu.table.bf16().is_some() && tokens >= BF16_TOKENS && k > 0;
     match arithmetic {
-        Arithmetic::Int8 if q8::fits(w) => q8::forward(cpu, w, &Q8::new(cpu, x, k), y),
-        Arithmetic::Exact => exact::forward(cpu, w, x, y),
-        _ if cpu.table.bf16().is_some() && tokens >= BF16_TOKENS => bf16::forward(cpu, w, x, y),
-        _ => exact::forward(cpu, w, x, y),
+        Arithmetic::Int8 if k > 0 && q8::fits(w) => q8::forward(cpu, w, &Q8::new(cpu, x, k), y, accumulate),
+        Arithmetic::Bf16 | Arithmetic::Int8 if bf16 => bf16::forward(cpu, w, x, y, accumulate),
+        _ => exact::forward(cpu, w, x, y, accumulate),
     }
 }
 
@@ -44,15 +38,11 @@ pub(crate) fn forward(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, x: &[f32], 
 pub(crate) fn vjp_x(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
     let tokens = tokens(dx, k, dy, o);
-    if !accumulate {
-        super::elementwise::zero(&cpu.team, dx);
-    }
-    if tokens == 0 || o == 0 || k == 0 {
-        return;
-    }
     match arithmetic {
-        Arithmetic::Bf16 if cpu.table.bf16().is_some() && tokens >= BF16_TOKENS => bf16::vjp_x(cpu, w, dy, dx),
-        _ => exact::vjp_x(cpu, w, dy, dx),
+        Arithmetic::Bf16 if cpu.table.bf16().is_some() && tokens >= BF16_TOKENS && o > 0 => {
+            bf16::vjp_x(cpu, w, dy, dx, accumulate);
+        }
+        _ => exact::vjp_x(cpu, w, dy, dx, accumulate),
     }
 }
 

@@ -22,12 +22,15 @@ pub(super) fn fits(w: &Matrix) -> bool {
     }
 }
 
-/// `y += x Wᵀ` for a weight that [`fits`].
-pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &Q8, y: &mut [f32]) {
+/// `y = x Wᵀ` for a weight that [`fits`], added to `y` if `accumulate`.
+pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &Q8, y: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
     let (tokens, lanes) = (x.tokens(), cpu.table.q8_lanes());
     let task = o.div_ceil(TASKS).next_multiple_of(lanes);
     run(&cpu.team, patches(y, o, tokens, task), tokens * o * k < SMALL, |Patch { col, mut rows, .. }| {
+        if !accumulate {
+            rows.iter_mut().for_each(|row| row.fill(0.0));
+        }
         if tokens < TILE_TOKENS {
             for (t, y) in rows.iter_mut().enumerate() {
                 matvec(cpu, w, x, t, col, y);

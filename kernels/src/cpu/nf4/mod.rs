@@ -9,6 +9,8 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 pub(crate) mod portable;
 
 use crate::{Absmax, Error, FloatType, Nf4Source};
@@ -73,6 +75,15 @@ impl Nf4 {
     /// Elements.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Bytes of codes, scales and the tables that decode them.
+    pub fn bytes(&self) -> usize {
+        let scales = match &self.absmax {
+            Absmax::Plain(scales) => scales.len(),
+            Absmax::Double { codes, map, nested, .. } => codes.len() + size_of_val(&map[..]) + size_of_val(&nested[..]),
+        };
+        self.packed.len() + scales + size_of_val(&self.code)
     }
 
     /// Scale of one block; with double quantization two roundings, as bitsandbytes has them.

@@ -15,7 +15,7 @@ pub(crate) const LANES: usize = 16;
 /// Tokens that a tile takes at once.
 const TOKENS: usize = 4;
 /// Bytes that the matrix-vector products read ahead.
-const AHEAD: usize = 1536;
+const AHEAD: usize = 3072;
 
 /// See [`super::super::Table::q8_quantize`].
 #[target_feature(enable = "avx2,fma")]
@@ -115,7 +115,7 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
         let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for ((packed, codes), factor) in w.packed64(group)[..n].iter().zip(&x.codes[block..][..n]).zip(&factors) {
             // A prefetch is no access: it may point past the end.
-            _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(packed.as_ptr().wrapping_add(AHEAD).cast());
             (this, other) = (other, add_block(this, look_up(book, packed), codes, *factor));
         }
         sum1(_mm256_add_ps(this, other)) * unit
@@ -137,7 +137,7 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-            _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(AHEAD).cast());
             // SAFETY: `w` is an array of 64 bytes.
             let w = [0, 32].map(|at| unsafe { _mm256_loadu_si256(w.as_ptr().add(at).cast()) });
             (this, other) = (other, add_block(this, w, codes, *unit));

@@ -4,7 +4,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx512::{sum16, transpose16};
+use super::super::avx512::{first_lanes, sum16, transpose16};
 use super::super::nf4::Nf4;
 use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS};
 use std::arch::x86_64::*;
@@ -14,7 +14,7 @@ pub(crate) const LANES: usize = 32;
 /// Tokens that a tile takes at once: 24 sums of 16, and the weights, stay in registers.
 const TOKENS: usize = 12;
 /// Bytes that the matrix-vector products read ahead.
-const AHEAD: usize = 1536;
+const AHEAD: usize = 3072;
 
 /// The codebook, 128 too large, four times over.
 #[inline]
@@ -76,7 +76,7 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
         let (mut this, mut other) = (surplus, _mm512_setzero_ps());
         for ((packed, codes), factor) in packed.iter().zip(codes).zip(&factors[..n]) {
             // A prefetch is no access: it may point past the end.
-            _mm_prefetch::<_MM_HINT_T0>(packed.as_ptr().wrapping_add(AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(packed.as_ptr().wrapping_add(AHEAD).cast());
             (this, other) = (other, add_block(this, look_up(book, shifts, packed), codes, *factor));
         }
         sum16(_mm512_add_ps(this, other)) * unit
@@ -91,11 +91,6 @@ fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], factor: f32) -> __m512 {
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(factor), sum)
 }
 
-/// Selects the first `n` of 16 lanes.
-fn first_lanes(n: usize) -> __mmask16 {
-    if n >= 16 { !0 } else { (1 << n) - 1 }
-}
-
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
@@ -105,7 +100,7 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-            _mm_prefetch::<_MM_HINT_T0>(w.as_ptr().wrapping_add(AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(AHEAD).cast());
             (this, other) = (other, add_block(this, _mm512_xor_si512(load(w), sign), codes, *unit));
         }
         *y = (sum16(_mm512_add_ps(this, other)) + surplus) * w.scale(row + i);

@@ -14,6 +14,10 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon_panel;
 pub(crate) mod portable;
 mod weight;
 
@@ -22,17 +26,23 @@ pub(crate) use weight::Int8;
 use super::Cpu;
 use super::nf4::Nf4;
 use super::split::run;
+use std::cell::Cell;
 
 /// Activations that share a unit, and weights that share a scale.
 pub(crate) const BLOCK: usize = 64;
 /// Codes that a lane of an integer product sums up.
-const QUAD: usize = 4;
+pub(crate) const QUAD: usize = 4;
 /// Quads of a block.
 const QUADS: usize = BLOCK / QUAD;
 
 /// Activations `[T, K]` in 8 bits.
 pub(crate) struct Q8 {
     blocks: usize,
+    arrays: Arrays,
+}
+
+#[derive(Default)]
+struct Arrays {
     /// From `aligned` on, so that a vector of codes never lies across two cache lines.
     codes: Vec<i8>,
     aligned: usize,
@@ -40,6 +50,19 @@ pub(crate) struct Q8 {
     units: Vec<f32>,
     /// `-128` times the sum of each block's codes, `[T, K / 64]`: what products begin with whose weights are 128 too large.
     starts: Vec<i32>,
+}
+
+thread_local! {
+    /// The arrays of the last one that this thread dropped: asking the system for fresh pages each time costs more than
+    /// the rounding itself.
+    static STASH: Cell<Arrays> = Cell::default();
+}
+
+impl Drop for Q8 {
+    fn drop(&mut self) {
+        // A thread at its end may have lost its stash already.
+        let _ = STASH.try_with(|stash| stash.set(std::mem::take(&mut self.arrays)));
+    }
 }
 
 /// One token of them.
@@ -62,25 +85,23 @@ impl Q8 {
     pub fn new(cpu: &Cpu, x: &[f32], width: usize) -> Self {
         assert!(width > 0 && width.is_multiple_of(BLOCK) && x.len().is_multiple_of(width));
         let blocks = width / BLOCK;
-        let codes = vec![0; x.len() + BLOCK];
-        let mut q = Self {
-            blocks,
-            aligned: codes.as_ptr().align_offset(BLOCK).min(BLOCK),
-            codes,
-            units: vec![0.0; x.len() / BLOCK],
-            starts: vec![0; x.len() / BLOCK],
-        };
-        let rows = q.codes[q.aligned..][..x.len()].as_chunks_mut().0.chunks_mut(blocks).zip(q.units.chunks_mut(blocks));
-        let rows = rows.zip(q.starts.chunks_mut(blocks)).zip(x.chunks(width)).collect();
+        let mut arrays = STASH.take();
+        arrays.codes.resize(x.len() + BLOCK, 0);
+        arrays.aligned = arrays.codes.as_ptr().align_offset(BLOCK).min(BLOCK);
+        arrays.units.resize(x.len() / BLOCK, 0.0);
+        arrays.starts.resize(x.len() / BLOCK, 0);
+        let codes = arrays.codes[arrays.aligned..][..x.len()].as_chunks_mut().0;
+        let rows = codes.chunks_mut(blocks).zip(arrays.units.chunks_mut(blocks));
+        let rows = rows.zip(arrays.starts.chunks_mut(blocks)).zip(x.chunks(width)).collect();
         run(&cpu.team, rows, x.len() < 16 * 1024, |(((codes, units), starts), x)| {
             cpu.table.q8_quantize(x, Q8Mut { codes, units, starts });
         });
-        q
+        Self { blocks, arrays }
     }
 
     /// Tokens.
     pub fn tokens(&self) -> usize {
-        self.units.len() / self.blocks
+        self.arrays.units.len() / self.blocks
     }
 
     /// Blocks of a token.
@@ -93,9 +114,9 @@ impl Q8 {
     pub fn row(&self, t: usize) -> Q8Row<'_> {
         let range = t * self.blocks..(t + 1) * self.blocks;
         Q8Row {
-            codes: &self.codes[self.aligned..].as_chunks().0[range.clone()],
-            units: &self.units[range.clone()],
-            starts: &self.starts[range],
+            codes: &self.arrays.codes[self.arrays.aligned..].as_chunks().0[range.clone()],
+            units: &self.arrays.units[range.clone()],
+            starts: &self.arrays.starts[range],
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use super::super::nf4::Nf4;
 use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS};
+use wide::{i16x8, i32x4};
 
 /// Rows of a panel.
 pub(crate) const LANES: usize = 8;
@@ -28,19 +29,33 @@ pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
 /// See [`super::super::Table::q8_nf4_matvec`].
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let book = w.codebook();
+    // Both codes of a byte at once, in 16 bits: products of those are what SSE2 sums up in pairs.
+    let pairs: [[i16; 2]; 256] =
+        std::array::from_fn(|byte| [byte >> 4, byte & 15].map(|nibble| i16::from(book.codes[nibble])));
     super::each_row(w, row, x.units.len(), y, |group, block, scales| {
         let parts = w.packed64(group).iter().zip(&x.codes[block..]).zip(scales).zip(&x.units[block..]);
-        let dots = parts.map(|(((packed, codes), scale), unit)| {
-            let (even, odd) = codes.split_at(BLOCK / 2);
-            let product = |(byte, (even, odd)): (&u8, (&i8, &i8))| {
-                let code = |nibble: u8| i32::from(book.codes[usize::from(nibble)]);
-                code(byte >> 4) * i32::from(*even) + code(byte & 15) * i32::from(*odd)
-            };
-            let dot: i32 = packed.iter().zip(even.iter().zip(odd)).map(product).sum();
-            scale * unit * dot as f32
-        });
-        dots.sum::<f32>() * book.unit
+        let mut sum = 0.0;
+        for (((packed, codes), scale), unit) in parts {
+            let (mut weights, mut wide) = ([0_i16; BLOCK], [0_i16; BLOCK]);
+            for (i, byte) in packed.iter().enumerate() {
+                [weights[i], weights[i + BLOCK / 2]] = pairs[usize::from(*byte)];
+            }
+            for (wide, code) in wide.iter_mut().zip(codes) {
+                *wide = i16::from(*code);
+            }
+            sum += scale * unit * dot(&weights, &wide) as f32;
+        }
+        sum * book.unit
     });
+}
+
+/// Exact sum of products.
+fn dot(w: &[i16; BLOCK], x: &[i16; BLOCK]) -> i32 {
+    let mut sums = i32x4::ZERO;
+    for (w, x) in w.as_chunks::<8>().0.iter().zip(x.as_chunks::<8>().0) {
+        sums += i16x8::new(*w).dot(i16x8::new(*x));
+    }
+    sums.reduce_add()
 }
 
 /// See [`super::super::Table::q8_int8_matvec`].
@@ -48,8 +63,11 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     for (i, y) in y.iter_mut().enumerate() {
         let mut sum = 0.0;
         for ((w, x), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-            let product = |(w, x): (&u8, &i8)| i32::from(i16::from(w.cast_signed()) * i16::from(*x));
-            sum += unit * w.iter().zip(x).map(product).sum::<i32>() as f32;
+            let (mut weights, mut wide) = ([0; BLOCK], [0; BLOCK]);
+            for i in 0..BLOCK {
+                (weights[i], wide[i]) = (i16::from(w[i].cast_signed()), i16::from(x[i]));
+            }
+            sum += unit * dot(&weights, &wide) as f32;
         }
         *y = sum * w.scale(row + i);
     }

@@ -23,6 +23,11 @@ impl Int8 {
         Ok(Self { codes, scales, cols })
     }
 
+    /// Bytes of codes and scales.
+    pub fn bytes(&self) -> usize {
+        self.codes.len() + self.scales.len()
+    }
+
     /// Blocks of row `row`.
     #[inline(always)]
     pub fn row(&self, row: usize) -> &[[u8; BLOCK]] {

@@ -6,7 +6,7 @@
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx2::{sum1, sum4};
-use super::super::avx512::halve;
+use super::super::avx512::{first_lanes, halve};
 use super::{AXPY_DEPTH, Coefficients, DOT_DEPTH, Rows};
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -105,11 +105,6 @@ fn dot_tile<const I: usize, const J: usize>(
             }
         }
     }
-}
-
-/// Selects the first `n` lanes, fewer than [`LANES`].
-fn first_lanes(n: usize) -> __mmask16 {
-    (1 << n) - 1
 }
 
 /// See [`super::super::Table::tile_axpy`].

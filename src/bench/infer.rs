@@ -1,0 +1,123 @@
+//! Prompts and decoding, on token ids.
+
+use super::{Figure, Options, Progress, check};
+use crate::adapter::{AdapterFile, Adapters, LoraConfig};
+use crate::error::Result;
+use crate::exec::Base;
+use crate::generate::Context;
+use crate::memory::Peak;
+use crate::rng::Rng;
+use crate::session::Session;
+use crate::train::fresh_modules;
+use pocketlora_kernels::{Backend, Cpu, WorkType};
+use pocketlora_models::{ParamSpec, Role};
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Rank of the adapter whose tax is measured.
+const RANK: usize = 16;
+/// Seed of the tokens.
+const TOKENS: u64 = 1;
+
+/// What one session gave.
+pub(super) struct Inference {
+    pub prefill: Figure,
+    pub decode: Figure,
+    pub adapter_decode: Figure,
+    /// Sampled while a text of the full length was held, before the adapter was made.
+    pub decode_peak: Peak,
+}
+
+/// Pseudo-random tokens: a model's speed does not depend on which they are.
+pub(super) fn tokens(base: &Base<Cpu>, count: usize) -> Vec<u32> {
+    let (mut rng, vocab) = (Rng::new(TOKENS), base.model.config().vocab_size);
+    (0..count).map(|_| rng.below(vocab) as u32).collect()
+}
+
+/// Measures decoding from an empty context, plain and with an adapter in turn, then prompts.
+pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progress<'_>) -> Result<Inference> {
+    let base = session.base();
+    let plain = Adapters::none(base);
+    let ids = tokens(base, options.decode.max(options.prefill));
+    let mut context = Context::new(base, session.numbers());
+    let mut decode = |adapters: &Adapters<Cpu>| decode(base, adapters, &mut context, &ids[..options.decode]);
+
+    // Warm-up, which brings the weights into memory; and what decoding holds, before anything else is held.
+    check(progress, "decode, warm-up")?;
+    decode(&plain)?;
+    let mut decode_peak = Peak::default();
+    decode_peak.sample();
+
+    let adapted = random_adapter(base)?;
+    decode(&adapted)?;
+    let (mut plain_rates, mut adapted_rates) = (Vec::new(), Vec::new());
+    for trial in 1..=options.trials {
+        check(progress, &format!("decode, trial {trial} of {}", options.trials))?;
+        plain_rates.push(decode(&plain)?);
+        adapted_rates.push(decode(&adapted)?);
+    }
+    drop(adapted);
+
+    let mut prefill = || prefill(base, &plain, &mut context, &ids[..options.prefill]);
+    check(progress, "prefill, warm-up")?;
+    prefill()?;
+    let mut prefill_rates = Vec::new();
+    for trial in 1..=options.trials {
+        check(progress, &format!("prefill, trial {trial} of {}", options.trials))?;
+        prefill_rates.push(prefill()?);
+    }
+    Ok(Inference {
+        prefill: Figure::new(prefill_rates),
+        decode: Figure::new(plain_rates),
+        adapter_decode: Figure::new(adapted_rates),
+        decode_peak,
+    })
+}
+
+/// Tokens a second when each is run by itself and its logits are read; no sampler takes part.
+pub(super) fn decode(
+    base: &Base<Cpu>,
+    adapters: &Adapters<Cpu>,
+    context: &mut Context<Cpu>,
+    ids: &[u32],
+) -> Result<f64> {
+    context.clear(base);
+    base.backend.scope(|| {
+        let start = Instant::now();
+        for id in ids {
+            context.advance(base, adapters, &[*id])?;
+        }
+        Ok(ids.len() as f64 / start.elapsed().as_secs_f64())
+    })
+}
+
+/// Tokens a second of a prompt, up to the logits after its last token.
+pub(super) fn prefill(
+    base: &Base<Cpu>,
+    adapters: &Adapters<Cpu>,
+    context: &mut Context<Cpu>,
+    ids: &[u32],
+) -> Result<f64> {
+    context.clear(base);
+    base.backend.scope(|| {
+        let start = Instant::now();
+        context.advance(base, adapters, ids)?;
+        Ok(ids.len() as f64 / start.elapsed().as_secs_f64())
+    })
+}
+
+/// A LoRA on every linear layer, with both factors random, for zeros might be skipped some day.
+fn random_adapter(base: &Base<Cpu>) -> Result<Adapters<Cpu>> {
+    let linears: Vec<&ParamSpec> = base.model.params().iter().filter(|p| p.role == Role::Linear).collect();
+    let config =
+        LoraConfig { rank: RANK, alpha: RANK as f64, rslora: false, dropout: 0.0, targets: Vec::new(), base: None };
+    let mut modules = fresh_modules(&linears, &config, 0);
+    for (i, module) in modules.iter_mut().enumerate() {
+        let mut rng = Rng::new(i as u64);
+        module.b.data.fill_with(|| (rng.unit() - 0.5) * 1e-3);
+    }
+    let mut adapters = Adapters::none(base);
+    let file = AdapterFile { dir: PathBuf::new(), config, modules };
+    adapters.attach(base, &file, 1.0, WorkType::F16)?;
+    Ok(adapters)
+}

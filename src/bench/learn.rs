@@ -1,0 +1,55 @@
+//! Training steps: a LoRA of rank 8 on all linear layers, AdamW, each layer run again when its gradient is due.
+
+use super::{Figure, Options, Progress, check, infer};
+use crate::error::{Error, Result};
+use crate::memory::Peak;
+use crate::session::Session;
+use crate::train::{Dataset, Observer, Sample, StepReport, TrainConfig};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+/// Rank of the adapter in training.
+const RANK: usize = 8;
+
+/// What one session gave.
+pub(super) struct Training {
+    pub rate: Figure,
+    pub peak: Peak,
+}
+
+/// Measures whole optimizer steps of one sequence each, the first not counted.
+pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progress<'_>) -> Result<Training> {
+    let ids = infer::tokens(session.base(), options.sequence);
+    let trained = (0..ids.len()).map(|i| i > 0).collect();
+    let data = Dataset { path: PathBuf::from("random tokens"), samples: vec![Sample { ids, trained }] };
+    let steps = options.trials as u64 + 1;
+    let config = TrainConfig {
+        rank: RANK,
+        batch: 1,
+        steps: Some(steps),
+        seq: options.sequence,
+        save_every: 0,
+        ..TrainConfig::default()
+    };
+    let out = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
+    let mut trainer = session.trainer(config, data, None, None, out.path())?;
+    let mut watcher = Watcher;
+    let mut rates = Vec::new();
+    for step in 0..steps {
+        check(progress, &if step == 0 { "train, warm-up".to_owned() } else { format!("train, step {step}") })?;
+        let report = trainer.step(&mut watcher)?;
+        if step > 0 {
+            rates.push(report.tokens as f64 / report.time.as_secs_f64());
+        }
+    }
+    Ok(Training { rate: Figure::new(rates), peak: trainer.peak() })
+}
+
+/// The loop here stops between steps by itself.
+struct Watcher;
+
+impl Observer for Watcher {
+    fn on_step(&mut self, _: &StepReport) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}

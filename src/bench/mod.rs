@@ -1,0 +1,312 @@
+//! How fast a model runs and learns on this machine, and what share of the machine's limits that is.
+//!
+//! Works on token ids alone. For each number of threads: the machine's limits, decoding (plain and with an adapter in
+//! turn), prompts, and single kernels; when all that is done and freed, training. So the memory peak of decoding holds
+//! nothing of training's, and training's nothing but what decoding's freed memory may leave in the allocator. The
+//! limits are taken again at the end and the higher ones hold, as other programs can only take away from them.
+//! Top-level figures are medians; everything else stands beside them.
+
+#[cfg(feature = "ggml")]
+mod against;
+mod figure;
+#[cfg(feature = "ggml")]
+pub mod ggml;
+#[cfg(feature = "ggml")]
+pub mod gguf;
+mod infer;
+mod kernels;
+mod learn;
+mod machine;
+pub mod shape;
+mod work;
+
+#[cfg(feature = "ggml")]
+pub use against::{Against, KernelRatio, ModelRatio, Theirs, compare};
+pub use figure::Figure;
+pub use kernels::Kernel;
+pub use machine::Machine;
+pub use work::Work;
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::session;
+use crate::session::Session;
+use pocketlora_kernels::cpu::limits;
+use serde::Serialize;
+use std::path::Path;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Numbers of threads, each measured by itself; 0 is all cores.
+    pub threads: Vec<usize>,
+    /// Trials of each figure, after a warm-up.
+    pub trials: usize,
+    /// Tokens of the prompt.
+    pub prefill: usize,
+    /// Tokens decoded one by one.
+    pub decode: usize,
+    /// Tokens of a training sequence.
+    pub sequence: usize,
+    /// Measure training.
+    pub train: bool,
+    /// Measure single kernels.
+    pub kernels: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { threads: vec![0], trials: 5, prefill: 512, decode: 128, sequence: 256, train: true, kernels: true }
+    }
+}
+
+/// Hears what is being measured, and stops the work with `false`.
+pub type Progress<'a> = dyn FnMut(&str) -> bool + 'a;
+
+/// Everything that was measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// One for each number of threads.
+    pub runs: Vec<Run>,
+    /// What the machine could do, on the most threads measured.
+    pub limits: Limits,
+    /// Single operations.
+    pub kernels: Vec<Kernel>,
+    /// The model.
+    pub model: Model,
+    /// The machine and the program.
+    pub machine: Machine,
+    /// Lengths that were measured.
+    pub tokens: Lengths,
+    /// Trials of each figure.
+    pub trials: usize,
+}
+
+/// One number of threads.
+#[derive(Clone, Debug, Serialize)]
+pub struct Run {
+    /// Threads.
+    pub threads: usize,
+    /// Instruction set of the kernels.
+    pub isa: &'static str,
+    /// Median tokens a second of a prompt.
+    pub prefill_tok_s: f64,
+    /// Median tokens a second one by one.
+    pub decode_tok_s: f64,
+    /// The same with an adapter of rank 16 on every linear layer.
+    pub adapter_decode_tok_s: f64,
+    /// Median tokens a second of a training step.
+    pub train_tok_s: Option<f64>,
+    /// Dirty memory at its highest.
+    pub peak_anonymous_bytes: Peaks,
+    /// Share of the machine's limits.
+    pub share: Share,
+    /// What the adapter takes from decoding, in percent: of trials in turn, the median ratio.
+    pub adapter_tax: f64,
+    /// Bytes a second that decoding reads, in 1e9.
+    pub decode_gb_s: f64,
+    /// The machine's limits on this number of threads.
+    pub limits: Limits,
+    /// The trials behind the medians.
+    pub figures: Figures,
+}
+
+/// Tokens a second.
+#[derive(Clone, Debug, Serialize)]
+#[expect(missing_docs, reason = "as in `Run`")]
+pub struct Figures {
+    pub prefill: Figure,
+    pub decode: Figure,
+    pub adapter_decode: Figure,
+    pub train: Option<Figure>,
+}
+
+/// Dirty memory of the process at its highest, in bytes; `None` where the system does not tell.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Peaks {
+    /// While a text of the decoded length was held.
+    pub decode: Option<u64>,
+    /// In the middle of a training step.
+    pub train: Option<u64>,
+}
+
+/// Shares of the machine's limits.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Share {
+    /// Of the memory's read bandwidth, in decoding.
+    pub read: f64,
+    /// Of the 8-bit peak, in prompts.
+    pub int8: f64,
+    /// Of the bf16 peak, or of the f32 peak where there is none, in training.
+    pub train: Option<f64>,
+}
+
+/// See [`limits::Limits`].
+#[derive(Clone, Copy, Debug, Serialize)]
+#[expect(missing_docs, reason = "as in the kernels' own struct")]
+pub struct Limits {
+    pub read_gb_s: f64,
+    pub f32_gflops: f64,
+    pub int8_gops: f64,
+    pub bf16_gflops: Option<f64>,
+}
+
+impl From<limits::Limits> for Limits {
+    fn from(l: limits::Limits) -> Self {
+        Self { read_gb_s: l.read_gb_s, f32_gflops: l.f32_gflops, int8_gops: l.int8_gops, bf16_gflops: l.bf16_gflops }
+    }
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Serialize)]
+pub struct Model {
+    /// Name of its folder, or of its shape.
+    pub name: String,
+    /// Its family.
+    pub model_type: String,
+    /// Bytes of mapped files.
+    pub mapped_bytes: u64,
+    /// What each token asks for.
+    #[serde(flatten)]
+    pub work: Work,
+}
+
+/// Numbers of tokens.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[expect(missing_docs, reason = "as in `Options`")]
+pub struct Lengths {
+    pub prefill: usize,
+    pub decode: usize,
+    pub train: usize,
+}
+
+/// What inference leaves for the report.
+struct First {
+    threads: usize,
+    isa: &'static str,
+    limits: limits::Limits,
+    inference: infer::Inference,
+}
+
+/// Measures the model in `dir`, opened as `open` says but for its threads.
+///
+/// # Errors
+/// The model cannot be opened, a setting is out of range, out of memory, stopped.
+pub fn run(dir: &Path, open: &session::Options, options: &Options, progress: &mut Progress<'_>) -> Result<Report> {
+    let sessions = Sessions { dir, open };
+    let options = &fitted(&sessions.open(1)?, options)?;
+    let mut kernels = Vec::new();
+    let mut model = None;
+    let mut firsts = Vec::new();
+    for threads in &options.threads {
+        check(progress, &format!("the machine's limits, threads: {threads}"))?;
+        let limits = limits::measure(*threads, options.trials)?;
+        let session = sessions.open(*threads)?;
+        let inference = infer::measure(&session, options, progress)?;
+        if options.kernels {
+            kernels.extend(kernels::measure(&session, options, &limits, progress)?);
+        }
+        model.get_or_insert_with(|| describe(&session));
+        let backend = &session.base().backend;
+        firsts.push(First { threads: backend.threads(), isa: backend.isa().name(), limits, inference });
+    }
+    let mut trainings = Vec::new();
+    for first in firsts.iter_mut() {
+        let training = match options.train {
+            true => Some(learn::measure(&sessions.open(first.threads)?, options, progress)?),
+            false => None,
+        };
+        trainings.push(training);
+        check(progress, &format!("the machine's limits once more, threads: {}", first.threads))?;
+        first.limits = first.limits.max(limits::measure(first.threads, options.trials)?);
+    }
+    let Some(model) = model else { return Err(Error::config("threads", "at least one number", "nothing")) };
+    let runs: Vec<Run> =
+        firsts.into_iter().zip(trainings).map(|(first, training)| sum_up(first, training, &model, options)).collect();
+    let most = runs.iter().max_by_key(|run| run.threads).map(|run| run.limits);
+    Ok(Report {
+        limits: most.expect("there is a model, hence a run"),
+        runs,
+        kernels,
+        model,
+        machine: Machine::here(),
+        tokens: Lengths { prefill: options.prefill, decode: options.decode, train: options.sequence },
+        trials: options.trials,
+    })
+}
+
+/// Opens the model anew for each part, so that none inherits another's memory.
+struct Sessions<'a> {
+    dir: &'a Path,
+    open: &'a session::Options,
+}
+
+impl Sessions<'_> {
+    fn open(&self, threads: usize) -> Result<Session> {
+        Session::open(self.dir, &session::Options { threads, ..self.open.clone() })
+    }
+}
+
+/// The options with lengths that the model's context allows and threads that are numbers.
+fn fitted(session: &Session, options: &Options) -> Result<Options> {
+    let context = session.base().model.config().max_positions;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut fitted = options.clone();
+    for threads in &mut fitted.threads {
+        *threads = if *threads == 0 { cores } else { *threads };
+    }
+    fitted.trials = fitted.trials.max(1);
+    for (name, length) in
+        [("prefill", &mut fitted.prefill), ("decode", &mut fitted.decode), ("sequence", &mut fitted.sequence)]
+    {
+        if *length < 2 {
+            return Err(Error::config(name, "at least 2 tokens", *length));
+        }
+        *length = (*length).min(context);
+    }
+    Ok(fitted)
+}
+
+fn describe(session: &Session) -> Model {
+    let base = session.base();
+    Model {
+        name: session.dir().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
+        model_type: base.model.config().model_type.clone(),
+        mapped_bytes: session.mapped_bytes(),
+        work: Work::of(base, session.numbers().arithmetic),
+    }
+}
+
+fn sum_up(first: First, training: Option<learn::Training>, model: &Model, options: &Options) -> Run {
+    let First { threads, isa, limits, inference } = first;
+    let infer::Inference { prefill, decode, adapter_decode, decode_peak } = inference;
+    let work = &model.work;
+    let decode_gb_s = decode.median * work.bytes_per_token as f64 / 1e9;
+    let train_limit = limits.bf16_gflops.unwrap_or(limits.f32_gflops) * 1e9;
+    let train_tok_s = training.as_ref().map(|t| t.rate.median);
+    Run {
+        threads,
+        isa,
+        prefill_tok_s: prefill.median,
+        decode_tok_s: decode.median,
+        adapter_decode_tok_s: adapter_decode.median,
+        train_tok_s,
+        peak_anonymous_bytes: Peaks {
+            decode: decode_peak.bytes(),
+            train: training.as_ref().and_then(|t| t.peak.bytes()),
+        },
+        share: Share {
+            read: decode_gb_s / limits.read_gb_s,
+            int8: prefill.median * work.prefill_ops(options.prefill) / (limits.int8_gops * 1e9),
+            train: train_tok_s.map(|rate| rate * work.train_ops() / train_limit),
+        },
+        adapter_tax: 100.0 * (1.0 - adapter_decode.ratio(&decode)),
+        decode_gb_s,
+        limits: limits.into(),
+        figures: Figures { prefill, decode, adapter_decode, train: training.map(|t| t.rate) },
+    }
+}
+
+/// Tells what comes next and whether to go on.
+fn check(progress: &mut Progress<'_>, what: &str) -> Result<()> {
+    if progress(what) { Ok(()) } else { Err(Error::new(ErrorCode::Cancelled, "bench", "stopped as asked")) }
+}
