@@ -169,8 +169,8 @@ static NEON: Table = Table {
     q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::QUAD }>,
     q8_tile: q8::neon::base::tile,
     bf16: None,
+    tile_axpy_narrow: attention::neon::axpy,
     // What the target guarantees is NEON: the compiler makes vectors of these.
-    tile_axpy_narrow: attention::portable::axpy,
     light: &light::portable::LIGHT,
     tile_dot: tile::neon::dot,
     tile_axpy: tile::neon::axpy,

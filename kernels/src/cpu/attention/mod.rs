@@ -15,6 +15,8 @@ pub(super) mod avx512;
 mod backward;
 mod cached;
 mod forward;
+#[cfg(target_arch = "aarch64")]
+pub(super) mod neon;
 mod online;
 pub(super) mod portable;
 
@@ -30,15 +32,15 @@ use std::ops::Range;
 use wide::f32x8;
 
 /// Constants in place of [`crate::CacheType`], which can be no parameter of a function.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const F32: u8 = 0;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const F16: u8 = 1;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const I8: u8 = 2;
 
 /// Bytes of an element.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const fn size<const TYPE: u8>() -> usize {
     match TYPE {
         F32 => 4,
