@@ -82,6 +82,8 @@ light! {
     fn softmax_step(x: &mut [f32; KEYS], max: f32) -> (f32, f32) = softmax::step::<FMA>;
     /// See [`softmax::vjp`].
     fn softmax_vjp(scale: f32, lse: f32, along: f32, s: &mut [f32; KEYS], dp: &mut [f32; KEYS]) = softmax::vjp::<FMA>;
+    /// `sum_i a[i] b[i]`.
+    fn dot(a: &[f32], b: &[f32]) -> f32 = softmax::dot;
     /// See [`cache::encode_int8`].
     fn encode_int8(x: &[f32], codes: &mut [u8]) -> f32 = cache::encode_int8;
     /// Products of codes with the scale of their column: rows as long as `scales`.

@@ -58,3 +58,9 @@ pub(super) fn vjp<const FMA: bool>(scale: f32, lse: f32, along: f32, s: &mut [f3
     update(s, [], |s, []| exp::<FMA>(s * scale - lse));
     update(dp, [s], |dp, [p]| scale * p * (dp - along));
 }
+
+/// `D` of a row: `p . dp` or, in attention, `y . dy`, which is the same.
+#[inline(always)]
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    sum([a, b], |[a, b]| a * b)
+}

@@ -8,7 +8,6 @@
 
 use super::super::Cpu;
 use super::super::elementwise::{add_part, zero};
-use super::super::loops::sum;
 use super::super::split::{parts, run, with_scratch};
 use super::super::table::Table;
 use super::super::tile::{Coefficients, Rows};
@@ -206,7 +205,7 @@ impl Inputs<'_> {
             for (r, along) in along.chunks_exact_mut(tokens.len()).enumerate() {
                 for (t, along) in tokens.clone().zip(along) {
                     let at = (segment + t) * q_width + (task.kv_head * group + r) * d;
-                    *along = sum([&self.dy[at..][..d], &self.y[at..][..d]], |[dy, y]| dy * y);
+                    *along = self.table.light().dot(&self.dy[at..][..d], &self.y[at..][..d]);
                 }
             }
             let mut scratch = Scratch { k, v, p, ds, along };

@@ -90,7 +90,11 @@ impl<'a> OnlineSoftmax<'a> {
             scores[seen.end..].fill(f32::NEG_INFINITY);
             let old = row.state;
             let (max, sum) = self.light.softmax_step(scores, old.max);
-            let shrink = if max == old.max { 1.0 } else { (old.max - max).exp() };
+            let shrink = match old.max {
+                _ if max == old.max => 1.0,
+                f32::NEG_INFINITY => 0.0,
+                _ => (old.max - max).exp(),
+            };
             row.state = State { max, sum: old.sum * f64::from(shrink) + f64::from(sum) };
             // Nothing has been added yet where the maximum was that of no key.
             if shrink != 1.0 && old.max != f32::NEG_INFINITY {
