@@ -63,6 +63,12 @@ impl<'a, B: Backend> Pass<'a, B> {
         Ok(Self { base, adapters, batch, angles, dropout, arithmetic })
     }
 
+    /// What the pass runs on.
+    #[must_use]
+    pub fn base(&self) -> &'a Base<B> {
+        self.base
+    }
+
     /// Hands the pass's buffers back.
     pub fn finish(self, pool: &mut Pool<B>) {
         for (cos, sin) in self.angles {

@@ -3,15 +3,16 @@
 mod checkpoint;
 mod config;
 mod data;
+mod loss;
 mod plan;
 mod setup;
 mod step;
 
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use data::{Dataset, Sample};
+pub(crate) use loss::LOGIT_ROWS;
 pub use plan::MemoryPlan;
 pub(crate) use setup::fresh_modules;
-pub(crate) use step::LOGIT_ROWS;
 pub use step::{MicroBatch, Watch, micro_step};
 
 use crate::adapter::{AdapterFile, Adapters, Dropout, HostTensor, LoraConfig, LoraModule};

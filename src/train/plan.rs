@@ -45,7 +45,7 @@ impl MemoryPlan {
             optimizer: bytes(2 * trained_values),
             layer_inputs: bytes(tokens * model.hidden_size * model.layers),
             layer_workspace: bytes(2 * tokens * values),
-            logits: bytes(super::step::LOGIT_ROWS.min(tokens) * model.vocab_size),
+            logits: bytes(super::LOGIT_ROWS.min(tokens) * model.vocab_size),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Forward, loss and backward of one micro-batch, one layer at a time.
 
-use super::data::Sample;
+use super::{data::Sample, loss};
 use crate::adapter::{Adapters, Dropout};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::{Batch, Gradients, Pass};
@@ -8,14 +8,13 @@ use crate::exec::{Base, Pool};
 use crate::memory::Peak;
 use pocketlora_kernels::{Arithmetic, Backend};
 
-/// Rows of logits held at once: `[64, V]`, not `[T, V]`.
-pub(crate) const LOGIT_ROWS: usize = 64;
-
 /// Samples laid end to end with the rows whose next token is learned.
 pub struct MicroBatch {
     batch: Batch,
-    rows: Vec<u32>,
-    targets: Vec<u32>,
+    /// Rows whose next token is learned.
+    pub(super) rows: Vec<u32>,
+    /// That token, for each of `rows`.
+    pub(super) targets: Vec<u32>,
 }
 
 impl MicroBatch {
@@ -56,7 +55,7 @@ pub struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    fn check(&mut self) -> Result<()> {
+    pub(super) fn check(&mut self) -> Result<()> {
         if (self.keep_going)() {
             return Ok(());
         }
@@ -102,35 +101,7 @@ pub fn micro_step<B: Backend>(
         x = output;
     }
 
-    // Loss, for learned tokens only and a chunk of them at a time.
-    let width = model.config().hidden_size;
-    let mut dx = pool.take(backend, backend.len(&x))?;
-    backend.zero(&mut dx);
-    let mut total = 0.0;
-    for (rows, targets) in micro.rows.chunks(LOGIT_ROWS).zip(micro.targets.chunks(LOGIT_ROWS)) {
-        watch.check()?;
-        let mut h = pool.take(backend, rows.len() * width)?;
-        backend.gather_rows(&x, rows, &mut h);
-        let mut losses = pool.take(backend, rows.len())?;
-        let mut tape = pass.tape(Some(h), true, pool);
-        let y = model.head(&mut tape, pocketlora_models::Tensor(0));
-        backend.cross_entropy(targets, scale, tape.value(y)?, &mut losses);
-        watch.peak.sample();
-        let dy = tape.take(y);
-        let dh = match grads.as_deref_mut() {
-            Some(grads) => tape.backward(y, dy, grads)?,
-            None => None,
-        };
-        if let Some(dh) = dh {
-            backend.scatter_add_rows(&dh, rows, &mut dx);
-            pool.put(backend, dh);
-        }
-        let mut host = vec![0.0; rows.len()];
-        backend.read(&losses, &mut host)?;
-        total += host.iter().map(|&l| f64::from(l)).sum::<f64>();
-        pool.put(backend, losses);
-    }
-    pool.put(backend, x);
+    let (total, mut dx) = loss::loss(&pass, x, micro, scale, grads.as_deref_mut(), pool, watch)?;
 
     // Backward: each layer runs once more, now with its tape kept until its gradient is through,
     // and without what no gradient needs.
