@@ -3,6 +3,8 @@
 //! may count on SSE2 only. What is added here is nothing but those compilations and the way to them.
 
 use super::cache::BLOCK as KEYS;
+use super::q8::Columns;
+use std::sync::atomic::AtomicU32;
 
 /// Makes the table of loops, a safe method for each, and its instances.
 macro_rules! light {
@@ -43,7 +45,8 @@ macro_rules! light {
     };
     (@texts $fma:expr, $attribute:meta, $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
         use super::super::{cache, gated, rms_norm, rope, softmax};
-        use super::{KEYS, Light};
+        use super::super::q8::columns;
+        use super::{AtomicU32, Columns, KEYS, Light};
 
         /// Whether products and sums may be rounded once.
         const FMA: bool = $fma;
@@ -90,4 +93,6 @@ light! {
     fn decode_int8_keys(codes: &[u8], scales: &[f32], out: &mut [f32]) = cache::decode_int8_keys;
     /// Products of codes with the scale of their row: as many rows as `scales`.
     fn decode_int8_values(codes: &[u8], scales: &[f32], out: &mut [f32]) = cache::decode_int8_values;
+    /// See [`columns::add`](super::q8::columns::add).
+    fn add_columns(w: &Columns, row: usize, h: &[AtomicU32], y: &mut [f32]) = columns::add::<FMA>;
 }
