@@ -94,7 +94,11 @@ fn training_on_keeps_the_shape_of_a_peft_adapter() {
         let out = f.out(name);
         let config = TrainConfig { steps: Some(2), ..config() };
         let mut trainer = session.trainer(config, data, None, Some(&init), &out).unwrap();
-        assert!(same(&trainer.snapshot().unwrap(), &init) || name != "lora", "{name}: begins elsewhere");
+        let mut rounded = init.clone();
+        for m in &mut rounded.modules {
+            (m.a, m.b) = (m.a.clone().rounded("a").unwrap(), m.b.clone().rounded("b").unwrap());
+        }
+        assert!(same(&trainer.snapshot().unwrap(), &rounded), "{name}: begins elsewhere");
         trainer.run(&mut Notes::default()).unwrap();
         let trained = AdapterFile::open(&out).unwrap();
         assert_eq!(trained.config, init.config, "{name}");

@@ -40,7 +40,8 @@ fn a_damaged_newest_checkpoint_falls_back_to_the_one_before() {
     check_all(cases, |(name, damage)| {
         fs::write(out.join(PREVIOUS), &previous).unwrap();
         match damage {
-            None => fs::remove_file(out.join(NEWEST)).unwrap(),
+            // The case before ended its run.
+            None => assert!(!out.join(NEWEST).exists()),
             Some(damage) => {
                 let mut bytes = newest.clone();
                 damage(&mut bytes);
