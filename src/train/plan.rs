@@ -18,7 +18,7 @@ pub struct MemoryPlan {
     pub layer_inputs: u64,
     /// Activations and gradients of the one layer that is being run.
     pub layer_workspace: u64,
-    /// Logits of one chunk of learned tokens.
+    /// The loss of one chunk of learned tokens.
     pub logits: u64,
 }
 
@@ -30,6 +30,7 @@ impl MemoryPlan {
         trained_values: usize,
         work_bytes: usize,
         weights_mapped: u64,
+        loss: impl Fn(usize) -> usize,
     ) -> Self {
         let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
         lengths.sort_unstable_by(|a, b| b.cmp(a));
@@ -45,7 +46,7 @@ impl MemoryPlan {
             optimizer: bytes(2 * trained_values),
             layer_inputs: bytes(tokens * model.hidden_size * model.layers),
             layer_workspace: bytes(2 * tokens * values),
-            logits: bytes(super::LOGIT_ROWS.min(tokens) * model.vocab_size),
+            logits: loss(tokens) as u64,
         }
     }
 
