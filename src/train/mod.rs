@@ -7,6 +7,7 @@ mod evaluation;
 mod loss;
 mod observer;
 mod plan;
+mod run_folder;
 mod saving;
 mod setup;
 mod step;
@@ -16,6 +17,7 @@ pub use data::{Dataset, Sample};
 pub(crate) use loss::bytes as loss_bytes;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
+pub use run_folder::{LogLine, RunFolder};
 pub(crate) use setup::fresh_modules;
 pub use step::{MicroBatch, Watch, micro_step};
 

@@ -62,6 +62,9 @@ def load(path):
             # Everything in f32: the file says bf16, which would round weights and products.
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
             module.weight.quant_state.dtype = torch.float32
+    for p in model.parameters():
+        # Embeddings and norms stay in the file's f16 whatever is asked for above.
+        p.data = p.data.float() if p.is_floating_point() else p.data
     model.config.use_cache = False
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, lora_dropout=0.0,
                                              bias="none", target_modules=TARGETS))
