@@ -55,6 +55,8 @@ fn start(session: &Session, curve: &Curve) -> AdapterFile {
         alpha: curve.alpha,
         rslora: false,
         dropout: 0.0,
+        rank_pattern: Vec::new(),
+        alpha_pattern: Vec::new(),
         targets: Vec::new(),
         base: None,
     };

@@ -13,6 +13,15 @@ const TRAIN: RGBColor = RGBColor(59, 130, 246);
 const HELD_OUT: RGBColor = RGBColor(234, 100, 20);
 const GENERAL: RGBColor = RGBColor(22, 163, 74);
 
+/// A curve of the upper part.
+struct Curve<'c> {
+    points: &'c [(f64, f64)],
+    color: RGBColor,
+    label: String,
+    /// Its points are few and shown.
+    dots: bool,
+}
+
 type Failure = Box<dyn std::error::Error>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 
@@ -27,12 +36,12 @@ fn draw(curves: &Curves, text: &mut String) -> Result<(), Failure> {
     let root = SVGBackend::with_string(text, SIZE).into_drawing_area();
     let (upper, lower) = root.split_vertically(LOSSES);
     let losses = [
-        (curves.train.as_slice(), TRAIN, train_label(curves.width), false),
-        (curves.held_out.as_slice(), HELD_OUT, "held-out".to_owned(), true),
-        (curves.general.as_slice(), GENERAL, "general text (forgetting)".to_owned(), true),
+        Curve { points: &curves.train, color: TRAIN, label: train_label(curves.width), dots: false },
+        Curve { points: &curves.held_out, color: HELD_OUT, label: "held-out".into(), dots: true },
+        Curve { points: &curves.general, color: GENERAL, label: "general text (forgetting)".into(), dots: true },
     ];
-    let used: Vec<_> = losses.into_iter().filter(|(points, ..)| !points.is_empty()).collect();
-    let last = used.iter().flat_map(|(points, ..)| *points).map(|p| p.0).fold(1.0, f64::max);
+    let used: Vec<Curve<'_>> = losses.into_iter().filter(|curve| !curve.points.is_empty()).collect();
+    let last = used.iter().flat_map(|curve| curve.points).map(|p| p.0).fold(1.0, f64::max);
     draw_losses(&upper, &used, last)?;
     draw_rate(&lower, &curves.rate, last)?;
     root.present()?;
@@ -47,8 +56,8 @@ fn font(size: u32) -> TextStyle<'static> {
     ("sans-serif", size).into_font().color(&INK)
 }
 
-fn draw_losses(area: &Area<'_>, curves: &[(&[(f64, f64)], RGBColor, String, bool)], last: f64) -> Result<(), Failure> {
-    let values = curves.iter().flat_map(|(points, ..)| *points).map(|p| p.1);
+fn draw_losses(area: &Area<'_>, curves: &[Curve<'_>], last: f64) -> Result<(), Failure> {
+    let values = curves.iter().flat_map(|curve| curve.points).map(|p| p.1);
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
     let margin = ((high - low) * 0.06).max(0.01);
@@ -60,7 +69,7 @@ fn draw_losses(area: &Area<'_>, curves: &[(&[(f64, f64)], RGBColor, String, bool
         .set_label_area_size(LabelAreaPosition::Bottom, 26)
         .build_cartesian_2d(0.0..last, (low - margin).max(0.0)..high + margin)?;
     mesh(&mut chart, "loss", 8, &|v| format!("{v:.2}"))?;
-    for (points, color, label, dots) in curves {
+    for Curve { points, color, label, dots } in curves {
         let (color, stroke) = (*color, ShapeStyle::from(*color).stroke_width(2));
         let series = chart.draw_series(LineSeries::new(points.iter().copied(), stroke))?;
         series.label(label.clone()).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], stroke));

@@ -2,8 +2,10 @@
 //! `train.toml`, the settings that were in force.
 
 mod chart;
+mod journal;
 mod log;
 
+pub(super) use journal::Journal;
 pub use log::LogLine;
 
 use super::TrainConfig;
