@@ -121,7 +121,8 @@ fn fifty_steps_have_the_losses_of_peft_on_bitsandbytes() {
     let model = dir.path().join("model");
     convert(&gguf, &model, Target::Nf4);
     let session = Session::open(&model, &Options { threads: 2, ..Options::default() }).unwrap();
-    for (precision, bound) in [(Precision::Exact, 0.01), (Precision::Bf16, 0.01)] {
+    // Adam divides small gradients by their own size, so that differences in rounding grow from step to step.
+    for (precision, bound) in [(Precision::Exact, 0.002), (Precision::Bf16, 0.01)] {
         let (off, step) = worst_step(&session, &curve, precision);
         println!("{precision:?}: at most {:.4} %, at step {step}", off * 100.0);
         assert!(off <= bound, "{precision:?}: step {step} is {:.3} % off, bound {} %", off * 100.0, bound * 100.0);
