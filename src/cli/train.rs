@@ -149,10 +149,18 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_data: Option<PathBuf>,
-    /// Steps between evaluations; 0 evaluates only at the end. [default: 0]
+    /// Share of the samples to hold out and evaluate, instead of --eval-data.
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_split: Option<f64>,
+    /// Steps between evaluations; 0 evaluates only before the first step and at the end. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_every: Option<u64>,
+    /// Nats a token by which the loss on a general text may rise; the last adapter within that is written.
+    #[arg(long, value_name = "NATS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_forgetting: Option<f64>,
     /// Evaluations without a lower held-out loss after which to stop; 0 for never. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -276,8 +284,10 @@ impl Observer for Watcher {
             let mut line = json!({
                 "step": r.step, "loss": r.loss, "lr": r.lr, "grad_norm": r.grad_norm, "tok_s": rate,
             });
-            if let Some(loss) = r.eval_loss {
-                line["eval_loss"] = loss.into();
+            for (name, loss) in [("eval_loss", r.eval_loss), ("general_loss", r.general_loss)] {
+                if let Some(loss) = loss {
+                    line[name] = loss.into();
+                }
             }
             print_json(&line);
         }
@@ -297,27 +307,38 @@ fn report(s: &Summary, plan: MemoryPlan, session: &Session, as_json: bool) {
     let rate = s.tokens as f64 / s.time.as_secs_f64();
     if as_json {
         print_json(&json!({
-            "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience, "loss": finite(s.loss), "eval_loss": s.eval_loss, "tok_s": rate,
+            "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience,
+            "loss": finite(s.loss), "eval_loss": s.eval_loss, "eval_loss_before": s.before.and_then(|b| b.held_out),
+            "general_loss": s.general_loss, "general_loss_before": s.before.and_then(|b| b.general), "tok_s": rate,
             "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": 0,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
             "mapped_bytes": session.mapped_bytes(), "plan": plan, "adapter": s.adapter,
         }));
     } else {
-        let eval = s.eval_loss.map_or_else(String::new, |l| format!(", evaluation loss {l:.3}"));
         println!(
-            "{} after {} steps: loss {:.3}{eval}; {rate:.0} tok/s, {} anonymous at most, {} mapped",
+            "{} after {} steps: loss {:.3}; {rate:.0} tok/s, {} anonymous at most, {} mapped",
             if s.done { "done" } else { "stopped" },
             s.steps,
             s.loss,
             s.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
             megabytes(session.mapped_bytes())
         );
+        let before = s.before.unwrap_or_default();
+        for (name, before, after) in
+            [("held-out data", before.held_out, s.eval_loss), ("general text", before.general, s.general_loss)]
+        {
+            if let (Some(before), Some(after)) = (before, after) {
+                println!("loss on the {name}: {before:.3} before, {after:.3} after ({:+.3})", after - before);
+            }
+        }
     }
     if s.out_of_patience {
         eprintln!("ended early: the held-out loss fell no more");
     }
-    if s.adapter_step != s.steps {
-        eprintln!("the adapter is that of step {}, which had the lowest held-out loss", s.adapter_step);
+    if s.done && s.adapter_step == 0 {
+        eprintln!("warning: the adapter is the one that training began with: all later ones forgot more than allowed");
+    } else if s.done && s.adapter_step != s.steps {
+        eprintln!("the adapter is that of step {}, which did best by what was asked for", s.adapter_step);
     }
     if s.done {
         eprintln!("use it: pocketlora chat -m {} -a {}", session.dir().display(), s.adapter.display());

@@ -90,8 +90,12 @@ pub struct TrainConfig {
     pub save_every: u64,
     /// JSONL that is evaluated during training.
     pub eval_data: Option<PathBuf>,
-    /// Steps between evaluations; 0 evaluates only at the end.
+    /// Share of the samples that is held out and evaluated, instead of `eval_data`.
+    pub eval_split: Option<f64>,
+    /// Steps between evaluations; 0 evaluates only at the beginning and the end.
     pub eval_every: u64,
+    /// Nats a token by which the loss on a general text may rise: the last adapter within that is written.
+    pub max_forgetting: Option<f64>,
     /// Evaluations in a row without a lower held-out loss after which the run ends; 0 for never.
     pub patience: u64,
     /// Write the adapter of the evaluation with the lowest held-out loss instead of the last one.
@@ -154,7 +158,9 @@ impl Default for TrainConfig {
             seed: 0,
             save_every: 50,
             eval_data: None,
+            eval_split: None,
             eval_every: 0,
+            max_forgetting: None,
             patience: 0,
             keep_best: false,
             precision: Precision::Bf16,
@@ -220,6 +226,13 @@ impl TrainConfig {
             real(name, f64::from(value), (0.0..1.0).contains(&value), "a number from 0 to below 1")?;
         }
         real("eps", f64::from(self.eps), self.eps > 0.0, "a number above 0")?;
+        let share = self.eval_split.unwrap_or(0.5);
+        real("eval-split", share, share > 0.0 && share < 1.0, "a number between 0 and 1")?;
+        if let (Some(share), Some(_)) = (self.eval_split, &self.eval_data) {
+            return Err(Error::config("eval-split", "either it or `eval-data`", share));
+        }
+        let rise = self.max_forgetting.unwrap_or(0.0);
+        real("max-forgetting", rise, rise >= 0.0, "a number from 0")?;
         let ratio = f64::from(self.lora_plus_ratio);
         real("lora-plus-ratio", ratio, ratio > 0.0 && ratio <= 1000.0, "a number above 0 and up to 1000")?;
         for (name, on) in [("patience", self.patience > 0), ("keep-best", self.keep_best)] {
@@ -276,6 +289,9 @@ mod tests {
             (TrainConfig { eps: 0.0, ..Default::default() }, "eps"),
             (TrainConfig { lora_plus_ratio: 0.0, ..Default::default() }, "lora-plus-ratio"),
             (TrainConfig { patience: 2, ..Default::default() }, "patience"),
+            (TrainConfig { eval_split: Some(1.0), ..Default::default() }, "eval-split"),
+            (TrainConfig { eval_split: Some(0.1), eval_data: Some("x".into()), ..Default::default() }, "eval-split"),
+            (TrainConfig { max_forgetting: Some(-0.1), ..Default::default() }, "max-forgetting"),
             (TrainConfig { keep_best: true, ..Default::default() }, "keep-best"),
             (TrainConfig { dropout: 1.0, ..Default::default() }, "dropout"),
             (TrainConfig { steps: Some(0), ..Default::default() }, "steps"),

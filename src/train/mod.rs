@@ -6,11 +6,13 @@ mod config;
 mod control;
 mod data;
 mod evaluation;
+mod hold_out;
 mod lock;
 mod loss;
 mod observer;
 mod optimizer;
 mod plan;
+mod run_folder;
 mod saving;
 mod setup;
 mod step;
@@ -19,10 +21,13 @@ pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use control::{Directive, Policy, TrainHandle};
 pub use data::{Dataset, Sample};
+pub use hold_out::{Evaluation, general_text, hold_out};
 pub(crate) use loss::bytes as loss_bytes;
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
+use run_folder::Journal;
+pub use run_folder::{LogLine, RunFolder};
 pub(crate) use setup::fresh_modules;
 pub use step::{MicroBatch, Watch, micro_step};
 
@@ -50,6 +55,8 @@ pub struct Trainer<B: Backend> {
     config: TrainConfig,
     data: Dataset,
     eval_data: Option<Dataset>,
+    /// What tells forgetting.
+    general: Option<Dataset>,
     out: PathBuf,
     lora: LoraConfig,
     adapters: Adapters<B>,
@@ -140,21 +147,29 @@ impl<B: Backend> Trainer<B> {
         let _running = self.handle.enter();
         let mut tally = Tally::new();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
-        tally.evaluated(self.evaluate_if_due(observer)?);
+        let mut journal = Journal::open(&self.out, &self.config, self.facts.step, self.facts.start, observer);
+        if let Some(found) = self.evaluate_if_due(observer)? {
+            tally.evaluated(found);
+            journal.evaluated(self.facts.step, found, observer);
+        }
         let mut stopped = self.evaluation_pending();
         while !stopped && !self.finished() {
             let mut report = match self.step(observer) {
                 Err(e) if e.code() == ErrorCode::Cancelled => break,
                 other => other?,
             };
-            report.eval_loss = self.evaluate_if_due(observer)?;
+            let found = self.evaluate_if_due(observer)?;
+            (report.eval_loss, report.general_loss) = found.map_or((None, None), |f| (f.held_out, f.general));
             tally.add(&report);
+            journal.add(&report, observer);
             stopped = observer.on_step(&report).is_break();
             let due = self.config.save_every > 0 && report.step.is_multiple_of(self.config.save_every);
             if due && !stopped && !self.finished() {
                 self.try_checkpoint(observer)?;
+                journal.draw(observer);
             }
         }
+        journal.draw(observer);
         let done = self.finished();
         if done {
             self.finish(observer)?;
@@ -184,7 +199,9 @@ impl<B: Backend> Trainer<B> {
             trained_tokens: tally.trained,
             time: tally.start.elapsed(),
             peak_anonymous_bytes: self.peak.bytes(),
-            eval_loss: tally.eval_loss,
+            before: self.facts.start,
+            eval_loss: tally.last.held_out,
+            general_loss: tally.last.general,
             adapter: self.out.clone(),
         }
     }
@@ -228,6 +245,7 @@ impl<B: Backend> Trainer<B> {
             trained,
             time: start.elapsed().saturating_sub(self.held),
             eval_loss: None,
+            general_loss: None,
         })
     }
 

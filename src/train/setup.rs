@@ -168,6 +168,7 @@ impl<B: Backend> Trainer<B> {
             base: base_fingerprint,
             init: init.map_or(0, |file| fingerprint(&file.modules)),
             candidates: Candidates::default(),
+            start: None,
         };
         let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
         let dtype = match config.precision {
@@ -185,6 +186,7 @@ impl<B: Backend> Trainer<B> {
             config,
             data,
             eval_data,
+            general: None,
             out: out.to_owned(),
             lora,
             adapters,
