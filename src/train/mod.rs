@@ -1,5 +1,6 @@
 //! Training of LoRA adapters on a frozen base.
 
+mod batches;
 mod checkpoint;
 mod config;
 mod data;
@@ -9,7 +10,8 @@ mod setup;
 mod step;
 
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
-pub use data::{Dataset, Sample};
+pub use batches::{Batches, largest_micro_batch};
+pub use data::{Dataset, Mask, Sample, Splits};
 pub(crate) use loss::LOGIT_ROWS;
 pub use plan::MemoryPlan;
 pub(crate) use setup::fresh_modules;
@@ -20,7 +22,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
-use crate::rng::{Rng, mix};
+use crate::rng::mix;
 use checkpoint::{RunFacts, TensorState};
 use pocketlora_kernels::{AdamW, Backend, WorkType};
 use setup::{Trained, fingerprint, target_modules, trained_tensors};
@@ -29,8 +31,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Streams of random numbers that a run draws from its seed.
-const ORDER: u64 = 2;
+/// Stream of random numbers that a run draws from its seed.
 const DROPOUT: u64 = 3;
 
 /// What a step did.
@@ -96,6 +97,7 @@ pub struct Trainer<B: Backend> {
     base: Arc<Base<B>>,
     config: TrainConfig,
     data: Dataset,
+    batches: Batches,
     eval_data: Option<Dataset>,
     out: PathBuf,
     lora: LoraConfig,
@@ -145,8 +147,8 @@ impl<B: Backend> Trainer<B> {
             Some(file) => file.modules.clone(),
             None => fresh_modules(&targets, &lora, config.seed),
         };
-        let steps_per_epoch = data.samples.len().div_ceil(config.batch * config.accumulate) as u64;
-        let total_steps = config.steps.unwrap_or(steps_per_epoch * config.epochs as u64);
+        let mut batches = Batches::new(&data, &config)?;
+        let total_steps = batches.total_steps();
         let facts = RunFacts {
             step: 0,
             total_steps,
@@ -168,6 +170,7 @@ impl<B: Backend> Trainer<B> {
             base,
             config,
             data,
+            batches,
             eval_data,
             out: out.to_owned(),
             lora,
@@ -306,7 +309,7 @@ impl<B: Backend> Trainer<B> {
     fn step_in_scope(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
         let start = Instant::now();
         let number = self.facts.step + 1;
-        let micros = self.micro_batches(number);
+        let micros = self.batches.micro_batches(&self.data, number);
         let trained: usize = micros.iter().map(MicroBatch::trained).sum();
         let scale = 1.0 / trained as f32;
 
@@ -357,16 +360,6 @@ impl<B: Backend> Trainer<B> {
             time: start.elapsed(),
             eval_loss: None,
         })
-    }
-
-    /// The samples of step `number` (1-based): epochs are permutations that depend on the seed and their number alone.
-    fn micro_batches(&self, number: u64) -> Vec<MicroBatch> {
-        let (n, per_step) = (self.data.samples.len(), self.config.batch * self.config.accumulate);
-        let steps_per_epoch = n.div_ceil(per_step) as u64;
-        let (epoch, at) = ((number - 1) / steps_per_epoch, ((number - 1) % steps_per_epoch) as usize * per_step);
-        let order = Rng::new(mix(mix(self.config.seed, ORDER), epoch)).permutation(n);
-        let chosen = &order[at..(at + per_step).min(n)];
-        chosen.chunks(self.config.batch).map(|c| MicroBatch::new(c.iter().map(|&i| &self.data.samples[i]))).collect()
     }
 
     /// Loss sum of one micro-batch, with its gradient added if `learn`.
