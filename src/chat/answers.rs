@@ -68,7 +68,8 @@ impl ChatTemplate {
             }
             // Some templates end a conversation differently from how they continue it; what both share is the turn.
             let shared = common_prefix(&after, &text);
-            if shared > before.len() && (shared == after.len() || shared >= self.end_of_content(messages, tools, i, &after)?)
+            if shared > before.len()
+                && (shared == after.len() || shared >= self.end_of_content(messages, tools, i, &after)?)
             {
                 answers.push(before.len()..shared);
                 first = first.min(i);

@@ -2,6 +2,7 @@
 
 use minijinja::value::{Object, Value};
 use minijinja::{Error, State};
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -50,7 +51,7 @@ pub(super) struct Marks {
 impl Marks {
     /// The part of a rendering's context that the replaced tags call.
     pub(super) fn context(self: &Arc<Self>) -> Value {
-        Value::from_iter([(NAME, Value::from_dyn_object(Arc::clone(self)))])
+        Value::from(BTreeMap::from([(NAME, Value::from_dyn_object(Arc::clone(self)))]))
     }
 
     /// A writer into `out` that counts.

@@ -9,8 +9,8 @@ mod plan;
 mod setup;
 mod step;
 
-pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use batches::{Batches, largest_micro_batch};
+pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use data::{Dataset, Mask, Sample, Splits};
 pub(crate) use loss::LOGIT_ROWS;
 pub use plan::MemoryPlan;

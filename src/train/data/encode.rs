@@ -47,15 +47,10 @@ impl<'a> Encoder<'a> {
         }
     }
 
-    fn chat(
-        &mut self,
-        messages: &[Message],
-        tools: Option<&Value>,
-        from: usize,
-        out: &mut Vec<Sample>,
-    ) -> Result<()> {
+    fn chat(&mut self, messages: &[Message], tools: Option<&Value>, from: usize, out: &mut Vec<Sample>) -> Result<()> {
         if !messages[from..].iter().any(|m| m.role == "assistant") {
-            let message = "expected a turn with role `assistant`, got none, so there is nothing to learn; add an answer";
+            let message =
+                "expected a turn with role `assistant`, got none, so there is nothing to learn; add an answer";
             return Err(data_error("messages", message));
         }
         let parts = self.template.render_with_answers(messages, tools, from)?;

@@ -39,7 +39,8 @@ fn lines(path: &Path, each: &mut dyn FnMut(Record) -> Result<()>) -> Result<usiz
     let (mut line, mut records) = (Vec::new(), 0);
     for number in 1u64.. {
         line.clear();
-        let read = (&mut reader).take(MAX_RECORD).read_until(b'\n', &mut line).map_err(|e| Error::io("read", path, e))?;
+        let read =
+            (&mut reader).take(MAX_RECORD).read_until(b'\n', &mut line).map_err(|e| Error::io("read", path, e))?;
         if read == 0 {
             break;
         }
