@@ -4,93 +4,40 @@ mod batches;
 mod checkpoint;
 mod config;
 mod data;
+mod evaluation;
 mod loss;
+mod observer;
 mod plan;
+mod report;
+mod saving;
 mod setup;
 mod step;
 
-pub use batches::{Batches, largest_micro_batch};
+pub use batches::{BatchReport, Batches, largest_micro_batch};
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
-pub use data::{Dataset, Mask, Sample, Splits};
+pub use data::{Dataset, Limits, Mask, Sample, Splits};
 pub(crate) use loss::LOGIT_ROWS;
+pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
+pub use report::{Bar, DataReport, Lengths};
 pub(crate) use setup::fresh_modules;
 pub use step::{MicroBatch, Watch, micro_step};
 
-use crate::adapter::{AdapterFile, Adapters, Dropout, HostTensor, LoraConfig, LoraModule};
+use crate::adapter::{Adapters, Dropout, LoraConfig};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
 use crate::rng::mix;
-use checkpoint::{RunFacts, TensorState};
-use pocketlora_kernels::{AdamW, Backend, WorkType};
-use setup::{Trained, fingerprint, target_modules, trained_tensors};
-use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use checkpoint::RunFacts;
+use pocketlora_kernels::{AdamW, Backend};
+use setup::Trained;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Stream of random numbers that a run draws from its seed.
 const DROPOUT: u64 = 3;
-
-/// What a step did.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepReport {
-    /// 1-based number.
-    pub step: u64,
-    /// Steps in all.
-    pub total_steps: u64,
-    /// Mean loss of the learned tokens (natural log), before the step.
-    pub loss: f64,
-    /// Learning rate.
-    pub lr: f32,
-    /// Norm of the gradient before clipping.
-    pub grad_norm: f64,
-    /// Tokens run.
-    pub tokens: usize,
-    /// Tokens learned.
-    pub trained: usize,
-    /// Wall-clock time.
-    pub time: Duration,
-    /// Mean loss on the evaluation data, where this step ended with one.
-    pub eval_loss: Option<f64>,
-}
-
-/// Who watches a run.
-pub trait Observer: Send {
-    /// After every step; `Break` stops the run there, with a checkpoint.
-    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()>;
-
-    /// Asked many times a second; `false` stops the run within a layer's time, with a checkpoint of the last whole
-    /// step. Blocking in it pauses the run.
-    fn keep_going(&mut self) -> bool {
-        true
-    }
-}
-
-/// What a run did.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Summary {
-    /// All steps were done and the adapter is written.
-    pub done: bool,
-    /// Steps done, those before a resume included.
-    pub steps: u64,
-    /// Loss of the last step.
-    pub loss: f64,
-    /// Tokens run in this process.
-    pub tokens: u64,
-    /// Tokens learned in this process.
-    pub trained_tokens: u64,
-    /// Wall-clock time in this process.
-    pub time: Duration,
-    /// Highest anonymous memory seen, in bytes.
-    pub peak_anonymous_bytes: Option<u64>,
-    /// Mean loss on the evaluation data at the end.
-    pub eval_loss: Option<f64>,
-    /// The adapter's folder.
-    pub adapter: PathBuf,
-}
 
 /// A run between two steps.
 pub struct Trainer<B: Backend> {
@@ -111,96 +58,6 @@ pub struct Trainer<B: Backend> {
 }
 
 impl<B: Backend> Trainer<B> {
-    /// Prepares a run whose adapter will be written to the folder `out`, from scratch or from the adapter `init`.
-    ///
-    /// # Errors
-    /// A setting is out of range, `out` holds an adapter already and `overwrite` is off, `init` belongs to another
-    /// base, out of memory.
-    pub fn new(
-        base: Arc<Base<B>>,
-        base_fingerprint: u64,
-        base_name: Option<String>,
-        config: TrainConfig,
-        data: Dataset,
-        eval_data: Option<Dataset>,
-        init: Option<&AdapterFile>,
-        out: &Path,
-    ) -> Result<Self> {
-        config.validate()?;
-        let targets = target_modules(base.model.params(), &config.targets)?;
-        let mut names: Vec<String> =
-            targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
-        names.sort_unstable();
-        names.dedup();
-        let lora = match init {
-            Some(file) => file.config.clone(),
-            None => LoraConfig {
-                rank: config.rank,
-                alpha: config.alpha(),
-                rslora: config.rslora,
-                dropout: f64::from(config.dropout),
-                targets: names,
-                base: base_name,
-            },
-        };
-        let modules = match init {
-            Some(file) => file.modules.clone(),
-            None => fresh_modules(&targets, &lora, config.seed),
-        };
-        let mut batches = Batches::new(&data, &config)?;
-        let total_steps = batches.total_steps();
-        let facts = RunFacts {
-            step: 0,
-            total_steps,
-            config: serde_json::to_value(&config).expect("plain data serializes"),
-            data: data.fingerprint(),
-            base: base_fingerprint,
-            init: init.map_or(0, |file| fingerprint(&file.modules)),
-        };
-        let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
-        let dtype = match config.precision {
-            Precision::Exact => WorkType::F32,
-            Precision::Bf16 => WorkType::F16,
-        };
-        let mut adapters = Adapters::none(&base);
-        adapters.attach(&base, &file, 1.0, dtype)?;
-        let (tensors, grads) = trained_tensors(&base, &mut adapters, &file.modules)?;
-        std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
-        Ok(Self {
-            base,
-            config,
-            data,
-            batches,
-            eval_data,
-            out: out.to_owned(),
-            lora,
-            adapters,
-            tensors,
-            grads,
-            pool: Pool::default(),
-            pool_tokens: 0,
-            facts,
-            peak: Peak::default(),
-        })
-    }
-
-    /// Goes to where the checkpoint in the output folder stands.
-    ///
-    /// # Errors
-    /// There is none, it is broken, or it belongs to another run.
-    pub fn resume(&mut self) -> Result<()> {
-        let layout: Vec<(String, [usize; 2])> = self.tensors.iter().map(|t| (t.name.clone(), t.shape)).collect();
-        let (step, states) = checkpoint::load(&self.out, &self.facts, &layout)?;
-        for (t, state) in self.tensors.iter_mut().zip(states) {
-            for (buffer, values) in [&mut t.master, &mut t.m, &mut t.v].into_iter().zip(&state.values) {
-                self.base.backend.write(buffer, values);
-            }
-        }
-        self.facts.step = step;
-        self.publish();
-        Ok(())
-    }
-
     /// Steps done.
     #[must_use]
     pub fn step_number(&self) -> u64 {
@@ -382,19 +239,6 @@ impl<B: Backend> Trainer<B> {
         micro_step(&self.base, &self.adapters, micro, scale, dropout, arithmetic, grads, &mut self.pool, &mut watch)
     }
 
-    /// Mean loss on the evaluation data, if there is any.
-    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Option<f64>> {
-        let Some(data) = self.eval_data.take() else { return Ok(None) };
-        let base = Arc::clone(&self.base);
-        let loss = base.backend.scope(|| {
-            let losses = data.samples.iter().map(|s| self.micro(&MicroBatch::new([s]), 1.0, None, false, observer));
-            losses.sum::<Result<f64>>()
-        });
-        let tokens: usize = data.samples.iter().map(Sample::trained_tokens).sum();
-        self.eval_data = Some(data);
-        Ok(Some(loss? / tokens as f64))
-    }
-
     fn grad_norm(&self) -> Result<f64> {
         let squares = self.grads.tensors.iter().map(|g| self.base.backend.sum_squares(g));
         Ok(squares.sum::<Result<f64, _>>()?.sqrt())
@@ -408,38 +252,5 @@ impl<B: Backend> Trainer<B> {
             let masters: Vec<&B::Buffer> = tensors[range].iter().map(|t| &t.master).collect();
             adapter.set(&base.backend, &masters);
         }
-    }
-
-    fn host(&self, buffer: &B::Buffer) -> Result<Vec<f32>> {
-        let mut host = vec![0.0; self.base.backend.len(buffer)];
-        self.base.backend.read(buffer, &mut host)?;
-        Ok(host)
-    }
-
-    /// Writes the state of the run beside where the adapter will be.
-    ///
-    /// # Errors
-    /// The file cannot be written; the one before it is kept then.
-    pub fn save_checkpoint(&self) -> Result<()> {
-        let state = |t: &Trained<B>| {
-            let values = [self.host(&t.master)?, self.host(&t.m)?, self.host(&t.v)?];
-            Ok(TensorState { name: t.name.clone(), shape: t.shape, values })
-        };
-        let states: Vec<TensorState> = self.tensors.iter().map(state).collect::<Result<_>>()?;
-        checkpoint::save(&self.out, &self.facts, &states)
-    }
-
-    /// Writes the adapter as it is now.
-    ///
-    /// # Errors
-    /// A value does not fit f16, or the files cannot be written.
-    pub fn save_adapter(&self) -> Result<()> {
-        let mut modules = Vec::with_capacity(self.tensors.len() / 2);
-        for pair in self.tensors.chunks_exact(2) {
-            let tensor = |t: &Trained<B>| Ok::<_, Error>(HostTensor { shape: t.shape, data: self.host(&t.master)? });
-            let path = pair[0].name.trim_end_matches(".lora_A.weight").to_owned();
-            modules.push(LoraModule::new(path, tensor(&pair[0])?, tensor(&pair[1])?, &self.lora));
-        }
-        AdapterFile { dir: self.out.clone(), config: self.lora.clone(), modules }.save()
     }
 }

@@ -1,12 +1,17 @@
 //! What a run starts from: the layers it adapts, their fresh matrices, and the tensors that it moves.
 
-use crate::adapter::{Adapters, HostTensor, LoraConfig, LoraModule};
+use super::checkpoint::RunFacts;
+use super::{Batches, Dataset, Precision, TrainConfig, Trainer};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
 use crate::error::{Error, Result};
-use crate::exec::Base;
 use crate::exec::train::Gradients;
+use crate::exec::{Base, Pool};
+use crate::memory::Peak;
 use crate::rng::{Rng, mix};
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, WorkType};
 use pocketlora_models::{ParamSpec, Role};
+use std::path::Path;
+use std::sync::Arc;
 
 /// Stream of random numbers for fresh matrices.
 const INIT: u64 = 1;
@@ -78,6 +83,81 @@ pub(super) fn trained_tensors<B: Backend>(
         grads.ranges[param.0 as usize] = Some(start..tensors.len());
     }
     Ok((tensors, grads))
+}
+
+impl<B: Backend> Trainer<B> {
+    /// Prepares a run whose adapter will be written to the folder `out`, from scratch or from the adapter `init`.
+    ///
+    /// # Errors
+    /// A setting is out of range, `out` holds an adapter already and `overwrite` is off, `init` belongs to another
+    /// base, out of memory.
+    pub fn new(
+        base: Arc<Base<B>>,
+        base_fingerprint: u64,
+        base_name: Option<String>,
+        config: TrainConfig,
+        data: Dataset,
+        eval_data: Option<Dataset>,
+        init: Option<&AdapterFile>,
+        out: &Path,
+    ) -> Result<Self> {
+        config.validate()?;
+        let targets = target_modules(base.model.params(), &config.targets)?;
+        let mut names: Vec<String> =
+            targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
+        names.sort_unstable();
+        names.dedup();
+        let lora = match init {
+            Some(file) => file.config.clone(),
+            None => LoraConfig {
+                rank: config.rank,
+                alpha: config.alpha(),
+                rslora: config.rslora,
+                dropout: f64::from(config.dropout),
+                targets: names,
+                base: base_name,
+            },
+        };
+        let modules = match init {
+            Some(file) => file.modules.clone(),
+            None => fresh_modules(&targets, &lora, config.seed),
+        };
+        let mut batches = Batches::new(&data, &config)?;
+        let total_steps = batches.total_steps();
+        let facts = RunFacts {
+            step: 0,
+            total_steps,
+            config: serde_json::to_value(&config).expect("plain data serializes"),
+            data: data.fingerprint(),
+            base: base_fingerprint,
+            init: init.map_or(0, |file| fingerprint(&file.modules)),
+        };
+        let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
+        let dtype = match config.precision {
+            Precision::Exact => WorkType::F32,
+            Precision::Bf16 => WorkType::F16,
+        };
+        let mut adapters = Adapters::none(&base);
+        adapters.attach(&base, &file, 1.0, dtype)?;
+        let (tensors, grads) = trained_tensors(&base, &mut adapters, &file.modules)?;
+        std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        Ok(Self {
+            base,
+            config,
+            data,
+            batches,
+            eval_data,
+            out: out.to_owned(),
+            lora,
+            adapters,
+            tensors,
+            grads,
+            pool: Pool::default(),
+            pool_tokens: 0,
+            facts,
+            peak: Peak::default(),
+        })
+    }
 }
 
 /// A number that changes when any value does.

@@ -3,6 +3,7 @@
 use super::Reader;
 use crate::common::check_all;
 use pocketlora::ErrorCode;
+use pocketlora::train::{Dataset, Limits};
 use std::fs;
 
 fn reader() -> Reader {
@@ -163,4 +164,17 @@ fn an_answer_that_is_not_shown_is_refused() {
     let lines = r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"r"}]}"#;
     let error = reader.read("a.jsonl", lines, 4096).unwrap_err().to_string();
     assert!(error.contains("line 1") && error.contains("token to learn"), "{error}");
+}
+
+#[test]
+fn ids_without_an_embedding_are_refused_with_their_line() {
+    let reader = reader();
+    let path = reader.path("a.jsonl");
+    fs::write(&path, "{\"text\": \"abc\"}\n{\"text\": \"abc<s>\"}\n").unwrap();
+    let error =
+        Dataset::open(&path, &reader.tokenizer, &reader.template, Limits { tokens: 99, vocab: 256 }).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Data);
+    let message = error.to_string();
+    // This tokenizer's special tokens come after the 256 bytes; the first line ends with one, too.
+    assert!(message.contains("a.jsonl` line 1") && message.contains("below the vocabulary's 256"), "{message}");
 }

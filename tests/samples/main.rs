@@ -10,7 +10,7 @@ mod splits;
 
 use pocketlora::chat::ChatTemplate;
 use pocketlora::tokenizer::Tokenizer;
-use pocketlora::train::{Dataset, Sample};
+use pocketlora::train::{Dataset, Limits, Sample};
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -52,7 +52,7 @@ impl Reader {
     }
 
     fn open(&self, path: &Path, seq: usize) -> pocketlora::Result<Dataset> {
-        Dataset::open(path, &self.tokenizer, &self.template, seq)
+        Dataset::open(path, &self.tokenizer, &self.template, Limits { tokens: seq, vocab: 1000 })
     }
 
     /// Reads `bytes` as a file of that name.

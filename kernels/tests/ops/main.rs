@@ -10,6 +10,7 @@ mod isa;
 mod light;
 mod low_precision;
 mod matmul;
+mod optimizers;
 mod oracle;
 mod robust;
 #[cfg(feature = "vulkan")]

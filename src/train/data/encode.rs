@@ -2,7 +2,7 @@
 
 use super::record::Record;
 use super::split::{self, Coded, Splits};
-use super::{Sample, data_error};
+use super::{Limits, Sample, data_error};
 use crate::chat::{ChatTemplate, Message, Rendering};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -15,23 +15,40 @@ pub(super) struct Encoder<'a> {
     template: &'a ChatTemplate,
     /// Longest sample, in tokens.
     limit: usize,
+    vocab: usize,
     /// What the tokenizer puts before any text.
     prefix: Vec<u32>,
     pub splits: Splits,
 }
 
 impl<'a> Encoder<'a> {
-    pub fn new(tokenizer: &'a Tokenizer, template: &'a ChatTemplate, limit: usize) -> Result<Self> {
+    pub fn new(tokenizer: &'a Tokenizer, template: &'a ChatTemplate, limits: Limits) -> Result<Self> {
         let prefix = tokenizer.prefix_ids()?;
         let least = prefix.len() + 2;
-        if limit < least {
-            return Err(Error::config("seq", format!("at least {least} tokens, to learn one from another"), limit));
+        if limits.tokens < least {
+            let expected = format!("at least {least} tokens, to learn one from another");
+            return Err(Error::config("seq", expected, limits.tokens));
         }
-        Ok(Self { tokenizer, template, limit, prefix, splits: Splits::default() })
+        Ok(Self { tokenizer, template, limit: limits.tokens, vocab: limits.vocab, prefix, splits: Splits::default() })
     }
 
     /// Appends the samples of one record.
     pub fn encode(&mut self, record: Record, out: &mut Vec<Sample>) -> Result<()> {
+        let before = out.len();
+        self.samples(record, out)?;
+        match out[before..].iter().flat_map(|s| &s.ids).find(|&&id| id as usize >= self.vocab) {
+            None => Ok(()),
+            Some(id) => {
+                let message = format!(
+                    "expected ids below the vocabulary's {}, got `{id}`; use the tokenizer of this model",
+                    self.vocab
+                );
+                Err(data_error("tokens", message))
+            }
+        }
+    }
+
+    fn samples(&mut self, record: Record, out: &mut Vec<Sample>) -> Result<()> {
         match record {
             Record::Chat { messages, tools, from } => self.chat(&messages, tools.as_ref(), from, out),
             Record::Instruction { instruction, input, output } if self.template.is_own() => {

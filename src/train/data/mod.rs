@@ -32,6 +32,15 @@ impl Sample {
     }
 }
 
+/// What a model can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest sample, in tokens.
+    pub tokens: usize,
+    /// Ids below this one have an embedding.
+    pub vocab: usize,
+}
+
 /// Data in memory.
 #[derive(Clone, Debug)]
 pub struct Dataset {
@@ -59,14 +68,14 @@ impl Dataset {
     ///   model without one, in the layout of the Alpaca data;
     /// - `text`, as a note is one: everything is learned.
     ///
-    /// Texts end with the model's end-of-text token. Empty lines are skipped. What is longer than `max_tokens` is split
+    /// Texts end with the model's end-of-text token. Empty lines are skipped. What is longer than `limits` says is split
     /// into several samples: a conversation between its turns, a text between its paragraphs and sentences.
     ///
     /// # Errors
-    /// A file is missing, empty or no UTF-8, or a line is not JSON, has none of the forms or nothing to learn, or is
-    /// refused by the chat template.
-    pub fn open(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, max_tokens: usize) -> Result<Self> {
-        let mut encoder = Encoder::new(tokenizer, template, max_tokens)?;
+    /// A file is missing, empty or no UTF-8, or a line is not JSON, has none of the forms or nothing to learn, is
+    /// refused by the chat template, or has tokens that the model does not know.
+    pub fn open(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, limits: Limits) -> Result<Self> {
+        let mut encoder = Encoder::new(tokenizer, template, limits)?;
         let mut samples = Vec::new();
         let records = read::records(path, &mut |record| encoder.encode(record, &mut samples))?;
         if records == 0 {
