@@ -12,8 +12,11 @@ fn reader() -> Reader {
 
 const SYSTEM: &str = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n";
 
-/// Text and learned runs of the samples in `file`.
-fn read(reader: &Reader, file: &str, bytes: &[u8]) -> Result<Vec<(String, Vec<String>)>, String> {
+/// Text of a sample, and what of it is learned.
+type Shown = (String, Vec<String>);
+
+/// The samples in `file`.
+fn read(reader: &Reader, file: &str, bytes: &[u8]) -> Result<Vec<Shown>, String> {
     let data = reader.read(file, bytes, 4096).map_err(|e| e.to_string())?;
     Ok(data.samples.iter().map(|s| (reader.text(&s.ids), reader.learned(s))).collect())
 }
@@ -28,7 +31,7 @@ fn all_forms_are_read() {
     };
     let plain =
         |given: &str, learned: &str| (format!("{given}{learned}<|im_end|>"), vec![format!("{learned}<|im_end|>")]);
-    let cases: Vec<(&str, &[u8], Vec<(String, Vec<String>)>)> = vec![
+    let cases: Vec<(&str, &[u8], Vec<Shown>)> = vec![
         ("a.jsonl", br#"{"prompt": "2+2=", "completion": "4"}"#, vec![plain("2+2=", "4")]),
         ("a.jsonl", br#"{"text": "abc", "id": 5}"#, vec![plain("a", "bc")]),
         (

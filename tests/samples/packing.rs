@@ -8,11 +8,12 @@ use pocketlora::train::{Dataset, Mask, Observer, Precision, Sample, StepReport, 
 use std::ops::ControlFlow;
 use std::path::Path;
 
-struct Quiet;
+/// Stops after a step, if there is one of that number.
+struct StopAfter(u64);
 
-impl Observer for Quiet {
-    fn on_step(&mut self, _: &StepReport) -> ControlFlow<()> {
-        ControlFlow::Continue(())
+impl Observer for StopAfter {
+    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
+        if report.step == self.0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 }
 
@@ -24,7 +25,7 @@ fn session(dir: &Path) -> Session {
 
 fn sample(n: usize, salt: usize) -> Sample {
     let ids = (0..n).map(|i| 3 + ((i * 37 + salt * 101 + i * i * 11) % 200) as u32).collect();
-    Sample { ids, trained: (0..n).map(|i| i > 0 && (i + salt) % 3 > 0).collect() }
+    Sample { ids, trained: (0..n).map(|i| i > 0 && !(i + salt).is_multiple_of(3)).collect() }
 }
 
 /// Loss sum and gradients of the loss sum, in f32 arithmetic.
@@ -34,7 +35,7 @@ fn pass(session: &Session, dir: &Path, samples: Vec<Sample>) -> (f64, Vec<Vec<f6
     let init = AdapterFile::open(&golden("adapters/lora")).unwrap();
     let data = Dataset::new("made", samples);
     let mut trainer = session.trainer(config, data, None, Some(&init), &dir.join("out")).unwrap();
-    let report = trainer.step(&mut Quiet).unwrap();
+    let report = trainer.step(&mut StopAfter(0)).unwrap();
     let trained = report.trained as f64;
     let grads = trainer.gradients().unwrap();
     let sums = grads.into_iter().map(|(_, g)| g.into_iter().map(|v| f64::from(v) * trained).collect());
@@ -83,4 +84,37 @@ fn a_changed_token_changes_no_other_samples_loss() {
     let mut other = middle.clone();
     other.ids[3] = 7;
     assert_ne!(pass(&session, dir.path(), vec![first, other, last]).0, before);
+}
+
+/// Epochs of packed samples differ in their number of steps, so a resumed run has to find its place among them.
+#[test]
+fn a_resumed_packed_run_ends_in_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let session = session(dir.path());
+    let samples: Vec<Sample> = (0..23).map(|i| sample(3 + i * 5 % 19, i)).collect();
+    let train = |packing, name: &str, stops: &[u64]| {
+        let config = TrainConfig {
+            packing,
+            bucketing: !packing,
+            batch: 2,
+            seq: 24,
+            epochs: 3,
+            dropout: 0.1,
+            ..Default::default()
+        };
+        let out = dir.path().join(format!("{name}{packing}"));
+        for (i, &stop) in stops.iter().enumerate() {
+            let data = Dataset::new("made", samples.clone());
+            let mut trainer = session.trainer(config.clone(), data, None, None, &out).unwrap();
+            if i > 0 {
+                trainer.resume().unwrap();
+            }
+            let summary = trainer.run(&mut StopAfter(stop)).unwrap();
+            assert_eq!(summary.done, stop == 0, "{summary:?}");
+        }
+        std::fs::read(out.join("adapter_model.safetensors")).unwrap()
+    };
+    for packing in [true, false] {
+        assert!(train(packing, "whole", &[0]) == train(packing, "stopped", &[1, 7, 13, 0]), "packing {packing}");
+    }
 }

@@ -78,7 +78,7 @@ fn of_a_long_prompt_the_latest_turns_are_read() {
     let text = &texts(&reader, &data)[0];
     assert_eq!((data.samples.len(), learned(&reader, &data)), (1, vec!["end<|im_end|>".to_owned()]));
     assert!(text.contains("turn7") && text.contains("turn8") && !text.contains("turn0"), "{text}");
-    assert!(data.splits.left_out_turns > 0 && data.splits.left_out_turns % 2 == 0, "{:?}", data.splits);
+    assert!(data.splits.left_out_turns > 0 && data.splits.left_out_turns.is_multiple_of(2), "{:?}", data.splits);
 }
 
 #[test]

@@ -204,7 +204,8 @@ impl<'a> Encoder<'a> {
         if start == 0 && tokens.len() > self.limit {
             return self.long_text(text, out);
         }
-        let coded = Coded::new(&tokens, &[start..text.len() + 1]);
+        let learned = start..text.len() + 1;
+        let coded = Coded::new(&tokens, std::slice::from_ref(&learned));
         if coded.learned() == 0 || start == text.len() && start > 0 {
             return Err(nothing_learned());
         }
