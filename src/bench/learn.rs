@@ -6,7 +6,6 @@ use crate::memory::Peak;
 use crate::session::Session;
 use crate::train::{Dataset, Observer, Sample, StepReport, TrainConfig};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 
 /// Rank of the adapter in training.
 const RANK: usize = 8;
@@ -21,7 +20,7 @@ pub(super) struct Training {
 pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progress<'_>) -> Result<Training> {
     let ids = infer::tokens(session.base(), options.sequence);
     let trained = (0..ids.len()).map(|i| i > 0).collect();
-    let data = Dataset { path: PathBuf::from("random tokens"), samples: vec![Sample { ids, trained }] };
+    let data = Dataset::new("random tokens", vec![Sample { ids, trained }]);
     let steps = options.trials as u64 + 1;
     let config = TrainConfig {
         rank: RANK,
