@@ -34,6 +34,11 @@ impl Int8 {
         self.codes[row * self.cols..][..self.cols].as_chunks().0
     }
 
+    /// Codes of some rows.
+    pub fn rows(&self, row: usize, count: usize) -> &[u8] {
+        &self.codes[row * self.cols..][..count * self.cols]
+    }
+
     /// Scale of row `row`.
     #[inline(always)]
     pub fn scale(&self, row: usize) -> f32 {
