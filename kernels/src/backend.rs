@@ -81,6 +81,33 @@ pub struct AdamW {
     pub step: u32,
 }
 
+/// SGD's settings for one step, with decoupled decay.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sgd {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// What is kept of the moment.
+    pub momentum: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+}
+
+/// Lion's settings for one step (Chen et al. 2023).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Lion {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// Share of the moment in the update.
+    pub beta1: f32,
+    /// Decay of the moment.
+    pub beta2: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+}
+
+/// Elements of a moment in 8 bits that share an absmax.
+pub const MOMENT_BLOCK: usize = 256;
+
 /// `scale (x Aᵀ) Bᵀ`, what a low-rank adapter adds to a product: `a` is `[r, K]`, `b` `[O, r]`.
 pub struct LowRank<'a, B: Backend + ?Sized> {
     /// Down to the rank.
@@ -109,6 +136,8 @@ pub trait Backend: Send + Sync + 'static {
     type Matrix: Send + Sync;
     /// Keys and values of one layer.
     type Cache: Send + Sync;
+    /// An array in 8 bits: a code for each element, an absmax for each [`MOMENT_BLOCK`] of them.
+    type Codes: Send + Sync;
 
     /// Runs `work` with this backend's threads, so that ops inside it need not wake them one by one.
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R
@@ -359,5 +388,31 @@ pub trait Backend: Send + Sync + 'static {
         param: &mut Self::Buffer,
         m: &mut Self::Buffer,
         v: &mut Self::Buffer,
+    );
+    /// One step of SGD on `param`, with a moment `m` that starts at zero, or without one.
+    fn sgd(&self, step: &Sgd, grad: &Self::Buffer, param: &mut Self::Buffer, m: Option<&mut Self::Buffer>);
+    /// One Lion step on `param` with moment `m`.
+    fn lion(&self, step: &Lion, grad: &Self::Buffer, param: &mut Self::Buffer, m: &mut Self::Buffer);
+
+    /// `len` zeros in 8 bits, coded with the signed dynamic map or the unsigned one (Dettmers et al. 2021).
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn codes(&self, len: usize, signed: bool) -> Result<Self::Codes, Error>;
+    /// Copies codes and absmax out; lengths are equal.
+    ///
+    /// # Errors
+    /// As [`Backend::read`].
+    fn read_codes(&self, src: &Self::Codes, codes: &mut [u8], absmax: &mut [f32]) -> Result<(), Error>;
+    /// Copies codes and absmax in; lengths are equal.
+    fn write_codes(&self, dst: &mut Self::Codes, codes: &[u8], absmax: &[f32]);
+    /// As [`Backend::adamw`] with moments in 8 bits, `m` signed and `v` unsigned.
+    fn adamw8(
+        &self,
+        step: &AdamW,
+        grad: &Self::Buffer,
+        param: &mut Self::Buffer,
+        m: &mut Self::Codes,
+        v: &mut Self::Codes,
     );
 }

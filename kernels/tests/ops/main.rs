@@ -11,6 +11,7 @@ mod light;
 mod loss;
 mod low_precision;
 mod matmul;
+mod optimizers;
 mod oracle;
 mod robust;
 #[cfg(feature = "vulkan")]
