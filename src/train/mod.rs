@@ -17,7 +17,7 @@ pub(crate) use loss::LOGIT_ROWS;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
 pub(crate) use setup::fresh_modules;
-pub use step::{MicroBatch, Watch, micro_step};
+pub use step::{Layout, MicroBatch, Watch, micro_step};
 
 use crate::adapter::{Adapters, Dropout, LoraConfig};
 use crate::error::{Error, ErrorCode, Result};
@@ -48,7 +48,7 @@ pub struct Trainer<B: Backend> {
     tensors: Vec<Trained<B>>,
     grads: Gradients<B>,
     pool: Pool<B>,
-    pool_tokens: usize,
+    layout: Layout,
     facts: RunFacts,
     peak: Peak,
 }
@@ -174,7 +174,7 @@ impl<B: Backend> Trainer<B> {
         for (i, micro) in micros.iter().enumerate() {
             let dropout = (self.config.dropout > 0.0).then(|| {
                 let key = mix(mix(mix(self.config.seed, DROPOUT), number), i as u64);
-                Dropout { p: self.config.dropout, key }
+                Dropout { p: self.config.dropout, key, first: 0 }
             });
             loss += self.micro(micro, scale, dropout, true, observer)?;
         }
@@ -197,10 +197,7 @@ impl<B: Backend> Trainer<B> {
         let lr = self.config.lr_at(number, self.facts.total_steps);
         let weight_decay = self.config.weight_decay;
         let adamw = AdamW { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay, step: number as u32 };
-        for (t, grad) in self.tensors.iter_mut().zip(&self.grads.tensors) {
-            base.backend.adamw(&adamw, grad, &mut t.master, &mut t.m, &mut t.v);
-        }
-        self.publish();
+        self.each_master(|t, grad, master| base.backend.adamw(&adamw, grad, master, &mut t.m, &mut t.v));
         self.facts.step = number;
         Ok(StepReport {
             step: number,
@@ -234,15 +231,28 @@ impl<B: Backend> Trainer<B> {
         learn: bool,
         observer: &mut dyn Observer,
     ) -> Result<f64> {
-        if self.pool_tokens != micro.tokens() {
-            self.pool.clear();
-            self.pool_tokens = micro.tokens();
-        }
         let mut keep_going = || observer.keep_going();
         let mut watch = Watch { keep_going: &mut keep_going, peak: &mut self.peak };
         let grads = learn.then_some(&mut self.grads);
         let arithmetic = self.config.precision.arithmetic();
-        micro_step(&self.base, &self.adapters, micro, scale, dropout, arithmetic, grads, &mut self.pool, &mut watch)
+        let layout = self.layout;
+        let loss = micro_step(
+            &self.base,
+            &self.adapters,
+            micro,
+            scale,
+            dropout,
+            arithmetic,
+            &layout,
+            grads,
+            &mut self.pool,
+            &mut watch,
+        );
+        if loss.is_err() {
+            // What the abandoned pass held is gone from it.
+            self.pool.clear();
+        }
+        loss
     }
 
     fn grad_norm(&self) -> Result<f64> {
@@ -250,13 +260,14 @@ impl<B: Backend> Trainer<B> {
         Ok(squares.sum::<Result<f64, _>>()?.sqrt())
     }
 
-    /// Rounds the masters into the matrices that forward and backward use.
-    fn publish(&mut self) {
+    /// Calls `work` with each tensor in training, its gradient and its values, which the adapters hold.
+    fn each_master(&mut self, mut work: impl FnMut(&mut Trained<B>, &B::Buffer, &mut B::Buffer)) {
         let Self { base, adapters, grads, tensors, .. } = self;
         for (param, adapter) in adapters.iter_mut() {
             let Some(range) = grads.ranges[param.0 as usize].clone() else { continue };
-            let masters: Vec<&B::Buffer> = tensors[range].iter().map(|t| &t.master).collect();
-            adapter.set(&base.backend, &masters);
+            adapter.update(&base.backend, &mut |part, master| {
+                work(&mut tensors[range.start + part], &grads.tensors[range.start + part], master);
+            });
         }
     }
 }

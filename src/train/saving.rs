@@ -6,6 +6,7 @@ use super::setup::Trained;
 use crate::adapter::{AdapterFile, HostTensor, LoraModule};
 use crate::error::{Error, Result};
 use pocketlora_kernels::Backend;
+use std::sync::Arc;
 
 impl<B: Backend> Trainer<B> {
     /// Goes to where the checkpoint in the output folder stands.
@@ -15,14 +16,26 @@ impl<B: Backend> Trainer<B> {
     pub fn resume(&mut self) -> Result<()> {
         let layout: Vec<(String, [usize; 2])> = self.tensors.iter().map(|t| (t.name.clone(), t.shape)).collect();
         let (step, states) = checkpoint::load(&self.out, &self.facts, &layout)?;
-        for (t, state) in self.tensors.iter_mut().zip(states) {
-            for (buffer, values) in [&mut t.master, &mut t.m, &mut t.v].into_iter().zip(&state.values) {
+        for (t, state) in self.tensors.iter_mut().zip(&states) {
+            for (buffer, values) in [&mut t.m, &mut t.v].into_iter().zip(&state.values[1..]) {
                 self.base.backend.write(buffer, values);
             }
         }
         self.facts.step = step;
-        self.publish();
+        let base = Arc::clone(&self.base);
+        let mut states = states.iter();
+        self.each_master(|_, _, master| {
+            let state = states.next().expect("one for each tensor, as `load` checked");
+            base.backend.write(master, &state.values[0]);
+        });
         Ok(())
+    }
+
+    fn master(&self, t: &Trained<B>) -> Result<Vec<f32>> {
+        let (param, part) = t.place;
+        let mut host = vec![0.0; t.shape[0] * t.shape[1]];
+        self.adapters.on(param)[0].read(&self.base.backend, part, &mut host)?;
+        Ok(host)
     }
 
     fn host(&self, buffer: &B::Buffer) -> Result<Vec<f32>> {
@@ -37,7 +50,7 @@ impl<B: Backend> Trainer<B> {
     /// The file cannot be written; the one before it is kept then.
     pub fn save_checkpoint(&self) -> Result<()> {
         let state = |t: &Trained<B>| {
-            let values = [self.host(&t.master)?, self.host(&t.m)?, self.host(&t.v)?];
+            let values = [self.master(t)?, self.host(&t.m)?, self.host(&t.v)?];
             Ok(TensorState { name: t.name.clone(), shape: t.shape, values })
         };
         let states: Vec<TensorState> = self.tensors.iter().map(state).collect::<Result<_>>()?;
@@ -51,7 +64,7 @@ impl<B: Backend> Trainer<B> {
     pub fn save_adapter(&self) -> Result<()> {
         let mut modules = Vec::with_capacity(self.tensors.len() / 2);
         for pair in self.tensors.chunks_exact(2) {
-            let tensor = |t: &Trained<B>| Ok::<_, Error>(HostTensor { shape: t.shape, data: self.host(&t.master)? });
+            let tensor = |t: &Trained<B>| Ok::<_, Error>(HostTensor { shape: t.shape, data: self.master(t)? });
             let path = pair[0].name.trim_end_matches(".lora_A.weight").to_owned();
             modules.push(LoraModule::new(path, tensor(&pair[0])?, tensor(&pair[1])?, &self.lora));
         }

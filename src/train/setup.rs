@@ -1,7 +1,7 @@
 //! What a run starts from: the layers it adapts, their fresh matrices, and the tensors that it moves.
 
 use super::checkpoint::RunFacts;
-use super::{Dataset, Precision, TrainConfig, Trainer};
+use super::{Dataset, Layout, Precision, TrainConfig, Trainer};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
 use crate::error::{Error, Result};
 use crate::exec::train::Gradients;
@@ -9,7 +9,7 @@ use crate::exec::{Base, Pool};
 use crate::memory::Peak;
 use crate::rng::{Rng, mix};
 use pocketlora_kernels::{Backend, WorkType};
-use pocketlora_models::{ParamSpec, Role};
+use pocketlora_models::{Param, ParamSpec, Role};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,7 +20,8 @@ const INIT: u64 = 1;
 pub(super) struct Trained<B: Backend> {
     pub name: String,
     pub shape: [usize; 2],
-    pub master: B::Buffer,
+    /// The linear layer's weight and the number of the tensor among its adapter's, which holds the values.
+    pub place: (Param, usize),
     pub m: B::Buffer,
     pub v: B::Buffer,
 }
@@ -57,27 +58,25 @@ pub(crate) fn fresh_modules(modules: &[&ParamSpec], lora: &LoraConfig, seed: u64
     modules.iter().enumerate().map(one).collect()
 }
 
-/// Masters, moments and gradients for every tensor of the attached adapter, in the order of the base's parameters.
+/// Moments and gradients for every tensor of the attached adapters, in the order of the base's parameters.
 pub(super) fn trained_tensors<B: Backend>(
     base: &Base<B>,
     adapters: &mut Adapters<B>,
-    modules: &[LoraModule],
 ) -> Result<(Vec<Trained<B>>, Gradients<B>)> {
     let backend = &base.backend;
     let params = base.model.params();
     let mut tensors = Vec::new();
     let mut grads = Gradients { ranges: vec![None; params.len()], tensors: Vec::new() };
     for (param, adapter) in adapters.iter_mut() {
-        let path = params[param.0 as usize].module();
-        let module = modules.iter().find(|m| m.path == path || (m.path == "lm_head" && path == "model.embed_tokens"));
-        let module = module.expect("every attached adapter came from one of these modules");
+        // A tied head is the embedding's parameter, but not its module.
+        let spec = &params[param.0 as usize];
+        let path = if spec.role == Role::Embedding { "lm_head" } else { spec.module() };
         let start = tensors.len();
-        for (spec, host) in adapter.tensors(backend).into_iter().zip([&module.a, &module.b]) {
-            let len = host.data.len();
-            let mut master = backend.buffer(len)?;
-            backend.write(&mut master, &host.data);
+        for (part, spec) in adapter.tensors(backend).into_iter().enumerate() {
+            let len = spec.shape[0] * spec.shape[1];
             let (m, v) = (backend.buffer(len)?, backend.buffer(len)?);
-            tensors.push(Trained { name: format!("{}.{}", module.path, spec.name), shape: spec.shape, master, m, v });
+            let name = format!("{path}.{}", spec.name);
+            tensors.push(Trained { name, shape: spec.shape, place: (param, part), m, v });
             grads.tensors.push(backend.buffer(len)?);
         }
         grads.ranges[param.0 as usize] = Some(start..tensors.len());
@@ -133,13 +132,12 @@ impl<B: Backend> Trainer<B> {
             init: init.map_or(0, |file| fingerprint(&file.modules)),
         };
         let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
-        let dtype = match config.precision {
-            Precision::Exact => WorkType::F32,
-            Precision::Bf16 => WorkType::F16,
-        };
         let mut adapters = Adapters::none(&base);
-        adapters.attach(&base, &file, 1.0, dtype)?;
-        let (tensors, grads) = trained_tensors(&base, &mut adapters, &file.modules)?;
+        adapters.attach(&base, &file, 1.0, WorkType::F32)?;
+        // What follows may take its place.
+        drop(file);
+        let (tensors, grads) = trained_tensors(&base, &mut adapters)?;
+        let layout = Layout::fast(config.precision == Precision::Bf16);
         std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         Ok(Self {
             base,
@@ -152,7 +150,7 @@ impl<B: Backend> Trainer<B> {
             tensors,
             grads,
             pool: Pool::default(),
-            pool_tokens: 0,
+            layout,
             facts,
             peak: Peak::default(),
         })
