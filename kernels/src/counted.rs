@@ -4,7 +4,7 @@
 //! A buffer is a place in an endless region, so that [`Backend::cut`] and [`Backend::join`] do what they do on the CPU.
 //! Nothing is computed; what is read is zero.
 
-use crate::cpu::{THREAD_SCRATCH, attention_bytes, matmul_bytes};
+use crate::cpu::{THREAD_SCRATCH, attention_bytes, linear_cross_entropy_bytes, matmul_bytes};
 use crate::{
     AdamW, Arithmetic, Attention, Backend, CacheType, Error, Lion, LowRank, MatrixSource, Product, Sgd, WorkType,
 };
@@ -18,16 +18,35 @@ const LINE: usize = 16;
 pub struct Counted {
     /// Threads of the device that is counted for.
     threads: usize,
-    /// Floats up to the highest end of a part of the region.
-    high: AtomicUsize,
-    /// Bytes of the largest activations in 16 bits, which stay; and of what single operations take while they run.
+    /// Regions made.
+    made: AtomicUsize,
+    /// Floats up to the highest end of a part of the first region and of all others.
+    high: [AtomicUsize; 2],
+    /// Bytes of the largest activations in 16 bits, which stay.
     rounded: AtomicUsize,
-    passing: AtomicUsize,
+    /// Bytes that single operations take while they run: products, attention, loss.
+    products: AtomicUsize,
+    attention: AtomicUsize,
+    loss: AtomicUsize,
+}
+
+/// Bytes that were counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// Of the first region and of the others, up to the highest in use.
+    pub regions: [usize; 2],
+    /// That attention takes while it runs.
+    pub attention: usize,
+    /// That a loss without logits takes while it runs.
+    pub loss: usize,
+    /// That products take, and threads keep for them.
+    pub kernels: usize,
 }
 
 /// A place in the region, or a buffer by itself.
 #[derive(Debug)]
 pub struct Span {
+    region: usize,
     at: usize,
     len: usize,
     /// Floats up to the next part; 0 for a buffer by itself.
@@ -45,29 +64,23 @@ impl Counted {
         Self { threads, ..Self::default() }
     }
 
-    /// Bytes of the region that were in use, up to the highest.
+    /// What was counted so far.
     #[must_use]
-    pub fn region_bytes(&self) -> usize {
-        self.high.load(Ordering::Relaxed) * size_of::<f32>()
-    }
-
-    /// Bytes that operations and threads take beside the region.
-    #[must_use]
-    pub fn scratch_bytes(&self) -> usize {
-        let [rounded, passing] = [&self.rounded, &self.passing].map(|bytes| bytes.load(Ordering::Relaxed));
-        rounded + passing + self.threads * THREAD_SCRATCH
+    pub fn count(&self) -> Count {
+        let get = |count: &AtomicUsize| count.load(Ordering::Relaxed);
+        Count {
+            regions: [0, 1].map(|region| get(&self.high[region]) * size_of::<f32>()),
+            attention: get(&self.attention),
+            loss: get(&self.loss),
+            kernels: get(&self.rounded) + get(&self.products) + self.threads * THREAD_SCRATCH,
+        }
     }
 
     /// Notes a product of activations `[T, K]`.
     fn product(&self, tokens: usize, width: usize) {
         let (rounded, passing) = matmul_bytes(tokens, width);
         self.rounded.fetch_max(rounded, Ordering::Relaxed);
-        self.pass(passing);
-    }
-
-    /// Notes what an operation takes while it runs.
-    fn pass(&self, bytes: usize) {
-        self.passing.fetch_max(bytes, Ordering::Relaxed);
+        self.products.fetch_max(passing, Ordering::Relaxed);
     }
 }
 
@@ -82,7 +95,7 @@ impl Backend for Counted {
     }
 
     fn buffer(&self, len: usize) -> Result<Span, Error> {
-        Ok(Span { at: 0, len, extent: 0 })
+        Ok(Span { region: 0, at: 0, len, extent: 0 })
     }
 
     fn len(&self, buffer: &Span) -> usize {
@@ -92,7 +105,8 @@ impl Backend for Counted {
     fn region(&self, _len: usize) -> Result<Span, Error> {
         // One that no run fills, so that all its parts are cut from one.
         let extent = usize::MAX / 64 * LINE;
-        Ok(Span { at: 0, len: extent, extent })
+        let region = self.made.fetch_add(1, Ordering::Relaxed).min(1);
+        Ok(Span { region, at: 0, len: extent, extent })
     }
 
     fn capacity(&self, buffer: &Span) -> usize {
@@ -104,18 +118,20 @@ impl Backend for Counted {
             return Err(buffer);
         }
         let extent = len.next_multiple_of(LINE);
-        self.high.fetch_max(buffer.at + extent, Ordering::Relaxed);
+        self.high[buffer.region].fetch_max(buffer.at + extent, Ordering::Relaxed);
         let left = buffer.extent - extent;
-        let rest = (left > 0).then_some(Span { at: buffer.at + extent, len: left, extent: left });
-        Ok((Span { at: buffer.at, len, extent }, rest))
+        let Span { region, at, .. } = buffer;
+        let rest = (left > 0).then_some(Span { region, at: at + extent, len: left, extent: left });
+        Ok((Span { region, at, len, extent }, rest))
     }
 
     fn join(&self, first: Span, second: Span) -> Result<Span, (Span, Span)> {
-        if first.extent == 0 || second.extent == 0 || first.at + first.extent != second.at {
+        let apart = first.region != second.region || first.at + first.extent != second.at;
+        if apart || first.extent == 0 || second.extent == 0 {
             return Err((first, second));
         }
         let extent = first.extent + second.extent;
-        Ok(Span { at: first.at, len: extent, extent })
+        Ok(Span { region: first.region, at: first.at, len: extent, extent })
     }
 
     fn address(&self, buffer: &Span) -> usize {
@@ -171,7 +187,7 @@ impl Backend for Counted {
             self.product(tokens, w.1);
             for LowRank { a, .. } in low_rank {
                 let (_, slices) = matmul_bytes(tokens, a.0);
-                self.pass(tokens * a.0 * size_of::<f32>() + slices);
+                self.products.fetch_max(tokens * a.0 * size_of::<f32>() + slices, Ordering::Relaxed);
             }
         }
         Ok(())
@@ -227,7 +243,7 @@ impl Backend for Counted {
         _y: &mut Span,
         _lse: &mut Span,
     ) {
-        self.pass(attention_bytes(spec, segments).0);
+        self.attention.fetch_max(attention_bytes(spec, segments).0, Ordering::Relaxed);
     }
 
     fn attention_vjp(
@@ -244,7 +260,7 @@ impl Backend for Counted {
         _dk: &mut Span,
         _dv: &mut Span,
     ) {
-        self.pass(attention_bytes(spec, segments).1);
+        self.attention.fetch_max(attention_bytes(spec, segments).1, Ordering::Relaxed);
     }
 
     fn cache(&self, _kv_heads: usize, _head_dim: usize, _dtype: CacheType) {}
@@ -262,6 +278,24 @@ impl Backend for Counted {
     fn attention_cached(&self, _spec: &Attention, _q: &Span, _cache: &(), _y: &mut Span) {}
 
     fn cross_entropy(&self, _targets: &[u32], _scale: f32, _logits: &mut Span, _losses: &mut Span) {}
+
+    fn linear_cross_entropy(
+        &self,
+        _: Arithmetic,
+        w: &Shape,
+        targets: &[u32],
+        _scale: f32,
+        _x: &Span,
+        _losses: &mut Span,
+        _dx: Option<&mut Span>,
+    ) -> Result<(), Error> {
+        self.loss.fetch_max(linear_cross_entropy_bytes(targets.len(), w.1, w.0), Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn linear_cross_entropy_bytes(&self, rows: usize, width: usize, vocab: usize) -> usize {
+        linear_cross_entropy_bytes(rows, width, vocab)
+    }
 
     fn sum_squares(&self, _x: &Span) -> Result<f64, Error> {
         Ok(0.0)

@@ -17,7 +17,7 @@ pub mod vulkan;
 pub use backend::{
     AdamW, Arithmetic, Attention, Backend, CacheType, Lion, LowRank, MOMENT_BLOCK, Product, Sgd, WorkType, narrow_width,
 };
-pub use counted::Counted;
+pub use counted::{Count, Counted};
 pub use cpu::Cpu;
 pub use error::Error;
 pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};

@@ -144,7 +144,7 @@ mod tests {
             Some(len) => drop(spans.insert(i, plan.take(&counted, len).unwrap())),
             None => plan.put(&counted, spans.remove(&i).unwrap()),
         });
-        let floats = counted.region_bytes() / 4;
+        let floats = counted.count().regions[0] / 4;
         pool.reserve(&cpu, floats, 0).unwrap();
         let start = cpu.address(&pool.passing.free[0]);
         let mut buffers = std::collections::BTreeMap::new();

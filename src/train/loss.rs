@@ -2,16 +2,19 @@
 
 use super::step::{MicroBatch, Watch};
 use crate::error::Result;
-use crate::exec::Pool;
 use crate::exec::train::{Gradients, Pass};
+use crate::exec::Pool;
 use pocketlora_kernels::Backend;
 use pocketlora_models::Tensor;
 
-/// Rows of logits held at once: `[64, V]`, not `[T, V]`.
-pub(crate) const LOGIT_ROWS: usize = 64;
+/// Rows of logits held at once where they must be made: `[64, V]`, not `[T, V]`.
+const LOGIT_ROWS: usize = 64;
+/// Rows given at once to the loss that needs no logits; bounds its memory, and is enough to pay for reading the head.
+pub(crate) const LOSS_ROWS: usize = 512;
 
 /// Sum of the learned tokens' losses (natural log) over the last layer's output `x` `[T, C]`, and `scale` times its
-/// gradient by `x`, which is zero without `grads`. Logits exist for learned tokens only and a chunk of them at a time.
+/// gradient by `x`, which is zero without `grads`. No logits are held where the head is a product and nothing else;
+/// elsewhere they exist for learned tokens only and a chunk of them at a time. `at_once` bounds the chunk further.
 ///
 /// # Errors
 /// Out of memory, a stop.
@@ -20,29 +23,22 @@ pub(super) fn loss<B: Backend>(
     x: B::Buffer,
     micro: &MicroBatch,
     scale: f32,
+    at_once: usize,
     mut grads: Option<&mut Gradients<B>>,
     pool: &mut Pool<B>,
     watch: &mut Watch<'_>,
 ) -> Result<(f64, B::Buffer)> {
-    let (model, backend) = (&pass.base().model, &pass.base().backend);
-    let width = model.config().hidden_size;
+    let backend = &pass.base().backend;
+    let width = pass.base().model.config().hidden_size;
+    let chunk = at_once.clamp(1, if pass.plain_head().is_some() { LOSS_ROWS } else { LOGIT_ROWS });
     let mut dx = pool.take(backend, backend.len(&x))?;
     backend.zero(&mut dx);
     let mut total = 0.0;
-    for (rows, targets) in micro.rows.chunks(LOGIT_ROWS).zip(micro.targets.chunks(LOGIT_ROWS)) {
+    for (rows, targets) in micro.rows.chunks(chunk).zip(micro.targets.chunks(chunk)) {
         watch.check()?;
         let mut h = pool.take(backend, rows.len() * width)?;
         backend.gather_rows(&x, rows, &mut h);
-        let mut losses = pool.take(backend, rows.len())?;
-        let mut tape = pass.tape(Some(h), true, pool);
-        let y = model.head(&mut tape, Tensor(0));
-        backend.cross_entropy(targets, scale, tape.value(y)?, &mut losses);
-        watch.peak.sample();
-        let dy = tape.take(y);
-        let dh = match grads.as_deref_mut() {
-            Some(grads) => tape.backward(y, dy, grads)?,
-            None => None,
-        };
+        let (losses, dh) = rows_loss(pass, h, targets, scale, grads.as_deref_mut(), pool, watch)?;
         if let Some(dh) = dh {
             backend.scatter_add_rows(&dh, rows, &mut dx);
             pool.put(backend, dh);
@@ -54,4 +50,48 @@ pub(super) fn loss<B: Backend>(
     }
     pool.put(backend, x);
     Ok((total, dx))
+}
+
+/// The losses of the rows `h`, and the gradient by `h` if there are `grads`.
+fn rows_loss<B: Backend>(
+    pass: &Pass<'_, B>,
+    h: B::Buffer,
+    targets: &[u32],
+    scale: f32,
+    grads: Option<&mut Gradients<B>>,
+    pool: &mut Pool<B>,
+    watch: &mut Watch<'_>,
+) -> Result<(B::Buffer, Option<B::Buffer>)> {
+    let (model, backend) = (&pass.base().model, &pass.base().backend);
+    let mut losses = pool.take(backend, targets.len())?;
+    let Some(head) = pass.plain_head() else {
+        let mut tape = pass.tape(Some(h), true, pool);
+        let y = model.head(&mut tape, Tensor(0));
+        backend.cross_entropy(targets, scale, tape.value(y)?, &mut losses);
+        watch.peak.sample();
+        let dy = tape.take(y);
+        let dh = match grads {
+            Some(grads) => tape.backward(y, dy, grads)?,
+            None => None,
+        };
+        return Ok((losses, dh));
+    };
+    let mut dy = match grads {
+        Some(_) => Some(pool.take(backend, backend.len(&h))?),
+        None => None,
+    };
+    let mut tape = pass.tape(Some(h), true, pool);
+    let y = model.norm(&mut tape, Tensor(0));
+    let normed = tape.value(y)?;
+    let arithmetic = pass.arithmetic();
+    backend.linear_cross_entropy(arithmetic, head, targets, scale, normed, &mut losses, dy.as_mut())?;
+    watch.peak.sample();
+    let dh = match (dy, grads) {
+        (Some(dy), Some(grads)) => tape.backward(y, dy, grads)?,
+        _ => {
+            tape.into_value(y)?;
+            None
+        }
+    };
+    Ok((losses, dh))
 }

@@ -1,57 +1,145 @@
 //! What a run will hold in memory, known before its first step.
+//!
+//! The largest micro-batch is passed through the code that trains, on a backend that only counts ([`Counted`]): what it
+//! takes is what the run will take, for the calls are the same.
 
-use super::{Dataset, TrainConfig};
-use pocketlora_models::Config;
+use super::step::{Layout, MicroBatch, Watch, micro_step};
+use super::{Optimizer, TrainConfig};
+use crate::adapter::{Adapters, Dropout, Lora};
+use crate::error::Result;
+use crate::exec::train::Gradients;
+use crate::exec::{Base, Pool};
+use crate::memory::Peak;
+use pocketlora_kernels::{Backend, Counted};
+use pocketlora_models::{Model, Param};
 use serde::Serialize;
+use std::sync::Arc;
 
-/// Bytes by purpose. All but `weights_mapped` are anonymous (dirty) memory; the tokenizer and the program itself come
-/// on top.
+/// Bytes by purpose. All but `weights_mapped` are anonymous (dirty) memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
-    /// Base weights, mapped from their files.
+    /// Base weights and their scales, mapped from their files.
     pub weights_mapped: u64,
-    /// Adapter: working matrices, f32 masters and gradients.
+    /// The adapter's values in f32, which forward, backward and the optimizer all use.
     pub adapter: u64,
-    /// First and second moments.
+    /// Its gradients.
+    pub gradients: u64,
+    /// The optimizer's moments.
     pub optimizer: u64,
-    /// Input of every layer.
+    /// Inputs of layers from which those are run again.
     pub layer_inputs: u64,
-    /// Activations and gradients of the one layer that is being run.
+    /// Activations and gradients of the one layer or loss that is being run.
     pub layer_workspace: u64,
+    /// What attention turns, and gradients of its earlier keys.
+    pub attention: u64,
     /// Logits of one chunk of learned tokens.
     pub logits: u64,
+    /// Panels of weights and rounded activations that threads multiply.
+    pub kernels: u64,
+    /// What the process held before the run took anything: the program, tokenizer and data. Measured, and not part of
+    /// [`MemoryPlan::anonymous`]; 0 where the system does not tell.
+    pub before: u64,
+    /// Samples in one pass.
+    pub micro_batch: usize,
+    /// What is traded for time.
+    pub layout: Layout,
+    /// Whose moments those are.
+    pub optimizer_kind: Optimizer,
 }
 
 impl MemoryPlan {
-    pub(super) fn new(
-        model: &Config,
-        config: &TrainConfig,
-        data: &Dataset,
-        trained_values: usize,
-        work_bytes: usize,
-        weights_mapped: u64,
-    ) -> Self {
-        let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
-        lengths.sort_unstable_by(|a, b| b.cmp(a));
-        let tokens: usize = lengths.iter().take(config.batch).sum();
-        let (q, kv) = (model.heads * model.head_dim, model.kv_heads * model.head_dim);
-        // Norms, sums and projections back to the residual stream; queries before and after their rotation and the
-        // attention's output; keys likewise, and values; gate, up and their product.
-        let values = 7 * model.hidden_size + 3 * q + 3 * kv + 3 * model.intermediate_size;
-        let bytes = |floats: usize| 4 * floats as u64;
-        Self {
-            weights_mapped,
-            adapter: (trained_values * (8 + work_bytes)) as u64,
-            optimizer: bytes(2 * trained_values),
-            layer_inputs: bytes(tokens * model.hidden_size * model.layers),
-            layer_workspace: bytes(2 * tokens * values),
-            logits: bytes(super::LOGIT_ROWS.min(tokens) * model.vocab_size),
-        }
-    }
-
-    /// Anonymous bytes in all.
+    /// Anonymous bytes that the run takes.
     #[must_use]
     pub fn anonymous(&self) -> u64 {
-        self.adapter + self.optimizer + self.layer_inputs + self.layer_workspace + self.logits
+        // Attention, loss and products take theirs in turn.
+        let passing = self.attention.max(self.logits);
+        self.adapter + self.gradients + self.optimizer + self.layer_inputs + self.layer_workspace + self.kernels + passing
+    }
+
+    /// Anonymous bytes of the whole process.
+    #[must_use]
+    pub fn process(&self) -> u64 {
+        self.before + self.anonymous()
+    }
+
+    /// How far `peak` anonymous bytes of the process are from what was planned for the run, in percent of that.
+    #[must_use]
+    pub fn deviation(&self, peak: u64) -> f64 {
+        let (taken, planned) = (peak as f64 - self.before as f64, self.anonymous() as f64);
+        100.0 * (taken - planned) / planned
+    }
+}
+
+/// What a run is made of, as far as its memory depends on it.
+pub(super) struct Work {
+    pub model: Arc<dyn Model>,
+    pub threads: usize,
+    /// Adapted layers: weight, rank, `[out, in]`.
+    pub adapted: Vec<(Param, usize, [usize; 2])>,
+    /// Lengths of the samples, the longest first.
+    pub lengths: Vec<usize>,
+    pub weights_mapped: u64,
+    pub before: u64,
+}
+
+impl Work {
+    /// Trained values.
+    pub fn values(&self) -> usize {
+        self.adapted.iter().map(|(_, rank, [out, input])| rank * (out + input)).sum()
+    }
+
+    /// The plan for passes of `micro_batch` samples.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, which there is none of.
+    pub fn plan(&self, config: &TrainConfig, micro_batch: usize, layout: Layout) -> Result<MemoryPlan> {
+        let base = Base::<Counted>::counted(Counted::new(self.threads), Arc::clone(&self.model))?;
+        let mut adapters = Adapters::none(&base);
+        let mut grads = Gradients { ranges: vec![None; self.model.params().len()], tensors: Vec::new() };
+        for (param, rank, shape) in &self.adapted {
+            adapters.push(*param, Box::new(Lora::zeros(&base.backend, *rank, *shape)?));
+            let start = grads.tensors.len();
+            grads.ranges[param.0 as usize] = Some(start..start + 2);
+            for len in [rank * shape[1], rank * shape[0]] {
+                grads.tensors.push(base.backend.buffer(len)?);
+            }
+        }
+        let lengths: Vec<usize> = self.lengths.iter().take(micro_batch).copied().collect();
+        let tokens = lengths.iter().sum();
+        let micro = MicroBatch::of_lengths(lengths, tokens);
+        let mut pool = Pool::default();
+        pool.reserve(&base.backend, 1, 1)?;
+        let mut watch = Watch { keep_going: &mut || true, peak: &mut Peak::ignored() };
+        let dropout = (config.dropout > 0.0).then_some(Dropout { p: config.dropout, key: 0, first: 0 });
+        let arithmetic = config.precision.arithmetic();
+        micro_step(
+            &base,
+            &adapters,
+            &micro,
+            1.0,
+            dropout,
+            arithmetic,
+            &layout,
+            Some(&mut grads),
+            &mut pool,
+            &mut watch,
+        )?;
+        let count = base.backend.count();
+        let values = 4 * self.values() as u64;
+        Ok(MemoryPlan {
+            weights_mapped: self.weights_mapped,
+            adapter: values,
+            gradients: values,
+            optimizer: config.state_bytes(self.values()),
+            layer_inputs: count.regions[1] as u64,
+            layer_workspace: count.regions[0] as u64,
+            attention: count.attention as u64,
+            logits: count.loss as u64,
+            kernels: count.kernels as u64,
+            before: self.before,
+            micro_batch,
+            layout,
+            optimizer_kind: config.optimizer,
+        })
     }
 }

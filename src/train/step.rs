@@ -86,13 +86,15 @@ pub struct Layout {
     pub between: bool,
     /// Tokens that the feed-forward part of a layer runs at a time.
     pub part: usize,
+    /// Learned tokens whose loss is computed at a time.
+    pub loss_rows: usize,
 }
 
 impl Layout {
     /// The fastest one, which is also as lean as costs no speed.
     #[must_use]
     pub fn fast(narrow: bool) -> Self {
-        Self { narrow, every: 1, between: true, part: usize::MAX }
+        Self { narrow, every: 1, between: true, part: usize::MAX, loss_rows: usize::MAX }
     }
 }
 
@@ -128,7 +130,7 @@ pub fn micro_step<B: Backend>(
         x = inputs.forward(layer, x, pool)?;
     }
 
-    let (total, mut dx) = loss::loss(&pass, x, micro, scale, grads.as_deref_mut(), pool, watch)?;
+    let (total, mut dx) = loss::loss(&pass, x, micro, scale, layout.loss_rows, grads.as_deref_mut(), pool, watch)?;
 
     // Backward: each layer runs once more, now with its tape kept until its gradient is through,
     // and without what no gradient needs.
