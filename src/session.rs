@@ -117,16 +117,23 @@ impl Session {
     /// # Errors
     /// The adapter is broken, of an unsupported method, or for another base. The session is unchanged then.
     pub fn attach(&mut self, dir: &Path, scale: f32) -> Result<()> {
+        self.attach_file(&AdapterFile::open(dir)?, scale)
+    }
+
+    /// Adds an adapter that is in memory already, such as the snapshot of a run, as [`Session::attach`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn attach_file(&mut self, file: &AdapterFile, scale: f32) -> Result<()> {
         if !scale.is_finite() {
             return Err(Error::config("scale", "a finite number", scale));
         }
-        let file = AdapterFile::open(dir)?;
         let dtype = match self.precision {
             Precision::Exact => WorkType::F32,
             Precision::Bf16 | Precision::Fast => WorkType::F16,
         };
-        self.adapters.attach(&self.base, &file, scale, dtype)?;
-        self.attached.push((dir.to_owned(), scale));
+        self.adapters.attach(&self.base, file, scale, dtype)?;
+        self.attached.push((file.dir.clone(), scale));
         self.context.clear(&self.base);
         Ok(())
     }

@@ -109,6 +109,38 @@ fn the_commands_work_together() {
 }
 
 #[test]
+fn eval_gives_one_field_for_each_score() {
+    let f = fixture();
+    let (model, data, answers) = (f.model.to_str().unwrap(), f.path("ask.jsonl"), f.path("answers.jsonl"));
+    let took = ["seconds", "tok_s", "peak_anonymous_bytes", "mapped_bytes"];
+    for (line, flags, scores) in [
+        (r#"{"question":"q","choices":["a","b"],"answer":"B"}"#, &["--chat"][..], &["choice", "choice_norm"][..]),
+        (r#"{"prompt":"q","label":"a"}"#, &[], &["accuracy", "f1"]),
+        (r#"{"prompt":"q","label":"a"}"#, &["--metrics", "f1", "--labels-by", "generation", "-n", "2"], &["f1"]),
+        (
+            r#"{"prompt":"q","references":["a","b"]}"#,
+            &["-n", "3", "--stemmer", "--answers", &answers],
+            &["exact", "bleu", "rouge1", "rouge2", "rougeL", "generated_tokens", "decode_tok_s"],
+        ),
+        (r#"{"prompt":"q","completion":"a"}"#, &["--metrics", "perplexity,exact", "-n", "3"], &["perplexity", "exact"]),
+        (r#"{"text":"some text"}"#, &[], &["tokens", "nll", "perplexity"]),
+    ] {
+        fs::write(&data, format!("{line}\n{line}\n")).unwrap();
+        let report = f.json(&[&["eval", "-m", model, "-d", &data, "--json"], flags].concat());
+        for key in scores.iter().chain(&took) {
+            assert!(report[key].is_number(), "{key} in {report} for {line}");
+        }
+    }
+    let written = fs::read_to_string(answers).unwrap();
+    let lines: Vec<Value> = written.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert!(lines.len() == 2 && lines[1]["line"] == 2 && lines[1]["answer"].is_string(), "{written}");
+
+    let out = f.run(&["eval", "-m", model, "-d", &data, "--metrics", "bleu"]);
+    let message = String::from_utf8_lossy(&out.stderr);
+    assert!(!out.status.success() && message.contains("`bleu`"), "{message}");
+}
+
+#[test]
 fn eval_ids_saves_the_logits_it_scored() {
     let f = fixture();
     let (ids, out) = (f.path("ids.json"), f.path("logits.safetensors"));

@@ -150,6 +150,10 @@ pub trait Backend: Send + Sync + 'static {
     where
         Self: Sized;
 
+    /// Threads that operations run on.
+    fn threads(&self) -> usize {
+        1
+    }
     /// A buffer of `len` zeros.
     ///
     /// # Errors
@@ -448,6 +452,8 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// [`Error::OutOfMemory`].
     fn codes(&self, len: usize, signed: bool) -> Result<Self::Codes, Error>;
+    /// Number of elements.
+    fn codes_len(&self, codes: &Self::Codes) -> usize;
     /// Copies codes and absmax out; lengths are equal.
     ///
     /// # Errors

@@ -32,7 +32,7 @@ pub struct Dropout {
     pub p: f32,
     /// Selects the random stream; differs by step, micro-batch and layer.
     pub key: u64,
-    /// Position of the input's first element, where the input is a part of a batch's.
+    /// Position in the stream of the input's first element; of a pass, that of its first token.
     pub first: u64,
 }
 
@@ -105,6 +105,11 @@ impl<B: Backend> Adapters<B> {
     /// Those on the linear layer with weight `p`, in the order in which they were attached.
     pub fn on(&self, p: Param) -> &[Box<dyn Adapter<B>>] {
         &self.by_param[p.0 as usize]
+    }
+
+    /// As [`Adapters::on`], to be changed.
+    pub fn on_mut(&mut self, p: Param) -> &mut [Box<dyn Adapter<B>>] {
+        &mut self.by_param[p.0 as usize]
     }
 
     /// All, with the parameter each sits on, in the order of the parameters.

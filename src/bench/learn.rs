@@ -4,7 +4,7 @@ use super::{Figure, Options, Progress, check, infer};
 use crate::error::{Error, Result};
 use crate::memory::Peak;
 use crate::session::Session;
-use crate::train::{Dataset, Observer, Sample, StepReport, TrainConfig};
+use crate::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -15,6 +15,7 @@ const RANK: usize = 8;
 pub(super) struct Training {
     pub rate: Figure,
     pub peak: Peak,
+    pub plan: MemoryPlan,
 }
 
 /// Measures whole optimizer steps of one sequence each, the first not counted.
@@ -42,7 +43,7 @@ pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progr
             rates.push(report.tokens as f64 / report.time.as_secs_f64());
         }
     }
-    Ok(Training { rate: Figure::new(rates), peak: trainer.peak() })
+    Ok(Training { rate: Figure::new(rates), peak: trainer.peak(), plan: trainer.plan(session.mapped_bytes()) })
 }
 
 /// The loop here stops between steps by itself.

@@ -30,6 +30,7 @@ pub use work::Work;
 use crate::error::{Error, ErrorCode, Result};
 use crate::session;
 use crate::session::Session;
+use crate::train::MemoryPlan;
 use pocketlora_kernels::cpu::limits;
 use serde::Serialize;
 use std::path::Path;
@@ -98,6 +99,8 @@ pub struct Run {
     pub train_tok_s: Option<f64>,
     /// Dirty memory at its highest.
     pub peak_anonymous_bytes: Peaks,
+    /// What training was planned to hold, and how far its peak is from that.
+    pub train_memory: Option<TrainMemory>,
     /// Share of the machine's limits.
     pub share: Share,
     /// What the adapter takes from decoding, in percent: of trials in turn, the median ratio.
@@ -127,6 +130,31 @@ pub struct Peaks {
     pub decode: Option<u64>,
     /// In the middle of a training step.
     pub train: Option<u64>,
+}
+
+/// Memory of training: planned and measured.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct TrainMemory {
+    /// What was planned before the first step, by purpose.
+    pub plan: MemoryPlan,
+    /// Anonymous bytes that the run was planned to take.
+    pub planned_bytes: u64,
+    /// That it took, above those that the process held before.
+    pub taken_bytes: Option<u64>,
+    /// The difference in percent of the plan.
+    pub deviation_percent: Option<f64>,
+}
+
+impl TrainMemory {
+    fn new(training: &learn::Training) -> Self {
+        let (plan, peak) = (training.plan, training.peak.bytes());
+        Self {
+            plan,
+            planned_bytes: plan.anonymous(),
+            taken_bytes: peak.map(|peak| peak.saturating_sub(plan.before)),
+            deviation_percent: peak.map(|peak| plan.deviation(peak)),
+        }
+    }
 }
 
 /// Shares of the machine's limits.
@@ -294,6 +322,7 @@ fn sum_up(first: First, training: Option<learn::Training>, model: &Model, option
             decode: decode_peak.bytes(),
             train: training.as_ref().and_then(|t| t.peak.bytes()),
         },
+        train_memory: training.as_ref().map(TrainMemory::new),
         share: Share {
             read: decode_gb_s / limits.read_gb_s,
             int8: prefill.median * work.prefill_ops(options.prefill) / (limits.int8_gops * 1e9),

@@ -5,7 +5,7 @@ use super::{interrupt, model, progress};
 use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use crate::session::{Options, Session};
-use crate::train::{MemoryPlan, Observer, StepReport, Summary, TrainConfig};
+use crate::train::{MemoryPlan, Observer, StepReport, Summary, TrainConfig, has_checkpoint};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -113,10 +113,30 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     weight_decay: Option<f32>,
-    /// Optimizer: adamw. [default: adamw]
+    /// Optimizer: adamw, adamw8bit (moments in 8 bits), sgd or lion. [default: adamw]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     optimizer: Option<String>,
+    /// What SGD keeps of its moment; 0 keeps none. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    momentum: Option<f32>,
+    /// Decay of AdamW's first moment; share of the moment in Lion's update. [default: 0.9]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta1: Option<f32>,
+    /// Decay of AdamW's second moment or of Lion's only one. [default: 0.999, 0.99]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta2: Option<f32>,
+    /// Added to the root of AdamW's second moment. [default: 1e-8]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eps: Option<f32>,
+    /// Learning rate of B over that of A (LoRA+). [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_plus_ratio: Option<f32>,
     /// Seed of initialization, order and dropout. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -133,6 +153,14 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_every: Option<u64>,
+    /// Evaluations without a lower held-out loss after which to stop; 0 for never. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    patience: Option<u64>,
+    /// Write the adapter of the evaluation with the lowest held-out loss instead of the last one.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    keep_best: bool,
     /// Arithmetic: exact (f32) or bf16. [default: bf16]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -180,7 +208,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
 /// Refuses to write over what an earlier run left, unless told to.
 fn check_out(args: &Args) -> Result<()> {
     let finished = args.out.join("adapter_config.json").exists();
-    let unfinished = args.out.join("checkpoint.safetensors").exists();
+    let unfinished = has_checkpoint(&args.out);
     let message = match (args.resume || args.overwrite, unfinished, finished) {
         (true, ..) | (_, false, false) => return Ok(()),
         (_, true, _) => "holds an unfinished run; continue it with `--resume` or replace it with `--overwrite`",
@@ -259,13 +287,17 @@ impl Observer for Watcher {
     fn keep_going(&mut self) -> bool {
         !interrupt::asked()
     }
+
+    fn on_warning(&mut self, warning: &Error) {
+        self.bar.suspend(|| super::print_error("warning", warning));
+    }
 }
 
 fn report(s: &Summary, plan: MemoryPlan, session: &Session, as_json: bool) {
     let rate = s.tokens as f64 / s.time.as_secs_f64();
     if as_json {
         print_json(&json!({
-            "done": s.done, "steps": s.steps, "loss": finite(s.loss), "eval_loss": s.eval_loss, "tok_s": rate,
+            "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience, "loss": finite(s.loss), "eval_loss": s.eval_loss, "tok_s": rate,
             "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": 0,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
             "mapped_bytes": session.mapped_bytes(), "plan": plan, "adapter": s.adapter,
@@ -280,6 +312,12 @@ fn report(s: &Summary, plan: MemoryPlan, session: &Session, as_json: bool) {
             s.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
             megabytes(session.mapped_bytes())
         );
+    }
+    if s.out_of_patience {
+        eprintln!("ended early: the held-out loss fell no more");
+    }
+    if s.adapter_step != s.steps {
+        eprintln!("the adapter is that of step {}, which had the lowest held-out loss", s.adapter_step);
     }
     if s.done {
         eprintln!("use it: pocketlora chat -m {} -a {}", session.dir().display(), s.adapter.display());

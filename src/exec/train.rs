@@ -109,7 +109,7 @@ impl<B: Backend> Pass<'_, B> {
         let (_, width) = self.base.backend.shape(self.base.matrix(weight));
         self.dropout.map(|d| {
             let key = crate::rng::mix(d.key, u64::from(weight.0));
-            Dropout { key, first: (first * width) as u64, ..d }
+            Dropout { key, first: (d.first + first as u64) * width as u64, ..d }
         })
     }
 }

@@ -10,7 +10,7 @@ use pocketlora_models::Tensor;
 /// Rows of logits held at once where they must be made: `[64, V]`, not `[T, V]`.
 const LOGIT_ROWS: usize = 64;
 /// Rows given at once to the loss that needs no logits; bounds its memory, and is enough to pay for reading the head.
-pub(crate) const LOSS_ROWS: usize = 512;
+const LOSS_ROWS: usize = 512;
 
 /// Sum of the learned tokens' losses (natural log) over the last layer's output `x` `[T, C]`, and `scale` times its
 /// gradient by `x`, which is zero without `grads`. No logits are held where the head is a product and nothing else;

@@ -1,8 +1,9 @@
 //! What a run tells its host, and how the host stops it.
 
+use crate::error::Error;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,7 +22,7 @@ pub struct StepReport {
     pub tokens: usize,
     /// Tokens learned.
     pub trained: usize,
-    /// Wall-clock time.
+    /// Wall-clock time, pauses not counted.
     pub time: Duration,
     /// Mean loss on the evaluation data, where this step ended with one.
     pub eval_loss: Option<f64>,
@@ -37,15 +38,25 @@ pub trait Observer: Send {
     fn keep_going(&mut self) -> bool {
         true
     }
+
+    /// Something failed that training outlives: a checkpoint could not be written, which is tried again when the next one
+    /// is due, or the newest one is damaged, so that the run goes on from the one before it.
+    fn on_warning(&mut self, warning: &Error) {
+        let _ = warning;
+    }
 }
 
 /// What a run did.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// All steps were done and the adapter is written.
+    /// The run came to its end and the adapter is written.
     pub done: bool,
     /// Steps done, those before a resume included.
     pub steps: u64,
+    /// The step after which the adapter was as it is written; an earlier one where the best is kept.
+    pub adapter_step: u64,
+    /// The run ended early, for the held-out loss fell no more.
+    pub out_of_patience: bool,
     /// Loss of the last step.
     pub loss: f64,
     /// Tokens run in this process.
@@ -60,4 +71,30 @@ pub struct Summary {
     pub eval_loss: Option<f64>,
     /// The adapter's folder.
     pub adapter: PathBuf,
+}
+
+/// What a run sums up for its [`Summary`].
+pub(super) struct Tally {
+    pub start: Instant,
+    pub tokens: u64,
+    pub trained: u64,
+    pub loss: f64,
+    pub eval_loss: Option<f64>,
+}
+
+impl Tally {
+    pub fn new() -> Self {
+        Self { start: Instant::now(), tokens: 0, trained: 0, loss: f64::NAN, eval_loss: None }
+    }
+
+    pub fn add(&mut self, report: &StepReport) {
+        self.tokens += report.tokens as u64;
+        self.trained += report.trained as u64;
+        self.loss = report.loss;
+        self.evaluated(report.eval_loss);
+    }
+
+    pub fn evaluated(&mut self, loss: Option<f64>) {
+        self.eval_loss = loss.or(self.eval_loss);
+    }
 }

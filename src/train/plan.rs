@@ -78,7 +78,6 @@ pub(super) struct Work {
     pub adapted: Vec<(Param, usize, [usize; 2])>,
     /// Lengths of the samples, the longest first.
     pub lengths: Vec<usize>,
-    pub weights_mapped: u64,
     pub before: u64,
 }
 
@@ -127,7 +126,7 @@ impl Work {
         let count = base.backend.count();
         let values = 4 * self.values() as u64;
         Ok(MemoryPlan {
-            weights_mapped: self.weights_mapped,
+            weights_mapped: 0,
             adapter: values,
             gradients: values,
             optimizer: config.state_bytes(self.values()),

@@ -1,17 +1,26 @@
 //! What a run starts from: the layers it adapts, their fresh matrices, and the tensors that it moves.
 
+use super::best::Candidates;
 use super::checkpoint::RunFacts;
-use super::{Dataset, Layout, Precision, TrainConfig, Trainer};
+use super::control::TrainHandle;
+use super::lock::FolderLock;
+use super::optimizer::State;
+use super::saving::sweep_folder;
+use super::budget::choose;
+use super::plan::Work;
+use super::{Dataset, Sample, TrainConfig, Trainer};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
-use crate::memory::Peak;
+use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::{Rng, mix};
 use pocketlora_kernels::{Backend, WorkType};
 use pocketlora_models::{Param, ParamSpec, Role};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Stream of random numbers for fresh matrices.
 const INIT: u64 = 1;
@@ -20,10 +29,29 @@ const INIT: u64 = 1;
 pub(super) struct Trained<B: Backend> {
     pub name: String,
     pub shape: [usize; 2],
+    /// Factor of its module on `B A`.
+    pub scale: f32,
+    /// Its learning rate over the run's: LoRA+ has B learn faster.
+    pub rate: f32,
     /// The linear layer's weight and the number of the tensor among its adapter's, which holds the values.
     pub place: (Param, usize),
-    pub m: B::Buffer,
-    pub v: B::Buffer,
+    pub state: State<B>,
+}
+
+/// Refuses data that nothing can be learned from, or that is of another model's tokenizer.
+fn check_data<B: Backend>(base: &Base<B>, data: &Dataset) -> Result<()> {
+    let place = |what: &dyn std::fmt::Display| format!("`{}`: {what}", data.path.display());
+    for (i, sample) in data.samples.iter().enumerate() {
+        base.check_ids(&sample.ids).map_err(|e| e.at(place(&format_args!("sample {}", i + 1))))?;
+    }
+    if data.samples.iter().map(Sample::trained_tokens).sum::<usize>() == 0 {
+        let message = format!(
+            "expected at least one token to learn, got none in {} samples; give them answers",
+            data.samples.len()
+        );
+        return Err(Error::new(ErrorCode::Data, place(&"samples"), message));
+    }
+    Ok(())
 }
 
 /// Linear layers that `targets` name.
@@ -62,21 +90,26 @@ pub(crate) fn fresh_modules(modules: &[&ParamSpec], lora: &LoraConfig, seed: u64
 pub(super) fn trained_tensors<B: Backend>(
     base: &Base<B>,
     adapters: &mut Adapters<B>,
+    scales: &HashMap<String, f32>,
+    config: &TrainConfig,
 ) -> Result<(Vec<Trained<B>>, Gradients<B>)> {
     let backend = &base.backend;
     let params = base.model.params();
     let mut tensors = Vec::new();
     let mut grads = Gradients { ranges: vec![None; params.len()], tensors: Vec::new() };
     for (param, adapter) in adapters.iter_mut() {
-        // A tied head is the embedding's parameter, but not its module.
-        let spec = &params[param.0 as usize];
-        let path = if spec.role == Role::Embedding { "lm_head" } else { spec.module() };
+        let path = module_path(&params[param.0 as usize]);
         let start = tensors.len();
         for (part, spec) in adapter.tensors(backend).into_iter().enumerate() {
             let len = spec.shape[0] * spec.shape[1];
-            let (m, v) = (backend.buffer(len)?, backend.buffer(len)?);
-            let name = format!("{path}.{}", spec.name);
-            tensors.push(Trained { name, shape: spec.shape, place: (param, part), m, v });
+            tensors.push(Trained {
+                name: format!("{path}.{}", spec.name),
+                shape: spec.shape,
+                scale: scales[path],
+                rate: if spec.name.starts_with("lora_B") { config.lora_plus_ratio } else { 1.0 },
+                place: (param, part),
+                state: State::new(backend, config, len)?,
+            });
             grads.tensors.push(backend.buffer(len)?);
         }
         grads.ranges[param.0 as usize] = Some(start..tensors.len());
@@ -84,12 +117,44 @@ pub(super) fn trained_tensors<B: Backend>(
     Ok((tensors, grads))
 }
 
+/// The module that an adapter names; a tied head is the embedding's parameter, but not its module.
+fn module_path(spec: &ParamSpec) -> &str {
+    if spec.role == Role::Embedding { "lm_head" } else { spec.module() }
+}
+
+/// What a run on `data` takes memory for: a fresh adapter of `targets`, or one like `init`.
+fn work<B: Backend>(
+    base: &Base<B>,
+    targets: &[&ParamSpec],
+    rank: usize,
+    init: Option<&AdapterFile>,
+    data: &Dataset,
+) -> Work {
+    let adapted = |(i, spec): (usize, &ParamSpec)| {
+        let rank = match init {
+            Some(file) => file.modules.iter().find(|m| m.path == module_path(spec))?.a.shape[0],
+            None => targets.iter().any(|target| target.name == spec.name).then_some(rank)?,
+        };
+        Some((Param(i as u32), rank, [spec.shape[0], spec.shape[1]]))
+    };
+    let matrices = base.model.params().iter().enumerate().filter(|(_, spec)| spec.shape.len() == 2);
+    let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
+    lengths.sort_unstable_by(|a, b| b.cmp(a));
+    Work {
+        model: Arc::clone(&base.model),
+        threads: base.backend.threads(),
+        adapted: matrices.filter_map(adapted).collect(),
+        lengths,
+        before: anonymous_bytes().unwrap_or(0),
+    }
+}
+
 impl<B: Backend> Trainer<B> {
     /// Prepares a run whose adapter will be written to the folder `out`, from scratch or from the adapter `init`.
     ///
     /// # Errors
-    /// A setting is out of range, `out` holds an adapter already and `overwrite` is off, `init` belongs to another
-    /// base, out of memory.
+    /// A setting is out of range, another trainer works in `out`, `init` belongs to another base, there is nothing to
+    /// learn, out of memory.
     pub fn new(
         base: Arc<Base<B>>,
         base_fingerprint: u64,
@@ -101,7 +166,10 @@ impl<B: Backend> Trainer<B> {
         out: &Path,
     ) -> Result<Self> {
         config.validate()?;
+        check_data(&base, &data)?;
+        eval_data.iter().try_for_each(|data| check_data(&base, data))?;
         let targets = target_modules(base.model.params(), &config.targets)?;
+        let (plan, config) = choose(&work(&base, &targets, config.rank, init, &data), &config)?;
         let mut names: Vec<String> =
             targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
         names.sort_unstable();
@@ -113,6 +181,8 @@ impl<B: Backend> Trainer<B> {
                 alpha: config.alpha(),
                 rslora: config.rslora,
                 dropout: f64::from(config.dropout),
+                rank_pattern: Vec::new(),
+                alpha_pattern: Vec::new(),
                 targets: names,
                 base: base_name,
             },
@@ -130,15 +200,18 @@ impl<B: Backend> Trainer<B> {
             data: data.fingerprint(),
             base: base_fingerprint,
             init: init.map_or(0, |file| fingerprint(&file.modules)),
+            candidates: Candidates::default(),
         };
         let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
+        let scales = file.modules.iter().map(|m| (m.path.clone(), m.scale)).collect();
         let mut adapters = Adapters::none(&base);
         adapters.attach(&base, &file, 1.0, WorkType::F32)?;
         // What follows may take its place.
         drop(file);
-        let (tensors, grads) = trained_tensors(&base, &mut adapters)?;
-        let layout = Layout::fast(config.precision == Precision::Bf16);
+        let (tensors, grads) = trained_tensors(&base, &mut adapters, &scales, &config)?;
         std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        let lock = FolderLock::take(out)?;
+        sweep_folder(out);
         Ok(Self {
             base,
             config,
@@ -150,9 +223,16 @@ impl<B: Backend> Trainer<B> {
             tensors,
             grads,
             pool: Pool::default(),
-            layout,
+            ready: false,
+            plan,
             facts,
             peak: Peak::default(),
+            handle: TrainHandle::new(),
+            policy: None,
+            held: Duration::ZERO,
+            warnings: Vec::new(),
+            saved: false,
+            _lock: lock,
         })
     }
 }

@@ -2,11 +2,13 @@
 
 use super::buffer::{Buffer, reserve};
 use super::nf4::Nf4;
-use super::q8::Int8;
+use super::q8::{BLOCK, Columns, Int8};
 use super::table::Table;
+use crate::quant::encode_int8;
 use crate::{Error, FloatType, MatrixData, MatrixSource, WorkType};
 use bytes::Bytes;
 use half::f16;
+use std::sync::OnceLock;
 
 /// A weight `[O, K]` whose parts fit its shape.
 pub struct Matrix {
@@ -21,9 +23,18 @@ pub(crate) enum Data {
     Int8(Int8),
     Mapped(FloatType, Bytes),
     /// Little-endian like a mapped weight, so that the same kernels read both.
-    Work(Vec<u8>),
+    Work(Vec<u8>, Eight),
     /// A matrix that is its own master.
     Master(Buffer),
+}
+
+/// Copies in 8 bits of a work matrix, for products of one token: as a down-projection and as an up-projection of an
+/// adapter. Each is made when it is first asked for, which only inference does, and dropped with the values it was made
+/// of.
+#[derive(Default)]
+pub(crate) struct Eight {
+    down: OnceLock<Int8>,
+    up: OnceLock<Columns>,
 }
 
 impl Matrix {
@@ -53,7 +64,7 @@ impl Matrix {
                 let size = len.saturating_mul(size_of::<f16>());
                 let mut bytes = reserve(size)?;
                 bytes.resize(size, 0);
-                Data::Work(bytes)
+                Data::Work(bytes, Eight::default())
             }
         };
         Ok(Self { rows, cols, data })
@@ -84,9 +95,12 @@ impl Matrix {
     /// Rounds `master` into a work matrix.
     pub(crate) fn set(&mut self, master: &[f32]) {
         assert_eq!(master.len(), self.rows * self.cols);
+        if let Data::Work(.., eight) = &mut self.data {
+            *eight = Eight::default();
+        }
         match &mut self.data {
             Data::Master(values) => values.copy_from_slice(master),
-            Data::Work(bytes) => {
+            Data::Work(bytes, _) => {
                 for (b, value) in bytes.as_chunks_mut().0.iter_mut().zip(master) {
                     *b = f16::from_f32(*value).to_le_bytes();
                 }
@@ -102,7 +116,7 @@ impl Matrix {
             Data::Nf4(w) => w.bytes(),
             Data::Int8(w) => w.bytes(),
             Data::Mapped(_, bytes) => bytes.len(),
-            Data::Work(bytes) => bytes.len(),
+            Data::Work(bytes, _) => bytes.len(),
             Data::Master(values) => size_of_val(&values[..]),
         }
     }
@@ -141,10 +155,44 @@ impl Matrix {
             Data::Nf4(w) => Elements::Nf4(w),
             Data::Int8(w) => Elements::Int8(w),
             Data::Mapped(dtype, bytes) => Elements::Dense(*dtype, bytes),
-            Data::Work(bytes) => Elements::Dense(FloatType::F16, bytes),
+            Data::Work(bytes, _) => Elements::Dense(FloatType::F16, bytes),
             // Kernels read little-endian bytes, as files hold them.
             Data::Master(values) => Elements::Dense(FloatType::F32, bytemuck::cast_slice(values)),
         }
+    }
+
+    /// This work matrix `[r, K]` in 8 bits, as the down-projection of an adapter; `None` of others, and of rows that are no
+    /// whole blocks.
+    pub(crate) fn down(&self, table: &Table) -> Result<Option<&Int8>, Error> {
+        match &self.data {
+            Data::Work(.., eight) if self.cols.is_multiple_of(BLOCK) && self.cols > 0 => {
+                init(&eight.down, || self.encode(table)).map(Some)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// This work matrix `[O, r]` in 8 bits, as the up-projection of an adapter; `None` of others.
+    pub(crate) fn up(&self, table: &Table) -> Result<Option<&Columns>, Error> {
+        let Data::Work(.., eight) = &self.data else { return Ok(None) };
+        let columns = || {
+            let mut values = reserve(self.rows * self.cols)?;
+            values.resize(self.rows * self.cols, 0.0);
+            self.decode(table, 0, 0, self.cols, &mut values);
+            Columns::new(&values, self.cols)
+        };
+        init(&eight.up, columns).map(Some)
+    }
+
+    fn encode(&self, table: &Table) -> Result<Int8, Error> {
+        let (mut row, mut row_codes) = (vec![0.0; self.cols], vec![0; self.cols]);
+        let (mut codes, mut scales) = (reserve(self.rows * self.cols)?, reserve(self.rows * 4)?);
+        for i in 0..self.rows {
+            self.decode(table, i, 0, self.cols, &mut row);
+            scales.extend(encode_int8(&row, &mut row_codes).to_le_bytes());
+            codes.extend(row_codes.iter().map(|code| code.cast_unsigned()));
+        }
+        Int8::new(self.rows, self.cols, codes.into(), scales.into())
     }
 
     /// Expands rows `row..row + n` by columns `col..col + width` into `out`, `n` rows of `width`.
@@ -185,6 +233,14 @@ impl Band<'_> {
     /// As [`Matrix::decode`], with rows counted from the band's first.
     pub fn decode(&self, table: &Table, row: usize, col: usize, width: usize, out: &mut [f32]) {
         self.matrix.decode(table, self.first + row, col, width, out);
+    }
+}
+
+/// What `cell` holds, made by `make` if it is empty. Two threads may make it at once, alike.
+fn init<T>(cell: &OnceLock<T>, make: impl FnOnce() -> Result<T, Error>) -> Result<&T, Error> {
+    match cell.get() {
+        Some(value) => Ok(value),
+        None => make().map(|value| cell.get_or_init(|| value)),
     }
 }
 

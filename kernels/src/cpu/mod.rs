@@ -140,6 +140,10 @@ impl Backend for Cpu {
         self.team.keep_awake(work)
     }
 
+    fn threads(&self) -> usize {
+        self.team.threads()
+    }
+
     fn buffer(&self, len: usize) -> Result<Buffer, Error> {
         Buffer::zeros(len)
     }
@@ -401,6 +405,10 @@ impl Backend for Cpu {
 
     fn codes(&self, len: usize, signed: bool) -> Result<Codes, Error> {
         Codes::zeros(len, signed)
+    }
+
+    fn codes_len(&self, codes: &Codes) -> usize {
+        codes.codes.len()
     }
 
     fn read_codes(&self, src: &Codes, codes: &mut [u8], absmax: &mut [f32]) -> Result<(), Error> {

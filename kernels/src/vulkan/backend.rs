@@ -15,6 +15,10 @@ impl Backend for Vulkan {
         self.cpu.scope(work)
     }
 
+    fn threads(&self) -> usize {
+        Backend::threads(&self.cpu)
+    }
+
     fn buffer(&self, len: usize) -> Result<Buffer, Error> {
         Buffer::zeros(&self.heap, len)
     }
@@ -296,6 +300,10 @@ impl Backend for Vulkan {
 
     fn codes(&self, len: usize, signed: bool) -> Result<cpu::Codes, Error> {
         self.cpu.codes(len, signed)
+    }
+
+    fn codes_len(&self, codes: &cpu::Codes) -> usize {
+        self.cpu.codes_len(codes)
     }
 
     fn read_codes(&self, src: &cpu::Codes, codes: &mut [u8], absmax: &mut [f32]) -> Result<(), Error> {

@@ -7,12 +7,13 @@
 use super::super::Cpu;
 use super::super::elementwise::{add_part, scale_part};
 use super::super::matrix::{Elements, Matrix};
-use super::super::q8::Q8;
+use super::super::q8::{Columns, Int8, Q8};
 use super::super::split::{run, with_scratch};
 use super::one::{OneToken, rows_per_task};
 use super::{forward, q8};
 use crate::cpu::Buffer;
 use crate::{Arithmetic, Error, FloatType, LowRank, Product};
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 /// Rows of a down-projection in a task.
@@ -31,8 +32,7 @@ pub(crate) fn group(
     let dense = |m: &Matrix| matches!(m.elements(), Elements::Dense(..));
     let fusible = products.iter().flat_map(|p| &p.low_rank).all(|l| dense(l.a) && dense(l.b));
     if k > 0 && x.len() == k && fusible {
-        one_token(cpu, arithmetic, x, products);
-        return Ok(());
+        return one_token(cpu, arithmetic, x, products);
     }
     // Activations are rounded once for all.
     let eight = (k > 0 && arithmetic == Arithmetic::Int8 && products.iter().any(|p| q8::fits(p.w)) && x.len() > k)
@@ -53,18 +53,33 @@ pub(crate) fn group(
     Ok(())
 }
 
-/// One low-rank term on its way.
-struct Low<'a> {
-    a: (FloatType, &'a [u8]),
-    b: (FloatType, &'a [u8]),
-    scale: f32,
-    /// `scale A x`, as bits: several threads fill it, all read it.
-    h: Vec<AtomicU32>,
+/// The factors of one low-rank term.
+enum Factors<'a> {
+    /// In 8 bits, beside a weight that is multiplied so.
+    Eight {
+        a: &'a Int8,
+        b: &'a Columns,
+    },
+    Dense {
+        a: (FloatType, &'a [u8]),
+        b: (FloatType, &'a [u8]),
+    },
 }
 
-/// All of a layer's down-projections, cut into tasks.
+/// One low-rank term on its way.
+struct Low<'a> {
+    factors: Factors<'a>,
+    scale: f32,
+    /// Its part of [`Down::h`].
+    h: Range<usize>,
+}
+
+/// All of a group's down-projections, cut into tasks.
 struct Down<'a> {
+    x: &'a OneToken<'a>,
     lows: Vec<Low<'a>>,
+    /// `scale A x` of all terms, as bits: several threads fill it, all read it.
+    h: Vec<AtomicU32>,
     /// Index of the term and its first row.
     tasks: Vec<(usize, usize)>,
     next: AtomicUsize,
@@ -80,9 +95,35 @@ impl Drop for Count<'_> {
     }
 }
 
-impl Down<'_> {
+impl<'a> Down<'a> {
+    fn new(x: &'a OneToken<'a>) -> Self {
+        let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { x, lows: Vec::new(), h: Vec::new(), tasks: Vec::new(), next, done }
+    }
+
+    fn push(&mut self, cpu: &Cpu, term: &LowRank<'a, Cpu>) -> Result<(), Error> {
+        let LowRank { a, b, scale } = *term;
+        let eight = match self.x.q8() {
+            Some(_) => a.down(cpu.table)?.zip(b.up(cpu.table)?),
+            None => None,
+        };
+        let factors = match (eight, a.elements(), b.elements()) {
+            (Some((a, b)), ..) => Factors::Eight { a, b },
+            (None, Elements::Dense(a_type, a), Elements::Dense(b_type, b)) => {
+                Factors::Dense { a: (a_type, a), b: (b_type, b) }
+            }
+            _ => unreachable!("only terms of floats are fused"),
+        };
+        let (rank, _) = a.shape();
+        let first = self.h.len();
+        self.tasks.extend((0..rank).step_by(DOWN_ROWS).map(|row| (self.lows.len(), row)));
+        self.h.extend((0..rank).map(|_| AtomicU32::new(0)));
+        self.lows.push(Low { factors, scale, h: first..first + rank });
+        Ok(())
+    }
+
     /// Takes tasks until none is left, then waits for those that other threads have in hand.
-    fn finish(&self, cpu: &Cpu, x: &[f32]) {
+    fn finish(&self, cpu: &Cpu) {
         // Threads in a hurry look first: most come when all is done.
         while self.done.load(Ordering::Acquire) < self.tasks.len() {
             let next = self.next.fetch_add(1, Ordering::Relaxed);
@@ -91,52 +132,60 @@ impl Down<'_> {
                 continue;
             };
             let _count = Count(&self.done);
-            let Low { a: (dtype, bytes), scale, h, .. } = &self.lows[low];
+            let Low { factors, scale, h } = &self.lows[low];
+            let h = &self.h[h.clone()];
             let h = &h[row..h.len().min(row + DOWN_ROWS)];
             let mut sums = [0.0; DOWN_ROWS];
             let sums = &mut sums[..h.len()];
-            let size = x.len() * dtype.size();
-            cpu.table.dense_matvec(*dtype, &bytes[row * size..][..h.len() * size], x, sums);
+            match factors {
+                Factors::Eight { a, .. } => {
+                    cpu.table.q8_int8_matvec(a, row, self.x.q8().expect("asked for in `push`"), sums);
+                }
+                Factors::Dense { a: (dtype, bytes), .. } => {
+                    let size = self.x.x().len() * dtype.size();
+                    cpu.table.dense_matvec(*dtype, &bytes[row * size..][..h.len() * size], self.x.x(), sums);
+                }
+            }
             scale_part(*scale, sums);
             h.iter().zip(sums).for_each(|(h, sum)| h.store(sum.to_bits(), Ordering::Relaxed));
         }
     }
-}
 
-impl Low<'_> {
-    /// Rows `row..row + count` of `B`.
-    fn up(&self, row: usize, count: usize) -> &[u8] {
-        let size = self.h.len() * self.b.0.size();
-        &self.b.1[row * size..][..count * size]
+    /// What adding rows `row..row + count` of `B` will read.
+    fn up(&self, low: &'a Low<'a>, row: usize, count: usize) -> &'a [u8] {
+        match &low.factors {
+            Factors::Eight { b, .. } => b.rows(row, count),
+            Factors::Dense { b: (dtype, b), .. } => {
+                let size = low.h.len() * dtype.size();
+                &b[row * size..][..count * size]
+            }
+        }
     }
 
     /// `y += B h` for the rows of `B` from `row` on.
-    fn add(&self, cpu: &Cpu, row: usize, y: &mut [f32]) {
-        with_scratch(self.h.len() + y.len(), |scratch| {
-            let (h, sums) = scratch.split_at_mut(self.h.len());
-            h.iter_mut().zip(&self.h).for_each(|(to, h)| *to = f32::from_bits(h.load(Ordering::Relaxed)));
-            cpu.table.dense_matvec(self.b.0, self.up(row, y.len()), h, sums);
-            add_part(sums, y);
-        });
+    fn add(&self, cpu: &Cpu, low: &Low, row: usize, y: &mut [f32]) {
+        let bits = &self.h[low.h.clone()];
+        match &low.factors {
+            Factors::Eight { b, .. } => cpu.table.light().add_columns(b, row, bits, y),
+            Factors::Dense { b: (dtype, _), .. } => with_scratch(bits.len() + y.len(), |scratch| {
+                let (h, sums) = scratch.split_at_mut(bits.len());
+                h.iter_mut().zip(bits).for_each(|(h, bits)| *h = f32::from_bits(bits.load(Ordering::Relaxed)));
+                cpu.table.dense_matvec(*dtype, self.up(low, row, y.len()), h, sums);
+                add_part(sums, y);
+            }),
+        }
     }
 }
 
-fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Product<'_, Cpu>]) {
-    let token = OneToken::new(cpu, arithmetic, x);
+fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Product<'_, Cpu>]) -> Result<(), Error> {
+    let token = OneToken::new(cpu, arithmetic, x, products.iter().map(|p| p.w));
     let rows = rows_per_task(x.len());
-    let mut down = Down { lows: Vec::new(), tasks: Vec::new(), next: AtomicUsize::new(0), done: AtomicUsize::new(0) };
+    let mut down = Down::new(&token);
     let mut tasks = Vec::new();
     for Product { w, low_rank, y } in products {
         let first = down.lows.len();
-        for LowRank { a, b, scale } in low_rank.iter() {
-            let (Elements::Dense(a_type, a_bytes), Elements::Dense(b_type, b_bytes)) = (a.elements(), b.elements())
-            else {
-                unreachable!("only terms of floats are fused")
-            };
-            let (rank, _) = a.shape();
-            down.tasks.extend((0..rank).step_by(DOWN_ROWS).map(|row| (down.lows.len(), row)));
-            let h = (0..rank).map(|_| AtomicU32::new(0)).collect();
-            down.lows.push(Low { a: (a_type, a_bytes), b: (b_type, b_bytes), scale: *scale, h });
+        for term in low_rank.iter().filter(|term| term.a.shape().0 > 0) {
+            down.push(cpu, term)?;
         }
         let lows = first..down.lows.len();
         let w: &Matrix = w;
@@ -144,12 +193,14 @@ fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Produ
     }
     let small = tasks.len() < 3;
     run(&cpu.team, tasks, small, |(w, lows, row, y)| {
+        let lows = &down.lows[lows];
         // On its way while the base's rows are read: too short a piece for the processor to guess.
-        down.lows[lows.clone()].iter().for_each(|low| cpu.table.prefetch(low.up(row, y.len())));
+        lows.iter().for_each(|low| cpu.table.prefetch(down.up(low, row, y.len())));
         token.rows(cpu, w, row, y);
         if !lows.is_empty() {
-            down.finish(cpu, x);
-            down.lows[lows].iter().for_each(|low| low.add(cpu, row, y));
+            down.finish(cpu);
+            lows.iter().for_each(|low| down.add(cpu, low, row, y));
         }
     });
+    Ok(())
 }

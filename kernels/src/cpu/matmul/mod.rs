@@ -26,7 +26,7 @@ pub(crate) fn forward(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, x: &[f32], 
     let (o, k) = w.shape();
     let tokens = tokens(x, k, y, o);
     if tokens == 1 && k > 0 && (k > exact::THIN || matches!(w.elements(), Elements::Nf4(_))) {
-        return OneToken::new(cpu, arithmetic, x).product(cpu, w, y, accumulate);
+        return OneToken::new(cpu, arithmetic, x, [w]).product(cpu, w, y, accumulate);
     }
     match arithmetic {
         Arithmetic::Int8 if k > 0 && q8::fits(w) => q8::forward(cpu, w, &Q8::new(cpu, x, k), y, accumulate),

@@ -14,6 +14,7 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+pub(crate) mod columns;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 #[cfg(target_arch = "aarch64")]
@@ -21,6 +22,7 @@ pub(crate) mod neon_panel;
 pub(crate) mod portable;
 mod weight;
 
+pub(crate) use columns::{Columns, TILE};
 pub(crate) use weight::Int8;
 
 use super::Cpu;
