@@ -49,6 +49,9 @@ pub struct Options {
     pub int8_cache: bool,
     /// A folder for copies that make things faster and can be made again at any time; none are kept without it.
     pub cache_dir: Option<PathBuf>,
+    /// Leaves the tokenizer alone, which is tens of megabytes: for work on token ids, or until
+    /// [`Session::load_text`].
+    pub ids_only: bool,
 }
 
 /// An open model with its adapters and one running text.
@@ -89,13 +92,7 @@ impl Session {
             }
         }
         let base = Arc::new(base);
-        let tokenizer = if dir.join("tokenizer.json").exists() {
-            let tokenizer = Tokenizer::open(dir)?;
-            let template = ChatTemplate::open(dir, &tokenizer)?;
-            Some((tokenizer, template))
-        } else {
-            None
-        };
+        let tokenizer = if options.ids_only { None } else { open_text(dir)? };
         Ok(Self {
             adapters: Adapters::none(&base),
             context: Context::new(&base, numbers),
@@ -110,6 +107,22 @@ impl Session {
             calibration: (options.threads == 0).then(Once::new),
             peak: Peak::default(),
         })
+    }
+
+    /// Loads the tokenizer and the chat template of a session that was opened without.
+    ///
+    /// # Errors
+    /// One of them is broken.
+    pub fn load_text(&mut self) -> Result<()> {
+        if self.tokenizer.is_none() {
+            self.tokenizer = open_text(&self.dir)?;
+        }
+        Ok(())
+    }
+
+    /// Frees them.
+    pub fn forget_text(&mut self) {
+        self.tokenizer = None;
     }
 
     /// Adds the PEFT adapter in `dir`, its effect multiplied by `scale`; several add up.
@@ -323,4 +336,14 @@ impl Session {
         let name = self.dir.file_name().map(|n| n.to_string_lossy().into_owned());
         Trainer::new(Arc::clone(&self.base), self.fingerprint, name, config, data, eval_data, init, out)
     }
+}
+
+/// The tokenizer and chat template in `dir`, if there are any.
+fn open_text(dir: &Path) -> Result<Option<(Tokenizer, ChatTemplate)>> {
+    if !dir.join("tokenizer.json").exists() {
+        return Ok(None);
+    }
+    let tokenizer = Tokenizer::open(dir)?;
+    let template = ChatTemplate::open(dir, &tokenizer)?;
+    Ok(Some((tokenizer, template)))
 }

@@ -1,4 +1,5 @@
-//! Training steps: a LoRA of rank 8 on all linear layers, AdamW, each layer run again when its gradient is due.
+//! Training steps: unless asked otherwise a LoRA of rank 8 on all linear layers, AdamW, each layer run again when its
+//! gradient is due.
 
 use super::{Figure, Options, Progress, check, infer};
 use crate::error::{Error, Result};
@@ -7,9 +8,6 @@ use crate::session::Session;
 use crate::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-
-/// Rank of the adapter in training.
-const RANK: usize = 8;
 
 /// What one session gave.
 pub(super) struct Training {
@@ -24,14 +22,8 @@ pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progr
     let trained = (0..ids.len()).map(|i| i > 0).collect();
     let data = Dataset { path: PathBuf::from("random tokens"), samples: vec![Sample { ids, trained }] };
     let steps = options.trials as u64 + 1;
-    let config = TrainConfig {
-        rank: RANK,
-        batch: 1,
-        steps: Some(steps),
-        seq: options.sequence,
-        save_every: 0,
-        ..TrainConfig::default()
-    };
+    let config =
+        TrainConfig { batch: 1, steps: Some(steps), seq: options.sequence, save_every: 0, ..options.settings.clone() };
     let out = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
     let mut trainer = session.trainer(config, data, None, None, out.path())?;
     let mut watcher = Watcher;

@@ -30,7 +30,7 @@ pub use work::Work;
 use crate::error::{Error, ErrorCode, Result};
 use crate::session;
 use crate::session::Session;
-use crate::train::MemoryPlan;
+use crate::train::{MemoryPlan, TrainConfig};
 use pocketlora_kernels::cpu::limits;
 use serde::Serialize;
 use std::path::Path;
@@ -50,13 +50,24 @@ pub struct Options {
     pub sequence: usize,
     /// Measure training.
     pub train: bool,
+    /// Settings of training, but for those that the measurement itself decides.
+    pub settings: TrainConfig,
     /// Measure single kernels.
     pub kernels: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { threads: vec![0], trials: 5, prefill: 512, decode: 128, sequence: 256, train: true, kernels: true }
+        Self {
+            threads: vec![0],
+            trials: 5,
+            prefill: 512,
+            decode: 128,
+            sequence: 256,
+            train: true,
+            settings: TrainConfig { rank: 8, ..TrainConfig::default() },
+            kernels: true,
+        }
     }
 }
 
@@ -260,6 +271,69 @@ pub fn run(dir: &Path, open: &session::Options, options: &Options, progress: &mu
         tokens: Lengths { prefill: options.prefill, decode: options.decode, train: options.sequence },
         trials: options.trials,
     })
+}
+
+/// Training alone, in a process that has done nothing else: its peak is what training takes.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainReport {
+    /// One for each number of threads. What an earlier one has freed may be among what a later one finds held.
+    pub runs: Vec<TrainRun>,
+    /// The model.
+    pub model: Model,
+    /// The machine and the program.
+    pub machine: Machine,
+    /// Tokens of the sequence.
+    pub sequence: usize,
+    /// Trials of each figure.
+    pub trials: usize,
+}
+
+/// One number of threads.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainRun {
+    /// Threads.
+    pub threads: usize,
+    /// Instruction set of the kernels.
+    pub isa: &'static str,
+    /// Median tokens a second.
+    pub train_tok_s: f64,
+    /// The trials behind it.
+    pub figure: Figure,
+    /// Dirty memory of the process at its highest, in bytes.
+    pub peak_anonymous_bytes: Option<u64>,
+    /// Planned and taken.
+    pub train_memory: TrainMemory,
+}
+
+/// Measures training alone of the model in `dir`.
+///
+/// # Errors
+/// As [`run`].
+pub fn train(
+    dir: &Path,
+    open: &session::Options,
+    options: &Options,
+    progress: &mut Progress<'_>,
+) -> Result<TrainReport> {
+    let sessions = Sessions { dir, open };
+    let first = sessions.open(1)?;
+    let (options, model) = (&fitted(&first, options)?, describe(&first));
+    drop(first);
+    let mut runs = Vec::new();
+    for threads in &options.threads {
+        let session = sessions.open(*threads)?;
+        let training = learn::measure(&session, options, progress)?;
+        runs.push(TrainRun {
+            threads: *threads,
+            isa: session.base().backend.isa().name(),
+            train_tok_s: training.rate.median,
+            peak_anonymous_bytes: training.peak.bytes(),
+            train_memory: TrainMemory::new(&training),
+            figure: training.rate,
+        });
+    }
+    let (machine, sequence, trials) = (Machine::here(), options.sequence, options.trials);
+    Ok(TrainReport { runs, model, machine, sequence, trials })
 }
 
 /// Opens the model anew for each part, so that none inherits another's memory.

@@ -165,6 +165,10 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     precision: Option<String>,
+    /// Anonymous memory that the process may hold, in MB; says what it gives up for it. [default: no bound]
+    #[arg(long, value_name = "MB")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_budget: Option<u64>,
 }
 
 impl Settings {
@@ -196,12 +200,14 @@ fn bad_settings(file: Option<&Path>, e: &toml::de::Error) -> Error {
 }
 
 pub(super) fn run(args: &Args) -> Result<bool> {
+    // The program itself, before it has read anything.
+    let baseline = crate::memory::anonymous_bytes();
     let config = args.settings.merge(args.config.as_deref())?;
     check_out(args)?;
     let dir = model::resolve(&args.model, !args.no_quantize)?;
     let session = Session::open(&dir, &Options { threads: args.threads, ..super::args::options() })?;
     let (summary, plan) = fit(&session, config, args)?;
-    report(&summary, plan, &session, args.json);
+    report(&summary, plan, baseline, &session, args.json);
     Ok(summary.done)
 }
 
@@ -235,20 +241,48 @@ fn fit(session: &Session, config: TrainConfig, args: &Args) -> Result<(Summary, 
         trainer.total_steps()
     );
     let plan = trainer.plan(session.mapped_bytes());
-    eprintln!(
-        "memory: {} mapped; {} anonymous planned: adapter {}, optimizer {}, layer inputs {}, one layer {}, logits {}",
-        megabytes(plan.weights_mapped),
-        megabytes(plan.anonymous()),
-        megabytes(plan.adapter),
-        megabytes(plan.optimizer),
-        megabytes(plan.layer_inputs),
-        megabytes(plan.layer_workspace),
-        megabytes(plan.logits)
-    );
+    eprintln!("{}", plan_text(&plan));
     let mut watcher = Watcher::new(trainer.total_steps(), trainer.step_number(), args.json);
     let summary = trainer.run(&mut watcher);
     watcher.bar.finish_and_clear();
     Ok((summary?, plan))
+}
+
+/// What a run will hold, and what was given up for a budget.
+pub(super) fn plan_text(plan: &MemoryPlan) -> String {
+    let layout = &plan.layout;
+    let mut text = format!(
+        "memory: {} mapped; {} anonymous: {} held before, {} for the run\n  adapter {}, gradients {}, optimizer {}, layer \
+         inputs {}, one layer {}, attention {}, logits {}, kernels {}\n  {} in a pass, {}",
+        megabytes(plan.weights_mapped),
+        megabytes(plan.process()),
+        megabytes(plan.before),
+        megabytes(plan.anonymous()),
+        megabytes(plan.adapter),
+        megabytes(plan.gradients),
+        megabytes(plan.optimizer),
+        megabytes(plan.layer_inputs),
+        megabytes(plan.layer_workspace),
+        megabytes(plan.attention),
+        megabytes(plan.logits),
+        megabytes(plan.kernels),
+        if plan.micro_batch == 1 { "1 sample".to_owned() } else { format!("{} samples", plan.micro_batch) },
+        match layout.every {
+            1 => "every layer's input kept".to_owned(),
+            n => format!("every {n} layers an input kept"),
+        },
+    );
+    if layout.narrow {
+        text.push_str(" in 16 bits");
+    }
+    if layout.part != usize::MAX {
+        text.push_str(&format!(", feed-forward by {} tokens", layout.part));
+    }
+    if layout.loss_rows != usize::MAX {
+        text.push_str(&format!(", loss by {} tokens", layout.loss_rows));
+    }
+    text.push_str(&format!(", moments of {}", json!(plan.optimizer_kind).as_str().unwrap_or_default()));
+    text
 }
 
 /// Shows steps on a bar, or as JSON lines, and passes Ctrl-C on.
@@ -293,14 +327,16 @@ impl Observer for Watcher {
     }
 }
 
-fn report(s: &Summary, plan: MemoryPlan, session: &Session, as_json: bool) {
+fn report(s: &Summary, plan: MemoryPlan, baseline: Option<u64>, session: &Session, as_json: bool) {
     let rate = s.tokens as f64 / s.time.as_secs_f64();
     if as_json {
         print_json(&json!({
             "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience, "loss": finite(s.loss), "eval_loss": s.eval_loss, "tok_s": rate,
             "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": 0,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
-            "mapped_bytes": session.mapped_bytes(), "plan": plan, "adapter": s.adapter,
+            "mapped_bytes": session.mapped_bytes(), "plan": plan, "planned_bytes": plan.anonymous(),
+            "baseline_anonymous_bytes": baseline, "deviation_percent": s.peak_anonymous_bytes.map(|peak| plan.deviation(peak)),
+            "adapter": s.adapter,
         }));
     } else {
         let eval = s.eval_loss.map_or_else(String::new, |l| format!(", evaluation loss {l:.3}"));

@@ -2,8 +2,8 @@
 
 use super::step::{MicroBatch, Watch};
 use crate::error::Result;
-use crate::exec::train::{Gradients, Pass};
 use crate::exec::Pool;
+use crate::exec::train::{Gradients, Pass};
 use pocketlora_kernels::Backend;
 use pocketlora_models::Tensor;
 

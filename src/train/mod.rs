@@ -327,7 +327,8 @@ impl<B: Backend> Trainer<B> {
             None => Directive::Run,
         };
         let mut keep_going = || {
-            let (go, pause) = handle.ask(&mut others, &|| saving::snapshot(&base.backend, adapters, tensors, lora, out));
+            let (go, pause) =
+                handle.ask(&mut others, &|| saving::snapshot(&base.backend, adapters, tensors, lora, out));
             *held += pause;
             go
         };

@@ -53,7 +53,13 @@ impl MemoryPlan {
     pub fn anonymous(&self) -> u64 {
         // Attention, loss and products take theirs in turn.
         let passing = self.attention.max(self.logits);
-        self.adapter + self.gradients + self.optimizer + self.layer_inputs + self.layer_workspace + self.kernels + passing
+        self.adapter
+            + self.gradients
+            + self.optimizer
+            + self.layer_inputs
+            + self.layer_workspace
+            + self.kernels
+            + passing
     }
 
     /// Anonymous bytes of the whole process.

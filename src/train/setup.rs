@@ -1,13 +1,13 @@
 //! What a run starts from: the layers it adapts, their fresh matrices, and the tensors that it moves.
 
 use super::best::Candidates;
+use super::budget::choose;
 use super::checkpoint::RunFacts;
 use super::control::TrainHandle;
 use super::lock::FolderLock;
 use super::optimizer::State;
-use super::saving::sweep_folder;
-use super::budget::choose;
 use super::plan::Work;
+use super::saving::sweep_folder;
 use super::{Dataset, Sample, TrainConfig, Trainer};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
 use crate::error::{Error, ErrorCode, Result};
