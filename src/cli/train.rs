@@ -5,7 +5,7 @@ use super::{interrupt, model, progress};
 use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use crate::session::{Options, Session};
-use crate::train::{MemoryPlan, Observer, StepReport, Summary, TrainConfig, has_checkpoint};
+use crate::train::{Dataset, MemoryPlan, Observer, StepReport, Summary, TrainConfig, has_checkpoint};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -205,8 +205,9 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let config = args.settings.merge(args.config.as_deref())?;
     check_out(args)?;
     let dir = model::resolve(&args.model, !args.no_quantize)?;
-    let session = Session::open(&dir, &Options { threads: args.threads, ..super::args::options() })?;
-    let (summary, plan) = fit(&session, config, args)?;
+    let options = Options { threads: args.threads, ids_only: true, ..super::args::options() };
+    let mut session = Session::open(&dir, &options)?;
+    let (summary, plan) = fit(&mut session, config, args)?;
     report(&summary, plan, baseline, &session, args.json);
     Ok(summary.done)
 }
@@ -223,14 +224,30 @@ fn check_out(args: &Args) -> Result<()> {
     Err(Error::new(ErrorCode::Config, format!("`{}`", args.out.display()), message))
 }
 
-fn fit(session: &Session, config: TrainConfig, args: &Args) -> Result<(Summary, MemoryPlan)> {
-    let data = session.dataset(&args.data, config.seq)?;
-    let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
+/// Reads the data on a thread of its own, with whose memory the system's allocator keeps apart what tokenizers leave
+/// behind, and frees it; training needs no text. The samples are copied out of there.
+fn read(session: &mut Session, config: &TrainConfig, args: &Args) -> Result<(Dataset, Option<Dataset>)> {
+    let (data, eval_data) = std::thread::scope(|scope| {
+        let work = || {
+            session.load_text()?;
+            let data = session.dataset(&args.data, config.seq)?;
+            let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
+            session.forget_text();
+            Ok::<_, Error>((data, eval_data))
+        };
+        scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    Ok((data.clone(), eval_data.clone()))
+}
+
+fn fit(session: &mut Session, config: TrainConfig, args: &Args) -> Result<(Summary, MemoryPlan)> {
+    let (data, eval_data) = read(session, &config, args)?;
     let init = args.init.as_deref().map(AdapterFile::open).transpose()?;
     let tokens: usize = data.samples.iter().map(|s| s.ids.len()).sum();
     let learned: usize = data.samples.iter().map(crate::train::Sample::trained_tokens).sum();
     let samples = data.samples.len();
     let mut trainer = session.trainer(config, data, eval_data, init.as_ref(), &args.out)?;
+    drop(init);
     if args.resume {
         trainer.resume()?;
         eprintln!("resuming after step {}", trainer.step_number());
@@ -253,7 +270,7 @@ pub(super) fn plan_text(plan: &MemoryPlan) -> String {
     let layout = &plan.layout;
     let mut text = format!(
         "memory: {} mapped; {} anonymous: {} held before, {} for the run\n  adapter {}, gradients {}, optimizer {}, layer \
-         inputs {}, one layer {}, attention {}, logits {}, kernels {}\n  {} in a pass, {}",
+         inputs {}, one layer {}, attention {}, logits {}, kernels {}\n  {} tokens in a pass, {}",
         megabytes(plan.weights_mapped),
         megabytes(plan.process()),
         megabytes(plan.before),
@@ -266,7 +283,7 @@ pub(super) fn plan_text(plan: &MemoryPlan) -> String {
         megabytes(plan.attention),
         megabytes(plan.logits),
         megabytes(plan.kernels),
-        if plan.micro_batch == 1 { "1 sample".to_owned() } else { format!("{} samples", plan.micro_batch) },
+        plan.pass_tokens,
         match layout.every {
             1 => "every layer's input kept".to_owned(),
             n => format!("every {n} layers an input kept"),

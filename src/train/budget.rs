@@ -21,12 +21,12 @@ fn needed(plan: &MemoryPlan) -> u64 {
 pub(super) fn choose(work: &Work, config: &TrainConfig) -> Result<(MemoryPlan, TrainConfig)> {
     let first = Layout::fast(config.precision == Precision::Bf16);
     let Some(megabytes) = config.memory_budget else {
-        return Ok((work.plan(config, config.batch, first)?, config.clone()));
+        return Ok((work.plan(config, work.largest, first)?, config.clone()));
     };
     let budget = megabytes.saturating_mul(1_000_000);
     let mut smallest = u64::MAX;
-    for (config, micro_batch, layout) in ladder(work, config, first) {
-        let plan = work.plan(&config, micro_batch, layout)?;
+    for (config, tokens, layout) in ladder(work, config, first) {
+        let plan = work.plan(&config, tokens, layout)?;
         let needed = needed(&plan);
         if needed <= budget {
             return Ok((plan, config));
@@ -46,7 +46,8 @@ pub(super) fn choose(work: &Work, config: &TrainConfig) -> Result<(MemoryPlan, T
 /// recomputed from the first for each layer anew, which takes many times as long.
 fn ladder(work: &Work, config: &TrainConfig, first: Layout) -> Vec<(TrainConfig, usize, Layout)> {
     let layers = work.model.config().layers;
-    let mut now = (config.clone(), config.batch, first);
+    let longest = work.lengths.first().copied().unwrap_or(0);
+    let mut now = (config.clone(), work.largest, first);
     let mut rungs = vec![now.clone()];
     let mut lower = |change: &dyn Fn(&mut (TrainConfig, usize, Layout))| {
         change(&mut now);
@@ -56,7 +57,7 @@ fn ladder(work: &Work, config: &TrainConfig, first: Layout) -> Vec<(TrainConfig,
     };
     lower(&|now| now.2.loss_rows = 128);
     for share in [2, 4, 8, usize::MAX] {
-        lower(&|now| now.1 = (config.batch / share).max(1));
+        lower(&|now| now.1 = (work.largest / share).max(longest));
     }
     for part in [512, 256, 128, 64, 32] {
         lower(&|now| now.2.part = part);

@@ -246,22 +246,40 @@ impl<B: Backend> Trainer<B> {
             self.base.backend.zero(grad);
         }
         let (mut loss, scale) = (0.0, 1.0 / trained as f32);
-        // However a batch is split, its tokens drop by one stream.
-        let (splits, mut first) = (self.config.batch.div_ceil(self.plan.micro_batch), 0);
         for (i, micro) in micros.iter().enumerate() {
-            first = if i.is_multiple_of(splits) { 0 } else { first };
             let dropout = (self.config.dropout > 0.0).then(|| {
-                let key = mix(mix(mix(self.config.seed, DROPOUT), number), (i / splits) as u64);
-                Dropout { p: self.config.dropout, key, first }
+                let key = mix(mix(mix(self.config.seed, DROPOUT), number), i as u64);
+                Dropout { p: self.config.dropout, key, first: 0 }
             });
-            first += micro.tokens() as u64;
-            let part = self.micro(micro, scale, dropout, true, observer)?;
+            let part = self.passes(micro, scale, dropout, observer)?;
             if !part.is_finite() {
                 return Err(self.diverged(number, std::slice::from_ref(micro), &format!("a loss of `{part}`")));
             }
             loss += part;
         }
         Ok(loss / trained as f64)
+    }
+
+    /// Loss sum of one micro-batch in passes as large as memory was planned for, with its gradient added.
+    fn passes(
+        &mut self,
+        micro: &MicroBatch,
+        scale: f32,
+        mut dropout: Option<Dropout>,
+        observer: &mut dyn Observer,
+    ) -> Result<f64> {
+        if micro.tokens() <= self.plan.pass_tokens {
+            return self.micro(micro, scale, dropout, true, observer);
+        }
+        let mut loss = 0.0;
+        for pass in micro.split(self.plan.pass_tokens) {
+            loss += self.micro(&pass, scale, dropout, true, observer)?;
+            // However it is split, its tokens drop by one stream.
+            if let Some(dropout) = &mut dropout {
+                dropout.first += pass.tokens() as u64;
+            }
+        }
+        Ok(loss)
     }
 
     /// Scales gradients of a norm above the bound down to it, as `torch.nn.utils.clip_grad_norm_` does.
@@ -300,8 +318,7 @@ impl<B: Backend> Trainer<B> {
         let (epoch, at) = ((number - 1) / steps_per_epoch, ((number - 1) % steps_per_epoch) as usize * per_step);
         let order = Rng::new(mix(mix(self.config.seed, ORDER), epoch)).permutation(n);
         let chosen = &order[at..(at + per_step).min(n)];
-        let passes = chosen.chunks(self.config.batch).flat_map(|batch| batch.chunks(self.plan.micro_batch));
-        passes.map(|c| MicroBatch::new(c.iter().map(|&i| &self.data.samples[i]))).collect()
+        chosen.chunks(self.config.batch).map(|c| MicroBatch::new(c.iter().map(|&i| &self.data.samples[i]))).collect()
     }
 
     /// Loss sum of one micro-batch, with its gradient added if `learn`.

@@ -39,8 +39,8 @@ pub struct MemoryPlan {
     /// What the process held before the run took anything: the program, tokenizer and data. Measured, and not part of
     /// [`MemoryPlan::anonymous`]; 0 where the system does not tell.
     pub before: u64,
-    /// Samples in one pass.
-    pub micro_batch: usize,
+    /// Tokens of a pass at most, of the samples of a micro-batch; a longer sample is a pass by itself.
+    pub pass_tokens: usize,
     /// What is traded for time.
     pub layout: Layout,
     /// Whose moments those are.
@@ -84,6 +84,8 @@ pub(super) struct Work {
     pub adapted: Vec<(Param, usize, [usize; 2])>,
     /// Lengths of the samples, the longest first.
     pub lengths: Vec<usize>,
+    /// Tokens of the largest micro-batch.
+    pub largest: usize,
     pub before: u64,
 }
 
@@ -93,11 +95,25 @@ impl Work {
         self.adapted.iter().map(|(_, rank, [out, input])| rank * (out + input)).sum()
     }
 
-    /// The plan for passes of `micro_batch` samples.
+    /// Samples that take as much as any pass of at most `most` tokens: the longest, and what is left for others.
+    fn fullest(&self, most: usize) -> Vec<usize> {
+        let (mut lengths, mut left) = (Vec::new(), most.min(self.largest));
+        for len in &self.lengths {
+            if !lengths.is_empty() && *len > left {
+                break;
+            }
+            lengths.push(*len);
+            left = left.saturating_sub(*len);
+        }
+        lengths.extend((left > 0).then_some(left));
+        lengths
+    }
+
+    /// The plan for passes of at most `pass_tokens`.
     ///
     /// # Errors
     /// An id outside the vocabulary, which there is none of.
-    pub fn plan(&self, config: &TrainConfig, micro_batch: usize, layout: Layout) -> Result<MemoryPlan> {
+    pub fn plan(&self, config: &TrainConfig, pass_tokens: usize, layout: Layout) -> Result<MemoryPlan> {
         let base = Base::<Counted>::counted(Counted::new(self.threads), Arc::clone(&self.model))?;
         let mut adapters = Adapters::none(&base);
         let mut grads = Gradients { ranges: vec![None; self.model.params().len()], tensors: Vec::new() };
@@ -109,8 +125,8 @@ impl Work {
                 grads.tensors.push(base.backend.buffer(len)?);
             }
         }
-        let lengths: Vec<usize> = self.lengths.iter().take(micro_batch).copied().collect();
-        let tokens = lengths.iter().sum();
+        let lengths = self.fullest(pass_tokens);
+        let tokens: usize = lengths.iter().sum();
         let micro = MicroBatch::of_lengths(lengths, tokens);
         let mut pool = Pool::default();
         pool.reserve(&base.backend, 1, 1)?;
@@ -142,7 +158,7 @@ impl Work {
             logits: count.loss as u64,
             kernels: count.kernels as u64,
             before: self.before,
-            micro_batch,
+            pass_tokens: tokens,
             layout,
             optimizer_kind: config.optimizer,
         })

@@ -126,25 +126,27 @@ fn module_path(spec: &ParamSpec) -> &str {
 fn work<B: Backend>(
     base: &Base<B>,
     targets: &[&ParamSpec],
-    rank: usize,
+    config: &TrainConfig,
     init: Option<&AdapterFile>,
     data: &Dataset,
 ) -> Work {
     let adapted = |(i, spec): (usize, &ParamSpec)| {
         let rank = match init {
             Some(file) => file.modules.iter().find(|m| m.path == module_path(spec))?.a.shape[0],
-            None => targets.iter().any(|target| target.name == spec.name).then_some(rank)?,
+            None => targets.iter().any(|target| target.name == spec.name).then_some(config.rank)?,
         };
         Some((Param(i as u32), rank, [spec.shape[0], spec.shape[1]]))
     };
     let matrices = base.model.params().iter().enumerate().filter(|(_, spec)| spec.shape.len() == 2);
     let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
     lengths.sort_unstable_by(|a, b| b.cmp(a));
+    let largest = lengths.iter().take(config.batch).sum();
     Work {
         model: Arc::clone(&base.model),
         threads: base.backend.threads(),
         adapted: matrices.filter_map(adapted).collect(),
         lengths,
+        largest,
         before: anonymous_bytes().unwrap_or(0),
     }
 }
@@ -169,7 +171,7 @@ impl<B: Backend> Trainer<B> {
         check_data(&base, &data)?;
         eval_data.iter().try_for_each(|data| check_data(&base, data))?;
         let targets = target_modules(base.model.params(), &config.targets)?;
-        let (plan, config) = choose(&work(&base, &targets, config.rank, init, &data), &config)?;
+        let (plan, config) = choose(&work(&base, &targets, &config, init, &data), &config)?;
         let mut names: Vec<String> =
             targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
         names.sort_unstable();

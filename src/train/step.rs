@@ -42,6 +42,27 @@ impl MicroBatch {
         Self { targets: vec![0; rows.len()], rows, batch: Batch { ids: vec![0; tokens], segments } }
     }
 
+    /// The same samples in as many passes as it takes for none to have more than `most` tokens, unless one sample has.
+    pub(super) fn split(&self, most: usize) -> Vec<Self> {
+        let mut passes: Vec<Self> = Vec::new();
+        let (mut start, mut learned) = (0, 0);
+        for len in &self.batch.segments {
+            let end = start + len;
+            if passes.last().is_none_or(|pass| pass.tokens().saturating_add(*len) > most) {
+                passes.push(Self { batch: Batch::default(), rows: Vec::new(), targets: Vec::new() });
+            }
+            let pass = passes.last_mut().expect("pushed if there was none");
+            let shift = start - pass.tokens();
+            let until = learned + self.rows[learned..].partition_point(|row| (*row as usize) < end);
+            pass.rows.extend(self.rows[learned..until].iter().map(|row| row - shift as u32));
+            pass.targets.extend(&self.targets[learned..until]);
+            pass.batch.ids.extend(&self.batch.ids[start..end]);
+            pass.batch.segments.push(*len);
+            (start, learned) = (end, until);
+        }
+        passes
+    }
+
     /// Tokens in all.
     #[must_use]
     pub fn tokens(&self) -> usize {
