@@ -9,7 +9,7 @@ use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
 use crate::memory::Peak;
 use crate::tokenizer::Tokenizer;
-use crate::train::{Dataset, TrainConfig, Trainer};
+use crate::train::{Dataset, Limits, TrainConfig, Trainer, general_text, hold_out};
 use pocketlora_kernels::cpu::Table;
 use pocketlora_kernels::{Arithmetic, Backend, CacheType, Cpu, WorkType};
 use std::ops::ControlFlow;
@@ -305,25 +305,36 @@ impl Session {
         Ok((text, generated))
     }
 
-    /// Reads a JSONL data file with this model's tokenizer and template.
+    /// Reads data with this model's tokenizer and template; samples have at most `max_tokens` tokens, and no more than
+    /// the model was made for.
     ///
     /// # Errors
-    /// As [`Dataset::open`]; the tokenizer gives ids that the model has no embedding for.
+    /// As [`Dataset::open`].
     pub fn dataset(&self, path: &Path, max_tokens: usize) -> Result<Dataset> {
         let (tokenizer, template) = self.text()?;
-        let context = self.base.model.config().max_positions;
-        let data = Dataset::open(path, tokenizer, template, max_tokens.min(context))?;
-        for (i, sample) in data.samples.iter().enumerate() {
-            let place = || format!("`{}`: sample {}", path.display(), i + 1);
-            self.base.check_ids(&sample.ids).map_err(|e| e.at(place()))?;
-        }
-        Ok(data)
+        let model = self.base.model.config();
+        let limits = Limits { tokens: max_tokens.min(model.max_positions), vocab: model.vocab_size };
+        Dataset::open(path, tokenizer, template, limits)
     }
 
-    /// Prepares a training run on this session's base; attached adapters take no part in it.
+    /// What a run learns from and is watched on: some of the data is held out if `config` says so. With data to evaluate
+    /// on, or a bound on forgetting, the loss on a general text is watched as well. Nothing after it needs a tokenizer.
     ///
     /// # Errors
-    /// As [`Trainer::new`].
+    /// The data cannot be split, or forgetting is to be bound and there is no tokenizer.
+    pub fn material(&self, config: &TrainConfig, data: Dataset, eval_data: Option<Dataset>) -> Result<Material> {
+        let (data, eval_data) = hold_out(config, data, eval_data)?;
+        // Who looks at what was learned looks at what was forgotten, too; without a tokenizer only who asks for it.
+        let watched = config.max_forgetting.is_some() || eval_data.is_some() && self.tokenizer.is_some();
+        let general = watched.then(|| general_text(self.tokenizer()?, &data)).transpose()?;
+        Ok(Material { data, eval_data, general })
+    }
+
+    /// Prepares a training run on this session's base; attached adapters take no part in it. See
+    /// [`Session::material`] for what becomes of the data.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`] and [`Session::material`].
     pub fn trainer(
         &self,
         config: TrainConfig,
@@ -332,10 +343,39 @@ impl Session {
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Trainer<Cpu>> {
+        let material = self.material(&config, data, eval_data)?;
+        self.trainer_of(config, material, init, out)
+    }
+
+    /// As [`Session::trainer`], when the material is there already.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn trainer_of(
+        &self,
+        config: TrainConfig,
+        material: Material,
+        init: Option<&AdapterFile>,
+        out: &Path,
+    ) -> Result<Trainer<Cpu>> {
         self.choose_threads();
         let name = self.dir.file_name().map(|n| n.to_string_lossy().into_owned());
-        Trainer::new(Arc::clone(&self.base), self.fingerprint, name, config, data, eval_data, init, out)
+        let (base, Material { data, eval_data, general }) = (Arc::clone(&self.base), material);
+        let mut trainer = Trainer::new(base, self.fingerprint, name, config, data, eval_data, init, out)?;
+        general.into_iter().for_each(|text| trainer.watch(text));
+        Ok(trainer)
     }
+}
+
+/// See [`Session::material`].
+#[derive(Clone, Debug)]
+pub struct Material {
+    /// To be learned.
+    pub data: Dataset,
+    /// To be evaluated on.
+    pub eval_data: Option<Dataset>,
+    /// A general text, on which forgetting shows.
+    pub general: Option<Dataset>,
 }
 
 /// The tokenizer and chat template in `dir`, if there are any.

@@ -7,7 +7,6 @@ use crate::memory::Peak;
 use crate::session::Session;
 use crate::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 
 /// What one session gave.
 pub(super) struct Training {
@@ -20,7 +19,7 @@ pub(super) struct Training {
 pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progress<'_>) -> Result<Training> {
     let ids = infer::tokens(session.base(), options.sequence);
     let trained = (0..ids.len()).map(|i| i > 0).collect();
-    let data = Dataset { path: PathBuf::from("random tokens"), samples: vec![Sample { ids, trained }] };
+    let data = Dataset::new("random tokens", vec![Sample { ids, trained }]);
     let steps = options.trials as u64 + 1;
     let config =
         TrainConfig { batch: 1, steps: Some(steps), seq: options.sequence, save_every: 0, ..options.settings.clone() };

@@ -6,6 +6,7 @@
 //! data: both are in the facts. The settings stand there in full rather than as a hash, so that differences can be named.
 
 use super::best::Candidates;
+use super::hold_out::Evaluation;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::safetensors::TensorFile;
 use crate::format::{Entry, Staged, Writer};
@@ -25,7 +26,7 @@ const META: &str = "pocketlora";
 /// A tensor of 8 bytes: a sum over the facts and all other tensors, which tells flipped bits.
 const CHECKSUM: &str = "checksum";
 
-/// What a checkpoint belongs to and where it stands. A resumed run must agree on all but `step` and `candidates`.
+/// What a checkpoint belongs to and where it stands. A resumed run must agree on all but `step`, `candidates` and `start`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunFacts {
     /// Steps done.
@@ -43,6 +44,9 @@ pub struct RunFacts {
     /// What evaluations have found so far.
     #[serde(default)]
     pub candidates: Candidates,
+    /// What the evaluation before the first step found.
+    #[serde(default)]
+    pub start: Option<Evaluation>,
 }
 
 impl RunFacts {

@@ -61,12 +61,17 @@ pub struct TrainConfig {
     pub epochs: usize,
     /// Optimizer steps in all; overrides `epochs`.
     pub steps: Option<u64>,
-    /// Samples in one forward and backward pass.
+    /// Samples in one forward and backward pass; with `packing`, the pass has as many as fit `batch` times `seq` tokens.
     pub batch: usize,
     /// Passes per optimizer step.
     pub accumulate: usize,
-    /// Longest sample in tokens.
+    /// Longest sample in tokens; what is longer is split.
     pub seq: usize,
+    /// Fill every pass with short samples up to `batch` times `seq` tokens (best fit, decreasing). They do not see each
+    /// other.
+    pub packing: bool,
+    /// Let samples of similar length share a pass, so that passes differ more and waste less; not with `packing`.
+    pub bucketing: bool,
     /// Bound on the gradient's norm; 0 does not clip.
     pub clip: f64,
     /// Decoupled weight decay.
@@ -89,8 +94,12 @@ pub struct TrainConfig {
     pub save_every: u64,
     /// JSONL that is evaluated during training.
     pub eval_data: Option<PathBuf>,
-    /// Steps between evaluations; 0 evaluates only at the end.
+    /// Share of the samples that is held out and evaluated, instead of `eval_data`.
+    pub eval_split: Option<f64>,
+    /// Steps between evaluations; 0 evaluates only at the beginning and the end.
     pub eval_every: u64,
+    /// Nats a token by which the loss on a general text may rise: the last adapter within that is written.
+    pub max_forgetting: Option<f64>,
     /// Evaluations in a row without a lower held-out loss after which the run ends; 0 for never.
     pub patience: u64,
     /// Write the adapter of the evaluation with the lowest held-out loss instead of the last one.
@@ -144,6 +153,8 @@ impl Default for TrainConfig {
             batch: 4,
             accumulate: 1,
             seq: 1024,
+            packing: false,
+            bucketing: false,
             clip: 1.0,
             weight_decay: 0.0,
             optimizer: Optimizer::AdamW,
@@ -155,7 +166,9 @@ impl Default for TrainConfig {
             seed: 0,
             save_every: 50,
             eval_data: None,
+            eval_split: None,
             eval_every: 0,
+            max_forgetting: None,
             patience: 0,
             keep_best: false,
             precision: Precision::Bf16,
@@ -201,6 +214,9 @@ impl TrainConfig {
         whole("batch", self.batch, 65_536)?;
         whole("accumulate", self.accumulate, 65_536)?;
         whole("seq", self.seq, 1 << 20)?;
+        if self.packing && self.bucketing {
+            return Err(Error::config("bucketing", "off where `packing` is on", "both"));
+        }
         if self.steps == Some(0) {
             return Err(Error::config("steps", "at least 1", 0));
         }
@@ -222,6 +238,13 @@ impl TrainConfig {
             real(name, f64::from(value), (0.0..1.0).contains(&value), "a number from 0 to below 1")?;
         }
         real("eps", f64::from(self.eps), self.eps > 0.0, "a number above 0")?;
+        let share = self.eval_split.unwrap_or(0.5);
+        real("eval-split", share, share > 0.0 && share < 1.0, "a number between 0 and 1")?;
+        if let (Some(share), Some(_)) = (self.eval_split, &self.eval_data) {
+            return Err(Error::config("eval-split", "either it or `eval-data`", share));
+        }
+        let rise = self.max_forgetting.unwrap_or(0.0);
+        real("max-forgetting", rise, rise >= 0.0, "a number from 0")?;
         let ratio = f64::from(self.lora_plus_ratio);
         real("lora-plus-ratio", ratio, ratio > 0.0 && ratio <= 1000.0, "a number above 0 and up to 1000")?;
         for (name, on) in [("patience", self.patience > 0), ("keep-best", self.keep_best)] {
@@ -278,9 +301,13 @@ mod tests {
             (TrainConfig { eps: 0.0, ..Default::default() }, "eps"),
             (TrainConfig { lora_plus_ratio: 0.0, ..Default::default() }, "lora-plus-ratio"),
             (TrainConfig { patience: 2, ..Default::default() }, "patience"),
+            (TrainConfig { eval_split: Some(1.0), ..Default::default() }, "eval-split"),
+            (TrainConfig { eval_split: Some(0.1), eval_data: Some("x".into()), ..Default::default() }, "eval-split"),
+            (TrainConfig { max_forgetting: Some(-0.1), ..Default::default() }, "max-forgetting"),
             (TrainConfig { keep_best: true, ..Default::default() }, "keep-best"),
             (TrainConfig { dropout: 1.0, ..Default::default() }, "dropout"),
             (TrainConfig { steps: Some(0), ..Default::default() }, "steps"),
+            (TrainConfig { packing: true, bucketing: true, ..Default::default() }, "bucketing"),
         ] {
             let error = config.validate().unwrap_err().to_string();
             assert!(error.contains(&format!("`{name}`")), "{error}");

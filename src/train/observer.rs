@@ -1,5 +1,6 @@
 //! What a run tells its host, and how the host stops it.
 
+use super::hold_out::Evaluation;
 use crate::error::Error;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -26,6 +27,8 @@ pub struct StepReport {
     pub time: Duration,
     /// Mean loss on the evaluation data, where this step ended with one.
     pub eval_loss: Option<f64>,
+    /// Mean loss on the general text, there too.
+    pub general_loss: Option<f64>,
 }
 
 /// Who watches a run.
@@ -67,8 +70,12 @@ pub struct Summary {
     pub time: Duration,
     /// Highest anonymous memory seen, in bytes.
     pub peak_anonymous_bytes: Option<u64>,
+    /// What was found before the first step.
+    pub before: Option<Evaluation>,
     /// Mean loss on the evaluation data at the end.
     pub eval_loss: Option<f64>,
+    /// Mean loss on the general text at the end.
+    pub general_loss: Option<f64>,
     /// The adapter's folder.
     pub adapter: PathBuf,
 }
@@ -79,22 +86,23 @@ pub(super) struct Tally {
     pub tokens: u64,
     pub trained: u64,
     pub loss: f64,
-    pub eval_loss: Option<f64>,
+    pub last: Evaluation,
 }
 
 impl Tally {
     pub fn new() -> Self {
-        Self { start: Instant::now(), tokens: 0, trained: 0, loss: f64::NAN, eval_loss: None }
+        Self { start: Instant::now(), tokens: 0, trained: 0, loss: f64::NAN, last: Evaluation::default() }
     }
 
     pub fn add(&mut self, report: &StepReport) {
         self.tokens += report.tokens as u64;
         self.trained += report.trained as u64;
         self.loss = report.loss;
-        self.evaluated(report.eval_loss);
+        self.evaluated(Evaluation { held_out: report.eval_loss, general: report.general_loss });
     }
 
-    pub fn evaluated(&mut self, loss: Option<f64>) {
-        self.eval_loss = loss.or(self.eval_loss);
+    pub fn evaluated(&mut self, found: Evaluation) {
+        self.last.held_out = found.held_out.or(self.last.held_out);
+        self.last.general = found.general.or(self.last.general);
     }
 }

@@ -99,6 +99,11 @@ impl<B: Backend> Trainer<B> {
             self.try_checkpoint(observer)?;
         }
         let best = self.out.join(FOLDER);
+        if self.rule().must_pass && self.facts.candidates.kept.is_none() {
+            let message = "expected an adapter that passed `max-forgetting`, got none that could be written; free some \
+                           space and train again";
+            return Err(Error::new(ErrorCode::Io, format!("`{}`", best.display()), message));
+        }
         if self.facts.candidates.kept.is_some() && self.rule().keeps() {
             AdapterFile { dir: self.out.clone(), ..AdapterFile::open(&best)? }.save()?;
         } else {

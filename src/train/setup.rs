@@ -8,7 +8,7 @@ use super::lock::FolderLock;
 use super::optimizer::State;
 use super::plan::Work;
 use super::saving::sweep_folder;
-use super::{Dataset, Sample, TrainConfig, Trainer};
+use super::{Batches, Dataset, Sample, TrainConfig, Trainer, largest_micro_batch};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
@@ -140,13 +140,12 @@ fn work<B: Backend>(
     let matrices = base.model.params().iter().enumerate().filter(|(_, spec)| spec.shape.len() == 2);
     let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
     lengths.sort_unstable_by(|a, b| b.cmp(a));
-    let largest = lengths.iter().take(config.batch).sum();
     Work {
         model: Arc::clone(&base.model),
         threads: base.backend.threads(),
         adapted: matrices.filter_map(adapted).collect(),
         lengths,
-        largest,
+        largest: largest_micro_batch(data, config),
         before: anonymous_bytes().unwrap_or(0),
     }
 }
@@ -193,8 +192,8 @@ impl<B: Backend> Trainer<B> {
             Some(file) => file.modules.clone(),
             None => fresh_modules(&targets, &lora, config.seed),
         };
-        let steps_per_epoch = data.samples.len().div_ceil(config.batch * config.accumulate) as u64;
-        let total_steps = config.steps.unwrap_or(steps_per_epoch * config.epochs as u64);
+        let mut batches = Batches::new(&data, &config)?;
+        let total_steps = batches.total_steps();
         let facts = RunFacts {
             step: 0,
             total_steps,
@@ -203,6 +202,7 @@ impl<B: Backend> Trainer<B> {
             base: base_fingerprint,
             init: init.map_or(0, |file| fingerprint(&file.modules)),
             candidates: Candidates::default(),
+            start: None,
         };
         let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
         let scales = file.modules.iter().map(|m| (m.path.clone(), m.scale)).collect();
@@ -218,7 +218,9 @@ impl<B: Backend> Trainer<B> {
             base,
             config,
             data,
+            batches,
             eval_data,
+            general: None,
             out: out.to_owned(),
             lora,
             adapters,
