@@ -9,7 +9,7 @@ use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
 use crate::memory::Peak;
 use crate::tokenizer::Tokenizer;
-use crate::train::{Dataset, TrainConfig, Trainer, general_text, hold_out};
+use crate::train::{Dataset, Limits, TrainConfig, Trainer, general_text, hold_out};
 use pocketlora_kernels::cpu::Table;
 use pocketlora_kernels::{Arithmetic, Backend, CacheType, Cpu, WorkType};
 use std::ops::ControlFlow;
@@ -292,19 +292,16 @@ impl Session {
         Ok((text, generated))
     }
 
-    /// Reads a JSONL data file with this model's tokenizer and template.
+    /// Reads data with this model's tokenizer and template; samples have at most `max_tokens` tokens, and no more than
+    /// the model was made for.
     ///
     /// # Errors
-    /// As [`Dataset::open`]; the tokenizer gives ids that the model has no embedding for.
+    /// As [`Dataset::open`].
     pub fn dataset(&self, path: &Path, max_tokens: usize) -> Result<Dataset> {
         let (tokenizer, template) = self.text()?;
-        let context = self.base.model.config().max_positions;
-        let data = Dataset::open(path, tokenizer, template, max_tokens.min(context))?;
-        for (i, sample) in data.samples.iter().enumerate() {
-            let place = || format!("`{}`: sample {}", path.display(), i + 1);
-            self.base.check_ids(&sample.ids).map_err(|e| e.at(place()))?;
-        }
-        Ok(data)
+        let model = self.base.model.config();
+        let limits = Limits { tokens: max_tokens.min(model.max_positions), vocab: model.vocab_size };
+        Dataset::open(path, tokenizer, template, limits)
     }
 
     /// Prepares a training run on this session's base; attached adapters take no part in it. With data to evaluate on,

@@ -258,8 +258,9 @@ fn bench_measures_a_model_and_writes_a_record() {
     let f = fixture();
     let (model, record) = (golden("tiny-mistral-bnb4"), f.path("record.json"));
     let args = ["bench", "-m", model.to_str().unwrap(), "--threads", "1,2", "--trials", "1", "--json"];
-    let report =
-        f.json(&[&args[..], &["--prefill", "32", "--decode", "8", "--seq", "16", "--record", &record]].concat());
+    let report = f.json(
+        &[&args[..], &["--prefill", "32", "--decode", "8", "--seq", "16", "--profile", "--record", &record]].concat(),
+    );
     let positive = |value: &Value, what: &str| {
         let number = value.as_f64().unwrap_or_else(|| panic!("{what} is {value}"));
         assert!(number.is_finite() && number > 0.0, "{what} is {number}");
@@ -280,6 +281,16 @@ fn bench_measures_a_model_and_writes_a_record() {
                 positive(&run["peak_anonymous_bytes"][key], key);
             }
         }
+        let profile = &run["profile"];
+        let ops = profile["ops"].as_array().unwrap();
+        let named =
+            |name: &str| ops.iter().find(|op| op["op"] == name).unwrap_or_else(|| panic!("no {name} in {ops:?}"));
+        assert_eq!(
+            (&named("attention_vjp")["calls"], &named("linear_cross_entropy")["calls"]),
+            (&2.0.into(), &1.0.into())
+        );
+        let within: f64 = ops.iter().map(|op| positive(&op["share"], "share of an op")).sum();
+        assert!((within + profile["rest"].as_f64().unwrap() - 1.0).abs() < 1e-9 && within < 1.0, "{profile}");
         let decode = &run["figures"]["decode"];
         assert_eq!((&decode["median"], decode["trials"].as_array().unwrap().len()), (&run["decode_tok_s"], 1));
     }
@@ -290,8 +301,15 @@ fn bench_measures_a_model_and_writes_a_record() {
     // Two layers of seven matrices, and what stays in floats is not read in four bits.
     positive(&report["model"]["bytes_per_token"], "bytes_per_token");
     let kernels = report["kernels"].as_array().unwrap();
-    for name in ["nf4_matvec@", "nf4_matmul@", "nf4_matmul_vjp_x@", "attention@", "attention_vjp@", "attention_cached@"]
-    {
+    for name in [
+        "nf4_matvec@",
+        "nf4_matmul@",
+        "nf4_matmul_vjp_x@",
+        "f32_linear_cross_entropy@",
+        "attention@",
+        "attention_vjp@",
+        "attention_cached@",
+    ] {
         let kernel = kernels.iter().find(|k| k["name"].as_str().unwrap().starts_with(name));
         let kernel = kernel.unwrap_or_else(|| panic!("no {name} in {kernels:?}"));
         positive(&kernel["gb_s"], name);
@@ -356,4 +374,44 @@ fn wrong_usage_and_bad_input_have_their_exit_codes() {
     assert!(!Path::new(&out).join("adapter_config.json").exists());
     let unknown = f.command(&["generate", "-m", model, "-p", "a"]).env("POCKETLORA_ISA", "mmx").output().unwrap();
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("mmx"), "an unknown instruction set is an error");
+}
+
+#[test]
+fn a_dry_run_shows_what_is_learned_and_writes_nothing() {
+    let f = fixture();
+    let out = f.path("adapter");
+    let with = |more: &[&'static str]| [&f.train_args(&out)[..], &["--dry-run"], more].concat();
+    let before = names(f.dir.path());
+    let args: Vec<&str> = with(&[]).into_iter().filter(|a| *a != "--json").collect();
+    let text = f.ok(&args);
+    for what in [
+        "sample 1 of 12: ",
+        "<|im_start|>user\nwhat is number 0?<|im_end|>\n<|im_start|>assistant\n\u{ab}it is 0<|im_end|>\u{bb}\n",
+        "12 records, 12 samples",
+        "0 padded",
+        "24 steps in all",
+        "up to ",
+    ] {
+        assert!(text.contains(what), "{what}: {text}");
+    }
+    let report = f.json(&with(&["--packing", "--seq", "128"]));
+    let (data, sample) = (&report["data"], &report["samples"][1]);
+    assert_eq!(sample["parts"][1], serde_json::json!({"text": "it is 7<|im_end|>", "trained": true}));
+    assert_eq!((&data["records"], &data["batches"]["padded_tokens"]), (&12.into(), &0.into()));
+    // 12 chats of some fifty tokens in passes of up to 256.
+    assert_eq!((&data["batches"]["micro_batches"], &data["total_steps"]), (&3.into(), &12.into()));
+    let split = f.json(&with(&["--seq", "32"]));
+    assert_eq!((&split["data"]["splits"]["samples"], &split["data"]["samples"]), (&12.into(), &12.into()));
+    assert_eq!(names(f.dir.path()), before);
+}
+
+#[test]
+fn packed_training_takes_fewer_steps_and_pads_nothing() {
+    let f = fixture();
+    let out = f.path("one");
+    let summary = f.json(&[&f.train_args(&out)[..], &["--packing", "--seq", "128"]].concat());
+    let (data, steps) = (&summary["data"], summary["steps"].as_u64().unwrap());
+    assert_eq!((&summary["padded_tokens"], &data["total_steps"]), (&0.into(), &summary["steps"]));
+    let learned = data["trained_tokens"].as_u64().map(|n| 4 * n);
+    assert!(steps < 24 && summary["trained_tokens"].as_u64() == learned, "{summary}");
 }

@@ -41,11 +41,9 @@ fn samples(curve: &Curve) -> Dataset {
     let mut rest = &ids[..];
     let sample = |length| {
         let ids = rest.split_off(..length).unwrap().to_vec();
-        let mut trained = vec![true; length];
-        trained[0] = false;
-        Sample { ids, trained }
+        Sample { ids, trained: (0..length).map(|i| i > 0).collect() }
     };
-    Dataset { samples: (curve.shortest..).take(curve.steps.len()).map(sample).collect(), path }
+    Dataset::new(path, (curve.shortest..).take(curve.steps.len()).map(sample).collect())
 }
 
 /// The script's matrices: A from a hash of the index, in values that f16 holds; B zero.

@@ -5,6 +5,7 @@ mod against;
 mod args;
 mod bench;
 mod chat;
+mod data;
 mod demo;
 mod eval;
 mod generate;

@@ -62,12 +62,17 @@ pub struct TrainConfig {
     pub epochs: usize,
     /// Optimizer steps in all; overrides `epochs`.
     pub steps: Option<u64>,
-    /// Samples in one forward and backward pass.
+    /// Samples in one forward and backward pass; with `packing`, the pass has as many as fit `batch` times `seq` tokens.
     pub batch: usize,
     /// Passes per optimizer step.
     pub accumulate: usize,
-    /// Longest sample in tokens.
+    /// Longest sample in tokens; what is longer is split.
     pub seq: usize,
+    /// Fill every pass with short samples up to `batch` times `seq` tokens (best fit, decreasing). They do not see each
+    /// other.
+    pub packing: bool,
+    /// Let samples of similar length share a pass, so that passes differ more and waste less; not with `packing`.
+    pub bucketing: bool,
     /// Bound on the gradient's norm; 0 does not clip.
     pub clip: f64,
     /// Decoupled weight decay.
@@ -147,6 +152,8 @@ impl Default for TrainConfig {
             batch: 4,
             accumulate: 1,
             seq: 1024,
+            packing: false,
+            bucketing: false,
             clip: 1.0,
             weight_decay: 0.0,
             optimizer: Optimizer::AdamW,
@@ -205,6 +212,9 @@ impl TrainConfig {
         whole("batch", self.batch, 65_536)?;
         whole("accumulate", self.accumulate, 65_536)?;
         whole("seq", self.seq, 1 << 20)?;
+        if self.packing && self.bucketing {
+            return Err(Error::config("bucketing", "off where `packing` is on", "both"));
+        }
         if self.steps == Some(0) {
             return Err(Error::config("steps", "at least 1", 0));
         }
@@ -295,6 +305,7 @@ mod tests {
             (TrainConfig { keep_best: true, ..Default::default() }, "keep-best"),
             (TrainConfig { dropout: 1.0, ..Default::default() }, "dropout"),
             (TrainConfig { steps: Some(0), ..Default::default() }, "steps"),
+            (TrainConfig { packing: true, bucketing: true, ..Default::default() }, "bucketing"),
         ] {
             let error = config.validate().unwrap_err().to_string();
             assert!(error.contains(&format!("`{name}`")), "{error}");

@@ -64,13 +64,9 @@ pub fn hold_out(config: &TrainConfig, mut data: Dataset, given: Option<Dataset>)
 pub fn general_text(tokenizer: &Tokenizer, data: &Dataset) -> Result<Dataset> {
     let longest = data.samples.iter().map(|s| s.ids.len()).max().unwrap_or(0);
     let ids = tokenizer.encode(GENERAL, true)?;
-    let window = |ids: &[u32]| {
-        let mut sample = Sample { ids: ids.to_vec(), trained: vec![true; ids.len()] };
-        sample.trained[0] = false;
-        sample
-    };
+    let window = |ids: &[u32]| Sample { ids: ids.to_vec(), trained: (0..ids.len()).map(|i| i > 0).collect() };
     let windows = ids.chunks(WINDOW.min(longest).max(2)).filter(|w| w.len() > 1);
-    Ok(Dataset { path: "the general text".into(), samples: windows.map(window).collect() })
+    Ok(Dataset::new("the general text", windows.map(window).collect()))
 }
 
 #[cfg(test)]
@@ -78,8 +74,8 @@ mod tests {
     use super::*;
 
     fn data(ids: &[u32]) -> Dataset {
-        let sample = |&id: &u32| Sample { ids: vec![id, id + 1], trained: vec![false, true] };
-        Dataset { path: "test".into(), samples: ids.iter().map(sample).collect() }
+        let sample = |&id: &u32| Sample { ids: vec![id, id + 1], trained: [false, true].into_iter().collect() };
+        Dataset::new("test", ids.iter().map(sample).collect())
     }
 
     fn split(ids: &[u32], seed: u64, share: f64) -> [Vec<u32>; 2] {

@@ -1,5 +1,6 @@
 //! Training of LoRA adapters on a frozen base.
 
+mod batches;
 mod best;
 mod checkpoint;
 mod config;
@@ -12,20 +13,23 @@ mod loss;
 mod observer;
 mod optimizer;
 mod plan;
+mod report;
 mod run_folder;
 mod saving;
 mod setup;
 mod step;
 
+pub use batches::{BatchReport, Batches, largest_micro_batch};
 pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use control::{Directive, Policy, TrainHandle};
-pub use data::{Dataset, Sample};
+pub use data::{Dataset, Limits, Mask, Sample, Splits};
 pub use hold_out::{Evaluation, general_text, hold_out};
 pub(crate) use loss::bytes as loss_bytes;
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
+pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder};
 pub(crate) use setup::fresh_modules;
@@ -36,7 +40,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
-use crate::rng::{Rng, mix};
+use crate::rng::mix;
 use checkpoint::RunFacts;
 use lock::FolderLock;
 use pocketlora_kernels::Backend;
@@ -45,8 +49,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Streams of random numbers that a run draws from its seed.
-const ORDER: u64 = 2;
+/// Stream of random numbers that a run draws from its seed.
 const DROPOUT: u64 = 3;
 
 /// A run between two steps.
@@ -54,6 +57,7 @@ pub struct Trainer<B: Backend> {
     base: Arc<Base<B>>,
     config: TrainConfig,
     data: Dataset,
+    batches: Batches,
     eval_data: Option<Dataset>,
     /// What tells forgetting.
     general: Option<Dataset>,
@@ -221,7 +225,7 @@ impl<B: Backend> Trainer<B> {
     fn step_in_scope(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
         let start = Instant::now();
         let number = self.facts.step + 1;
-        let micros = self.micro_batches(number);
+        let micros = self.batches.micro_batches(&self.data, number);
         let trained: usize = micros.iter().map(MicroBatch::trained).sum();
         let loss = self.accumulate(number, &micros, trained, observer)?;
         let grad_norm = self.grad_norm()?;
@@ -306,16 +310,6 @@ impl<B: Backend> Trainer<B> {
             0..=8 => format!("samples {}", numbers.join(", ")),
             n => format!("samples {} and {} more", numbers[..8].join(", "), n - 8),
         }
-    }
-
-    /// The samples of step `number` (1-based): epochs are permutations that depend on the seed and their number alone.
-    fn micro_batches(&self, number: u64) -> Vec<MicroBatch> {
-        let (n, per_step) = (self.data.samples.len(), self.config.batch * self.config.accumulate);
-        let steps_per_epoch = n.div_ceil(per_step) as u64;
-        let (epoch, at) = ((number - 1) / steps_per_epoch, ((number - 1) % steps_per_epoch) as usize * per_step);
-        let order = Rng::new(mix(mix(self.config.seed, ORDER), epoch)).permutation(n);
-        let chosen = &order[at..(at + per_step).min(n)];
-        chosen.chunks(self.config.batch).map(|c| MicroBatch::new(c.iter().map(|&i| &self.data.samples[i]))).collect()
     }
 
     /// Loss sum of one micro-batch, with its gradient added if `learn`.

@@ -6,7 +6,7 @@ use super::control::TrainHandle;
 use super::lock::FolderLock;
 use super::optimizer::State;
 use super::saving::sweep_folder;
-use super::{Dataset, Precision, Sample, TrainConfig, Trainer};
+use super::{Batches, Dataset, Precision, Sample, TrainConfig, Trainer};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
@@ -158,8 +158,8 @@ impl<B: Backend> Trainer<B> {
             Some(file) => file.modules.clone(),
             None => fresh_modules(&targets, &lora, config.seed),
         };
-        let steps_per_epoch = data.samples.len().div_ceil(config.batch * config.accumulate) as u64;
-        let total_steps = config.steps.unwrap_or(steps_per_epoch * config.epochs as u64);
+        let mut batches = Batches::new(&data, &config)?;
+        let total_steps = batches.total_steps();
         let facts = RunFacts {
             step: 0,
             total_steps,
@@ -185,6 +185,7 @@ impl<B: Backend> Trainer<B> {
             base,
             config,
             data,
+            batches,
             eval_data,
             general: None,
             out: out.to_owned(),

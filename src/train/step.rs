@@ -23,7 +23,7 @@ impl MicroBatch {
         let mut out = Self { batch: Batch::default(), rows: Vec::new(), targets: Vec::new() };
         for sample in samples {
             let start = out.batch.ids.len();
-            for (i, _) in sample.trained.iter().enumerate().skip(1).filter(|(_, t)| **t) {
+            for i in sample.trained.iter().filter(|&i| i > 0) {
                 out.rows.push((start + i - 1) as u32);
                 out.targets.push(sample.ids[i]);
             }
