@@ -3,9 +3,9 @@
 mod common;
 
 use common::{check_all, convert, golden, open_exact, tiny_chat_model, tiny_chats};
-use pocketlora::adapter::AdapterFile;
+use pocketlora::adapter::{AdapterFile, HostTensor, LoraModule};
 use pocketlora::format::Target;
-use pocketlora::train::{Dataset, Mask, Observer, StepReport, TrainConfig};
+use pocketlora::train::{Dataset, Mask, Observer, Precision, StepReport, TrainConfig};
 use pocketlora::{ErrorCode, Options, Session};
 use std::fs;
 use std::ops::ControlFlow;
@@ -111,6 +111,37 @@ fn a_resumed_run_ends_in_the_same_bytes_on_any_number_of_threads() {
         assert!(weights(&out) == whole, "{name}: bytes differ from the undisturbed run's");
         assert!(!out.join("checkpoint.safetensors").exists(), "{name}: a finished run leaves no checkpoint");
     }
+}
+
+/// With an adapter on the head its logits must be made; without, they never exist. Both ways give the same loss.
+#[test]
+fn a_head_with_an_adapter_learns_from_the_same_losses() {
+    let f = fixture();
+    f.train(0, &f.out("start"), false, &mut Stopper::default());
+    let file = AdapterFile::open(&f.out("start")).unwrap();
+    let mut with_head = AdapterFile::open(&f.out("start")).unwrap();
+    let session = f.session(0);
+    let (vocab, width) = {
+        let config = session.base().model.config();
+        (config.vocab_size, config.hidden_size)
+    };
+    let a = HostTensor { shape: [4, width], data: (0..4 * width).map(|i| (i % 7) as f32 / 50.0).collect() };
+    let b = HostTensor { shape: [vocab, 4], data: vec![0.0; 4 * vocab] };
+    with_head.modules.push(LoraModule::new("lm_head".to_owned(), a, b, &file.config));
+    let losses = |init: &AdapterFile, name: &str| {
+        let config = TrainConfig { dropout: 0.0, precision: Precision::Exact, ..config() };
+        let data = session.dataset(&f.data, 1024).unwrap();
+        let mut observer = Stopper::default();
+        session.trainer(config, data, None, Some(init), &f.out(name)).unwrap().run(&mut observer).unwrap();
+        observer.losses
+    };
+    let (plain, head) = (losses(&file, "plain"), losses(&with_head, "head"));
+    // An adapter whose B is zero adds nothing before the first step; afterwards it goes its own way.
+    assert!((plain[0] - head[0]).abs() < 1e-5 * plain[0], "{plain:?}, with the head's adapter {head:?}");
+    assert!((plain[8] - head[8]).abs() > 1e-4 && head[8] < head[0], "{plain:?}, with the head's adapter {head:?}");
+    let trained = AdapterFile::open(&f.out("head")).unwrap();
+    let module = trained.modules.iter().find(|m| m.path == "lm_head").expect("the head's adapter is saved, too");
+    assert!(module.b.data.iter().any(|b| *b != 0.0));
 }
 
 #[test]

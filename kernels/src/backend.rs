@@ -12,6 +12,9 @@
 
 use crate::{Error, MatrixSource};
 
+/// Rows of logits that the body of [`Backend::linear_cross_entropy`] holds at once.
+const LOGIT_ROWS: usize = 64;
+
 /// Arithmetic of the products with weights. Results are f32 in all of them. A device that lacks one takes a more exact
 /// one instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -327,6 +330,51 @@ pub trait Backend: Send + Sync + 'static {
     /// For each row of `logits` `[N, V]`: `losses[n] = -log softmax(logits[n])[targets[n]]` (natural log);
     /// then the row becomes the gradient of `scale * losses[n]`.
     fn cross_entropy(&self, targets: &[u32], scale: f32, logits: &mut Self::Buffer, losses: &mut Self::Buffer);
+    /// Cross-entropy of a linear head, without its logits in memory: with `l = x Wᵀ` of `x` `[N, C]` and `w` `[V, C]`,
+    /// `losses[n] = -log softmax(l[n])[targets[n]]` (natural log), and `dx` `[N, C]`, where there is one, becomes the
+    /// gradient of `scale * sum(losses)` by `x`. [`Arithmetic::Int8`] is too coarse for it and taken as exact.
+    ///
+    /// As in blockwise attention, a device may walk the vocabulary with a running maximum `m` and sum `Z` of each row and
+    /// add up `sum_v e^(l_v - m) W_v` (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models").
+    /// The body here, for devices without such a kernel, takes a few rows at a time through all of the vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn linear_cross_entropy(
+        &self,
+        arithmetic: Arithmetic,
+        w: &Self::Matrix,
+        targets: &[u32],
+        scale: f32,
+        x: &Self::Buffer,
+        losses: &mut Self::Buffer,
+        mut dx: Option<&mut Self::Buffer>,
+    ) -> Result<(), Error> {
+        let arithmetic = if arithmetic == Arithmetic::Int8 { Arithmetic::Exact } else { arithmetic };
+        let (vocab, width) = self.shape(w);
+        self.zero(losses);
+        if let Some(dx) = dx.as_deref_mut() {
+            self.zero(dx);
+        }
+        let all: Vec<u32> = (0..targets.len() as u32).collect();
+        for (rows, targets) in all.chunks(LOGIT_ROWS).zip(targets.chunks(LOGIT_ROWS)) {
+            let (mut part, mut logits) = (self.buffer(rows.len() * width)?, self.buffer(rows.len() * vocab)?);
+            let mut part_losses = self.buffer(rows.len())?;
+            self.gather_rows(x, rows, &mut part);
+            self.matmul(arithmetic, w, &part, &mut logits, false);
+            self.cross_entropy(targets, scale, &mut logits, &mut part_losses);
+            self.scatter_add_rows(&part_losses, rows, losses);
+            if let Some(dx) = dx.as_deref_mut() {
+                self.matmul_vjp_x(arithmetic, w, &logits, &mut part, false);
+                self.scatter_add_rows(&part, rows, dx);
+            }
+        }
+        Ok(())
+    }
+    /// Bytes that [`Backend::linear_cross_entropy`] takes beside its arguments for `rows` of `width` and `vocab` logits.
+    fn linear_cross_entropy_bytes(&self, rows: usize, width: usize, vocab: usize) -> usize {
+        size_of::<f32>() * rows.min(LOGIT_ROWS) * (width + vocab + 1)
+    }
     /// Sum of squares, in f64 and in an order that does not depend on the thread count.
     ///
     /// # Errors

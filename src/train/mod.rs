@@ -16,7 +16,7 @@ mod step;
 pub use batches::{BatchReport, Batches, largest_micro_batch};
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use data::{Dataset, Limits, Mask, Sample, Splits};
-pub(crate) use loss::LOGIT_ROWS;
+pub(crate) use loss::bytes as loss_bytes;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
 pub use report::{Bar, DataReport, Lengths};
@@ -78,7 +78,9 @@ impl<B: Backend> Trainer<B> {
             Precision::Bf16 => 2,
         };
         let (model, values) = (self.base.model.config(), self.trained_parameters());
-        MemoryPlan::new(model, &self.config, &self.data, values, work_bytes, weights_mapped)
+        let head_trained = self.grads.ranges[self.base.model.head_param().0 as usize].is_some();
+        let loss = |rows| loss_bytes(&self.base, head_trained, rows);
+        MemoryPlan::new(model, &self.config, &self.data, values, work_bytes, weights_mapped, loss)
     }
 
     /// Trained values.

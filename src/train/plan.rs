@@ -18,7 +18,7 @@ pub struct MemoryPlan {
     pub layer_inputs: u64,
     /// Activations and gradients of the one layer that is being run.
     pub layer_workspace: u64,
-    /// Logits of one chunk of learned tokens.
+    /// The loss of one chunk of learned tokens.
     pub logits: u64,
 }
 
@@ -30,6 +30,7 @@ impl MemoryPlan {
         trained_values: usize,
         work_bytes: usize,
         weights_mapped: u64,
+        loss: impl Fn(usize) -> usize,
     ) -> Self {
         let tokens = largest_micro_batch(data, config);
         let (q, kv) = (model.heads * model.head_dim, model.kv_heads * model.head_dim);
@@ -43,7 +44,7 @@ impl MemoryPlan {
             optimizer: bytes(2 * trained_values),
             layer_inputs: bytes(tokens * model.hidden_size * model.layers),
             layer_workspace: bytes(2 * tokens * values),
-            logits: bytes(super::LOGIT_ROWS.min(tokens) * model.vocab_size),
+            logits: loss(tokens) as u64,
         }
     }
 

@@ -21,6 +21,7 @@ mod gated;
 mod lanes;
 mod light;
 pub mod limits;
+mod linear_cross_entropy;
 mod loops;
 mod matmul;
 mod matrix;
@@ -304,6 +305,23 @@ impl Backend for Cpu {
 
     fn cross_entropy(&self, targets: &[u32], scale: f32, logits: &mut Buffer, losses: &mut Buffer) {
         cross_entropy::forward_vjp(self, targets, scale, logits, losses);
+    }
+
+    fn linear_cross_entropy(
+        &self,
+        arithmetic: Arithmetic,
+        w: &Matrix,
+        targets: &[u32],
+        scale: f32,
+        x: &Buffer,
+        losses: &mut Buffer,
+        dx: Option<&mut Buffer>,
+    ) -> Result<(), Error> {
+        linear_cross_entropy::run(self, arithmetic, w, targets, scale, x, losses, dx.map(|dx| &mut **dx))
+    }
+
+    fn linear_cross_entropy_bytes(&self, rows: usize, width: usize, vocab: usize) -> usize {
+        linear_cross_entropy::bytes(rows, width, vocab)
     }
 
     fn sum_squares(&self, x: &Buffer) -> Result<f64, Error> {

@@ -8,6 +8,7 @@ mod golden;
 mod harness;
 mod isa;
 mod light;
+mod loss;
 mod low_precision;
 mod matmul;
 mod optimizers;
