@@ -86,7 +86,10 @@ fn the_commands_work_together() {
     for key in ["step", "loss", "lr", "tok_s"] {
         assert!(steps.iter().all(|s| s[key].is_number()), "{key}");
     }
-    assert_eq!(names(Path::new(&out)), ["adapter_config.json", "adapter_model.safetensors"]);
+    assert_eq!(
+        names(Path::new(&out)),
+        ["adapter_config.json", "adapter_model.safetensors", "log.jsonl", "loss.svg", "train.toml"]
+    );
     assert_eq!(f.json(&["info", &out, "--json"])["rank"], 8);
 
     let data = f.data.to_str().unwrap();

@@ -5,7 +5,7 @@ use super::{data, interrupt, model, progress};
 use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use crate::session::{Options, Session};
-use crate::train::{DataReport, MemoryPlan, Observer, StepReport, Summary, TrainConfig};
+use crate::train::{DataReport, MemoryPlan, Observer, StepReport, Summary, TrainConfig, has_checkpoint};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -125,10 +125,30 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     weight_decay: Option<f32>,
-    /// Optimizer: adamw. [default: adamw]
+    /// Optimizer: adamw, adamw8bit (moments in 8 bits), sgd or lion. [default: adamw]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     optimizer: Option<String>,
+    /// What SGD keeps of its moment; 0 keeps none. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    momentum: Option<f32>,
+    /// Decay of AdamW's first moment; share of the moment in Lion's update. [default: 0.9]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta1: Option<f32>,
+    /// Decay of AdamW's second moment or of Lion's only one. [default: 0.999, 0.99]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta2: Option<f32>,
+    /// Added to the root of AdamW's second moment. [default: 1e-8]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eps: Option<f32>,
+    /// Learning rate of B over that of A (LoRA+). [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_plus_ratio: Option<f32>,
     /// Seed of initialization, order and dropout. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,10 +161,26 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_data: Option<PathBuf>,
-    /// Steps between evaluations; 0 evaluates only at the end. [default: 0]
+    /// Share of the samples to hold out and evaluate, instead of --eval-data.
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_split: Option<f64>,
+    /// Steps between evaluations; 0 evaluates only before the first step and at the end. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_every: Option<u64>,
+    /// Nats a token by which the loss on a general text may rise; the last adapter within that is written.
+    #[arg(long, value_name = "NATS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_forgetting: Option<f64>,
+    /// Evaluations without a lower held-out loss after which to stop; 0 for never. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    patience: Option<u64>,
+    /// Write the adapter of the evaluation with the lowest held-out loss instead of the last one.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    keep_best: bool,
     /// Arithmetic: exact (f32) or bf16. [default: bf16]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -202,7 +238,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
 /// Refuses to write over what an earlier run left, unless told to.
 fn check_out(args: &Args) -> Result<()> {
     let finished = args.out().join("adapter_config.json").exists();
-    let unfinished = args.out().join("checkpoint.safetensors").exists();
+    let unfinished = has_checkpoint(args.out());
     let message = match (args.resume || args.overwrite, unfinished, finished) {
         (true, ..) | (_, false, false) => return Ok(()),
         (_, true, _) => "holds an unfinished run; continue it with `--resume` or replace it with `--overwrite`",
@@ -215,12 +251,12 @@ fn fit(session: &Session, config: TrainConfig, args: &Args) -> Result<(Summary, 
     let data = session.dataset(&args.data, config.seq)?;
     let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
     let init = args.init.as_deref().map(AdapterFile::open).transpose()?;
-    let report = DataReport::new(&data, &config)?;
     let mut trainer = session.trainer(config, data, eval_data, init.as_ref(), args.out())?;
     if args.resume {
         trainer.resume()?;
         eprintln!("resuming after step {}", trainer.step_number());
     }
+    let report = trainer.data_report()?;
     eprint!("{}", data::text(&report));
     eprintln!("adapter: {} trained values", trainer.trained_parameters());
     let plan = trainer.plan(session.mapped_bytes());
@@ -265,8 +301,10 @@ impl Observer for Watcher {
             let mut line = json!({
                 "step": r.step, "loss": r.loss, "lr": r.lr, "grad_norm": r.grad_norm, "tok_s": rate,
             });
-            if let Some(loss) = r.eval_loss {
-                line["eval_loss"] = loss.into();
+            for (name, loss) in [("eval_loss", r.eval_loss), ("general_loss", r.general_loss)] {
+                if let Some(loss) = loss {
+                    line[name] = loss.into();
+                }
             }
             print_json(&line);
         }
@@ -276,27 +314,48 @@ impl Observer for Watcher {
     fn keep_going(&mut self) -> bool {
         !interrupt::asked()
     }
+
+    fn on_warning(&mut self, warning: &Error) {
+        self.bar.suspend(|| super::print_error("warning", warning));
+    }
 }
 
 fn report(s: &Summary, plan: MemoryPlan, data: &DataReport, session: &Session, as_json: bool) {
     let rate = s.tokens as f64 / s.time.as_secs_f64();
     if as_json {
         print_json(&json!({
-            "done": s.done, "steps": s.steps, "loss": finite(s.loss), "eval_loss": s.eval_loss, "tok_s": rate,
+            "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience,
+            "loss": finite(s.loss), "eval_loss": s.eval_loss, "eval_loss_before": s.before.and_then(|b| b.held_out),
+            "general_loss": s.general_loss, "general_loss_before": s.before.and_then(|b| b.general), "tok_s": rate,
             "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": data.batches.padded_tokens,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
             "mapped_bytes": session.mapped_bytes(), "plan": plan, "data": data, "adapter": s.adapter,
         }));
     } else {
-        let eval = s.eval_loss.map_or_else(String::new, |l| format!(", evaluation loss {l:.3}"));
         println!(
-            "{} after {} steps: loss {:.3}{eval}; {rate:.0} tok/s, {} anonymous at most, {} mapped",
+            "{} after {} steps: loss {:.3}; {rate:.0} tok/s, {} anonymous at most, {} mapped",
             if s.done { "done" } else { "stopped" },
             s.steps,
             s.loss,
             s.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
             megabytes(session.mapped_bytes())
         );
+        let before = s.before.unwrap_or_default();
+        for (name, before, after) in
+            [("held-out data", before.held_out, s.eval_loss), ("general text", before.general, s.general_loss)]
+        {
+            if let (Some(before), Some(after)) = (before, after) {
+                println!("loss on the {name}: {before:.3} before, {after:.3} after ({:+.3})", after - before);
+            }
+        }
+    }
+    if s.out_of_patience {
+        eprintln!("ended early: the held-out loss fell no more");
+    }
+    if s.done && s.adapter_step == 0 {
+        eprintln!("warning: the adapter is the one that training began with: all later ones forgot more than allowed");
+    } else if s.done && s.adapter_step != s.steps {
+        eprintln!("the adapter is that of step {}, which did best by what was asked for", s.adapter_step);
     }
     if s.done {
         eprintln!("use it: pocketlora chat -m {} -a {}", session.dir().display(), s.adapter.display());

@@ -41,7 +41,7 @@ impl MemoryPlan {
         Self {
             weights_mapped,
             adapter: (trained_values * (8 + work_bytes)) as u64,
-            optimizer: bytes(2 * trained_values),
+            optimizer: config.state_bytes(trained_values),
             layer_inputs: bytes(tokens * model.hidden_size * model.layers),
             layer_workspace: bytes(2 * tokens * values),
             logits: loss(tokens) as u64,

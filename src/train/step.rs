@@ -39,6 +39,16 @@ impl MicroBatch {
         self.batch.ids.len()
     }
 
+    /// Ids of each sample.
+    pub(super) fn segments(&self) -> impl Iterator<Item = &[u32]> {
+        let mut rest = &self.batch.ids[..];
+        self.batch.segments.iter().map(move |&n| {
+            let (ids, after) = rest.split_at(n);
+            rest = after;
+            ids
+        })
+    }
+
     /// Tokens learned.
     #[must_use]
     pub fn trained(&self) -> usize {
