@@ -258,8 +258,9 @@ fn bench_measures_a_model_and_writes_a_record() {
     let f = fixture();
     let (model, record) = (golden("tiny-mistral-bnb4"), f.path("record.json"));
     let args = ["bench", "-m", model.to_str().unwrap(), "--threads", "1,2", "--trials", "1", "--json"];
-    let report =
-        f.json(&[&args[..], &["--prefill", "32", "--decode", "8", "--seq", "16", "--record", &record]].concat());
+    let report = f.json(
+        &[&args[..], &["--prefill", "32", "--decode", "8", "--seq", "16", "--profile", "--record", &record]].concat(),
+    );
     let positive = |value: &Value, what: &str| {
         let number = value.as_f64().unwrap_or_else(|| panic!("{what} is {value}"));
         assert!(number.is_finite() && number > 0.0, "{what} is {number}");
@@ -280,6 +281,16 @@ fn bench_measures_a_model_and_writes_a_record() {
                 positive(&run["peak_anonymous_bytes"][key], key);
             }
         }
+        let profile = &run["profile"];
+        let ops = profile["ops"].as_array().unwrap();
+        let named =
+            |name: &str| ops.iter().find(|op| op["op"] == name).unwrap_or_else(|| panic!("no {name} in {ops:?}"));
+        assert_eq!(
+            (&named("attention_vjp")["calls"], &named("linear_cross_entropy")["calls"]),
+            (&2.0.into(), &1.0.into())
+        );
+        let within: f64 = ops.iter().map(|op| positive(&op["share"], "share of an op")).sum();
+        assert!((within + profile["rest"].as_f64().unwrap() - 1.0).abs() < 1e-9 && within < 1.0, "{profile}");
         let decode = &run["figures"]["decode"];
         assert_eq!((&decode["median"], decode["trials"].as_array().unwrap().len()), (&run["decode_tok_s"], 1));
     }
@@ -290,8 +301,15 @@ fn bench_measures_a_model_and_writes_a_record() {
     // Two layers of seven matrices, and what stays in floats is not read in four bits.
     positive(&report["model"]["bytes_per_token"], "bytes_per_token");
     let kernels = report["kernels"].as_array().unwrap();
-    for name in ["nf4_matvec@", "nf4_matmul@", "nf4_matmul_vjp_x@", "attention@", "attention_vjp@", "attention_cached@"]
-    {
+    for name in [
+        "nf4_matvec@",
+        "nf4_matmul@",
+        "nf4_matmul_vjp_x@",
+        "f32_linear_cross_entropy@",
+        "attention@",
+        "attention_vjp@",
+        "attention_cached@",
+    ] {
         let kernel = kernels.iter().find(|k| k["name"].as_str().unwrap().starts_with(name));
         let kernel = kernel.unwrap_or_else(|| panic!("no {name} in {kernels:?}"));
         positive(&kernel["gb_s"], name);
