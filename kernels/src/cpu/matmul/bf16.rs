@@ -8,7 +8,7 @@ use super::super::tile::Rows;
 use super::SMALL;
 
 /// Tasks of a product at most; each holds a slice a token, which is not free.
-const TASKS: usize = 16;
+pub(in super::super) const TASKS: usize = 16;
 
 /// How a weight is cut into panels.
 struct Cut {
