@@ -86,7 +86,10 @@ fn the_commands_work_together() {
     for key in ["step", "loss", "lr", "tok_s"] {
         assert!(steps.iter().all(|s| s[key].is_number()), "{key}");
     }
-    assert_eq!(names(Path::new(&out)), ["adapter_config.json", "adapter_model.safetensors"]);
+    assert_eq!(
+        names(Path::new(&out)),
+        ["adapter_config.json", "adapter_model.safetensors", "log.jsonl", "loss.svg", "train.toml"]
+    );
     assert_eq!(f.json(&["info", &out, "--json"])["rank"], 8);
 
     let data = f.data.to_str().unwrap();
@@ -106,6 +109,38 @@ fn the_commands_work_together() {
     }
     let plain = f.ok(&["generate", "-m", &nf4, "-p", "a", "-n", "3"]);
     assert_eq!(plain, f.ok(&["generate", "-m", &nf4, "-p", "a", "-n", "3"]), "greedy answers repeat");
+}
+
+#[test]
+fn eval_gives_one_field_for_each_score() {
+    let f = fixture();
+    let (model, data, answers) = (f.model.to_str().unwrap(), f.path("ask.jsonl"), f.path("answers.jsonl"));
+    let took = ["seconds", "tok_s", "peak_anonymous_bytes", "mapped_bytes"];
+    for (line, flags, scores) in [
+        (r#"{"question":"q","choices":["a","b"],"answer":"B"}"#, &["--chat"][..], &["choice", "choice_norm"][..]),
+        (r#"{"prompt":"q","label":"a"}"#, &[], &["accuracy", "f1"]),
+        (r#"{"prompt":"q","label":"a"}"#, &["--metrics", "f1", "--labels-by", "generation", "-n", "2"], &["f1"]),
+        (
+            r#"{"prompt":"q","references":["a","b"]}"#,
+            &["-n", "3", "--stemmer", "--answers", &answers],
+            &["exact", "bleu", "rouge1", "rouge2", "rougeL", "generated_tokens", "decode_tok_s"],
+        ),
+        (r#"{"prompt":"q","completion":"a"}"#, &["--metrics", "perplexity,exact", "-n", "3"], &["perplexity", "exact"]),
+        (r#"{"text":"some text"}"#, &[], &["tokens", "nll", "perplexity"]),
+    ] {
+        fs::write(&data, format!("{line}\n{line}\n")).unwrap();
+        let report = f.json(&[&["eval", "-m", model, "-d", &data, "--json"], flags].concat());
+        for key in scores.iter().chain(&took) {
+            assert!(report[key].is_number(), "{key} in {report} for {line}");
+        }
+    }
+    let written = fs::read_to_string(answers).unwrap();
+    let lines: Vec<Value> = written.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert!(lines.len() == 2 && lines[1]["line"] == 2 && lines[1]["answer"].is_string(), "{written}");
+
+    let out = f.run(&["eval", "-m", model, "-d", &data, "--metrics", "bleu"]);
+    let message = String::from_utf8_lossy(&out.stderr);
+    assert!(!out.status.success() && message.contains("`bleu`"), "{message}");
 }
 
 #[test]
@@ -223,8 +258,9 @@ fn bench_measures_a_model_and_writes_a_record() {
     let f = fixture();
     let (model, record) = (golden("tiny-mistral-bnb4"), f.path("record.json"));
     let args = ["bench", "-m", model.to_str().unwrap(), "--threads", "1,2", "--trials", "1", "--json"];
-    let report =
-        f.json(&[&args[..], &["--prefill", "32", "--decode", "8", "--seq", "16", "--record", &record]].concat());
+    let report = f.json(
+        &[&args[..], &["--prefill", "32", "--decode", "8", "--seq", "16", "--profile", "--record", &record]].concat(),
+    );
     let positive = |value: &Value, what: &str| {
         let number = value.as_f64().unwrap_or_else(|| panic!("{what} is {value}"));
         assert!(number.is_finite() && number > 0.0, "{what} is {number}");
@@ -245,6 +281,16 @@ fn bench_measures_a_model_and_writes_a_record() {
                 positive(&run["peak_anonymous_bytes"][key], key);
             }
         }
+        let profile = &run["profile"];
+        let ops = profile["ops"].as_array().unwrap();
+        let named =
+            |name: &str| ops.iter().find(|op| op["op"] == name).unwrap_or_else(|| panic!("no {name} in {ops:?}"));
+        assert_eq!(
+            (&named("attention_vjp")["calls"], &named("linear_cross_entropy")["calls"]),
+            (&2.0.into(), &1.0.into())
+        );
+        let within: f64 = ops.iter().map(|op| positive(&op["share"], "share of an op")).sum();
+        assert!((within + profile["rest"].as_f64().unwrap() - 1.0).abs() < 1e-9 && within < 1.0, "{profile}");
         let decode = &run["figures"]["decode"];
         assert_eq!((&decode["median"], decode["trials"].as_array().unwrap().len()), (&run["decode_tok_s"], 1));
     }
@@ -255,8 +301,15 @@ fn bench_measures_a_model_and_writes_a_record() {
     // Two layers of seven matrices, and what stays in floats is not read in four bits.
     positive(&report["model"]["bytes_per_token"], "bytes_per_token");
     let kernels = report["kernels"].as_array().unwrap();
-    for name in ["nf4_matvec@", "nf4_matmul@", "nf4_matmul_vjp_x@", "attention@", "attention_vjp@", "attention_cached@"]
-    {
+    for name in [
+        "nf4_matvec@",
+        "nf4_matmul@",
+        "nf4_matmul_vjp_x@",
+        "f32_linear_cross_entropy@",
+        "attention@",
+        "attention_vjp@",
+        "attention_cached@",
+    ] {
         let kernel = kernels.iter().find(|k| k["name"].as_str().unwrap().starts_with(name));
         let kernel = kernel.unwrap_or_else(|| panic!("no {name} in {kernels:?}"));
         positive(&kernel["gb_s"], name);
@@ -321,4 +374,44 @@ fn wrong_usage_and_bad_input_have_their_exit_codes() {
     assert!(!Path::new(&out).join("adapter_config.json").exists());
     let unknown = f.command(&["generate", "-m", model, "-p", "a"]).env("POCKETLORA_ISA", "mmx").output().unwrap();
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("mmx"), "an unknown instruction set is an error");
+}
+
+#[test]
+fn a_dry_run_shows_what_is_learned_and_writes_nothing() {
+    let f = fixture();
+    let out = f.path("adapter");
+    let with = |more: &[&'static str]| [&f.train_args(&out)[..], &["--dry-run"], more].concat();
+    let before = names(f.dir.path());
+    let args: Vec<&str> = with(&[]).into_iter().filter(|a| *a != "--json").collect();
+    let text = f.ok(&args);
+    for what in [
+        "sample 1 of 12: ",
+        "<|im_start|>user\nwhat is number 0?<|im_end|>\n<|im_start|>assistant\n\u{ab}it is 0<|im_end|>\u{bb}\n",
+        "12 records, 12 samples",
+        "0 padded",
+        "24 steps in all",
+        "up to ",
+    ] {
+        assert!(text.contains(what), "{what}: {text}");
+    }
+    let report = f.json(&with(&["--packing", "--seq", "128"]));
+    let (data, sample) = (&report["data"], &report["samples"][1]);
+    assert_eq!(sample["parts"][1], serde_json::json!({"text": "it is 7<|im_end|>", "trained": true}));
+    assert_eq!((&data["records"], &data["batches"]["padded_tokens"]), (&12.into(), &0.into()));
+    // 12 chats of some fifty tokens in passes of up to 256.
+    assert_eq!((&data["batches"]["micro_batches"], &data["total_steps"]), (&3.into(), &12.into()));
+    let split = f.json(&with(&["--seq", "32"]));
+    assert_eq!((&split["data"]["splits"]["samples"], &split["data"]["samples"]), (&12.into(), &12.into()));
+    assert_eq!(names(f.dir.path()), before);
+}
+
+#[test]
+fn packed_training_takes_fewer_steps_and_pads_nothing() {
+    let f = fixture();
+    let out = f.path("one");
+    let summary = f.json(&[&f.train_args(&out)[..], &["--packing", "--seq", "128"]].concat());
+    let (data, steps) = (&summary["data"], summary["steps"].as_u64().unwrap());
+    assert_eq!((&summary["padded_tokens"], &data["total_steps"]), (&0.into(), &summary["steps"]));
+    let learned = data["trained_tokens"].as_u64().map(|n| 4 * n);
+    assert!(steps < 24 && summary["trained_tokens"].as_u64() == learned, "{summary}");
 }

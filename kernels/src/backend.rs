@@ -12,6 +12,9 @@
 
 use crate::{Error, MatrixSource};
 
+/// Rows of logits that the body of [`Backend::linear_cross_entropy`] holds at once.
+const LOGIT_ROWS: usize = 64;
+
 /// Arithmetic of the products with weights. Results are f32 in all of them. A device that lacks one takes a more exact
 /// one instead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -78,6 +81,33 @@ pub struct AdamW {
     pub step: u32,
 }
 
+/// SGD's settings for one step, with decoupled decay.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sgd {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// What is kept of the moment.
+    pub momentum: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+}
+
+/// Lion's settings for one step (Chen et al. 2023).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Lion {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// Share of the moment in the update.
+    pub beta1: f32,
+    /// Decay of the moment.
+    pub beta2: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+}
+
+/// Elements of a moment in 8 bits that share an absmax.
+pub const MOMENT_BLOCK: usize = 256;
+
 /// `scale (x Aᵀ) Bᵀ`, what a low-rank adapter adds to a product: `a` is `[r, K]`, `b` `[O, r]`.
 pub struct LowRank<'a, B: Backend + ?Sized> {
     /// Down to the rank.
@@ -106,6 +136,8 @@ pub trait Backend: Send + Sync + 'static {
     type Matrix: Send + Sync;
     /// Keys and values of one layer.
     type Cache: Send + Sync;
+    /// An array in 8 bits: a code for each element, an absmax for each [`MOMENT_BLOCK`] of them.
+    type Codes: Send + Sync;
 
     /// Runs `work` with this backend's threads, so that ops inside it need not wake them one by one.
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R
@@ -298,6 +330,51 @@ pub trait Backend: Send + Sync + 'static {
     /// For each row of `logits` `[N, V]`: `losses[n] = -log softmax(logits[n])[targets[n]]` (natural log);
     /// then the row becomes the gradient of `scale * losses[n]`.
     fn cross_entropy(&self, targets: &[u32], scale: f32, logits: &mut Self::Buffer, losses: &mut Self::Buffer);
+    /// Cross-entropy of a linear head, without its logits in memory: with `l = x Wᵀ` of `x` `[N, C]` and `w` `[V, C]`,
+    /// `losses[n] = -log softmax(l[n])[targets[n]]` (natural log), and `dx` `[N, C]`, where there is one, becomes the
+    /// gradient of `scale * sum(losses)` by `x`. [`Arithmetic::Int8`] is too coarse for it and taken as exact.
+    ///
+    /// As in blockwise attention, a device may walk the vocabulary with a running maximum `m` and sum `Z` of each row and
+    /// add up `sum_v e^(l_v - m) W_v` (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models").
+    /// The body here, for devices without such a kernel, takes a few rows at a time through all of the vocabulary.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn linear_cross_entropy(
+        &self,
+        arithmetic: Arithmetic,
+        w: &Self::Matrix,
+        targets: &[u32],
+        scale: f32,
+        x: &Self::Buffer,
+        losses: &mut Self::Buffer,
+        mut dx: Option<&mut Self::Buffer>,
+    ) -> Result<(), Error> {
+        let arithmetic = if arithmetic == Arithmetic::Int8 { Arithmetic::Exact } else { arithmetic };
+        let (vocab, width) = self.shape(w);
+        self.zero(losses);
+        if let Some(dx) = dx.as_deref_mut() {
+            self.zero(dx);
+        }
+        let all: Vec<u32> = (0..targets.len() as u32).collect();
+        for (rows, targets) in all.chunks(LOGIT_ROWS).zip(targets.chunks(LOGIT_ROWS)) {
+            let (mut part, mut logits) = (self.buffer(rows.len() * width)?, self.buffer(rows.len() * vocab)?);
+            let mut part_losses = self.buffer(rows.len())?;
+            self.gather_rows(x, rows, &mut part);
+            self.matmul(arithmetic, w, &part, &mut logits, false);
+            self.cross_entropy(targets, scale, &mut logits, &mut part_losses);
+            self.scatter_add_rows(&part_losses, rows, losses);
+            if let Some(dx) = dx.as_deref_mut() {
+                self.matmul_vjp_x(arithmetic, w, &logits, &mut part, false);
+                self.scatter_add_rows(&part, rows, dx);
+            }
+        }
+        Ok(())
+    }
+    /// Bytes that [`Backend::linear_cross_entropy`] takes beside its arguments for `rows` of `width` and `vocab` logits.
+    fn linear_cross_entropy_bytes(&self, rows: usize, width: usize, vocab: usize) -> usize {
+        size_of::<f32>() * rows.min(LOGIT_ROWS) * (width + vocab + 1)
+    }
     /// Sum of squares, in f64 and in an order that does not depend on the thread count.
     ///
     /// # Errors
@@ -311,5 +388,33 @@ pub trait Backend: Send + Sync + 'static {
         param: &mut Self::Buffer,
         m: &mut Self::Buffer,
         v: &mut Self::Buffer,
+    );
+    /// One step of SGD on `param`, with a moment `m` that starts at zero, or without one.
+    fn sgd(&self, step: &Sgd, grad: &Self::Buffer, param: &mut Self::Buffer, m: Option<&mut Self::Buffer>);
+    /// One Lion step on `param` with moment `m`.
+    fn lion(&self, step: &Lion, grad: &Self::Buffer, param: &mut Self::Buffer, m: &mut Self::Buffer);
+
+    /// `len` zeros in 8 bits, coded with the signed dynamic map or the unsigned one (Dettmers et al. 2021).
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn codes(&self, len: usize, signed: bool) -> Result<Self::Codes, Error>;
+    /// Number of elements.
+    fn codes_len(&self, codes: &Self::Codes) -> usize;
+    /// Copies codes and absmax out; lengths are equal.
+    ///
+    /// # Errors
+    /// As [`Backend::read`].
+    fn read_codes(&self, src: &Self::Codes, codes: &mut [u8], absmax: &mut [f32]) -> Result<(), Error>;
+    /// Copies codes and absmax in; lengths are equal.
+    fn write_codes(&self, dst: &mut Self::Codes, codes: &[u8], absmax: &[f32]);
+    /// As [`Backend::adamw`] with moments in 8 bits, `m` signed and `v` unsigned.
+    fn adamw8(
+        &self,
+        step: &AdamW,
+        grad: &Self::Buffer,
+        param: &mut Self::Buffer,
+        m: &mut Self::Codes,
+        v: &mut Self::Codes,
     );
 }

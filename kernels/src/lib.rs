@@ -13,7 +13,9 @@ pub mod quant;
 #[cfg(feature = "vulkan")]
 pub mod vulkan;
 
-pub use backend::{AdamW, Arithmetic, Attention, Backend, CacheType, LowRank, Product, WorkType};
+pub use backend::{
+    AdamW, Arithmetic, Attention, Backend, CacheType, Lion, LowRank, MOMENT_BLOCK, Product, Sgd, WorkType,
+};
 pub use cpu::Cpu;
 pub use error::Error;
 pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};

@@ -31,6 +31,11 @@ pub trait Model: Send + Sync {
     fn embed(&self, ex: &mut dyn Exec) -> Tensor;
     /// Layer number `index` applied to `x` `[T, C]`.
     fn layer(&self, ex: &mut dyn Exec, index: usize, x: Tensor) -> Tensor;
+    /// The last norm of hidden states `x` `[T, C]`, as [`Model::head`] takes it first.
+    fn norm(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor;
+    /// The layer that makes logits of what [`Model::norm`] returns, if it is all that does: an executor may then compute
+    /// what follows from logits without holding them. `None` where a family does more to them.
+    fn plain_head(&self) -> Option<Linear>;
     /// Logits `[T, V]` of hidden states `x` `[T, C]`.
     fn head(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor;
 }

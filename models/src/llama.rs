@@ -134,8 +134,16 @@ impl Model for Llama {
         ex.add(x, down)
     }
 
+    fn norm(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor {
+        ex.rms_norm(self.norm, self.config.rms_norm_eps, x)
+    }
+
+    fn plain_head(&self) -> Option<Linear> {
+        Some(self.lm_head)
+    }
+
     fn head(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor {
-        let h = ex.rms_norm(self.norm, self.config.rms_norm_eps, x);
+        let h = self.norm(ex, x);
         ex.linear(self.lm_head, h)
     }
 }

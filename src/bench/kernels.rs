@@ -8,7 +8,6 @@ use crate::error::Result;
 use crate::exec::Base;
 use crate::exec::infer::PREFILL_CHUNK;
 use crate::session::Session;
-use crate::train::LOGIT_ROWS;
 use pocketlora_kernels::cpu::limits::Limits;
 use pocketlora_kernels::cpu::{Buffer, Matrix};
 use pocketlora_kernels::{Arithmetic, Attention, Backend, Cpu};
@@ -59,15 +58,12 @@ struct Product {
 fn products(session: &Session, options: &Options) -> Vec<Product> {
     let infer = session.numbers().arithmetic;
     let (prompt, sequence) = (options.prefill.min(PREFILL_CHUNK), options.sequence);
-    let logits = LOGIT_ROWS.min(sequence);
     let product = |op, tokens, head, arithmetic, backward| Product { op, tokens, head, arithmetic, backward };
     vec![
         product("matvec", 1, None, infer, false),
         product("matmul", prompt, Some(false), infer, false),
         product("matmul", sequence, Some(false), Arithmetic::Bf16, false),
         product("matmul_vjp_x", sequence, Some(false), Arithmetic::Bf16, true),
-        product("matmul", logits, Some(true), Arithmetic::Bf16, false),
-        product("matmul_vjp_x", logits, Some(true), Arithmetic::Bf16, true),
     ]
 }
 
@@ -93,6 +89,7 @@ pub(super) fn measure(
             bench.product(&product, group)?;
         }
     }
+    loss(&mut bench)?;
     attention(session, &mut bench)?;
     Ok(bench.kernels)
 }
@@ -217,6 +214,30 @@ impl Bench<'_, '_> {
         });
         Ok(())
     }
+}
+
+/// Logits, loss and gradient of a training sequence: two products with the head.
+fn loss(bench: &mut Bench<'_, '_>) -> Result<()> {
+    let (base, t) = (bench.base, bench.options.sequence);
+    let (backend, head) = (&base.backend, base.matrix(base.model.head_param()));
+    let (vocab, width) = backend.shape(head);
+    let facts = Facts {
+        name: format!("{}_linear_cross_entropy", head.type_name()),
+        shape: format!("T={t} O={vocab} K={width}"),
+        layers: "head".to_owned(),
+        arithmetic: Arithmetic::Bf16,
+        reads: false,
+        bytes: head.bytes() as f64,
+        ops: 4.0 * (t * vocab * width) as f64,
+    };
+    let (x, mut dx, mut losses) = (noise(backend, t * width)?, noise(backend, t * width)?, noise(backend, t)?);
+    let targets: Vec<u32> = (0..t).map(|i| (i * 37 % vocab) as u32).collect();
+    let mut failed = None;
+    bench.time(facts, 1, &mut |_| {
+        let done = backend.linear_cross_entropy(Arithmetic::Bf16, head, &targets, 1.0, &x, &mut losses, Some(&mut dx));
+        failed = failed.take().or(done.err());
+    })?;
+    failed.map_or(Ok(()), |e| Err(e.into()))
 }
 
 /// Attention forward and back over a training sequence, and of one token over a cached text.

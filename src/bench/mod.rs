@@ -17,6 +17,7 @@ mod infer;
 mod kernels;
 mod learn;
 mod machine;
+mod profile;
 pub mod shape;
 mod work;
 
@@ -25,6 +26,7 @@ pub use against::{Against, KernelRatio, ModelRatio, Theirs, compare};
 pub use figure::Figure;
 pub use kernels::Kernel;
 pub use machine::Machine;
+pub use profile::{OpTime, Profile};
 pub use work::Work;
 
 use crate::error::{Error, ErrorCode, Result};
@@ -49,13 +51,24 @@ pub struct Options {
     pub sequence: usize,
     /// Measure training.
     pub train: bool,
+    /// Measure training once more by operation.
+    pub profile: bool,
     /// Measure single kernels.
     pub kernels: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { threads: vec![0], trials: 5, prefill: 512, decode: 128, sequence: 256, train: true, kernels: true }
+        Self {
+            threads: vec![0],
+            trials: 5,
+            prefill: 512,
+            decode: 128,
+            sequence: 256,
+            train: true,
+            profile: false,
+            kernels: true,
+        }
     }
 }
 
@@ -108,6 +121,8 @@ pub struct Run {
     pub limits: Limits,
     /// The trials behind the medians.
     pub figures: Figures,
+    /// Where a training step's time goes.
+    pub profile: Option<Profile>,
 }
 
 /// Tokens a second.
@@ -185,6 +200,7 @@ struct First {
     isa: &'static str,
     limits: limits::Limits,
     inference: infer::Inference,
+    profile: Option<Profile>,
 }
 
 /// Measures the model in `dir`, opened as `open` says but for its threads.
@@ -207,7 +223,7 @@ pub fn run(dir: &Path, open: &session::Options, options: &Options, progress: &mu
         }
         model.get_or_insert_with(|| describe(&session));
         let backend = &session.base().backend;
-        firsts.push(First { threads: backend.threads(), isa: backend.isa().name(), limits, inference });
+        firsts.push(First { threads: backend.threads(), isa: backend.isa().name(), limits, inference, profile: None });
     }
     let mut trainings = Vec::new();
     for first in firsts.iter_mut() {
@@ -216,6 +232,9 @@ pub fn run(dir: &Path, open: &session::Options, options: &Options, progress: &mu
             false => None,
         };
         trainings.push(training);
+        if options.profile {
+            first.profile = Some(profile::measure(&sessions, first.threads, options, progress)?);
+        }
         check(progress, &format!("the machine's limits once more, threads: {}", first.threads))?;
         first.limits = first.limits.max(limits::measure(first.threads, options.trials)?);
     }
@@ -277,7 +296,7 @@ fn describe(session: &Session) -> Model {
 }
 
 fn sum_up(first: First, training: Option<learn::Training>, model: &Model, options: &Options) -> Run {
-    let First { threads, isa, limits, inference } = first;
+    let First { threads, isa, limits, inference, profile } = first;
     let infer::Inference { prefill, decode, adapter_decode, decode_peak } = inference;
     let work = &model.work;
     let decode_gb_s = decode.median * work.bytes_per_token as f64 / 1e9;
@@ -303,6 +322,7 @@ fn sum_up(first: First, training: Option<learn::Training>, model: &Model, option
         decode_gb_s,
         limits: limits.into(),
         figures: Figures { prefill, decode, adapter_decode, train: training.map(|t| t.rate) },
+        profile,
     }
 }
 

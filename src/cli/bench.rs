@@ -2,7 +2,7 @@
 
 use super::args::{PrecisionArg, megabytes, options, print_json, stopped};
 use super::{interrupt, model, progress};
-use crate::bench::{self, Figure, Kernel, Options, Report, Run, shape};
+use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, shape};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::write_bytes;
 use crate::session;
@@ -43,6 +43,9 @@ pub(super) struct Args {
     /// Leave training out.
     #[arg(long, overrides_with = "train")]
     no_train: bool,
+    /// Measure training once more, by operation.
+    #[arg(long)]
+    profile: bool,
     /// Leave single kernels out.
     #[arg(long)]
     no_kernels: bool,
@@ -82,6 +85,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         decode: args.decode,
         sequence: args.seq,
         train: !args.no_train || args.train,
+        profile: args.profile,
         kernels: !args.no_kernels,
     };
     let bar = progress::steps("bench");
@@ -169,6 +173,12 @@ fn text(report: &Report) -> String {
         tokens.decode,
         tokens.train
     );
+    for run in runs {
+        if let Some(profile) = &run.profile {
+            let of = format!("training step@{} x{}: {:.1} ms", run.isa, run.threads, profile.step_ms);
+            text.push_str(&format!("{of}\n{}\n", profile_table(profile)));
+        }
+    }
     if !kernels.is_empty() {
         text.push_str(&format!("{}\n", kernel_table(kernels)));
     }
@@ -203,6 +213,24 @@ fn rows(run: &Run, table: &mut Table) {
         let name = format!("train{at}");
         table.add_row([name, rate(train), spread(train), percent(share), limit, peak(peaks.train)]);
     }
+}
+
+fn profile_table(profile: &Profile) -> Table {
+    let mut table = new_table(&["op", "weight", "calls", "ms", "of the step"]);
+    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+    for op in &profile.ops {
+        let shape = op.shape.map_or_else(String::new, |(rows, cols)| format!("O={rows} K={cols}"));
+        table.add_row([
+            op.op.to_owned(),
+            shape,
+            format!("{:.0}", op.calls),
+            format!("{:.2}", op.ms),
+            percent(op.share),
+        ]);
+    }
+    let rest = format!("{:.2}", profile.rest * profile.step_ms);
+    table.add_row(["rest".to_owned(), String::new(), String::new(), rest, percent(profile.rest)]);
+    table
 }
 
 fn kernel_table(kernels: &[Kernel]) -> Table {

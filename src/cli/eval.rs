@@ -1,12 +1,19 @@
-//! `pocketlora eval`: how well a model predicts.
+//! `pocketlora eval`: how well a model predicts and answers.
 
-use super::args::{ModelArgs, print_json, stopped};
+use super::args::{ModelArgs, megabytes, print_json, stopped};
 use super::{interrupt, progress};
 use crate::error::{Error, ErrorCode, Result};
-use crate::eval::{Score, score_data, score_text};
-use serde_json::json;
+use crate::eval::{
+    Expected, LabelBy, Metric, Record, Score, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
+    score_data, score_text,
+};
+use crate::memory::Peak;
+use crate::session::Session;
+use clap::ValueEnum;
+use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -14,6 +21,8 @@ pub(super) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     what: What,
+    #[command(flatten)]
+    tasks: TaskArgs,
     /// Score a text in windows of this many tokens; 0 takes it whole.
     #[arg(long, default_value_t = 512)]
     window: usize,
@@ -31,7 +40,8 @@ struct What {
     /// Perplexity of a text file.
     #[arg(long)]
     text: Option<PathBuf>,
-    /// Loss on the learned tokens of a JSONL file.
+    /// Scores on a data file: training samples (loss on the learned tokens), or JSONL with `choices` and `answer`, with
+    /// `label`, or with `reference(s)`, asked by `prompt`, `question` or `messages`.
     #[arg(short, long)]
     data: Option<PathBuf>,
     /// JSON array of arrays of token ids, each scored whole.
@@ -39,41 +49,218 @@ struct What {
     ids: Option<PathBuf>,
 }
 
+/// How a data file is asked and scored.
+#[derive(clap::Args)]
+#[group(multiple = true, conflicts_with_all = ["text", "ids"])]
+struct TaskArgs {
+    /// Metrics, separated by commas. [default: by what the records hold]
+    #[arg(long, value_delimiter = ',', value_enum)]
+    metrics: Vec<MetricArg>,
+    /// Put `prompt` and `question` through the model's chat template, as the user's turn.
+    #[arg(long)]
+    chat: bool,
+    /// How labels are read: the likeliest of those in the file, or the first line that the model writes.
+    #[arg(long, value_enum, default_value = "likelihood")]
+    labels_by: LabelByArg,
+    /// Most tokens of an answer.
+    #[arg(short = 'n', long, default_value_t = 128)]
+    max_tokens: usize,
+    /// ROUGE compares stems of words (Porter's).
+    #[arg(long)]
+    stemmer: bool,
+    /// Write the answers here, one JSON object a line.
+    #[arg(long, value_name = "OUT.jsonl")]
+    answers: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum MetricArg {
+    /// Of the learned tokens.
+    Perplexity,
+    /// Right choices by likelihood, of the whole option and for each of its characters.
+    Choice,
+    /// Right labels.
+    Accuracy,
+    /// Macro-F1 of labels.
+    F1,
+    /// Answers equal to a reference, but for case, punctuation and articles.
+    Exact,
+    /// Corpus BLEU, as sacrebleu's default.
+    Bleu,
+    /// ROUGE-1, 2 and L, as rouge-score's.
+    Rouge,
+}
+
+impl From<MetricArg> for Metric {
+    fn from(arg: MetricArg) -> Self {
+        match arg {
+            MetricArg::Perplexity => Self::Perplexity,
+            MetricArg::Choice => Self::Choice,
+            MetricArg::Accuracy => Self::Accuracy,
+            MetricArg::F1 => Self::F1,
+            MetricArg::Exact => Self::Exact,
+            MetricArg::Bleu => Self::Bleu,
+            MetricArg::Rouge => Self::Rouge,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LabelByArg {
+    Likelihood,
+    Generation,
+}
+
+/// What an evaluation found.
+#[derive(Default)]
+struct Found {
+    score: Option<Score>,
+    records: Option<usize>,
+    tasks: TaskReport,
+}
+
 pub(super) fn run(args: &Args) -> Result<()> {
-    let session = args.model.open()?;
-    let bar = progress::spinner("eval");
-    let mut on_progress = |tokens: usize| {
-        bar.inc(tokens as u64);
+    let mut session = args.model.open()?;
+    let (start, bar) = (Instant::now(), progress::spinner("eval"));
+    let (mut peak, mut tokens) = (Peak::default(), 0);
+    let mut on_progress = |new: usize| {
+        tokens += new;
+        bar.inc(new as u64);
+        peak.sample();
         !interrupt::asked()
     };
+    let found = find(args, &mut session, &mut on_progress);
+    bar.finish_and_clear();
+    let found = found.map_err(|e| if e.code() == ErrorCode::Cancelled { stopped("evaluation") } else { e })?;
+    let (seconds, peak) = (start.elapsed().as_secs_f64(), peak.bytes().max(session.peak_anonymous_bytes()));
+    if args.json {
+        let mut json = found.json();
+        json.insert("seconds".into(), seconds.into());
+        json.insert("tok_s".into(), (tokens as f64 / seconds).into());
+        json.insert("peak_anonymous_bytes".into(), peak.into());
+        json.insert("mapped_bytes".into(), session.mapped_bytes().into());
+        print_json(&json.into());
+    } else {
+        found.print();
+        let peak = peak.map_or_else(|| "unknown".to_owned(), megabytes);
+        let rate = tokens as f64 / seconds;
+        eprintln!("{tokens} tokens in {seconds:.1} s, {rate:.0} tok/s, {peak} anonymous at most");
+    }
+    Ok(())
+}
+
+fn find(args: &Args, session: &mut Session, on_progress: &mut (dyn FnMut(usize) -> bool + Send)) -> Result<Found> {
     let score = if let Some(path) = &args.what.text {
         let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
         let ids = session.tokenizer()?.encode(&text, true)?;
         let window = if args.window == 0 { ids.len() } else { args.window };
-        score_text(&session, &ids, window, &mut on_progress).map_err(|e| named(e, path))
+        score_text(session, &ids, window, on_progress).map_err(|e| named(e, path))?
     } else if let Some(path) = &args.what.data {
-        let data = session.dataset(path, usize::MAX)?;
-        score_data(&session, &data, &mut on_progress)
+        return find_in_data(&args.tasks, path, session, on_progress);
     } else {
         let path = args.what.ids.as_deref().expect("clap requires one of the three");
         let lists = read_ids(path)?;
         let score = match &args.save_logits {
-            Some(out) => crate::eval::save_logits(&session, &lists, out, &mut on_progress),
+            Some(out) => crate::eval::save_logits(session, &lists, out, on_progress),
             None => lists.iter().enumerate().try_fold(Score::default(), |sum, (i, ids)| {
-                let score = score_text(&session, ids, ids.len(), &mut on_progress);
+                let score = score_text(session, ids, ids.len(), on_progress);
                 Ok(sum + score.map_err(|e| e.at(format!("array {i}")))?)
             }),
         };
-        score.map_err(|e| named(e, path))
+        score.map_err(|e| named(e, path))?
     };
-    bar.finish_and_clear();
-    let score = score.map_err(|e| if e.code() == ErrorCode::Cancelled { stopped("evaluation") } else { e })?;
-    if args.json {
-        print_json(&json!({"tokens": score.tokens, "nll": score.nll(), "perplexity": score.perplexity()}));
-    } else {
-        println!("{} tokens: loss {:.4}, perplexity {:.3}", score.tokens, score.nll(), score.perplexity());
+    Ok(Found { score: Some(score), ..Found::default() })
+}
+
+fn find_in_data(
+    args: &TaskArgs,
+    path: &Path,
+    session: &mut Session,
+    on_progress: &mut (dyn FnMut(usize) -> bool + Send),
+) -> Result<Found> {
+    let asked: Vec<Metric> = args.metrics.iter().map(|&m| m.into()).collect();
+    // Training samples come in more forms than records that ask; for their perplexity nothing is asked.
+    let only_loss = if asked.is_empty() { !is_jsonl(path) } else { asked == [Metric::Perplexity] };
+    let records = if only_loss { Vec::new() } else { read_records(path, args.chat)? };
+    let metrics = if only_loss { vec![Metric::Perplexity] } else { metrics_for(&records, &asked)? };
+    let mut found = Found::default();
+    if metrics.contains(&Metric::Perplexity) {
+        found.score = Some(score_data(session, &session.dataset(path, usize::MAX)?, on_progress)?);
     }
-    Ok(())
+    if metrics.iter().any(|m| *m != Metric::Perplexity) {
+        let label_by = match args.labels_by {
+            LabelByArg::Likelihood => LabelBy::Likelihood,
+            LabelByArg::Generation => LabelBy::Generation,
+        };
+        let options = TaskOptions { label_by, max_tokens: args.max_tokens, stemmer: args.stemmer };
+        found.records = Some(records.len());
+        found.tasks = run_tasks(session, &records, &metrics, &options, on_progress).map_err(|e| named(e, path))?;
+    }
+    if let Some(out) = &args.answers {
+        write_answers(out, &records, &found.tasks)?;
+    }
+    Ok(found)
+}
+
+fn is_jsonl(path: &Path) -> bool {
+    path.is_file() && path.extension().is_none_or(|e| e != "csv" && e != "txt" && e != "md")
+}
+
+fn write_answers(out: &Path, records: &[Record], report: &TaskReport) -> Result<()> {
+    if report.answers.is_empty() {
+        let expected = "metrics for which the model writes: `exact`, `bleu`, `rouge`, or labels by generation";
+        return Err(Error::config("answers", expected, "none of them"));
+    }
+    let mut lines = String::new();
+    for (record, answer) in records.iter().zip(&report.answers) {
+        let mut line = json!({"line": record.line, "answer": answer});
+        match &record.expected {
+            Expected::References(texts) | Expected::Taught(texts) => line["references"] = json!(texts),
+            Expected::Label(label) => line["label"] = json!(label),
+            Expected::Choice { .. } | Expected::Nothing => {}
+        }
+        lines += &format!("{line}\n");
+    }
+    crate::format::write_bytes(out, lines.as_bytes())
+}
+
+impl Found {
+    /// One field for each score, and what it took.
+    fn json(&self) -> Map<String, Value> {
+        let mut json = Map::new();
+        if let Some(score) = self.score {
+            json.insert("tokens".into(), score.tokens.into());
+            json.insert("nll".into(), score.nll().into());
+            json.insert("perplexity".into(), score.perplexity().into());
+        }
+        let Some(records) = self.records else { return json };
+        json.insert("records".into(), records.into());
+        json.extend(self.tasks.scores.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())));
+        json.insert("prompt_tokens".into(), self.tasks.prompt_tokens.into());
+        json.insert("generated_tokens".into(), self.tasks.generated_tokens.into());
+        if let Some(rate) = self.decode_rate() {
+            json.insert("decode_tok_s".into(), rate.into());
+        }
+        json
+    }
+
+    fn print(&self) {
+        if let Some(score) = self.score {
+            println!("{} tokens: loss {:.4}, perplexity {:.3}", score.tokens, score.nll(), score.perplexity());
+        }
+        let Some(records) = self.records else { return };
+        let scores: Vec<String> = self.tasks.scores.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+        println!("{records} records: {}", scores.join(", "));
+        if let Some(rate) = self.decode_rate() {
+            eprintln!("{} tokens written at {rate:.0} tok/s", self.tasks.generated_tokens);
+        }
+    }
+
+    /// Tokens written per second, the first of each answer not counted.
+    fn decode_rate(&self) -> Option<f64> {
+        let tokens = self.tasks.generated_tokens.saturating_sub(self.tasks.answers.len());
+        (tokens > 0).then(|| tokens as f64 / self.tasks.decode.as_secs_f64())
+    }
 }
 
 /// An error about what stands in the file at `path`, with the file's name.

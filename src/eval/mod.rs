@@ -1,8 +1,22 @@
-//! How well a model, with its adapters, predicts given text.
+//! How well a model, with its adapters, predicts given text, and how well it answers.
 
+mod bleu;
+mod labels;
+mod likelihood;
 mod logits_file;
+mod porter;
+mod record;
+mod rouge;
+mod tasks;
+#[cfg(test)]
+mod tests;
 
+pub use bleu::bleu;
+pub use labels::{accuracy, exact_match, macro_f1, normalized};
 pub use logits_file::save_logits;
+pub use record::{Ask, Expected, Record, read_records};
+pub use rouge::{Rouge, rouge};
+pub use tasks::{LabelBy, Metric, TaskOptions, TaskReport, metrics_for, run_tasks};
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::Pool;
@@ -163,12 +177,4 @@ fn nll(logits: &[f32], target: usize) -> f64 {
     let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
     let sum: f64 = logits.iter().map(|&l| (f64::from(l) - max).exp()).sum();
     max + sum.ln() - f64::from(logits[target])
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn the_loss_of_a_uniform_guess_is_the_log_of_the_choices() {
-        assert!((super::nll(&[5.0; 8], 3) - (8f64).ln()).abs() < 1e-12);
-    }
 }

@@ -69,6 +69,19 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.base
     }
 
+    /// The head's weight, if the last norm's output times it is all there is to logits, and no adapter adds to them.
+    #[must_use]
+    pub fn plain_head(&self) -> Option<&'a B::Matrix> {
+        let head = self.base.model.plain_head().filter(|head| head.bias.is_none())?;
+        self.adapters.on(head.weight).is_empty().then(|| self.base.matrix(head.weight))
+    }
+
+    /// Arithmetic of the products.
+    #[must_use]
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
     /// Hands the pass's buffers back.
     pub fn finish(self, pool: &mut Pool<B>) {
         for (cos, sin) in self.angles {

@@ -2,16 +2,19 @@
 
 use super::step::{MicroBatch, Watch};
 use crate::error::Result;
-use crate::exec::Pool;
 use crate::exec::train::{Gradients, Pass};
+use crate::exec::{Base, Pool};
 use pocketlora_kernels::Backend;
 use pocketlora_models::Tensor;
 
-/// Rows of logits held at once: `[64, V]`, not `[T, V]`.
-pub(crate) const LOGIT_ROWS: usize = 64;
+/// Rows of logits held at once where they must be made: `[64, V]`, not `[T, V]`.
+const LOGIT_ROWS: usize = 64;
+/// Rows given at once to the loss that needs no logits; bounds its memory, and is enough to pay for reading the head.
+const LOSS_ROWS: usize = 512;
 
 /// Sum of the learned tokens' losses (natural log) over the last layer's output `x` `[T, C]`, and `scale` times its
-/// gradient by `x`, which is zero without `grads`. Logits exist for learned tokens only and a chunk of them at a time.
+/// gradient by `x`, which is zero without `grads`. No logits are held where the head is a product and nothing else;
+/// elsewhere they exist for learned tokens only and a chunk of them at a time.
 ///
 /// # Errors
 /// Out of memory, a stop.
@@ -24,25 +27,17 @@ pub(super) fn loss<B: Backend>(
     pool: &mut Pool<B>,
     watch: &mut Watch<'_>,
 ) -> Result<(f64, B::Buffer)> {
-    let (model, backend) = (&pass.base().model, &pass.base().backend);
-    let width = model.config().hidden_size;
+    let backend = &pass.base().backend;
+    let width = pass.base().model.config().hidden_size;
+    let chunk = if pass.plain_head().is_some() { LOSS_ROWS } else { LOGIT_ROWS };
     let mut dx = pool.take(backend, backend.len(&x))?;
     backend.zero(&mut dx);
     let mut total = 0.0;
-    for (rows, targets) in micro.rows.chunks(LOGIT_ROWS).zip(micro.targets.chunks(LOGIT_ROWS)) {
+    for (rows, targets) in micro.rows.chunks(chunk).zip(micro.targets.chunks(chunk)) {
         watch.check()?;
         let mut h = pool.take(backend, rows.len() * width)?;
         backend.gather_rows(&x, rows, &mut h);
-        let mut losses = pool.take(backend, rows.len())?;
-        let mut tape = pass.tape(Some(h), true, pool);
-        let y = model.head(&mut tape, Tensor(0));
-        backend.cross_entropy(targets, scale, tape.value(y)?, &mut losses);
-        watch.peak.sample();
-        let dy = tape.take(y);
-        let dh = match grads.as_deref_mut() {
-            Some(grads) => tape.backward(y, dy, grads)?,
-            None => None,
-        };
+        let (losses, dh) = rows_loss(pass, h, targets, scale, grads.as_deref_mut(), pool, watch)?;
         if let Some(dh) = dh {
             backend.scatter_add_rows(&dh, rows, &mut dx);
             pool.put(backend, dh);
@@ -54,4 +49,60 @@ pub(super) fn loss<B: Backend>(
     }
     pool.put(backend, x);
     Ok((total, dx))
+}
+
+/// Bytes that the loss of `rows` learned tokens takes beside its result; with an adapter on the head, logits are made.
+pub(crate) fn bytes<B: Backend>(base: &Base<B>, adapted: bool, rows: usize) -> usize {
+    let config = base.model.config();
+    let (width, vocab) = (config.hidden_size, config.vocab_size);
+    if adapted || base.model.plain_head().is_none_or(|head| head.bias.is_some()) {
+        // Rows picked, after their norm, and their gradients; logits, which become their gradient.
+        return size_of::<f32>() * rows.min(LOGIT_ROWS) * (4 * width + vocab + 1);
+    }
+    let rows = rows.min(LOSS_ROWS);
+    size_of::<f32>() * rows * (4 * width + 1) + base.backend.linear_cross_entropy_bytes(rows, width, vocab)
+}
+
+/// The losses of the rows `h`, and the gradient by `h` if there are `grads`.
+fn rows_loss<B: Backend>(
+    pass: &Pass<'_, B>,
+    h: B::Buffer,
+    targets: &[u32],
+    scale: f32,
+    grads: Option<&mut Gradients<B>>,
+    pool: &mut Pool<B>,
+    watch: &mut Watch<'_>,
+) -> Result<(B::Buffer, Option<B::Buffer>)> {
+    let (model, backend) = (&pass.base().model, &pass.base().backend);
+    let mut losses = pool.take(backend, targets.len())?;
+    let Some(head) = pass.plain_head() else {
+        let mut tape = pass.tape(Some(h), true, pool);
+        let y = model.head(&mut tape, Tensor(0));
+        backend.cross_entropy(targets, scale, tape.value(y)?, &mut losses);
+        watch.peak.sample();
+        let dy = tape.take(y);
+        let dh = match grads {
+            Some(grads) => tape.backward(y, dy, grads)?,
+            None => None,
+        };
+        return Ok((losses, dh));
+    };
+    let mut dy = match grads {
+        Some(_) => Some(pool.take(backend, backend.len(&h))?),
+        None => None,
+    };
+    let mut tape = pass.tape(Some(h), true, pool);
+    let y = model.norm(&mut tape, Tensor(0));
+    let normed = tape.value(y)?;
+    let arithmetic = pass.arithmetic();
+    backend.linear_cross_entropy(arithmetic, head, targets, scale, normed, &mut losses, dy.as_mut())?;
+    watch.peak.sample();
+    let dh = match (dy, grads) {
+        (Some(dy), Some(grads)) => tape.backward(y, dy, grads)?,
+        _ => {
+            tape.into_value(y)?;
+            None
+        }
+    };
+    Ok((losses, dh))
 }

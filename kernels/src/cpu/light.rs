@@ -2,6 +2,8 @@
 //! instructions: the compiler vectorizes them, and one that knows of AVX-512 makes twice and more of it than one that
 //! may count on SSE2 only. What is added here is nothing but those compilations and the way to them.
 
+use super::adamw::Factors;
+use super::adamw8::Blocks;
 use super::cache::BLOCK as KEYS;
 use super::q8::Columns;
 use std::sync::atomic::AtomicU32;
@@ -44,9 +46,9 @@ macro_rules! light {
         }
     };
     (@texts $fma:expr, $attribute:meta, $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
-        use super::super::{cache, gated, rms_norm, rope, softmax};
         use super::super::q8::columns;
-        use super::{AtomicU32, Columns, KEYS, Light};
+        use super::super::{adamw, adamw8, cache, gated, rms_norm, rope, sgd, softmax};
+        use super::{AtomicU32, Blocks, Columns, Factors, KEYS, Light};
 
         /// Whether products and sums may be rounded once.
         const FMA: bool = $fma;
@@ -87,6 +89,17 @@ light! {
     fn softmax_vjp(scale: f32, lse: f32, along: f32, s: &mut [f32; KEYS], dp: &mut [f32; KEYS]) = softmax::vjp::<FMA>;
     /// `sum_i a[i] b[i]`.
     fn dot(a: &[f32], b: &[f32]) -> f32 = softmax::dot;
+    /// See [`adamw::step`].
+    fn adamw(f: &Factors, grad: &[f32], param: &mut [f32], m: &mut [f32], v: &mut [f32]) = adamw::elements;
+    /// See [`adamw8::step`].
+    fn adamw8(f: &Factors, grad: &[f32], param: &mut [f32], m: Blocks, v: Blocks) = adamw8::blocks;
+    /// See [`sgd::sgd`].
+    fn sgd(keep: f32, lr: f32, grad: &[f32], param: &mut [f32]) = sgd::plain;
+    /// See [`sgd::sgd`].
+    fn sgd_momentum(keep: f32, lr: f32, momentum: f32, grad: &[f32], param: &mut [f32], m: &mut [f32])
+        = sgd::with_momentum;
+    /// See [`sgd::lion`].
+    fn lion(keep: f32, lr: f32, betas: [(f32, f32); 2], grad: &[f32], param: &mut [f32], m: &mut [f32]) = sgd::by_sign;
     /// See [`cache::encode_int8`].
     fn encode_int8(x: &[f32], codes: &mut [u8]) -> f32 = cache::encode_int8;
     /// Products of codes with the scale of their column: rows as long as `scales`.

@@ -110,6 +110,17 @@ impl Matrix {
         (self.rows, self.cols)
     }
 
+    /// All rows.
+    pub(crate) fn whole(&self) -> Band<'_> {
+        self.band(0, self.rows)
+    }
+
+    /// Rows `first..first + rows`.
+    pub(crate) fn band(&self, first: usize, rows: usize) -> Band<'_> {
+        assert!(first + rows <= self.rows);
+        Band { matrix: self, first, rows }
+    }
+
     /// Blocks, or the type and bytes of plain floats.
     pub(crate) fn elements(&self) -> Elements<'_> {
         match &self.data {
@@ -172,6 +183,26 @@ impl Matrix {
                 }
             }
         }
+    }
+}
+
+/// Consecutive rows of a weight: a product that must not hold all of its outputs takes one after the other.
+#[derive(Clone, Copy)]
+pub(crate) struct Band<'a> {
+    matrix: &'a Matrix,
+    first: usize,
+    rows: usize,
+}
+
+impl Band<'_> {
+    /// `(rows, K)`.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.rows, self.matrix.cols)
+    }
+
+    /// As [`Matrix::decode`], with rows counted from the band's first.
+    pub fn decode(&self, table: &Table, row: usize, col: usize, width: usize, out: &mut [f32]) {
+        self.matrix.decode(table, self.first + row, col, width, out);
     }
 }
 

@@ -4,6 +4,7 @@
 //! time through [`Table`]; the loops of the others are written once and compiled for each (`light`).
 
 mod adamw;
+mod adamw8;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -20,6 +21,7 @@ mod gated;
 mod lanes;
 mod light;
 pub mod limits;
+mod linear_cross_entropy;
 mod loops;
 mod matmul;
 mod matrix;
@@ -30,18 +32,20 @@ mod q8;
 mod rms_norm;
 mod rope;
 mod rows;
+mod sgd;
 mod softmax;
 mod split;
 mod table;
 mod team;
 mod tile;
 
+pub use adamw8::Codes;
 pub use buffer::Buffer;
 pub use cache::Cache;
 pub use matrix::Matrix;
 pub use table::{Isa, Table};
 
-use crate::{AdamW, Arithmetic, Attention, Backend, CacheType, Error, MatrixSource, Product, WorkType};
+use crate::{AdamW, Arithmetic, Attention, Backend, CacheType, Error, Lion, MatrixSource, Product, Sgd, WorkType};
 use gated::Gate;
 use team::Team;
 
@@ -116,6 +120,7 @@ impl Backend for Cpu {
     type Buffer = Buffer;
     type Matrix = Matrix;
     type Cache = Cache;
+    type Codes = Codes;
 
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.team.keep_awake(work)
@@ -302,11 +307,59 @@ impl Backend for Cpu {
         cross_entropy::forward_vjp(self, targets, scale, logits, losses);
     }
 
+    fn linear_cross_entropy(
+        &self,
+        arithmetic: Arithmetic,
+        w: &Matrix,
+        targets: &[u32],
+        scale: f32,
+        x: &Buffer,
+        losses: &mut Buffer,
+        dx: Option<&mut Buffer>,
+    ) -> Result<(), Error> {
+        linear_cross_entropy::run(self, arithmetic, w, targets, scale, x, losses, dx.map(|dx| &mut **dx))
+    }
+
+    fn linear_cross_entropy_bytes(&self, rows: usize, width: usize, vocab: usize) -> usize {
+        linear_cross_entropy::bytes(rows, width, vocab)
+    }
+
     fn sum_squares(&self, x: &Buffer) -> Result<f64, Error> {
         Ok(adamw::sum_squares(&self.team, x))
     }
 
     fn adamw(&self, step: &AdamW, grad: &Buffer, param: &mut Buffer, m: &mut Buffer, v: &mut Buffer) {
-        adamw::step(&self.team, step, grad, param, m, v);
+        adamw::step(self, step, grad, param, m, v);
+    }
+
+    fn sgd(&self, step: &Sgd, grad: &Buffer, param: &mut Buffer, m: Option<&mut Buffer>) {
+        sgd::sgd(self, step, grad, param, m.map(|m| &mut **m));
+    }
+
+    fn lion(&self, step: &Lion, grad: &Buffer, param: &mut Buffer, m: &mut Buffer) {
+        sgd::lion(self, step, grad, param, m);
+    }
+
+    fn codes(&self, len: usize, signed: bool) -> Result<Codes, Error> {
+        Codes::zeros(len, signed)
+    }
+
+    fn codes_len(&self, codes: &Codes) -> usize {
+        codes.codes.len()
+    }
+
+    fn read_codes(&self, src: &Codes, codes: &mut [u8], absmax: &mut [f32]) -> Result<(), Error> {
+        codes.copy_from_slice(&src.codes);
+        absmax.copy_from_slice(&src.absmax);
+        Ok(())
+    }
+
+    fn write_codes(&self, dst: &mut Codes, codes: &[u8], absmax: &[f32]) {
+        dst.codes.copy_from_slice(codes);
+        dst.absmax.copy_from_slice(absmax);
+    }
+
+    fn adamw8(&self, step: &AdamW, grad: &Buffer, param: &mut Buffer, m: &mut Codes, v: &mut Codes) {
+        adamw8::step(self, step, grad, param, m, v);
     }
 }

@@ -1,4 +1,4 @@
-//! Double quantization: the absmax of NF4 blocks in 8 bits.
+//! The 8-bit dynamic maps, and double quantization with the signed one: the absmax of NF4 blocks in 8 bits.
 //!
 //! Their mean is taken off, then blocks of 256 are scaled by their own absmax and coded with a dynamic map, whose
 //! steps are finer near zero (8-bit optimizers, Dettmers et al. 2021, <https://arxiv.org/abs/2110.02861>, section 1.3).
@@ -23,18 +23,27 @@ pub struct DoubleQuantized {
 /// -0.993 to 1. Decade i has the 2^i midpoints of evenly spaced points from 0.1 to 1, of both signs.
 #[must_use]
 pub fn dynamic_map() -> [f32; 256] {
-    let mut map = Vec::with_capacity(256);
-    for exponent in 0..EXPONENTS {
-        let scale = 10f64.powi(exponent + 1 - EXPONENTS) as f32;
-        let points = linspace(1 << exponent);
-        for pair in points.windows(2) {
-            let midpoint = scale * ((pair[0] + pair[1]) / 2.0);
-            map.extend([midpoint, -midpoint]);
-        }
-    }
-    map.extend([0.0, 1.0]);
+    map_of(|exponent| midpoints(exponent, 1 << exponent).into_iter().flat_map(|x| [x, -x]).collect())
+}
+
+/// The same with `signed=False`, as the second moments of optimizers have it: 256 sorted values from 0 to 1, decade i
+/// with 2^(i + 1) midpoints.
+#[must_use]
+pub fn unsigned_dynamic_map() -> [f32; 256] {
+    map_of(|exponent| midpoints(exponent, 2 << exponent))
+}
+
+/// The values of all decades, 0 and 1, sorted.
+fn map_of(decade: impl Fn(i32) -> Vec<f32>) -> [f32; 256] {
+    let mut map: Vec<f32> = (0..EXPONENTS).flat_map(decade).chain([0.0, 1.0]).collect();
     map.sort_by(f32::total_cmp);
     map.try_into().expect("2 * (1 + 2 + .. + 64) + 2 values")
+}
+
+/// Midpoints of `steps + 1` evenly spaced points of a decade.
+fn midpoints(exponent: i32, steps: usize) -> Vec<f32> {
+    let scale = 10f64.powi(exponent + 1 - EXPONENTS) as f32;
+    linspace(steps).windows(2).map(|pair| scale * ((pair[0] + pair[1]) / 2.0)).collect()
 }
 
 /// `torch.linspace(0.1, 1, steps + 1)`: counted from whichever end is nearer, each value rounded once.

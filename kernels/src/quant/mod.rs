@@ -11,7 +11,7 @@ mod dynamic;
 mod int8;
 mod nf4;
 
-pub use dynamic::{DoubleQuantized, double_quantize, dynamic_map};
+pub use dynamic::{DoubleQuantized, double_quantize, dynamic_map, unsigned_dynamic_map};
 pub use int8::encode_int8;
 pub use nf4::{NF4, NotFinite, encode, encode_blocks};
 

@@ -3,12 +3,13 @@
 use super::Vulkan;
 use super::buffer::Buffer;
 use super::matrix::Matrix;
-use crate::{AdamW, Arithmetic, Attention, Backend, CacheType, Error, MatrixSource, WorkType, cpu};
+use crate::{AdamW, Arithmetic, Attention, Backend, CacheType, Error, Lion, MatrixSource, Sgd, WorkType, cpu};
 
 impl Backend for Vulkan {
     type Buffer = Buffer;
     type Matrix = Matrix;
     type Cache = cpu::Cache;
+    type Codes = cpu::Codes;
 
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.cpu.scope(work)
@@ -232,5 +233,44 @@ impl Backend for Vulkan {
     fn adamw(&self, step: &AdamW, grad: &Buffer, param: &mut Buffer, m: &mut Buffer, v: &mut Buffer) {
         self.host(&[grad], &[param, m, v]);
         self.cpu.adamw(step, &grad.host, &mut param.host, &mut m.host, &mut v.host);
+    }
+
+    fn sgd(&self, step: &Sgd, grad: &Buffer, param: &mut Buffer, m: Option<&mut Buffer>) {
+        match m {
+            None => {
+                self.host(&[grad], &[param]);
+                self.cpu.sgd(step, &grad.host, &mut param.host, None);
+            }
+            Some(m) => {
+                self.host(&[grad], &[param, m]);
+                self.cpu.sgd(step, &grad.host, &mut param.host, Some(&mut m.host));
+            }
+        }
+    }
+
+    fn lion(&self, step: &Lion, grad: &Buffer, param: &mut Buffer, m: &mut Buffer) {
+        self.host(&[grad], &[param, m]);
+        self.cpu.lion(step, &grad.host, &mut param.host, &mut m.host);
+    }
+
+    fn codes(&self, len: usize, signed: bool) -> Result<cpu::Codes, Error> {
+        self.cpu.codes(len, signed)
+    }
+
+    fn codes_len(&self, codes: &cpu::Codes) -> usize {
+        self.cpu.codes_len(codes)
+    }
+
+    fn read_codes(&self, src: &cpu::Codes, codes: &mut [u8], absmax: &mut [f32]) -> Result<(), Error> {
+        self.cpu.read_codes(src, codes, absmax)
+    }
+
+    fn write_codes(&self, dst: &mut cpu::Codes, codes: &[u8], absmax: &[f32]) {
+        self.cpu.write_codes(dst, codes, absmax);
+    }
+
+    fn adamw8(&self, step: &AdamW, grad: &Buffer, param: &mut Buffer, m: &mut cpu::Codes, v: &mut cpu::Codes) {
+        self.host(&[grad], &[param]);
+        self.cpu.adamw8(step, &grad.host, &mut param.host, m, v);
     }
 }

@@ -1,8 +1,8 @@
-//! Norms, activations, loss, optimizer and other light ops.
+//! Norms, activations, loss and other light ops.
 
 use super::harness::{EPS, Expected, Random, Report, buffer, case, poisoned, read, wide};
 use super::oracle;
-use pocketlora_kernels::{AdamW, Backend};
+use pocketlora_kernels::Backend;
 
 /// Lengths around a vector and around a task.
 const LENGTHS: [usize; 8] = [0, 1, 7, 8, 9, 100, 16384, 16391];
@@ -250,44 +250,4 @@ fn cross_entropy_meets_the_oracle() {
         cpu.cross_entropy(&[0], 1.0, &mut logits, &mut losses);
         vec![[read(cpu, &losses), read(cpu, &logits)].concat()]
     });
-}
-
-#[test]
-fn adamw_meets_the_oracle_over_ten_steps() {
-    let mut report = Report::default();
-    let mut random = Random(27);
-    for n in [0, 1, 9, 5000] {
-        let start = random.vector(n);
-        let grads: Vec<Vec<f32>> = (0..10).map(|_| random.vector(n)).collect();
-        let (lr, b1, b2, eps, decay) = (1e-2_f64, 0.9_f64, 0.999_f64, 1e-8, 0.01);
-        let (mut p, mut m, mut v) = (wide(&start), vec![0.0; n], vec![0.0; n]);
-        for (step, grad) in grads.iter().enumerate() {
-            let t = step as i32 + 1;
-            for i in 0..n {
-                let g = f64::from(grad[i]);
-                p[i] -= lr * decay * p[i];
-                m[i] = b1 * m[i] + (1.0 - b1) * g;
-                v[i] = b2 * v[i] + (1.0 - b2) * g * g;
-                p[i] -= lr * (m[i] / (1.0 - b1.powi(t))) / ((v[i] / (1.0 - b2.powi(t))).sqrt() + eps);
-            }
-        }
-        let square: f64 = wide(&start).iter().map(|x| x * x).sum();
-        let expected = [p, m, v].map(|x| Expected::norm(x, 64.0 * EPS));
-        case!(report, &format!("adamw of {n}"), &expected, |cpu| {
-            let (mut p, mut m, mut v) = (buffer(cpu, &start), buffer(cpu, &vec![0.0; n]), buffer(cpu, &vec![0.0; n]));
-            assert!((cpu.sum_squares(&p).unwrap() - square).abs() <= 1e-12 * square);
-            for (step, grad) in (1..).zip(&grads) {
-                let settings = AdamW {
-                    lr: lr as f32,
-                    beta1: b1 as f32,
-                    beta2: b2 as f32,
-                    eps: eps as f32,
-                    weight_decay: decay as f32,
-                    step,
-                };
-                cpu.adamw(&settings, &buffer(cpu, grad), &mut p, &mut m, &mut v);
-            }
-            [p, m, v].map(|b| read(cpu, &b)).into()
-        });
-    }
 }

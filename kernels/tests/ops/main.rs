@@ -8,8 +8,10 @@ mod golden;
 mod harness;
 mod isa;
 mod light;
+mod loss;
 mod low_precision;
 mod matmul;
+mod optimizers;
 mod oracle;
 mod robust;
 #[cfg(feature = "vulkan")]

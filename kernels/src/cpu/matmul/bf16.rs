@@ -2,7 +2,7 @@
 
 use super::super::Cpu;
 use super::super::bf16::Rounded;
-use super::super::matrix::Matrix;
+use super::super::matrix::Band;
 use super::super::split::{Patch, patches, run, with_halves, with_scratch};
 use super::super::tile::Rows;
 use super::SMALL;
@@ -24,7 +24,7 @@ const ROWS: Cut = Cut { depth: 1024, panels: 1 };
 const COLS: Cut = Cut { depth: 128, panels: 4 };
 
 /// `y = x Wᵀ`, added to `y` if `accumulate`.
-pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], accumulate: bool) {
+pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
     product(cpu, &ROWS, x, (k, o), y, accumulate, |col, at, lanes, depth, scratch, panel| {
         w.decode(cpu.table, col, at, depth, scratch);
@@ -33,7 +33,7 @@ pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], accumulat
 }
 
 /// `dx = dy W`, added to `dx` if `accumulate`.
-pub(super) fn vjp_x(cpu: &Cpu, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
+pub(super) fn vjp_x(cpu: &Cpu, w: Band<'_>, dy: &[f32], dx: &mut [f32], accumulate: bool) {
     let lanes = cpu.table.bf16().expect("the caller asked").lanes;
     product(cpu, &COLS, dy, w.shape(), dx, accumulate, |col, at, width, depth, scratch, panels| {
         w.decode(cpu.table, at, col, width, scratch);

@@ -9,7 +9,7 @@
 
 use super::super::Cpu;
 use super::super::elementwise::zero;
-use super::super::matrix::Matrix;
+use super::super::matrix::Band;
 use super::super::split::{Patch, patches, run, with_scratch};
 use super::super::tile::{Coefficients, Rows};
 use super::SMALL;
@@ -34,7 +34,7 @@ const VJP_X_DEPTH: usize = 128;
 const VJP_W: (usize, usize) = (48, 256);
 
 /// `y = x Wᵀ` for any number of tokens, added to `y` if `accumulate`.
-pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], accumulate: bool) {
+pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
     if !accumulate {
         zero(&cpu.team, y);
@@ -52,7 +52,7 @@ pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], accumulat
 }
 
 /// `y += x Wᵀ` by panels of whole rows.
-fn panels(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
+fn panels(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], small: bool) {
     let (o, k) = w.shape();
     let panel = (PANEL / k / 4 * 4).clamp(4, PANEL_ROWS);
     let task = panel * o.div_ceil(TASKS * panel);
@@ -70,7 +70,7 @@ fn panels(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
 }
 
 /// `y += x Wᵀ` by panels of `W` that are transposed first, which turns the product into `axpy`.
-fn transposed(cpu: &Cpu, w: &Matrix, x: &[f32], y: &mut [f32], small: bool) {
+fn transposed(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], small: bool) {
     let (o, k) = w.shape();
     let tokens = x.len() / k;
     run(&cpu.team, patches(y, o, tokens, TRANSPOSED.0), small, |Patch { col, mut rows, .. }| {
@@ -106,7 +106,7 @@ fn transpose(from: &[f32], width: usize, to: &mut [f32]) {
 }
 
 /// `dx = dy W`, added to `dx` if `accumulate`.
-pub(super) fn vjp_x(cpu: &Cpu, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
+pub(super) fn vjp_x(cpu: &Cpu, w: Band<'_>, dy: &[f32], dx: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
     if !accumulate {
         zero(&cpu.team, dx);

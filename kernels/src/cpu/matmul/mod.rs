@@ -9,7 +9,7 @@ mod q8;
 pub(crate) use group::group;
 
 use super::Cpu;
-use super::matrix::{Elements, Matrix};
+use super::matrix::{Band, Elements, Matrix};
 use super::q8::Q8;
 use crate::Arithmetic;
 use one::OneToken;
@@ -26,12 +26,30 @@ pub(crate) fn forward(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, x: &[f32], 
     if tokens == 1 && k > 0 && (k > exact::THIN || matches!(w.elements(), Elements::Nf4(_))) {
         return OneToken::new(cpu, arithmetic, x, [w]).product(cpu, w, y, accumulate);
     }
-    let bf16 = cpu.table.bf16().is_some() && tokens >= BF16_TOKENS && k > 0;
     match arithmetic {
         Arithmetic::Int8 if k > 0 && q8::fits(w) => q8::forward(cpu, w, &Q8::new(cpu, x, k), y, accumulate),
-        Arithmetic::Bf16 | Arithmetic::Int8 if bf16 => bf16::forward(cpu, w, x, y, accumulate),
-        _ => exact::forward(cpu, w, x, y, accumulate),
+        Arithmetic::Bf16 | Arithmetic::Int8 if takes_bf16(cpu, tokens, k) => {
+            bf16::forward(cpu, w.whole(), x, y, accumulate);
+        }
+        _ => exact::forward(cpu, w.whole(), x, y, accumulate),
     }
+}
+
+/// Whether a product of so many tokens with sums of `depth` terms is done in bf16 where that is asked for.
+pub(crate) fn takes_bf16(cpu: &Cpu, tokens: usize, depth: usize) -> bool {
+    cpu.table.bf16().is_some() && tokens >= BF16_TOKENS && depth > 0
+}
+
+/// [`forward`] with some rows of a weight, in bf16 if `bf16`, where [`takes_bf16`] allows it, or else in f32.
+pub(crate) fn forward_band(cpu: &Cpu, bf16: bool, w: Band<'_>, x: &[f32], y: &mut [f32]) {
+    let product = if bf16 { bf16::forward } else { exact::forward };
+    product(cpu, w, x, y, false);
+}
+
+/// [`vjp_x`] with some rows of a weight, added to `dx`; see [`forward_band`].
+pub(crate) fn vjp_x_band(cpu: &Cpu, bf16: bool, w: Band<'_>, dy: &[f32], dx: &mut [f32]) {
+    let product = if bf16 { bf16::vjp_x } else { exact::vjp_x };
+    product(cpu, w, dy, dx, true);
 }
 
 /// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`.
@@ -39,10 +57,8 @@ pub(crate) fn vjp_x(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, dy: &[f32], d
     let (o, k) = w.shape();
     let tokens = tokens(dx, k, dy, o);
     match arithmetic {
-        Arithmetic::Bf16 if cpu.table.bf16().is_some() && tokens >= BF16_TOKENS && o > 0 => {
-            bf16::vjp_x(cpu, w, dy, dx, accumulate);
-        }
-        _ => exact::vjp_x(cpu, w, dy, dx, accumulate),
+        Arithmetic::Bf16 if takes_bf16(cpu, tokens, o) => bf16::vjp_x(cpu, w.whole(), dy, dx, accumulate),
+        _ => exact::vjp_x(cpu, w.whole(), dy, dx, accumulate),
     }
 }
 

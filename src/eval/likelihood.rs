@@ -1,0 +1,83 @@
+//! How likely a model finds a text after another.
+
+use super::{LOGIT_ROWS, nll};
+use crate::error::{Error, ErrorCode, Result};
+use crate::exec::infer::{PREFILL_CHUNK, State};
+use crate::session::Session;
+use pocketlora_kernels::{Backend, Cpu};
+
+/// Scores continuations; what the texts share at their beginning is run once.
+pub(super) struct Likelihood<'s> {
+    session: &'s Session,
+    state: State<Cpu>,
+    held: Vec<u32>,
+    /// Tokens run.
+    pub tokens: usize,
+}
+
+impl<'s> Likelihood<'s> {
+    pub fn new(session: &'s Session) -> Self {
+        Self { session, state: State::new(session.base(), session.numbers()), held: Vec::new(), tokens: 0 }
+    }
+
+    /// Log-likelihood (natural) of the tokens of `text` that reach beyond its first `given` bytes. A token across the
+    /// border counts: it is part of what is said after what was given.
+    pub fn of(&mut self, text: &str, given: usize, bare: bool) -> Result<f64> {
+        let tokenizer = self.session.tokenizer()?;
+        let mut ids = if bare { Vec::new() } else { tokenizer.prefix_ids()? };
+        let mut from = ids.len();
+        for (id, range) in tokenizer.encode_with_offsets(text)? {
+            from += usize::from(range.end <= given);
+            ids.push(id);
+        }
+        // Nothing comes before the first token that could make it likely.
+        self.of_ids(&ids, from.max(1))
+    }
+
+    /// Log-likelihood of `ids[from..]` after `ids[..from]`.
+    fn of_ids(&mut self, ids: &[u32], from: usize) -> Result<f64> {
+        let (base, adapters) = (self.session.base(), self.session.adapters());
+        let (limit, vocab) = (base.model.config().max_positions, base.model.config().vocab_size);
+        if ids.len() > limit {
+            let message = format!("expected at most the context's {limit} tokens, got `{}`; shorten it", ids.len());
+            return Err(Error::new(ErrorCode::Data, "text", message));
+        }
+        if from >= ids.len() {
+            let message = "expected a choice of at least one token after the prompt, got none; give it text";
+            return Err(Error::new(ErrorCode::Data, "text", message));
+        }
+        base.check_ids(ids)?;
+        // The token before the first that counts is always run: its logits are needed.
+        let kept = self.held.iter().zip(&ids[..from - 1]).take_while(|(a, b)| a == b).count();
+        self.state.truncate(base, kept);
+        self.held.truncate(kept);
+        let mut sum = 0.0;
+        base.backend.scope(|| {
+            let mut start = kept;
+            for chunk in ids[kept..ids.len() - 1].chunks(PREFILL_CHUNK) {
+                let hidden = base.forward(adapters, &mut self.state, chunk)?;
+                let rows: Vec<u32> =
+                    (0..chunk.len()).filter(|row| start + row + 1 >= from).map(|row| row as u32).collect();
+                for rows in rows.chunks(LOGIT_ROWS) {
+                    let logits = base.logits(adapters, &mut self.state, &hidden, rows)?;
+                    for (row, logits) in rows.iter().zip(logits.chunks_exact(vocab)) {
+                        sum -= nll(logits, ids[start + *row as usize + 1] as usize);
+                    }
+                }
+                base.recycle(&mut self.state, hidden);
+                start += chunk.len();
+            }
+            Ok::<_, Error>(())
+        })?;
+        self.tokens += ids.len() - 1 - kept;
+        self.held.extend(&ids[kept..ids.len() - 1]);
+        if sum.is_finite() {
+            return Ok(sum);
+        }
+        let message = format!(
+            "expected a finite number, got `{sum}`; the weights or an attached adapter are broken: fetch the model \
+             again or leave out the adapter"
+        );
+        Err(Error::new(ErrorCode::Diverged, "likelihood", message))
+    }
+}
