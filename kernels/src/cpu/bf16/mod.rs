@@ -14,6 +14,7 @@ use super::split::{run, with_rounded};
 use crate::FloatType;
 use std::borrow::Cow;
 
+type DecodeDense = unsafe fn(FloatType, &[u8], usize, usize, &mut [u16]);
 type Tile = unsafe fn(&[u16], Bf16Rows, &mut [&mut [f32]], usize, usize, bool);
 
 /// Kernels of one instruction set.
@@ -27,7 +28,7 @@ pub(crate) struct Bf16 {
     /// [`super::Table::bf16_decode_nf4`], where there is a shorter way than by f32.
     pub decode_nf4: Option<unsafe fn(&Nf4, usize, &mut [u16])>,
     /// [`super::Table::bf16_decode_dense`], likewise.
-    pub decode_dense: Option<unsafe fn(FloatType, &[u8], usize, usize, &mut [u16])>,
+    pub decode_dense: Option<DecodeDense>,
     /// Rows of the weight become lanes: at most `lanes` rows of any width.
     pub pack_rows: unsafe fn(Bf16Rows, &mut [u16]),
     /// Columns of the weight become lanes: any number of rows of at most `lanes`.
