@@ -1,15 +1,25 @@
 //! Chat templates: a conversation rendered as the model was taught to read it.
 
+mod answers;
+mod json;
+mod markers;
+mod message;
+
+pub use answers::Rendering;
+pub use message::Message;
+
 use crate::error::{Error, ErrorCode, Result};
 use crate::tokenizer::{Tokenizer, read_json};
+use markers::Marks;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
+use minijinja::value::{Serde, merge_maps};
 use minijinja::{Environment, ErrorKind};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Used where a model has no template of its own.
 const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
@@ -26,26 +36,6 @@ const FUEL: u64 = 4_000_000;
 /// recursion.
 const STACK: usize = 1 << 28;
 
-/// One turn. Keys that only some templates know (tool calls, names) are passed through.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Message {
-    /// `system`, `user`, `assistant`, `tool`.
-    pub role: String,
-    /// Its text; absent where a turn only calls tools.
-    #[serde(default)]
-    pub content: Option<String>,
-    /// Anything else.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
-}
-
-impl Message {
-    /// A turn of plain text.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: Some(content.into()), extra: Map::new() }
-    }
-}
-
 /// What a template sees.
 #[derive(Serialize)]
 struct RenderContext<'a> {
@@ -61,6 +51,10 @@ pub struct ChatTemplate {
     env: Environment<'static>,
     special: Vec<(String, String)>,
     place: String,
+    /// It is the model's own, not the one for models without.
+    own: bool,
+    /// It has `{% generation %}` blocks.
+    marked: bool,
 }
 
 impl ChatTemplate {
@@ -78,7 +72,15 @@ impl ChatTemplate {
             }
             Err(e) => return Err(Error::io("read", &file, e)),
         };
-        Self::new(text.unwrap_or_else(|| CHATML.to_owned()), tokenizer.special.clone(), format!("`{}`", path.display()))
+        let (own, place) = (text.is_some(), format!("`{}`", path.display()));
+        let template = Self::new(text.unwrap_or_else(|| CHATML.to_owned()), tokenizer.special.clone(), place)?;
+        Ok(Self { own, ..template })
+    }
+
+    /// Whether the model came with a template; one without may not know turns at all.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.own
     }
 
     /// A template given as text; `place` names it in errors.
@@ -101,13 +103,13 @@ impl ChatTemplate {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         env.add_function("strftime_now", |format: String| crate::clock::strftime_now(&format));
-        // The markers around generated text do not change what is rendered; masks come from rendering differences.
-        let text = strip_generation_markers(&text);
+        env.add_filter("tojson", json::python_json);
+        let (text, marked) = markers::replace(&text);
         on_deep_stack(|| env.add_template_owned("chat", text))?.map_err(|e| {
             let message = format!("chat template: expected valid Jinja, got {e}; replace it with a valid one");
             Error::new(ErrorCode::Format, &place, message).caused_by(e)
         })?;
-        Ok(Self { env, special, place })
+        Ok(Self { env, special, place, own: true, marked })
     }
 
     /// The conversation as text, with the header of the next assistant turn if `add_generation_prompt`.
@@ -119,6 +121,16 @@ impl ChatTemplate {
     }
 
     fn render_here(&self, messages: &[Message], tools: Option<&Value>, add_generation_prompt: bool) -> Result<String> {
+        Ok(self.render_marked(messages, tools, add_generation_prompt)?.0)
+    }
+
+    /// The text, and the bytes of it within `{% generation %}` blocks.
+    fn render_marked(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+    ) -> Result<(String, Vec<Range<usize>>)> {
         let template = self.env.get_template("chat").expect("added by `new`");
         let context = RenderContext {
             messages,
@@ -126,55 +138,23 @@ impl ChatTemplate {
             add_generation_prompt,
             special: self.special.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect(),
         };
-        let failed = |reason: &str| {
-            let message = format!("chat template: {reason}; change the messages, or the template if they are in order");
-            Error::new(ErrorCode::Data, &self.place, message)
-        };
-        let text = template.render(minijinja::Value::from(Serde(context))).map_err(|e| {
+        let marks = Arc::new(Marks::default());
+        let mut bytes = Vec::new();
+        let context = merge_maps([marks.context(), minijinja::Value::from(Serde(context))]);
+        template.render_captured_to(context, marks.counted(&mut bytes)).map_err(|e| {
             let reason = e.detail().map_or_else(|| e.to_string(), str::to_owned);
-            failed(&reason).caused_by(e)
+            self.refused(&reason).caused_by(e)
         })?;
-        if text.len() > MAX_TEXT {
-            return Err(failed(&format!("expected at most {MAX_TEXT} bytes of text, got `{}`", text.len())));
+        if bytes.len() > MAX_TEXT {
+            return Err(self.refused(&format!("expected at most {MAX_TEXT} bytes of text, got `{}`", bytes.len())));
         }
-        Ok(text)
+        let text = String::from_utf8(bytes).expect("templates print text");
+        Ok((text, marks.spans()))
     }
 
-    /// The conversation as text with the byte ranges that the assistant would write, found by what each assistant
-    /// turn adds to the rendering of all before it.
-    ///
-    /// # Errors
-    /// As [`ChatTemplate::render`]; also where the template rewrites earlier text when a turn is added.
-    pub fn render_with_answers(
-        &self,
-        messages: &[Message],
-        tools: Option<&Value>,
-    ) -> Result<(String, Vec<Range<usize>>)> {
-        on_deep_stack(|| self.render_with_answers_here(messages, tools))?
-    }
-
-    fn render_with_answers_here(
-        &self,
-        messages: &[Message],
-        tools: Option<&Value>,
-    ) -> Result<(String, Vec<Range<usize>>)> {
-        let text = self.render_here(messages, tools, false)?;
-        let mut answers = Vec::new();
-        for (i, _) in messages.iter().enumerate().filter(|(_, m)| m.role == "assistant") {
-            let before = self.render_here(&messages[..i], tools, true)?;
-            let after = self.render_here(&messages[..=i], tools, false)?;
-            // Some templates end a conversation differently from how they continue it; what both share is the turn.
-            let shared = common_prefix(&after, &text);
-            if !text.starts_with(&before) || shared <= before.len() {
-                let message = format!(
-                    "chat template: expected turn {i} to extend the text before it, got other text, so the answer's \
-                     place is unknown; use a template that leaves earlier turns alone"
-                );
-                return Err(Error::new(ErrorCode::Data, &self.place, message));
-            }
-            answers.push(before.len()..shared);
-        }
-        Ok((text, answers))
+    fn refused(&self, reason: &str) -> Error {
+        let message = format!("chat template: {reason}; change the messages, or the template if they are in order");
+        Error::new(ErrorCode::Data, &self.place, message)
     }
 }
 
@@ -187,14 +167,6 @@ fn on_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
         })?;
         Ok(running.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
-}
-
-fn common_prefix(a: &str, b: &str) -> usize {
-    let mut n = a.bytes().zip(b.bytes()).take_while(|(x, y)| x == y).count();
-    while !b.is_char_boundary(n) {
-        n -= 1;
-    }
-    n
 }
 
 /// `chat_template` is a string, or a list of named ones of which `default` counts.
@@ -211,51 +183,12 @@ fn template_of(config: &Map<String, Value>, path: &Path) -> Result<Option<String
     text.map(|t| Some(t.to_owned())).ok_or_else(unusable)
 }
 
-/// Removes `{% generation %}` and `{% endgeneration %}`, which mark answers for trainers and print nothing.
-fn strip_generation_markers(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}") else { break };
-        let tag = rest[start + 2..start + len].trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
-        let end = start + len + 2;
-        if matches!(tag, "generation" | "endgeneration") {
-            out.push_str(&rest[..start]);
-        } else {
-            out.push_str(&rest[..end]);
-        }
-        rest = &rest[end..];
-    }
-    out.push_str(rest);
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn template(text: &str) -> ChatTemplate {
         ChatTemplate::new(text.to_owned(), vec![("eos_token".into(), "</s>".into())], "test".into()).unwrap()
-    }
-
-    #[test]
-    fn answers_are_found_by_what_a_turn_adds() {
-        let chat = template(CHATML);
-        let messages = ["user", "assistant", "user", "assistant"].map(|r| Message::new(r, format!("I am the {r}")));
-        let (text, answers) = chat.render_with_answers(&messages, None).unwrap();
-        let found: Vec<&str> = answers.iter().map(|r| &text[r.clone()]).collect();
-        assert_eq!(found, ["I am the assistant<|im_end|>\n"; 2]);
-    }
-
-    #[test]
-    fn an_answer_that_repeats_the_question_is_still_found() {
-        let chat = template(
-            "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
-        );
-        let messages = [Message::new("user", "echo"), Message::new("assistant", "echo")];
-        let (text, answers) = chat.render_with_answers(&messages, None).unwrap();
-        assert_eq!(text, "user: echo</s>assistant: echo</s>");
-        assert_eq!((answers.len(), answers[0].clone()), (1, 25..text.len()));
     }
 
     #[test]

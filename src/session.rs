@@ -9,7 +9,7 @@ use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
 use crate::memory::Peak;
 use crate::tokenizer::Tokenizer;
-use crate::train::{Dataset, TrainConfig, Trainer};
+use crate::train::{Dataset, Limits, TrainConfig, Trainer, general_text, hold_out};
 use pocketlora_kernels::cpu::Table;
 use pocketlora_kernels::{Arithmetic, Backend, CacheType, Cpu, WorkType};
 use std::ops::ControlFlow;
@@ -117,16 +117,23 @@ impl Session {
     /// # Errors
     /// The adapter is broken, of an unsupported method, or for another base. The session is unchanged then.
     pub fn attach(&mut self, dir: &Path, scale: f32) -> Result<()> {
+        self.attach_file(&AdapterFile::open(dir)?, scale)
+    }
+
+    /// Adds an adapter that is in memory already, such as the snapshot of a run, as [`Session::attach`] does.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn attach_file(&mut self, file: &AdapterFile, scale: f32) -> Result<()> {
         if !scale.is_finite() {
             return Err(Error::config("scale", "a finite number", scale));
         }
-        let file = AdapterFile::open(dir)?;
         let dtype = match self.precision {
             Precision::Exact => WorkType::F32,
             Precision::Bf16 | Precision::Fast => WorkType::F16,
         };
-        self.adapters.attach(&self.base, &file, scale, dtype)?;
-        self.attached.push((dir.to_owned(), scale));
+        self.adapters.attach(&self.base, file, scale, dtype)?;
+        self.attached.push((file.dir.clone(), scale));
         self.context.clear(&self.base);
         Ok(())
     }
@@ -285,25 +292,23 @@ impl Session {
         Ok((text, generated))
     }
 
-    /// Reads a JSONL data file with this model's tokenizer and template.
+    /// Reads data with this model's tokenizer and template; samples have at most `max_tokens` tokens, and no more than
+    /// the model was made for.
     ///
     /// # Errors
-    /// As [`Dataset::open`]; the tokenizer gives ids that the model has no embedding for.
+    /// As [`Dataset::open`].
     pub fn dataset(&self, path: &Path, max_tokens: usize) -> Result<Dataset> {
         let (tokenizer, template) = self.text()?;
-        let context = self.base.model.config().max_positions;
-        let data = Dataset::open(path, tokenizer, template, max_tokens.min(context))?;
-        for (i, sample) in data.samples.iter().enumerate() {
-            let place = || format!("`{}`: sample {}", path.display(), i + 1);
-            self.base.check_ids(&sample.ids).map_err(|e| e.at(place()))?;
-        }
-        Ok(data)
+        let model = self.base.model.config();
+        let limits = Limits { tokens: max_tokens.min(model.max_positions), vocab: model.vocab_size };
+        Dataset::open(path, tokenizer, template, limits)
     }
 
-    /// Prepares a training run on this session's base; attached adapters take no part in it.
+    /// Prepares a training run on this session's base; attached adapters take no part in it. With data to evaluate on,
+    /// or a bound on forgetting, the loss on a general text is watched as well.
     ///
     /// # Errors
-    /// As [`Trainer::new`].
+    /// As [`Trainer::new`]; the data cannot be split, or forgetting is to be bound and there is no tokenizer.
     pub fn trainer(
         &self,
         config: TrainConfig,
@@ -314,6 +319,13 @@ impl Session {
     ) -> Result<Trainer<Cpu>> {
         self.choose_threads();
         let name = self.dir.file_name().map(|n| n.to_string_lossy().into_owned());
-        Trainer::new(Arc::clone(&self.base), self.fingerprint, name, config, data, eval_data, init, out)
+        let (data, eval_data) = hold_out(&config, data, eval_data)?;
+        // Who looks at what was learned looks at what was forgotten, too; without a tokenizer only who asks for it.
+        let watched = config.max_forgetting.is_some() || eval_data.is_some() && self.tokenizer.is_some();
+        let general = watched.then(|| general_text(self.tokenizer()?, &data)).transpose()?;
+        let base = Arc::clone(&self.base);
+        let mut trainer = Trainer::new(base, self.fingerprint, name, config, data, eval_data, init, out)?;
+        general.into_iter().for_each(|text| trainer.watch(text));
+        Ok(trainer)
     }
 }

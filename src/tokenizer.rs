@@ -93,6 +93,14 @@ impl Tokenizer {
         guarded(|| self.inner.decode(ids, true)).map_err(|e| self.failed(&e))
     }
 
+    /// Text of `ids`, with special tokens.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn decode_with_special(&self, ids: &[u32]) -> Result<String> {
+        guarded(|| self.inner.decode(ids, false)).map_err(|e| self.failed(&e))
+    }
+
     /// Decodes a growing answer piece by piece.
     #[must_use]
     pub fn stream(&self) -> TextStream<'_> {

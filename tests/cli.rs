@@ -86,7 +86,10 @@ fn the_commands_work_together() {
     for key in ["step", "loss", "lr", "tok_s"] {
         assert!(steps.iter().all(|s| s[key].is_number()), "{key}");
     }
-    assert_eq!(names(Path::new(&out)), ["adapter_config.json", "adapter_model.safetensors"]);
+    assert_eq!(
+        names(Path::new(&out)),
+        ["adapter_config.json", "adapter_model.safetensors", "log.jsonl", "loss.svg", "train.toml"]
+    );
     assert_eq!(f.json(&["info", &out, "--json"])["rank"], 8);
 
     let data = f.data.to_str().unwrap();
@@ -371,4 +374,44 @@ fn wrong_usage_and_bad_input_have_their_exit_codes() {
     assert!(!Path::new(&out).join("adapter_config.json").exists());
     let unknown = f.command(&["generate", "-m", model, "-p", "a"]).env("POCKETLORA_ISA", "mmx").output().unwrap();
     assert!(String::from_utf8_lossy(&unknown.stderr).contains("mmx"), "an unknown instruction set is an error");
+}
+
+#[test]
+fn a_dry_run_shows_what_is_learned_and_writes_nothing() {
+    let f = fixture();
+    let out = f.path("adapter");
+    let with = |more: &[&'static str]| [&f.train_args(&out)[..], &["--dry-run"], more].concat();
+    let before = names(f.dir.path());
+    let args: Vec<&str> = with(&[]).into_iter().filter(|a| *a != "--json").collect();
+    let text = f.ok(&args);
+    for what in [
+        "sample 1 of 12: ",
+        "<|im_start|>user\nwhat is number 0?<|im_end|>\n<|im_start|>assistant\n\u{ab}it is 0<|im_end|>\u{bb}\n",
+        "12 records, 12 samples",
+        "0 padded",
+        "24 steps in all",
+        "up to ",
+    ] {
+        assert!(text.contains(what), "{what}: {text}");
+    }
+    let report = f.json(&with(&["--packing", "--seq", "128"]));
+    let (data, sample) = (&report["data"], &report["samples"][1]);
+    assert_eq!(sample["parts"][1], serde_json::json!({"text": "it is 7<|im_end|>", "trained": true}));
+    assert_eq!((&data["records"], &data["batches"]["padded_tokens"]), (&12.into(), &0.into()));
+    // 12 chats of some fifty tokens in passes of up to 256.
+    assert_eq!((&data["batches"]["micro_batches"], &data["total_steps"]), (&3.into(), &12.into()));
+    let split = f.json(&with(&["--seq", "32"]));
+    assert_eq!((&split["data"]["splits"]["samples"], &split["data"]["samples"]), (&12.into(), &12.into()));
+    assert_eq!(names(f.dir.path()), before);
+}
+
+#[test]
+fn packed_training_takes_fewer_steps_and_pads_nothing() {
+    let f = fixture();
+    let out = f.path("one");
+    let summary = f.json(&[&f.train_args(&out)[..], &["--packing", "--seq", "128"]].concat());
+    let (data, steps) = (&summary["data"], summary["steps"].as_u64().unwrap());
+    assert_eq!((&summary["padded_tokens"], &data["total_steps"]), (&0.into(), &summary["steps"]));
+    let learned = data["trained_tokens"].as_u64().map(|n| 4 * n);
+    assert!(steps < 24 && summary["trained_tokens"].as_u64() == learned, "{summary}");
 }

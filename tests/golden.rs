@@ -140,7 +140,7 @@ fn training_data() -> Dataset {
         let trained = labels[..n].iter().enumerate().map(|(i, &l)| i > 0 && l >= 0.0).collect();
         Sample { ids: ids[..n].iter().map(|&i| i as u32).collect(), trained }
     });
-    Dataset { path: "golden".into(), samples: samples.collect() }
+    Dataset::new("golden", samples.collect())
 }
 
 struct Quiet;

@@ -399,6 +399,8 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// [`Error::OutOfMemory`].
     fn codes(&self, len: usize, signed: bool) -> Result<Self::Codes, Error>;
+    /// Number of elements.
+    fn codes_len(&self, codes: &Self::Codes) -> usize;
     /// Copies codes and absmax out; lengths are equal.
     ///
     /// # Errors

@@ -1,9 +1,9 @@
 //! PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors` (PEFT `save_and_load.py`).
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::Staged;
 use crate::format::safetensors::float_type;
 use crate::format::widen;
+use crate::format::{Staged, sweep, sync_dir};
 use crate::mmap;
 use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -32,6 +32,30 @@ pub struct HostTensor {
     pub data: Vec<f32>,
 }
 
+impl HostTensor {
+    /// The values as an adapter's file holds them; `name` is for the error.
+    ///
+    /// # Errors
+    /// A value is not finite in f16.
+    pub fn rounded(mut self, name: &str) -> Result<Self> {
+        let halves = self.halves(name)?;
+        self.data.iter_mut().zip(halves).for_each(|(v, half)| *v = half.to_f32());
+        Ok(self)
+    }
+
+    fn halves(&self, name: &str) -> Result<Vec<f16>> {
+        let halves: Vec<f16> = self.data.iter().map(|&v| f16::from_f32(v)).collect();
+        match halves.iter().position(|v| !v.is_finite()) {
+            None => Ok(halves),
+            Some(at) => {
+                let message =
+                    format!("value {at} is `{}`, which f16 cannot hold; lower the learning rate", self.data[at]);
+                Err(Error::new(ErrorCode::Diverged, format!("tensor `{name}`"), message))
+            }
+        }
+    }
+}
+
 /// The parts of `adapter_config.json` that matter to plain LoRA and rsLoRA.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
@@ -43,6 +67,10 @@ pub struct LoraConfig {
     pub rslora: bool,
     /// Dropout of the input in training.
     pub dropout: f64,
+    /// Exceptions to the rank: regular expressions for the end of a module's path, as PEFT has them.
+    pub rank_pattern: Vec<(String, f64)>,
+    /// Exceptions to alpha.
+    pub alpha_pattern: Vec<(String, f64)>,
     /// Suffixes of the adapted modules.
     pub targets: Vec<String>,
     /// The base model's name or path, as a hint for people.
@@ -116,12 +144,28 @@ impl AdapterFile {
         let text = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
         let json: Map<String, Value> = serde_json::from_slice(&text)
             .map_err(|e| Error::format(&path, "file", "a JSON object", "something else").caused_by(e))?;
-        let (config, patterns) = parse_config(&path, &json)?;
-        let modules = read_modules(&dir.join(WEIGHTS), &config, &patterns)?;
+        let mut config = parse_config(&path, &json)?;
+        let modules = read_modules(&dir.join(WEIGHTS), &config)?;
+        if !lists_suffixes(&json) {
+            config.targets = modules.iter().map(|m| m.path.clone()).collect();
+        }
         Ok(Self { dir: dir.to_owned(), config, modules })
     }
 
-    /// Writes the directory's two files, the matrices in f16; both are on the disk before either replaces an older one.
+    /// Whether `dir` holds an adapter: the config is what appears last.
+    #[must_use]
+    pub fn exists(dir: &Path) -> bool {
+        dir.join(CONFIG).exists()
+    }
+
+    /// Takes away what killed writers have left half-written in `dir`.
+    pub(crate) fn sweep(dir: &Path) {
+        [CONFIG, WEIGHTS].iter().for_each(|name| sweep(&dir.join(name)));
+    }
+
+    /// Writes the directory's two files, the matrices in f16. Both are on the disk before either gets its name. A kill at
+    /// any moment leaves the old adapter, the new one, or none where its config differs from the old one's: then the old
+    /// config goes first, so that no adapter of two halves is ever there.
     ///
     /// # Errors
     /// A value is not finite in f16, or the files cannot be written.
@@ -130,13 +174,7 @@ impl AdapterFile {
         for m in &self.modules {
             for (suffix, tensor) in [("lora_A", &m.a), ("lora_B", &m.b)] {
                 let name = format!("{PREFIX}{}.{suffix}.weight", m.path);
-                let halves: Vec<f16> = tensor.data.iter().map(|&v| f16::from_f32(v)).collect();
-                if let Some(at) = halves.iter().position(|v| !v.is_finite()) {
-                    let message =
-                        format!("value {at} is `{}`, which f16 cannot hold; lower the learning rate", tensor.data[at]);
-                    return Err(Error::new(ErrorCode::Diverged, format!("tensor `{name}`"), message));
-                }
-                let raw: Vec<u8> = halves.iter().flat_map(|v| v.to_le_bytes()).collect();
+                let raw: Vec<u8> = tensor.halves(&name)?.iter().flat_map(|v| v.to_le_bytes()).collect();
                 bytes.insert(name, (tensor.shape.to_vec(), raw));
             }
         }
@@ -154,7 +192,16 @@ impl AdapterFile {
         let stage = |path: &Path, bytes: &[u8]| {
             Staged::write(path, |file| file.write_all(bytes).map_err(|e| Error::io("write", path, e)))
         };
-        let (weights, config) = (stage(&path, &file)?, stage(&self.dir.join(CONFIG), &text)?);
+        let config_path = self.dir.join(CONFIG);
+        let weights = stage(&path, &file)?;
+        if std::fs::read(&config_path).is_ok_and(|old| old == text) {
+            return weights.commit();
+        }
+        let config = stage(&config_path, &text)?;
+        if config_path.exists() {
+            std::fs::remove_file(&config_path).map_err(|e| Error::io("remove", &config_path, e))?;
+            sync_dir(&self.dir)?;
+        }
         weights.commit()?;
         config.commit()
     }
@@ -162,8 +209,11 @@ impl AdapterFile {
     /// `adapter_config.json`, keys sorted as PEFT writes them.
     fn config_json(&self) -> Value {
         let c = &self.config;
+        let object = |patterns: &[(String, f64)]| -> Value {
+            patterns.iter().map(|(key, v)| (key.clone(), number(*v))).collect::<Map<_, _>>().into()
+        };
         json!({
-            "alpha_pattern": {},
+            "alpha_pattern": object(&c.alpha_pattern),
             "auto_mapping": null,
             "base_model_name_or_path": c.base,
             "bias": "none",
@@ -177,7 +227,7 @@ impl AdapterFile {
             "modules_to_save": null,
             "peft_type": "LORA",
             "r": c.rank,
-            "rank_pattern": {},
+            "rank_pattern": object(&c.rank_pattern),
             "revision": null,
             "target_modules": c.targets,
             "task_type": "CAUSAL_LM",
@@ -187,10 +237,9 @@ impl AdapterFile {
     }
 }
 
-/// Per-module exceptions to rank and alpha.
-struct Patterns {
-    rank: Vec<(String, f64)>,
-    alpha: Vec<(String, f64)>,
+/// A whole number as such: PEFT takes ranks for sizes.
+fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value < 1e15 { json!(value as u64) } else { json!(value) }
 }
 
 /// The value of the first pattern that matches `module`: PEFT reads keys as regular expressions for the end of a path.
@@ -205,7 +254,7 @@ fn pattern_for(path: &Path, patterns: &[(String, f64)], module: &str) -> Result<
     Ok(None)
 }
 
-fn parse_config(path: &Path, json: &Map<String, Value>) -> Result<(LoraConfig, Patterns)> {
+fn parse_config(path: &Path, json: &Map<String, Value>) -> Result<LoraConfig> {
     let get = |key: &str| json.get(key).filter(|v| !v.is_null());
     let wrong = |key: &str, expected: &str| {
         let got = get(key).map_or_else(|| "nothing".to_owned(), |v| format!("`{v}`"));
@@ -255,18 +304,27 @@ fn parse_config(path: &Path, json: &Map<String, Value>) -> Result<(LoraConfig, P
         Some(Value::String(one)) => vec![one.clone()],
         _ => Vec::new(),
     };
-    let config = LoraConfig {
+    Ok(LoraConfig {
         rank,
         alpha: finite("lora_alpha", None)?,
         rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
         dropout: finite("lora_dropout", Some(0.0))?,
+        rank_pattern: patterns("rank_pattern")?,
+        alpha_pattern: patterns("alpha_pattern")?,
         targets,
         base: get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
-    };
-    Ok((config, Patterns { rank: patterns("rank_pattern")?, alpha: patterns("alpha_pattern")? }))
+    })
 }
 
-fn read_modules(path: &Path, config: &LoraConfig, patterns: &Patterns) -> Result<Vec<LoraModule>> {
+/// Whether a list of suffixes says all about which modules are adapted. Where an expression or an exception has a part in
+/// it, full paths say the same.
+fn lists_suffixes(json: &Map<String, Value>) -> bool {
+    let given = |key: &str| json.get(key).is_some_and(|v| !v.is_null() && v.as_array().is_none_or(|a| !a.is_empty()));
+    json.get("target_modules").is_some_and(Value::is_array)
+        && !["layers_to_transform", "layers_pattern", "exclude_modules"].into_iter().any(given)
+}
+
+fn read_modules(path: &Path, config: &LoraConfig) -> Result<Vec<LoraModule>> {
     let bytes = mmap::map(path)?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::format(path, "header", "a complete safetensors file", &e).caused_by(e))?;
@@ -286,14 +344,13 @@ fn read_modules(path: &Path, config: &LoraConfig, patterns: &Patterns) -> Result
     if halves.is_empty() {
         return Err(Error::format(path, "tensors", "LoRA matrices", "none"));
     }
-    halves.into_iter().map(|(module, [a, b])| pair(path, config, patterns, module, a, b)).collect()
+    halves.into_iter().map(|(module, [a, b])| pair(path, config, module, a, b)).collect()
 }
 
 /// Joins the two halves of a module and checks them against the config.
 fn pair(
     path: &Path,
     config: &LoraConfig,
-    patterns: &Patterns,
     module: String,
     a: Option<HostTensor>,
     b: Option<HostTensor>,
@@ -301,12 +358,12 @@ fn pair(
     let missing = |half| Error::format(path, format!("module `{module}`"), format!("`{half}.weight`"), "none");
     let a = a.ok_or_else(|| missing("lora_A"))?;
     let b = b.ok_or_else(|| missing("lora_B"))?;
-    let rank = pattern_for(path, &patterns.rank, &module)?.map_or(config.rank, |r| r as usize);
+    let rank = pattern_for(path, &config.rank_pattern, &module)?.map_or(config.rank, |r| r as usize);
     if a.shape[0] != rank || b.shape[1] != rank {
         let got = format!("A `{:?}` and B `{:?}`", a.shape, b.shape);
         return Err(Error::format(path, format!("module `{module}`"), format!("rank {rank} from {CONFIG}"), got));
     }
-    let alpha = pattern_for(path, &patterns.alpha, &module)?.unwrap_or(config.alpha);
+    let alpha = pattern_for(path, &config.alpha_pattern, &module)?.unwrap_or(config.alpha);
     Ok(LoraModule { path: module, a, b, scale: LoraConfig::scale(config.rslora, rank, alpha) })
 }
 

@@ -8,7 +8,6 @@ use crate::session::Session;
 use crate::train::{Dataset, Observer, Sample, StepReport, TrainConfig, Trainer};
 use pocketlora_kernels::Backend;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use tempfile::TempDir;
 
 /// Rank of the adapter in training.
@@ -32,7 +31,7 @@ impl Run {
     pub fn new<B: Backend>(base: &Base<B>, options: &Options) -> Result<Self> {
         let ids = infer::tokens(base, options.sequence);
         let trained = (0..ids.len()).map(|i| i > 0).collect();
-        let data = Dataset { path: PathBuf::from("random tokens"), samples: vec![Sample { ids, trained }] };
+        let data = Dataset::new("random tokens", vec![Sample { ids, trained }]);
         let config = TrainConfig {
             rank: RANK,
             batch: 1,

@@ -135,6 +135,10 @@ impl<B: Backend> Backend for Profiled<B> {
         self.inner.len(buffer)
     }
 
+    fn codes_len(&self, codes: &B::Codes) -> usize {
+        self.inner.codes_len(codes)
+    }
+
     fn shape(&self, matrix: &B::Matrix) -> (usize, usize) {
         self.inner.shape(matrix)
     }

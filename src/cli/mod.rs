@@ -5,6 +5,7 @@ mod against;
 mod args;
 mod bench;
 mod chat;
+mod data;
 mod demo;
 mod eval;
 mod generate;
@@ -71,13 +72,18 @@ pub fn run() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("error: {error}");
-            let mut cause = error.source();
-            while let Some(e) = cause {
-                eprintln!("  caused by: {e}");
-                cause = e.source();
-            }
+            print_error("error", &error);
             ExitCode::FAILURE
         }
+    }
+}
+
+/// An error with what caused it, on stderr.
+fn print_error(kind: &str, error: &crate::Error) {
+    eprintln!("{kind}: {error}");
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        eprintln!("  caused by: {e}");
+        cause = e.source();
     }
 }

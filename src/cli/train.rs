@@ -1,11 +1,11 @@
-//! `pocketlora train`: a LoRA adapter from a JSONL file.
+//! `pocketlora train`: a LoRA adapter from a data file.
 
 use super::args::{megabytes, print_json};
-use super::{interrupt, model, progress};
+use super::{data, interrupt, model, progress};
 use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use crate::session::{Options, Session};
-use crate::train::{MemoryPlan, Observer, StepReport, Summary, TrainConfig};
+use crate::train::{DataReport, MemoryPlan, Observer, StepReport, Summary, TrainConfig, has_checkpoint};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -18,12 +18,16 @@ pub(super) struct Args {
     /// Directory, .gguf file, or name of a model in the cache.
     #[arg(short, long, default_value = model::DEFAULT)]
     model: String,
-    /// JSONL with `messages`, `prompt` and `completion`, or `text`.
+    /// JSONL or CSV with `messages`, `prompt` and `completion`, `instruction` and `output`, or `text`; or a folder of
+    /// .txt and .md notes.
     #[arg(short, long)]
     data: PathBuf,
     /// Folder for the adapter.
-    #[arg(short, long)]
-    out: PathBuf,
+    #[arg(short, long, required_unless_present = "dry_run")]
+    out: Option<PathBuf>,
+    /// Show the first samples, what of them is learned, and figures of the data; train nothing.
+    #[arg(long)]
+    dry_run: bool,
     /// Settings as TOML; flags win over it.
     #[arg(long)]
     config: Option<PathBuf>,
@@ -93,7 +97,7 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     steps: Option<u64>,
-    /// Samples in one pass. [default: 4]
+    /// Samples in one pass; with --packing, the pass has batch x seq tokens. [default: 4]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     batch: Option<usize>,
@@ -101,10 +105,18 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     accumulate: Option<usize>,
-    /// Longest sample in tokens. [default: 1024]
+    /// Longest sample in tokens; what is longer is split. [default: 1024]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     seq: Option<usize>,
+    /// Fill every pass with short samples up to batch x seq tokens; they do not see each other.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    packing: bool,
+    /// Let samples of similar length share a pass.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    bucketing: bool,
     /// Bound on the gradient's norm, 0 for none. [default: 1]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -113,10 +125,30 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     weight_decay: Option<f32>,
-    /// Optimizer: adamw. [default: adamw]
+    /// Optimizer: adamw, adamw8bit (moments in 8 bits), sgd or lion. [default: adamw]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     optimizer: Option<String>,
+    /// What SGD keeps of its moment; 0 keeps none. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    momentum: Option<f32>,
+    /// Decay of AdamW's first moment; share of the moment in Lion's update. [default: 0.9]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta1: Option<f32>,
+    /// Decay of AdamW's second moment or of Lion's only one. [default: 0.999, 0.99]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta2: Option<f32>,
+    /// Added to the root of AdamW's second moment. [default: 1e-8]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eps: Option<f32>,
+    /// Learning rate of B over that of A (LoRA+). [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_plus_ratio: Option<f32>,
     /// Seed of initialization, order and dropout. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -129,14 +161,36 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_data: Option<PathBuf>,
-    /// Steps between evaluations; 0 evaluates only at the end. [default: 0]
+    /// Share of the samples to hold out and evaluate, instead of --eval-data.
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_split: Option<f64>,
+    /// Steps between evaluations; 0 evaluates only before the first step and at the end. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_every: Option<u64>,
+    /// Nats a token by which the loss on a general text may rise; the last adapter within that is written.
+    #[arg(long, value_name = "NATS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_forgetting: Option<f64>,
+    /// Evaluations without a lower held-out loss after which to stop; 0 for never. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    patience: Option<u64>,
+    /// Write the adapter of the evaluation with the lowest held-out loss instead of the last one.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    keep_best: bool,
     /// Arithmetic: exact (f32) or bf16. [default: bf16]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     precision: Option<String>,
+}
+
+impl Args {
+    fn out(&self) -> &Path {
+        self.out.as_deref().expect("asked for where it is used")
+    }
 }
 
 impl Settings {
@@ -169,43 +223,42 @@ fn bad_settings(file: Option<&Path>, e: &toml::de::Error) -> Error {
 
 pub(super) fn run(args: &Args) -> Result<bool> {
     let config = args.settings.merge(args.config.as_deref())?;
+    if args.dry_run {
+        data::dry_run(&args.model, !args.no_quantize, &args.data, &config, args.json)?;
+        return Ok(true);
+    }
     check_out(args)?;
     let dir = model::resolve(&args.model, !args.no_quantize)?;
     let session = Session::open(&dir, &Options { threads: args.threads, ..super::args::options() })?;
-    let (summary, plan) = fit(&session, config, args)?;
-    report(&summary, plan, &session, args.json);
+    let (summary, plan, data) = fit(&session, config, args)?;
+    report(&summary, plan, &data, &session, args.json);
     Ok(summary.done)
 }
 
 /// Refuses to write over what an earlier run left, unless told to.
 fn check_out(args: &Args) -> Result<()> {
-    let finished = args.out.join("adapter_config.json").exists();
-    let unfinished = args.out.join("checkpoint.safetensors").exists();
+    let finished = args.out().join("adapter_config.json").exists();
+    let unfinished = has_checkpoint(args.out());
     let message = match (args.resume || args.overwrite, unfinished, finished) {
         (true, ..) | (_, false, false) => return Ok(()),
         (_, true, _) => "holds an unfinished run; continue it with `--resume` or replace it with `--overwrite`",
         (_, _, true) => "holds an adapter; name another folder or replace it with `--overwrite`",
     };
-    Err(Error::new(ErrorCode::Config, format!("`{}`", args.out.display()), message))
+    Err(Error::new(ErrorCode::Config, format!("`{}`", args.out().display()), message))
 }
 
-fn fit(session: &Session, config: TrainConfig, args: &Args) -> Result<(Summary, MemoryPlan)> {
+fn fit(session: &Session, config: TrainConfig, args: &Args) -> Result<(Summary, MemoryPlan, DataReport)> {
     let data = session.dataset(&args.data, config.seq)?;
     let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
     let init = args.init.as_deref().map(AdapterFile::open).transpose()?;
-    let tokens: usize = data.samples.iter().map(|s| s.ids.len()).sum();
-    let learned: usize = data.samples.iter().map(crate::train::Sample::trained_tokens).sum();
-    let samples = data.samples.len();
-    let mut trainer = session.trainer(config, data, eval_data, init.as_ref(), &args.out)?;
+    let report = DataReport::new(&data, &config)?;
+    let mut trainer = session.trainer(config, data, eval_data, init.as_ref(), args.out())?;
     if args.resume {
         trainer.resume()?;
         eprintln!("resuming after step {}", trainer.step_number());
     }
-    eprintln!(
-        "{samples} samples, {tokens} tokens, {learned} of them learned; {} trained values, {} steps",
-        trainer.trained_parameters(),
-        trainer.total_steps()
-    );
+    eprint!("{}", data::text(&report));
+    eprintln!("adapter: {} trained values", trainer.trained_parameters());
     let plan = trainer.plan(session.mapped_bytes());
     eprintln!(
         "memory: {} mapped; {} anonymous planned: adapter {}, optimizer {}, layer inputs {}, one layer {}, logits {}",
@@ -220,7 +273,7 @@ fn fit(session: &Session, config: TrainConfig, args: &Args) -> Result<(Summary, 
     let mut watcher = Watcher::new(trainer.total_steps(), trainer.step_number(), args.json);
     let summary = trainer.run(&mut watcher);
     watcher.bar.finish_and_clear();
-    Ok((summary?, plan))
+    Ok((summary?, plan, report))
 }
 
 /// Shows steps on a bar, or as JSON lines, and passes Ctrl-C on.
@@ -248,8 +301,10 @@ impl Observer for Watcher {
             let mut line = json!({
                 "step": r.step, "loss": r.loss, "lr": r.lr, "grad_norm": r.grad_norm, "tok_s": rate,
             });
-            if let Some(loss) = r.eval_loss {
-                line["eval_loss"] = loss.into();
+            for (name, loss) in [("eval_loss", r.eval_loss), ("general_loss", r.general_loss)] {
+                if let Some(loss) = loss {
+                    line[name] = loss.into();
+                }
             }
             print_json(&line);
         }
@@ -259,27 +314,48 @@ impl Observer for Watcher {
     fn keep_going(&mut self) -> bool {
         !interrupt::asked()
     }
+
+    fn on_warning(&mut self, warning: &Error) {
+        self.bar.suspend(|| super::print_error("warning", warning));
+    }
 }
 
-fn report(s: &Summary, plan: MemoryPlan, session: &Session, as_json: bool) {
+fn report(s: &Summary, plan: MemoryPlan, data: &DataReport, session: &Session, as_json: bool) {
     let rate = s.tokens as f64 / s.time.as_secs_f64();
     if as_json {
         print_json(&json!({
-            "done": s.done, "steps": s.steps, "loss": finite(s.loss), "eval_loss": s.eval_loss, "tok_s": rate,
-            "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": 0,
+            "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience,
+            "loss": finite(s.loss), "eval_loss": s.eval_loss, "eval_loss_before": s.before.and_then(|b| b.held_out),
+            "general_loss": s.general_loss, "general_loss_before": s.before.and_then(|b| b.general), "tok_s": rate,
+            "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": data.batches.padded_tokens,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
-            "mapped_bytes": session.mapped_bytes(), "plan": plan, "adapter": s.adapter,
+            "mapped_bytes": session.mapped_bytes(), "plan": plan, "data": data, "adapter": s.adapter,
         }));
     } else {
-        let eval = s.eval_loss.map_or_else(String::new, |l| format!(", evaluation loss {l:.3}"));
         println!(
-            "{} after {} steps: loss {:.3}{eval}; {rate:.0} tok/s, {} anonymous at most, {} mapped",
+            "{} after {} steps: loss {:.3}; {rate:.0} tok/s, {} anonymous at most, {} mapped",
             if s.done { "done" } else { "stopped" },
             s.steps,
             s.loss,
             s.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
             megabytes(session.mapped_bytes())
         );
+        let before = s.before.unwrap_or_default();
+        for (name, before, after) in
+            [("held-out data", before.held_out, s.eval_loss), ("general text", before.general, s.general_loss)]
+        {
+            if let (Some(before), Some(after)) = (before, after) {
+                println!("loss on the {name}: {before:.3} before, {after:.3} after ({:+.3})", after - before);
+            }
+        }
+    }
+    if s.out_of_patience {
+        eprintln!("ended early: the held-out loss fell no more");
+    }
+    if s.done && s.adapter_step == 0 {
+        eprintln!("warning: the adapter is the one that training began with: all later ones forgot more than allowed");
+    } else if s.done && s.adapter_step != s.steps {
+        eprintln!("the adapter is that of step {}, which did best by what was asked for", s.adapter_step);
     }
     if s.done {
         eprintln!("use it: pocketlora chat -m {} -a {}", session.dir().display(), s.adapter.display());

@@ -61,6 +61,18 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
     write_file(path, |file| file.write_all(bytes).map_err(|e| Error::io("write", path, e)))
 }
 
+/// Deletes the temporary files that killed writers of the file at `path` have left. The caller knows that no other writer
+/// is at work. What cannot be deleted stays: it only takes room.
+pub(crate) fn sweep(path: &Path) {
+    let Ok(place) = Place::of(path) else { return };
+    let prefix = place.temp_prefix();
+    for entry in fs::read_dir(&place.parent).into_iter().flatten().flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
+            fs::remove_file(entry.path()).ok();
+        }
+    }
+}
+
 /// A directory being filled under a temporary name; dropped without [`commit`](Self::commit), it vanishes.
 #[derive(Debug)]
 pub struct AtomicDir {
@@ -216,7 +228,7 @@ fn sync_tree(dir: &Path) -> Result<()> {
 }
 
 /// Makes renames in `dir` durable. Windows has no such call and needs none.
-fn sync_dir(dir: &Path) -> Result<()> {
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
     if cfg!(unix) {
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(|e| Error::io("sync", dir, e))?;
     }

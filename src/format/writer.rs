@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::io::{self, Seek, SeekFrom, Write};
 
 /// A tensor to come: what the header says about it.
-pub(super) struct Entry {
+pub(crate) struct Entry {
     pub name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
@@ -20,7 +20,7 @@ impl Entry {
 
 /// The file under way. The header is written last, into room kept for it, because tensors of unknown length (the
 /// quant_state JSON of each weight) may be appended; spaces fill what it does not need, as the format allows.
-pub(super) struct Writer<W> {
+pub(crate) struct Writer<W> {
     sink: W,
     metadata: Value,
     /// In the order of their bytes; offsets count from the first byte after the header.

@@ -1,20 +1,32 @@
-//! The state of a run between two steps: one safetensors file that replaces the one before in a single step.
+//! The state of a run between two steps, in one safetensors file that replaces the one before in a single step.
+//!
+//! Two generations are kept: a file that turns out to be damaged costs the steps since the one before it, not the run.
+//! What a checkpoint holds is all that the next step depends on: the adapter's masters, the optimizer's moments, and
+//! [`RunFacts`]. Random numbers are functions of the seed and the step (see [`crate::rng`]), and so is the place in the
+//! data: both are in the facts. The settings stand there in full rather than as a hash, so that differences can be named.
 
+use super::best::Candidates;
+use super::hold_out::Evaluation;
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::widen;
-use crate::mmap;
-use pocketlora_kernels::FloatType;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use crate::format::safetensors::TensorFile;
+use crate::format::{Entry, Staged, Writer};
+use crate::rng::mix;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use serde_json::json;
+use std::fs::{self, File};
+use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
-/// Name of the file in the output folder.
+/// Names of the file in the output folder and of the one before it.
 const FILE: &str = "checkpoint.safetensors";
+const PREVIOUS: &str = "checkpoint.previous.safetensors";
+pub(super) const FILES: [&str; 2] = [FILE, PREVIOUS];
 /// Key of the run's facts in the file's metadata.
 const META: &str = "pocketlora";
+/// A tensor of 8 bytes: a sum over the facts and all other tensors, which tells flipped bits.
+const CHECKSUM: &str = "checksum";
 
-/// What a checkpoint belongs to and where it stands. A resumed run must agree on all but `step`.
+/// What a checkpoint belongs to and where it stands. A resumed run must agree on all but `step`, `candidates` and `start`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunFacts {
     /// Steps done.
@@ -29,10 +41,16 @@ pub struct RunFacts {
     pub base: u64,
     /// The adapter that training continues from, as a fingerprint; 0 for a fresh one.
     pub init: u64,
+    /// What evaluations have found so far.
+    #[serde(default)]
+    pub candidates: Candidates,
+    /// What the evaluation before the first step found.
+    #[serde(default)]
+    pub start: Option<Evaluation>,
 }
 
 impl RunFacts {
-    /// Names what differs from `other`, apart from the step.
+    /// Names what differs from `other`, apart from how far the runs have come.
     fn differences(&self, other: &Self) -> Vec<String> {
         let mut found = Vec::new();
         if let (Some(a), Some(b)) = (self.config.as_object(), other.config.as_object()) {
@@ -59,101 +77,155 @@ impl RunFacts {
     }
 }
 
-/// A trained tensor with its optimizer state on the host.
-pub struct TensorState {
-    /// Full PEFT name.
-    pub name: String,
-    /// Row-major shape.
-    pub shape: [usize; 2],
-    /// Master, first and second moment.
-    pub values: [Vec<f32>; 3],
+/// Whether the folder holds the checkpoint of a run that was not finished.
+#[must_use]
+pub fn has_checkpoint(out: &Path) -> bool {
+    FILES.iter().any(|name| out.join(name).exists())
 }
 
-const PARTS: [&str; 3] = ["param", "m", "v"];
-
-/// Path of the checkpoint in an output folder.
-pub fn path_in(out: &Path) -> PathBuf {
-    out.join(FILE)
+/// Takes a checkpoint's tensors, in the order in which they were announced.
+pub struct Sink<'a> {
+    writer: Writer<BufWriter<&'a mut File>>,
+    sum: u64,
+    path: &'a Path,
 }
 
-/// Writes a checkpoint.
-///
-/// # Errors
-/// The file cannot be written; the one before it is kept then.
-pub fn save(out: &Path, facts: &RunFacts, tensors: &[TensorState]) -> Result<()> {
-    let path = path_in(out);
-    let raw: Vec<(String, [usize; 2], Vec<u8>)> = tensors
-        .iter()
-        .flat_map(|t| PARTS.iter().zip(&t.values).map(move |(part, v)| (t, part, v)))
-        .map(|(t, part, v)| (format!("{part}.{}", t.name), t.shape, v.iter().flat_map(|x| x.to_le_bytes()).collect()))
-        .collect();
-    let bug = |e| Error::format(&path, "tensors", "consistent views", "a mismatch").caused_by(e);
-    let views: Vec<(&str, TensorView<'_>)> = raw
-        .iter()
-        .map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.to_vec(), data)?)))
-        .collect::<Result<_, safetensors::SafeTensorError>>()
-        .map_err(bug)?;
-    let text = serde_json::to_string(facts).expect("plain data serializes");
-    let file = safetensors::serialize(views, Some(HashMap::from([(META.to_owned(), text)]))).map_err(bug)?;
-    crate::format::write_bytes(&path, &file)
-}
-
-/// Reads the checkpoint in `out` back, if it belongs to the run that `facts` describe. `layout` lists the names and
-/// shapes that it must have. Returns the steps done and the tensors in the order of `layout`.
-///
-/// # Errors
-/// There is none, it is broken, or it belongs to a run with other settings, data or base (the differences are listed).
-pub fn load(out: &Path, facts: &RunFacts, layout: &[(String, [usize; 2])]) -> Result<(u64, Vec<TensorState>)> {
-    let path = path_in(out);
-    if !path.exists() {
-        let message = "expected a checkpoint to resume from, got none; start without `--resume`";
-        return Err(Error::new(ErrorCode::Data, format!("`{}`", path.display()), message));
+impl Sink<'_> {
+    /// Writes the tensor `name`.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn put(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.sum = add(self.sum, bytes);
+        self.writer.write(name, 0, bytes).map_err(|e| Error::io("write", self.path, e))
     }
-    let bytes = mmap::map(&path)?;
+}
+
+/// Writes a checkpoint of the tensors `entries`, which `fill` puts one after the other, and keeps the one before it
+/// where `keep_previous` says that it belongs to the same run.
+///
+/// # Errors
+/// The file cannot be written; the ones before it are kept then.
+pub fn save(
+    out: &Path,
+    facts: &RunFacts,
+    keep_previous: bool,
+    entries: Vec<Entry>,
+    fill: impl FnOnce(&mut Sink<'_>) -> Result<()>,
+) -> Result<()> {
+    let (path, previous) = (out.join(FILE), out.join(PREVIOUS));
+    let text = serde_json::to_string(facts).expect("plain data serializes");
+    let staged = Staged::write(&path, |file| {
+        let room = vec![(CHECKSUM.to_owned(), 8)];
+        let writer = Writer::new(BufWriter::new(file), json!({ META: text }), entries, room);
+        let mut sink = Sink { writer, sum: add(0, text.as_bytes()), path: &path };
+        fill(&mut sink)?;
+        let Sink { mut writer, sum, .. } = sink;
+        let ended = writer.append(CHECKSUM.to_owned(), &sum.to_le_bytes()).and_then(|()| writer.finish());
+        ended.map(|_| ()).map_err(|e| Error::io("write", &path, e))
+    })?;
+    if keep_previous && path.exists() {
+        // A kill between the two renames leaves the older one alone, which `load` then takes.
+        fs::rename(&path, &previous).map_err(|e| Error::io("rename", &path, e))?;
+    }
+    staged.commit()?;
+    if keep_previous { Ok(()) } else { remove_file(&previous) }
+}
+
+/// A checkpoint that belongs to the run, whole and with all of its tensors.
+pub struct Loaded {
+    /// Where the run stood.
+    pub facts: RunFacts,
+    /// The tensors.
+    pub file: TensorFile,
+    /// Why the newest one was passed over.
+    pub warning: Option<Error>,
+}
+
+/// Opens the newest sound checkpoint in `out`, if it belongs to the run that `facts` describe and has the tensors
+/// `entries`.
+///
+/// # Errors
+/// There is none, all are broken, or it belongs to a run with other settings, data or base (the differences are listed).
+pub fn load(out: &Path, facts: &RunFacts, entries: &[Entry]) -> Result<Loaded> {
+    if !has_checkpoint(out) {
+        let message = "expected a checkpoint to resume from, got none; start without `--resume`";
+        return Err(Error::new(ErrorCode::Data, format!("`{}`", out.join(FILE).display()), message));
+    }
+    let newest = match read(&out.join(FILE), facts, entries) {
+        Ok((facts, file)) => return Ok(Loaded { facts, file, warning: None }),
+        Err(e) if e.code() == ErrorCode::Config => return Err(e),
+        Err(e) => e,
+    };
+    match read(&out.join(PREVIOUS), facts, entries) {
+        Ok((facts, file)) => Ok(Loaded { facts, file, warning: Some(newest) }),
+        Err(e) if e.code() == ErrorCode::Config => Err(e),
+        Err(_) => Err(newest),
+    }
+}
+
+fn read(path: &Path, facts: &RunFacts, entries: &[Entry]) -> Result<(RunFacts, TensorFile)> {
     let broken = |what: &str, got: &dyn std::fmt::Display| {
-        let message = format!("expected {what}, got {got}; start again without `--resume`");
+        let message = format!("expected {what}, got {got}; if no other is left, start again with `--overwrite`");
         Error::new(ErrorCode::Format, format!("`{}`", path.display()), message)
     };
-    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| broken("a complete checkpoint", &e))?;
-    let text = header.metadata().as_ref().and_then(|m| m.get(META));
-    let text = text.ok_or_else(|| broken("the run's facts", &"none"))?;
+    let file = TensorFile::open(path).map_err(|e| broken("a complete checkpoint", &e).caused_by(e))?;
+    let text = file.metadata().get(META).ok_or_else(|| broken("the run's facts", &"none"))?;
     let saved: RunFacts = serde_json::from_str(text).map_err(|e| broken("the run's facts", &e))?;
+    // First of all, for flipped bits could look like a difference.
+    let mut named: Vec<(&str, &[u8])> = Vec::new();
+    let stored = file.find(CHECKSUM).and_then(|t| Some(u64::from_le_bytes(t.bytes[..].try_into().ok()?)));
+    let saved_entries = file.tensors().filter(|(name, _)| *name != CHECKSUM).count();
+    let same_layout = saved_entries == entries.len() && entries.iter().all(|e| file.find(&e.name).is_some());
     let differences = saved.differences(facts);
-    if !differences.is_empty() {
-        let message = format!(
-            "the run to resume differs: {}; use the same settings, data and base, or start again without `--resume`",
-            differences.join("; ")
-        );
-        return Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message));
-    }
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| broken("a complete checkpoint", &e))?;
-    let part = |name: &str, shape: &[usize; 2]| -> Result<Vec<f32>> {
-        let view = file.tensor(name).map_err(|e| broken(&format!("tensor `{name}`"), &e))?;
-        if view.dtype() != Dtype::F32 || view.shape() != shape {
-            return Err(broken(
-                &format!("tensor `{name}` in F32 of shape `{shape:?}`"),
-                &format!("{:?}", view.shape()),
-            ));
+    if same_layout {
+        for entry in entries {
+            let tensor = file.get(&entry.name)?;
+            if tensor.dtype != entry.dtype || tensor.shape != entry.shape {
+                let expected = format!("tensor `{}` in {:?} of shape `{:?}`", entry.name, entry.dtype, entry.shape);
+                return Err(broken(&expected, &tensor.describe()));
+            }
+            named.push((&entry.name, &tensor.bytes));
         }
-        let mut values = vec![0.0; shape[0] * shape[1]];
-        widen(FloatType::F32, view.data(), &mut values);
-        Ok(values)
-    };
-    let tensors = layout.iter().map(|(name, shape)| {
-        let [p, m, v] = PARTS.map(|prefix| part(&format!("{prefix}.{name}"), shape));
-        Ok(TensorState { name: name.clone(), shape: *shape, values: [p?, m?, v?] })
-    });
-    Ok((saved.step, tensors.collect::<Result<_>>()?))
+        let sum = named.iter().fold(add(0, text.as_bytes()), |sum, (_, bytes)| add(sum, bytes));
+        if stored != Some(sum) {
+            return Err(broken("what its checksum says", &"something else"));
+        }
+    } else if differences.is_empty() {
+        return Err(broken("the run's tensors", &format!("{saved_entries} others")));
+    }
+    if differences.is_empty() {
+        return Ok((saved, file));
+    }
+    let message = format!(
+        "the run to resume differs: {}; use the same settings, data and base, or start again without `--resume`",
+        differences.join("; ")
+    );
+    Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message))
 }
 
-/// Removes the checkpoint of a finished run.
+/// `sum` with `bytes` added, eight at a time.
+fn add(sum: u64, bytes: &[u8]) -> u64 {
+    let word = |bytes: &[u8]| {
+        let mut word = [0; 8];
+        word[..bytes.len()].copy_from_slice(bytes);
+        u64::from_le_bytes(word)
+    };
+    bytes.chunks(8).fold(mix(sum, bytes.len() as u64), |sum, bytes| mix(sum, word(bytes)))
+}
+
+/// Removes the checkpoints of a finished run, the older one first.
 ///
 /// # Errors
 /// The system refuses.
 pub fn remove(out: &Path) -> Result<()> {
-    let path = path_in(out);
-    match std::fs::remove_file(&path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &path, e)),
+    remove_file(&out.join(PREVIOUS))?;
+    remove_file(&out.join(FILE))
+}
+
+fn remove_file(path: &PathBuf) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
         _ => Ok(()),
     }
 }

@@ -1,7 +1,7 @@
 //! Settings of a training run: the keys of `train.toml` and the flags of `pocketlora train`.
 
 use crate::error::{Error, Result};
-use pocketlora_kernels::Arithmetic;
+use pocketlora_kernels::{Arithmetic, MOMENT_BLOCK};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -62,26 +62,49 @@ pub struct TrainConfig {
     pub epochs: usize,
     /// Optimizer steps in all; overrides `epochs`.
     pub steps: Option<u64>,
-    /// Samples in one forward and backward pass.
+    /// Samples in one forward and backward pass; with `packing`, the pass has as many as fit `batch` times `seq` tokens.
     pub batch: usize,
     /// Passes per optimizer step.
     pub accumulate: usize,
-    /// Longest sample in tokens.
+    /// Longest sample in tokens; what is longer is split.
     pub seq: usize,
+    /// Fill every pass with short samples up to `batch` times `seq` tokens (best fit, decreasing). They do not see each
+    /// other.
+    pub packing: bool,
+    /// Let samples of similar length share a pass, so that passes differ more and waste less; not with `packing`.
+    pub bucketing: bool,
     /// Bound on the gradient's norm; 0 does not clip.
     pub clip: f64,
     /// Decoupled weight decay.
     pub weight_decay: f32,
-    /// Optimizer; `adamw`.
+    /// Optimizer.
     pub optimizer: Optimizer,
+    /// What SGD keeps of its moment; 0 keeps none.
+    pub momentum: f32,
+    /// Decay of AdamW's first moment; share of the moment in Lion's update.
+    pub beta1: f32,
+    /// Decay of AdamW's second moment or of Lion's only one; 0.999 and 0.99 unless given.
+    pub beta2: Option<f32>,
+    /// Added to the root of AdamW's second moment.
+    pub eps: f32,
+    /// The learning rate of B over that of A (LoRA+, Hayou et al. 2024).
+    pub lora_plus_ratio: f32,
     /// Seed of initialization, order and dropout.
     pub seed: u64,
     /// Steps between checkpoints; 0 writes one only when stopped.
     pub save_every: u64,
     /// JSONL that is evaluated during training.
     pub eval_data: Option<PathBuf>,
-    /// Steps between evaluations; 0 evaluates only at the end.
+    /// Share of the samples that is held out and evaluated, instead of `eval_data`.
+    pub eval_split: Option<f64>,
+    /// Steps between evaluations; 0 evaluates only at the beginning and the end.
     pub eval_every: u64,
+    /// Nats a token by which the loss on a general text may rise: the last adapter within that is written.
+    pub max_forgetting: Option<f64>,
+    /// Evaluations in a row without a lower held-out loss after which the run ends; 0 for never.
+    pub patience: u64,
+    /// Write the adapter of the evaluation with the lowest held-out loss instead of the last one.
+    pub keep_best: bool,
     /// Arithmetic.
     pub precision: Precision,
 }
@@ -90,8 +113,27 @@ pub struct TrainConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Optimizer {
-    /// AdamW with betas 0.9 and 0.999, eps 1e-8.
+    /// AdamW (Loshchilov & Hutter 2019).
     AdamW,
+    /// AdamW with moments in 8 bits (Dettmers et al. 2021).
+    AdamW8bit,
+    /// SGD, with momentum or without, and decoupled weight decay.
+    Sgd,
+    /// Lion (Chen et al. 2023).
+    Lion,
+}
+
+impl Optimizer {
+    /// Bytes that it keeps for `values` trained values; SGD as it is with momentum, see [`TrainConfig::state_bytes`].
+    #[must_use]
+    pub fn state_bytes(self, values: usize) -> u64 {
+        let values = values as u64;
+        match self {
+            Self::AdamW => 8 * values,
+            Self::AdamW8bit => 2 * (values + 4 * values.div_ceil(MOMENT_BLOCK as u64)),
+            Self::Sgd | Self::Lion => 4 * values,
+        }
+    }
 }
 
 impl Default for TrainConfig {
@@ -110,13 +152,24 @@ impl Default for TrainConfig {
             batch: 4,
             accumulate: 1,
             seq: 1024,
+            packing: false,
+            bucketing: false,
             clip: 1.0,
             weight_decay: 0.0,
             optimizer: Optimizer::AdamW,
+            momentum: 0.0,
+            beta1: 0.9,
+            beta2: None,
+            eps: 1e-8,
+            lora_plus_ratio: 1.0,
             seed: 0,
             save_every: 50,
             eval_data: None,
+            eval_split: None,
             eval_every: 0,
+            max_forgetting: None,
+            patience: 0,
+            keep_best: false,
             precision: Precision::Bf16,
         }
     }
@@ -127,6 +180,18 @@ impl TrainConfig {
     #[must_use]
     pub fn alpha(&self) -> f64 {
         self.alpha.unwrap_or(2.0 * self.rank as f64)
+    }
+
+    /// The optimizer's second beta.
+    #[must_use]
+    pub fn beta2(&self) -> f32 {
+        self.beta2.unwrap_or(if self.optimizer == Optimizer::Lion { 0.99 } else { 0.999 })
+    }
+
+    /// Bytes that the optimizer keeps for `values` trained values.
+    #[must_use]
+    pub fn state_bytes(&self, values: usize) -> u64 {
+        if self.optimizer == Optimizer::Sgd && self.momentum == 0.0 { 0 } else { self.optimizer.state_bytes(values) }
     }
 
     /// Checks the ranges.
@@ -147,6 +212,9 @@ impl TrainConfig {
         whole("batch", self.batch, 65_536)?;
         whole("accumulate", self.accumulate, 65_536)?;
         whole("seq", self.seq, 1 << 20)?;
+        if self.packing && self.bucketing {
+            return Err(Error::config("bucketing", "off where `packing` is on", "both"));
+        }
         if self.steps == Some(0) {
             return Err(Error::config("steps", "at least 1", 0));
         }
@@ -163,7 +231,26 @@ impl TrainConfig {
         real("warmup", self.warmup, self.warmup >= 0.0, "steps, or a fraction of them below 1")?;
         real("clip", self.clip, self.clip >= 0.0, "a number above 0, or 0 for none")?;
         let decay = f64::from(self.weight_decay);
-        real("weight-decay", decay, (0.0..=1.0).contains(&decay), "a number from 0 to 1")
+        real("weight-decay", decay, (0.0..=1.0).contains(&decay), "a number from 0 to 1")?;
+        for (name, value) in [("momentum", self.momentum), ("beta1", self.beta1), ("beta2", self.beta2())] {
+            real(name, f64::from(value), (0.0..1.0).contains(&value), "a number from 0 to below 1")?;
+        }
+        real("eps", f64::from(self.eps), self.eps > 0.0, "a number above 0")?;
+        let share = self.eval_split.unwrap_or(0.5);
+        real("eval-split", share, share > 0.0 && share < 1.0, "a number between 0 and 1")?;
+        if let (Some(share), Some(_)) = (self.eval_split, &self.eval_data) {
+            return Err(Error::config("eval-split", "either it or `eval-data`", share));
+        }
+        let rise = self.max_forgetting.unwrap_or(0.0);
+        real("max-forgetting", rise, rise >= 0.0, "a number from 0")?;
+        let ratio = f64::from(self.lora_plus_ratio);
+        real("lora-plus-ratio", ratio, ratio > 0.0 && ratio <= 1000.0, "a number above 0 and up to 1000")?;
+        for (name, on) in [("patience", self.patience > 0), ("keep-best", self.keep_best)] {
+            if on && self.eval_every == 0 {
+                return Err(Error::config(name, "`eval-every` beside it, at least 1", self.eval_every));
+            }
+        }
+        Ok(())
     }
 
     /// Learning rate of `step` (1-based) of `total`.
@@ -205,9 +292,20 @@ mod tests {
         for (config, name) in [
             (TrainConfig { rank: 0, ..Default::default() }, "rank"),
             (TrainConfig { lr: f32::NAN, ..Default::default() }, "lr"),
+            (TrainConfig { lr: 0.0, ..Default::default() }, "lr"),
             (TrainConfig { lr: 1e9, ..Default::default() }, "lr"),
+            (TrainConfig { momentum: 1.0, ..Default::default() }, "momentum"),
+            (TrainConfig { beta2: Some(-0.5), ..Default::default() }, "beta2"),
+            (TrainConfig { eps: 0.0, ..Default::default() }, "eps"),
+            (TrainConfig { lora_plus_ratio: 0.0, ..Default::default() }, "lora-plus-ratio"),
+            (TrainConfig { patience: 2, ..Default::default() }, "patience"),
+            (TrainConfig { eval_split: Some(1.0), ..Default::default() }, "eval-split"),
+            (TrainConfig { eval_split: Some(0.1), eval_data: Some("x".into()), ..Default::default() }, "eval-split"),
+            (TrainConfig { max_forgetting: Some(-0.1), ..Default::default() }, "max-forgetting"),
+            (TrainConfig { keep_best: true, ..Default::default() }, "keep-best"),
             (TrainConfig { dropout: 1.0, ..Default::default() }, "dropout"),
             (TrainConfig { steps: Some(0), ..Default::default() }, "steps"),
+            (TrainConfig { packing: true, bucketing: true, ..Default::default() }, "bucketing"),
         ] {
             let error = config.validate().unwrap_err().to_string();
             assert!(error.contains(&format!("`{name}`")), "{error}");

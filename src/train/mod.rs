@@ -1,21 +1,37 @@
 //! Training of LoRA adapters on a frozen base.
 
+mod batches;
+mod best;
 mod checkpoint;
 mod config;
+mod control;
 mod data;
 mod evaluation;
+mod hold_out;
+mod lock;
 mod loss;
 mod observer;
+mod optimizer;
 mod plan;
+mod report;
+mod run_folder;
 mod saving;
 mod setup;
 mod step;
 
+pub use batches::{BatchReport, Batches, largest_micro_batch};
+pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
-pub use data::{Dataset, Sample};
+pub use control::{Directive, Policy, TrainHandle};
+pub use data::{Dataset, Limits, Mask, Sample, Splits};
+pub use hold_out::{Evaluation, general_text, hold_out};
 pub(crate) use loss::bytes as loss_bytes;
+use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
+pub use report::{Bar, DataReport, Lengths};
+use run_folder::Journal;
+pub use run_folder::{LogLine, RunFolder};
 pub(crate) use setup::fresh_modules;
 pub use step::{MicroBatch, Watch, micro_step};
 
@@ -24,16 +40,16 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
-use crate::rng::{Rng, mix};
+use crate::rng::mix;
 use checkpoint::RunFacts;
-use pocketlora_kernels::{AdamW, Backend};
+use lock::FolderLock;
+use pocketlora_kernels::Backend;
 use setup::Trained;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-/// Streams of random numbers that a run draws from its seed.
-const ORDER: u64 = 2;
+/// Stream of random numbers that a run draws from its seed.
 const DROPOUT: u64 = 3;
 
 /// A run between two steps.
@@ -41,7 +57,10 @@ pub struct Trainer<B: Backend> {
     base: Arc<Base<B>>,
     config: TrainConfig,
     data: Dataset,
+    batches: Batches,
     eval_data: Option<Dataset>,
+    /// What tells forgetting.
+    general: Option<Dataset>,
     out: PathBuf,
     lora: LoraConfig,
     adapters: Adapters<B>,
@@ -51,6 +70,15 @@ pub struct Trainer<B: Backend> {
     pool_tokens: usize,
     facts: RunFacts,
     peak: Peak,
+    handle: TrainHandle,
+    policy: Option<Policy>,
+    /// Time of pauses in the step under way.
+    held: Duration,
+    /// To be told at the next chance.
+    warnings: Vec<Error>,
+    /// The checkpoint in the output folder is this run's.
+    saved: bool,
+    _lock: FolderLock,
 }
 
 impl<B: Backend> Trainer<B> {
@@ -104,52 +132,82 @@ impl<B: Backend> Trainer<B> {
         self.tensors.iter().zip(&self.grads.tensors).map(read).collect()
     }
 
-    /// Runs to the end, or until the observer stops it; then writes the adapter, or a checkpoint.
+    /// A handle that pauses, resumes and stops this trainer, and asks for snapshots, from any thread.
+    #[must_use]
+    pub fn handle(&self) -> TrainHandle {
+        self.handle.clone()
+    }
+
+    /// Sets the rule that is asked between layers whether to work, pause or stop.
+    pub fn set_policy(&mut self, policy: Policy) {
+        self.policy = Some(policy);
+    }
+
+    /// Runs to the end, or until the observer, the policy or a handle stops it; then writes the adapter, or a checkpoint.
     ///
     /// # Errors
     /// Non-finite loss or gradients (the last checkpoint is kept), files that cannot be written, out of memory.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
-        let start = Instant::now();
-        let (mut tokens, mut trained, mut loss, mut eval_loss) = (0u64, 0u64, f64::NAN, None);
-        let mut stopped = false;
-        while self.facts.step < self.facts.total_steps && !stopped {
+        let _running = self.handle.enter();
+        let mut tally = Tally::new();
+        self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
+        let mut journal = Journal::open(&self.out, &self.config, self.facts.step, self.facts.start, observer);
+        if let Some(found) = self.evaluate_if_due(observer)? {
+            tally.evaluated(found);
+            journal.evaluated(self.facts.step, found, observer);
+        }
+        let mut stopped = self.evaluation_pending();
+        while !stopped && !self.finished() {
             let mut report = match self.step(observer) {
                 Err(e) if e.code() == ErrorCode::Cancelled => break,
                 other => other?,
             };
-            let last = report.step == report.total_steps;
-            if last || self.config.eval_every > 0 && report.step.is_multiple_of(self.config.eval_every) {
-                report.eval_loss = match self.evaluate(observer) {
-                    Err(e) if e.code() == ErrorCode::Cancelled => None,
-                    other => other?,
-                };
-            }
-            tokens += report.tokens as u64;
-            trained += report.trained as u64;
-            (loss, eval_loss) = (report.loss, report.eval_loss.or(eval_loss));
+            let found = self.evaluate_if_due(observer)?;
+            (report.eval_loss, report.general_loss) = found.map_or((None, None), |f| (f.held_out, f.general));
+            tally.add(&report);
+            journal.add(&report, observer);
             stopped = observer.on_step(&report).is_break();
-            if !last && self.config.save_every > 0 && report.step.is_multiple_of(self.config.save_every) {
-                self.save_checkpoint()?;
+            let due = self.config.save_every > 0 && report.step.is_multiple_of(self.config.save_every);
+            if due && !stopped && !self.finished() {
+                self.try_checkpoint(observer)?;
+                journal.draw(observer);
             }
         }
-        let done = self.facts.step == self.facts.total_steps;
+        journal.draw(observer);
+        let done = self.finished();
         if done {
-            self.save_adapter()?;
-            checkpoint::remove(&self.out)?;
+            self.finish(observer)?;
         } else {
             self.save_checkpoint()?;
         }
-        Ok(Summary {
+        self.handle.serve(&|| self.snapshot());
+        Ok(self.summary(done, tally))
+    }
+
+    /// Whether there is nothing left to do but to write the adapter. What the choice of it depends on must be known.
+    fn finished(&self) -> bool {
+        let out_of_patience = self.facts.candidates.exhausted(self.config.patience);
+        let undecided = self.rule().keeps() && self.evaluation_pending();
+        out_of_patience || self.facts.step == self.facts.total_steps && !undecided
+    }
+
+    fn summary(&self, done: bool, tally: Tally) -> Summary {
+        let kept = self.facts.candidates.kept.filter(|_| done && self.rule().keeps());
+        Summary {
             done,
             steps: self.facts.step,
-            loss,
-            tokens,
-            trained_tokens: trained,
-            time: start.elapsed(),
+            adapter_step: kept.map_or(self.facts.step, |kept| kept.step),
+            out_of_patience: self.facts.candidates.exhausted(self.config.patience),
+            loss: tally.loss,
+            tokens: tally.tokens,
+            trained_tokens: tally.trained,
+            time: tally.start.elapsed(),
             peak_anonymous_bytes: self.peak.bytes(),
-            eval_loss,
+            before: self.facts.start,
+            eval_loss: tally.last.held_out,
+            general_loss: tally.last.general,
             adapter: self.out.clone(),
-        })
+        }
     }
 
     /// One optimizer step. A stopped or failed one leaves the run as it was before.
@@ -158,49 +216,26 @@ impl<B: Backend> Trainer<B> {
     /// Stopped by the observer, non-finite loss or gradients, out of memory.
     pub fn step(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
         let base = Arc::clone(&self.base);
+        let _running = self.handle.enter();
+        self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
+        self.held = Duration::ZERO;
         base.backend.scope(|| self.step_in_scope(observer))
     }
 
     fn step_in_scope(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
         let start = Instant::now();
         let number = self.facts.step + 1;
-        let micros = self.micro_batches(number);
+        let micros = self.batches.micro_batches(&self.data, number);
         let trained: usize = micros.iter().map(MicroBatch::trained).sum();
-        let scale = 1.0 / trained as f32;
-
-        let base = Arc::clone(&self.base);
-        for grad in &mut self.grads.tensors {
-            base.backend.zero(grad);
-        }
-        let mut loss = 0.0;
-        for (i, micro) in micros.iter().enumerate() {
-            let dropout = (self.config.dropout > 0.0).then(|| {
-                let key = mix(mix(mix(self.config.seed, DROPOUT), number), i as u64);
-                Dropout { p: self.config.dropout, key }
-            });
-            loss += self.micro(micro, scale, dropout, true, observer)?;
-        }
-        let loss = loss / trained as f64;
+        let loss = self.accumulate(number, &micros, trained, observer)?;
         let grad_norm = self.grad_norm()?;
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            let message = format!(
-                "expected a finite loss and gradient, got loss `{loss}` and gradient norm `{grad_norm}`; lower the \
-                 learning rate, then resume from the last checkpoint or start again"
-            );
-            return Err(Error::new(ErrorCode::Diverged, format!("step {number}"), message));
+        if !grad_norm.is_finite() {
+            return Err(self.diverged(number, &micros, &format!("a gradient of norm `{grad_norm}`")));
         }
-        if self.config.clip > 0.0 && grad_norm > self.config.clip {
-            // As torch.nn.utils.clip_grad_norm_ does it.
-            let factor = (self.config.clip / (grad_norm + 1e-6)) as f32;
-            for grad in &mut self.grads.tensors {
-                base.backend.scale(factor, grad);
-            }
-        }
+        self.clip(grad_norm);
         let lr = self.config.lr_at(number, self.facts.total_steps);
-        let weight_decay = self.config.weight_decay;
-        let adamw = AdamW { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay, step: number as u32 };
         for (t, grad) in self.tensors.iter_mut().zip(&self.grads.tensors) {
-            base.backend.adamw(&adamw, grad, &mut t.master, &mut t.m, &mut t.v);
+            t.state.step(&self.base.backend, &self.config, lr * t.rate, number, grad, &mut t.master);
         }
         self.publish();
         self.facts.step = number;
@@ -212,19 +247,69 @@ impl<B: Backend> Trainer<B> {
             grad_norm,
             tokens: micros.iter().map(MicroBatch::tokens).sum(),
             trained,
-            time: start.elapsed(),
+            time: start.elapsed().saturating_sub(self.held),
             eval_loss: None,
+            general_loss: None,
         })
     }
 
-    /// The samples of step `number` (1-based): epochs are permutations that depend on the seed and their number alone.
-    fn micro_batches(&self, number: u64) -> Vec<MicroBatch> {
-        let (n, per_step) = (self.data.samples.len(), self.config.batch * self.config.accumulate);
-        let steps_per_epoch = n.div_ceil(per_step) as u64;
-        let (epoch, at) = ((number - 1) / steps_per_epoch, ((number - 1) % steps_per_epoch) as usize * per_step);
-        let order = Rng::new(mix(mix(self.config.seed, ORDER), epoch)).permutation(n);
-        let chosen = &order[at..(at + per_step).min(n)];
-        chosen.chunks(self.config.batch).map(|c| MicroBatch::new(c.iter().map(|&i| &self.data.samples[i]))).collect()
+    /// Mean loss over the `trained` tokens of step `number`, with its gradient in place of the last step's.
+    fn accumulate(
+        &mut self,
+        number: u64,
+        micros: &[MicroBatch],
+        trained: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<f64> {
+        if trained == 0 {
+            let place = format!("step {number}, {}", self.samples_of(micros));
+            return Err(Error::new(ErrorCode::Data, place, "expected at least one token to learn, got none"));
+        }
+        for grad in &mut self.grads.tensors {
+            self.base.backend.zero(grad);
+        }
+        let (mut loss, scale) = (0.0, 1.0 / trained as f32);
+        for (i, micro) in micros.iter().enumerate() {
+            let dropout = (self.config.dropout > 0.0).then(|| {
+                let key = mix(mix(mix(self.config.seed, DROPOUT), number), i as u64);
+                Dropout { p: self.config.dropout, key }
+            });
+            let part = self.micro(micro, scale, dropout, true, observer)?;
+            if !part.is_finite() {
+                return Err(self.diverged(number, std::slice::from_ref(micro), &format!("a loss of `{part}`")));
+            }
+            loss += part;
+        }
+        Ok(loss / trained as f64)
+    }
+
+    /// Scales gradients of a norm above the bound down to it, as `torch.nn.utils.clip_grad_norm_` does.
+    fn clip(&mut self, grad_norm: f64) {
+        if self.config.clip > 0.0 && grad_norm > self.config.clip {
+            let factor = (self.config.clip / (grad_norm + 1e-6)) as f32;
+            for grad in &mut self.grads.tensors {
+                self.base.backend.scale(factor, grad);
+            }
+        }
+    }
+
+    fn diverged(&self, number: u64, micros: &[MicroBatch], got: &str) -> Error {
+        let message = format!(
+            "expected a finite loss and gradient, got {got}; lower the learning rate, then resume from the last \
+             checkpoint or start again"
+        );
+        Error::new(ErrorCode::Diverged, format!("step {number}, {}", self.samples_of(micros)), message)
+    }
+
+    /// The samples (1-based) that micro-batches were made of, told by their tokens.
+    fn samples_of(&self, micros: &[MicroBatch]) -> String {
+        let found = micros.iter().flat_map(MicroBatch::segments);
+        let found = found.filter_map(|ids| self.data.samples.iter().position(|s| s.ids == ids));
+        let numbers: Vec<String> = found.map(|i| (i + 1).to_string()).collect();
+        match numbers.len() {
+            0..=8 => format!("samples {}", numbers.join(", ")),
+            n => format!("samples {} and {} more", numbers[..8].join(", "), n - 8),
+        }
     }
 
     /// Loss sum of one micro-batch, with its gradient added if `learn`.
@@ -240,11 +325,22 @@ impl<B: Backend> Trainer<B> {
             self.pool.clear();
             self.pool_tokens = micro.tokens();
         }
-        let mut keep_going = || observer.keep_going();
-        let mut watch = Watch { keep_going: &mut keep_going, peak: &mut self.peak };
-        let grads = learn.then_some(&mut self.grads);
+        let Self { base, adapters, tensors, grads, pool, peak, lora, out, handle, policy, held, .. } = self;
+        let (base, tensors) = (&*base, &*tensors);
+        let mut others = || match policy {
+            _ if !observer.keep_going() => Directive::Stop,
+            Some(policy) => policy(),
+            None => Directive::Run,
+        };
+        let mut keep_going = || {
+            let (go, pause) = handle.ask(&mut others, &|| saving::snapshot(&base.backend, tensors, lora, out));
+            *held += pause;
+            go
+        };
+        let mut watch = Watch { keep_going: &mut keep_going, peak };
+        let grads = learn.then_some(grads);
         let arithmetic = self.config.precision.arithmetic();
-        micro_step(&self.base, &self.adapters, micro, scale, dropout, arithmetic, grads, &mut self.pool, &mut watch)
+        micro_step(base, adapters, micro, scale, dropout, arithmetic, grads, pool, &mut watch)
     }
 
     fn grad_norm(&self) -> Result<f64> {

@@ -1,8 +1,10 @@
 //! What a run tells its host, and how the host stops it.
 
+use super::hold_out::Evaluation;
+use crate::error::Error;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,10 +23,12 @@ pub struct StepReport {
     pub tokens: usize,
     /// Tokens learned.
     pub trained: usize,
-    /// Wall-clock time.
+    /// Wall-clock time, pauses not counted.
     pub time: Duration,
     /// Mean loss on the evaluation data, where this step ended with one.
     pub eval_loss: Option<f64>,
+    /// Mean loss on the general text, there too.
+    pub general_loss: Option<f64>,
 }
 
 /// Who watches a run.
@@ -37,15 +41,25 @@ pub trait Observer: Send {
     fn keep_going(&mut self) -> bool {
         true
     }
+
+    /// Something failed that training outlives: a checkpoint could not be written, which is tried again when the next one
+    /// is due, or the newest one is damaged, so that the run goes on from the one before it.
+    fn on_warning(&mut self, warning: &Error) {
+        let _ = warning;
+    }
 }
 
 /// What a run did.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// All steps were done and the adapter is written.
+    /// The run came to its end and the adapter is written.
     pub done: bool,
     /// Steps done, those before a resume included.
     pub steps: u64,
+    /// The step after which the adapter was as it is written; an earlier one where the best is kept.
+    pub adapter_step: u64,
+    /// The run ended early, for the held-out loss fell no more.
+    pub out_of_patience: bool,
     /// Loss of the last step.
     pub loss: f64,
     /// Tokens run in this process.
@@ -56,8 +70,39 @@ pub struct Summary {
     pub time: Duration,
     /// Highest anonymous memory seen, in bytes.
     pub peak_anonymous_bytes: Option<u64>,
+    /// What was found before the first step.
+    pub before: Option<Evaluation>,
     /// Mean loss on the evaluation data at the end.
     pub eval_loss: Option<f64>,
+    /// Mean loss on the general text at the end.
+    pub general_loss: Option<f64>,
     /// The adapter's folder.
     pub adapter: PathBuf,
+}
+
+/// What a run sums up for its [`Summary`].
+pub(super) struct Tally {
+    pub start: Instant,
+    pub tokens: u64,
+    pub trained: u64,
+    pub loss: f64,
+    pub last: Evaluation,
+}
+
+impl Tally {
+    pub fn new() -> Self {
+        Self { start: Instant::now(), tokens: 0, trained: 0, loss: f64::NAN, last: Evaluation::default() }
+    }
+
+    pub fn add(&mut self, report: &StepReport) {
+        self.tokens += report.tokens as u64;
+        self.trained += report.trained as u64;
+        self.loss = report.loss;
+        self.evaluated(Evaluation { held_out: report.eval_loss, general: report.general_loss });
+    }
+
+    pub fn evaluated(&mut self, found: Evaluation) {
+        self.last.held_out = found.held_out.or(self.last.held_out);
+        self.last.general = found.general.or(self.last.general);
+    }
 }

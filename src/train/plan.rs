@@ -1,6 +1,6 @@
 //! What a run will hold in memory, known before its first step.
 
-use super::{Dataset, TrainConfig};
+use super::{Dataset, TrainConfig, largest_micro_batch};
 use pocketlora_models::Config;
 use serde::Serialize;
 
@@ -32,9 +32,7 @@ impl MemoryPlan {
         weights_mapped: u64,
         loss: impl Fn(usize) -> usize,
     ) -> Self {
-        let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
-        lengths.sort_unstable_by(|a, b| b.cmp(a));
-        let tokens: usize = lengths.iter().take(config.batch).sum();
+        let tokens = largest_micro_batch(data, config);
         let (q, kv) = (model.heads * model.head_dim, model.kv_heads * model.head_dim);
         // Norms, sums and projections back to the residual stream; queries before and after their rotation and the
         // attention's output; keys likewise, and values; gate, up and their product.
@@ -43,7 +41,7 @@ impl MemoryPlan {
         Self {
             weights_mapped,
             adapter: (trained_values * (8 + work_bytes)) as u64,
-            optimizer: bytes(2 * trained_values),
+            optimizer: config.state_bytes(trained_values),
             layer_inputs: bytes(tokens * model.hidden_size * model.layers),
             layer_workspace: bytes(2 * tokens * values),
             logits: loss(tokens) as u64,

@@ -1,47 +1,120 @@
-//! From the tensors in training to files and back: checkpoints and the adapter.
+//! From the tensors in training to files and back: checkpoints, snapshots and the adapter.
 
-use super::Trainer;
-use super::checkpoint::{self, TensorState};
+use super::best::FOLDER;
+use super::checkpoint::{self, Loaded};
+use super::optimizer::{floats, read_buffer};
 use super::setup::Trained;
-use crate::adapter::{AdapterFile, HostTensor, LoraModule};
-use crate::error::{Error, Result};
+use super::{Observer, Trainer};
+use crate::adapter::{AdapterFile, HostTensor, LoraConfig, LoraModule};
+use crate::error::{Error, ErrorCode, Result};
+use crate::format::{Entry, sweep};
 use pocketlora_kernels::Backend;
+use safetensors::Dtype;
+use std::path::Path;
 
 impl<B: Backend> Trainer<B> {
-    /// Goes to where the checkpoint in the output folder stands.
+    /// Goes to where the newest sound checkpoint in the output folder stands.
     ///
     /// # Errors
-    /// There is none, it is broken, or it belongs to another run.
+    /// There is none, all are broken, or it belongs to another run.
     pub fn resume(&mut self) -> Result<()> {
-        let layout: Vec<(String, [usize; 2])> = self.tensors.iter().map(|t| (t.name.clone(), t.shape)).collect();
-        let (step, states) = checkpoint::load(&self.out, &self.facts, &layout)?;
-        for (t, state) in self.tensors.iter_mut().zip(states) {
-            for (buffer, values) in [&mut t.master, &mut t.m, &mut t.v].into_iter().zip(&state.values) {
-                self.base.backend.write(buffer, values);
-            }
+        let Loaded { facts, file, warning } = checkpoint::load(&self.out, &self.facts, &self.entries())?;
+        let backend = &self.base.backend;
+        for t in &mut self.tensors {
+            let part = |prefix: &str| file.get(&format!("{prefix}.{}", t.name)).map(|tensor| &tensor.bytes[..]);
+            backend.write(&mut t.master, &floats(part("param")?));
+            let layout = t.state.layout(backend.len(&t.master));
+            let parts: Vec<&[u8]> = layout.iter().map(|(prefix, ..)| part(prefix)).collect::<Result<_>>()?;
+            t.state.write(backend, &parts);
         }
-        self.facts.step = step;
+        // A damaged newest one must not become the previous one, in place of a sound one.
+        self.saved = warning.is_none();
+        self.warnings.extend(warning);
+        self.facts = facts;
+        if self.facts.candidates.kept.is_some()
+            && let Err(e) = AdapterFile::open(&self.out.join(FOLDER))
+        {
+            self.facts.candidates.kept = None;
+            self.warnings.push(e);
+        }
         self.publish();
         Ok(())
     }
 
-    fn host(&self, buffer: &B::Buffer) -> Result<Vec<f32>> {
-        let mut host = vec![0.0; self.base.backend.len(buffer)];
-        self.base.backend.read(buffer, &mut host)?;
-        Ok(host)
+    /// What a checkpoint holds, in the order in which it is written and checked.
+    fn entries(&self) -> Vec<Entry> {
+        let mut entries = Vec::new();
+        for t in &self.tensors {
+            let entry = |prefix: &str, dtype, shape| Entry { name: format!("{prefix}.{}", t.name), dtype, shape };
+            entries.push(entry("param", Dtype::F32, t.shape.to_vec()));
+            let layout = t.state.layout(t.shape[0] * t.shape[1]);
+            entries.extend(layout.into_iter().map(|(prefix, dtype, len)| entry(prefix, dtype, vec![len])));
+        }
+        entries
     }
 
-    /// Writes the state of the run beside where the adapter will be.
+    /// Writes the state of the run beside where the adapter will be, one tensor at a time.
     ///
     /// # Errors
-    /// The file cannot be written; the one before it is kept then.
-    pub fn save_checkpoint(&self) -> Result<()> {
-        let state = |t: &Trained<B>| {
-            let values = [self.host(&t.master)?, self.host(&t.m)?, self.host(&t.v)?];
-            Ok(TensorState { name: t.name.clone(), shape: t.shape, values })
-        };
-        let states: Vec<TensorState> = self.tensors.iter().map(state).collect::<Result<_>>()?;
-        checkpoint::save(&self.out, &self.facts, &states)
+    /// The file cannot be written; the ones before it are kept then.
+    pub fn save_checkpoint(&mut self) -> Result<()> {
+        let (backend, entries) = (&self.base.backend, self.entries());
+        checkpoint::save(&self.out, &self.facts, self.saved, entries, |sink| {
+            for t in &self.tensors {
+                sink.put(&format!("param.{}", t.name), &read_buffer(backend, &t.master)?)?;
+                let layout = t.state.layout(backend.len(&t.master));
+                for ((prefix, ..), bytes) in layout.iter().zip(t.state.read(backend)?) {
+                    sink.put(&format!("{prefix}.{}", t.name), &bytes)?;
+                }
+            }
+            Ok(())
+        })?;
+        self.saved = true;
+        Ok(())
+    }
+
+    /// Writes a checkpoint, or warns that it could not be: the next one may fit again.
+    pub(super) fn try_checkpoint(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        match self.save_checkpoint() {
+            Err(e) if e.code() == ErrorCode::Io => observer.on_warning(&e),
+            other => other?,
+        }
+        Ok(())
+    }
+
+    /// Writes the run's result and removes what it no longer needs.
+    pub(super) fn finish(&mut self, observer: &mut dyn Observer) -> Result<()> {
+        // Memory of the last step's activations serves what is read for writing.
+        self.pool.clear();
+        self.pool_tokens = 0;
+        if !self.saved && AdapterFile::exists(&self.out) {
+            // An older adapter is about to be replaced; from here on a kill costs neither run.
+            self.try_checkpoint(observer)?;
+        }
+        let best = self.out.join(FOLDER);
+        if self.rule().must_pass && self.facts.candidates.kept.is_none() {
+            let message = "expected an adapter that passed `max-forgetting`, got none that could be written; free some \
+                           space and train again";
+            return Err(Error::new(ErrorCode::Io, format!("`{}`", best.display()), message));
+        }
+        if self.facts.candidates.kept.is_some() && self.rule().keeps() {
+            AdapterFile { dir: self.out.clone(), ..AdapterFile::open(&best)? }.save()?;
+        } else {
+            self.save_adapter()?;
+        }
+        checkpoint::remove(&self.out)?;
+        if self.facts.candidates.kept.is_some() {
+            std::fs::remove_dir_all(&best).map_err(|e| Error::io("remove", &best, e))?;
+        }
+        Ok(())
+    }
+
+    /// The adapter as it is now, rounded as its file would hold it: for generating while training goes on.
+    ///
+    /// # Errors
+    /// A value does not fit f16.
+    pub fn snapshot(&self) -> Result<AdapterFile> {
+        snapshot(&self.base.backend, &self.tensors, &self.lora, &self.out)
     }
 
     /// Writes the adapter as it is now.
@@ -49,12 +122,39 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// A value does not fit f16, or the files cannot be written.
     pub fn save_adapter(&self) -> Result<()> {
-        let mut modules = Vec::with_capacity(self.tensors.len() / 2);
-        for pair in self.tensors.chunks_exact(2) {
-            let tensor = |t: &Trained<B>| Ok::<_, Error>(HostTensor { shape: t.shape, data: self.host(&t.master)? });
-            let path = pair[0].name.trim_end_matches(".lora_A.weight").to_owned();
-            modules.push(LoraModule::new(path, tensor(&pair[0])?, tensor(&pair[1])?, &self.lora));
-        }
-        AdapterFile { dir: self.out.clone(), config: self.lora.clone(), modules }.save()
+        self.write_adapter(&self.out)
     }
+
+    pub(super) fn write_adapter(&self, dir: &Path) -> Result<()> {
+        std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
+        AdapterFile { dir: dir.to_owned(), ..self.snapshot()? }.save()
+    }
+}
+
+/// The adapter that `tensors` are, as if it had come from the folder `dir`.
+pub(super) fn snapshot<B: Backend>(
+    backend: &B,
+    tensors: &[Trained<B>],
+    lora: &LoraConfig,
+    dir: &Path,
+) -> Result<AdapterFile> {
+    let host = |t: &Trained<B>| -> Result<HostTensor> {
+        let mut data = vec![0.0; backend.len(&t.master)];
+        backend.read(&t.master, &mut data)?;
+        let tensor = HostTensor { shape: t.shape, data };
+        tensor.rounded(&t.name)
+    };
+    let module = |pair: &[Trained<B>]| {
+        let path = pair[0].name.trim_end_matches(".lora_A.weight").to_owned();
+        Ok(LoraModule { path, a: host(&pair[0])?, b: host(&pair[1])?, scale: pair[0].scale })
+    };
+    let modules = tensors.chunks_exact(2).map(module).collect::<Result<_>>()?;
+    Ok(AdapterFile { dir: dir.to_owned(), config: lora.clone(), modules })
+}
+
+/// Takes away what runs that were killed have left half-written in their output folder.
+pub(super) fn sweep_folder(out: &Path) {
+    checkpoint::FILES.iter().for_each(|name| sweep(&out.join(name)));
+    AdapterFile::sweep(out);
+    AdapterFile::sweep(&out.join(FOLDER));
 }

@@ -1,9 +1,14 @@
 //! What a run starts from: the layers it adapts, their fresh matrices, and the tensors that it moves.
 
+use super::best::Candidates;
 use super::checkpoint::RunFacts;
-use super::{Dataset, Precision, TrainConfig, Trainer};
+use super::control::TrainHandle;
+use super::lock::FolderLock;
+use super::optimizer::State;
+use super::saving::sweep_folder;
+use super::{Batches, Dataset, Precision, Sample, TrainConfig, Trainer};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
@@ -12,6 +17,7 @@ use pocketlora_kernels::{Backend, WorkType};
 use pocketlora_models::{ParamSpec, Role};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Stream of random numbers for fresh matrices.
 const INIT: u64 = 1;
@@ -20,9 +26,28 @@ const INIT: u64 = 1;
 pub(super) struct Trained<B: Backend> {
     pub name: String,
     pub shape: [usize; 2],
+    /// Factor of its module on `B A`.
+    pub scale: f32,
+    /// Its learning rate over the run's: LoRA+ has B learn faster.
+    pub rate: f32,
     pub master: B::Buffer,
-    pub m: B::Buffer,
-    pub v: B::Buffer,
+    pub state: State<B>,
+}
+
+/// Refuses data that nothing can be learned from, or that is of another model's tokenizer.
+fn check_data<B: Backend>(base: &Base<B>, data: &Dataset) -> Result<()> {
+    let place = |what: &dyn std::fmt::Display| format!("`{}`: {what}", data.path.display());
+    for (i, sample) in data.samples.iter().enumerate() {
+        base.check_ids(&sample.ids).map_err(|e| e.at(place(&format_args!("sample {}", i + 1))))?;
+    }
+    if data.samples.iter().map(Sample::trained_tokens).sum::<usize>() == 0 {
+        let message = format!(
+            "expected at least one token to learn, got none in {} samples; give them answers",
+            data.samples.len()
+        );
+        return Err(Error::new(ErrorCode::Data, place(&"samples"), message));
+    }
+    Ok(())
 }
 
 /// Linear layers that `targets` name.
@@ -62,6 +87,7 @@ pub(super) fn trained_tensors<B: Backend>(
     base: &Base<B>,
     adapters: &mut Adapters<B>,
     modules: &[LoraModule],
+    config: &TrainConfig,
 ) -> Result<(Vec<Trained<B>>, Gradients<B>)> {
     let backend = &base.backend;
     let params = base.model.params();
@@ -76,8 +102,14 @@ pub(super) fn trained_tensors<B: Backend>(
             let len = host.data.len();
             let mut master = backend.buffer(len)?;
             backend.write(&mut master, &host.data);
-            let (m, v) = (backend.buffer(len)?, backend.buffer(len)?);
-            tensors.push(Trained { name: format!("{}.{}", module.path, spec.name), shape: spec.shape, master, m, v });
+            tensors.push(Trained {
+                name: format!("{}.{}", module.path, spec.name),
+                shape: spec.shape,
+                scale: module.scale,
+                rate: if spec.name.starts_with("lora_B") { config.lora_plus_ratio } else { 1.0 },
+                master,
+                state: State::new(backend, config, len)?,
+            });
             grads.tensors.push(backend.buffer(len)?);
         }
         grads.ranges[param.0 as usize] = Some(start..tensors.len());
@@ -89,8 +121,8 @@ impl<B: Backend> Trainer<B> {
     /// Prepares a run whose adapter will be written to the folder `out`, from scratch or from the adapter `init`.
     ///
     /// # Errors
-    /// A setting is out of range, `out` holds an adapter already and `overwrite` is off, `init` belongs to another
-    /// base, out of memory.
+    /// A setting is out of range, another trainer works in `out`, `init` belongs to another base, there is nothing to
+    /// learn, out of memory.
     pub fn new(
         base: Arc<Base<B>>,
         base_fingerprint: u64,
@@ -102,6 +134,8 @@ impl<B: Backend> Trainer<B> {
         out: &Path,
     ) -> Result<Self> {
         config.validate()?;
+        check_data(&base, &data)?;
+        eval_data.iter().try_for_each(|data| check_data(&base, data))?;
         let targets = target_modules(base.model.params(), &config.targets)?;
         let mut names: Vec<String> =
             targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
@@ -114,6 +148,8 @@ impl<B: Backend> Trainer<B> {
                 alpha: config.alpha(),
                 rslora: config.rslora,
                 dropout: f64::from(config.dropout),
+                rank_pattern: Vec::new(),
+                alpha_pattern: Vec::new(),
                 targets: names,
                 base: base_name,
             },
@@ -122,8 +158,8 @@ impl<B: Backend> Trainer<B> {
             Some(file) => file.modules.clone(),
             None => fresh_modules(&targets, &lora, config.seed),
         };
-        let steps_per_epoch = data.samples.len().div_ceil(config.batch * config.accumulate) as u64;
-        let total_steps = config.steps.unwrap_or(steps_per_epoch * config.epochs as u64);
+        let mut batches = Batches::new(&data, &config)?;
+        let total_steps = batches.total_steps();
         let facts = RunFacts {
             step: 0,
             total_steps,
@@ -131,6 +167,8 @@ impl<B: Backend> Trainer<B> {
             data: data.fingerprint(),
             base: base_fingerprint,
             init: init.map_or(0, |file| fingerprint(&file.modules)),
+            candidates: Candidates::default(),
+            start: None,
         };
         let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
         let dtype = match config.precision {
@@ -139,13 +177,17 @@ impl<B: Backend> Trainer<B> {
         };
         let mut adapters = Adapters::none(&base);
         adapters.attach(&base, &file, 1.0, dtype)?;
-        let (tensors, grads) = trained_tensors(&base, &mut adapters, &file.modules)?;
+        let (tensors, grads) = trained_tensors(&base, &mut adapters, &file.modules, &config)?;
         std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        let lock = FolderLock::take(out)?;
+        sweep_folder(out);
         Ok(Self {
             base,
             config,
             data,
+            batches,
             eval_data,
+            general: None,
             out: out.to_owned(),
             lora,
             adapters,
@@ -155,6 +197,12 @@ impl<B: Backend> Trainer<B> {
             pool_tokens: 0,
             facts,
             peak: Peak::default(),
+            handle: TrainHandle::new(),
+            policy: None,
+            held: Duration::ZERO,
+            warnings: Vec::new(),
+            saved: false,
+            _lock: lock,
         })
     }
 }

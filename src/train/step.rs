@@ -23,7 +23,7 @@ impl MicroBatch {
         let mut out = Self { batch: Batch::default(), rows: Vec::new(), targets: Vec::new() };
         for sample in samples {
             let start = out.batch.ids.len();
-            for (i, _) in sample.trained.iter().enumerate().skip(1).filter(|(_, t)| **t) {
+            for i in sample.trained.iter().filter(|&i| i > 0) {
                 out.rows.push((start + i - 1) as u32);
                 out.targets.push(sample.ids[i]);
             }
@@ -37,6 +37,16 @@ impl MicroBatch {
     #[must_use]
     pub fn tokens(&self) -> usize {
         self.batch.ids.len()
+    }
+
+    /// Ids of each sample.
+    pub(super) fn segments(&self) -> impl Iterator<Item = &[u32]> {
+        let mut rest = &self.batch.ids[..];
+        self.batch.segments.iter().map(move |&n| {
+            let (ids, after) = rest.split_at(n);
+            rest = after;
+            ids
+        })
     }
 
     /// Tokens learned.

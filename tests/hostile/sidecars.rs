@@ -181,7 +181,7 @@ fn a_tokenizer_of_another_model_is_named() {
     let completed = session.complete("hello", 2, &sampling, &mut |_| std::ops::ControlFlow::Continue(()));
     refused("complete", completed, ErrorCode::Data, &words).unwrap();
     let data = super::common::tiny_chats(f.dir.path(), 2);
-    refused("dataset", session.dataset(&data, 1024), ErrorCode::Data, &["chats.jsonl", "sample 1", "512"]).unwrap();
+    refused("dataset", session.dataset(&data, 1024), ErrorCode::Data, &["chats.jsonl", "line 1", "512"]).unwrap();
 }
 
 #[test]
@@ -328,7 +328,7 @@ fn a_template_that_rewrites_earlier_turns_cannot_teach() {
     let data = super::common::tiny_chats(f.dir.path(), 2);
     let mut session = open(&f.model).unwrap();
     let refusal = session.dataset(&data, 1024).map(|_| ());
-    refused("train", refusal, ErrorCode::Data, &["chats.jsonl", "line 1", "turn 1", "tokenizer_config.json"]).unwrap();
+    refused("train", refusal, ErrorCode::Data, &["chats.jsonl", "line 1", "turn 2", "tokenizer_config.json"]).unwrap();
     // Chatting works all the same: what the cache holds of the old text is dropped.
     let turns = [("user", "a"), ("assistant", "b"), ("user", "c")].map(|(r, c)| Message::new(r, c));
     let first = answer(&mut session, &turns[..1]).unwrap();

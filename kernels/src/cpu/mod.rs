@@ -344,6 +344,10 @@ impl Backend for Cpu {
         Codes::zeros(len, signed)
     }
 
+    fn codes_len(&self, codes: &Codes) -> usize {
+        codes.codes.len()
+    }
+
     fn read_codes(&self, src: &Codes, codes: &mut [u8], absmax: &mut [f32]) -> Result<(), Error> {
         codes.copy_from_slice(&src.codes);
         absmax.copy_from_slice(&src.absmax);

@@ -21,6 +21,8 @@ pub enum Isa {
     Portable,
     /// AVX2 with FMA and F16C.
     Avx2,
+    /// Those with the dot products in 8 bits that client processors without AVX-512 have.
+    AvxVnni,
     /// AVX-512 F, BW and VL beside those, VNNI with VBMI and BF16 where the CPU has them.
     Avx512,
     /// What every 64-bit ARM has, dot products, matrix products in 8 bits and in bf16 where the CPU has them.
@@ -34,6 +36,7 @@ impl Isa {
         match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
             Self::Neon => "neon",
         }
@@ -117,6 +120,17 @@ static AVX2: Table = Table {
     light: &light::avx2::LIGHT,
     tile_dot: tile::avx2::dot,
     tile_axpy: tile::avx2::axpy,
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX_VNNI: Table = Table {
+    isa: Isa::AvxVnni,
+    q8_nf4_matvec: q8::avxvnni::nf4_matvec,
+    q8_int8_matvec: q8::avxvnni::int8_matvec,
+    q8_pack_nf4: q8::avxvnni::pack_nf4,
+    q8_pack_int8: q8::avxvnni::pack_int8,
+    q8_tile: q8::avxvnni::tile,
+    ..AVX2
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -205,6 +219,9 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
         tables.push(&AVX2);
+        if is_x86_feature_detected!("avxvnni") {
+            tables.push(&AVX_VNNI);
+        }
         let base = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
         if base && is_x86_feature_detected!("avx512vl") {
             // One name for what a CPU has of it: bf16 came after VNNI and VBMI, which came after the base.

@@ -257,6 +257,10 @@ impl Backend for Vulkan {
         self.cpu.codes(len, signed)
     }
 
+    fn codes_len(&self, codes: &cpu::Codes) -> usize {
+        self.cpu.codes_len(codes)
+    }
+
     fn read_codes(&self, src: &cpu::Codes, codes: &mut [u8], absmax: &mut [f32]) -> Result<(), Error> {
         self.cpu.read_codes(src, codes, absmax)
     }

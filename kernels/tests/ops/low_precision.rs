@@ -308,6 +308,81 @@ fn grouped_products_with_adapters_equal_the_single_ones() {
     }
 }
 
+/// How far rounding to 8 bits with a scale for each row may move an element, row by row.
+fn half_steps(w: &[f32], cols: usize) -> Vec<f64> {
+    let step = |row: &[f32]| row.iter().fold(0.0_f32, |m, x| m.max(x.abs())) / 127.0;
+    // Scales of up-projections are rounded up to bf16.
+    w.chunks(cols).map(|row| f64::from(step(row)) * 0.5 * (1.0 + 1.0 / 128.0)).collect()
+}
+
+/// One token's product in 8 bits with low-rank terms, which are then in 8 bits, too: each term is off by what rounding
+/// `x`, `A` and `B` can make of it, and no more.
+#[test]
+fn adapters_beside_products_in_8_bits_err_by_no_more_than_their_rounding() {
+    let mut report = Report::default();
+    let mut random = Random(49);
+    for (o, k, rank) in [(1, 64, 1), (33, 128, 3), (70, 576, 16), (300, 1088, 8), (31, 64, 70), (600, 192, 32)] {
+        for bad in [None, Some(f32::NAN), Some(f32::INFINITY)] {
+            let (source, _) = weights::random(&mut random, KINDS[0], o, k);
+            let MatrixData::Nf4(nf4) = &source.data else { unreachable!("`KINDS` has nothing else") };
+            let (mut x, a, b) = (random.vector(k), random.vector(rank * k), random.vector(o * rank));
+            let scale = 0.5 + random.uniform().abs();
+            let (base, size) = oracle::matmul(&rounded(&x), &coarse(nf4, o * k), k);
+            let (h, h_size) = oracle::matmul(&wide(&x), &wide(&a), k);
+            let (low, _) = oracle::matmul(&h, &wide(&b), rank);
+            let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+            let (a_steps, b_steps) = (half_steps(&a, k), half_steps(&b, rank));
+            let x_size: f64 = x.iter().map(|x| f64::from(x.abs())).sum();
+            // Of each `h[i]`: `x` off by half a unit, and `A` by half a step; f16 and f32 come on top.
+            let off: Vec<f64> = (0..rank)
+                .map(|i| {
+                    let a_size: f64 = a[i * k..][..k].iter().map(|a| f64::from(a.abs())).sum();
+                    let x_unit = f64::from(largest) / 254.0;
+                    a_size * x_unit + (x_size + k as f64 * x_unit) * a_steps[i] + 2e-3 * h_size[i]
+                })
+                .collect();
+            let mut bounds = Vec::new();
+            for (row, size) in size.iter().enumerate() {
+                let part = |i: usize| {
+                    let b = f64::from(b[row * rank + i].abs());
+                    (b + b_steps[row]) * off[i] + (b_steps[row] + 1e-3 * b) * h[i].abs()
+                };
+                let low: f64 = (0..rank).map(part).sum();
+                bounds.push(f64::from(scale) * low + EPS * (k as f64 / 16.0 + 16.0) * (size + 1.0));
+            }
+            let mut y: Vec<f64> = base.iter().zip(&low).map(|(base, low)| base + f64::from(scale) * low).collect();
+            if let Some(bad) = bad {
+                x[k - 1] = bad;
+                y.fill(f64::NAN);
+            }
+            let name = format!("matmul_group int8 O={o} K={k} rank {rank}, bad element {bad:?}");
+            // Not by way of `case!`: other devices multiply one token exactly.
+            report.cpus(&name, &[Expected::new(y, bounds)], |cpu| {
+                let matrix = |rows: usize, cols: usize, values: &[f32]| {
+                    let mut matrix = cpu.work_matrix(rows, cols, WorkType::F16).unwrap();
+                    // What is set first must leave no trace in copies made of it.
+                    cpu.set_matrix(&mut matrix, &buffer(cpu, &vec![3.0; values.len()]));
+                    (matrix, buffer(cpu, values))
+                };
+                let (mut a, a_values) = matrix(rank, k, &a);
+                let (mut b, b_values) = matrix(o, rank, &b);
+                let (w, x) = (cpu.matrix(source.clone()).unwrap(), buffer(cpu, &x));
+                let mut y = poisoned(cpu, o);
+                for pass in 0..2 {
+                    let low_rank = vec![LowRank { a: &a, b: &b, scale }];
+                    let mut products = [Product { w: &w, low_rank, y: &mut y }];
+                    cpu.matmul_group(Arithmetic::Int8, &x, &mut products).unwrap();
+                    if pass == 0 {
+                        cpu.set_matrix(&mut a, &a_values);
+                        cpu.set_matrix(&mut b, &b_values);
+                    }
+                }
+                vec![read(cpu, &y)]
+            });
+        }
+    }
+}
+
 #[test]
 fn a_codebook_that_is_not_finite_has_no_path_in_8_bits() {
     let mut report = Report::default();

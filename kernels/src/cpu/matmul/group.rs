@@ -14,7 +14,7 @@ use super::{forward, q8};
 use crate::cpu::Buffer;
 use crate::{Arithmetic, Error, FloatType, LowRank, Product};
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 /// Rows of a down-projection in a task.
 const DOWN_ROWS: usize = 8;
@@ -83,10 +83,18 @@ struct Down<'a> {
     lows: Vec<Low<'a>>,
     /// `scale A x` of all terms, as bits: several threads fill it, all read it.
     h: Vec<AtomicU32>,
-    /// Index of the term and its first row.
-    tasks: Vec<(usize, usize)>,
-    next: AtomicUsize,
+    tasks: Vec<DownTask>,
+    /// First task that nobody has asked the memory for.
+    hinted: AtomicUsize,
     done: AtomicUsize,
+}
+
+/// Some rows of a down-projection.
+struct DownTask {
+    /// Index of the term.
+    low: usize,
+    row: usize,
+    taken: AtomicBool,
 }
 
 /// Counts a task as done even if it panics, for others wait for the count.
@@ -100,8 +108,8 @@ impl Drop for Count<'_> {
 
 impl<'a> Down<'a> {
     fn new(x: &'a OneToken<'a>) -> Self {
-        let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Self { x, lows: Vec::new(), h: Vec::new(), tasks: Vec::new(), next, done }
+        let (hinted, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self { x, lows: Vec::new(), h: Vec::new(), tasks: Vec::new(), hinted, done }
     }
 
     fn push(&mut self, cpu: &Cpu, term: &LowRank<'a, Cpu>) -> Result<(), Error> {
@@ -119,39 +127,71 @@ impl<'a> Down<'a> {
         };
         let (rank, _) = a.shape();
         let first = self.h.len();
-        self.tasks.extend((0..rank).step_by(DOWN_ROWS).map(|row| (self.lows.len(), row)));
+        let task = |row| DownTask { low: self.lows.len(), row, taken: AtomicBool::new(false) };
+        self.tasks.extend((0..rank).step_by(DOWN_ROWS).map(task));
         self.h.extend((0..rank).map(|_| AtomicU32::new(0)));
         self.lows.push(Low { factors, scale, h: first..first + rank });
         Ok(())
     }
 
-    /// Takes tasks until none is left, then waits for those that other threads have in hand.
-    fn finish(&self, cpu: &Cpu) {
-        // Threads in a hurry look first: most come when all is done.
-        while self.done.load(Ordering::Acquire) < self.tasks.len() {
-            let next = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(&(low, row)) = self.tasks.get(next) else {
-                std::hint::spin_loop();
-                continue;
-            };
-            let _count = Count(&self.done);
-            let Low { factors, scale, h } = &self.lows[low];
-            let h = &self.h[h.clone()];
-            let h = &h[row..h.len().min(row + DOWN_ROWS)];
-            let mut sums = [0.0; DOWN_ROWS];
-            let sums = &mut sums[..h.len()];
-            match factors {
-                Factors::Eight { a, .. } => {
-                    cpu.table.q8_int8_matvec(a, row, self.x.q8().expect("asked for in `push`"), sums);
-                }
+    /// Has this thread's share of the factors brought to its cache; returns the first task of the share.
+    fn hint(&self, cpu: &Cpu) -> usize {
+        let count = self.tasks.len();
+        if self.hinted.load(Ordering::Relaxed) >= count {
+            return 0;
+        }
+        let share = count.div_ceil(cpu.team.active());
+        let first = self.hinted.fetch_add(share, Ordering::Relaxed).min(count);
+        for task in &self.tasks[first..count.min(first + share)] {
+            let Low { factors, h, .. } = &self.lows[task.low];
+            let rows = DOWN_ROWS.min(h.len() - task.row);
+            cpu.table.prefetch(match factors {
+                Factors::Eight { a, .. } => a.rows(task.row, rows),
                 Factors::Dense { a: (dtype, bytes), .. } => {
                     let size = self.x.x().len() * dtype.size();
-                    cpu.table.dense_matvec(*dtype, &bytes[row * size..][..h.len() * size], self.x.x(), sums);
+                    &bytes[task.row * size..][..rows * size]
                 }
-            }
-            scale_part(*scale, sums);
-            h.iter().zip(sums).for_each(|(h, sum)| h.store(sum.to_bits(), Ordering::Relaxed));
+            });
         }
+        first
+    }
+
+    /// Does the tasks that nobody has taken yet, from number `first` on, then waits for those that others have in hand.
+    fn finish(&self, cpu: &Cpu, first: usize) {
+        let count = self.tasks.len();
+        // Threads in a hurry look first: most come when all is done.
+        if self.done.load(Ordering::Acquire) == count {
+            return;
+        }
+        for i in 0..count {
+            let task = &self.tasks[(first + i) % count];
+            if !task.taken.swap(true, Ordering::Relaxed) {
+                let _count = Count(&self.done);
+                self.task(cpu, task);
+            }
+        }
+        while self.done.load(Ordering::Acquire) < count {
+            std::hint::spin_loop();
+        }
+    }
+
+    fn task(&self, cpu: &Cpu, task: &DownTask) {
+        let Low { factors, scale, h } = &self.lows[task.low];
+        let h = &self.h[h.clone()][task.row..];
+        let h = &h[..h.len().min(DOWN_ROWS)];
+        let mut sums = [0.0; DOWN_ROWS];
+        let sums = &mut sums[..h.len()];
+        match factors {
+            Factors::Eight { a, .. } => {
+                cpu.table.q8_int8_matvec(a, task.row, self.x.q8().expect("asked for in `push`"), sums);
+            }
+            Factors::Dense { a: (dtype, bytes), .. } => {
+                let size = self.x.x().len() * dtype.size();
+                cpu.table.dense_matvec(*dtype, &bytes[task.row * size..][..h.len() * size], self.x.x(), sums);
+            }
+        }
+        scale_part(*scale, sums);
+        h.iter().zip(sums).for_each(|(h, sum)| h.store(sum.to_bits(), Ordering::Relaxed));
     }
 
     /// What adding rows `row..row + count` of `B` will read.
@@ -197,11 +237,12 @@ fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Produ
     let small = tasks.len() < 3;
     run(&cpu.team, tasks, small, |(w, lows, row, y)| {
         let lows = &down.lows[lows];
+        let first = if lows.is_empty() { 0 } else { down.hint(cpu) };
         // On its way while the base's rows are read: too short a piece for the processor to guess.
         lows.iter().for_each(|low| cpu.table.prefetch(down.up(low, row, y.len())));
         token.rows(cpu, w, row, y);
         if !lows.is_empty() {
-            down.finish(cpu);
+            down.finish(cpu, first);
             lows.iter().for_each(|low| down.add(cpu, low, row, y));
         }
     });

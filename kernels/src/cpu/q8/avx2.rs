@@ -15,7 +15,7 @@ pub(crate) const LANES: usize = 16;
 /// Tokens that a tile takes at once.
 const TOKENS: usize = 4;
 /// Bytes that the matrix-vector products read ahead.
-const AHEAD: usize = 3072;
+pub(super) const AHEAD: usize = 3072;
 
 /// See [`super::super::Table::q8_quantize`].
 #[target_feature(enable = "avx2,fma")]
@@ -78,7 +78,7 @@ fn dot(w: __m256i, x: __m256i, magnitude: __m256i) -> __m256i {
 /// The codes of 32 packed bytes: those of the high halves, then those of the low ones.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn look_up(book: __m256i, packed: &[u8; 32]) -> [__m256i; 2] {
+pub(super) fn look_up(book: __m256i, packed: &[u8; 32]) -> [__m256i; 2] {
     // SAFETY: `packed` is an array of 32 bytes.
     let bytes = unsafe { _mm256_loadu_si256(packed.as_ptr().cast()) };
     let low = _mm256_set1_epi8(15);
@@ -88,14 +88,14 @@ fn look_up(book: __m256i, packed: &[u8; 32]) -> [__m256i; 2] {
 /// The codebook in both lanes.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn book(w: &Nf4) -> __m256i {
+pub(super) fn book(w: &Nf4) -> __m256i {
     // SAFETY: the codes are an array of 16 bytes.
     _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(w.codebook().codes.as_ptr().cast()) })
 }
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
+pub(super) fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
     let half = &codes[32 * half..][..32];
     // SAFETY: the slice has 32 bytes.
     unsafe { _mm256_loadu_si256(half.as_ptr().cast()) }
@@ -134,10 +134,11 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], factor: f32) -> __m2
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+    let ahead = w.ahead(AHEAD);
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(ahead).cast());
             // SAFETY: `w` is an array of 64 bytes.
             let w = [0, 32].map(|at| unsafe { _mm256_loadu_si256(w.as_ptr().add(at).cast()) });
             (this, other) = (other, add_block(this, w, codes, *unit));

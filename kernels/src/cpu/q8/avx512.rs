@@ -97,10 +97,11 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     let sign = _mm512_set1_epi8(-128);
     // The same for every row, so the sum of all blocks serves.
     let surplus: f32 = x.starts.iter().zip(x.units).map(|(start, unit)| *start as f32 * unit).sum();
+    let ahead = w.ahead(AHEAD);
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(AHEAD).cast());
+            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(ahead).cast());
             (this, other) = (other, add_block(this, _mm512_xor_si512(load(w), sign), codes, *unit));
         }
         *y = (sum16(_mm512_add_ps(this, other)) + surplus) * w.scale(row + i);

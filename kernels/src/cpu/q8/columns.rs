@@ -92,3 +92,47 @@ fn tile<const FMA: bool>(codes: &[[u8; TILE]], scales: &[[u8; 2]; TILE], h: &[At
     }
     sums
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Table;
+
+    #[test]
+    fn rows_keep_to_their_step_and_broken_ones_are_none() {
+        let (rows, cols) = (70, 3);
+        let mut w: Vec<f32> = (0..rows * cols).map(|i| ((i * 37 + 5) % 41) as f32 * 1e-3 - 0.02).collect();
+        w[3 * cols] = f32::INFINITY;
+        w[4 * cols + 2] = f32::NAN;
+        w[5 * cols..6 * cols].fill(0.0);
+        w[6 * cols..7 * cols].fill(1e-44);
+        let columns = Columns::new(&w, cols).unwrap();
+        let h = [1.0_f32, -2.0, 0.5];
+        let h_bits = h.map(|h| AtomicU32::new(h.to_bits()));
+        for table in Table::available() {
+            let mut y = vec![1.0; rows];
+            table.light().add_columns(&columns, 0, &h_bits, &mut y);
+            let mut from = vec![1.0; rows - TILE];
+            table.light().add_columns(&columns, TILE, &h_bits, &mut from);
+            assert_eq!(bits(&from), bits(&y[TILE..]), "{}", table.isa().name());
+            for (o, y) in y.iter().enumerate() {
+                let row = &w[o * cols..][..cols];
+                let exact: f64 = row.iter().zip(h).map(|(w, h)| f64::from(*w) * f64::from(h)).sum();
+                let largest = row.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+                let step = f64::from(largest) / 127.0 * 1.008;
+                match o {
+                    3 | 4 => assert!(y.is_nan(), "{} row {o}: {y}", table.isa().name()),
+                    _ => assert!(
+                        (f64::from(*y) - 1.0 - exact).abs() <= step / 2.0 * 3.5 + 1e-6,
+                        "{} row {o}: {y} for {exact}",
+                        table.isa().name()
+                    ),
+                }
+            }
+        }
+    }
+
+    fn bits(y: &[f32]) -> Vec<u32> {
+        y.iter().map(|y| y.to_bits()).collect()
+    }
+}

@@ -26,30 +26,40 @@ pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
     }
 }
 
+/// Blocks that are unfolded before they are multiplied: vectors are not read before what stored them in pieces is done.
+const UNFOLDED: usize = 8;
+
 /// See [`super::super::Table::q8_nf4_matvec`].
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let book = w.codebook();
-    // Both codes of a byte at once, in 16 bits: products of those are what SSE2 sums up in pairs.
+    // Both codes of a byte with one load and one store, in 16 bits: products of those are what SSE2 sums up in pairs.
     let pairs: [[i16; 2]; 256] =
         std::array::from_fn(|byte| [byte >> 4, byte & 15].map(|nibble| i16::from(book.codes[nibble])));
+    // Activations in the order of those pairs, widened once for all rows.
+    let widen = |codes: &[i8; BLOCK]| std::array::from_fn(|i| i16::from(codes[i % 2 * (BLOCK / 2) + i / 2]));
+    let wide: Vec<[i16; BLOCK]> = x.codes.iter().map(widen).collect();
+    let mut weights = [[0_i16; BLOCK]; UNFOLDED];
     super::each_row(w, row, x.units.len(), y, |group, block, scales| {
-        let parts = w.packed64(group).iter().zip(&x.codes[block..]).zip(scales).zip(&x.units[block..]);
+        let n = scales.len();
+        let packed = w.packed64(group)[..n].chunks(UNFOLDED);
+        let x = wide[block..][..n].chunks(UNFOLDED).zip(x.units[block..][..n].chunks(UNFOLDED));
         let mut sum = 0.0;
-        for (((packed, codes), scale), unit) in parts {
-            let (mut weights, mut wide) = ([0_i16; BLOCK], [0_i16; BLOCK]);
-            for (i, byte) in packed.iter().enumerate() {
-                [weights[i], weights[i + BLOCK / 2]] = pairs[usize::from(*byte)];
+        for ((packed, (wide, units)), scales) in packed.zip(x).zip(scales.chunks(UNFOLDED)) {
+            for (weights, packed) in weights.iter_mut().zip(packed) {
+                for (pair, byte) in weights.as_chunks_mut::<2>().0.iter_mut().zip(packed) {
+                    *pair = pairs[usize::from(*byte)];
+                }
             }
-            for (wide, code) in wide.iter_mut().zip(codes) {
-                *wide = i16::from(*code);
+            for ((weights, wide), (scale, unit)) in weights.iter().zip(wide).zip(scales.iter().zip(units)) {
+                sum += scale * unit * dot(weights, wide) as f32;
             }
-            sum += scale * unit * dot(&weights, &wide) as f32;
         }
         sum * book.unit
     });
 }
 
 /// Exact sum of products.
+#[inline(always)]
 fn dot(w: &[i16; BLOCK], x: &[i16; BLOCK]) -> i32 {
     let mut sums = i32x4::ZERO;
     for (w, x) in w.as_chunks::<8>().0.iter().zip(x.as_chunks::<8>().0) {

@@ -4,6 +4,10 @@ use super::BLOCK;
 use crate::Error;
 use bytes::Bytes;
 
+/// Bytes of a matrix that may stay in the caches from one token to the next.
+#[cfg(target_arch = "x86_64")]
+const CACHED: usize = 1 << 20;
+
 /// See [`crate::MatrixData::Int8`].
 pub(crate) struct Int8 {
     codes: Bytes,
@@ -32,6 +36,19 @@ impl Int8 {
     #[inline(always)]
     pub fn row(&self, row: usize) -> &[[u8; BLOCK]] {
         self.codes[row * self.cols..][..self.cols].as_chunks().0
+    }
+
+    /// Codes of some rows.
+    pub fn rows(&self, row: usize, count: usize) -> &[u8] {
+        &self.codes[row * self.cols..][..count * self.cols]
+    }
+
+    /// How far to read ahead past the caches: `far` in a matrix that is too large to find itself there when the next token
+    /// comes; not at all in a small one, as of an adapter, which has been asked for before and should stay.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub fn ahead(&self, far: usize) -> usize {
+        if self.codes.len() > CACHED { far } else { 0 }
     }
 
     /// Scale of row `row`.

@@ -1,0 +1,115 @@
+//! Where the assistant's words are in a rendered conversation, whatever the template.
+
+use super::{ChatTemplate, Message, on_deep_stack};
+use crate::error::{Error, ErrorCode, Result};
+use serde_json::Value;
+use std::ops::Range;
+
+/// A conversation as text, and what of it the assistant wrote.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rendering {
+    /// As the model reads it.
+    pub text: String,
+    /// Bytes that the assistant wrote, in order.
+    pub answers: Vec<Range<usize>>,
+    /// The template's author marked them; else they reach from what comes before a turn to what comes after it.
+    pub marked: bool,
+    /// The first turn that is answered here, and how many turns there are.
+    pub turns: Range<usize>,
+}
+
+impl ChatTemplate {
+    /// Renders `messages` with the answers of the assistant turns from number `from` on. Where the template has
+    /// `{% generation %}` blocks these are the answers; else an answer is what its turn adds to the text of the turns
+    /// before it, as the model reads them when it is to answer.
+    ///
+    /// There is one rendering, unless the template tells an earlier turn differently once more turns follow (as those do
+    /// that remove earlier thoughts): then each such turn comes in a rendering of its own that ends with it.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`]; also where a turn does not even extend the text before it.
+    pub fn render_with_answers(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+        from: usize,
+    ) -> Result<Vec<Rendering>> {
+        on_deep_stack(|| {
+            if self.marked {
+                let marked = self.by_markers(messages, tools, from)?;
+                if !marked.answers.is_empty() {
+                    return Ok(vec![marked]);
+                }
+            }
+            self.by_differences(messages, tools, from)
+        })?
+    }
+
+    fn by_markers(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<Rendering> {
+        let (text, mut answers) = self.render_marked(messages, tools, false)?;
+        if from > 0 {
+            let before = self.render_here(&messages[..from], tools, false)?;
+            let given = common_prefix(&before, &text);
+            answers.retain(|a| a.start >= given);
+        }
+        answers.retain(|a| !a.is_empty());
+        Ok(Rendering { text, answers, marked: true, turns: from..messages.len() })
+    }
+
+    fn by_differences(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<Vec<Rendering>> {
+        let text = self.render_here(messages, tools, false)?;
+        let (mut renderings, mut answers, mut first) = (Vec::new(), Vec::new(), messages.len());
+        let turns = messages.iter().enumerate().skip(from).filter(|(_, m)| m.role == "assistant");
+        for (i, _) in turns {
+            let before = self.render_here(&messages[..i], tools, true)?;
+            let after = self.render_here(&messages[..=i], tools, false)?;
+            if !after.starts_with(&before) {
+                return Err(self.rewritten(i));
+            }
+            // Some templates end a conversation differently from how they continue it; what both share is the turn.
+            let shared = common_prefix(&after, &text);
+            if shared > before.len()
+                && (shared == after.len() || shared >= self.end_of_content(messages, tools, i, &after)?)
+            {
+                answers.push(before.len()..shared);
+                first = first.min(i);
+            } else {
+                let answer = before.len()..after.len();
+                renderings.push(Rendering { text: after, answers: vec![answer], marked: false, turns: i..i + 1 });
+            }
+        }
+        if !answers.is_empty() {
+            renderings.push(Rendering { text, answers, marked: false, turns: first..messages.len() });
+        }
+        Ok(renderings)
+    }
+
+    /// Where in `after`, which ends with turn `i`, that turn's content is over and only what the template puts behind
+    /// any turn follows: what another content leaves the same.
+    fn end_of_content(&self, messages: &[Message], tools: Option<&Value>, i: usize, after: &str) -> Result<usize> {
+        let mut other = messages[..=i].to_vec();
+        let last = messages[i].content.as_deref().and_then(|c| c.trim_end().chars().next_back());
+        other[i] = Message::new("assistant", if last == Some('x') { "y" } else { "x" });
+        let other = self.render_here(&other, tools, false)?;
+        let same = after.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count();
+        Ok(after.len() - same)
+    }
+
+    fn rewritten(&self, turn: usize) -> Error {
+        let message = format!(
+            "chat template: expected turn {} to extend the text before it, got other text, so the answer's place is \
+             unknown; use a template that leaves earlier turns alone",
+            turn + 1
+        );
+        Error::new(ErrorCode::Data, &self.place, message)
+    }
+}
+
+/// Bytes that two texts begin with, whole characters only.
+fn common_prefix(a: &str, b: &str) -> usize {
+    let mut n = a.bytes().zip(b.bytes()).take_while(|(x, y)| x == y).count();
+    while !b.is_char_boundary(n) {
+        n -= 1;
+    }
+    n
+}

@@ -1,0 +1,59 @@
+//! One turn of a conversation.
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
+
+/// One turn. Keys that only some templates know (tool calls, names) are passed through.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, `tool`.
+    pub role: String,
+    /// Its text, also where it was given as a list of text parts; absent where a turn only calls tools.
+    #[serde(default, deserialize_with = "text_of")]
+    pub content: Option<String>,
+    /// Anything else.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+impl Message {
+    /// A turn of plain text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: Some(content.into()), extra: Map::new() }
+    }
+
+    /// Makes objects of the arguments of tool calls that are written as JSON in a string, as some services write them:
+    /// templates print objects and would quote such a string once more.
+    pub fn parse_arguments(&mut self) {
+        let calls = self.extra.get_mut("tool_calls").and_then(Value::as_array_mut);
+        for call in calls.into_iter().flatten() {
+            let arguments = match call.get("function").is_some() {
+                true => call["function"].get_mut("arguments"),
+                false => call.get_mut("arguments"),
+            };
+            let Some(arguments) = arguments else { continue };
+            let parsed = arguments.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
+            if let Some(object) = parsed {
+                *arguments = Value::Object(object);
+            }
+        }
+    }
+}
+
+/// Text, nothing, or a list of text parts, which are joined.
+fn text_of<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let part = |part: &Value| match (part, part.get("text")) {
+        (Value::String(text), _) | (_, Some(Value::String(text))) => Ok(text.clone()),
+        _ => {
+            let kind = part.get("type").map_or_else(|| "no `type`".to_owned(), Value::to_string);
+            Err(D::Error::custom(format!("expected `content` to hold text parts, got one of {kind}; keep only text")))
+        }
+    };
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(None),
+        Value::String(text) => Ok(Some(text)),
+        Value::Array(parts) => Ok(Some(parts.iter().map(part).collect::<Result<String, _>>()?)),
+        _ => Err(D::Error::custom("expected `content` to be text or a list of text parts, got something else")),
+    }
+}

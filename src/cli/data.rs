@@ -1,0 +1,169 @@
+//! What `train` says about its data, and `train --dry-run`, which says no more than that.
+
+use super::args::{megabytes, print_json};
+use super::model;
+use crate::chat::ChatTemplate;
+use crate::error::{Error, Result};
+use crate::format::open_source;
+use crate::tokenizer::Tokenizer;
+use crate::train::{DataReport, Dataset, Limits, Sample, TrainConfig};
+use serde_json::{Value, json};
+use std::fmt::Write as _;
+use std::io::IsTerminal as _;
+use std::ops::Range;
+use std::path::Path;
+
+/// Samples that are shown.
+const SHOWN: usize = 3;
+/// Tokens of a sample that are shown.
+const SHOWN_TOKENS: usize = 1024;
+/// Widest bar of the histogram, in characters.
+const BAR: usize = 40;
+
+/// Shows the first samples and the figures of the data. Weights are not read; only a single-file model, whose tokenizer
+/// comes with its conversion, is converted at first use.
+pub(super) fn dry_run(model: &str, quantize: bool, data: &Path, config: &TrainConfig, as_json: bool) -> Result<()> {
+    let path = model::locate(model)?;
+    let dir = if path.is_dir() { path } else { model::resolve(model, quantize)? };
+    let tokenizer = Tokenizer::open(&dir)?;
+    let template = ChatTemplate::open(&dir, &tokenizer)?;
+    let source = open_source(&dir)?;
+    let built = pocketlora_models::build(source.config())
+        .map_err(|e| Error::format(&dir.join("config.json"), "config", "a supported model", &e).caused_by(e))?;
+    let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab: built.config().vocab_size };
+    let data = Dataset::open(data, &tokenizer, &template, limits)?;
+    let report = DataReport::new(&data, config)?;
+    let shown = data.samples.iter().take(SHOWN);
+    if as_json {
+        let samples: Vec<Value> = shown.map(|s| sample_json(s, &tokenizer)).collect::<Result<_>>()?;
+        print_json(&json!({ "dry_run": true, "samples": samples, "data": report }));
+        return Ok(());
+    }
+    let marks = Marks::for_stdout();
+    for (i, sample) in shown.enumerate() {
+        println!("sample {} of {}: {} tokens, {}", i + 1, report.samples, sample.ids.len(), marks.legend(sample));
+        println!("{}\n", marks.render(sample, &tokenizer)?);
+    }
+    print!("{}{}", text(&report), histogram(&report));
+    Ok(())
+}
+
+/// The figures in a few lines.
+pub(super) fn text(r: &DataReport) -> String {
+    let mut out = String::new();
+    let share = 100.0 * r.trained_tokens as f64 / r.tokens as f64;
+    let _ = writeln!(
+        out,
+        "data: {} records, {} samples, {} tokens, {} of them learned ({share:.0} %), {} padded; {}",
+        r.records,
+        r.samples,
+        r.tokens,
+        r.trained_tokens,
+        r.batches.padded_tokens,
+        megabytes(r.bytes as u64)
+    );
+    let (l, b, s) = (&r.lengths, &r.batches, &r.splits);
+    let _ =
+        writeln!(out, "lengths: half have up to {} tokens, nine of ten up to {}, the longest {}", l.p50, l.p90, l.max);
+    if s.samples > 0 {
+        let _ = writeln!(
+            out,
+            "split: {} too long for one sample became {}; left out were {} tokens and {} turns that \
+                              are only read, and the system's turn in {} parts",
+            s.samples, s.parts, s.left_out_tokens, s.left_out_turns, s.without_system
+        );
+    }
+    let _ = writeln!(
+        out,
+        "passes: {} in an epoch, {:.1} samples in each, at most {} tokens, {:.0} % of batch x seq; {} steps \
+                          in all",
+        b.micro_batches,
+        b.samples_per_micro_batch,
+        b.largest_tokens,
+        100.0 * b.fill,
+        r.total_steps
+    );
+    out
+}
+
+/// Bars of the samples' lengths.
+fn histogram(r: &DataReport) -> String {
+    let most = r.lengths.histogram.iter().map(|b| b.samples).max().unwrap_or(1).max(1);
+    let bar = |n: usize| "#".repeat((n * BAR).div_ceil(most));
+    r.lengths
+        .histogram
+        .iter()
+        .map(|b| format!("  up to {:>7} {:>8} {}\n", b.up_to, b.samples, bar(b.samples)))
+        .collect()
+}
+
+fn sample_json(sample: &Sample, tokenizer: &Tokenizer) -> Result<Value> {
+    let parts: Vec<Value> = parts(sample, tokenizer)?
+        .into_iter()
+        .map(|(text, trained)| json!({ "text": text, "trained": trained }))
+        .collect();
+    Ok(json!({ "tokens": sample.ids.len(), "trained_tokens": sample.trained_tokens(), "parts": parts }))
+}
+
+/// The text of a sample's first tokens, in stretches that are learned or not.
+fn parts(sample: &Sample, tokenizer: &Tokenizer) -> Result<Vec<(String, bool)>> {
+    let len = sample.ids.len().min(SHOWN_TOKENS);
+    let mut stretches: Vec<(Range<usize>, bool)> = Vec::new();
+    for i in 0..len {
+        let trained = sample.trained.contains(i);
+        match stretches.last_mut() {
+            Some((stretch, same)) if *same == trained => stretch.end = i + 1,
+            _ => stretches.push((i..i + 1, trained)),
+        }
+    }
+    // Decoders treat the start of a text differently, so each stretch is what it adds to the text before it.
+    let mut shown = 0;
+    let mut piece = |(stretch, trained): (Range<usize>, bool)| {
+        let text = tokenizer.decode_with_special(&sample.ids[..stretch.end])?;
+        let piece = text.get(shown..).unwrap_or_default().to_owned();
+        shown = text.len();
+        Ok((piece, trained))
+    };
+    stretches.into_iter().map(&mut piece).collect()
+}
+
+/// How learned text is set off.
+struct Marks {
+    start: &'static str,
+    end: &'static str,
+    name: &'static str,
+}
+
+impl Marks {
+    /// Colour on a terminal, unless the user wants none; guillemets elsewhere.
+    fn for_stdout() -> Self {
+        let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+        if colour {
+            Self { start: "\x1b[1;32m", end: "\x1b[0m", name: "\x1b[1;32mlearned\x1b[0m" }
+        } else {
+            Self { start: "\u{ab}", end: "\u{bb}", name: "\u{ab}learned\u{bb}" }
+        }
+    }
+
+    fn legend(&self, sample: &Sample) -> String {
+        format!("{} of them {}", sample.trained_tokens(), self.name)
+    }
+
+    fn render(&self, sample: &Sample, tokenizer: &Tokenizer) -> Result<String> {
+        let mut out = String::new();
+        for (text, trained) in parts(sample, tokenizer)? {
+            let text = visible(&text);
+            out += &if trained { format!("{}{text}{}", self.start, self.end) } else { text };
+        }
+        if sample.ids.len() > SHOWN_TOKENS {
+            let _ = write!(out, " ... and {} more tokens", sample.ids.len() - SHOWN_TOKENS);
+        }
+        Ok(out)
+    }
+}
+
+/// Text whose control characters cannot reach the terminal.
+fn visible(text: &str) -> String {
+    let control = |c: char| c.is_control() && c != '\n' && c != '\t';
+    text.chars().flat_map(|c| if control(c) { c.escape_default().collect::<Vec<_>>() } else { vec![c] }).collect()
+}

@@ -1,0 +1,121 @@
+//! Training data: tokens and which of them are learned.
+
+mod encode;
+mod mask;
+mod read;
+mod record;
+mod split;
+
+pub use mask::Mask;
+pub use split::Splits;
+
+use crate::chat::ChatTemplate;
+use crate::error::{Error, ErrorCode, Result};
+use crate::tokenizer::Tokenizer;
+use encode::Encoder;
+use std::path::{Path, PathBuf};
+
+/// A piece of data that is learned as one text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Tokens.
+    pub ids: Vec<u32>,
+    /// Which tokens the model learns to write. The first never is: nothing comes before it.
+    pub trained: Mask,
+}
+
+impl Sample {
+    /// Tokens to learn.
+    #[must_use]
+    pub fn trained_tokens(&self) -> usize {
+        self.trained.count()
+    }
+}
+
+/// What a model can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest sample, in tokens.
+    pub tokens: usize,
+    /// Ids below this one have an embedding.
+    pub vocab: usize,
+}
+
+/// Data in memory.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    /// Where it came from.
+    pub path: PathBuf,
+    /// Its samples, in the order of the files.
+    pub samples: Vec<Sample>,
+    /// Lines, rows and files that were read.
+    pub records: usize,
+    /// What was too long for one sample.
+    pub splits: Splits,
+}
+
+impl Dataset {
+    /// Samples made elsewhere; `path` names them in messages.
+    #[must_use]
+    pub fn new(path: impl Into<PathBuf>, samples: Vec<Sample>) -> Self {
+        Self { path: path.into(), records: samples.len(), samples, splits: Splits::default() }
+    }
+
+    /// Reads JSONL, a table (`.csv`), a note (`.txt`, `.md`) or a folder of notes; a line or row holds
+    /// - `messages`, and `tools` where the template knows them: what the assistant says is learned;
+    /// - `prompt` and `completion`, both texts or both lists of messages: the completion is learned;
+    /// - `instruction`, `output` and perhaps `input`: a question and an answer in the model's chat template, or, for a
+    ///   model without one, in the layout of the Alpaca data;
+    /// - `text`, as a note is one: everything is learned.
+    ///
+    /// Texts end with the model's end-of-text token. Empty lines are skipped. What is longer than `limits` says is split
+    /// into several samples: a conversation between its turns, a text between its paragraphs and sentences.
+    ///
+    /// # Errors
+    /// A file is missing, empty or no UTF-8, or a line is not JSON, has none of the forms or nothing to learn, is
+    /// refused by the chat template, or has tokens that the model does not know.
+    pub fn open(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, limits: Limits) -> Result<Self> {
+        let mut encoder = Encoder::new(tokenizer, template, limits)?;
+        let mut samples = Vec::new();
+        let records = read::records(path, &mut |record| encoder.encode(record, &mut samples))?;
+        if records == 0 {
+            let message = "expected at least one line with `messages`, `prompt` and `completion`, `instruction` and \
+                           `output`, or `text`, got none";
+            return Err(Error::new(ErrorCode::Data, format!("`{}`", path.display()), message));
+        }
+        samples.shrink_to_fit();
+        Ok(Self { path: path.to_owned(), samples, records, splits: encoder.splits })
+    }
+
+    /// Tokens in all.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.samples.iter().map(|s| s.ids.len()).sum()
+    }
+
+    /// Tokens to learn.
+    #[must_use]
+    pub fn trained_tokens(&self) -> usize {
+        self.samples.iter().map(Sample::trained_tokens).sum()
+    }
+
+    /// Memory it takes, in bytes: four a token, and some dozen a sample.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let inner = |s: &Sample| s.ids.capacity() * size_of::<u32>() + s.trained.heap_bytes();
+        self.samples.capacity() * size_of::<Sample>() + self.samples.iter().map(inner).sum::<usize>()
+    }
+
+    /// A number that changes when any token or mask does.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        self.samples.iter().fold(self.samples.len() as u64, |hash, s| {
+            let words = s.ids.iter().zip(0..).map(|(&id, i)| u64::from(id) << 1 | u64::from(s.trained.contains(i)));
+            words.fold(crate::rng::mix(hash, s.ids.len() as u64), crate::rng::mix)
+        })
+    }
+}
+
+fn data_error(item: &str, message: impl Into<String>) -> Error {
+    Error::new(ErrorCode::Data, item, message)
+}

@@ -1,0 +1,126 @@
+//! What the optimizer keeps of each tensor in training, and its step.
+
+use super::config::{Optimizer, TrainConfig};
+use crate::error::Result;
+use pocketlora_kernels::{AdamW, Backend, Lion, MOMENT_BLOCK, Sgd};
+use safetensors::Dtype;
+
+/// Moments of one tensor; zeros before the first step.
+pub(super) enum State<B: Backend> {
+    /// SGD without momentum.
+    None,
+    /// SGD with momentum, Lion.
+    One(B::Buffer),
+    /// AdamW: first and second moment.
+    Two(B::Buffer, B::Buffer),
+    /// The same in 8 bits.
+    Coded(B::Codes, B::Codes),
+}
+
+/// A part of a state as a checkpoint holds it: a prefix for the tensor's name, type and length.
+pub(super) type Part = (&'static str, Dtype, usize);
+
+impl<B: Backend> State<B> {
+    /// For a tensor of `len` values.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(backend: &B, config: &TrainConfig, len: usize) -> Result<Self> {
+        Ok(match config.optimizer {
+            Optimizer::Sgd if config.momentum == 0.0 => Self::None,
+            Optimizer::Sgd | Optimizer::Lion => Self::One(backend.buffer(len)?),
+            Optimizer::AdamW => Self::Two(backend.buffer(len)?, backend.buffer(len)?),
+            Optimizer::AdamW8bit => Self::Coded(backend.codes(len, true)?, backend.codes(len, false)?),
+        })
+    }
+
+    /// Moves `master` along `grad` in step `number` (1-based) with learning rate `lr`.
+    pub fn step(
+        &mut self,
+        backend: &B,
+        config: &TrainConfig,
+        lr: f32,
+        number: u64,
+        grad: &B::Buffer,
+        master: &mut B::Buffer,
+    ) {
+        let weight_decay = config.weight_decay;
+        let (beta1, beta2) = (config.beta1, config.beta2());
+        let adamw = AdamW { lr, beta1, beta2, eps: config.eps, weight_decay, step: number as u32 };
+        let sgd = Sgd { lr, momentum: config.momentum, weight_decay };
+        match self {
+            Self::None => backend.sgd(&sgd, grad, master, None),
+            Self::One(m) if config.optimizer == Optimizer::Lion => {
+                backend.lion(&Lion { lr, beta1, beta2, weight_decay }, grad, master, m);
+            }
+            Self::One(m) => backend.sgd(&sgd, grad, master, Some(m)),
+            Self::Two(m, v) => backend.adamw(&adamw, grad, master, m, v),
+            Self::Coded(m, v) => backend.adamw8(&adamw, grad, master, m, v),
+        }
+    }
+
+    /// The parts of a state of `len` values.
+    pub fn layout(&self, len: usize) -> Vec<Part> {
+        let blocks = len.div_ceil(MOMENT_BLOCK);
+        match self {
+            Self::None => vec![],
+            Self::One(_) => vec![("m", Dtype::F32, len)],
+            Self::Two(..) => vec![("m", Dtype::F32, len), ("v", Dtype::F32, len)],
+            Self::Coded(..) => vec![
+                ("m.codes", Dtype::U8, len),
+                ("m.absmax", Dtype::F32, blocks),
+                ("v.codes", Dtype::U8, len),
+                ("v.absmax", Dtype::F32, blocks),
+            ],
+        }
+    }
+
+    /// The bytes of the parts, in the order of [`State::layout`].
+    ///
+    /// # Errors
+    /// Device lost.
+    pub fn read(&self, backend: &B) -> Result<Vec<Vec<u8>>> {
+        Ok(match self {
+            Self::None => vec![],
+            Self::One(m) => vec![read_buffer(backend, m)?],
+            Self::Two(m, v) => vec![read_buffer(backend, m)?, read_buffer(backend, v)?],
+            Self::Coded(m, v) => [read_codes(backend, m)?, read_codes(backend, v)?].concat(),
+        })
+    }
+
+    /// Takes the bytes of the parts back.
+    pub fn write(&mut self, backend: &B, parts: &[&[u8]]) {
+        match (self, parts) {
+            (Self::None, []) => {}
+            (Self::One(m), [bytes]) => backend.write(m, &floats(bytes)),
+            (Self::Two(m, v), [first, second]) => {
+                backend.write(m, &floats(first));
+                backend.write(v, &floats(second));
+            }
+            (Self::Coded(m, v), [first, first_absmax, second, second_absmax]) => {
+                backend.write_codes(m, first, &floats(first_absmax));
+                backend.write_codes(v, second, &floats(second_absmax));
+            }
+            _ => unreachable!("the parts are those of `layout`"),
+        }
+    }
+}
+
+/// Little-endian f32 of a buffer.
+pub(super) fn read_buffer<B: Backend>(backend: &B, buffer: &B::Buffer) -> Result<Vec<u8>> {
+    let mut values = vec![0.0; backend.len(buffer)];
+    backend.read(buffer, &mut values)?;
+    Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
+}
+
+fn read_codes<B: Backend>(backend: &B, codes: &B::Codes) -> Result<Vec<Vec<u8>>> {
+    let len = backend.codes_len(codes);
+    let (mut bytes, mut absmax) = (vec![0; len], vec![0.0; len.div_ceil(MOMENT_BLOCK)]);
+    backend.read_codes(codes, &mut bytes, &mut absmax)?;
+    Ok(vec![bytes, absmax.iter().flat_map(|v| v.to_le_bytes()).collect()])
+}
+
+/// Values of little-endian f32.
+pub(super) fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}

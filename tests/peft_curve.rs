@@ -1,0 +1,128 @@
+//! Training the real model beside PEFT and bitsandbytes: same base, same samples in the same order, same start.
+//! `tests/data/peft_curve.py` made the curve.
+
+mod common;
+
+use common::{convert, real_gguf};
+use pocketlora::adapter::{AdapterFile, HostTensor, LoraConfig, LoraModule};
+use pocketlora::format::Target;
+use pocketlora::train::{Dataset, Observer, Precision, Sample, Schedule, StepReport, TrainConfig};
+use pocketlora::{Options, Session};
+use pocketlora_models::Role;
+use serde::Deserialize;
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+#[derive(Deserialize)]
+struct Curve {
+    rank: usize,
+    alpha: f64,
+    lr: f32,
+    /// Tokens of the first sample; each has one more than the one before.
+    shortest: usize,
+    steps: Vec<Step>,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    tokens: usize,
+    loss: f64,
+}
+
+fn data_file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(name)
+}
+
+/// Stretches of the text, one after the other.
+fn samples(curve: &Curve) -> Dataset {
+    let path = data_file("oracles/smollm2_ppl_ids.json");
+    let ids: Vec<u32> = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let mut rest = &ids[..];
+    let sample = |length| {
+        let ids = rest.split_off(..length).unwrap().to_vec();
+        Sample { ids, trained: (0..length).map(|i| i > 0).collect() }
+    };
+    Dataset::new(path, (curve.shortest..).take(curve.steps.len()).map(sample).collect())
+}
+
+/// The script's matrices: A from a hash of the index, in values that f16 holds; B zero.
+fn start(session: &Session, curve: &Curve) -> AdapterFile {
+    let config = LoraConfig {
+        rank: curve.rank,
+        alpha: curve.alpha,
+        rslora: false,
+        dropout: 0.0,
+        rank_pattern: Vec::new(),
+        alpha_pattern: Vec::new(),
+        targets: Vec::new(),
+        base: None,
+    };
+    let value = |i: u64| (((i * 2_654_435_761) >> 16) % 2048) as f32 / 1024.0 / 16.0 - 1.0 / 16.0;
+    let linears = session.base().model.params().iter().filter(|p| p.role == Role::Linear);
+    let module = |p: &pocketlora_models::ParamSpec| {
+        let (out, input) = (p.shape[0], p.shape[1]);
+        let a = (0..(curve.rank * input) as u64).map(value).collect();
+        let a = HostTensor { shape: [curve.rank, input], data: a };
+        let b = HostTensor { shape: [out, curve.rank], data: vec![0.0; out * curve.rank] };
+        LoraModule::new(p.module().to_owned(), a, b, &config)
+    };
+    AdapterFile { dir: PathBuf::new(), modules: linears.map(module).collect(), config }
+}
+
+struct Quiet;
+
+impl Observer for Quiet {
+    fn on_step(&mut self, _: &StepReport) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+/// Trains as the script did and returns the largest difference of a step's loss, as a share of the reference's.
+fn worst_step(session: &Session, curve: &Curve, precision: Precision) -> (f64, usize) {
+    let config = TrainConfig {
+        lr: curve.lr,
+        schedule: Schedule::Constant,
+        warmup: 0.0,
+        clip: 0.0,
+        weight_decay: 0.0,
+        batch: 1,
+        epochs: 1,
+        precision,
+        ..TrainConfig::default()
+    };
+    let out = tempfile::tempdir().unwrap();
+    let init = start(session, curve);
+    let mut trainer = session.trainer(config, samples(curve), None, Some(&init), out.path()).unwrap();
+    let mut worst = (0.0, 0);
+    for (i, expected) in curve.steps.iter().enumerate() {
+        let report = trainer.step(&mut Quiet).unwrap();
+        assert_eq!(
+            report.tokens,
+            expected.tokens,
+            "step {}: another sample; `first_epoch` in the script is old",
+            i + 1
+        );
+        let off = (report.loss / expected.loss - 1.0).abs();
+        assert!(off.is_finite(), "step {}: loss {}", i + 1, report.loss);
+        worst = if off > worst.0 { (off, i + 1) } else { worst };
+    }
+    worst
+}
+
+#[test]
+fn fifty_steps_have_the_losses_of_peft_on_bitsandbytes() {
+    let Some(gguf) = real_gguf() else { return };
+    let curve: Curve = serde_json::from_slice(&fs::read(data_file("peft_curve.json")).unwrap()).unwrap();
+    assert_eq!(curve.steps.len(), 50);
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    convert(&gguf, &model, Target::Nf4);
+    let session = Session::open(&model, &Options { threads: 2, ..Options::default() }).unwrap();
+    // Adam divides small gradients by their own size, so that differences in rounding grow from step to step.
+    for (precision, bound) in [(Precision::Exact, 0.002), (Precision::Bf16, 0.01)] {
+        let (off, step) = worst_step(&session, &curve, precision);
+        println!("{precision:?}: at most {:.4} %, at step {step}", off * 100.0);
+        assert!(off <= bound, "{precision:?}: step {step} is {:.3} % off, bound {} %", off * 100.0, bound * 100.0);
+    }
+}

@@ -1,0 +1,118 @@
+//! What is learned of a conversation, for the chat template of each family, with its markers and without.
+
+use super::{Reader, chat_file, unmarked};
+use crate::common::check_all;
+use pocketlora::chat::Message;
+use pocketlora::train::Sample;
+use serde_json::{Value, json};
+use std::fs;
+
+/// Masks of transformers; see tests/data/chat_goldens.py.
+fn goldens() -> Vec<Value> {
+    serde_json::from_slice(&fs::read(chat_file("goldens.json")).unwrap()).unwrap()
+}
+
+fn text<'a>(case: &'a Value, key: &str) -> &'a str {
+    case[key].as_str().unwrap()
+}
+
+#[test]
+fn masks_equal_those_of_transformers_by_markers_and_by_differences() {
+    let markers: &dyn Fn(String) -> String = &|t| t;
+    let cases = goldens().into_iter().flat_map(|case| [(case.clone(), markers), (case, &unmarked as _)]);
+    check_all(cases, |(case, change)| {
+        let reader =
+            Reader::new(Some(text(case, "template")), text(case, "bos_token"), text(case, "eos_token"), change);
+        let name = format!("{} {}", case["template"], case["chat"]);
+        let data = reader.read("one.jsonl", case["line"].to_string(), 4096).map_err(|e| format!("{name}: {e}"))?;
+        let sample = data.samples.last().unwrap();
+        let rendered = reader.text(&sample.ids);
+        if rendered != text(case, "text") {
+            return Err(format!("{name}: rendered `{rendered}`, expected {}", case["text"]));
+        }
+        let runs: Vec<[u32; 2]> = sample.trained.runs().iter().map(|r| [r.start, r.end]).collect();
+        // Without markers, answers before a turn that the template rewrites are learned in samples of their own.
+        let own = data.samples.len() - 1;
+        let expected: Vec<[u32; 2]> = serde_json::from_value(case["learned"].clone()).unwrap();
+        let rewrites = text(case, "template") == "mistral" && text(case, "chat") == "system";
+        if runs != expected[own..] || sample.ids.len() as u64 != case["tokens"] || own > 0 && !rewrites {
+            return Err(format!("{name}: learns {:?} {runs:?}, expected {expected:?}", reader.learned(sample)));
+        }
+        Ok(())
+    });
+}
+
+fn line(turns: &[(&str, &str)]) -> String {
+    let turns: Vec<Value> = turns.iter().map(|(role, content)| json!({"role": role, "content": content})).collect();
+    json!({ "messages": turns }).to_string()
+}
+
+/// Such a template shows thoughts in the last turn only.
+#[test]
+fn a_turn_that_is_rewritten_later_is_learned_as_it_is_answered() {
+    let reader = Reader::family("qwen3", "<|endoftext|>", "<|im_end|>");
+    let chat = line(&[
+        ("user", "1+1"),
+        ("assistant", "<think>\nadd\n</think>\n\n2"),
+        ("user", "2+2"),
+        ("assistant", "<think>\nagain\n</think>\n\n4"),
+    ]);
+    let data = reader.read("chat.jsonl", chat, 4096).unwrap();
+    let all: Vec<(String, Vec<String>)> =
+        data.samples.iter().map(|s: &Sample| (reader.text(&s.ids), reader.learned(s))).collect();
+    let first = "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n";
+    let second = "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n";
+    let (a, b) = ("<think>\nadd\n</think>\n\n2<|im_end|>", "<think>\nagain\n</think>\n\n4<|im_end|>");
+    let expected = [
+        (format!("{first}{a}\n"), vec![a.to_owned()]),
+        (format!("{first}2<|im_end|>\n{second}{b}\n"), vec![b.to_owned()]),
+    ];
+    assert_eq!(all, expected);
+    assert_eq!((data.records, data.splits.samples), (1, 0));
+}
+
+#[test]
+fn a_system_turn_that_moves_makes_samples_of_their_own() {
+    let reader = Reader::family("mistral", "<s>", "</s>");
+    let chat = line(&[("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]);
+    let data = reader.read("chat.jsonl", chat, 4096).unwrap();
+    let all: Vec<(String, Vec<String>)> =
+        data.samples.iter().map(|s| (reader.text(&s.ids), reader.learned(s))).collect();
+    let expected = [
+        ("<s>[INST] S\n\na [/INST] b</s>".to_owned(), vec![" b</s>".to_owned()]),
+        ("<s>[INST] a [/INST] b</s>[INST] S\n\nc [/INST] d</s>".to_owned(), vec![" d</s>".to_owned()]),
+    ];
+    assert_eq!(all, expected);
+}
+
+#[test]
+fn a_template_whose_answers_cannot_be_placed_is_refused_with_the_turn() {
+    let reversed = "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
+    let reader = Reader::new(Some("phi3"), "<s>", "</s>", &|_| reversed.to_owned());
+    let chat = line(&[("user", "a"), ("assistant", "b")]);
+    let error = reader.read("chat.jsonl", chat, 4096).unwrap_err().to_string();
+    for what in ["chat.jsonl` line 1", "turn 2", "leaves earlier turns alone"] {
+        assert!(error.contains(what), "{error}");
+    }
+}
+
+#[test]
+fn markers_within_a_macro_give_way_to_differences() {
+    let template = "{% macro say(m) %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}|\
+                    {% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endmacro %}{% for m in messages %}\
+                    {{ say(m) }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+    let reader = Reader::new(Some("phi3"), "<s>", "</s>", &|_| template.to_owned());
+    let data = reader.read("chat.jsonl", line(&[("user", "a"), ("assistant", "b")]), 4096).unwrap();
+    assert_eq!(reader.learned(&data.samples[0]), ["b|"]);
+}
+
+#[test]
+fn json_in_templates_is_pythons() {
+    let template = "{{ tools | tojson }}{{ tools | tojson(indent=2) }}{{ tools | tojson(ensure_ascii=False) }}";
+    let reader = Reader::new(Some("phi3"), "<s>", "</s>", &|_| template.to_owned());
+    let tools = json!([{"b": "<\u{e9}'&>", "a": [1, 2.5, true, null]}]);
+    let flat = "[{\"b\": \"<\u{e9}'&>\", \"a\": [1, 2.5, true, null]}]";
+    let tall = "[\n  {\n    \"b\": \"<\u{e9}'&>\",\n    \"a\": [\n      1,\n      2.5,\n      true,\n      null\n    ]\n  }\n]";
+    let text = reader.template.render(&[Message::new("user", "")], Some(&tools), false).unwrap();
+    assert_eq!(text, format!("{flat}{tall}{flat}"));
+}
