@@ -2,22 +2,27 @@
 //!
 //! [`infer`] runs with a key/value cache, [`train`] with a tape. Both share the frozen [`Base`].
 
+mod back;
 pub mod infer;
+mod pool;
+mod tape;
 pub mod train;
+
+pub use pool::Pool;
 
 use crate::adapter::{Adapters, Context, Dropout};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
-use pocketlora_kernels::{Arithmetic, Attention, Backend, LowRank, MatrixSource, Product};
-use pocketlora_models::{AttentionShape, Linear, Model, Param, Role, RopeTable};
-use std::collections::BTreeMap;
+use pocketlora_kernels::{Arithmetic, Attention, Backend, Counted, MatrixSource, Product, WorkType};
+use pocketlora_models::{AttentionShape, Linear, Model, Param, ParamSpec, Role, RopeTable};
+use std::sync::Arc;
 
 /// A model's architecture with its frozen weights on a device; shared by everything that runs it.
 pub struct Base<B: Backend> {
     /// The device.
     pub backend: B,
     /// The architecture.
-    pub model: Box<dyn Model>,
+    pub model: Arc<dyn Model>,
     weights: Vec<Weight<B>>,
     /// The head in 8 bits, for [`Arithmetic::Int8`].
     int8_head: Option<B::Matrix>,
@@ -83,7 +88,19 @@ impl<B: Backend> Base<B> {
                 }
             });
         }
-        Ok(Self { backend, model, weights, int8_head: None })
+        Ok(Self { backend, model: model.into(), weights, int8_head: None })
+    }
+
+    /// The shapes of `model` without its weights, to count what work on it takes.
+    pub(crate) fn counted(backend: Counted, model: Arc<dyn Model>) -> Result<Base<Counted>> {
+        let weight = |spec: &ParamSpec| {
+            Ok(match spec.shape[..] {
+                [rows, cols] => Weight::Matrix(backend.work_matrix(rows, cols, WorkType::F32)?),
+                _ => Weight::Vector(backend.buffer(spec.shape[0])?),
+            })
+        };
+        let weights = model.params().iter().map(weight).collect::<Result<_>>()?;
+        Ok(Base { backend, model, weights, int8_head: None })
     }
 
     /// Gives the head a copy in 8 bits for products in [`Arithmetic::Int8`].
@@ -176,15 +193,18 @@ impl<B: Backend> Base<B> {
             ys.push(pool.take(backend, backend.len(x) / input * out)?);
         }
         // Low-rank terms go along with the product, unless their input is another because some of it is dropped.
-        let fused = |layer: &Linear| -> Option<Vec<LowRank<'_, B>>> {
-            let terms = adapters.on(layer.weight).iter().map(|adapter| adapter.low_rank());
-            if dropout(layer.weight).is_some() { None } else { terms.collect() }
+        let fused = |layer: &Linear| {
+            let low_rank = adapters.on(layer.weight).iter().all(|adapter| adapter.low_rank().is_some());
+            low_rank && dropout(layer.weight).is_none()
         };
-        let product = |(layer, y)| Product { w: weight(layer), low_rank: fused(layer).unwrap_or_default(), y };
+        let product = |(layer, y): (&Linear, _)| {
+            let adapters = if fused(layer) { adapters.on(layer.weight) } else { &[] };
+            Product { w: weight(layer), low_rank: adapters.iter().filter_map(|a| a.low_rank()).collect(), y }
+        };
         let mut products: Vec<_> = layers.iter().zip(&mut ys).map(product).collect();
         backend.matmul_group(arithmetic, x, &mut products)?;
         for (layer, y) in layers.iter().zip(&mut ys) {
-            if fused(layer).is_none() {
+            if !fused(layer) {
                 for adapter in adapters.on(layer.weight) {
                     let dropout = dropout(layer.weight);
                     adapter.apply(&mut Context { backend, pool, arithmetic, dropout }, x, y)?;
@@ -207,38 +227,4 @@ fn layer_of(name: &str) -> Option<usize> {
 fn attention_spec(shape: &AttentionShape) -> Attention {
     let AttentionShape { heads, kv_heads, head_dim, scale, window } = *shape;
     Attention { heads, kv_heads, head_dim, scale, window }
-}
-
-/// Buffers between uses, by length. What a taken buffer holds is unspecified.
-pub struct Pool<B: Backend> {
-    free: BTreeMap<usize, Vec<B::Buffer>>,
-}
-
-impl<B: Backend> Default for Pool<B> {
-    fn default() -> Self {
-        Self { free: BTreeMap::new() }
-    }
-}
-
-impl<B: Backend> Pool<B> {
-    /// A buffer of `len` values, used before or new.
-    ///
-    /// # Errors
-    /// Out of memory.
-    pub fn take(&mut self, backend: &B, len: usize) -> Result<B::Buffer> {
-        match self.free.get_mut(&len).and_then(Vec::pop) {
-            Some(buffer) => Ok(buffer),
-            None => Ok(backend.buffer(len)?),
-        }
-    }
-
-    /// Hands a buffer back for later use.
-    pub fn put(&mut self, backend: &B, buffer: B::Buffer) {
-        self.free.entry(backend.len(&buffer)).or_default().push(buffer);
-    }
-
-    /// Frees everything held; called when lengths change, so that a run does not hold buffers of every length it met.
-    pub fn clear(&mut self) {
-        self.free.clear();
-    }
 }

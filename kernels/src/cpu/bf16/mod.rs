@@ -44,7 +44,7 @@ pub(crate) struct Rounded<'a> {
 }
 
 /// Depth that rows are padded to.
-const PAD: usize = 8;
+pub(super) const PAD: usize = 8;
 /// Rows of a task.
 const ROWS: usize = 16;
 

@@ -11,7 +11,7 @@ use crate::{Error, LowRank, Product};
 
 /// Tasks of a product where its width allows: few enough that their slices of each token cost little, enough that
 /// threads finish together.
-const TASKS: usize = 16;
+pub(in super::super) const TASKS: usize = 16;
 /// Terms of a sum in a panel of rows: whole rows where they are not too long, for that is how memory is read fastest.
 /// With 32 lanes, 64 KiB.
 const ROW_DEPTH: usize = 1024;

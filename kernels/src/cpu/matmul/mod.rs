@@ -14,6 +14,8 @@ use super::q8::Q8;
 use crate::Arithmetic;
 use one::OneToken;
 
+pub(super) use bf16::TASKS;
+
 /// Multiplications below which other threads stay asleep.
 const SMALL: usize = 128 * 1024;
 /// Tokens from which rounding and arranging operands for bf16 pays.
