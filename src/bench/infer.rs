@@ -29,7 +29,7 @@ pub(super) struct Inference {
 }
 
 /// Pseudo-random tokens: a model's speed does not depend on which they are.
-pub(super) fn tokens(base: &Base<Cpu>, count: usize) -> Vec<u32> {
+pub(super) fn tokens<B: Backend>(base: &Base<B>, count: usize) -> Vec<u32> {
     let (mut rng, vocab) = (Rng::new(TOKENS), base.model.config().vocab_size);
     (0..count).map(|_| rng.below(vocab) as u32).collect()
 }

@@ -3,10 +3,13 @@
 
 use super::{Figure, Options, Progress, check, infer};
 use crate::error::{Error, Result};
+use crate::exec::Base;
 use crate::memory::Peak;
 use crate::session::Session;
-use crate::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig};
+use crate::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig, Trainer};
+use pocketlora_kernels::Backend;
 use std::ops::ControlFlow;
+use tempfile::TempDir;
 
 /// What one session gave.
 pub(super) struct Training {
@@ -15,25 +18,54 @@ pub(super) struct Training {
     pub plan: MemoryPlan,
 }
 
+/// What a trainer needs for `options.trials` steps after a first one.
+pub(super) struct Run {
+    pub config: TrainConfig,
+    pub data: Dataset,
+    /// Where the adapter would go; gone with the run.
+    pub out: TempDir,
+}
+
+impl Run {
+    pub fn new<B: Backend>(base: &Base<B>, options: &Options) -> Result<Self> {
+        let ids = infer::tokens(base, options.sequence);
+        let trained = (0..ids.len()).map(|i| i > 0).collect();
+        let data = Dataset::new("random tokens", vec![Sample { ids, trained }]);
+        let config = TrainConfig {
+            batch: 1,
+            steps: Some(options.trials as u64 + 1),
+            seq: options.sequence,
+            save_every: 0,
+            ..options.settings.clone()
+        };
+        let out = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
+        Ok(Self { config, data, out })
+    }
+}
+
+/// Runs a step that is not counted, tells `each` `None`, then runs and tells those that are. Returns how many.
+pub(super) fn steps<B: Backend>(
+    trainer: &mut Trainer<B>,
+    options: &Options,
+    progress: &mut Progress<'_>,
+    each: &mut dyn FnMut(Option<&StepReport>),
+) -> Result<usize> {
+    for step in 0..=options.trials {
+        check(progress, &if step == 0 { "train, warm-up".to_owned() } else { format!("train, step {step}") })?;
+        let report = trainer.step(&mut Watcher)?;
+        each((step > 0).then_some(&report));
+    }
+    Ok(options.trials)
+}
+
 /// Measures whole optimizer steps of one sequence each, the first not counted.
 pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progress<'_>) -> Result<Training> {
-    let ids = infer::tokens(session.base(), options.sequence);
-    let trained = (0..ids.len()).map(|i| i > 0).collect();
-    let data = Dataset::new("random tokens", vec![Sample { ids, trained }]);
-    let steps = options.trials as u64 + 1;
-    let config =
-        TrainConfig { batch: 1, steps: Some(steps), seq: options.sequence, save_every: 0, ..options.settings.clone() };
-    let out = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
+    let Run { config, data, out } = Run::new(session.base(), options)?;
     let mut trainer = session.trainer(config, data, None, None, out.path())?;
-    let mut watcher = Watcher;
     let mut rates = Vec::new();
-    for step in 0..steps {
-        check(progress, &if step == 0 { "train, warm-up".to_owned() } else { format!("train, step {step}") })?;
-        let report = trainer.step(&mut watcher)?;
-        if step > 0 {
-            rates.push(report.tokens as f64 / report.time.as_secs_f64());
-        }
-    }
+    steps(&mut trainer, options, progress, &mut |report| {
+        rates.extend(report.map(|r| r.tokens as f64 / r.time.as_secs_f64()));
+    })?;
     Ok(Training { rate: Figure::new(rates), peak: trainer.peak(), plan: trainer.plan(session.mapped_bytes()) })
 }
 

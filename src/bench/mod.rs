@@ -17,6 +17,7 @@ mod infer;
 mod kernels;
 mod learn;
 mod machine;
+mod profile;
 pub mod shape;
 mod work;
 
@@ -25,6 +26,7 @@ pub use against::{Against, KernelRatio, ModelRatio, Theirs, compare};
 pub use figure::Figure;
 pub use kernels::Kernel;
 pub use machine::Machine;
+pub use profile::{OpTime, Profile};
 pub use work::Work;
 
 use crate::error::{Error, ErrorCode, Result};
@@ -50,6 +52,8 @@ pub struct Options {
     pub sequence: usize,
     /// Measure training.
     pub train: bool,
+    /// With training alone: measure it once more, by operation.
+    pub profile: bool,
     /// Settings of training, but for those that the measurement itself decides.
     pub settings: TrainConfig,
     /// Measure single kernels.
@@ -65,6 +69,7 @@ impl Default for Options {
             decode: 128,
             sequence: 256,
             train: true,
+            profile: false,
             settings: TrainConfig { rank: 8, ..TrainConfig::default() },
             kernels: true,
         }
@@ -303,6 +308,9 @@ pub struct TrainRun {
     pub peak_anonymous_bytes: Option<u64>,
     /// Planned and taken.
     pub train_memory: TrainMemory,
+    /// Where a step's time goes, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub profile: Option<Profile>,
 }
 
 /// Measures training alone of the model in `dir`.
@@ -323,13 +331,18 @@ pub fn train(
     for threads in &options.threads {
         let session = sessions.open(*threads)?;
         let training = learn::measure(&session, options, progress)?;
+        let isa = session.base().backend.isa().name();
+        drop(session);
+        let profile =
+            if options.profile { Some(profile::measure(&sessions, *threads, options, progress)?) } else { None };
         runs.push(TrainRun {
             threads: *threads,
-            isa: session.base().backend.isa().name(),
+            isa,
             train_tok_s: training.rate.median,
             peak_anonymous_bytes: training.peak.bytes(),
             train_memory: TrainMemory::new(&training),
             figure: training.rate,
+            profile,
         });
     }
     let (machine, sequence, trials) = (Machine::here(), options.sequence, options.trials);

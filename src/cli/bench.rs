@@ -2,7 +2,7 @@
 
 use super::args::{PrecisionArg, megabytes, options, print_json, stopped};
 use super::{interrupt, model, progress};
-use crate::bench::{self, Figure, Kernel, Options, Report, Run, TrainReport, shape};
+use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, TrainReport, shape};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::write_bytes;
 use crate::session;
@@ -50,6 +50,9 @@ pub(super) struct Args {
     /// Leave training out.
     #[arg(long)]
     no_train: bool,
+    /// With --train: measure it once more, by operation.
+    #[arg(long, requires = "train")]
+    profile: bool,
     /// Leave single kernels out.
     #[arg(long)]
     no_kernels: bool,
@@ -89,6 +92,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         decode: args.decode,
         sequence: args.seq,
         train: !args.no_train,
+        profile: args.profile,
         settings: settings(args)?,
         kernels: !args.no_kernels,
     };
@@ -218,6 +222,9 @@ fn train_text(report: &TrainReport) -> String {
             run.train_tok_s,
             super::train::plan_text(plan)
         ));
+        if let Some(profile) = &run.profile {
+            text.push_str(&format!("a step, {:.1} ms:\n{}\n", profile.step_ms, profile_table(profile)));
+        }
     }
     text
 }
@@ -250,6 +257,24 @@ fn rows(run: &Run, table: &mut Table) {
         let name = format!("train{at}");
         table.add_row([name, rate(train), spread(train), percent(share), limit, peak(peaks.train)]);
     }
+}
+
+fn profile_table(profile: &Profile) -> Table {
+    let mut table = new_table(&["op", "weight", "calls", "ms", "of the step"]);
+    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+    for op in &profile.ops {
+        let shape = op.shape.map_or_else(String::new, |(rows, cols)| format!("O={rows} K={cols}"));
+        table.add_row([
+            op.op.to_owned(),
+            shape,
+            format!("{:.0}", op.calls),
+            format!("{:.2}", op.ms),
+            percent(op.share),
+        ]);
+    }
+    let rest = format!("{:.2}", profile.rest * profile.step_ms);
+    table.add_row(["rest".to_owned(), String::new(), String::new(), rest, percent(profile.rest)]);
+    table
 }
 
 fn kernel_table(kernels: &[Kernel]) -> Table {

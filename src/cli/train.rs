@@ -256,24 +256,23 @@ fn check_out(args: &Args) -> Result<()> {
 
 /// Reads the data on a thread of its own, with whose memory the system's allocator keeps apart what tokenizers leave
 /// behind, and lets the tokenizer go: training needs no text. What is kept is copied out of there.
-fn read(session: &mut Session, config: &TrainConfig, args: &Args) -> Result<(DataReport, Material)> {
-    let (report, material) = std::thread::scope(|scope| {
+fn read(session: &mut Session, config: &TrainConfig, args: &Args) -> Result<Material> {
+    let material = std::thread::scope(|scope| {
         let work = || {
             session.load_text()?;
             let data = session.dataset(&args.data, config.seq)?;
             let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
-            let report = DataReport::new(&data, config)?;
             let material = session.material(config, data, eval_data)?;
             session.forget_text();
-            Ok::<_, Error>((report, material))
+            Ok::<_, Error>(material)
         };
         scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;
-    Ok((report.clone(), material.clone()))
+    Ok(material.clone())
 }
 
 fn fit(session: &mut Session, config: TrainConfig, args: &Args) -> Result<(Summary, MemoryPlan, DataReport)> {
-    let (report, material) = read(session, &config, args)?;
+    let material = read(session, &config, args)?;
     let init = args.init.as_deref().map(AdapterFile::open).transpose()?;
     let mut trainer = session.trainer_of(config, material, init.as_ref(), args.out())?;
     drop(init);
@@ -281,6 +280,7 @@ fn fit(session: &mut Session, config: TrainConfig, args: &Args) -> Result<(Summa
         trainer.resume()?;
         eprintln!("resuming after step {}", trainer.step_number());
     }
+    let report = trainer.data_report()?;
     eprint!("{}", data::text(&report));
     eprintln!("adapter: {} trained values", trainer.trained_parameters());
     let plan = trainer.plan(session.mapped_bytes());

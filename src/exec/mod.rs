@@ -13,7 +13,7 @@ pub use pool::Pool;
 use crate::adapter::{Adapters, Context, Dropout};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
-use pocketlora_kernels::{Arithmetic, Attention, Backend, Counted, LowRank, MatrixSource, Product, WorkType};
+use pocketlora_kernels::{Arithmetic, Attention, Backend, Counted, MatrixSource, Product, WorkType};
 use pocketlora_models::{AttentionShape, Linear, Model, Param, ParamSpec, Role, RopeTable};
 use std::sync::Arc;
 
@@ -193,15 +193,18 @@ impl<B: Backend> Base<B> {
             ys.push(pool.take(backend, backend.len(x) / input * out)?);
         }
         // Low-rank terms go along with the product, unless their input is another because some of it is dropped.
-        let fused = |layer: &Linear| -> Option<Vec<LowRank<'_, B>>> {
-            let terms = adapters.on(layer.weight).iter().map(|adapter| adapter.low_rank());
-            if dropout(layer.weight).is_some() { None } else { terms.collect() }
+        let fused = |layer: &Linear| {
+            let low_rank = adapters.on(layer.weight).iter().all(|adapter| adapter.low_rank().is_some());
+            low_rank && dropout(layer.weight).is_none()
         };
-        let product = |(layer, y)| Product { w: weight(layer), low_rank: fused(layer).unwrap_or_default(), y };
+        let product = |(layer, y): (&Linear, _)| {
+            let adapters = if fused(layer) { adapters.on(layer.weight) } else { &[] };
+            Product { w: weight(layer), low_rank: adapters.iter().filter_map(|a| a.low_rank()).collect(), y }
+        };
         let mut products: Vec<_> = layers.iter().zip(&mut ys).map(product).collect();
         backend.matmul_group(arithmetic, x, &mut products)?;
         for (layer, y) in layers.iter().zip(&mut ys) {
-            if fused(layer).is_none() {
+            if !fused(layer) {
                 for adapter in adapters.on(layer.weight) {
                     let dropout = dropout(layer.weight);
                     adapter.apply(&mut Context { backend, pool, arithmetic, dropout }, x, y)?;

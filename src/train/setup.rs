@@ -167,6 +167,11 @@ impl<B: Backend> Trainer<B> {
         out: &Path,
     ) -> Result<Self> {
         config.validate()?;
+        for (name, on) in [("patience", config.patience > 0), ("keep-best", config.keep_best)] {
+            if on && eval_data.is_none() {
+                return Err(Error::config(name, "data to evaluate on beside it", "none"));
+            }
+        }
         check_data(&base, &data)?;
         eval_data.iter().try_for_each(|data| check_data(&base, data))?;
         let targets = target_modules(base.model.params(), &config.targets)?;

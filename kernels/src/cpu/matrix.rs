@@ -216,14 +216,6 @@ impl Matrix {
     }
 }
 
-/// What `cell` holds, made by `make` if it is empty. Two threads may make it at once, alike.
-fn init<T>(cell: &OnceLock<T>, make: impl FnOnce() -> Result<T, Error>) -> Result<&T, Error> {
-    match cell.get() {
-        Some(value) => Ok(value),
-        None => make().map(|value| cell.get_or_init(|| value)),
-    }
-}
-
 /// Consecutive rows of a weight: a product that must not hold all of its outputs takes one after the other.
 #[derive(Clone, Copy)]
 pub(crate) struct Band<'a> {
@@ -241,6 +233,14 @@ impl Band<'_> {
     /// As [`Matrix::decode`], with rows counted from the band's first.
     pub fn decode(&self, table: &Table, row: usize, col: usize, width: usize, out: &mut [f32]) {
         self.matrix.decode(table, self.first + row, col, width, out);
+    }
+}
+
+/// What `cell` holds, made by `make` if it is empty. Two threads may make it at once, alike.
+fn init<T>(cell: &OnceLock<T>, make: impl FnOnce() -> Result<T, Error>) -> Result<&T, Error> {
+    match cell.get() {
+        Some(value) => Ok(value),
+        None => make().map(|value| cell.get_or_init(|| value)),
     }
 }
 

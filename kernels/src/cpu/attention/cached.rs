@@ -21,7 +21,7 @@ const TASKS: usize = 24;
 /// Blocks of keys that are worth a task: with 64-wide heads in f16, 64 KiB in 2 us.
 const PART: usize = 4;
 /// Products of elements below which waking other threads costs more than it saves.
-const SMALL: usize = 96 * 1024;
+const SMALL: usize = 32 * 1024;
 
 /// Outputs of some tokens and the heads of one group, token by token, from a part of the keys.
 struct Task<'a> {

@@ -104,9 +104,16 @@ impl Drop for Count<'_> {
 }
 
 impl<'a> Down<'a> {
-    fn new(x: &'a OneToken<'a>) -> Self {
-        let (hinted, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Self { x, lows: Vec::new(), h: Vec::new(), tasks: Vec::new(), hinted, done }
+    fn new<'t>(x: &'a OneToken<'a>, terms: impl Iterator<Item = &'t LowRank<'t, Cpu>>) -> Self {
+        let (count, rank) = terms.fold((0, 0), |(count, rank), term| (count + 1, rank + term.a.shape().0));
+        Self {
+            x,
+            lows: Vec::with_capacity(count),
+            h: Vec::with_capacity(rank),
+            tasks: Vec::with_capacity(count + rank / DOWN_ROWS),
+            hinted: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
+        }
     }
 
     fn push(&mut self, cpu: &Cpu, term: &LowRank<'a, Cpu>) -> Result<(), Error> {
@@ -219,9 +226,10 @@ impl<'a> Down<'a> {
 
 fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Product<'_, Cpu>]) -> Result<(), Error> {
     let token = OneToken::new(cpu, arithmetic, x, products.iter().map(|p| p.w));
-    let rows = rows_per_task(x.len());
-    let mut down = Down::new(&token);
-    let mut tasks = Vec::new();
+    let total = products.iter().map(|p| p.y.len()).sum();
+    let rows = rows_per_task(x.len(), total);
+    let mut down = Down::new(&token, products.iter().flat_map(|p| &p.low_rank));
+    let mut tasks = Vec::with_capacity(total / rows + products.len());
     for Product { w, low_rank, y } in products {
         let first = down.lows.len();
         for term in low_rank.iter().filter(|term| term.a.shape().0 > 0) {

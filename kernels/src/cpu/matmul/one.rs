@@ -13,6 +13,9 @@ use crate::{Arithmetic, FloatType};
 /// Weights of a task, a microsecond or two of work: coarse enough for one claim each, fine enough to share the rest.
 pub(super) const TASK: usize = 32 * 1024;
 
+/// Tasks below which they are cut smaller.
+const FEW: usize = 32;
+
 /// Activations of one token in the forms that kernels want. They are made before threads come to the work: to wait for
 /// the first of them to make one would be a system call.
 pub(super) struct OneToken<'a> {
@@ -67,7 +70,7 @@ impl<'a> OneToken<'a> {
     pub fn product(&self, cpu: &Cpu, w: &Matrix, y: &mut [f32], accumulate: bool) {
         let (_, k) = w.shape();
         let small = y.len() * k < 2 * TASK;
-        let rows = rows_per_task(k);
+        let rows = rows_per_task(k, y.len());
         chunks(&cpu.team, y, rows, small, |i, y| {
             if accumulate {
                 with_scratch(y.len(), |sums| {
@@ -115,7 +118,9 @@ enum Way<'a> {
     Decoded(&'a Nf4),
 }
 
-/// Rows of `k` weights in a task: whole tiles of up-projections, and groups of four, as some kernels sum short rows.
-pub(super) fn rows_per_task(k: usize) -> usize {
-    (TASK / k.max(1)).next_multiple_of(TILE).max(TILE)
+/// Rows of `k` weights in a task of products with `total` rows: whole tiles of up-projections, and groups of four, as some
+/// kernels sum short rows. Small tiles where there are few, for with two threads the odd one of 9 is idle time.
+pub(super) fn rows_per_task(k: usize, total: usize) -> usize {
+    let rows = (TASK / k.max(1)).next_multiple_of(TILE).max(TILE);
+    if total < FEW * rows { TILE } else { rows }
 }
