@@ -3,7 +3,7 @@
 use super::common::{check_all, golden};
 use super::{Notes, config, fixture, stop_after, weights};
 use pocketlora::adapter::AdapterFile;
-use pocketlora::train::{Dataset, Observer, StepReport, TrainConfig};
+use pocketlora::train::{Dataset, Mask, Observer, StepReport, TrainConfig};
 use pocketlora::{Error, ErrorCode};
 use std::fs;
 use std::ops::ControlFlow;
@@ -152,7 +152,7 @@ fn unusable_settings_and_data_are_refused_before_the_first_step() {
     let mut strange = data.clone();
     strange.samples[4].ids[3] = vocabulary;
     let mut silent = data.clone();
-    silent.samples.iter_mut().for_each(|s| s.trained.fill(false));
+    silent.samples.iter_mut().for_each(|s| s.trained = Mask::default());
     let with = |change: fn(&mut TrainConfig)| {
         let mut config = config();
         change(&mut config);

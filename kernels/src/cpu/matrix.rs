@@ -234,6 +234,29 @@ impl Band<'_> {
     pub fn decode(&self, table: &Table, row: usize, col: usize, width: usize, out: &mut [f32]) {
         self.matrix.decode(table, self.first + row, col, width, out);
     }
+
+    /// The same in bf16, for tables that multiply so.
+    pub fn decode_bf16(&self, table: &Table, row: usize, col: usize, width: usize, out: &mut [u16]) {
+        let (row, cols) = (self.first + row, self.matrix.cols);
+        assert!(col + width <= cols);
+        match self.matrix.elements() {
+            Elements::Dense(dtype, bytes) => {
+                let start = (row * cols + col) * dtype.size();
+                table.bf16_decode_dense(dtype, &bytes[start..], cols, width, out);
+            }
+            Elements::Nf4(w) if width == cols => table.bf16_decode_nf4(w, row * cols, out),
+            Elements::Nf4(w) => {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    table.bf16_decode_nf4(w, (row + i) * cols + col, out);
+                }
+            }
+            Elements::Int8(w) => {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    table.by_f32(out, |at, wide| w.decode(row + i, col + at, wide));
+                }
+            }
+        }
+    }
 }
 
 /// What `cell` holds, made by `make` if it is empty. Two threads may make it at once, alike.

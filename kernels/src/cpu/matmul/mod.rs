@@ -30,7 +30,7 @@ pub(crate) fn forward(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, x: &[f32], 
     }
     match arithmetic {
         Arithmetic::Int8 if k > 0 && q8::fits(w) => q8::forward(cpu, w, &Q8::new(cpu, x, k), y, accumulate),
-        Arithmetic::Bf16 | Arithmetic::Int8 if takes_bf16(cpu, tokens, k) => {
+        Arithmetic::Bf16 | Arithmetic::Int8 if takes_bf16(cpu, tokens, k) && !exact::is_narrow(w.whole()) => {
             bf16::forward(cpu, w.whole(), x, y, accumulate);
         }
         _ => exact::forward(cpu, w.whole(), x, y, accumulate),
