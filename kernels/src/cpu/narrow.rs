@@ -37,7 +37,7 @@ fn pack_row(x: &[f32], y: &mut [f32]) {
 /// The power of two that brings `largest` to `[2^14, 2^15)`, as far as it and its inverse are normal numbers.
 fn unit(largest: f32) -> f32 {
     let exponent = (largest.to_bits() >> 23) as i32 - 127 - 14;
-    f32::from_bits(((exponent.clamp(-100, 112) + 127) as u32) << 23)
+    f32::from_bits(((exponent.clamp(-126, 112) + 127) as u32) << 23)
 }
 
 /// See [`crate::Backend::widen`].
