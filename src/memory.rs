@@ -18,17 +18,28 @@ pub fn anonymous_bytes() -> Option<u64> {
 /// The highest of the samples taken. Work samples where it is at its fullest: in the middle of a backward pass, after
 /// a prompt.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Peak(Option<u64>);
+pub struct Peak {
+    bytes: Option<u64>,
+    ignored: bool,
+}
 
 impl Peak {
+    /// One that does not look, for work that holds nothing.
+    #[must_use]
+    pub fn ignored() -> Self {
+        Self { bytes: None, ignored: true }
+    }
+
     /// Looks now.
     pub fn sample(&mut self) {
-        self.0 = self.0.max(anonymous_bytes());
+        if !self.ignored {
+            self.bytes = self.bytes.max(anonymous_bytes());
+        }
     }
 
     /// The highest so far, in bytes.
     #[must_use]
     pub fn bytes(&self) -> Option<u64> {
-        self.0
+        self.bytes
     }
 }

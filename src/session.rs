@@ -49,6 +49,9 @@ pub struct Options {
     pub int8_cache: bool,
     /// A folder for copies that make things faster and can be made again at any time; none are kept without it.
     pub cache_dir: Option<PathBuf>,
+    /// Leaves the tokenizer alone, which is tens of megabytes: for work on token ids, or until
+    /// [`Session::load_text`].
+    pub ids_only: bool,
 }
 
 /// An open model with its adapters and one running text.
@@ -89,13 +92,7 @@ impl Session {
             }
         }
         let base = Arc::new(base);
-        let tokenizer = if dir.join("tokenizer.json").exists() {
-            let tokenizer = Tokenizer::open(dir)?;
-            let template = ChatTemplate::open(dir, &tokenizer)?;
-            Some((tokenizer, template))
-        } else {
-            None
-        };
+        let tokenizer = if options.ids_only { None } else { open_text(dir)? };
         Ok(Self {
             adapters: Adapters::none(&base),
             context: Context::new(&base, numbers),
@@ -110,6 +107,22 @@ impl Session {
             calibration: (options.threads == 0).then(Once::new),
             peak: Peak::default(),
         })
+    }
+
+    /// Loads the tokenizer and the chat template of a session that was opened without.
+    ///
+    /// # Errors
+    /// One of them is broken.
+    pub fn load_text(&mut self) -> Result<()> {
+        if self.tokenizer.is_none() {
+            self.tokenizer = open_text(&self.dir)?;
+        }
+        Ok(())
+    }
+
+    /// Frees them.
+    pub fn forget_text(&mut self) {
+        self.tokenizer = None;
     }
 
     /// Adds the PEFT adapter in `dir`, its effect multiplied by `scale`; several add up.
@@ -304,11 +317,24 @@ impl Session {
         Dataset::open(path, tokenizer, template, limits)
     }
 
-    /// Prepares a training run on this session's base; attached adapters take no part in it. With data to evaluate on,
-    /// or a bound on forgetting, the loss on a general text is watched as well.
+    /// What a run learns from and is watched on: some of the data is held out if `config` says so. With data to evaluate
+    /// on, or a bound on forgetting, the loss on a general text is watched as well. Nothing after it needs a tokenizer.
     ///
     /// # Errors
-    /// As [`Trainer::new`]; the data cannot be split, or forgetting is to be bound and there is no tokenizer.
+    /// The data cannot be split, or forgetting is to be bound and there is no tokenizer.
+    pub fn material(&self, config: &TrainConfig, data: Dataset, eval_data: Option<Dataset>) -> Result<Material> {
+        let (data, eval_data) = hold_out(config, data, eval_data)?;
+        // Who looks at what was learned looks at what was forgotten, too; without a tokenizer only who asks for it.
+        let watched = config.max_forgetting.is_some() || eval_data.is_some() && self.tokenizer.is_some();
+        let general = watched.then(|| general_text(self.tokenizer()?, &data)).transpose()?;
+        Ok(Material { data, eval_data, general })
+    }
+
+    /// Prepares a training run on this session's base; attached adapters take no part in it. See
+    /// [`Session::material`] for what becomes of the data.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`] and [`Session::material`].
     pub fn trainer(
         &self,
         config: TrainConfig,
@@ -317,15 +343,47 @@ impl Session {
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Trainer<Cpu>> {
+        let material = self.material(&config, data, eval_data)?;
+        self.trainer_of(config, material, init, out)
+    }
+
+    /// As [`Session::trainer`], when the material is there already.
+    ///
+    /// # Errors
+    /// As [`Trainer::new`].
+    pub fn trainer_of(
+        &self,
+        config: TrainConfig,
+        material: Material,
+        init: Option<&AdapterFile>,
+        out: &Path,
+    ) -> Result<Trainer<Cpu>> {
         self.choose_threads();
         let name = self.dir.file_name().map(|n| n.to_string_lossy().into_owned());
-        let (data, eval_data) = hold_out(&config, data, eval_data)?;
-        // Who looks at what was learned looks at what was forgotten, too; without a tokenizer only who asks for it.
-        let watched = config.max_forgetting.is_some() || eval_data.is_some() && self.tokenizer.is_some();
-        let general = watched.then(|| general_text(self.tokenizer()?, &data)).transpose()?;
-        let base = Arc::clone(&self.base);
+        let (base, Material { data, eval_data, general }) = (Arc::clone(&self.base), material);
         let mut trainer = Trainer::new(base, self.fingerprint, name, config, data, eval_data, init, out)?;
         general.into_iter().for_each(|text| trainer.watch(text));
         Ok(trainer)
     }
+}
+
+/// See [`Session::material`].
+#[derive(Clone, Debug)]
+pub struct Material {
+    /// To be learned.
+    pub data: Dataset,
+    /// To be evaluated on.
+    pub eval_data: Option<Dataset>,
+    /// A general text, on which forgetting shows.
+    pub general: Option<Dataset>,
+}
+
+/// The tokenizer and chat template in `dir`, if there are any.
+fn open_text(dir: &Path) -> Result<Option<(Tokenizer, ChatTemplate)>> {
+    if !dir.join("tokenizer.json").exists() {
+        return Ok(None);
+    }
+    let tokenizer = Tokenizer::open(dir)?;
+    let template = ChatTemplate::open(dir, &tokenizer)?;
+    Ok(Some((tokenizer, template)))
 }

@@ -128,6 +128,12 @@ pub struct Product<'a, B: Backend + ?Sized> {
     pub y: &'a mut B::Buffer,
 }
 
+/// Values that a row of `width` takes when packed by [`Backend::narrow`]: its unit, and pairs.
+#[must_use]
+pub const fn narrow_width(width: usize) -> usize {
+    1 + width.div_ceil(2)
+}
+
 /// A device that runs Pocketlora's operations. See the module text for the conventions.
 pub trait Backend: Send + Sync + 'static {
     /// An f32 array on the device.
@@ -144,6 +150,10 @@ pub trait Backend: Send + Sync + 'static {
     where
         Self: Sized;
 
+    /// Threads that operations run on.
+    fn threads(&self) -> usize {
+        1
+    }
     /// A buffer of `len` zeros.
     ///
     /// # Errors
@@ -151,6 +161,32 @@ pub trait Backend: Send + Sync + 'static {
     fn buffer(&self, len: usize) -> Result<Self::Buffer, Error>;
     /// Number of f32 in `buffer`.
     fn len(&self, buffer: &Self::Buffer) -> usize;
+    /// A buffer of `len` zeros to cut others from, where the device can do that.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    fn region(&self, len: usize) -> Result<Self::Buffer, Error> {
+        self.buffer(len)
+    }
+    /// Length that [`Backend::cut`] can give `buffer` at most.
+    fn capacity(&self, buffer: &Self::Buffer) -> usize {
+        self.len(buffer)
+    }
+    /// A buffer of `len` values from the beginning of `buffer`'s memory, and one of what is left of it, if anything is. The
+    /// buffer comes back where its device cannot give it that length. What the parts hold is unspecified.
+    #[expect(clippy::type_complexity, reason = "a name for it would hide what comes back")]
+    fn cut(&self, buffer: Self::Buffer, len: usize) -> Result<(Self::Buffer, Option<Self::Buffer>), Self::Buffer> {
+        if self.len(&buffer) == len { Ok((buffer, None)) } else { Err(buffer) }
+    }
+    /// Undoes [`Backend::cut`]; both come back if `second` does not lie right behind `first`.
+    fn join(&self, first: Self::Buffer, second: Self::Buffer) -> Result<Self::Buffer, (Self::Buffer, Self::Buffer)> {
+        Err((first, second))
+    }
+    /// A number that orders buffers as they lie in memory.
+    fn address(&self, buffer: &Self::Buffer) -> usize {
+        let _ = buffer;
+        0
+    }
     /// Copies host values in; lengths are equal.
     fn write(&self, dst: &mut Self::Buffer, src: &[f32]);
     /// Waits for the work recorded so far and copies `src` out; lengths are equal.
@@ -171,6 +207,13 @@ pub trait Backend: Send + Sync + 'static {
     fn work_matrix(&self, rows: usize, cols: usize, dtype: WorkType) -> Result<Self::Matrix, Error>;
     /// Rounds `master` (`rows * cols` values) into a matrix made by [`Backend::work_matrix`].
     fn set_matrix(&self, dst: &mut Self::Matrix, master: &Self::Buffer);
+    /// Lends the values of a matrix made as [`WorkType::F32`]: products see at once what `work` does to them.
+    fn with_values(&self, matrix: &mut Self::Matrix, work: &mut dyn FnMut(&mut Self::Buffer));
+    /// Waits for the work recorded so far and copies the values of a matrix made as [`WorkType::F32`] out.
+    ///
+    /// # Errors
+    /// As [`Backend::read`].
+    fn read_matrix(&self, matrix: &Self::Matrix, dst: &mut [f32]) -> Result<(), Error>;
     /// `(O, K)` of a matrix.
     fn shape(&self, matrix: &Self::Matrix) -> (usize, usize);
 
@@ -237,8 +280,15 @@ pub trait Backend: Send + Sync + 'static {
     /// `x *= factor`.
     fn scale(&self, factor: f32, x: &mut Self::Buffer);
     /// `y = x / (1 - p)` with elements dropped to zero with probability `p`; which ones is a function of `key` and
-    /// the element's index alone.
-    fn dropout(&self, p: f32, key: u64, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// the element's index alone, counted from `first` for the first of `x`.
+    fn dropout(&self, p: f32, key: u64, first: u64, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// `y = x`.
+    fn copy(&self, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// Packs rows of `width` in 16 bits, each with a power of two as its unit, so that none overflows. `y` has
+    /// [`narrow_width`] values for each row.
+    fn narrow(&self, width: usize, x: &Self::Buffer, y: &mut Self::Buffer);
+    /// What [`Backend::narrow`] packed, rounded to 11 bits of mantissa.
+    fn widen(&self, width: usize, x: &Self::Buffer, y: &mut Self::Buffer);
     /// Sets all of `x` to zero.
     fn zero(&self, x: &mut Self::Buffer);
 
@@ -283,6 +333,9 @@ pub trait Backend: Send + Sync + 'static {
         dgate: &mut Self::Buffer,
         dup: &mut Self::Buffer,
     );
+
+    /// As [`Backend::swiglu_vjp`], with the gradients in the place of what they belong to.
+    fn swiglu_vjp_in_place(&self, dy: &Self::Buffer, gate: &mut Self::Buffer, up: &mut Self::Buffer);
 
     /// Causal attention inside each of `segments` (lengths that sum to `T`); no token sees another segment.
     /// `q`, `y` are `[T, H * D]`, `k`, `v` `[T, G * D]`; `lse` `[T, H]` receives the log-sum-exp of the

@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 mod backend;
+mod counted;
 mod error;
 mod matrix;
 mod random;
@@ -14,8 +15,9 @@ pub mod quant;
 pub mod vulkan;
 
 pub use backend::{
-    AdamW, Arithmetic, Attention, Backend, CacheType, Lion, LowRank, MOMENT_BLOCK, Product, Sgd, WorkType,
+    AdamW, Arithmetic, Attention, Backend, CacheType, Lion, LowRank, MOMENT_BLOCK, Product, Sgd, WorkType, narrow_width,
 };
+pub use counted::{Count, Counted};
 pub use cpu::Cpu;
 pub use error::Error;
 pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};

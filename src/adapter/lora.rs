@@ -19,13 +19,26 @@ impl<B: Backend> Lora<B> {
     /// Out of memory.
     pub fn load(backend: &B, module: &LoraModule, factor: f32, dtype: WorkType) -> Result<Self> {
         let put = |tensor: &super::HostTensor| -> Result<B::Matrix> {
-            let mut master = backend.buffer(tensor.data.len())?;
-            backend.write(&mut master, &tensor.data);
             let mut matrix = backend.work_matrix(tensor.shape[0], tensor.shape[1], dtype)?;
-            backend.set_matrix(&mut matrix, &master);
+            if dtype == WorkType::F32 {
+                backend.with_values(&mut matrix, &mut |values| backend.write(values, &tensor.data));
+            } else {
+                let mut master = backend.buffer(tensor.data.len())?;
+                backend.write(&mut master, &tensor.data);
+                backend.set_matrix(&mut matrix, &master);
+            }
             Ok(matrix)
         };
         Ok(Self { a: put(&module.a)?, b: put(&module.b)?, scale: module.scale * factor })
+    }
+
+    /// Zeros of `rank` on a linear layer `[out, input]`, to count what an adapter takes.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn zeros(backend: &B, rank: usize, [out, input]: [usize; 2]) -> Result<Self> {
+        let matrix = |rows, cols| backend.work_matrix(rows, cols, WorkType::F32);
+        Ok(Self { a: matrix(rank, input)?, b: matrix(out, rank)?, scale: 1.0 })
     }
 
     /// `s x Aᵀ` `[T, r]`, with `x` after dropout.
@@ -41,7 +54,7 @@ impl<B: Backend> Lora<B> {
     fn dropped(cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<Option<B::Buffer>> {
         let Some(dropout) = cx.dropout else { return Ok(None) };
         let mut y = cx.pool.take(cx.backend, cx.backend.len(x))?;
-        cx.backend.dropout(dropout.p, dropout.key, x, &mut y);
+        cx.backend.dropout(dropout.p, dropout.key, dropout.first, x, &mut y);
         Ok(Some(y))
     }
 }
@@ -68,8 +81,7 @@ impl<B: Backend> Adapter<B> for Lora<B> {
         x: &B::Buffer,
         dy: &B::Buffer,
         grads: &mut [B::Buffer],
-        dx: Option<&mut B::Buffer>,
-    ) -> Result<()> {
+    ) -> Result<B::Buffer> {
         let (backend, [da, db]) = (cx.backend, grads) else {
             unreachable!("the tape hands over one gradient for each of `tensors`")
         };
@@ -87,24 +99,25 @@ impl<B: Backend> Adapter<B> for Lora<B> {
         backend.matmul_vjp_x(cx.arithmetic, &self.b, dy, &mut dh, false);
         backend.scale(self.scale, &mut dh);
         backend.matmul_vjp_w(tokens, &dh, x, da);
-        if let Some(dx) = dx {
-            match cx.dropout {
-                None => backend.matmul_vjp_x(cx.arithmetic, &self.a, &dh, dx, true),
-                Some(dropout) => {
-                    let mut part = cx.pool.take(backend, tokens * input)?;
-                    let mut masked = cx.pool.take(backend, tokens * input)?;
-                    backend.matmul_vjp_x(cx.arithmetic, &self.a, &dh, &mut part, false);
-                    backend.dropout(dropout.p, dropout.key, &part, &mut masked);
-                    backend.add_assign(&masked, dx);
-                    cx.pool.put(backend, part);
-                    cx.pool.put(backend, masked);
-                }
-            }
-        }
-        cx.pool.put(backend, dh);
         if let Some(buffer) = dropped {
             cx.pool.put(backend, buffer);
         }
+        Ok(dh)
+    }
+
+    fn backward_x(&self, cx: &mut Context<'_, B>, dh: &B::Buffer, dx: &mut B::Buffer) -> Result<()> {
+        let backend = cx.backend;
+        let Some(dropout) = cx.dropout else {
+            backend.matmul_vjp_x(cx.arithmetic, &self.a, dh, dx, true);
+            return Ok(());
+        };
+        let mut part = cx.pool.take(backend, backend.len(dx))?;
+        let mut masked = cx.pool.take(backend, backend.len(dx))?;
+        backend.matmul_vjp_x(cx.arithmetic, &self.a, dh, &mut part, false);
+        backend.dropout(dropout.p, dropout.key, dropout.first, &part, &mut masked);
+        backend.add_assign(&masked, dx);
+        cx.pool.put(backend, part);
+        cx.pool.put(backend, masked);
         Ok(())
     }
 
@@ -116,8 +129,13 @@ impl<B: Backend> Adapter<B> for Lora<B> {
         vec![spec("lora_A.weight", &self.a), spec("lora_B.weight", &self.b)]
     }
 
-    fn set(&mut self, backend: &B, masters: &[&B::Buffer]) {
-        backend.set_matrix(&mut self.a, masters[0]);
-        backend.set_matrix(&mut self.b, masters[1]);
+    fn update(&mut self, backend: &B, work: &mut dyn FnMut(usize, &mut B::Buffer)) {
+        for (i, matrix) in [&mut self.a, &mut self.b].into_iter().enumerate() {
+            backend.with_values(matrix, &mut |values| work(i, values));
+        }
+    }
+
+    fn read(&self, backend: &B, index: usize, out: &mut [f32]) -> Result<()> {
+        Ok(backend.read_matrix([&self.a, &self.b][index], out)?)
     }
 }

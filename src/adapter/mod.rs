@@ -32,6 +32,8 @@ pub struct Dropout {
     pub p: f32,
     /// Selects the random stream; differs by step, micro-batch and layer.
     pub key: u64,
+    /// Position in the stream of the input's first element; of a pass, that of its first token.
+    pub first: u64,
 }
 
 /// Name and shape of one of an adapter's tensors, as PEFT names it under its module.
@@ -56,8 +58,8 @@ pub trait Adapter<B: Backend>: Send + Sync {
         None
     }
 
-    /// Given the gradient `dy` of the adapted output, adds the adapter's part to `dx`, if the input needs one, and to
-    /// the gradients `grads` of [`Adapter::tensors`].
+    /// Given the gradient `dy` of the adapted output, adds to the gradients `grads` of [`Adapter::tensors`]; returns what
+    /// [`Adapter::backward_x`] needs of it. In two steps, so that `x` may be gone before `dx` is there.
     ///
     /// # Errors
     /// Out of memory.
@@ -67,14 +69,26 @@ pub trait Adapter<B: Backend>: Send + Sync {
         x: &B::Buffer,
         dy: &B::Buffer,
         grads: &mut [B::Buffer],
-        dx: Option<&mut B::Buffer>,
-    ) -> Result<()>;
+    ) -> Result<B::Buffer>;
+
+    /// Adds the adapter's part to the input's gradient `dx`.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn backward_x(&self, cx: &mut Context<'_, B>, carried: &B::Buffer, dx: &mut B::Buffer) -> Result<()>;
 
     /// The tensors that training moves.
     fn tensors(&self, backend: &B) -> Vec<TensorSpec>;
 
-    /// Takes new values for [`Adapter::tensors`].
-    fn set(&mut self, backend: &B, masters: &[&B::Buffer]);
+    /// Lends each of [`Adapter::tensors`] of an adapter that was loaded as [`WorkType::F32`]: they are the masters
+    /// themselves.
+    fn update(&mut self, backend: &B, work: &mut dyn FnMut(usize, &mut B::Buffer));
+
+    /// Copies tensor number `index` of such an adapter out.
+    ///
+    /// # Errors
+    /// Device lost.
+    fn read(&self, backend: &B, index: usize, out: &mut [f32]) -> Result<()>;
 }
 
 /// The adapters attached to a model, by linear layer. Several on one layer add up.
@@ -93,10 +107,20 @@ impl<B: Backend> Adapters<B> {
         &self.by_param[p.0 as usize]
     }
 
+    /// As [`Adapters::on`], to be changed.
+    pub fn on_mut(&mut self, p: Param) -> &mut [Box<dyn Adapter<B>>] {
+        &mut self.by_param[p.0 as usize]
+    }
+
     /// All, with the parameter each sits on, in the order of the parameters.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (Param, &mut Box<dyn Adapter<B>>)> {
         let at = |i: usize| Param(i as u32);
         self.by_param.iter_mut().enumerate().flat_map(move |(i, list)| list.iter_mut().map(move |a| (at(i), a)))
+    }
+
+    /// Puts an adapter on the linear layer with weight `p`.
+    pub(crate) fn push(&mut self, p: Param, adapter: Box<dyn Adapter<B>>) {
+        self.by_param[p.0 as usize].push(adapter);
     }
 
     /// Attaches every module of `file` with its effect multiplied by `factor`.

@@ -1,22 +1,21 @@
-//! Training steps: a LoRA of rank 8 on all linear layers, AdamW, each layer run again when its gradient is due.
+//! Training steps: unless asked otherwise a LoRA of rank 8 on all linear layers, AdamW, each layer run again when its
+//! gradient is due.
 
 use super::{Figure, Options, Progress, check, infer};
 use crate::error::{Error, Result};
 use crate::exec::Base;
 use crate::memory::Peak;
 use crate::session::Session;
-use crate::train::{Dataset, Observer, Sample, StepReport, TrainConfig, Trainer};
+use crate::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig, Trainer};
 use pocketlora_kernels::Backend;
 use std::ops::ControlFlow;
 use tempfile::TempDir;
-
-/// Rank of the adapter in training.
-const RANK: usize = 8;
 
 /// What one session gave.
 pub(super) struct Training {
     pub rate: Figure,
     pub peak: Peak,
+    pub plan: MemoryPlan,
 }
 
 /// What a trainer needs for `options.trials` steps after a first one.
@@ -33,12 +32,11 @@ impl Run {
         let trained = (0..ids.len()).map(|i| i > 0).collect();
         let data = Dataset::new("random tokens", vec![Sample { ids, trained }]);
         let config = TrainConfig {
-            rank: RANK,
             batch: 1,
             steps: Some(options.trials as u64 + 1),
             seq: options.sequence,
             save_every: 0,
-            ..TrainConfig::default()
+            ..options.settings.clone()
         };
         let out = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
         Ok(Self { config, data, out })
@@ -68,7 +66,7 @@ pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progr
     steps(&mut trainer, options, progress, &mut |report| {
         rates.extend(report.map(|r| r.tokens as f64 / r.time.as_secs_f64()));
     })?;
-    Ok(Training { rate: Figure::new(rates), peak: trainer.peak() })
+    Ok(Training { rate: Figure::new(rates), peak: trainer.peak(), plan: trainer.plan(session.mapped_bytes()) })
 }
 
 /// The loop here stops between steps by itself.

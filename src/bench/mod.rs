@@ -32,6 +32,7 @@ pub use work::Work;
 use crate::error::{Error, ErrorCode, Result};
 use crate::session;
 use crate::session::Session;
+use crate::train::{MemoryPlan, TrainConfig};
 use pocketlora_kernels::cpu::limits;
 use serde::Serialize;
 use std::path::Path;
@@ -51,8 +52,10 @@ pub struct Options {
     pub sequence: usize,
     /// Measure training.
     pub train: bool,
-    /// Measure training once more by operation.
+    /// With training alone: measure it once more, by operation.
     pub profile: bool,
+    /// Settings of training, but for those that the measurement itself decides.
+    pub settings: TrainConfig,
     /// Measure single kernels.
     pub kernels: bool,
 }
@@ -67,6 +70,7 @@ impl Default for Options {
             sequence: 256,
             train: true,
             profile: false,
+            settings: TrainConfig { rank: 8, ..TrainConfig::default() },
             kernels: true,
         }
     }
@@ -111,6 +115,8 @@ pub struct Run {
     pub train_tok_s: Option<f64>,
     /// Dirty memory at its highest.
     pub peak_anonymous_bytes: Peaks,
+    /// What training was planned to hold, and how far its peak is from that.
+    pub train_memory: Option<TrainMemory>,
     /// Share of the machine's limits.
     pub share: Share,
     /// What the adapter takes from decoding, in percent: of trials in turn, the median ratio.
@@ -121,8 +127,6 @@ pub struct Run {
     pub limits: Limits,
     /// The trials behind the medians.
     pub figures: Figures,
-    /// Where a training step's time goes.
-    pub profile: Option<Profile>,
 }
 
 /// Tokens a second.
@@ -142,6 +146,31 @@ pub struct Peaks {
     pub decode: Option<u64>,
     /// In the middle of a training step.
     pub train: Option<u64>,
+}
+
+/// Memory of training: planned and measured.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct TrainMemory {
+    /// What was planned before the first step, by purpose.
+    pub plan: MemoryPlan,
+    /// Anonymous bytes that the run was planned to take.
+    pub planned_bytes: u64,
+    /// That it took, above those that the process held before.
+    pub taken_bytes: Option<u64>,
+    /// The difference in percent of the plan.
+    pub deviation_percent: Option<f64>,
+}
+
+impl TrainMemory {
+    fn new(training: &learn::Training) -> Self {
+        let (plan, peak) = (training.plan, training.peak.bytes());
+        Self {
+            plan,
+            planned_bytes: plan.anonymous(),
+            taken_bytes: peak.map(|peak| peak.saturating_sub(plan.before)),
+            deviation_percent: peak.map(|peak| plan.deviation(peak)),
+        }
+    }
 }
 
 /// Shares of the machine's limits.
@@ -200,7 +229,6 @@ struct First {
     isa: &'static str,
     limits: limits::Limits,
     inference: infer::Inference,
-    profile: Option<Profile>,
 }
 
 /// Measures the model in `dir`, opened as `open` says but for its threads.
@@ -223,7 +251,7 @@ pub fn run(dir: &Path, open: &session::Options, options: &Options, progress: &mu
         }
         model.get_or_insert_with(|| describe(&session));
         let backend = &session.base().backend;
-        firsts.push(First { threads: backend.threads(), isa: backend.isa().name(), limits, inference, profile: None });
+        firsts.push(First { threads: backend.threads(), isa: backend.isa().name(), limits, inference });
     }
     let mut trainings = Vec::new();
     for first in firsts.iter_mut() {
@@ -232,9 +260,6 @@ pub fn run(dir: &Path, open: &session::Options, options: &Options, progress: &mu
             false => None,
         };
         trainings.push(training);
-        if options.profile {
-            first.profile = Some(profile::measure(&sessions, first.threads, options, progress)?);
-        }
         check(progress, &format!("the machine's limits once more, threads: {}", first.threads))?;
         first.limits = first.limits.max(limits::measure(first.threads, options.trials)?);
     }
@@ -251,6 +276,77 @@ pub fn run(dir: &Path, open: &session::Options, options: &Options, progress: &mu
         tokens: Lengths { prefill: options.prefill, decode: options.decode, train: options.sequence },
         trials: options.trials,
     })
+}
+
+/// Training alone, in a process that has done nothing else: its peak is what training takes.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainReport {
+    /// One for each number of threads. What an earlier one has freed may be among what a later one finds held.
+    pub runs: Vec<TrainRun>,
+    /// The model.
+    pub model: Model,
+    /// The machine and the program.
+    pub machine: Machine,
+    /// Tokens of the sequence.
+    pub sequence: usize,
+    /// Trials of each figure.
+    pub trials: usize,
+}
+
+/// One number of threads.
+#[derive(Clone, Debug, Serialize)]
+pub struct TrainRun {
+    /// Threads.
+    pub threads: usize,
+    /// Instruction set of the kernels.
+    pub isa: &'static str,
+    /// Median tokens a second.
+    pub train_tok_s: f64,
+    /// The trials behind it.
+    pub figure: Figure,
+    /// Dirty memory of the process at its highest, in bytes.
+    pub peak_anonymous_bytes: Option<u64>,
+    /// Planned and taken.
+    pub train_memory: TrainMemory,
+    /// Where a step's time goes, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub profile: Option<Profile>,
+}
+
+/// Measures training alone of the model in `dir`.
+///
+/// # Errors
+/// As [`run`].
+pub fn train(
+    dir: &Path,
+    open: &session::Options,
+    options: &Options,
+    progress: &mut Progress<'_>,
+) -> Result<TrainReport> {
+    let sessions = Sessions { dir, open };
+    let first = sessions.open(1)?;
+    let (options, model) = (&fitted(&first, options)?, describe(&first));
+    drop(first);
+    let mut runs = Vec::new();
+    for threads in &options.threads {
+        let session = sessions.open(*threads)?;
+        let training = learn::measure(&session, options, progress)?;
+        let isa = session.base().backend.isa().name();
+        drop(session);
+        let profile =
+            if options.profile { Some(profile::measure(&sessions, *threads, options, progress)?) } else { None };
+        runs.push(TrainRun {
+            threads: *threads,
+            isa,
+            train_tok_s: training.rate.median,
+            peak_anonymous_bytes: training.peak.bytes(),
+            train_memory: TrainMemory::new(&training),
+            figure: training.rate,
+            profile,
+        });
+    }
+    let (machine, sequence, trials) = (Machine::here(), options.sequence, options.trials);
+    Ok(TrainReport { runs, model, machine, sequence, trials })
 }
 
 /// Opens the model anew for each part, so that none inherits another's memory.
@@ -296,7 +392,7 @@ fn describe(session: &Session) -> Model {
 }
 
 fn sum_up(first: First, training: Option<learn::Training>, model: &Model, options: &Options) -> Run {
-    let First { threads, isa, limits, inference, profile } = first;
+    let First { threads, isa, limits, inference } = first;
     let infer::Inference { prefill, decode, adapter_decode, decode_peak } = inference;
     let work = &model.work;
     let decode_gb_s = decode.median * work.bytes_per_token as f64 / 1e9;
@@ -313,6 +409,7 @@ fn sum_up(first: First, training: Option<learn::Training>, model: &Model, option
             decode: decode_peak.bytes(),
             train: training.as_ref().and_then(|t| t.peak.bytes()),
         },
+        train_memory: training.as_ref().map(TrainMemory::new),
         share: Share {
             read: decode_gb_s / limits.read_gb_s,
             int8: prefill.median * work.prefill_ops(options.prefill) / (limits.int8_gops * 1e9),
@@ -322,7 +419,6 @@ fn sum_up(first: First, training: Option<learn::Training>, model: &Model, option
         decode_gb_s,
         limits: limits.into(),
         figures: Figures { prefill, decode, adapter_decode, train: training.map(|t| t.rate) },
-        profile,
     }
 }
 

@@ -131,8 +131,33 @@ impl<B: Backend> Backend for Profiled<B> {
         self.inner.scope(work)
     }
 
+    fn threads(&self) -> usize {
+        self.inner.threads()
+    }
+
     fn len(&self, buffer: &B::Buffer) -> usize {
         self.inner.len(buffer)
+    }
+
+    fn capacity(&self, buffer: &B::Buffer) -> usize {
+        self.inner.capacity(buffer)
+    }
+
+    fn cut(&self, buffer: B::Buffer, len: usize) -> Result<(B::Buffer, Option<B::Buffer>), B::Buffer> {
+        self.inner.cut(buffer, len)
+    }
+
+    fn join(&self, first: B::Buffer, second: B::Buffer) -> Result<B::Buffer, (B::Buffer, B::Buffer)> {
+        self.inner.join(first, second)
+    }
+
+    fn address(&self, buffer: &B::Buffer) -> usize {
+        self.inner.address(buffer)
+    }
+
+    /// Not timed: what `work` calls is.
+    fn with_values(&self, matrix: &mut B::Matrix, work: &mut dyn FnMut(&mut B::Buffer)) {
+        self.inner.with_values(matrix, work);
     }
 
     fn codes_len(&self, codes: &B::Codes) -> usize {
@@ -203,11 +228,13 @@ impl<B: Backend> Backend for Profiled<B> {
 
     pass_on! {
         fn buffer(len: usize) -> Result<B::Buffer, Error>;
+        fn region(len: usize) -> Result<B::Buffer, Error>;
         fn write(dst: &mut B::Buffer, src: &[f32]);
         fn read(src: &B::Buffer, dst: &mut [f32]) -> Result<(), Error>;
         fn matrix(source: MatrixSource) -> Result<B::Matrix, Error>;
         fn work_matrix(rows: usize, cols: usize, dtype: WorkType) -> Result<B::Matrix, Error>;
         fn set_matrix(dst: &mut B::Matrix, master: &B::Buffer);
+        fn read_matrix(matrix: &B::Matrix, dst: &mut [f32]) -> Result<(), Error>;
         fn embed(table: &B::Matrix, ids: &[u32], y: &mut B::Buffer);
         fn gather_rows(x: &B::Buffer, rows: &[u32], y: &mut B::Buffer);
         fn scatter_add_rows(x: &B::Buffer, rows: &[u32], y: &mut B::Buffer);
@@ -215,7 +242,10 @@ impl<B: Backend> Backend for Profiled<B> {
         fn add(a: &B::Buffer, b: &B::Buffer, y: &mut B::Buffer);
         fn add_assign(x: &B::Buffer, y: &mut B::Buffer);
         fn scale(factor: f32, x: &mut B::Buffer);
-        fn dropout(p: f32, key: u64, x: &B::Buffer, y: &mut B::Buffer);
+        fn dropout(p: f32, key: u64, first: u64, x: &B::Buffer, y: &mut B::Buffer);
+        fn copy(x: &B::Buffer, y: &mut B::Buffer);
+        fn narrow(width: usize, x: &B::Buffer, y: &mut B::Buffer);
+        fn widen(width: usize, x: &B::Buffer, y: &mut B::Buffer);
         fn zero(x: &mut B::Buffer);
         fn rms_norm(w: &B::Buffer, eps: f32, x: &B::Buffer, y: &mut B::Buffer);
         fn rms_norm_vjp_x(w: &B::Buffer, eps: f32, x: &B::Buffer, dy: &B::Buffer, dx: &mut B::Buffer);
@@ -231,6 +261,7 @@ impl<B: Backend> Backend for Profiled<B> {
         fn swiglu_vjp(
             gate: &B::Buffer, up: &B::Buffer, dy: &B::Buffer, dgate: &mut B::Buffer, dup: &mut B::Buffer
         );
+        fn swiglu_vjp_in_place(dy: &B::Buffer, gate: &mut B::Buffer, up: &mut B::Buffer);
         fn attention(
             spec: &Attention, segments: &[usize], q: &B::Buffer, k: &B::Buffer, v: &B::Buffer, y: &mut B::Buffer,
             lse: &mut B::Buffer

@@ -2,10 +2,11 @@
 
 use super::args::{PrecisionArg, megabytes, options, print_json, stopped};
 use super::{interrupt, model, progress};
-use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, shape};
+use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, TrainReport, shape};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::write_bytes;
 use crate::session;
+use crate::train::TrainConfig;
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -37,14 +38,20 @@ pub(super) struct Args {
     /// Tokens of a training sequence.
     #[arg(long, default_value_t = 256)]
     seq: usize,
-    /// Measure training, which is the default.
-    #[arg(long, overrides_with = "no_train")]
+    /// Measure training alone, in a process that does nothing else: its memory is then training's.
+    #[arg(long, conflicts_with = "no_train")]
     train: bool,
+    /// With --train: optimizer.
+    #[arg(long, value_name = "NAME", requires = "train", default_value = "adamw")]
+    optimizer: String,
+    /// With --train: anonymous memory that the process may hold, in MB.
+    #[arg(long, value_name = "MB", requires = "train")]
+    memory_budget: Option<u64>,
     /// Leave training out.
-    #[arg(long, overrides_with = "train")]
-    no_train: bool,
-    /// Measure training once more, by operation.
     #[arg(long)]
+    no_train: bool,
+    /// With --train: measure it once more, by operation.
+    #[arg(long, requires = "train")]
     profile: bool,
     /// Leave single kernels out.
     #[arg(long)]
@@ -68,7 +75,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let work = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
-    let mut open = session::Options { precision: args.precision.into(), ..options() };
+    let mut open = session::Options { precision: args.precision.into(), ids_only: true, ..options() };
     let folder = args.keep.as_deref().unwrap_or(work.path());
     let dir = match &args.shape {
         Some(name) => {
@@ -84,8 +91,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
         prefill: args.prefill,
         decode: args.decode,
         sequence: args.seq,
-        train: !args.no_train || args.train,
+        train: !args.no_train,
         profile: args.profile,
+        settings: settings(args)?,
         kernels: !args.no_kernels,
     };
     let bar = progress::steps("bench");
@@ -93,6 +101,20 @@ pub(super) fn run(args: &Args) -> Result<()> {
         bar.set_message(what.to_owned());
         !interrupt::asked()
     };
+    if args.train {
+        let report = bench::train(&dir, &open, &wanted, &mut tell);
+        bar.finish_and_clear();
+        let report = report.map_err(|e| if e.code() == ErrorCode::Cancelled { stopped("bench") } else { e })?;
+        if let Some(path) = &args.record {
+            record(path, &json!(report))?;
+        }
+        if args.json {
+            print_json(&json!(report));
+        } else {
+            print!("{}", train_text(&report));
+        }
+        return Ok(());
+    }
     let measured = (|| {
         let report = bench::run(&dir, &open, &wanted, &mut tell)?;
         #[cfg(feature = "ggml")]
@@ -117,6 +139,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
         print!("{}{}", text(&report), against.map_or_else(String::new, |(_, text)| text));
     }
     Ok(())
+}
+
+/// Settings of training.
+fn settings(args: &Args) -> Result<TrainConfig> {
+    let optimizer = serde_json::from_value(json!(args.optimizer))
+        .map_err(|e| Error::config("optimizer", "`adamw`, `adamw8bit`, `sgd` or `lion`", e))?;
+    Ok(TrainConfig { optimizer, memory_budget: args.memory_budget, ..Options::default().settings })
 }
 
 /// Writes the model of shape `name` into `folder`, unless it is there.
@@ -173,14 +202,29 @@ fn text(report: &Report) -> String {
         tokens.decode,
         tokens.train
     );
-    for run in runs {
-        if let Some(profile) = &run.profile {
-            let of = format!("training step@{} x{}: {:.1} ms", run.isa, run.threads, profile.step_ms);
-            text.push_str(&format!("{of}\n{}\n", profile_table(profile)));
-        }
-    }
     if !kernels.is_empty() {
         text.push_str(&format!("{}\n", kernel_table(kernels)));
+    }
+    text
+}
+
+fn train_text(report: &TrainReport) -> String {
+    let TrainReport { runs, model, machine, sequence, trials } = report;
+    let mut text = format!("{} on {}, sequences of {sequence} tokens, median of {trials}\n", model.name, machine.cpu);
+    for run in runs {
+        let (memory, plan) = (&run.train_memory, &run.train_memory.plan);
+        let peak = run.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes);
+        let off = memory.deviation_percent.map_or_else(String::new, |d| format!(", {d:+.1} % off its plan"));
+        text.push_str(&format!(
+            "train@{} x{}: {:.1} tok/s, {peak} anonymous at most{off}\n{}\n",
+            run.isa,
+            run.threads,
+            run.train_tok_s,
+            super::train::plan_text(plan)
+        ));
+        if let Some(profile) = &run.profile {
+            text.push_str(&format!("a step, {:.1} ms:\n{}\n", profile.step_ms, profile_table(profile)));
+        }
     }
     text
 }

@@ -6,7 +6,7 @@ use crate::chat::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::format::open_source;
 use crate::tokenizer::Tokenizer;
-use crate::train::{DataReport, Dataset, Limits, Sample, TrainConfig};
+use crate::train::{DataReport, Dataset, Limits, Sample, TrainConfig, hold_out};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
@@ -31,7 +31,8 @@ pub(super) fn dry_run(model: &str, quantize: bool, data: &Path, config: &TrainCo
     let built = pocketlora_models::build(source.config())
         .map_err(|e| Error::format(&dir.join("config.json"), "config", "a supported model", &e).caused_by(e))?;
     let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab: built.config().vocab_size };
-    let data = Dataset::open(data, &tokenizer, &template, limits)?;
+    let all = Dataset::open(data, &tokenizer, &template, limits)?;
+    let (data, _) = hold_out(config, all, None)?;
     let report = DataReport::new(&data, config)?;
     let shown = data.samples.iter().take(SHOWN);
     if as_json {

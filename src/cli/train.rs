@@ -4,7 +4,7 @@ use super::args::{megabytes, print_json};
 use super::{data, interrupt, model, progress};
 use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
-use crate::session::{Options, Session};
+use crate::session::{Material, Options, Session};
 use crate::train::{DataReport, MemoryPlan, Observer, StepReport, Summary, TrainConfig, has_checkpoint};
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -185,6 +185,10 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     precision: Option<String>,
+    /// Anonymous memory that the process may hold, in MB; says what it gives up for it. [default: no bound]
+    #[arg(long, value_name = "MB")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_budget: Option<u64>,
 }
 
 impl Args {
@@ -222,6 +226,8 @@ fn bad_settings(file: Option<&Path>, e: &toml::de::Error) -> Error {
 }
 
 pub(super) fn run(args: &Args) -> Result<bool> {
+    // The program itself, before it has read anything.
+    let baseline = crate::memory::anonymous_bytes();
     let config = args.settings.merge(args.config.as_deref())?;
     if args.dry_run {
         data::dry_run(&args.model, !args.no_quantize, &args.data, &config, args.json)?;
@@ -229,9 +235,10 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     }
     check_out(args)?;
     let dir = model::resolve(&args.model, !args.no_quantize)?;
-    let session = Session::open(&dir, &Options { threads: args.threads, ..super::args::options() })?;
-    let (summary, plan, data) = fit(&session, config, args)?;
-    report(&summary, plan, &data, &session, args.json);
+    let options = Options { threads: args.threads, ids_only: true, ..super::args::options() };
+    let mut session = Session::open(&dir, &options)?;
+    let (summary, plan, data) = fit(&mut session, config, args)?;
+    report(&summary, plan, &data, baseline, &session, args.json);
     Ok(summary.done)
 }
 
@@ -247,33 +254,78 @@ fn check_out(args: &Args) -> Result<()> {
     Err(Error::new(ErrorCode::Config, format!("`{}`", args.out().display()), message))
 }
 
-fn fit(session: &Session, config: TrainConfig, args: &Args) -> Result<(Summary, MemoryPlan, DataReport)> {
-    let data = session.dataset(&args.data, config.seq)?;
-    let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
+/// Reads the data on a thread of its own, with whose memory the system's allocator keeps apart what tokenizers leave
+/// behind, and lets the tokenizer go: training needs no text. What is kept is copied out of there.
+fn read(session: &mut Session, config: &TrainConfig, args: &Args) -> Result<Material> {
+    let material = std::thread::scope(|scope| {
+        let work = || {
+            session.load_text()?;
+            let data = session.dataset(&args.data, config.seq)?;
+            let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
+            let material = session.material(config, data, eval_data)?;
+            session.forget_text();
+            Ok::<_, Error>(material)
+        };
+        scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    Ok(material.clone())
+}
+
+fn fit(session: &mut Session, config: TrainConfig, args: &Args) -> Result<(Summary, MemoryPlan, DataReport)> {
+    let material = read(session, &config, args)?;
     let init = args.init.as_deref().map(AdapterFile::open).transpose()?;
-    let report = DataReport::new(&data, &config)?;
-    let mut trainer = session.trainer(config, data, eval_data, init.as_ref(), args.out())?;
+    let mut trainer = session.trainer_of(config, material, init.as_ref(), args.out())?;
+    drop(init);
     if args.resume {
         trainer.resume()?;
         eprintln!("resuming after step {}", trainer.step_number());
     }
+    let report = trainer.data_report()?;
     eprint!("{}", data::text(&report));
     eprintln!("adapter: {} trained values", trainer.trained_parameters());
     let plan = trainer.plan(session.mapped_bytes());
-    eprintln!(
-        "memory: {} mapped; {} anonymous planned: adapter {}, optimizer {}, layer inputs {}, one layer {}, logits {}",
-        megabytes(plan.weights_mapped),
-        megabytes(plan.anonymous()),
-        megabytes(plan.adapter),
-        megabytes(plan.optimizer),
-        megabytes(plan.layer_inputs),
-        megabytes(plan.layer_workspace),
-        megabytes(plan.logits)
-    );
+    eprintln!("{}", plan_text(&plan));
     let mut watcher = Watcher::new(trainer.total_steps(), trainer.step_number(), args.json);
     let summary = trainer.run(&mut watcher);
     watcher.bar.finish_and_clear();
     Ok((summary?, plan, report))
+}
+
+/// What a run will hold, and what was given up for a budget.
+pub(super) fn plan_text(plan: &MemoryPlan) -> String {
+    let layout = &plan.layout;
+    let mut text = format!(
+        "memory: {} mapped; {} anonymous: {} held before, {} for the run\n  adapter {}, gradients {}, optimizer {}, layer \
+         inputs {}, one layer {}, attention {}, logits {}, kernels {}\n  {} tokens in a pass, {}",
+        megabytes(plan.weights_mapped),
+        megabytes(plan.process()),
+        megabytes(plan.before),
+        megabytes(plan.anonymous()),
+        megabytes(plan.adapter),
+        megabytes(plan.gradients),
+        megabytes(plan.optimizer),
+        megabytes(plan.layer_inputs),
+        megabytes(plan.layer_workspace),
+        megabytes(plan.attention),
+        megabytes(plan.logits),
+        megabytes(plan.kernels),
+        plan.pass_tokens,
+        match layout.every {
+            1 => "every layer's input kept".to_owned(),
+            n => format!("every {n} layers an input kept"),
+        },
+    );
+    if layout.narrow {
+        text.push_str(" in 16 bits");
+    }
+    if layout.part != usize::MAX {
+        text.push_str(&format!(", feed-forward by {} tokens", layout.part));
+    }
+    if layout.loss_rows != usize::MAX {
+        text.push_str(&format!(", loss by {} tokens", layout.loss_rows));
+    }
+    text.push_str(&format!(", moments of {}", json!(plan.optimizer_kind).as_str().unwrap_or_default()));
+    text
 }
 
 /// Shows steps on a bar, or as JSON lines, and passes Ctrl-C on.
@@ -320,7 +372,7 @@ impl Observer for Watcher {
     }
 }
 
-fn report(s: &Summary, plan: MemoryPlan, data: &DataReport, session: &Session, as_json: bool) {
+fn report(s: &Summary, plan: MemoryPlan, data: &DataReport, baseline: Option<u64>, session: &Session, as_json: bool) {
     let rate = s.tokens as f64 / s.time.as_secs_f64();
     if as_json {
         print_json(&json!({
@@ -329,7 +381,10 @@ fn report(s: &Summary, plan: MemoryPlan, data: &DataReport, session: &Session, a
             "general_loss": s.general_loss, "general_loss_before": s.before.and_then(|b| b.general), "tok_s": rate,
             "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": data.batches.padded_tokens,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
-            "mapped_bytes": session.mapped_bytes(), "plan": plan, "data": data, "adapter": s.adapter,
+            "mapped_bytes": session.mapped_bytes(), "plan": plan, "planned_bytes": plan.anonymous(),
+            "baseline_anonymous_bytes": baseline,
+            "deviation_percent": s.peak_anonymous_bytes.map(|peak| plan.deviation(peak)),
+            "data": data, "adapter": s.adapter,
         }));
     } else {
         println!(

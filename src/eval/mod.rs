@@ -23,7 +23,7 @@ use crate::exec::Pool;
 use crate::exec::infer::{PREFILL_CHUNK, State};
 use crate::memory::Peak;
 use crate::session::Session;
-use crate::train::{Dataset, MicroBatch, Watch, micro_step};
+use crate::train::{Dataset, Layout, MicroBatch, Watch, micro_step};
 use pocketlora_kernels::Backend;
 
 /// Rows of logits held at once.
@@ -158,7 +158,18 @@ pub fn score_data(
             pool.clear();
             score.nll_sum += {
                 let arithmetic = session.numbers().arithmetic;
-                micro_step(base, session.adapters(), &micro, 1.0, None, arithmetic, None, &mut pool, &mut watch)?
+                micro_step(
+                    base,
+                    session.adapters(),
+                    &micro,
+                    1.0,
+                    None,
+                    arithmetic,
+                    &Layout::fast(false),
+                    None,
+                    &mut pool,
+                    &mut watch,
+                )?
             };
             score.tokens += micro.trained();
             if !progress(micro.tokens()) {

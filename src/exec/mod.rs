@@ -2,22 +2,27 @@
 //!
 //! [`infer`] runs with a key/value cache, [`train`] with a tape. Both share the frozen [`Base`].
 
+mod back;
 pub mod infer;
+mod pool;
+mod tape;
 pub mod train;
+
+pub use pool::Pool;
 
 use crate::adapter::{Adapters, Context, Dropout};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
-use pocketlora_kernels::{Arithmetic, Attention, Backend, MatrixSource, Product};
-use pocketlora_models::{AttentionShape, Linear, Model, Param, Role, RopeTable};
-use std::collections::BTreeMap;
+use pocketlora_kernels::{Arithmetic, Attention, Backend, Counted, MatrixSource, Product, WorkType};
+use pocketlora_models::{AttentionShape, Linear, Model, Param, ParamSpec, Role, RopeTable};
+use std::sync::Arc;
 
 /// A model's architecture with its frozen weights on a device; shared by everything that runs it.
 pub struct Base<B: Backend> {
     /// The device.
     pub backend: B,
     /// The architecture.
-    pub model: Box<dyn Model>,
+    pub model: Arc<dyn Model>,
     weights: Vec<Weight<B>>,
     /// The head in 8 bits, for [`Arithmetic::Int8`].
     int8_head: Option<B::Matrix>,
@@ -83,7 +88,19 @@ impl<B: Backend> Base<B> {
                 }
             });
         }
-        Ok(Self { backend, model, weights, int8_head: None })
+        Ok(Self { backend, model: model.into(), weights, int8_head: None })
+    }
+
+    /// The shapes of `model` without its weights, to count what work on it takes.
+    pub(crate) fn counted(backend: Counted, model: Arc<dyn Model>) -> Result<Base<Counted>> {
+        let weight = |spec: &ParamSpec| {
+            Ok(match spec.shape[..] {
+                [rows, cols] => Weight::Matrix(backend.work_matrix(rows, cols, WorkType::F32)?),
+                _ => Weight::Vector(backend.buffer(spec.shape[0])?),
+            })
+        };
+        let weights = model.params().iter().map(weight).collect::<Result<_>>()?;
+        Ok(Base { backend, model, weights, int8_head: None })
     }
 
     /// Gives the head a copy in 8 bits for products in [`Arithmetic::Int8`].
@@ -210,38 +227,4 @@ fn layer_of(name: &str) -> Option<usize> {
 fn attention_spec(shape: &AttentionShape) -> Attention {
     let AttentionShape { heads, kv_heads, head_dim, scale, window } = *shape;
     Attention { heads, kv_heads, head_dim, scale, window }
-}
-
-/// Buffers between uses, by length. What a taken buffer holds is unspecified.
-pub struct Pool<B: Backend> {
-    free: BTreeMap<usize, Vec<B::Buffer>>,
-}
-
-impl<B: Backend> Default for Pool<B> {
-    fn default() -> Self {
-        Self { free: BTreeMap::new() }
-    }
-}
-
-impl<B: Backend> Pool<B> {
-    /// A buffer of `len` values, used before or new.
-    ///
-    /// # Errors
-    /// Out of memory.
-    pub fn take(&mut self, backend: &B, len: usize) -> Result<B::Buffer> {
-        match self.free.get_mut(&len).and_then(Vec::pop) {
-            Some(buffer) => Ok(buffer),
-            None => Ok(backend.buffer(len)?),
-        }
-    }
-
-    /// Hands a buffer back for later use.
-    pub fn put(&mut self, backend: &B, buffer: B::Buffer) {
-        self.free.entry(backend.len(&buffer)).or_default().push(buffer);
-    }
-
-    /// Frees everything held; called when lengths change, so that a run does not hold buffers of every length it met.
-    pub fn clear(&mut self) {
-        self.free.clear();
-    }
 }

@@ -49,11 +49,38 @@ pub struct Batches {
     before: Vec<u64>,
 }
 
-/// One pass over the data: samples by micro-batch.
+/// One pass over the data: samples in order, and where each micro-batch ends among them.
 #[derive(Clone, Debug)]
 struct Epoch {
     number: u64,
-    micros: Vec<Vec<u32>>,
+    samples: Vec<u32>,
+    ends: Vec<u32>,
+}
+
+impl Epoch {
+    fn new<'m>(number: u64, micros: impl IntoIterator<Item = &'m [u32]>) -> Self {
+        let mut out = Self { number, samples: Vec::new(), ends: Vec::new() };
+        for micro in micros {
+            out.samples.extend_from_slice(micro);
+            out.ends.push(out.samples.len() as u32);
+        }
+        out
+    }
+
+    fn micro(&self, i: usize) -> &[u32] {
+        let start = if i == 0 { 0 } else { self.ends[i - 1] as usize };
+        &self.samples[start..self.ends[i] as usize]
+    }
+
+    fn micros(&self) -> impl Iterator<Item = &[u32]> {
+        (0..self.ends.len()).map(|i| self.micro(i))
+    }
+
+    /// The micro-batches of the epoch's step `at` (0-based).
+    fn step(&self, at: usize, accumulate: usize) -> impl Iterator<Item = &[u32]> {
+        let start = at * accumulate;
+        (start..(start + accumulate).min(self.ends.len())).map(|i| self.micro(i))
+    }
 }
 
 /// Figures of the first epoch.
@@ -110,23 +137,23 @@ impl Batches {
     pub fn micro_batches(&mut self, data: &Dataset, number: u64) -> Vec<MicroBatch> {
         let (epoch, at) = self.locate(number);
         let accumulate = self.accumulate;
-        let micros = self.epoch(epoch).chunks(accumulate).nth(at).expect("`locate` stays within an epoch's steps");
-        micros.iter().map(|m| MicroBatch::new(m.iter().map(|&i| &data.samples[i as usize]))).collect()
+        let micros = self.epoch(epoch).step(at, accumulate);
+        micros.map(|m| MicroBatch::new(m.iter().map(|&i| &data.samples[i as usize]))).collect()
     }
 
     /// Figures of the first epoch.
     pub fn report(&mut self) -> BatchReport {
         let lengths = self.lengths.clone();
         let (capacity, accumulate) = (self.capacity, self.accumulate);
-        let micros = self.epoch(0);
-        let tokens = |m: &Vec<u32>| m.iter().map(|&i| lengths[i as usize] as usize).sum::<usize>();
-        let total: usize = micros.iter().map(tokens).sum();
+        let epoch = self.epoch(0);
+        let tokens = |m: &[u32]| m.iter().map(|&i| lengths[i as usize] as usize).sum::<usize>();
+        let (total, count): (usize, usize) = (epoch.micros().map(tokens).sum(), epoch.ends.len());
         BatchReport {
-            micro_batches: micros.len(),
-            steps: micros.len().div_ceil(accumulate),
-            samples_per_micro_batch: lengths.len() as f64 / micros.len() as f64,
-            largest_tokens: micros.iter().map(tokens).max().unwrap_or(0),
-            fill: total as f64 / (micros.len() * capacity) as f64,
+            micro_batches: count,
+            steps: count.div_ceil(accumulate),
+            samples_per_micro_batch: lengths.len() as f64 / count as f64,
+            largest_tokens: epoch.micros().map(tokens).max().unwrap_or(0),
+            fill: total as f64 / (count * capacity) as f64,
             padded_tokens: total - lengths.iter().map(|&n| n as usize).sum::<usize>(),
         }
     }
@@ -138,7 +165,7 @@ impl Batches {
         }
         while self.before.len() as u64 <= epoch {
             let last = self.before.len() - 1;
-            let steps = self.epoch(last as u64).len().div_ceil(self.accumulate) as u64;
+            let steps = self.epoch(last as u64).ends.len().div_ceil(self.accumulate) as u64;
             self.before.push(self.before[last] + steps);
         }
         self.before[epoch as usize]
@@ -158,24 +185,23 @@ impl Batches {
         (epoch as u64, (done - self.before[epoch]) as usize)
     }
 
-    fn epoch(&mut self, number: u64) -> &[Vec<u32>] {
+    fn epoch(&mut self, number: u64) -> &Epoch {
         let ready = self.current.take().filter(|e| e.number == number);
-        let epoch = ready.unwrap_or_else(|| Epoch { number, micros: self.plan(number) });
-        &self.current.insert(epoch).micros
+        let epoch = ready.unwrap_or_else(|| self.plan(number));
+        self.current.insert(epoch)
     }
 
-    fn plan(&self, epoch: u64) -> Vec<Vec<u32>> {
-        let stream = |purpose| Rng::new(mix(mix(self.seed, purpose), epoch));
+    fn plan(&self, number: u64) -> Epoch {
+        let stream = |purpose| Rng::new(mix(mix(self.seed, purpose), number));
         let order = stream(ORDER).permutation(self.lengths.len());
         let order: Vec<u32> = order.into_iter().map(|i| i as u32).collect();
         let micros: Vec<Vec<u32>> = match self.mode {
-            Mode::Shuffled => return order.chunks(self.batch).map(<[u32]>::to_vec).collect(),
+            Mode::Shuffled => return Epoch::new(number, order.chunks(self.batch)),
             Mode::Bucketed => order.chunks(self.batch * BUCKETS).flat_map(|w| self.bucket(w)).collect(),
             Mode::Packed => order.chunks(PACK_WINDOW).flat_map(|w| self.pack(w)).collect(),
         };
         let shuffled = stream(SHUFFLE).permutation(micros.len());
-        let mut micros: Vec<Option<Vec<u32>>> = micros.into_iter().map(Some).collect();
-        shuffled.into_iter().filter_map(|i| micros[i].take()).collect()
+        Epoch::new(number, shuffled.into_iter().map(|i| &*micros[i]))
     }
 
     fn by_falling_length(&self, window: &[u32]) -> Vec<u32> {
@@ -250,7 +276,7 @@ mod tests {
         let step = |number| {
             let (epoch, at) = batches.locate(number);
             let accumulate = batches.accumulate;
-            batches.epoch(epoch).chunks(accumulate).nth(at).unwrap().to_vec()
+            batches.epoch(epoch).step(at, accumulate).map(<[u32]>::to_vec).collect()
         };
         (1..=total).map(step).collect()
     }
@@ -267,7 +293,7 @@ mod tests {
             for number in [1, 2, steps.len() / 2, steps.len()] {
                 let mut fresh = Batches::new(&data, &config).unwrap();
                 let (epoch, at) = fresh.locate(number as u64);
-                let found = fresh.epoch(epoch).chunks(config.accumulate).nth(at).unwrap().to_vec();
+                let found: Vec<_> = fresh.epoch(epoch).step(at, config.accumulate).map(<[u32]>::to_vec).collect();
                 assert_eq!(found, steps[number - 1], "{config:?}");
             }
             let other = TrainConfig { seed: 10, ..config.clone() };
@@ -302,11 +328,11 @@ mod tests {
         let data = mixed(300);
         let spread = |config: &TrainConfig| {
             let mut batches = Batches::new(&data, config).unwrap();
-            let width = |m: &Vec<u32>| {
+            let width = |m: &[u32]| {
                 let lengths = m.iter().map(|&i| data.samples[i as usize].ids.len());
                 lengths.clone().max().unwrap() - lengths.min().unwrap()
             };
-            batches.epoch(0).iter().map(width).sum::<usize>()
+            batches.epoch(0).micros().map(width).sum::<usize>()
         };
         let [shuffled, bucketed, ..] = configs();
         assert!(spread(&bucketed) * 10 < spread(&shuffled));

@@ -8,7 +8,7 @@
 use super::best::Candidates;
 use super::hold_out::Evaluation;
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::safetensors::TensorFile;
+use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::{Entry, Staged, Writer};
 use crate::rng::mix;
 use serde::{Deserialize, Serialize};
@@ -83,7 +83,7 @@ pub fn has_checkpoint(out: &Path) -> bool {
     FILES.iter().any(|name| out.join(name).exists())
 }
 
-/// Takes a checkpoint's tensors, in the order in which they were announced.
+/// Takes a checkpoint's tensors.
 pub struct Sink<'a> {
     writer: Writer<BufWriter<&'a mut File>>,
     sum: u64,
@@ -96,7 +96,7 @@ impl Sink<'_> {
     /// # Errors
     /// The system refuses.
     pub fn put(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        self.sum = add(self.sum, bytes);
+        self.sum = self.sum.wrapping_add(sum_of(name, bytes));
         self.writer.write(name, 0, bytes).map_err(|e| Error::io("write", self.path, e))
     }
 }
@@ -172,36 +172,34 @@ fn read(path: &Path, facts: &RunFacts, entries: &[Entry]) -> Result<(RunFacts, T
     let file = TensorFile::open(path).map_err(|e| broken("a complete checkpoint", &e).caused_by(e))?;
     let text = file.metadata().get(META).ok_or_else(|| broken("the run's facts", &"none"))?;
     let saved: RunFacts = serde_json::from_str(text).map_err(|e| broken("the run's facts", &e))?;
-    // First of all, for flipped bits could look like a difference.
-    let mut named: Vec<(&str, &[u8])> = Vec::new();
+    // Before anything is compared, for a flipped bit could look like a difference.
     let stored = file.find(CHECKSUM).and_then(|t| Some(u64::from_le_bytes(t.bytes[..].try_into().ok()?)));
-    let saved_entries = file.tensors().filter(|(name, _)| *name != CHECKSUM).count();
-    let same_layout = saved_entries == entries.len() && entries.iter().all(|e| file.find(&e.name).is_some());
+    let tensors = || file.tensors().filter(|(name, _)| *name != CHECKSUM);
+    let sum = tensors().fold(add(0, text.as_bytes()), |sum, (name, t)| sum.wrapping_add(sum_of(name, &t.bytes)));
+    if stored != Some(sum) {
+        return Err(broken("what its checksum says", &"something else"));
+    }
     let differences = saved.differences(facts);
-    if same_layout {
-        for entry in entries {
-            let tensor = file.get(&entry.name)?;
-            if tensor.dtype != entry.dtype || tensor.shape != entry.shape {
-                let expected = format!("tensor `{}` in {:?} of shape `{:?}`", entry.name, entry.dtype, entry.shape);
-                return Err(broken(&expected, &tensor.describe()));
-            }
-            named.push((&entry.name, &tensor.bytes));
-        }
-        let sum = named.iter().fold(add(0, text.as_bytes()), |sum, (_, bytes)| add(sum, bytes));
-        if stored != Some(sum) {
-            return Err(broken("what its checksum says", &"something else"));
-        }
-    } else if differences.is_empty() {
-        return Err(broken("the run's tensors", &format!("{saved_entries} others")));
+    if !differences.is_empty() {
+        let message = format!(
+            "the run to resume differs: {}; use the same settings, data and base, or start again without `--resume`",
+            differences.join("; ")
+        );
+        return Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message));
     }
-    if differences.is_empty() {
-        return Ok((saved, file));
+    for entry in entries {
+        let fits = |t: &Tensor| t.dtype == entry.dtype && t.shape == entry.shape;
+        if !file.find(&entry.name).is_some_and(fits) {
+            let expected = format!("tensor `{}` in {:?} of shape `{:?}`", entry.name, entry.dtype, entry.shape);
+            return Err(broken(&expected, &"another or none"));
+        }
     }
-    let message = format!(
-        "the run to resume differs: {}; use the same settings, data and base, or start again without `--resume`",
-        differences.join("; ")
-    );
-    Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message))
+    Ok((saved, file))
+}
+
+/// What a tensor adds to the checksum.
+fn sum_of(name: &str, bytes: &[u8]) -> u64 {
+    add(add(0, name.as_bytes()), bytes)
 }
 
 /// `sum` with `bytes` added, eight at a time.

@@ -21,10 +21,9 @@ pub enum Schedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// f32 everywhere, adapters included.
+    /// f32 everywhere.
     Exact,
-    /// Adapters as their file will hold them (f16 beside f32 masters); bf16 products where the CPU has fast ones, f32
-    /// elsewhere.
+    /// bf16 products where the CPU has fast ones, f32 elsewhere; layer inputs rest in 16 bits.
     Bf16,
 }
 
@@ -107,6 +106,8 @@ pub struct TrainConfig {
     pub keep_best: bool,
     /// Arithmetic.
     pub precision: Precision,
+    /// Anonymous memory that the whole process may hold, in MB: more is recomputed until it fits.
+    pub memory_budget: Option<u64>,
 }
 
 /// Optimizers.
@@ -171,6 +172,7 @@ impl Default for TrainConfig {
             patience: 0,
             keep_best: false,
             precision: Precision::Bf16,
+            memory_budget: None,
         }
     }
 }

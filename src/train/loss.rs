@@ -2,8 +2,8 @@
 
 use super::step::{MicroBatch, Watch};
 use crate::error::Result;
+use crate::exec::Pool;
 use crate::exec::train::{Gradients, Pass};
-use crate::exec::{Base, Pool};
 use pocketlora_kernels::Backend;
 use pocketlora_models::Tensor;
 
@@ -14,7 +14,7 @@ const LOSS_ROWS: usize = 512;
 
 /// Sum of the learned tokens' losses (natural log) over the last layer's output `x` `[T, C]`, and `scale` times its
 /// gradient by `x`, which is zero without `grads`. No logits are held where the head is a product and nothing else;
-/// elsewhere they exist for learned tokens only and a chunk of them at a time.
+/// elsewhere they exist for learned tokens only and a chunk of them at a time. `at_once` bounds the chunk further.
 ///
 /// # Errors
 /// Out of memory, a stop.
@@ -23,13 +23,14 @@ pub(super) fn loss<B: Backend>(
     x: B::Buffer,
     micro: &MicroBatch,
     scale: f32,
+    at_once: usize,
     mut grads: Option<&mut Gradients<B>>,
     pool: &mut Pool<B>,
     watch: &mut Watch<'_>,
 ) -> Result<(f64, B::Buffer)> {
     let backend = &pass.base().backend;
     let width = pass.base().model.config().hidden_size;
-    let chunk = if pass.plain_head().is_some() { LOSS_ROWS } else { LOGIT_ROWS };
+    let chunk = at_once.clamp(1, if pass.plain_head().is_some() { LOSS_ROWS } else { LOGIT_ROWS });
     let mut dx = pool.take(backend, backend.len(&x))?;
     backend.zero(&mut dx);
     let mut total = 0.0;
@@ -49,18 +50,6 @@ pub(super) fn loss<B: Backend>(
     }
     pool.put(backend, x);
     Ok((total, dx))
-}
-
-/// Bytes that the loss of `rows` learned tokens takes beside its result; with an adapter on the head, logits are made.
-pub(crate) fn bytes<B: Backend>(base: &Base<B>, adapted: bool, rows: usize) -> usize {
-    let config = base.model.config();
-    let (width, vocab) = (config.hidden_size, config.vocab_size);
-    if adapted || base.model.plain_head().is_none_or(|head| head.bias.is_some()) {
-        // Rows picked, after their norm, and their gradients; logits, which become their gradient.
-        return size_of::<f32>() * rows.min(LOGIT_ROWS) * (4 * width + vocab + 1);
-    }
-    let rows = rows.min(LOSS_ROWS);
-    size_of::<f32>() * rows * (4 * width + 1) + base.backend.linear_cross_entropy_bytes(rows, width, vocab)
 }
 
 /// The losses of the rows `h`, and the gradient by `h` if there are `grads`.

@@ -2,6 +2,7 @@
 
 mod batches;
 mod best;
+mod budget;
 mod checkpoint;
 mod config;
 mod control;
@@ -25,7 +26,6 @@ pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use control::{Directive, Policy, TrainHandle};
 pub use data::{Dataset, Limits, Mask, Sample, Splits};
 pub use hold_out::{Evaluation, general_text, hold_out};
-pub(crate) use loss::bytes as loss_bytes;
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
@@ -33,7 +33,7 @@ pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder};
 pub(crate) use setup::fresh_modules;
-pub use step::{MicroBatch, Watch, micro_step};
+pub use step::{Layout, MicroBatch, Watch, micro_step};
 
 use crate::adapter::{Adapters, Dropout, LoraConfig};
 use crate::error::{Error, ErrorCode, Result};
@@ -67,7 +67,9 @@ pub struct Trainer<B: Backend> {
     tensors: Vec<Trained<B>>,
     grads: Gradients<B>,
     pool: Pool<B>,
-    pool_tokens: usize,
+    /// The pool holds the memory that was planned for it.
+    ready: bool,
+    plan: MemoryPlan,
     facts: RunFacts,
     peak: Peak,
     handle: TrainHandle,
@@ -97,14 +99,7 @@ impl<B: Backend> Trainer<B> {
     /// What the run will hold in memory, with `weights_mapped` bytes of mapped files.
     #[must_use]
     pub fn plan(&self, weights_mapped: u64) -> MemoryPlan {
-        let work_bytes = match self.config.precision {
-            Precision::Exact => 4,
-            Precision::Bf16 => 2,
-        };
-        let (model, values) = (self.base.model.config(), self.trained_parameters());
-        let head_trained = self.grads.ranges[self.base.model.head_param().0 as usize].is_some();
-        let loss = |rows| loss_bytes(&self.base, head_trained, rows);
-        MemoryPlan::new(model, &self.config, &self.data, values, work_bytes, weights_mapped, loss)
+        MemoryPlan { weights_mapped, ..self.plan }
     }
 
     /// Trained values.
@@ -234,10 +229,14 @@ impl<B: Backend> Trainer<B> {
         }
         self.clip(grad_norm);
         let lr = self.config.lr_at(number, self.facts.total_steps);
-        for (t, grad) in self.tensors.iter_mut().zip(&self.grads.tensors) {
-            t.state.step(&self.base.backend, &self.config, lr * t.rate, number, grad, &mut t.master);
+        let Self { base, config, adapters, grads, tensors, .. } = self;
+        for (param, adapter) in adapters.iter_mut() {
+            let Some(range) = grads.ranges[param.0 as usize].clone() else { continue };
+            adapter.update(&base.backend, &mut |part, master| {
+                let (t, grad) = (&mut tensors[range.start + part], &grads.tensors[range.start + part]);
+                t.state.step(&base.backend, config, lr * t.rate, number, grad, master);
+            });
         }
-        self.publish();
         self.facts.step = number;
         Ok(StepReport {
             step: number,
@@ -272,15 +271,37 @@ impl<B: Backend> Trainer<B> {
         for (i, micro) in micros.iter().enumerate() {
             let dropout = (self.config.dropout > 0.0).then(|| {
                 let key = mix(mix(mix(self.config.seed, DROPOUT), number), i as u64);
-                Dropout { p: self.config.dropout, key }
+                Dropout { p: self.config.dropout, key, first: 0 }
             });
-            let part = self.micro(micro, scale, dropout, true, observer)?;
+            let part = self.passes(micro, scale, dropout, observer)?;
             if !part.is_finite() {
                 return Err(self.diverged(number, std::slice::from_ref(micro), &format!("a loss of `{part}`")));
             }
             loss += part;
         }
         Ok(loss / trained as f64)
+    }
+
+    /// Loss sum of one micro-batch in passes as large as memory was planned for, with its gradient added.
+    fn passes(
+        &mut self,
+        micro: &MicroBatch,
+        scale: f32,
+        mut dropout: Option<Dropout>,
+        observer: &mut dyn Observer,
+    ) -> Result<f64> {
+        if micro.tokens() <= self.plan.pass_tokens {
+            return self.micro(micro, scale, dropout, true, observer);
+        }
+        let mut loss = 0.0;
+        for pass in micro.split(self.plan.pass_tokens) {
+            loss += self.micro(&pass, scale, dropout, true, observer)?;
+            // However it is split, its tokens drop by one stream.
+            if let Some(dropout) = &mut dropout {
+                dropout.first += pass.tokens() as u64;
+            }
+        }
+        Ok(loss)
     }
 
     /// Scales gradients of a norm above the bound down to it, as `torch.nn.utils.clip_grad_norm_` does.
@@ -321,11 +342,13 @@ impl<B: Backend> Trainer<B> {
         learn: bool,
         observer: &mut dyn Observer,
     ) -> Result<f64> {
-        if self.pool_tokens != micro.tokens() {
-            self.pool.clear();
-            self.pool_tokens = micro.tokens();
+        if !std::mem::replace(&mut self.ready, true) {
+            let floats = |bytes: u64| bytes as usize / size_of::<f32>();
+            let (passing, kept) = (floats(self.plan.layer_workspace), floats(self.plan.layer_inputs));
+            self.pool.reserve(&self.base.backend, passing, kept)?;
         }
         let Self { base, adapters, tensors, grads, pool, peak, lora, out, handle, policy, held, .. } = self;
+        let adapters = &*adapters;
         let (base, tensors) = (&*base, &*tensors);
         let mut others = || match policy {
             _ if !observer.keep_going() => Directive::Stop,
@@ -333,28 +356,26 @@ impl<B: Backend> Trainer<B> {
             None => Directive::Run,
         };
         let mut keep_going = || {
-            let (go, pause) = handle.ask(&mut others, &|| saving::snapshot(&base.backend, tensors, lora, out));
+            let (go, pause) =
+                handle.ask(&mut others, &|| saving::snapshot(&base.backend, adapters, tensors, lora, out));
             *held += pause;
             go
         };
         let mut watch = Watch { keep_going: &mut keep_going, peak };
         let grads = learn.then_some(grads);
         let arithmetic = self.config.precision.arithmetic();
-        micro_step(base, adapters, micro, scale, dropout, arithmetic, grads, pool, &mut watch)
+        let layout = &self.plan.layout;
+        let loss = micro_step(base, adapters, micro, scale, dropout, arithmetic, layout, grads, pool, &mut watch);
+        if loss.is_err() {
+            // What the abandoned pass held is gone from it.
+            self.pool.clear();
+            self.ready = false;
+        }
+        loss
     }
 
     fn grad_norm(&self) -> Result<f64> {
         let squares = self.grads.tensors.iter().map(|g| self.base.backend.sum_squares(g));
         Ok(squares.sum::<Result<f64, _>>()?.sqrt())
-    }
-
-    /// Rounds the masters into the matrices that forward and backward use.
-    fn publish(&mut self) {
-        let Self { base, adapters, grads, tensors, .. } = self;
-        for (param, adapter) in adapters.iter_mut() {
-            let Some(range) = grads.ranges[param.0 as usize].clone() else { continue };
-            let masters: Vec<&B::Buffer> = tensors[range].iter().map(|t| &t.master).collect();
-            adapter.set(&base.backend, &masters);
-        }
     }
 }

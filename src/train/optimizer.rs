@@ -107,10 +107,15 @@ impl<B: Backend> State<B> {
 }
 
 /// Little-endian f32 of a buffer.
-pub(super) fn read_buffer<B: Backend>(backend: &B, buffer: &B::Buffer) -> Result<Vec<u8>> {
+fn read_buffer<B: Backend>(backend: &B, buffer: &B::Buffer) -> Result<Vec<u8>> {
     let mut values = vec![0.0; backend.len(buffer)];
     backend.read(buffer, &mut values)?;
-    Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    Ok(bytes_of(&values))
+}
+
+/// Little-endian f32.
+pub(super) fn bytes_of(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
 fn read_codes<B: Backend>(backend: &B, codes: &B::Codes) -> Result<Vec<Vec<u8>>> {

@@ -1,56 +1,166 @@
 //! What a run will hold in memory, known before its first step.
+//!
+//! The largest micro-batch is passed through the code that trains, on a backend that only counts ([`Counted`]): what it
+//! takes is what the run will take, for the calls are the same.
 
-use super::{Dataset, TrainConfig, largest_micro_batch};
-use pocketlora_models::Config;
+use super::step::{Layout, MicroBatch, Watch, micro_step};
+use super::{Optimizer, TrainConfig};
+use crate::adapter::{Adapters, Dropout, Lora};
+use crate::error::Result;
+use crate::exec::train::Gradients;
+use crate::exec::{Base, Pool};
+use crate::memory::Peak;
+use pocketlora_kernels::{Backend, Counted};
+use pocketlora_models::{Model, Param};
 use serde::Serialize;
+use std::sync::Arc;
 
-/// Bytes by purpose. All but `weights_mapped` are anonymous (dirty) memory; the tokenizer and the program itself come
-/// on top.
+/// Bytes by purpose. All but `weights_mapped` are anonymous (dirty) memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryPlan {
-    /// Base weights, mapped from their files.
+    /// Base weights and their scales, mapped from their files.
     pub weights_mapped: u64,
-    /// Adapter: working matrices, f32 masters and gradients.
+    /// The adapter's values in f32, which forward, backward and the optimizer all use.
     pub adapter: u64,
-    /// First and second moments.
+    /// Its gradients.
+    pub gradients: u64,
+    /// The optimizer's moments.
     pub optimizer: u64,
-    /// Input of every layer.
+    /// Inputs of layers from which those are run again.
     pub layer_inputs: u64,
-    /// Activations and gradients of the one layer that is being run.
+    /// Activations and gradients of the one layer or loss that is being run.
     pub layer_workspace: u64,
-    /// The loss of one chunk of learned tokens.
+    /// What attention turns, and gradients of its earlier keys.
+    pub attention: u64,
+    /// Logits of one chunk of learned tokens.
     pub logits: u64,
+    /// Panels of weights and rounded activations that threads multiply.
+    pub kernels: u64,
+    /// What the process held before the run took anything: the program, tokenizer and data. Measured, and not part of
+    /// [`MemoryPlan::anonymous`]; 0 where the system does not tell.
+    pub before: u64,
+    /// Tokens of a pass at most, of the samples of a micro-batch; a longer sample is a pass by itself.
+    pub pass_tokens: usize,
+    /// What is traded for time.
+    pub layout: Layout,
+    /// Whose moments those are.
+    pub optimizer_kind: Optimizer,
 }
 
 impl MemoryPlan {
-    pub(super) fn new(
-        model: &Config,
-        config: &TrainConfig,
-        data: &Dataset,
-        trained_values: usize,
-        work_bytes: usize,
-        weights_mapped: u64,
-        loss: impl Fn(usize) -> usize,
-    ) -> Self {
-        let tokens = largest_micro_batch(data, config);
-        let (q, kv) = (model.heads * model.head_dim, model.kv_heads * model.head_dim);
-        // Norms, sums and projections back to the residual stream; queries before and after their rotation and the
-        // attention's output; keys likewise, and values; gate, up and their product.
-        let values = 7 * model.hidden_size + 3 * q + 3 * kv + 3 * model.intermediate_size;
-        let bytes = |floats: usize| 4 * floats as u64;
-        Self {
-            weights_mapped,
-            adapter: (trained_values * (8 + work_bytes)) as u64,
-            optimizer: config.state_bytes(trained_values),
-            layer_inputs: bytes(tokens * model.hidden_size * model.layers),
-            layer_workspace: bytes(2 * tokens * values),
-            logits: loss(tokens) as u64,
-        }
-    }
-
-    /// Anonymous bytes in all.
+    /// Anonymous bytes that the run takes.
     #[must_use]
     pub fn anonymous(&self) -> u64 {
-        self.adapter + self.optimizer + self.layer_inputs + self.layer_workspace + self.logits
+        // Attention, loss and products take theirs in turn.
+        let passing = self.attention.max(self.logits);
+        self.adapter
+            + self.gradients
+            + self.optimizer
+            + self.layer_inputs
+            + self.layer_workspace
+            + self.kernels
+            + passing
+    }
+
+    /// Anonymous bytes of the whole process.
+    #[must_use]
+    pub fn process(&self) -> u64 {
+        self.before + self.anonymous()
+    }
+
+    /// How far `peak` anonymous bytes of the process are from what was planned for the run, in percent of that.
+    #[must_use]
+    pub fn deviation(&self, peak: u64) -> f64 {
+        let (taken, planned) = (peak as f64 - self.before as f64, self.anonymous() as f64);
+        100.0 * (taken - planned) / planned
+    }
+}
+
+/// What a run is made of, as far as its memory depends on it.
+pub(super) struct Work {
+    pub model: Arc<dyn Model>,
+    pub threads: usize,
+    /// Adapted layers: weight, rank, `[out, in]`.
+    pub adapted: Vec<(Param, usize, [usize; 2])>,
+    /// Lengths of the samples, the longest first.
+    pub lengths: Vec<usize>,
+    /// Tokens of the largest micro-batch.
+    pub largest: usize,
+    pub before: u64,
+}
+
+impl Work {
+    /// Trained values.
+    pub fn values(&self) -> usize {
+        self.adapted.iter().map(|(_, rank, [out, input])| rank * (out + input)).sum()
+    }
+
+    /// Samples that take as much as any pass of at most `most` tokens: the longest, and what is left for others.
+    fn fullest(&self, most: usize) -> Vec<usize> {
+        let (mut lengths, mut left) = (Vec::new(), most.min(self.largest));
+        for len in &self.lengths {
+            if !lengths.is_empty() && *len > left {
+                break;
+            }
+            lengths.push(*len);
+            left = left.saturating_sub(*len);
+        }
+        lengths.extend((left > 0).then_some(left));
+        lengths
+    }
+
+    /// The plan for passes of at most `pass_tokens`.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, which there is none of.
+    pub fn plan(&self, config: &TrainConfig, pass_tokens: usize, layout: Layout) -> Result<MemoryPlan> {
+        let base = Base::<Counted>::counted(Counted::new(self.threads), Arc::clone(&self.model))?;
+        let mut adapters = Adapters::none(&base);
+        let mut grads = Gradients { ranges: vec![None; self.model.params().len()], tensors: Vec::new() };
+        for (param, rank, shape) in &self.adapted {
+            adapters.push(*param, Box::new(Lora::zeros(&base.backend, *rank, *shape)?));
+            let start = grads.tensors.len();
+            grads.ranges[param.0 as usize] = Some(start..start + 2);
+            for len in [rank * shape[1], rank * shape[0]] {
+                grads.tensors.push(base.backend.buffer(len)?);
+            }
+        }
+        let lengths = self.fullest(pass_tokens);
+        let tokens: usize = lengths.iter().sum();
+        let micro = MicroBatch::of_lengths(lengths, tokens);
+        let mut pool = Pool::default();
+        pool.reserve(&base.backend, 1, 1)?;
+        let mut watch = Watch { keep_going: &mut || true, peak: &mut Peak::ignored() };
+        let dropout = (config.dropout > 0.0).then_some(Dropout { p: config.dropout, key: 0, first: 0 });
+        let arithmetic = config.precision.arithmetic();
+        micro_step(
+            &base,
+            &adapters,
+            &micro,
+            1.0,
+            dropout,
+            arithmetic,
+            &layout,
+            Some(&mut grads),
+            &mut pool,
+            &mut watch,
+        )?;
+        let count = base.backend.count();
+        let values = 4 * self.values() as u64;
+        Ok(MemoryPlan {
+            weights_mapped: 0,
+            adapter: values,
+            gradients: values,
+            optimizer: config.state_bytes(self.values()),
+            layer_inputs: count.regions[1] as u64,
+            layer_workspace: count.regions[0] as u64,
+            attention: count.attention as u64,
+            logits: count.loss as u64,
+            kernels: count.kernels as u64,
+            before: self.before,
+            pass_tokens: tokens,
+            layout,
+            optimizer_kind: config.optimizer,
+        })
     }
 }

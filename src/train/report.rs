@@ -1,7 +1,8 @@
 //! What a run will learn from, in figures.
 
-use super::{BatchReport, Batches, Dataset, Splits, TrainConfig};
+use super::{BatchReport, Batches, Dataset, Splits, TrainConfig, Trainer};
 use crate::error::Result;
+use pocketlora_kernels::Backend;
 use serde::Serialize;
 
 /// Figures of a data set under the settings of a run.
@@ -67,6 +68,16 @@ impl DataReport {
             total_steps: batches.total_steps(),
             bytes: data.bytes(),
         })
+    }
+}
+
+impl<B: Backend> Trainer<B> {
+    /// Figures of what this run learns from, held-out samples not counted.
+    ///
+    /// # Errors
+    /// As [`DataReport::new`].
+    pub fn data_report(&self) -> Result<DataReport> {
+        DataReport::new(&self.data, &self.config)
     }
 }
 

@@ -2,10 +2,10 @@
 
 use super::best::FOLDER;
 use super::checkpoint::{self, Loaded};
-use super::optimizer::{floats, read_buffer};
+use super::optimizer::{bytes_of, floats};
 use super::setup::Trained;
 use super::{Observer, Trainer};
-use crate::adapter::{AdapterFile, HostTensor, LoraConfig, LoraModule};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
 use pocketlora_kernels::Backend;
@@ -21,9 +21,17 @@ impl<B: Backend> Trainer<B> {
         let Loaded { facts, file, warning } = checkpoint::load(&self.out, &self.facts, &self.entries())?;
         let backend = &self.base.backend;
         for t in &mut self.tensors {
+            let (param, index) = t.place;
             let part = |prefix: &str| file.get(&format!("{prefix}.{}", t.name)).map(|tensor| &tensor.bytes[..]);
-            backend.write(&mut t.master, &floats(part("param")?));
-            let layout = t.state.layout(backend.len(&t.master));
+            let values = floats(part("param")?);
+            if let Some(adapter) = self.adapters.on_mut(param).first_mut() {
+                adapter.update(backend, &mut |i, master| {
+                    if i == index {
+                        backend.write(master, &values);
+                    }
+                });
+            }
+            let layout = t.state.layout(values.len());
             let parts: Vec<&[u8]> = layout.iter().map(|(prefix, ..)| part(prefix)).collect::<Result<_>>()?;
             t.state.write(backend, &parts);
         }
@@ -37,7 +45,6 @@ impl<B: Backend> Trainer<B> {
             self.facts.candidates.kept = None;
             self.warnings.push(e);
         }
-        self.publish();
         Ok(())
     }
 
@@ -61,8 +68,8 @@ impl<B: Backend> Trainer<B> {
         let (backend, entries) = (&self.base.backend, self.entries());
         checkpoint::save(&self.out, &self.facts, self.saved, entries, |sink| {
             for t in &self.tensors {
-                sink.put(&format!("param.{}", t.name), &read_buffer(backend, &t.master)?)?;
-                let layout = t.state.layout(backend.len(&t.master));
+                sink.put(&format!("param.{}", t.name), &bytes_of(&master(backend, &self.adapters, t)?))?;
+                let layout = t.state.layout(t.shape[0] * t.shape[1]);
                 for ((prefix, ..), bytes) in layout.iter().zip(t.state.read(backend)?) {
                     sink.put(&format!("{prefix}.{}", t.name), &bytes)?;
                 }
@@ -86,7 +93,7 @@ impl<B: Backend> Trainer<B> {
     pub(super) fn finish(&mut self, observer: &mut dyn Observer) -> Result<()> {
         // Memory of the last step's activations serves what is read for writing.
         self.pool.clear();
-        self.pool_tokens = 0;
+        self.ready = false;
         if !self.saved && AdapterFile::exists(&self.out) {
             // An older adapter is about to be replaced; from here on a kill costs neither run.
             self.try_checkpoint(observer)?;
@@ -114,7 +121,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// A value does not fit f16.
     pub fn snapshot(&self) -> Result<AdapterFile> {
-        snapshot(&self.base.backend, &self.tensors, &self.lora, &self.out)
+        snapshot(&self.base.backend, &self.adapters, &self.tensors, &self.lora, &self.out)
     }
 
     /// Writes the adapter as it is now.
@@ -134,14 +141,13 @@ impl<B: Backend> Trainer<B> {
 /// The adapter that `tensors` are, as if it had come from the folder `dir`.
 pub(super) fn snapshot<B: Backend>(
     backend: &B,
+    adapters: &Adapters<B>,
     tensors: &[Trained<B>],
     lora: &LoraConfig,
     dir: &Path,
 ) -> Result<AdapterFile> {
     let host = |t: &Trained<B>| -> Result<HostTensor> {
-        let mut data = vec![0.0; backend.len(&t.master)];
-        backend.read(&t.master, &mut data)?;
-        let tensor = HostTensor { shape: t.shape, data };
+        let tensor = HostTensor { shape: t.shape, data: master(backend, adapters, t)? };
         tensor.rounded(&t.name)
     };
     let module = |pair: &[Trained<B>]| {
@@ -150,6 +156,14 @@ pub(super) fn snapshot<B: Backend>(
     };
     let modules = tensors.chunks_exact(2).map(module).collect::<Result<_>>()?;
     Ok(AdapterFile { dir: dir.to_owned(), config: lora.clone(), modules })
+}
+
+/// The values of a tensor in training.
+fn master<B: Backend>(backend: &B, adapters: &Adapters<B>, t: &Trained<B>) -> Result<Vec<f32>> {
+    let (param, part) = t.place;
+    let mut values = vec![0.0; t.shape[0] * t.shape[1]];
+    adapters.on(param)[0].read(backend, part, &mut values)?;
+    Ok(values)
 }
 
 /// Takes away what runs that were killed have left half-written in their output folder.

@@ -1,20 +1,23 @@
 //! What a run starts from: the layers it adapts, their fresh matrices, and the tensors that it moves.
 
 use super::best::Candidates;
+use super::budget::choose;
 use super::checkpoint::RunFacts;
 use super::control::TrainHandle;
 use super::lock::FolderLock;
 use super::optimizer::State;
+use super::plan::Work;
 use super::saving::sweep_folder;
-use super::{Batches, Dataset, Precision, Sample, TrainConfig, Trainer};
+use super::{Batches, Dataset, Sample, TrainConfig, Trainer, largest_micro_batch};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
-use crate::memory::Peak;
+use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::{Rng, mix};
 use pocketlora_kernels::{Backend, WorkType};
-use pocketlora_models::{ParamSpec, Role};
+use pocketlora_models::{Param, ParamSpec, Role};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,7 +33,8 @@ pub(super) struct Trained<B: Backend> {
     pub scale: f32,
     /// Its learning rate over the run's: LoRA+ has B learn faster.
     pub rate: f32,
-    pub master: B::Buffer,
+    /// The linear layer's weight and the number of the tensor among its adapter's, which holds the values.
+    pub place: (Param, usize),
     pub state: State<B>,
 }
 
@@ -82,11 +86,11 @@ pub(crate) fn fresh_modules(modules: &[&ParamSpec], lora: &LoraConfig, seed: u64
     modules.iter().enumerate().map(one).collect()
 }
 
-/// Masters, moments and gradients for every tensor of the attached adapter, in the order of the base's parameters.
+/// Moments and gradients for every tensor of the attached adapters, in the order of the base's parameters.
 pub(super) fn trained_tensors<B: Backend>(
     base: &Base<B>,
     adapters: &mut Adapters<B>,
-    modules: &[LoraModule],
+    scales: &HashMap<String, f32>,
     config: &TrainConfig,
 ) -> Result<(Vec<Trained<B>>, Gradients<B>)> {
     let backend = &base.backend;
@@ -94,20 +98,16 @@ pub(super) fn trained_tensors<B: Backend>(
     let mut tensors = Vec::new();
     let mut grads = Gradients { ranges: vec![None; params.len()], tensors: Vec::new() };
     for (param, adapter) in adapters.iter_mut() {
-        let path = params[param.0 as usize].module();
-        let module = modules.iter().find(|m| m.path == path || (m.path == "lm_head" && path == "model.embed_tokens"));
-        let module = module.expect("every attached adapter came from one of these modules");
+        let path = module_path(&params[param.0 as usize]);
         let start = tensors.len();
-        for (spec, host) in adapter.tensors(backend).into_iter().zip([&module.a, &module.b]) {
-            let len = host.data.len();
-            let mut master = backend.buffer(len)?;
-            backend.write(&mut master, &host.data);
+        for (part, spec) in adapter.tensors(backend).into_iter().enumerate() {
+            let len = spec.shape[0] * spec.shape[1];
             tensors.push(Trained {
-                name: format!("{}.{}", module.path, spec.name),
+                name: format!("{path}.{}", spec.name),
                 shape: spec.shape,
-                scale: module.scale,
+                scale: scales[path],
                 rate: if spec.name.starts_with("lora_B") { config.lora_plus_ratio } else { 1.0 },
-                master,
+                place: (param, part),
                 state: State::new(backend, config, len)?,
             });
             grads.tensors.push(backend.buffer(len)?);
@@ -115,6 +115,39 @@ pub(super) fn trained_tensors<B: Backend>(
         grads.ranges[param.0 as usize] = Some(start..tensors.len());
     }
     Ok((tensors, grads))
+}
+
+/// The module that an adapter names; a tied head is the embedding's parameter, but not its module.
+fn module_path(spec: &ParamSpec) -> &str {
+    if spec.role == Role::Embedding { "lm_head" } else { spec.module() }
+}
+
+/// What a run on `data` takes memory for: a fresh adapter of `targets`, or one like `init`.
+fn work<B: Backend>(
+    base: &Base<B>,
+    targets: &[&ParamSpec],
+    config: &TrainConfig,
+    init: Option<&AdapterFile>,
+    data: &Dataset,
+) -> Work {
+    let adapted = |(i, spec): (usize, &ParamSpec)| {
+        let rank = match init {
+            Some(file) => file.modules.iter().find(|m| m.path == module_path(spec))?.a.shape[0],
+            None => targets.iter().any(|target| target.name == spec.name).then_some(config.rank)?,
+        };
+        Some((Param(i as u32), rank, [spec.shape[0], spec.shape[1]]))
+    };
+    let matrices = base.model.params().iter().enumerate().filter(|(_, spec)| spec.shape.len() == 2);
+    let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
+    lengths.sort_unstable_by(|a, b| b.cmp(a));
+    Work {
+        model: Arc::clone(&base.model),
+        threads: base.backend.threads(),
+        adapted: matrices.filter_map(adapted).collect(),
+        lengths,
+        largest: largest_micro_batch(data, config),
+        before: anonymous_bytes().unwrap_or(0),
+    }
 }
 
 impl<B: Backend> Trainer<B> {
@@ -134,9 +167,15 @@ impl<B: Backend> Trainer<B> {
         out: &Path,
     ) -> Result<Self> {
         config.validate()?;
+        for (name, on) in [("patience", config.patience > 0), ("keep-best", config.keep_best)] {
+            if on && eval_data.is_none() {
+                return Err(Error::config(name, "data to evaluate on beside it", "none"));
+            }
+        }
         check_data(&base, &data)?;
         eval_data.iter().try_for_each(|data| check_data(&base, data))?;
         let targets = target_modules(base.model.params(), &config.targets)?;
+        let (plan, config) = choose(&work(&base, &targets, &config, init, &data), &config)?;
         let mut names: Vec<String> =
             targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
         names.sort_unstable();
@@ -171,13 +210,12 @@ impl<B: Backend> Trainer<B> {
             start: None,
         };
         let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
-        let dtype = match config.precision {
-            Precision::Exact => WorkType::F32,
-            Precision::Bf16 => WorkType::F16,
-        };
+        let scales = file.modules.iter().map(|m| (m.path.clone(), m.scale)).collect();
         let mut adapters = Adapters::none(&base);
-        adapters.attach(&base, &file, 1.0, dtype)?;
-        let (tensors, grads) = trained_tensors(&base, &mut adapters, &file.modules, &config)?;
+        adapters.attach(&base, &file, 1.0, WorkType::F32)?;
+        // What follows may take its place.
+        drop(file);
+        let (tensors, grads) = trained_tensors(&base, &mut adapters, &scales, &config)?;
         std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         let lock = FolderLock::take(out)?;
         sweep_folder(out);
@@ -194,7 +232,8 @@ impl<B: Backend> Trainer<B> {
             tensors,
             grads,
             pool: Pool::default(),
-            pool_tokens: 0,
+            ready: false,
+            plan,
             facts,
             peak: Peak::default(),
             handle: TrainHandle::new(),

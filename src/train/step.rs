@@ -6,7 +6,9 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::{Batch, Gradients, Pass};
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
-use pocketlora_kernels::{Arithmetic, Backend};
+use pocketlora_kernels::{Arithmetic, Backend, narrow_width};
+use pocketlora_models::Tensor;
+use serde::Serialize;
 
 /// Samples laid end to end with the rows whose next token is learned.
 pub struct MicroBatch {
@@ -31,6 +33,34 @@ impl MicroBatch {
             out.batch.segments.push(sample.ids.len());
         }
         out
+    }
+
+    /// Sequences of such lengths, with the last `learned` tokens' successors to be learned: to count what they take.
+    pub(super) fn of_lengths(segments: Vec<usize>, learned: usize) -> Self {
+        let tokens: usize = segments.iter().sum();
+        let rows: Vec<u32> = (tokens.saturating_sub(learned)..tokens).map(|row| row as u32).collect();
+        Self { targets: vec![0; rows.len()], rows, batch: Batch { ids: vec![0; tokens], segments } }
+    }
+
+    /// The same samples in as many passes as it takes for none to have more than `most` tokens, unless one sample has.
+    pub(super) fn split(&self, most: usize) -> Vec<Self> {
+        let mut passes: Vec<Self> = Vec::new();
+        let (mut start, mut learned) = (0, 0);
+        for len in &self.batch.segments {
+            let end = start + len;
+            if passes.last().is_none_or(|pass| pass.tokens().saturating_add(*len) > most) {
+                passes.push(Self { batch: Batch::default(), rows: Vec::new(), targets: Vec::new() });
+            }
+            let pass = passes.last_mut().expect("pushed if there was none");
+            let shift = start - pass.tokens();
+            let until = learned + self.rows[learned..].partition_point(|row| (*row as usize) < end);
+            pass.rows.extend(self.rows[learned..until].iter().map(|row| row - shift as u32));
+            pass.targets.extend(&self.targets[learned..until]);
+            pass.batch.ids.extend(&self.batch.ids[start..end]);
+            pass.batch.segments.push(*len);
+            (start, learned) = (end, until);
+        }
+        passes
     }
 
     /// Tokens in all.
@@ -73,11 +103,37 @@ impl Watch<'_> {
     }
 }
 
+/// How a pass trades time for memory. Results are the same but for the rounding of kept inputs to 16 bits, and for the
+/// order in which gradients of parts are summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Layout {
+    /// Layer inputs are kept in 16 bits.
+    pub narrow: bool,
+    /// Every so many layers an input is kept, but for the first one's, which the ids give; layers between are run again
+    /// from there. As many as the model has: all are recomputed from its input.
+    pub every: usize,
+    /// Inputs of the layers between are kept while their gradients are due, or else are computed from the kept one for
+    /// each of them again.
+    pub between: bool,
+    /// Tokens that the feed-forward part of a layer runs at a time.
+    pub part: usize,
+    /// Learned tokens whose loss is computed at a time.
+    pub loss_rows: usize,
+}
+
+impl Layout {
+    /// The fastest one, which is also as lean as costs no speed.
+    #[must_use]
+    pub fn fast(narrow: bool) -> Self {
+        Self { narrow, every: 1, between: true, part: usize::MAX, loss_rows: usize::MAX }
+    }
+}
+
 /// Sum of the losses (natural log) of the learned tokens; adds the gradient of `scale` times that sum to `grads`.
 /// Without `grads` only the loss is computed.
 ///
 /// # Errors
-/// Out of memory, a stop, an id outside the vocabulary.
+/// Out of memory, a stop, an id outside the vocabulary. The pool has lost buffers then and should be cleared.
 pub fn micro_step<B: Backend>(
     base: &Base<B>,
     adapters: &Adapters<B>,
@@ -85,43 +141,37 @@ pub fn micro_step<B: Backend>(
     scale: f32,
     dropout: Option<Dropout>,
     arithmetic: Arithmetic,
+    layout: &Layout,
     mut grads: Option<&mut Gradients<B>>,
     pool: &mut Pool<B>,
     watch: &mut Watch<'_>,
 ) -> Result<f64> {
     base.check_ids(&micro.targets)?;
-    let (model, backend) = (&base.model, &base.backend);
     let pass = Pass::new(base, adapters, &micro.batch, dropout, arithmetic, pool)?;
+    let layers = base.model.config().layers;
+    let mut inputs = Inputs { pass: &pass, layout, kept: (0..layers).map(|_| None).collect() };
 
-    // Forward: of each layer only the input stays.
-    let mut inputs = Vec::new();
-    let mut tape = pass.tape(None, false, pool);
-    let x = model.embed(&mut tape);
-    let mut x = tape.into_value(x)?;
-    for layer in 0..model.config().layers {
+    // Forward: of some layers the input stays.
+    let mut x = inputs.embed(pool)?;
+    for layer in 0..layers {
         watch.check()?;
-        let mut tape = pass.tape(Some(x), layer > 0, pool);
-        let y = model.layer(&mut tape, layer, pocketlora_models::Tensor(0));
-        let (input, output) = tape.into_input_and(y)?;
-        if grads.is_some() {
-            inputs.push(input);
-        } else {
-            pool.put(backend, input);
+        if grads.is_some() && layer > 0 && layer.is_multiple_of(layout.every) {
+            inputs.keep(layer, &x, pool)?;
         }
-        x = output;
+        x = inputs.forward(layer, x, pool)?;
     }
 
-    let (total, mut dx) = loss::loss(&pass, x, micro, scale, grads.as_deref_mut(), pool, watch)?;
+    let (total, mut dx) = loss::loss(&pass, x, micro, scale, layout.loss_rows, grads.as_deref_mut(), pool, watch)?;
 
     // Backward: each layer runs once more, now with its tape kept until its gradient is through,
     // and without what no gradient needs.
     if let Some(grads) = grads {
-        for (layer, input) in inputs.into_iter().enumerate().rev() {
+        for layer in (0..layers).rev() {
             watch.check()?;
-            let mut tape = pass.replay(input, layer > 0, pool);
-            let y = model.layer(&mut tape, layer, pocketlora_models::Tensor(0));
-            watch.peak.sample();
-            match tape.backward(y, dx, grads)? {
+            let x = inputs.restore(layer, pool, watch)?;
+            let mut tape = pass.tape(Some(x), layer > 0, pool);
+            let y = base.model.layer(&mut tape, layer, Tensor(0));
+            match tape.backward_by(y, dx, grads, layout.part, &mut || watch.peak.sample())? {
                 Some(next) => dx = next,
                 None => {
                     pass.finish(pool);
@@ -130,7 +180,79 @@ pub fn micro_step<B: Backend>(
             }
         }
     }
-    pool.put(backend, dx);
+    pool.put(&base.backend, dx);
     pass.finish(pool);
     Ok(total)
+}
+
+/// The inputs of layers, kept or to be had again.
+struct Inputs<'a, B: Backend> {
+    pass: &'a Pass<'a, B>,
+    layout: &'a Layout,
+    kept: Vec<Option<B::Buffer>>,
+}
+
+impl<B: Backend> Inputs<'_, B> {
+    /// The first layer's.
+    fn embed(&self, pool: &mut Pool<B>) -> Result<B::Buffer> {
+        let mut tape = self.pass.tape(None, false, pool);
+        let x = self.pass.base().model.embed(&mut tape);
+        tape.into_value(x)
+    }
+
+    /// Layer number `layer` applied to `x`.
+    fn forward(&self, layer: usize, x: B::Buffer, pool: &mut Pool<B>) -> Result<B::Buffer> {
+        let mut tape = self.pass.tape(Some(x), false, pool);
+        let y = self.pass.base().model.layer(&mut tape, layer, Tensor(0));
+        tape.into_value_by(y, self.layout.part)
+    }
+
+    fn keep(&mut self, layer: usize, x: &B::Buffer, pool: &mut Pool<B>) -> Result<()> {
+        let (backend, width) = (&self.pass.base().backend, self.pass.base().model.config().hidden_size);
+        let len = backend.len(x);
+        let kept = if self.layout.narrow {
+            let mut kept = pool.kept().take(backend, len / width * narrow_width(width))?;
+            backend.narrow(width, x, &mut kept);
+            kept
+        } else {
+            let mut kept = pool.kept().take(backend, len)?;
+            backend.copy(x, &mut kept);
+            kept
+        };
+        self.kept[layer] = Some(kept);
+        Ok(())
+    }
+
+    /// The input of `layer` from what is kept, which is needed no more if it is this layer's own.
+    fn restore(&mut self, layer: usize, pool: &mut Pool<B>, watch: &mut Watch<'_>) -> Result<B::Buffer> {
+        let (backend, width) = (&self.pass.base().backend, self.pass.base().model.config().hidden_size);
+        let from = (0..=layer).rev().find(|from| self.kept[*from].is_some());
+        let mut x = match from {
+            Some(from) => {
+                let kept = self.kept[from].take().expect("found just now");
+                let mut x = pool.take(backend, self.pass.tokens() * width)?;
+                if self.layout.narrow {
+                    backend.widen(width, &kept, &mut x);
+                } else {
+                    backend.copy(&kept, &mut x);
+                }
+                if from == layer {
+                    pool.kept().put(backend, kept);
+                } else {
+                    self.kept[from] = Some(kept);
+                }
+                x
+            }
+            None => self.embed(pool)?,
+        };
+        let from = from.unwrap_or(0);
+        for between in from..layer {
+            watch.check()?;
+            if self.layout.between && between > from {
+                self.keep(between, &x, pool)?;
+            }
+            x = self.forward(between, x, pool)?;
+        }
+        Ok(x)
+    }
 }

@@ -104,6 +104,7 @@ fn a_full_disk_in_training_costs_no_checkpoint_and_no_adapter() {
         let samples = session.dataset(&data, 1024).unwrap();
         let mut trainer = session.trainer(config, samples, None, None, Path::new(&out)).unwrap();
         assert!(!trainer.run(&mut StopAfter(2)).unwrap().done);
+        drop(trainer);
         let resume = train(&out, save_every, &["--resume"]);
         for _ in 0..2 {
             unharmed(&f, 4, &refs(&resume), file).unwrap();

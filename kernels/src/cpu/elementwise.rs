@@ -50,14 +50,20 @@ pub(crate) fn scale_part(factor: f32, x: &mut [f32]) {
 
 /// Inverted dropout (Srivastava et al. 2014): element `i` falls if the upper 32 of its random bits lie below `p`.
 /// Linear in `x` with a mask that only `key` decides, so it is its own gradient.
-pub(crate) fn dropout(team: &Team, p: f32, key: u64, x: &[f32], y: &mut [f32]) {
+pub(crate) fn dropout(team: &Team, p: f32, key: u64, first: u64, x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len());
     let (bar, keep) = ((f64::from(p) * 2f64.powi(32)) as u64, 1.0 / (1.0 - p));
     parts(team, y, 1, |at, y| {
         for (i, y) in y.iter_mut().enumerate() {
-            *y = if mix(key, (at + i) as u64) >> 32 < bar { 0.0 } else { x[at + i] * keep };
+            *y = if mix(key, first + (at + i) as u64) >> 32 < bar { 0.0 } else { x[at + i] * keep };
         }
     });
+}
+
+/// `y = x`.
+pub(crate) fn copy(team: &Team, x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len());
+    parts(team, y, 1, |at, y| y.copy_from_slice(&x[at..][..y.len()]));
 }
 
 /// Zeros.

@@ -47,6 +47,13 @@ pub(crate) fn vjp(cpu: &Cpu, kind: Gate, gate: &[f32], up: &[f32], dy: &[f32], d
     });
 }
 
+/// [`vjp`] of SiLU where `gate` and `up` become their gradients.
+pub(crate) fn vjp_in_place(cpu: &Cpu, dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
+    assert!(gate.len() == dy.len() && up.len() == dy.len());
+    let light = cpu.table.light();
+    parts2(&cpu.team, gate, up, |at, gate, up| light.swiglu_vjp_in_place(&dy[at..][..up.len()], gate, up));
+}
+
 /// [`forward`] on one thread.
 #[inline(always)]
 pub(super) fn value<const FMA: bool, const IS_GELU: bool>(gate: &[f32], up: &[f32], y: &mut [f32]) {
@@ -69,6 +76,20 @@ pub(super) fn slope<const FMA: bool, const IS_GELU: bool>(
         let (s, gz) = logistic::<FMA, IS_GELU>(gate[i]);
         dup[i] = dy[i] * gate[i] * s;
         dgate[i] = dy[i] * up[i] * s * (1.0 + gz * (1.0 - s));
+    }
+}
+
+/// [`vjp_in_place`] on one thread.
+#[inline(always)]
+pub(super) fn slope_in_place<const FMA: bool>(dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
+    let n = dy.len();
+    assert!(gate.len() == n && up.len() == n);
+    let (gate, up, dy) = (&mut gate[..n], &mut up[..n], &dy[..n]);
+    for i in 0..n {
+        let (g, u) = (gate[i], up[i]);
+        let (s, gz) = logistic::<FMA, false>(g);
+        up[i] = dy[i] * g * s;
+        gate[i] = dy[i] * u * s * (1.0 + gz * (1.0 - s));
     }
 }
 

@@ -75,6 +75,8 @@ light! {
     fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) = gated::value::<FMA, false>;
     /// Its gradients by `gate` and by `up`.
     fn swiglu_vjp(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) = gated::slope::<FMA, false>;
+    /// The same gradients in the place of `gate` and `up`.
+    fn swiglu_vjp_in_place(dy: &[f32], gate: &mut [f32], up: &mut [f32]) = gated::slope_in_place::<FMA>;
     /// `y = gelu(gate) up`.
     fn geglu(gate: &[f32], up: &[f32], y: &mut [f32]) = gated::value::<FMA, true>;
     /// Its gradients by `gate` and by `up`.

@@ -1,6 +1,6 @@
 //! Weights as the CPU backend holds them: mapped bytes, or a small matrix that changes every step.
 
-use super::buffer::reserve;
+use super::buffer::{Buffer, reserve};
 use super::nf4::Nf4;
 use super::q8::{BLOCK, Columns, Int8};
 use super::table::Table;
@@ -23,7 +23,9 @@ pub(crate) enum Data {
     Int8(Int8),
     Mapped(FloatType, Bytes),
     /// Little-endian like a mapped weight, so that the same kernels read both.
-    Work(WorkType, Vec<u8>, Eight),
+    Work(Vec<u8>, Eight),
+    /// A matrix that is its own master.
+    Master(Buffer),
 }
 
 /// Copies in 8 bits of a work matrix, for products of one token: as a down-projection and as an up-projection of an
@@ -55,10 +57,39 @@ impl Matrix {
     }
 
     pub(crate) fn zeros(rows: usize, cols: usize, dtype: WorkType) -> Result<Self, Error> {
-        let size = rows.saturating_mul(cols).saturating_mul(float_type(dtype).size());
-        let mut bytes = reserve(size)?;
-        bytes.resize(size, 0);
-        Ok(Self { rows, cols, data: Data::Work(dtype, bytes, Eight::default()) })
+        let len = rows.saturating_mul(cols);
+        let data = match dtype {
+            WorkType::F32 => Data::Master(Buffer::zeros(len)?),
+            WorkType::F16 => {
+                let size = len.saturating_mul(size_of::<f16>());
+                let mut bytes = reserve(size)?;
+                bytes.resize(size, 0);
+                Data::Work(bytes, Eight::default())
+            }
+        };
+        Ok(Self { rows, cols, data })
+    }
+
+    /// A matrix in memory of a device that leaves operations to this backend.
+    #[cfg(feature = "vulkan")]
+    pub(crate) fn of(rows: usize, cols: usize, values: Buffer) -> Self {
+        assert_eq!(values.len(), rows * cols);
+        Self { rows, cols, data: Data::Master(values) }
+    }
+
+    /// The values of a matrix that is its own master.
+    pub(crate) fn values(&self) -> &Buffer {
+        match &self.data {
+            Data::Master(values) => values,
+            _ => panic!("only a work matrix in f32 is its own master"),
+        }
+    }
+
+    pub(crate) fn values_mut(&mut self) -> &mut Buffer {
+        match &mut self.data {
+            Data::Master(values) => values,
+            _ => panic!("only a work matrix in f32 is its own master"),
+        }
     }
 
     /// Rounds `master` into a work matrix.
@@ -68,12 +99,8 @@ impl Matrix {
             *eight = Eight::default();
         }
         match &mut self.data {
-            Data::Work(WorkType::F32, bytes, _) => {
-                for (b, value) in bytes.as_chunks_mut().0.iter_mut().zip(master) {
-                    *b = value.to_le_bytes();
-                }
-            }
-            Data::Work(WorkType::F16, bytes, _) => {
+            Data::Master(values) => values.copy_from_slice(master),
+            Data::Work(bytes, _) => {
                 for (b, value) in bytes.as_chunks_mut().0.iter_mut().zip(master) {
                     *b = f16::from_f32(*value).to_le_bytes();
                 }
@@ -89,7 +116,8 @@ impl Matrix {
             Data::Nf4(w) => w.bytes(),
             Data::Int8(w) => w.bytes(),
             Data::Mapped(_, bytes) => bytes.len(),
-            Data::Work(_, bytes, _) => bytes.len(),
+            Data::Work(bytes, _) => bytes.len(),
+            Data::Master(values) => size_of_val(&values[..]),
         }
     }
 
@@ -127,7 +155,9 @@ impl Matrix {
             Data::Nf4(w) => Elements::Nf4(w),
             Data::Int8(w) => Elements::Int8(w),
             Data::Mapped(dtype, bytes) => Elements::Dense(*dtype, bytes),
-            Data::Work(dtype, bytes, _) => Elements::Dense(float_type(*dtype), bytes),
+            Data::Work(bytes, _) => Elements::Dense(FloatType::F16, bytes),
+            // Kernels read little-endian bytes, as files hold them.
+            Data::Master(values) => Elements::Dense(FloatType::F32, bytemuck::cast_slice(values)),
         }
     }
 
@@ -204,6 +234,29 @@ impl Band<'_> {
     pub fn decode(&self, table: &Table, row: usize, col: usize, width: usize, out: &mut [f32]) {
         self.matrix.decode(table, self.first + row, col, width, out);
     }
+
+    /// The same in bf16, for tables that multiply so.
+    pub fn decode_bf16(&self, table: &Table, row: usize, col: usize, width: usize, out: &mut [u16]) {
+        let (row, cols) = (self.first + row, self.matrix.cols);
+        assert!(col + width <= cols);
+        match self.matrix.elements() {
+            Elements::Dense(dtype, bytes) => {
+                let start = (row * cols + col) * dtype.size();
+                table.bf16_decode_dense(dtype, &bytes[start..], cols, width, out);
+            }
+            Elements::Nf4(w) if width == cols => table.bf16_decode_nf4(w, row * cols, out),
+            Elements::Nf4(w) => {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    table.bf16_decode_nf4(w, (row + i) * cols + col, out);
+                }
+            }
+            Elements::Int8(w) => {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    table.by_f32(out, |at, wide| w.decode(row + i, col + at, wide));
+                }
+            }
+        }
+    }
 }
 
 /// What `cell` holds, made by `make` if it is empty. Two threads may make it at once, alike.
@@ -221,9 +274,4 @@ pub(crate) enum Elements<'a> {
     Dense(FloatType, &'a [u8]),
 }
 
-fn float_type(dtype: WorkType) -> FloatType {
-    match dtype {
-        WorkType::F32 => FloatType::F32,
-        WorkType::F16 => FloatType::F16,
-    }
-}
+const _: () = assert!(cfg!(target_endian = "little"), "a matrix that is its own master is read as little-endian bytes");

@@ -25,6 +25,7 @@ mod linear_cross_entropy;
 mod loops;
 mod matmul;
 mod matrix;
+mod narrow;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod nf4;
@@ -116,6 +117,19 @@ impl Cpu {
     }
 }
 
+/// Bytes of the scratch that each thread keeps: a decoded panel in f32 and one in bf16, at their largest.
+pub(crate) const THREAD_SCRATCH: usize = 256 * 1024;
+
+/// Bytes of activations `[T, K]` rounded to bf16, which the thread that starts products keeps, and of the slices of rows
+/// that their tasks own, for `tokens` of `width` by `outputs`.
+pub(crate) fn matmul_bytes(tokens: usize, width: usize) -> (usize, usize) {
+    let slices = matmul::TASKS * tokens * size_of::<&mut [f32]>();
+    (tokens * width.next_multiple_of(bf16::PAD) * size_of::<u16>(), slices)
+}
+
+pub(crate) use attention::bytes as attention_bytes;
+pub(crate) use linear_cross_entropy::bytes as linear_cross_entropy_bytes;
+
 impl Backend for Cpu {
     type Buffer = Buffer;
     type Matrix = Matrix;
@@ -126,12 +140,36 @@ impl Backend for Cpu {
         self.team.keep_awake(work)
     }
 
+    fn threads(&self) -> usize {
+        self.team.threads()
+    }
+
     fn buffer(&self, len: usize) -> Result<Buffer, Error> {
         Buffer::zeros(len)
     }
 
     fn len(&self, buffer: &Buffer) -> usize {
         buffer.len()
+    }
+
+    fn region(&self, len: usize) -> Result<Buffer, Error> {
+        Buffer::region(len)
+    }
+
+    fn capacity(&self, buffer: &Buffer) -> usize {
+        buffer.capacity()
+    }
+
+    fn cut(&self, buffer: Buffer, len: usize) -> Result<(Buffer, Option<Buffer>), Buffer> {
+        buffer.cut(len)
+    }
+
+    fn join(&self, first: Buffer, second: Buffer) -> Result<Buffer, (Buffer, Buffer)> {
+        first.join(second)
+    }
+
+    fn address(&self, buffer: &Buffer) -> usize {
+        buffer.as_ptr().addr()
     }
 
     fn write(&self, dst: &mut Buffer, src: &[f32]) {
@@ -153,6 +191,15 @@ impl Backend for Cpu {
 
     fn set_matrix(&self, dst: &mut Matrix, master: &Buffer) {
         dst.set(master);
+    }
+
+    fn with_values(&self, matrix: &mut Matrix, work: &mut dyn FnMut(&mut Buffer)) {
+        work(matrix.values_mut());
+    }
+
+    fn read_matrix(&self, matrix: &Matrix, dst: &mut [f32]) -> Result<(), Error> {
+        dst.copy_from_slice(matrix.values());
+        Ok(())
     }
 
     fn shape(&self, matrix: &Matrix) -> (usize, usize) {
@@ -208,8 +255,20 @@ impl Backend for Cpu {
         elementwise::scale(&self.team, factor, x);
     }
 
-    fn dropout(&self, p: f32, key: u64, x: &Buffer, y: &mut Buffer) {
-        elementwise::dropout(&self.team, p, key, x, y);
+    fn dropout(&self, p: f32, key: u64, first: u64, x: &Buffer, y: &mut Buffer) {
+        elementwise::dropout(&self.team, p, key, first, x, y);
+    }
+
+    fn copy(&self, x: &Buffer, y: &mut Buffer) {
+        elementwise::copy(&self.team, x, y);
+    }
+
+    fn narrow(&self, width: usize, x: &Buffer, y: &mut Buffer) {
+        narrow::pack(&self.team, width, x, y);
+    }
+
+    fn widen(&self, width: usize, x: &Buffer, y: &mut Buffer) {
+        narrow::unpack(&self.team, width, x, y);
     }
 
     fn zero(&self, x: &mut Buffer) {
@@ -251,6 +310,10 @@ impl Backend for Cpu {
 
     fn swiglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
         gated::vjp(self, Gate::Silu, gate, up, dy, dgate, dup);
+    }
+
+    fn swiglu_vjp_in_place(&self, dy: &Buffer, gate: &mut Buffer, up: &mut Buffer) {
+        gated::vjp_in_place(self, dy, gate, up);
     }
 
     fn attention(

@@ -456,13 +456,67 @@ impl Table {
         }
     }
 
-    /// Arranges `w` in bf16: its rows as lanes if `rows`, else its columns.
-    pub(crate) fn bf16_pack(&self, w: Rows, rows: bool, panel: &mut [u16]) {
+    /// As [`Table::nf4_decode`], rounded to bf16.
+    pub(crate) fn bf16_decode_nf4(&self, w: &Nf4, start: usize, out: &mut [u16]) {
+        let Some(decode) = self.has_bf16().decode_nf4 else {
+            return self.by_f32(out, |at, wide| self.nf4_decode(w, start + at, wide));
+        };
+        assert!(start.checked_add(out.len()).is_some_and(|end| end <= w.len()));
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            decode(w, start, out);
+        }
+    }
+
+    /// As [`Table::dense_decode`], rounded to bf16.
+    pub(crate) fn bf16_decode_dense(
+        &self,
+        dtype: FloatType,
+        bytes: &[u8],
+        stride: usize,
+        width: usize,
+        out: &mut [u16],
+    ) {
+        if out.is_empty() {
+            return;
+        }
+        let Some(decode) = self.has_bf16().decode_dense else {
+            for (row, out) in out.chunks_exact_mut(width).enumerate() {
+                let bytes = &bytes[row * stride * dtype.size()..];
+                self.by_f32(out, |at, wide| {
+                    self.dense_decode(dtype, &bytes[at * dtype.size()..], wide.len(), wide.len(), wide);
+                });
+            }
+            return;
+        };
+        assert!(stride >= width && out.len().is_multiple_of(width));
+        assert!(bytes.len() >= ((out.len() / width - 1) * stride + width) * dtype.size());
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            decode(dtype, bytes, stride, width, out);
+        }
+    }
+
+    /// Rounds to `out` what `decode(at, part)` puts into parts of f32 that stay in first-level cache.
+    pub(crate) fn by_f32(&self, out: &mut [u16], decode: impl Fn(usize, &mut [f32])) {
+        let mut wide = [0.0; 512];
+        for (i, out) in out.chunks_mut(wide.len()).enumerate() {
+            let part = &mut wide[..out.len()];
+            decode(512 * i, part);
+            self.bf16_round(part, out);
+        }
+    }
+
+    /// Arranges `w`: its rows as lanes if `rows`, else its columns.
+    pub(crate) fn bf16_pack(&self, w: Bf16Rows, rows: bool, panel: &mut [u16]) {
         let bf16 = self.has_bf16();
         let (lanes, depth, pack) = match rows {
-            true => (w.count(), w.width(), bf16.pack_rows),
-            false => (w.width(), w.count(), bf16.pack_cols),
+            true => (w.count, w.width, bf16.pack_rows),
+            false => (w.width, w.count, bf16.pack_cols),
         };
+        assert!(w.count == 0 || w.width <= w.stride && (w.count - 1) * w.stride + w.width <= w.values.len());
         assert!(lanes <= bf16.lanes && panel.len() >= depth.next_multiple_of(bf16.group) * bf16.lanes);
         // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
@@ -471,8 +525,8 @@ impl Table {
         }
     }
 
-    /// `c[t][col + i] += x[t] . lane i of the panel` for `i < n`.
-    pub(crate) fn bf16_tile(&self, panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col: usize, n: usize) {
+    /// `c[t][col + i] = x[t] . lane i of the panel` for `i < n`, added to what is there if `add`.
+    pub(crate) fn bf16_tile(&self, panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col: usize, n: usize, add: bool) {
         let bf16 = self.has_bf16();
         assert!(n <= bf16.lanes && panel.len().is_multiple_of(bf16.lanes * bf16.group) && c.len() == x.count);
         let depth = panel.len() / bf16.lanes;
@@ -481,7 +535,7 @@ impl Table {
         // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
         unsafe {
-            (bf16.tile)(panel, x, c, col, n);
+            (bf16.tile)(panel, x, c, col, n, add);
         }
     }
 

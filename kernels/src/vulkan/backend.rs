@@ -15,6 +15,10 @@ impl Backend for Vulkan {
         self.cpu.scope(work)
     }
 
+    fn threads(&self) -> usize {
+        Backend::threads(&self.cpu)
+    }
+
     fn buffer(&self, len: usize) -> Result<Buffer, Error> {
         Buffer::zeros(&self.heap, len)
     }
@@ -39,12 +43,33 @@ impl Backend for Vulkan {
     }
 
     fn work_matrix(&self, rows: usize, cols: usize, dtype: WorkType) -> Result<Matrix, Error> {
-        Ok(Matrix { host: self.cpu.work_matrix(rows, cols, dtype)?, blocks: None })
+        if dtype == WorkType::F16 {
+            return Ok(Matrix { host: self.cpu.work_matrix(rows, cols, dtype)?, blocks: None, values: None });
+        }
+        // In memory of the device, so that its operations can read and write it as a buffer.
+        let Buffer { memory, host, .. } = self.buffer(rows.saturating_mul(cols))?;
+        Ok(Matrix { host: cpu::Matrix::of(rows, cols, host), blocks: None, values: Some(memory) })
     }
 
     fn set_matrix(&self, dst: &mut Matrix, master: &Buffer) {
         self.host(&[master], &[]);
         self.cpu.set_matrix(&mut dst.host, &master.host);
+    }
+
+    fn with_values(&self, matrix: &mut Matrix, work: &mut dyn FnMut(&mut Buffer)) {
+        let memory = matrix.values.clone().expect("only a work matrix in f32 is its own master");
+        let host = matrix.host.values_mut();
+        let len = host.len();
+        let mut buffer = Buffer { memory, host: std::mem::take(host), len };
+        work(&mut buffer);
+        // Products read it on the host.
+        self.host(&[&buffer], &[]);
+        *matrix.host.values_mut() = buffer.host;
+    }
+
+    fn read_matrix(&self, matrix: &Matrix, dst: &mut [f32]) -> Result<(), Error> {
+        self.recorder.check()?;
+        self.cpu.read_matrix(&matrix.host, dst)
     }
 
     fn shape(&self, matrix: &Matrix) -> (usize, usize) {
@@ -108,9 +133,24 @@ impl Backend for Vulkan {
         self.cpu.scale(factor, &mut x.host);
     }
 
-    fn dropout(&self, p: f32, key: u64, x: &Buffer, y: &mut Buffer) {
+    fn dropout(&self, p: f32, key: u64, first: u64, x: &Buffer, y: &mut Buffer) {
         self.host(&[x], &[y]);
-        self.cpu.dropout(p, key, &x.host, &mut y.host);
+        self.cpu.dropout(p, key, first, &x.host, &mut y.host);
+    }
+
+    fn copy(&self, x: &Buffer, y: &mut Buffer) {
+        self.host(&[x], &[y]);
+        self.cpu.copy(&x.host, &mut y.host);
+    }
+
+    fn narrow(&self, width: usize, x: &Buffer, y: &mut Buffer) {
+        self.host(&[x], &[y]);
+        self.cpu.narrow(width, &x.host, &mut y.host);
+    }
+
+    fn widen(&self, width: usize, x: &Buffer, y: &mut Buffer) {
+        self.host(&[x], &[y]);
+        self.cpu.widen(width, &x.host, &mut y.host);
     }
 
     fn zero(&self, x: &mut Buffer) {
@@ -161,6 +201,11 @@ impl Backend for Vulkan {
     fn swiglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
         self.host(&[gate, up, dy], &[dgate, dup]);
         self.cpu.swiglu_vjp(&gate.host, &up.host, &dy.host, &mut dgate.host, &mut dup.host);
+    }
+
+    fn swiglu_vjp_in_place(&self, dy: &Buffer, gate: &mut Buffer, up: &mut Buffer) {
+        self.host(&[dy], &[gate, up]);
+        self.cpu.swiglu_vjp_in_place(&dy.host, &mut gate.host, &mut up.host);
     }
 
     fn attention(

@@ -14,6 +14,8 @@ use std::sync::Arc;
 pub struct Matrix {
     pub(super) host: cpu::Matrix,
     pub(super) blocks: Option<Blocks>,
+    /// Memory of a matrix that is its own master.
+    pub(super) values: Option<Arc<Memory>>,
 }
 
 /// A 4-bit weight as the shaders read it.
@@ -28,17 +30,17 @@ impl Matrix {
         // The parts fit the shape after this.
         let host = cpu.matrix(source.clone())?;
         let MatrixSource { rows, cols, data: MatrixData::Nf4(nf4) } = source else {
-            return Ok(Self { host, blocks: None });
+            return Ok(Self { host, blocks: None, values: None });
         };
         let layout = Layout::new(&nf4);
         // The shader counts elements in 32 bits.
         let len = rows.saturating_mul(cols);
         if len == 0 || u32::try_from(len).is_err() || layout.bytes() as u64 + limits.alignment > limits.range {
-            return Ok(Self { host, blocks: None });
+            return Ok(Self { host, blocks: None, values: None });
         }
         let (memory, copy) = layout.copy(heap, nf4)?;
         let host = cpu.matrix(MatrixSource { rows, cols, data: MatrixData::Nf4(copy) })?;
-        Ok(Self { host, blocks: Some(Blocks { memory, constants: layout.constants }) })
+        Ok(Self { host, blocks: Some(Blocks { memory, constants: layout.constants }), values: None })
     }
 }
 

@@ -50,10 +50,15 @@ fn dropout_falls_by_key_and_index_and_keeps_the_mean() {
     let values: Vec<f64> = (0..n).map(|i| if falls(i) { 0.0 } else { 1.0 / 0.75 }).collect();
     let kept = values.iter().filter(|v| **v > 0.0).count() as f64 / n as f64;
     assert!((kept - 0.75).abs() < 0.01, "{kept}");
-    case!(report, "dropout", &[Expected::relative(values, 2.0 * EPS)], |cpu| {
+    let expected = || Expected::relative(values.clone(), 2.0 * EPS);
+    case!(report, "dropout", &[expected(), expected()], |cpu| {
         let mut y = poisoned(cpu, n);
-        cpu.dropout(p, key, &buffer(cpu, &ones), &mut y);
-        vec![read(cpu, &y)]
+        cpu.dropout(p, key, 0, &buffer(cpu, &ones), &mut y);
+        // In two parts, the second counted from where it stands.
+        let mut parts = [poisoned(cpu, 777), poisoned(cpu, n - 777)];
+        cpu.dropout(p, key, 0, &buffer(cpu, &ones[..777]), &mut parts[0]);
+        cpu.dropout(p, key, 777, &buffer(cpu, &ones[777..]), &mut parts[1]);
+        vec![read(cpu, &y), parts.iter().flat_map(|part| read(cpu, part)).collect()]
     });
 }
 
@@ -217,6 +222,11 @@ fn gated<B: Backend>(cpu: &B, name: &str, inputs: [&[f32]; 3]) -> Vec<Vec<f32>> 
     } else {
         cpu.swiglu(&gate, &up, &mut y);
         cpu.swiglu_vjp(&gate, &up, &dy, &mut dgate, &mut dup);
+        let (mut in_gate, mut in_up) = (poisoned(cpu, cpu.len(&gate)), poisoned(cpu, cpu.len(&up)));
+        cpu.copy(&gate, &mut in_gate);
+        cpu.copy(&up, &mut in_up);
+        cpu.swiglu_vjp_in_place(&dy, &mut in_gate, &mut in_up);
+        assert_eq!((read(cpu, &in_gate), read(cpu, &in_up)), (read(cpu, &dgate), read(cpu, &dup)));
     }
     [y, dgate, dup].map(|b| read(cpu, &b)).into()
 }
@@ -250,4 +260,33 @@ fn cross_entropy_meets_the_oracle() {
         cpu.cross_entropy(&[0], 1.0, &mut logits, &mut losses);
         vec![[read(cpu, &losses), read(cpu, &logits)].concat()]
     });
+}
+
+#[test]
+fn narrow_rows_keep_eleven_bits_and_never_overflow() {
+    let mut report = Report::default();
+    let mut random = Random(29);
+    for (rows, width) in [(0, 5), (1, 1), (3, 64), (19, 65), (40, 576)] {
+        let mut x = random.vector(rows * width);
+        for (row, scale) in x.chunks_mut(width).zip([1.0, 1e-30, 3e9, 1e37, 0.0].into_iter().cycle()) {
+            row.iter_mut().for_each(|x| *x *= scale);
+            // An outlier, as activations have them.
+            row[0] *= 1000.0;
+        }
+        // Half a unit in the last place of an f16; below 2^-28 of the row's largest, that of its smallest numbers.
+        let bounds = x.chunks(width).flat_map(|row| {
+            let largest = row.iter().fold(0.0_f64, |most, x| most.max(f64::from(x.abs())));
+            row.iter()
+                .map(move |x| (f64::from(x.abs()) * 2f64.powi(-11)).max(largest * 2f64.powi(-38)))
+                .collect::<Vec<_>>()
+        });
+        let expected = Expected::new(wide(&x), bounds.collect());
+        case!(report, &format!("narrow, widen {rows} rows of {width}"), &[expected], |cpu| {
+            let mut packed = poisoned(cpu, rows * pocketlora_kernels::narrow_width(width));
+            cpu.narrow(width, &buffer(cpu, &x), &mut packed);
+            let mut y = poisoned(cpu, rows * width);
+            cpu.widen(width, &packed, &mut y);
+            vec![read(cpu, &y)]
+        });
+    }
 }

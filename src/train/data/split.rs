@@ -5,8 +5,8 @@ use serde::Serialize;
 use std::ops::Range;
 
 /// Text that is tokenized at once, in bytes; more is cut between paragraphs first, for tokens with their places take
-/// some ten times the memory of the text.
-pub(super) const PIECE: usize = 1 << 20;
+/// some two hundred times the memory of the text while the tokenizer is at work.
+pub(super) const PIECE: usize = 1 << 17;
 
 /// What was too long for one sample, and what became of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]

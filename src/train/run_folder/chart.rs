@@ -61,25 +61,38 @@ fn draw_losses(area: &Area<'_>, curves: &[Curve<'_>], last: f64) -> Result<(), F
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
     let margin = ((high - low) * 0.06).max(0.01);
+    area.draw(&Text::new("loss (nats per token)", (76, 12), font(18)))?;
     let mut chart = ChartBuilder::on(area)
-        .caption("loss (nats per token)", font(18))
         .margin(12)
+        .margin_top(64)
         .margin_right(24)
         .set_label_area_size(LabelAreaPosition::Left, 64)
         .set_label_area_size(LabelAreaPosition::Bottom, 26)
         .build_cartesian_2d(0.0..last, (low - margin).max(0.0)..high + margin)?;
     mesh(&mut chart, "loss", 8, &|v| format!("{v:.2}"))?;
-    for Curve { points, color, label, dots } in curves {
-        let (color, stroke) = (*color, ShapeStyle::from(*color).stroke_width(2));
-        let series = chart.draw_series(LineSeries::new(points.iter().copied(), stroke))?;
-        series.label(label.clone()).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], stroke));
+    for Curve { points, color, dots, .. } in curves {
+        chart.draw_series(LineSeries::new(points.iter().copied(), stroke(*color)))?;
         if *dots {
             chart.draw_series(points.iter().map(|&p| Circle::new(p, 3, color.filled())))?;
         }
     }
-    if !curves.is_empty() {
-        let legend = &mut chart.configure_series_labels();
-        legend.position(SeriesLabelPosition::UpperRight).label_font(font(14)).border_style(INK.mix(0.5)).draw()?;
+    draw_legend(area, curves)
+}
+
+fn stroke(color: RGBColor) -> ShapeStyle {
+    ShapeStyle::from(color).stroke_width(2)
+}
+
+/// One line under the title, where no curve can lie.
+fn draw_legend(area: &Area<'_>, curves: &[Curve<'_>]) -> Result<(), Failure> {
+    const Y: i32 = 46;
+    let mut x = 76;
+    for Curve { color, label, .. } in curves {
+        area.draw(&PathElement::new([(x, Y), (x + 20, Y)], stroke(*color)))?;
+        let beside = font(14).pos(Pos::new(HPos::Left, VPos::Center));
+        area.draw(&Text::new(label.as_str(), (x + 26, Y), beside))?;
+        // Letters are some eight pixels wide at most; the exact widths depend on the reader's font.
+        x += 50 + 8 * label.len() as i32;
     }
     Ok(())
 }
@@ -87,15 +100,16 @@ fn draw_losses(area: &Area<'_>, curves: &[Curve<'_>], last: f64) -> Result<(), F
 fn draw_rate(area: &Area<'_>, points: &[(f64, f64)], last: f64) -> Result<(), Failure> {
     let high = points.iter().map(|p| p.1).fold(0.0, f64::max);
     let high = if high > 0.0 { high * 1.1 } else { 1.0 };
+    area.draw(&Text::new("learning rate", (76, 8), font(16)))?;
     let mut chart = ChartBuilder::on(area)
-        .caption("learning rate", font(16))
         .margin(12)
+        .margin_top(30)
         .margin_right(24)
         .set_label_area_size(LabelAreaPosition::Left, 64)
         .set_label_area_size(LabelAreaPosition::Bottom, 40)
         .build_cartesian_2d(0.0..last, 0.0..high)?;
-    mesh(&mut chart, "rate", 3, &|v| format!("{v:.1e}"))?;
-    chart.draw_series(LineSeries::new(points.iter().copied(), ShapeStyle::from(INK).stroke_width(2)))?;
+    mesh(&mut chart, "rate", 3, &|&v| if v == 0.0 { "0".to_owned() } else { format!("{v:.1e}") })?;
+    chart.draw_series(LineSeries::new(points.iter().copied(), stroke(INK)))?;
     let (width, height) = area.dim_in_pixel();
     let below = font(14).pos(Pos::new(HPos::Center, VPos::Bottom));
     area.draw(&Text::new("step", (width as i32 / 2, height as i32 - 4), below))?;

@@ -101,6 +101,15 @@ pub(crate) fn vjp(
     }
 }
 
+/// Bytes of memory that [`vjp`] takes, scratch of its threads left out.
+pub(super) fn bytes(spec: &Attention, segments: &[usize]) -> usize {
+    let (shape, stretches) = (Shape::new(spec), stretches(spec, segments));
+    let earlier: usize = stretches.iter().map(Stretch::earlier).sum();
+    let tokens: usize = segments.iter().sum();
+    let slices = tokens * spec.heads + 2 * (tokens + earlier) * spec.kv_heads;
+    2 * shape.kv_heads * earlier * shape.head_dim * size_of::<f32>() + slices * size_of::<&mut [f32]>()
+}
+
 /// Cuts segments into stretches of about the same work.
 fn stretches(spec: &Attention, segments: &[usize]) -> Vec<Stretch> {
     let filled = segments.iter().filter(|len| **len > 0).count().max(1);

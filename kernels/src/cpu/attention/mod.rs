@@ -85,6 +85,16 @@ impl Shape {
     }
 }
 
+/// Bytes that [`forward`] and [`vjp`] take beside their arguments and threads' scratch: turned keys and the slices of
+/// outputs that tasks own; for gradients those of earlier keys.
+pub(crate) fn bytes(spec: &Attention, segments: &[usize]) -> (usize, usize) {
+    let (shape, tokens) = (Shape::new(spec), segments.iter().sum::<usize>());
+    let blocks: usize = segments.iter().map(|len| len.div_ceil(KEYS)).sum();
+    let rows = tokens * spec.heads * (size_of::<&mut [f32]>() + size_of::<&mut f32>());
+    let forward = blocks * shape.kv_heads * shape.turned() * size_of::<f32>() + rows;
+    (forward, backward::bytes(spec, segments))
+}
+
 /// Keys that the query at position `t` sees.
 fn visible(spec: &Attention, t: usize) -> Range<usize> {
     let first = spec.window.map_or(0, |window| (t + 1).saturating_sub(window));

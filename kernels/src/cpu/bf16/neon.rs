@@ -4,7 +4,6 @@
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::neon::{LANES, bfcvtn, bfmmla, by_fours, load_part, tokens_of_squares};
-use super::super::tile::Rows;
 use super::{Bf16, Bf16Rows};
 use std::arch::aarch64::*;
 
@@ -13,7 +12,8 @@ const QUAD: usize = 4;
 /// Terms in a vector of activations; panels have whole ones.
 const VECTOR: usize = 8;
 
-pub(crate) static KERNELS: Bf16 = Bf16 { lanes: LANES, group: VECTOR, round, pack_rows, pack_cols, tile };
+pub(crate) static KERNELS: Bf16 =
+    Bf16 { lanes: LANES, group: VECTOR, round, decode_nf4: None, decode_dense: None, pack_rows, pack_cols, tile };
 
 /// See [`Bf16::round`].
 #[target_feature(enable = "neon,bf16")]
@@ -38,39 +38,49 @@ fn to_array(v: uint16x4_t) -> [u16; 4] {
 
 /// See [`Bf16::pack_rows`].
 #[target_feature(enable = "neon,bf16")]
-fn pack_rows(w: Rows, panel: &mut [u16]) {
+fn pack_rows(w: Bf16Rows, panel: &mut [u16]) {
     for (quad, panel) in panel.as_chunks_mut::<{ QUAD * LANES }>().0.iter_mut().enumerate() {
         for (lane, terms) in panel.as_chunks_mut::<QUAD>().0.iter_mut().enumerate() {
-            let row = if lane < w.count() { w.row(lane) } else { &[] };
-            *terms = to_array(bfcvtn(load_part(row.get(QUAD * quad..).unwrap_or(&[]))));
+            *terms = four(w.part(lane, QUAD * quad));
         }
     }
 }
 
 /// See [`Bf16::pack_cols`].
 #[target_feature(enable = "neon,bf16")]
-fn pack_cols(w: Rows, panel: &mut [u16]) {
+fn pack_cols(w: Bf16Rows, panel: &mut [u16]) {
     for (quad, panel) in panel.as_chunks_mut::<{ QUAD * LANES }>().0.iter_mut().enumerate() {
-        for (i, four) in panel.as_chunks_mut::<{ QUAD * 4 }>().0.iter_mut().enumerate() {
-            let terms: [uint16x4_t; QUAD] = std::array::from_fn(|j| {
-                let row = QUAD * quad + j;
-                let row = if row < w.count() { w.row(row) } else { &[] };
-                bfcvtn(load_part(row.get(4 * i..).unwrap_or(&[])))
-            });
-            // SAFETY: `four` is an array of 16; the store puts the terms of a column side by side.
-            unsafe { vst4_u16(four.as_mut_ptr(), uint16x4x4_t(terms[0], terms[1], terms[2], terms[3])) };
+        for (i, to) in panel.as_chunks_mut::<{ QUAD * 4 }>().0.iter_mut().enumerate() {
+            let mut terms = [[0; 4]; QUAD];
+            for (j, terms) in terms.iter_mut().enumerate() {
+                *terms = four(w.part(QUAD * quad + j, 4 * i));
+            }
+            // SAFETY: arrays of 4, and of 16; the store puts the terms of a column side by side.
+            unsafe {
+                let [a, b, c, d] = terms.map(|terms| vld1_u16(terms.as_ptr()));
+                vst4_u16(to.as_mut_ptr(), uint16x4x4_t(a, b, c, d));
+            }
         }
+    }
+}
+
+/// The first four, zeros where there are fewer.
+#[inline(always)]
+fn four(x: &[u16]) -> [u16; 4] {
+    match x.first_chunk() {
+        Some(four) => *four,
+        None => std::array::from_fn(|i| x.get(i).copied().unwrap_or(0)),
     }
 }
 
 /// See [`Bf16::tile`].
 #[target_feature(enable = "neon,bf16")]
-fn tile(panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col: usize, n: usize) {
+fn tile(panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col: usize, n: usize, add: bool) {
     by_fours(c, |t, c| {
         let x = Bf16Rows { values: &x.values[t * x.stride..], count: c.len(), ..x };
         match c.len() {
-            4 => pairs::<2>(panel, x, c, col, n),
-            _ => pairs::<1>(panel, x, c, col, n),
+            4 => pairs::<2>(panel, x, c, col, n, add),
+            _ => pairs::<1>(panel, x, c, col, n, add),
         }
     });
 }
@@ -78,7 +88,7 @@ fn tile(panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col: usize, n: usize) 
 /// `P` pairs of tokens with all lanes of the panel; a token alone is its own partner.
 #[inline]
 #[target_feature(enable = "neon,bf16")]
-fn pairs<const P: usize>(panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col: usize, n: usize) {
+fn pairs<const P: usize>(panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col: usize, n: usize, add: bool) {
     let (panel, _) = panel.as_chunks::<{ VECTOR * LANES }>();
     let row = |t: usize| &x.values[t.min(x.count - 1) * x.stride..].as_chunks::<VECTOR>().0[..panel.len()];
     let rows: [_; P] = std::array::from_fn(|p| [row(2 * p), row(2 * p + 1)]);
@@ -101,7 +111,7 @@ fn pairs<const P: usize>(panel: &[u16], x: Bf16Rows, c: &mut [&mut [f32]], col: 
         }
     }
     for (c, lanes) in c.iter_mut().zip(sums.iter().flat_map(|sums| tokens_of_squares(sums))) {
-        c[col..][..n].iter_mut().zip(lanes).for_each(|(c, sum)| *c += sum);
+        c[col..][..n].iter_mut().zip(lanes).for_each(|(c, sum)| *c = if add { *c + sum } else { sum });
     }
 }
 

@@ -3,6 +3,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 
 use super::super::avx512::{first_lanes, sum16, sums16};
+use super::super::bf16::avx512::round2;
 use crate::FloatType;
 use std::arch::x86_64::*;
 
@@ -46,6 +47,40 @@ fn widen<const F16: bool>(halves: __m256i) -> __m512 {
         _mm512_cvtph_ps(halves)
     } else {
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+    }
+}
+
+/// See [`super::super::Table::bf16_decode_dense`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(crate) fn decode_bf16(dtype: FloatType, bytes: &[u8], stride: usize, width: usize, out: &mut [u16]) {
+    let size = dtype.size();
+    for (bytes, out) in bytes.chunks(stride * size).zip(out.chunks_exact_mut(width)) {
+        for (bytes, out) in bytes[..width * size].chunks(32 * size).zip(out.chunks_mut(32)) {
+            let n = out.len();
+            let (low, high) = (first_lanes(n), first_lanes(n.saturating_sub(16)));
+            let both = u32::from(low) | u32::from(high) << 16;
+            let at = bytes.as_ptr();
+            // SAFETY: the masks keep all within the `n` elements of both slices.
+            unsafe {
+                let rounded = match dtype {
+                    FloatType::BF16 => _mm512_maskz_loadu_epi16(both, at.cast()),
+                    FloatType::F16 => round2(
+                        _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(low, at.cast())),
+                        _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(high, at.wrapping_add(32).cast())),
+                    ),
+                    FloatType::F32 => round2(
+                        _mm512_maskz_loadu_ps(low, at.cast()),
+                        _mm512_maskz_loadu_ps(high, at.wrapping_add(64).cast()),
+                    ),
+                };
+                // What a masked store has written is slow to read again.
+                if n == 32 {
+                    _mm512_storeu_si512(out.as_mut_ptr().cast(), rounded);
+                } else {
+                    _mm512_mask_storeu_epi16(out.as_mut_ptr().cast(), both, rounded);
+                }
+            }
+        }
     }
 }
 

@@ -1,88 +1,120 @@
 //! Products of many tokens in bf16.
 
 use super::super::Cpu;
-use super::super::bf16::Rounded;
+use super::super::bf16::{Bf16Rows, Rounded};
+use super::super::buffer::Buffer;
+use super::super::elementwise::scale;
 use super::super::matrix::Band;
-use super::super::split::{Patch, patches, run, with_halves, with_scratch};
-use super::super::tile::Rows;
-use super::SMALL;
+use super::super::split::{Patch, patches, run, with_halves};
+use super::{SMALL, exact};
+use crate::{Error, LowRank, Product};
 
-/// Tasks of a product at most; each holds a slice a token, which is not free.
-const TASKS: usize = 16;
+/// Tasks of a product where its width allows: few enough that their slices of each token cost little, enough that
+/// threads finish together.
+pub(in super::super) const TASKS: usize = 16;
+/// Terms of a sum in a panel of rows: whole rows where they are not too long, for that is how memory is read fastest.
+/// With 32 lanes, 64 KiB.
+const ROW_DEPTH: usize = 1024;
+/// Terms of a sum in a panel of columns: with 32 lanes, 32 KiB.
+const COL_DEPTH: usize = 512;
+/// Panels of columns that are decoded at a time at most, so that a row's piece is worth going there.
+const COL_PANELS: usize = 4;
 
-/// How a weight is cut into panels.
-struct Cut {
-    /// Terms of a sum in a panel.
-    depth: usize,
-    /// Panels that are decoded at a time.
-    panels: usize,
+/// `x Wᵀ`.
+pub(super) struct Term<'a> {
+    pub w: Band<'a>,
+    pub x: &'a Rounded<'a>,
 }
-
-/// Whole rows where they are not too long, for that is how memory is read fastest: with 32 lanes, 64 KiB.
-const ROWS: Cut = Cut { depth: 1024, panels: 1 };
-/// Of columns several panels, so that a row's piece is worth going there: with 32 lanes, 128 columns.
-const COLS: Cut = Cut { depth: 128, panels: 4 };
 
 /// `y = x Wᵀ`, added to `y` if `accumulate`.
 pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumulate: bool) {
-    let (o, k) = w.shape();
-    product(cpu, &ROWS, x, (k, o), y, accumulate, |col, at, lanes, depth, scratch, panel| {
-        w.decode(cpu.table, col, at, depth, scratch);
-        cpu.table.bf16_pack(Rows::new(scratch, depth, lanes, depth), true, panel);
+    Rounded::with(cpu, x, w.shape().1, |x| sum(cpu, &[Term { w, x: &x }], y, accumulate));
+}
+
+/// See [`crate::Backend::matmul_group`]. `x` is rounded once for all, and the up-projection of an adapter is one more
+/// term of the sum in a panel's lanes, which finds them in first-level cache.
+pub(super) fn group(cpu: &Cpu, wide: &[f32], products: &mut [Product<'_, Cpu>]) -> Result<(), Error> {
+    let Some(first) = products.first() else { return Ok(()) };
+    Rounded::with(cpu, wide, first.w.shape().1, |x| {
+        for Product { w, low_rank, y } in products {
+            let mut parts = Vec::with_capacity(low_rank.len());
+            for LowRank { a, b, scale: factor } in low_rank.iter().filter(|l| l.a.shape().0 > 0) {
+                let mut h = Buffer::zeros(x.count() * a.shape().0)?;
+                if exact::is_narrow(a.whole()) {
+                    exact::forward(cpu, a.whole(), wide, &mut h, false);
+                } else {
+                    sum(cpu, &[Term { w: a.whole(), x: &x }], &mut h, false);
+                }
+                scale(&cpu.team, *factor, &mut h);
+                parts.push((b.whole(), Rounded::new(cpu, &h, a.shape().0)));
+            }
+            let mut terms = vec![Term { w: w.whole(), x: &x }];
+            terms.extend(parts.iter().map(|(w, x)| Term { w: *w, x }));
+            sum(cpu, &terms, y, false);
+        }
+        Ok(())
+    })
+}
+
+/// The sum of products of the same shape, added to `y` if `accumulate`.
+fn sum(cpu: &Cpu, terms: &[Term<'_>], y: &mut [f32], accumulate: bool) {
+    let kernels = cpu.table.bf16().expect("the caller asked");
+    let lanes = kernels.lanes;
+    let (o, tokens) = (terms[0].w.shape().0, terms[0].x.count());
+    let depth = terms.iter().map(|t| t.w.shape().1.min(ROW_DEPTH)).max().unwrap_or(0);
+    let task = (o / TASKS / lanes).max(1) * lanes;
+    let small = tokens * o * depth < SMALL;
+    run(&cpu.team, patches(y, o, tokens, task), small, |Patch { col, mut rows, .. }| {
+        let cols = rows[0].len();
+        with_halves(2 * lanes * depth.next_multiple_of(kernels.group), |scratch| {
+            for first in (0..cols).step_by(lanes) {
+                let width = lanes.min(cols - first);
+                let mut add = accumulate;
+                for Term { w, x } in terms {
+                    let (_, k) = w.shape();
+                    for at in (0..k).step_by(ROW_DEPTH) {
+                        let depth = ROW_DEPTH.min(k - at);
+                        let (panel, decoded) = scratch.split_at_mut(lanes * depth.next_multiple_of(kernels.group));
+                        let decoded = &mut decoded[..width * depth];
+                        w.decode_bf16(cpu.table, col + first, at, depth, decoded);
+                        cpu.table.bf16_pack(Bf16Rows::packed(decoded, depth), true, panel);
+                        cpu.table.bf16_tile(panel, x.rows(at), &mut rows, first, width, add);
+                        add = true;
+                    }
+                }
+            }
+        });
     });
 }
 
 /// `dx = dy W`, added to `dx` if `accumulate`.
 pub(super) fn vjp_x(cpu: &Cpu, w: Band<'_>, dy: &[f32], dx: &mut [f32], accumulate: bool) {
-    let lanes = cpu.table.bf16().expect("the caller asked").lanes;
-    product(cpu, &COLS, dy, w.shape(), dx, accumulate, |col, at, width, depth, scratch, panels| {
-        w.decode(cpu.table, at, col, width, scratch);
-        let size = panels.len() / width.div_ceil(lanes);
-        for (first, panel) in (0..width).step_by(lanes).zip(panels.chunks_exact_mut(size)) {
-            let rows = Rows::new(&scratch[first..], width, depth, lanes.min(width - first));
-            cpu.table.bf16_pack(rows, false, panel);
-        }
-    });
-}
-
-/// `c[T, N] = a[T, K] P`, where `pack(n, k, width, depth, scratch, panels)` decodes that part of `P` into `scratch` and
-/// arranges it in panels.
-fn product(
-    cpu: &Cpu,
-    cut: &Cut,
-    a: &[f32],
-    (k, n): (usize, usize),
-    c: &mut [f32],
-    accumulate: bool,
-    pack: impl Fn(usize, usize, usize, usize, &mut [f32], &mut [u16]) + Sync,
-) {
     let kernels = cpu.table.bf16().expect("the caller asked");
-    let (tokens, lanes, depth) = (a.len() / k, kernels.lanes, cut.depth.min(k));
-    let group = cut.panels * lanes;
-    let task = n.div_ceil(TASKS).next_multiple_of(group);
-    Rounded::with(cpu, a, k, |a| {
-        run(&cpu.team, patches(c, n, tokens, task), tokens * n * k < SMALL, |Patch { col, mut rows, .. }| {
+    let (lanes, (o, k)) = (kernels.lanes, w.shape());
+    let panels = (1..=COL_PANELS).rev().find(|panels| k >= TASKS * panels * lanes).unwrap_or(1);
+    let (group, depth) = (panels * lanes, COL_DEPTH.min(o));
+    let task = (k / TASKS / group).max(1) * group;
+    let panel_len = |depth: usize| lanes * depth.next_multiple_of(kernels.group);
+    Rounded::with(cpu, dy, o, |dy| {
+        let small = dy.count() * o * k < SMALL;
+        run(&cpu.team, patches(dx, k, dy.count(), task), small, |Patch { col, mut rows, .. }| {
             let cols = rows[0].len();
-            if !accumulate {
-                rows.iter_mut().for_each(|row| row.fill(0.0));
-            }
-            with_scratch(group * depth, |scratch| {
-                with_halves(group * depth.next_multiple_of(kernels.group), |panels| {
-                    for at in (0..k).step_by(depth) {
-                        let depth = depth.min(k - at);
-                        let size = lanes * depth.next_multiple_of(kernels.group);
-                        for first in (0..cols).step_by(group) {
-                            let width = group.min(cols - first);
-                            let panels = &mut panels[..width.div_ceil(lanes) * size];
-                            pack(col + first, at, width, depth, &mut scratch[..width * depth], panels);
-                            for (i, panel) in panels.chunks_exact(size).enumerate() {
-                                let at_col = first + i * lanes;
-                                let width = lanes.min(cols - at_col);
-                                cpu.table.bf16_tile(panel, a.rows(0, tokens, at), &mut rows, at_col, width);
-                            }
+            with_halves(group * depth + panel_len(depth), |scratch| {
+                for at in (0..o).step_by(depth) {
+                    let depth = depth.min(o - at);
+                    let (panel, decoded) = scratch.split_at_mut(panel_len(depth));
+                    for first in (0..cols).step_by(group) {
+                        let width = group.min(cols - first);
+                        let decoded = &mut decoded[..width * depth];
+                        w.decode_bf16(cpu.table, at, col + first, width, decoded);
+                        for lane in (0..width).step_by(lanes) {
+                            let n = lanes.min(width - lane);
+                            let part = Bf16Rows { values: &decoded[lane..], stride: width, count: depth, width: n };
+                            cpu.table.bf16_pack(part, false, panel);
+                            cpu.table.bf16_tile(panel, dy.rows(at), &mut rows, first + lane, n, accumulate || at > 0);
                         }
                     }
-                });
+                }
             });
         });
     });

@@ -4,8 +4,10 @@
 //! |---|---|---|---|
 //! | forward | `Y[T, O] = X[T, K] Wᵀ` | `dot` | columns of `Y` |
 //! | forward, thin `K` or many tokens | same | `axpy` on `Wᵀ` | columns of `Y` |
+//! | forward, few outputs | same | `dot` | tokens |
 //! | by `X` | `dX[T, K] = dY[T, O] W` | `axpy` | tokens by columns of `dX` |
 //! | by `W` | `dW[O, K] += dYᵀ X` | `axpy` | patches of `dW` |
+//! | by `W`, thin `K` | `dWᵀ[K, O] += Xᵀ dY` | `axpy` | columns of `dWᵀ` |
 
 use super::super::Cpu;
 use super::super::elementwise::zero;
@@ -22,6 +24,8 @@ const PANEL_ROWS: usize = 32;
 const TASKS: usize = 64;
 /// Sums shorter than this (adapters of low rank) cost less as `axpy`, which has no horizontal additions.
 pub(super) const THIN: usize = 64;
+/// Outputs up to which a weight (an adapter's way down) is expanded whole by every task, of so many tokens.
+const FEW: (usize, usize) = (16, 64);
 /// Columns of a task of the product by a transposed panel, and rows of that panel: 128 KiB.
 const TRANSPOSED: (usize, usize) = (128, 256);
 /// Side of the squares in which a panel is transposed, so that reads and writes both stay in first-level cache.
@@ -32,6 +36,8 @@ const VJP_X: (usize, usize) = (64, 128);
 const VJP_X_DEPTH: usize = 128;
 /// Rows and columns of a task of the product by `W`.
 const VJP_W: (usize, usize) = (48, 256);
+/// Columns of `W` from which they fill the widest vectors well.
+const VJP_W_THIN: usize = 16;
 
 /// `y = x Wᵀ` for any number of tokens, added to `y` if `accumulate`.
 pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumulate: bool) {
@@ -44,11 +50,30 @@ pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumula
     }
     let tokens = x.len() / k;
     let small = tokens * o * k < SMALL;
-    if k <= THIN || tokens >= cpu.table.transposes_from() {
+    if is_narrow(w) {
+        narrow(cpu, w, x, y, small);
+    } else if k <= THIN || tokens >= cpu.table.transposes_from() {
         transposed(cpu, w, x, y, small);
     } else {
         panels(cpu, w, x, y, small);
     }
+}
+
+/// Whether `x Wᵀ` has few outputs of long sums, for which rounding `x` to bf16 would cost more than it saves.
+pub(super) fn is_narrow(w: Band<'_>) -> bool {
+    let (o, k) = w.shape();
+    o <= FEW.0 && k > THIN && o * k <= PANEL
+}
+
+/// `y += x Wᵀ` with few outputs.
+fn narrow(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], small: bool) {
+    let (o, k) = w.shape();
+    run(&cpu.team, patches(y, o, FEW.1, o), small, |Patch { row, mut rows, .. }| {
+        with_scratch(o * k, |decoded| {
+            w.decode(cpu.table, 0, 0, k, decoded);
+            cpu.table.tile_dot(Rows::new(&x[row * k..], k, rows.len(), k), Rows::packed(decoded, k), &mut rows, 0);
+        });
+    });
 }
 
 /// `y += x Wᵀ` by panels of whole rows.
@@ -138,7 +163,21 @@ pub(super) fn vjp_w(cpu: &Cpu, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f
     if dw.is_empty() {
         return;
     }
-    run(&cpu.team, patches(dw, k, VJP_W.0, VJP_W.1), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
+    let small = tokens * o * k < SMALL;
+    if k < VJP_W_THIN && o > k {
+        // Vectors run along the wider of the two.
+        return with_scratch(k * o, |turned| {
+            turned.fill(0.0);
+            run(&cpu.team, patches(turned, o, k, VJP_W.1), small, |Patch { col, mut rows, .. }| {
+                let dy = Rows::new(&dy[col..], o, tokens, rows[0].len());
+                cpu.table.tile_axpy(Coefficients { data: x, row: 1, col: k }, dy, &mut rows);
+            });
+            for (j, turned) in turned.chunks_exact(o).enumerate() {
+                dw[j..].iter_mut().step_by(k).zip(turned).for_each(|(dw, part)| *dw += part);
+            }
+        });
+    }
+    run(&cpu.team, patches(dw, k, VJP_W.0, VJP_W.1), small, |Patch { row, col, mut rows }| {
         let x = Rows::new(&x[col..], k, tokens, rows[0].len());
         cpu.table.tile_axpy(Coefficients { data: &dy[row..], row: 1, col: o }, x, &mut rows);
     });

@@ -34,6 +34,9 @@ pub(crate) fn group(
     if k > 0 && x.len() == k && fusible {
         return one_token(cpu, arithmetic, x, products);
     }
+    if arithmetic == Arithmetic::Bf16 && super::takes_bf16(cpu, x.len().checked_div(k).unwrap_or(0), k) {
+        return super::bf16::group(cpu, x, products);
+    }
     // Activations are rounded once for all.
     let eight = (k > 0 && arithmetic == Arithmetic::Int8 && products.iter().any(|p| q8::fits(p.w)) && x.len() > k)
         .then(|| Q8::new(cpu, x, k));

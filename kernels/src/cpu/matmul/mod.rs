@@ -14,6 +14,8 @@ use super::q8::Q8;
 use crate::Arithmetic;
 use one::OneToken;
 
+pub(super) use bf16::TASKS;
+
 /// Multiplications below which other threads stay asleep.
 const SMALL: usize = 128 * 1024;
 /// Tokens from which rounding and arranging operands for bf16 pays.
@@ -28,7 +30,7 @@ pub(crate) fn forward(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, x: &[f32], 
     }
     match arithmetic {
         Arithmetic::Int8 if k > 0 && q8::fits(w) => q8::forward(cpu, w, &Q8::new(cpu, x, k), y, accumulate),
-        Arithmetic::Bf16 | Arithmetic::Int8 if takes_bf16(cpu, tokens, k) => {
+        Arithmetic::Bf16 | Arithmetic::Int8 if takes_bf16(cpu, tokens, k) && !exact::is_narrow(w.whole()) => {
             bf16::forward(cpu, w.whole(), x, y, accumulate);
         }
         _ => exact::forward(cpu, w.whole(), x, y, accumulate),

@@ -4,6 +4,7 @@
 
 use super::super::avx2::sum1;
 use super::super::avx512::halve;
+use super::super::bf16::avx512::round2;
 use super::{EvenOdd, GRANULE, Nf4, Piece};
 use crate::FloatType;
 use std::arch::x86_64::*;
@@ -38,6 +39,72 @@ pub(crate) fn decode(w: &Nf4, start: usize, out: &mut [f32]) {
         }
         if lead + whole < len {
             super::portable::decode(w, at + lead + whole, &mut out[lead + whole..]);
+        }
+    }
+}
+
+/// See [`super::super::Table::bf16_decode_nf4`]: a block's values fill a register twice, for 32 weights at once.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma,f16c")]
+pub(crate) fn decode_bf16(w: &Nf4, start: usize, out: &mut [u16]) {
+    if w.block_log2 != BLOCK.trailing_zeros() || !start.is_multiple_of(BLOCK) {
+        return decode_bf16_pieces(w, start, out);
+    }
+    let whole = out.len() / BLOCK * BLOCK;
+    let (blocks, rest) = out.split_at_mut(whole);
+    let mut scales = [0.0; 32];
+    let packed = w.packed[start / 2..][..whole / 2].chunks(scales.len() * BLOCK / 2);
+    for (batch, (out, packed)) in blocks.chunks_mut(scales.len() * BLOCK).zip(packed).enumerate() {
+        let scales = &mut scales[..out.len() / BLOCK];
+        w.scales(start / BLOCK + batch * 32, scales);
+        let out = out.as_chunks_mut::<BLOCK>().0.iter_mut().zip(packed.as_chunks::<{ BLOCK / 2 }>().0);
+        for ((out, packed), scale) in out.zip(scales) {
+            let values = values(w, *scale);
+            let values = round2(values, values);
+            for (packed, out) in packed.as_chunks::<16>().0.iter().zip(out.as_chunks_mut::<GRANULE>().0) {
+                look_up_bf16(values, packed, out);
+            }
+        }
+    }
+    if !rest.is_empty() {
+        decode_bf16_pieces(w, start + whole, rest);
+    }
+}
+
+/// 32 weights of a block with these values.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn look_up_bf16(values: __m512i, packed: &[u8; 16], out: &mut [u16; GRANULE]) {
+    // SAFETY: arrays of 16 bytes and of 32 elements.
+    unsafe {
+        // In 16 bits the high nibble, then the low one with what is above it: the permutation looks at five bits, and the
+        // fifth chooses between equal halves.
+        let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(packed.as_ptr().cast()));
+        let nibbles = _mm512_or_si512(_mm512_srli_epi32::<4>(bytes), _mm512_slli_epi32::<16>(bytes));
+        _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_permutexvar_epi16(nibbles, values));
+    }
+}
+
+/// From and to anywhere, in blocks of any size.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx2,fma,f16c")]
+fn decode_bf16_pieces(w: &Nf4, start: usize, out: &mut [u16]) {
+    for Piece { absmax, at, len } in w.pieces(start, out.len()) {
+        let out = &mut out[at - start..][..len];
+        let values = values(w, absmax);
+        let values = round2(values, values);
+        // As in `decode`.
+        let lead = (at % 2).min(len);
+        let whole = (len - lead) / GRANULE * GRANULE;
+        let packed = &w.packed[(at + lead) / 2..][..whole / 2];
+        for (packed, out) in packed.as_chunks::<16>().0.iter().zip(out[lead..].as_chunks_mut::<GRANULE>().0) {
+            look_up_bf16(values, packed, out);
+        }
+        if lead + whole < len || lead > 0 {
+            let mut table = [0_u16; 32];
+            // SAFETY: an array of 64 bytes.
+            unsafe { _mm512_storeu_si512(table.as_mut_ptr().cast(), values) };
+            for i in (0..lead).chain(lead + whole..len) {
+                out[i] = table[w.nibble(at + i)];
+            }
         }
     }
 }

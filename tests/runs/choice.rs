@@ -1,0 +1,135 @@
+//! Which adapter is written: the last one or the best one, and when a run ends early. Training on from PEFT's adapters.
+
+use super::common::golden;
+use super::{Fixture, Notes, config, fixture, same, stop_after, weights};
+use pocketlora::adapter::AdapterFile;
+use pocketlora::train::{Summary, TrainConfig, Trainer};
+use pocketlora_kernels::Cpu;
+use std::fs;
+use std::path::Path;
+
+/// A run that gets better at first and worse after: what is held out answers otherwise than what is learned.
+fn overfitting(f: &Fixture, change: impl Fn(&mut TrainConfig), out: &Path) -> Trainer<Cpu> {
+    let held_out = f.out("held-out.jsonl");
+    let learned = fs::read_to_string(&f.data).unwrap();
+    fs::write(&held_out, learned.replace("it is", "I say it is not")).unwrap();
+    let session = f.session();
+    let data = session.dataset(&f.data, 1024).unwrap();
+    let eval_data = session.dataset(&held_out, 1024).unwrap();
+    let mut config = TrainConfig { lr: 2e-2, epochs: 10, eval_every: 2, save_every: 3, dropout: 0.0, ..config() };
+    change(&mut config);
+    session.trainer(config, data, Some(eval_data), None, out).unwrap()
+}
+
+fn lowest(notes: &Notes) -> u64 {
+    notes.evaluations.iter().fold((0, f64::INFINITY), |best, e| if e.1 < best.1 { *e } else { best }).0
+}
+
+/// The adapter after `step`.
+fn adapter_at(f: &Fixture, change: impl Fn(&mut TrainConfig), step: u64) -> AdapterFile {
+    let mut trainer = overfitting(f, change, &f.out("until"));
+    trainer.run(&mut stop_after(step)).unwrap();
+    trainer.snapshot().unwrap()
+}
+
+#[test]
+fn the_best_adapter_is_written_and_patience_ends_the_run() {
+    let f = fixture();
+    type Change = fn(&mut TrainConfig);
+    let cases: [(&str, Change); 3] = [
+        ("best", |c| c.keep_best = true),
+        ("patient", |c| c.patience = 3),
+        ("both", |c| (c.keep_best, c.patience) = (true, 3)),
+    ];
+    for (name, change) in cases {
+        let (out, mut notes) = (f.out(name), Notes::default());
+        let summary: Summary = overfitting(&f, change, &out).run(&mut notes).unwrap();
+        let (best, last) = (lowest(&notes), notes.evaluations.last().unwrap().0);
+        assert!(best > 2 && best < last, "{name}: the case is made wrong: {:?}", notes.evaluations);
+        let patient = name != "best";
+        assert_eq!(summary.out_of_patience, patient, "{name}");
+        assert_eq!(summary.steps, if patient { best + 3 * 2 } else { 30 }, "{name}: {:?}", notes.evaluations);
+        let chosen = if name == "patient" { summary.steps } else { best };
+        assert_eq!((summary.done, summary.adapter_step), (true, chosen), "{name}");
+        assert!(same(&AdapterFile::open(&out).unwrap(), &adapter_at(&f, change, chosen)), "{name}");
+        assert!(!out.join("best").exists(), "{name}: what was kept meanwhile must go");
+
+        // Stopped before and after the best step, in between two checkpoints.
+        for stop in [best - 1, best + 1] {
+            let resumed = f.out(&format!("{name}-{stop}"));
+            assert!(!overfitting(&f, change, &resumed).run(&mut stop_after(stop)).unwrap().done);
+            let mut trainer = overfitting(&f, change, &resumed);
+            trainer.resume().unwrap();
+            let again = trainer.run(&mut Notes::default()).unwrap();
+            assert_eq!((again.steps, again.adapter_step), (summary.steps, summary.adapter_step), "{name}, {stop}");
+            assert!(weights(&resumed) == weights(&out), "{name}, stopped after {stop}");
+        }
+    }
+}
+
+/// A kept candidate that somebody deleted is found missing when the run resumes, not at its end.
+#[test]
+fn a_lost_candidate_is_told() {
+    let f = fixture();
+    let change = |c: &mut TrainConfig| c.keep_best = true;
+    let out = f.out("lost");
+    overfitting(&f, change, &out).run(&mut stop_after(5)).unwrap();
+    fs::remove_dir_all(out.join("best")).unwrap();
+    let mut trainer = overfitting(&f, change, &out);
+    trainer.resume().unwrap();
+    let mut notes = Notes::default();
+    assert!(trainer.run(&mut notes).unwrap().done);
+    assert!(notes.warnings.len() == 1 && notes.warnings[0].contains("best"), "{:?}", notes.warnings);
+    AdapterFile::open(&out).unwrap();
+}
+
+/// Ranks, alphas and their exceptions of an adapter from PEFT stay what they were.
+#[test]
+fn training_on_keeps_the_shape_of_a_peft_adapter() {
+    let f = fixture();
+    for name in ["lora", "rslora", "lora_patterns"] {
+        let init = AdapterFile::open(&golden("adapters").join(name)).unwrap();
+        let session = f.session();
+        let data = session.dataset(&f.data, 1024).unwrap();
+        let out = f.out(name);
+        let config = TrainConfig { steps: Some(2), ..config() };
+        let mut trainer = session.trainer(config, data, None, Some(&init), &out).unwrap();
+        let mut rounded = init.clone();
+        for m in &mut rounded.modules {
+            (m.a, m.b) = (m.a.clone().rounded("a").unwrap(), m.b.clone().rounded("b").unwrap());
+        }
+        assert!(same(&trainer.snapshot().unwrap(), &rounded), "{name}: begins elsewhere");
+        trainer.run(&mut Notes::default()).unwrap();
+        let trained = AdapterFile::open(&out).unwrap();
+        assert_eq!(trained.config, init.config, "{name}");
+        assert_eq!(trained.modules.len(), init.modules.len(), "{name}");
+        for module in &init.modules {
+            let after = trained.modules.iter().find(|m| m.path == module.path).unwrap();
+            let shape = |m: &pocketlora::adapter::LoraModule| (m.a.shape, m.b.shape, m.scale);
+            assert_eq!(shape(after), shape(module), "{name}: {}", module.path);
+            assert_ne!(after.b.data, module.b.data, "{name}: {} did not learn", module.path);
+        }
+    }
+}
+
+/// An expression for the modules, or layers left out, comes back as the full paths that it stands for.
+#[test]
+fn modules_named_by_expressions_are_listed() {
+    let f = fixture();
+    for (name, change) in [
+        ("expression", serde_json::json!({"target_modules": ".*_proj"})),
+        ("layers", serde_json::json!({"layers_to_transform": [0, 1]})),
+    ] {
+        let dir = f.out(name);
+        fs::create_dir(&dir).unwrap();
+        let source = golden("adapters/lora");
+        fs::write(dir.join("adapter_model.safetensors"), weights(&source)).unwrap();
+        let text = fs::read(source.join("adapter_config.json")).unwrap();
+        let mut config: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&text).unwrap();
+        config.extend(change.as_object().unwrap().clone());
+        fs::write(dir.join("adapter_config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
+        let file = AdapterFile::open(&dir).unwrap();
+        let paths: Vec<&String> = file.modules.iter().map(|m| &m.path).collect();
+        assert_eq!(file.config.targets.iter().collect::<Vec<_>>(), paths, "{name}");
+    }
+}
