@@ -62,10 +62,9 @@ pub fn hold_out(config: &TrainConfig, mut data: Dataset, given: Option<Dataset>)
 /// # Errors
 /// The tokenizer cannot express it.
 pub fn general_text(tokenizer: &Tokenizer, data: &Dataset) -> Result<Dataset> {
-    let longest = data.samples.iter().map(|s| s.ids.len()).max().unwrap_or(0);
     let ids = tokenizer.encode(GENERAL, true)?;
     let window = |ids: &[u32]| Sample { ids: ids.to_vec(), trained: (0..ids.len()).map(|i| i > 0).collect() };
-    let windows = ids.chunks(WINDOW.min(longest).max(2)).filter(|w| w.len() > 1);
+    let windows = ids.chunks(WINDOW.min(data.longest()).max(2)).filter(|w| w.len() > 1);
     Ok(Dataset::new("the general text", windows.map(window).collect()))
 }
 

@@ -87,6 +87,12 @@ impl Dataset {
         Ok(Self { path: path.to_owned(), samples, records, splits: encoder.splits })
     }
 
+    /// Tokens of the longest sample; 0 without any.
+    #[must_use]
+    pub fn longest(&self) -> usize {
+        self.samples.iter().map(|s| s.ids.len()).max().unwrap_or(0)
+    }
+
     /// Tokens in all.
     #[must_use]
     pub fn tokens(&self) -> usize {
