@@ -132,6 +132,8 @@ fn long_held_out_data_is_part_of_the_plan_and_of_a_budget() {
     let (alone, held) = (summary(&train(&[])), &["--eval-data", held_out.to_str().unwrap()]);
     let free = summary(&train(held));
     assert!(bytes(&free) > 2 * bytes(&alone), "{} with it, {} without", free["plan"], alone["plan"]);
+    let layout = &free["plan"]["layout"];
+    assert!(layout["part"].is_null() && layout["loss_rows"].is_null(), "what is not bounded: {layout}");
     let Some(deviation) = free["deviation_percent"].as_f64() else { return };
     assert!(deviation.abs() <= 5.0, "{deviation} % off {}", free["plan"]);
 
