@@ -105,7 +105,7 @@ fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
 
 /// Short samples to learn and one long sample to evaluate: it is what takes most.
 #[test]
-fn long_held_out_data_is_part_of_the_plan_and_of_a_budget() {
+fn evaluation_and_saving_keep_to_the_plan_and_to_a_budget() {
     let dir = tempfile::tempdir().unwrap();
     let (model, chat) = (model(dir.path()), common::tiny_chat_model(dir.path()));
     for file in ["tokenizer.json", "tokenizer_config.json"] {
@@ -120,7 +120,7 @@ fn long_held_out_data_is_part_of_the_plan_and_of_a_budget() {
     let train = |more: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pocketlora"));
         command.args(["train", "--no-quantize", "--json", "--overwrite", "--threads", "1", "--steps", "2"]);
-        command.args(["--seq", "1024", "--rank", "2", "-m"]).arg(&model).arg("-d").arg(&data);
+        command.args(["--seq", "1024", "-m"]).arg(&model).arg("-d").arg(&data);
         command.arg("-o").arg(dir.path().join("out")).args(more).output().unwrap()
     };
     let summary = |output: &Output| {
@@ -129,13 +129,21 @@ fn long_held_out_data_is_part_of_the_plan_and_of_a_budget() {
         serde_json::from_str::<Value>(text.lines().last().unwrap()).unwrap()
     };
     let bytes = |summary: &Value| summary["planned_bytes"].as_u64().unwrap();
-    let (alone, held) = (summary(&train(&[])), &["--eval-data", held_out.to_str().unwrap()]);
+    let held = &["--rank", "2", "--eval-data", held_out.to_str().unwrap()];
+    let alone = summary(&train(&held[..2]));
     let free = summary(&train(held));
     assert!(bytes(&free) > 2 * bytes(&alone), "{} with it, {} without", free["plan"], alone["plan"]);
     let layout = &free["plan"]["layout"];
     assert!(layout["part"].is_null() && layout["loss_rows"].is_null(), "what is not bounded: {layout}");
     let Some(deviation) = free["deviation_percent"].as_f64() else { return };
     assert!(deviation.abs() <= 5.0, "{deviation} % off {}", free["plan"]);
+
+    // Whatever is saved on the way, an adapter larger than all activations too, comes one tensor at a time.
+    let saving = ["--rank", "64", "--eval-data", data.to_str().unwrap(), "--eval-every", "1"];
+    let saving = summary(&train(&[&saving[..], &["--keep-best", "--save-every", "1"]].concat()));
+    let deviation = saving["deviation_percent"].as_f64().unwrap();
+    assert!(deviation.abs() <= 5.0, "{deviation} % off {} while saving", saving["plan"]);
+    assert!(saving["adapter_eval_loss"].is_number() && saving["adapter_general_loss"].is_number(), "{saving}");
 
     let refused = train(&[&held[..], &["--memory-budget", "1"]].concat());
     let least = least_budget(&refused);

@@ -136,6 +136,11 @@ fn the_last_adapter_within_the_bound_on_forgetting_is_kept() {
         let summary = f.train(&limited, &out, None, true);
         let expected = rises.iter().rfind(|(_, rise)| *rise <= bound).unwrap().0;
         assert_eq!(summary.adapter_step, expected, "bound {bound} of {rises:?}");
+        // Its own losses, not those of the last step, which are reported beside it.
+        let [own, last] = [expected, 12].map(|step| log(&out).into_iter().find(|l| l.step == step).unwrap());
+        let found = summary.of_adapter();
+        assert_eq!((found.held_out, found.general), (own.eval_loss, own.general_loss), "bound {bound}");
+        assert_eq!((summary.eval_loss, summary.general_loss), (last.eval_loss, last.general_loss), "bound {bound}");
         let kept = AdapterFile::open(&out).unwrap();
         let still = kept.modules.iter().all(|m| m.b.data.iter().all(|&b| b == 0.0));
         assert_eq!(still, expected == 0, "bound {bound}: step 0 has changed nothing yet");

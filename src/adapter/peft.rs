@@ -1,15 +1,15 @@
 //! PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors` (PEFT `save_and_load.py`).
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::safetensors::float_type;
+use crate::format::safetensors::{TensorFile, float_type};
 use crate::format::widen;
-use crate::format::{Staged, sweep, sync_dir};
+use crate::format::{Entry, Staged, Writer, sweep, sync_dir};
 use crate::mmap;
 use half::f16;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
-use std::io::Write as _;
+use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 
 const CONFIG: &str = "adapter_config.json";
@@ -38,20 +38,20 @@ impl HostTensor {
     /// # Errors
     /// A value is not finite in f16.
     pub fn rounded(mut self, name: &str) -> Result<Self> {
-        let halves = self.halves(name)?;
+        let halves = halves(&self.data, name)?;
         self.data.iter_mut().zip(halves).for_each(|(v, half)| *v = half.to_f32());
         Ok(self)
     }
+}
 
-    fn halves(&self, name: &str) -> Result<Vec<f16>> {
-        let halves: Vec<f16> = self.data.iter().map(|&v| f16::from_f32(v)).collect();
-        match halves.iter().position(|v| !v.is_finite()) {
-            None => Ok(halves),
-            Some(at) => {
-                let message =
-                    format!("value {at} is `{}`, which f16 cannot hold; lower the learning rate", self.data[at]);
-                Err(Error::new(ErrorCode::Diverged, format!("tensor `{name}`"), message))
-            }
+/// `values` in f16; `name` is for the error.
+fn halves(values: &[f32], name: &str) -> Result<Vec<f16>> {
+    let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
+    match halves.iter().position(|v| !v.is_finite()) {
+        None => Ok(halves),
+        Some(at) => {
+            let message = format!("value {at} is `{}`, which f16 cannot hold; lower the learning rate", values[at]);
+            Err(Error::new(ErrorCode::Diverged, format!("tensor `{name}`"), message))
         }
     }
 }
@@ -170,71 +170,104 @@ impl AdapterFile {
     /// # Errors
     /// A value is not finite in f16, or the files cannot be written.
     pub fn save(&self) -> Result<()> {
-        let mut bytes = BTreeMap::new();
-        for m in &self.modules {
-            for (suffix, tensor) in [("lora_A", &m.a), ("lora_B", &m.b)] {
-                let name = format!("{PREFIX}{}.{suffix}.weight", m.path);
-                let raw: Vec<u8> = tensor.halves(&name)?.iter().flat_map(|v| v.to_le_bytes()).collect();
-                bytes.insert(name, (tensor.shape.to_vec(), raw));
-            }
-        }
-        let path = self.dir.join(WEIGHTS);
-        let bug = |e| Error::format(&path, "tensors", "consistent views", "a mismatch").caused_by(e);
-        let views: Vec<(&String, TensorView<'_>)> = bytes
-            .iter()
-            .map(|(name, (shape, raw))| Ok((name, TensorView::new(Dtype::F16, shape.clone(), raw)?)))
-            .collect::<Result<_, safetensors::SafeTensorError>>()
-            .map_err(bug)?;
-        let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-        let file = safetensors::serialize(views, Some(metadata)).map_err(bug)?;
-        let mut text = serde_json::to_vec_pretty(&self.config_json()).expect("a JSON value serializes");
+        let name = |m: &LoraModule, part: &str| format!("{}.{part}.weight", m.path);
+        let pair = |m| [(name(m, "lora_A"), &m.a), (name(m, "lora_B"), &m.b)];
+        let tensors = || self.modules.iter().flat_map(pair);
+        let shapes = tensors().map(|(name, t)| (name, t.shape)).collect();
+        Self::save_by(&self.dir, &self.config, shapes, |put| tensors().try_for_each(|(name, t)| put(&name, &t.data)))
+    }
+
+    /// As [`AdapterFile::save`], with tensors of `shapes` (module path, `.lora_A.weight` or `.lora_B.weight`) that `fill`
+    /// hands over one at a time, in any order: no more than one of them is held in f16.
+    ///
+    /// # Errors
+    /// As there, and those of `fill`.
+    pub(crate) fn save_by(
+        dir: &Path,
+        config: &LoraConfig,
+        shapes: Vec<(String, [usize; 2])>,
+        fill: impl FnOnce(&mut dyn FnMut(&str, &[f32]) -> Result<()>) -> Result<()>,
+    ) -> Result<()> {
+        let path = dir.join(WEIGHTS);
+        let weights = Staged::write(&path, |file| {
+            let failed = |e| Error::io("write", &path, e);
+            let entry = |(name, shape): (String, [usize; 2])| Entry {
+                name: format!("{PREFIX}{name}"),
+                dtype: Dtype::F16,
+                shape: shape.to_vec(),
+            };
+            let entries = shapes.into_iter().map(entry).collect();
+            let mut writer = Writer::new(BufWriter::new(file), json!({ "format": "pt" }), entries, Vec::new());
+            fill(&mut |name, values| {
+                let raw: Vec<u8> = halves(values, name)?.iter().flat_map(|v| v.to_le_bytes()).collect();
+                writer.write(&format!("{PREFIX}{name}"), 0, &raw).map_err(failed)
+            })?;
+            writer.finish().map(|_| ()).map_err(failed)
+        })?;
+        let mut text = serde_json::to_vec_pretty(&config_json(config)).expect("a JSON value serializes");
         text.push(b'\n');
-        let stage = |path: &Path, bytes: &[u8]| {
-            Staged::write(path, |file| file.write_all(bytes).map_err(|e| Error::io("write", path, e)))
-        };
-        let config_path = self.dir.join(CONFIG);
-        let weights = stage(&path, &file)?;
-        if std::fs::read(&config_path).is_ok_and(|old| old == text) {
+        Self::commit(dir, weights, &text)
+    }
+
+    /// Writes the adapter in the folder `from` to the folder `to` as [`AdapterFile::save`] would, without holding it.
+    ///
+    /// # Errors
+    /// A file of `from` is missing or no safetensors file, or the files cannot be written.
+    pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
+        let (source, path, config) = (from.join(WEIGHTS), to.join(WEIGHTS), from.join(CONFIG));
+        TensorFile::open(&source)?;
+        let text = std::fs::read(&config).map_err(|e| Error::io("read", &config, e))?;
+        let weights = Staged::write(&path, |file| {
+            let mut source = std::fs::File::open(&source).map_err(|e| Error::io("read", &source, e))?;
+            std::io::copy(&mut source, file).map_err(|e| Error::io("write", &path, e))?;
+            Ok(())
+        })?;
+        Self::commit(to, weights, &text)
+    }
+
+    /// Gives `weights` and a config of `text` their names, in an order of which a kill at any moment spoils nothing.
+    fn commit(dir: &Path, weights: Staged, text: &[u8]) -> Result<()> {
+        let path = dir.join(CONFIG);
+        if std::fs::read(&path).is_ok_and(|old| old == text) {
             return weights.commit();
         }
-        let config = stage(&config_path, &text)?;
-        if config_path.exists() {
-            std::fs::remove_file(&config_path).map_err(|e| Error::io("remove", &config_path, e))?;
-            sync_dir(&self.dir)?;
+        let config = Staged::write(&path, |file| file.write_all(text).map_err(|e| Error::io("write", &path, e)))?;
+        if path.exists() {
+            std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+            sync_dir(dir)?;
         }
         weights.commit()?;
         config.commit()
     }
+}
 
-    /// `adapter_config.json`, keys sorted as PEFT writes them.
-    fn config_json(&self) -> Value {
-        let c = &self.config;
-        let object = |patterns: &[(String, f64)]| -> Value {
-            patterns.iter().map(|(key, v)| (key.clone(), number(*v))).collect::<Map<_, _>>().into()
-        };
-        json!({
-            "alpha_pattern": object(&c.alpha_pattern),
-            "auto_mapping": null,
-            "base_model_name_or_path": c.base,
-            "bias": "none",
-            "fan_in_fan_out": false,
-            "inference_mode": true,
-            "init_lora_weights": true,
-            "layers_pattern": null,
-            "layers_to_transform": null,
-            "lora_alpha": c.alpha,
-            "lora_dropout": c.dropout,
-            "modules_to_save": null,
-            "peft_type": "LORA",
-            "r": c.rank,
-            "rank_pattern": object(&c.rank_pattern),
-            "revision": null,
-            "target_modules": c.targets,
-            "task_type": "CAUSAL_LM",
-            "use_dora": false,
-            "use_rslora": c.rslora,
-        })
-    }
+/// `adapter_config.json`, keys sorted as PEFT writes them.
+fn config_json(c: &LoraConfig) -> Value {
+    let object = |patterns: &[(String, f64)]| -> Value {
+        patterns.iter().map(|(key, v)| (key.clone(), number(*v))).collect::<Map<_, _>>().into()
+    };
+    json!({
+        "alpha_pattern": object(&c.alpha_pattern),
+        "auto_mapping": null,
+        "base_model_name_or_path": c.base,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "layers_pattern": null,
+        "layers_to_transform": null,
+        "lora_alpha": c.alpha,
+        "lora_dropout": c.dropout,
+        "modules_to_save": null,
+        "peft_type": "LORA",
+        "r": c.rank,
+        "rank_pattern": object(&c.rank_pattern),
+        "revision": null,
+        "target_modules": c.targets,
+        "task_type": "CAUSAL_LM",
+        "use_dora": false,
+        "use_rslora": c.rslora,
+    })
 }
 
 /// A whole number as such: PEFT takes ranks for sizes.

@@ -378,7 +378,8 @@ fn report(s: &Summary, plan: MemoryPlan, data: &DataReport, baseline: Option<u64
         print_json(&json!({
             "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience,
             "loss": finite(s.loss), "eval_loss": s.eval_loss, "eval_loss_before": s.before.and_then(|b| b.held_out),
-            "general_loss": s.general_loss, "general_loss_before": s.before.and_then(|b| b.general), "tok_s": rate,
+            "general_loss": s.general_loss, "general_loss_before": s.before.and_then(|b| b.general),
+            "adapter_eval_loss": s.of_adapter().held_out, "adapter_general_loss": s.of_adapter().general, "tok_s": rate,
             "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": data.batches.padded_tokens,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
             "mapped_bytes": session.mapped_bytes(), "plan": plan, "planned_bytes": plan.anonymous(),
@@ -410,7 +411,11 @@ fn report(s: &Summary, plan: MemoryPlan, data: &DataReport, baseline: Option<u64
     if s.done && s.adapter_step == 0 {
         eprintln!("warning: the adapter is the one that training began with: all later ones forgot more than allowed");
     } else if s.done && s.adapter_step != s.steps {
-        eprintln!("the adapter is that of step {}, which did best by what was asked for", s.adapter_step);
+        let found = s.of_adapter();
+        let losses = [("held-out data", found.held_out), ("general text", found.general)];
+        let losses = losses.into_iter().filter_map(|(name, loss)| Some(format!("; loss on the {name} {:.3}", loss?)));
+        let losses: String = losses.collect();
+        eprintln!("the adapter is that of step {}, which did best by what was asked for{losses}", s.adapter_step);
     }
     if s.done {
         eprintln!("use it: pocketlora chat -m {} -a {}", session.dir().display(), s.adapter.display());

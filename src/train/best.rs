@@ -17,6 +17,9 @@ pub struct Candidate {
     pub step: u64,
     /// Mean loss on the held-out data, if there is any.
     pub loss: Option<f64>,
+    /// Mean loss on the general text, if it is watched.
+    #[serde(default)]
+    pub general: Option<f64>,
 }
 
 /// What is asked of a candidate.
@@ -83,7 +86,7 @@ mod tests {
         let mut candidates = Candidates::default();
         let (mut kept, mut exhausted) = (Vec::new(), Vec::new());
         for (step, &(loss, passes)) in (1..).zip(found) {
-            let candidate = Candidate { step, loss: Some(loss) };
+            let candidate = Candidate { step, loss: Some(loss), general: None };
             if candidates.judge(candidate, passes, rule) {
                 candidates.kept = Some(candidate);
                 kept.push(step);

@@ -39,14 +39,14 @@ impl<B: Backend> Trainer<B> {
         // What training starts from is a result only where none that it leads to may pass.
         if self.facts.step > 0 || self.rule().must_pass {
             let passes = found.passes(self.facts.start, self.config.max_forgetting);
-            self.judge(found.held_out, passes, observer)?;
+            self.judge(found, passes, observer)?;
         }
         Ok(Some(found))
     }
 
     /// Decides on the adapter as it is now, which `passes` what it must pass, and keeps it if it is better.
-    fn judge(&mut self, loss: Option<f64>, passes: bool, observer: &mut dyn Observer) -> Result<()> {
-        let candidate = Candidate { step: self.facts.step, loss };
+    fn judge(&mut self, found: Evaluation, passes: bool, observer: &mut dyn Observer) -> Result<()> {
+        let candidate = Candidate { step: self.facts.step, loss: found.held_out, general: found.general };
         if self.facts.candidates.judge(candidate, passes, self.rule()) {
             match self.write_adapter(&self.out.join(FOLDER)) {
                 Ok(()) => self.facts.candidates.kept = Some(candidate),

@@ -201,6 +201,7 @@ impl<B: Backend> Trainer<B> {
             before: self.facts.start,
             eval_loss: tally.last.held_out,
             general_loss: tally.last.general,
+            kept: kept.map(|kept| Evaluation { held_out: kept.loss, general: kept.general }),
             adapter: self.out.clone(),
         }
     }

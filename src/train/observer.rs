@@ -76,8 +76,19 @@ pub struct Summary {
     pub eval_loss: Option<f64>,
     /// Mean loss on the general text at the end.
     pub general_loss: Option<f64>,
+    /// What was found after [`Summary::adapter_step`], where an earlier adapter than the last may have been kept.
+    pub kept: Option<Evaluation>,
     /// The adapter's folder.
     pub adapter: PathBuf,
+}
+
+impl Summary {
+    /// What was found of the adapter that is written; nothing while the run is not done.
+    #[must_use]
+    pub fn of_adapter(&self) -> Evaluation {
+        let last = Evaluation { held_out: self.eval_loss, general: self.general_loss };
+        if self.done { self.kept.unwrap_or(last) } else { Evaluation::default() }
+    }
 }
 
 /// What a run sums up for its [`Summary`].

@@ -65,15 +65,18 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// The file cannot be written; the ones before it are kept then.
     pub fn save_checkpoint(&mut self) -> Result<()> {
-        let (backend, entries) = (&self.base.backend, self.entries());
+        let entries = self.entries();
+        let Self { base, adapters, tensors, peak, .. } = self;
+        let backend = &base.backend;
         checkpoint::save(&self.out, &self.facts, self.saved, entries, |sink| {
-            for t in &self.tensors {
-                sink.put(&format!("param.{}", t.name), &bytes_of(&master(backend, &self.adapters, t)?))?;
+            for t in &*tensors {
+                sink.put(&format!("param.{}", t.name), &bytes_of(&master(backend, adapters, t)?))?;
                 let layout = t.state.layout(t.shape[0] * t.shape[1]);
                 for ((prefix, ..), bytes) in layout.iter().zip(t.state.read(backend)?) {
                     sink.put(&format!("{prefix}.{}", t.name), &bytes)?;
                 }
             }
+            peak.sample();
             Ok(())
         })?;
         self.saved = true;
@@ -105,7 +108,8 @@ impl<B: Backend> Trainer<B> {
             return Err(Error::new(ErrorCode::Io, format!("`{}`", best.display()), message));
         }
         if self.facts.candidates.kept.is_some() && self.rule().keeps() {
-            AdapterFile { dir: self.out.clone(), ..AdapterFile::open(&best)? }.save()?;
+            AdapterFile::copy(&best, &self.out)?;
+            self.peak.sample();
         } else {
             self.save_adapter()?;
         }
@@ -128,13 +132,22 @@ impl<B: Backend> Trainer<B> {
     ///
     /// # Errors
     /// A value does not fit f16, or the files cannot be written.
-    pub fn save_adapter(&self) -> Result<()> {
-        self.write_adapter(&self.out)
+    pub fn save_adapter(&mut self) -> Result<()> {
+        self.write_adapter(&self.out.clone())
     }
 
-    pub(super) fn write_adapter(&self, dir: &Path) -> Result<()> {
+    /// Writes it to another folder, one tensor at a time, for it comes beside all else that the run holds.
+    pub(super) fn write_adapter(&mut self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-        AdapterFile { dir: dir.to_owned(), ..self.snapshot()? }.save()
+        let Self { base, adapters, tensors, lora, peak, .. } = self;
+        let shapes = tensors.iter().map(|t| (t.name.clone(), t.shape)).collect();
+        AdapterFile::save_by(dir, lora, shapes, |put| {
+            for t in &*tensors {
+                put(&t.name, &master(&base.backend, adapters, t)?)?;
+            }
+            peak.sample();
+            Ok(())
+        })
     }
 }
 
