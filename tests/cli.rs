@@ -369,6 +369,8 @@ fn a_dry_run_shows_what_is_learned_and_writes_nothing() {
     ] {
         assert!(text.contains(what), "{what}: {text}");
     }
+    let rest = f.json(&with(&["--eval-split", "0.25"]));
+    assert_eq!((&rest["data"]["records"], &rest["data"]["samples"]), (&9.into(), &9.into()), "what is learned");
     let report = f.json(&with(&["--packing", "--seq", "128"]));
     let (data, sample) = (&report["data"], &report["samples"][1]);
     assert_eq!(sample["parts"][1], serde_json::json!({"text": "it is 7<|im_end|>", "trained": true}));

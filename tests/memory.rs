@@ -3,6 +3,8 @@
 
 #![cfg(feature = "cli")]
 
+mod common;
+
 use pocketlora::train::{Dataset, MemoryPlan, Observer, Precision, Sample, StepReport, TrainConfig};
 use pocketlora::{Options, Session};
 use safetensors::tensor::{Dtype, TensorView};
@@ -56,6 +58,13 @@ fn measured(output: &Output) -> Value {
     serde_json::from_slice::<Value>(&output.stdout).unwrap()["runs"][0].clone()
 }
 
+/// The smallest budget that would do, in MB, from the refusal of a smaller one.
+fn least_budget(refused: &Output) -> u64 {
+    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && error.contains("`memory-budget`"), "{error}");
+    error.split("expected at least `").nth(1).unwrap().split('`').next().unwrap().parse().unwrap()
+}
+
 /// Each run is a process of its own, whose memory nothing else has touched.
 #[test]
 fn a_plan_is_within_five_percent_of_what_is_taken() {
@@ -83,9 +92,7 @@ fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
     let dir = tempfile::tempdir().unwrap();
     let model = model(dir.path());
     let refused = bench(&model, "--seq 512 --memory-budget 1");
-    let error = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(!refused.status.success() && error.contains("`memory-budget`"), "{error}");
-    let least: u64 = error.split("expected at least `").nth(1).unwrap().split('`').next().unwrap().parse().unwrap();
+    let least = least_budget(&refused);
     let free = measured(&bench(&model, "--seq 512"));
     let Some(most) = free["peak_anonymous_bytes"].as_u64().map(|bytes| bytes / 1_000_000) else { return };
     assert!(least < most, "{least} of {most} MB");
@@ -94,6 +101,49 @@ fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
         let peak = run["peak_anonymous_bytes"].as_u64().unwrap();
         assert!(peak <= budget * 1_000_000, "{peak} bytes of {budget} MB: {}", run["train_memory"]);
     }
+}
+
+/// Short samples to learn and one long sample to evaluate: it is what takes most.
+#[test]
+fn long_held_out_data_is_part_of_the_plan_and_of_a_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, chat) = (model(dir.path()), common::tiny_chat_model(dir.path()));
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::copy(chat.join(file), model.join(file)).unwrap();
+    }
+    let text = |name: &str, len: usize| {
+        let path = dir.path().join(name);
+        fs::write(&path, json!({ "text": "words and ".repeat(len / 10) }).to_string()).unwrap();
+        path
+    };
+    let (data, held_out) = (text("data.jsonl", 60), text("held_out.jsonl", 900));
+    let train = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pocketlora"));
+        command.args(["train", "--no-quantize", "--json", "--overwrite", "--threads", "1", "--steps", "2"]);
+        command.args(["--seq", "1024", "--rank", "2", "-m"]).arg(&model).arg("-d").arg(&data);
+        command.arg("-o").arg(dir.path().join("out")).args(more).output().unwrap()
+    };
+    let summary = |output: &Output| {
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        serde_json::from_str::<Value>(text.lines().last().unwrap()).unwrap()
+    };
+    let bytes = |summary: &Value| summary["planned_bytes"].as_u64().unwrap();
+    let (alone, held) = (summary(&train(&[])), &["--eval-data", held_out.to_str().unwrap()]);
+    let free = summary(&train(held));
+    assert!(bytes(&free) > 2 * bytes(&alone), "{} with it, {} without", free["plan"], alone["plan"]);
+    let layout = &free["plan"]["layout"];
+    assert!(layout["part"].is_null() && layout["loss_rows"].is_null(), "what is not bounded: {layout}");
+    let Some(deviation) = free["deviation_percent"].as_f64() else { return };
+    assert!(deviation.abs() <= 5.0, "{deviation} % off {}", free["plan"]);
+
+    let refused = train(&[&held[..], &["--memory-budget", "1"]].concat());
+    let least = least_budget(&refused);
+    assert!(least * 1_000_000 < free["peak_anonymous_bytes"].as_u64().unwrap(), "{least} MB of {free}");
+    let kept = summary(&train(&[&held[..], &["--memory-budget", &(least + 1).to_string()]].concat()));
+    let peak = kept["peak_anonymous_bytes"].as_u64().unwrap();
+    assert!(peak <= (least + 1) * 1_000_000, "{peak} bytes of {least} + 1 MB: {}", kept["plan"]);
+    assert!(kept["plan"]["layout"]["part"].as_u64().unwrap() < 900, "{}", kept["plan"]);
 }
 
 struct Quiet;

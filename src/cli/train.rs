@@ -161,7 +161,7 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_data: Option<PathBuf>,
-    /// Share of the samples to hold out and evaluate, instead of --eval-data.
+    /// Share of the records to hold out and evaluate, instead of --eval-data.
     #[arg(long, value_name = "SHARE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_split: Option<f64>,

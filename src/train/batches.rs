@@ -138,7 +138,7 @@ impl Batches {
         let (epoch, at) = self.locate(number);
         let accumulate = self.accumulate;
         let micros = self.epoch(epoch).step(at, accumulate);
-        micros.map(|m| MicroBatch::new(m.iter().map(|&i| &data.samples[i as usize]))).collect()
+        micros.map(|m| MicroBatch::numbered(m.iter().map(|&i| (i, &data.samples[i as usize])))).collect()
     }
 
     /// Figures of the first epoch.
@@ -298,6 +298,23 @@ mod tests {
             }
             let other = TrainConfig { seed: 10, ..config.clone() };
             assert_ne!(all(&mut Batches::new(&data, &other).unwrap()), steps, "{config:?}");
+        }
+    }
+
+    #[test]
+    fn passes_know_the_numbers_of_samples_that_are_all_alike() {
+        let data = data(vec![8; 24]);
+        for config in configs() {
+            let mut batches = Batches::new(&data, &config).unwrap();
+            let steps = batches.total_steps() / 3;
+            let micros = (1..=steps).flat_map(|number| batches.micro_batches(&data, number)).collect::<Vec<_>>();
+            for most in [1, 16, usize::MAX] {
+                let passes = micros.iter().flat_map(|m| m.split(most)).collect::<Vec<_>>();
+                let mut numbers: Vec<u32> = passes.iter().flat_map(|p| p.numbers()).copied().collect();
+                assert!(passes.iter().all(|p| p.tokens() == 8 * p.numbers().len()), "{config:?}");
+                numbers.sort_unstable();
+                assert_eq!(numbers, (0..24).collect::<Vec<_>>(), "{config:?}, passes of {most} tokens");
+            }
         }
     }
 

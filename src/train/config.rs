@@ -94,7 +94,7 @@ pub struct TrainConfig {
     pub save_every: u64,
     /// JSONL that is evaluated during training.
     pub eval_data: Option<PathBuf>,
-    /// Share of the samples that is held out and evaluated, instead of `eval_data`.
+    /// Share of the records that is held out and evaluated, instead of `eval_data`.
     pub eval_split: Option<f64>,
     /// Steps between evaluations; 0 evaluates only at the beginning and the end.
     pub eval_every: u64,

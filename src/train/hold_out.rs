@@ -4,7 +4,7 @@ use super::{Dataset, Sample, TrainConfig};
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::mix;
 use crate::tokenizer::Tokenizer;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 /// Stream of random numbers for the choice of held-out samples.
 const HOLD_OUT: u64 = 5;
@@ -34,27 +34,59 @@ impl Evaluation {
     }
 }
 
-/// Splits `data` as `config` says: what is learned, and what is held out of it or was given for that. Which samples are
-/// held out depends on their tokens and the seed; samples with the same tokens stay together.
+/// Splits `data` as `config` says: what is learned, and what is held out of it or was given for that. Which records are
+/// held out depends on their tokens and the seed; what has a sample in common stays together, so that no sample is on
+/// both sides, nor parts of one record.
 ///
 /// # Errors
-/// A split is asked for and there are fewer than two different samples.
-pub fn hold_out(config: &TrainConfig, mut data: Dataset, given: Option<Dataset>) -> Result<(Dataset, Option<Dataset>)> {
+/// A split is asked for and there are fewer than two records without a sample in common.
+pub fn hold_out(config: &TrainConfig, data: Dataset, given: Option<Dataset>) -> Result<(Dataset, Option<Dataset>)> {
     let Some(share) = config.eval_split else { return Ok((data, given)) };
-    let key = mix(config.seed, HOLD_OUT);
-    let hash = |s: &Sample| s.ids.iter().fold(key, |hash, &id| mix(hash, u64::from(id)));
-    let mut distinct: Vec<u64> = data.samples.iter().map(hash).collect::<BTreeSet<_>>().into_iter().collect();
+    let kin = kin(&data, mix(config.seed, HOLD_OUT));
+    let mut distinct: Vec<u64> = kin.iter().copied().collect::<BTreeSet<_>>().into_iter().collect();
     if distinct.len() < 2 {
-        let message = "expected at least two different samples to split, got one; give `--eval-data` instead";
+        let message =
+            "expected at least two records with different samples to split, got one; give `--eval-data` instead";
         return Err(Error::new(ErrorCode::Data, format!("`{}`", data.path.display()), message));
     }
     let count = ((share * distinct.len() as f64).round() as usize).clamp(1, distinct.len() - 1);
-    // Hashes in order of their size are samples in no order at all.
+    // Hashes in order of their size are records in no order at all.
     distinct.truncate(count);
-    let all = std::mem::take(&mut data.samples);
-    let mut held = data.clone();
-    (held.samples, data.samples) = all.into_iter().partition(|s| distinct.binary_search(&hash(s)).is_ok());
-    Ok((data, Some(held)))
+    let (learned, held) = data.partition(|record| distinct.binary_search(&kin[record]).is_ok());
+    Ok((learned, Some(held)))
+}
+
+/// For each record a hash of the samples of all records that it must stay together with.
+fn kin(data: &Dataset, key: u64) -> Vec<u64> {
+    let hash = |s: &Sample| s.ids.iter().fold(key, |hash, &id| mix(hash, u64::from(id)));
+    let records: Vec<Vec<u64>> =
+        data.by_record().into_iter().map(|r| data.samples[r.samples].iter().map(hash).collect()).collect();
+    // A forest: each record points to an earlier one of its kin, the first of all to itself.
+    let mut toward: Vec<usize> = (0..records.len()).collect();
+    let mut seen: HashMap<u64, usize> = HashMap::new();
+    for (i, samples) in records.iter().enumerate() {
+        for sample in samples {
+            let (a, b) = (first_of(&mut toward, i), first_of(&mut toward, *seen.entry(*sample).or_insert(i)));
+            toward[a.max(b)] = a.min(b);
+        }
+    }
+    let mut samples: Vec<BTreeSet<u64>> = vec![BTreeSet::new(); records.len()];
+    for (i, record) in records.iter().enumerate() {
+        samples[first_of(&mut toward, i)].extend(record);
+    }
+    let hashes: Vec<u64> = samples.into_iter().map(|all| all.into_iter().reduce(mix).unwrap_or(key)).collect();
+    (0..records.len()).map(|i| hashes[first_of(&mut toward, i)]).collect()
+}
+
+/// The first of a record's kin, to which all on the way point from then on.
+fn first_of(toward: &mut [usize], record: usize) -> usize {
+    let mut first = record;
+    while toward[first] != first {
+        // Halving the way keeps all ways short.
+        toward[first] = toward[toward[first]];
+        first = toward[first];
+    }
+    first
 }
 
 /// The general text in windows that are no longer than what a step of `data` takes at once.
@@ -62,10 +94,9 @@ pub fn hold_out(config: &TrainConfig, mut data: Dataset, given: Option<Dataset>)
 /// # Errors
 /// The tokenizer cannot express it.
 pub fn general_text(tokenizer: &Tokenizer, data: &Dataset) -> Result<Dataset> {
-    let longest = data.samples.iter().map(|s| s.ids.len()).max().unwrap_or(0);
     let ids = tokenizer.encode(GENERAL, true)?;
     let window = |ids: &[u32]| Sample { ids: ids.to_vec(), trained: (0..ids.len()).map(|i| i > 0).collect() };
-    let windows = ids.chunks(WINDOW.min(longest).max(2)).filter(|w| w.len() > 1);
+    let windows = ids.chunks(WINDOW.min(data.longest()).max(2)).filter(|w| w.len() > 1);
     Ok(Dataset::new("the general text", windows.map(window).collect()))
 }
 
@@ -99,6 +130,52 @@ mod tests {
         assert!(split(&ids, 3, 0.5)[0][..20].is_sorted());
         assert_eq!(split(&[1, 2, 3], 0, 0.01).map(|s| s.len()), [2, 1]);
         assert_eq!(split(&[1, 2, 3], 0, 0.99).map(|s| s.len()), [1, 2]);
+    }
+
+    #[test]
+    fn what_belongs_together_is_on_one_side_and_each_side_counts_its_own() {
+        use crate::train::{SplitRecord, Splits};
+        // Records of 1 to 4 samples; every tenth begins as the one before it, which ties those two together.
+        let (mut all, mut groups) = (data(&[]), Vec::new());
+        for record in 0..60u32 {
+            let (first, parts) = (all.samples.len(), 1 + record as usize % 4);
+            let group = if record % 10 == 9 { record - 1 } else { record };
+            for part in 0..parts as u32 {
+                let owner = if part == 0 { group } else { record };
+                all.samples.push(Sample { ids: vec![10 * owner + part, 1], ..data(&[0]).samples[0].clone() });
+                groups.push((10 * owner + part, group));
+            }
+            all.records += 1;
+            if parts > 1 {
+                let splits = Splits { samples: 1, parts, ..Splits::default() };
+                all.splits += splits;
+                all.split_records.push(SplitRecord { samples: first..first + parts, splits });
+            }
+        }
+        for seed in 0..10 {
+            let config = TrainConfig { eval_split: Some(0.3), seed, ..TrainConfig::default() };
+            let (learned, held) = hold_out(&config, all.clone(), None).unwrap();
+            let held = held.unwrap();
+            let groups_of = |side: &Dataset| -> BTreeSet<u32> {
+                let group = |s: &Sample| groups.iter().find(|(id, _)| *id == s.ids[0]).unwrap().1;
+                side.samples.iter().map(group).collect()
+            };
+            assert!(groups_of(&learned).is_disjoint(&groups_of(&held)), "seed {seed}");
+            assert_eq!(groups_of(&held).len(), 16, "seed {seed}: a share of 54 groups");
+            let mut sum = held.splits;
+            sum += learned.splits;
+            assert_eq!((learned.records + held.records, sum), (60, all.splits), "seed {seed}");
+            for side in [&learned, &held] {
+                let (records, whole) = (side.by_record(), side.records - side.split_records.len());
+                assert_eq!(records.len(), side.records, "seed {seed}");
+                assert_eq!(side.samples.len(), whole + side.splits.parts, "seed {seed}");
+                for r in &side.split_records {
+                    let owners: BTreeSet<u32> =
+                        side.samples[r.samples.clone()][1..].iter().map(|s| s.ids[0] / 10).collect();
+                    assert_eq!(owners.len(), 1, "seed {seed}: {r:?}");
+                }
+            }
+        }
     }
 
     #[test]

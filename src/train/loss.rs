@@ -69,10 +69,16 @@ fn rows_loss<B: Backend>(
         let y = model.head(&mut tape, Tensor(0));
         backend.cross_entropy(targets, scale, tape.value(y)?, &mut losses);
         watch.peak.sample();
-        let dy = tape.take(y);
         let dh = match grads {
-            Some(grads) => tape.backward(y, dy, grads)?,
-            None => None,
+            Some(grads) => {
+                let dy = tape.take(y);
+                tape.backward(y, dy, grads)?
+            }
+            None => {
+                let logits = tape.into_value(y)?;
+                pool.put(backend, logits);
+                None
+            }
         };
         return Ok((losses, dh));
     };
@@ -89,7 +95,8 @@ fn rows_loss<B: Backend>(
     let dh = match (dy, grads) {
         (Some(dy), Some(grads)) => tape.backward(y, dy, grads)?,
         _ => {
-            tape.into_value(y)?;
+            let normed = tape.into_value(y)?;
+            pool.put(backend, normed);
             None
         }
     };

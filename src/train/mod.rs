@@ -24,7 +24,7 @@ pub use batches::{BatchReport, Batches, largest_micro_batch};
 pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use control::{Directive, Policy, TrainHandle};
-pub use data::{Dataset, Limits, Mask, Sample, Splits};
+pub use data::{Dataset, Limits, Mask, Sample, SplitRecord, Splits};
 pub use hold_out::{Evaluation, general_text, hold_out};
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
@@ -225,7 +225,7 @@ impl<B: Backend> Trainer<B> {
         let loss = self.accumulate(number, &micros, trained, observer)?;
         let grad_norm = self.grad_norm()?;
         if !grad_norm.is_finite() {
-            return Err(self.diverged(number, &micros, &format!("a gradient of norm `{grad_norm}`")));
+            return Err(diverged(number, &micros, &format!("a gradient of norm `{grad_norm}`")));
         }
         self.clip(grad_norm);
         let lr = self.config.lr_at(number, self.facts.total_steps);
@@ -261,7 +261,7 @@ impl<B: Backend> Trainer<B> {
         observer: &mut dyn Observer,
     ) -> Result<f64> {
         if trained == 0 {
-            let place = format!("step {number}, {}", self.samples_of(micros));
+            let place = format!("step {number}, {}", samples_of(micros));
             return Err(Error::new(ErrorCode::Data, place, "expected at least one token to learn, got none"));
         }
         for grad in &mut self.grads.tensors {
@@ -275,7 +275,7 @@ impl<B: Backend> Trainer<B> {
             });
             let part = self.passes(micro, scale, dropout, observer)?;
             if !part.is_finite() {
-                return Err(self.diverged(number, std::slice::from_ref(micro), &format!("a loss of `{part}`")));
+                return Err(diverged(number, std::slice::from_ref(micro), &format!("a loss of `{part}`")));
             }
             loss += part;
         }
@@ -311,25 +311,6 @@ impl<B: Backend> Trainer<B> {
             for grad in &mut self.grads.tensors {
                 self.base.backend.scale(factor, grad);
             }
-        }
-    }
-
-    fn diverged(&self, number: u64, micros: &[MicroBatch], got: &str) -> Error {
-        let message = format!(
-            "expected a finite loss and gradient, got {got}; lower the learning rate, then resume from the last \
-             checkpoint or start again"
-        );
-        Error::new(ErrorCode::Diverged, format!("step {number}, {}", self.samples_of(micros)), message)
-    }
-
-    /// The samples (1-based) that micro-batches were made of, told by their tokens.
-    fn samples_of(&self, micros: &[MicroBatch]) -> String {
-        let found = micros.iter().flat_map(MicroBatch::segments);
-        let found = found.filter_map(|ids| self.data.samples.iter().position(|s| s.ids == ids));
-        let numbers: Vec<String> = found.map(|i| (i + 1).to_string()).collect();
-        match numbers.len() {
-            0..=8 => format!("samples {}", numbers.join(", ")),
-            n => format!("samples {} and {} more", numbers[..8].join(", "), n - 8),
         }
     }
 
@@ -377,5 +358,23 @@ impl<B: Backend> Trainer<B> {
     fn grad_norm(&self) -> Result<f64> {
         let squares = self.grads.tensors.iter().map(|g| self.base.backend.sum_squares(g));
         Ok(squares.sum::<Result<f64, _>>()?.sqrt())
+    }
+}
+
+fn diverged(number: u64, micros: &[MicroBatch], got: &str) -> Error {
+    let message = format!(
+        "expected a finite loss and gradient, got {got}; lower the learning rate, then resume from the last checkpoint \
+         or start again"
+    );
+    Error::new(ErrorCode::Diverged, format!("step {number}, {}", samples_of(micros)), message)
+}
+
+/// The samples (1-based) that micro-batches were made of.
+fn samples_of(micros: &[MicroBatch]) -> String {
+    let numbers = micros.iter().flat_map(MicroBatch::numbers).map(|i| (i + 1).to_string());
+    let numbers: Vec<String> = numbers.collect();
+    match numbers.len() {
+        0..=8 => format!("samples {}", numbers.join(", ")),
+        n => format!("samples {} and {} more", numbers[..8].join(", "), n - 8),
     }
 }

@@ -1,7 +1,7 @@
 //! What a run will hold in memory, known before its first step.
 //!
-//! The largest micro-batch is passed through the code that trains, on a backend that only counts ([`Counted`]): what it
-//! takes is what the run will take, for the calls are the same.
+//! The largest micro-batch is passed through the code that trains, on a backend that only counts ([`Counted`]), and then
+//! the longest sample that is evaluated: what they take is what the run will take, for the calls are the same.
 
 use super::step::{Layout, MicroBatch, Watch, micro_step};
 use super::{Optimizer, TrainConfig};
@@ -86,6 +86,9 @@ pub(super) struct Work {
     pub lengths: Vec<usize>,
     /// Tokens of the largest micro-batch.
     pub largest: usize,
+    /// Tokens of the longest sample that is evaluated, 0 for none. Windows of the general text need no count: they are no
+    /// longer than the longest sample that is learned.
+    pub evaluated: usize,
     pub before: u64,
 }
 
@@ -130,21 +133,17 @@ impl Work {
         let micro = MicroBatch::of_lengths(lengths, tokens);
         let mut pool = Pool::default();
         pool.reserve(&base.backend, 1, 1)?;
-        let mut watch = Watch { keep_going: &mut || true, peak: &mut Peak::ignored() };
         let dropout = (config.dropout > 0.0).then_some(Dropout { p: config.dropout, key: 0, first: 0 });
         let arithmetic = config.precision.arithmetic();
-        micro_step(
-            &base,
-            &adapters,
-            &micro,
-            1.0,
-            dropout,
-            arithmetic,
-            &layout,
-            Some(&mut grads),
-            &mut pool,
-            &mut watch,
-        )?;
+        let mut pass = |micro: &MicroBatch, dropout, grads: Option<&mut Gradients<Counted>>| {
+            let mut watch = Watch { keep_going: &mut || true, peak: &mut Peak::ignored() };
+            micro_step(&base, &adapters, micro, 1.0, dropout, arithmetic, &layout, grads, &mut pool, &mut watch)
+        };
+        pass(&micro, dropout, Some(&mut grads))?;
+        if self.evaluated > 0 {
+            // Samples are evaluated one at a time, and only their loss is asked for.
+            pass(&MicroBatch::of_lengths(vec![self.evaluated], self.evaluated), None, None)?;
+        }
         let count = base.backend.count();
         let values = 4 * self.values() as u64;
         Ok(MemoryPlan {

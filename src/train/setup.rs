@@ -122,13 +122,15 @@ fn module_path(spec: &ParamSpec) -> &str {
     if spec.role == Role::Embedding { "lm_head" } else { spec.module() }
 }
 
-/// What a run on `data` takes memory for: a fresh adapter of `targets`, or one like `init`.
+/// What a run on `data` that is evaluated on `eval_data` takes memory for: a fresh adapter of `targets`, or one like
+/// `init`.
 fn work<B: Backend>(
     base: &Base<B>,
     targets: &[&ParamSpec],
     config: &TrainConfig,
     init: Option<&AdapterFile>,
     data: &Dataset,
+    eval_data: Option<&Dataset>,
 ) -> Work {
     let adapted = |(i, spec): (usize, &ParamSpec)| {
         let rank = match init {
@@ -146,6 +148,7 @@ fn work<B: Backend>(
         adapted: matrices.filter_map(adapted).collect(),
         lengths,
         largest: largest_micro_batch(data, config),
+        evaluated: eval_data.map_or(0, Dataset::longest),
         before: anonymous_bytes().unwrap_or(0),
     }
 }
@@ -175,7 +178,7 @@ impl<B: Backend> Trainer<B> {
         check_data(&base, &data)?;
         eval_data.iter().try_for_each(|data| check_data(&base, data))?;
         let targets = target_modules(base.model.params(), &config.targets)?;
-        let (plan, config) = choose(&work(&base, &targets, &config, init, &data), &config)?;
+        let (plan, config) = choose(&work(&base, &targets, &config, init, &data, eval_data.as_ref()), &config)?;
         let mut names: Vec<String> =
             targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
         names.sort_unstable();

@@ -8,11 +8,13 @@ use crate::exec::{Base, Pool};
 use crate::memory::Peak;
 use pocketlora_kernels::{Arithmetic, Backend, narrow_width};
 use pocketlora_models::Tensor;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 /// Samples laid end to end with the rows whose next token is learned.
 pub struct MicroBatch {
     batch: Batch,
+    /// The number (0-based) of each sample in its data set.
+    numbers: Vec<u32>,
     /// Rows whose next token is learned.
     pub(super) rows: Vec<u32>,
     /// That token, for each of `rows`.
@@ -20,10 +22,16 @@ pub struct MicroBatch {
 }
 
 impl MicroBatch {
-    /// Joins samples; nothing is padded.
+    /// Joins samples, which are numbered from 0; nothing is padded.
     pub fn new<'s>(samples: impl IntoIterator<Item = &'s Sample>) -> Self {
-        let mut out = Self { batch: Batch::default(), rows: Vec::new(), targets: Vec::new() };
-        for sample in samples {
+        Self::numbered((0..).zip(samples))
+    }
+
+    /// Joins samples that have numbers in their data set.
+    pub(super) fn numbered<'s>(samples: impl IntoIterator<Item = (u32, &'s Sample)>) -> Self {
+        let mut out = Self::empty();
+        for (number, sample) in samples {
+            out.numbers.push(number);
             let start = out.batch.ids.len();
             for i in sample.trained.iter().filter(|&i| i > 0) {
                 out.rows.push((start + i - 1) as u32);
@@ -35,21 +43,26 @@ impl MicroBatch {
         out
     }
 
+    fn empty() -> Self {
+        Self { batch: Batch::default(), numbers: Vec::new(), rows: Vec::new(), targets: Vec::new() }
+    }
+
     /// Sequences of such lengths, with the last `learned` tokens' successors to be learned: to count what they take.
     pub(super) fn of_lengths(segments: Vec<usize>, learned: usize) -> Self {
         let tokens: usize = segments.iter().sum();
         let rows: Vec<u32> = (tokens.saturating_sub(learned)..tokens).map(|row| row as u32).collect();
-        Self { targets: vec![0; rows.len()], rows, batch: Batch { ids: vec![0; tokens], segments } }
+        let numbers = (0..).take(segments.len()).collect();
+        Self { targets: vec![0; rows.len()], rows, numbers, batch: Batch { ids: vec![0; tokens], segments } }
     }
 
     /// The same samples in as many passes as it takes for none to have more than `most` tokens, unless one sample has.
     pub(super) fn split(&self, most: usize) -> Vec<Self> {
         let mut passes: Vec<Self> = Vec::new();
         let (mut start, mut learned) = (0, 0);
-        for len in &self.batch.segments {
+        for (len, number) in self.batch.segments.iter().zip(&self.numbers) {
             let end = start + len;
             if passes.last().is_none_or(|pass| pass.tokens().saturating_add(*len) > most) {
-                passes.push(Self { batch: Batch::default(), rows: Vec::new(), targets: Vec::new() });
+                passes.push(Self::empty());
             }
             let pass = passes.last_mut().expect("pushed if there was none");
             let shift = start - pass.tokens();
@@ -58,6 +71,7 @@ impl MicroBatch {
             pass.targets.extend(&self.targets[learned..until]);
             pass.batch.ids.extend(&self.batch.ids[start..end]);
             pass.batch.segments.push(*len);
+            pass.numbers.push(*number);
             (start, learned) = (end, until);
         }
         passes
@@ -69,14 +83,10 @@ impl MicroBatch {
         self.batch.ids.len()
     }
 
-    /// Ids of each sample.
-    pub(super) fn segments(&self) -> impl Iterator<Item = &[u32]> {
-        let mut rest = &self.batch.ids[..];
-        self.batch.segments.iter().map(move |&n| {
-            let (ids, after) = rest.split_at(n);
-            rest = after;
-            ids
-        })
+    /// The number (0-based) of each sample in the data set that the batch was made of.
+    #[must_use]
+    pub fn numbers(&self) -> &[u32] {
+        &self.numbers
     }
 
     /// Tokens learned.
@@ -115,10 +125,17 @@ pub struct Layout {
     /// Inputs of the layers between are kept while their gradients are due, or else are computed from the kept one for
     /// each of them again.
     pub between: bool,
-    /// Tokens that the feed-forward part of a layer runs at a time.
+    /// Tokens that the feed-forward part of a layer runs at a time; `usize::MAX` for all, null in JSON.
+    #[serde(serialize_with = "bound")]
     pub part: usize,
-    /// Learned tokens whose loss is computed at a time.
+    /// Learned tokens whose loss is computed at a time; `usize::MAX` for as many as speed asks for, null in JSON.
+    #[serde(serialize_with = "bound")]
     pub loss_rows: usize,
+}
+
+/// `usize::MAX` is no bound; as a number it is none that JSON's readers keep exactly.
+fn bound<S: Serializer>(value: &usize, to: S) -> std::result::Result<S::Ok, S::Error> {
+    Some(*value).filter(|v| *v != usize::MAX).serialize(to)
 }
 
 impl Layout {

@@ -1,8 +1,9 @@
 //! What is too long for a sample becomes several, and nothing to learn is lost.
 
 use super::Reader;
-use pocketlora::train::Dataset;
+use pocketlora::train::{Dataset, TrainConfig, hold_out};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 
 fn chat(system: &str, exchanges: &[(&str, &str)]) -> String {
     let mut turns = vec![json!({"role": "system", "content": system})];
@@ -113,4 +114,30 @@ fn memory_of_a_data_set_is_four_bytes_a_token_and_little_more() {
         (0..50).map(|i| format!("{}\n", chat("S", &[("a question", &format!("answer {i}"))]))).collect();
     let data = reader.read("a.jsonl", lines, 4096).unwrap();
     assert!(data.bytes() >= 4 * data.tokens() && data.bytes() < 4 * data.tokens() + 50 * 80, "{}", data.bytes());
+}
+
+/// Texts of one letter each, most of them of several samples.
+#[test]
+fn no_record_is_on_both_sides_of_a_split() {
+    let reader = reader();
+    let line = |i: u8| json!({ "text": char::from(b'a' + i).to_string().repeat(10 + 20 * usize::from(i)) });
+    let lines: Vec<String> = (0..20).map(|i| line(i).to_string()).collect();
+    let data = reader.read("letters.jsonl", lines.join("\n"), 64).unwrap();
+    assert!(data.records == 20 && data.splits.samples > 10 && data.samples.len() > 60);
+    for seed in 0..10 {
+        let config = TrainConfig { eval_split: Some(0.25), seed, ..TrainConfig::default() };
+        let (rest, held) = hold_out(&config, data.clone(), None).unwrap();
+        let held = held.unwrap();
+        let letters = |side: &Dataset| -> BTreeSet<char> {
+            let texts = texts(&reader, side);
+            texts.iter().filter_map(|t| t.chars().find(char::is_ascii_lowercase)).collect()
+        };
+        assert!(letters(&rest).is_disjoint(&letters(&held)), "seed {seed}");
+        assert_eq!((rest.records, held.records), (15, 5), "seed {seed}");
+        assert_eq!((letters(&rest).len(), letters(&held).len()), (15, 5), "seed {seed}");
+        assert_eq!(rest.splits.parts + held.splits.parts, data.splits.parts, "seed {seed}");
+        for side in [&rest, &held] {
+            assert_eq!(side.samples.len() - side.splits.parts, side.records - side.splits.samples, "seed {seed}");
+        }
+    }
 }

@@ -7,12 +7,13 @@ mod record;
 mod split;
 
 pub use mask::Mask;
-pub use split::Splits;
+pub use split::{SplitRecord, Splits};
 
 use crate::chat::ChatTemplate;
 use crate::error::{Error, ErrorCode, Result};
 use crate::tokenizer::Tokenizer;
 use encode::Encoder;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// A piece of data that is learned as one text.
@@ -52,13 +53,16 @@ pub struct Dataset {
     pub records: usize,
     /// What was too long for one sample.
     pub splits: Splits,
+    /// Records that became another number of samples than one, or lost something, in their order.
+    pub split_records: Vec<SplitRecord>,
 }
 
 impl Dataset {
     /// Samples made elsewhere; `path` names them in messages.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>, samples: Vec<Sample>) -> Self {
-        Self { path: path.into(), records: samples.len(), samples, splits: Splits::default() }
+        let (records, splits) = (samples.len(), Splits::default());
+        Self { path: path.into(), samples, records, splits, split_records: Vec::new() }
     }
 
     /// Reads JSONL, a table (`.csv`), a note (`.txt`, `.md`) or a folder of notes; a line or row holds
@@ -76,15 +80,66 @@ impl Dataset {
     /// refused by the chat template, or has tokens that the model does not know.
     pub fn open(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, limits: Limits) -> Result<Self> {
         let mut encoder = Encoder::new(tokenizer, template, limits)?;
-        let mut samples = Vec::new();
-        let records = read::records(path, &mut |record| encoder.encode(record, &mut samples))?;
+        let (mut samples, mut splits, mut split_records) = (Vec::new(), Splits::default(), Vec::new());
+        let records = read::records(path, &mut |record| {
+            let first = samples.len();
+            encoder.encode(record, &mut samples)?;
+            let record = SplitRecord { samples: first..samples.len(), splits: std::mem::take(&mut encoder.splits) };
+            splits += record.splits;
+            if record.samples.len() != 1 || record.splits != Splits::default() {
+                split_records.push(record);
+            }
+            Ok(())
+        })?;
         if records == 0 {
             let message = "expected at least one line with `messages`, `prompt` and `completion`, `instruction` and \
                            `output`, or `text`, got none";
             return Err(Error::new(ErrorCode::Data, format!("`{}`", path.display()), message));
         }
         samples.shrink_to_fit();
-        Ok(Self { path: path.to_owned(), samples, records, splits: encoder.splits })
+        Ok(Self { path: path.to_owned(), samples, records, splits, split_records })
+    }
+
+    /// The records by their samples, as far as there are samples: a host may have taken some away.
+    pub(super) fn by_record(&self) -> Vec<SplitRecord> {
+        let (mut out, mut next) = (Vec::with_capacity(self.records), 0);
+        let whole = |i| SplitRecord { samples: i..i + 1, splits: Splits::default() };
+        for record in &self.split_records {
+            out.extend((next..record.samples.start.min(self.samples.len())).map(whole));
+            let Range { start, end } = record.samples.clone();
+            let samples = start.min(self.samples.len())..end.min(self.samples.len());
+            next = samples.end;
+            out.push(SplitRecord { samples, splits: record.splits });
+        }
+        out.extend((next..self.samples.len()).map(whole));
+        out
+    }
+
+    /// Two data sets of the records for which `second` is false and true; it is given a record's place in
+    /// [`Dataset::by_record`].
+    pub(super) fn partition(self, second: impl Fn(usize) -> bool) -> (Self, Self) {
+        let (path, records) = (self.path.clone(), self.by_record());
+        let empty = || Self::new(path.clone(), Vec::new());
+        let (mut sides, mut samples) = ([empty(), empty()], self.samples.into_iter());
+        for (i, SplitRecord { samples: range, splits }) in records.into_iter().enumerate() {
+            let side = &mut sides[usize::from(second(i))];
+            let (first, n) = (side.samples.len(), range.len());
+            side.samples.extend(samples.by_ref().take(n));
+            side.records += 1;
+            side.splits += splits;
+            if n != 1 || splits != Splits::default() {
+                side.split_records.push(SplitRecord { samples: first..first + n, splits });
+            }
+        }
+        sides.iter_mut().for_each(|side| side.samples.shrink_to_fit());
+        let [first, second] = sides;
+        (first, second)
+    }
+
+    /// Tokens of the longest sample; 0 without any.
+    #[must_use]
+    pub fn longest(&self) -> usize {
+        self.samples.iter().map(|s| s.ids.len()).max().unwrap_or(0)
     }
 
     /// Tokens in all.
@@ -103,7 +158,9 @@ impl Dataset {
     #[must_use]
     pub fn bytes(&self) -> usize {
         let inner = |s: &Sample| s.ids.capacity() * size_of::<u32>() + s.trained.heap_bytes();
-        self.samples.capacity() * size_of::<Sample>() + self.samples.iter().map(inner).sum::<usize>()
+        self.samples.capacity() * size_of::<Sample>()
+            + self.split_records.capacity() * size_of::<SplitRecord>()
+            + self.samples.iter().map(inner).sum::<usize>()
     }
 
     /// A number that changes when any token or mask does.

@@ -2,7 +2,7 @@
 
 use super::Mask;
 use serde::Serialize;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 
 /// Text that is tokenized at once, in bytes; more is cut between paragraphs first, for tokens with their places take
 /// some two hundred times the memory of the text while the tokenizer is at work.
@@ -21,6 +21,25 @@ pub struct Splits {
     pub left_out_turns: usize,
     /// Parts that had no room for the system's turns and the tools.
     pub without_system: usize,
+}
+
+impl AddAssign for Splits {
+    fn add_assign(&mut self, other: Self) {
+        self.samples += other.samples;
+        self.parts += other.parts;
+        self.left_out_tokens += other.left_out_tokens;
+        self.left_out_turns += other.left_out_turns;
+        self.without_system += other.without_system;
+    }
+}
+
+/// A record that was split.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SplitRecord {
+    /// The samples that it became.
+    pub samples: Range<usize>,
+    /// What became of the rest.
+    pub splits: Splits,
 }
 
 /// Tokens with a flag each: is it learned?
