@@ -120,9 +120,10 @@ impl Session {
         Ok(())
     }
 
-    /// Frees them.
+    /// Frees them, and gives their memory back to the system.
     pub fn forget_text(&mut self) {
         self.tokenizer = None;
+        crate::mmap::release_freed();
     }
 
     /// Adds the PEFT adapter in `dir`, its effect multiplied by `scale`; several add up.

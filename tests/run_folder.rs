@@ -2,9 +2,8 @@
 
 mod common;
 
-use common::{convert, tiny_chat_model, tiny_chats};
+use common::tiny_training;
 use pocketlora::adapter::AdapterFile;
-use pocketlora::format::Target;
 use pocketlora::train::{LogLine, Observer, StepReport, Summary, TrainConfig};
 use pocketlora::{ErrorCode, Options, Session};
 use std::fs;
@@ -28,10 +27,7 @@ struct Fixture {
 
 fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
-    let plain = tiny_chat_model(dir.path());
-    let model = dir.path().join("nf4");
-    convert(&plain, &model, Target::Nf4);
-    let data = tiny_chats(dir.path(), 20);
+    let (model, data) = tiny_training(dir.path(), 20);
     let session = Session::open(&model, &Options { threads: 1, ..Options::default() }).unwrap();
     Fixture { dir, session, data }
 }

@@ -2,9 +2,8 @@
 
 mod common;
 
-use common::{check_all, convert, golden, open_exact, tiny_chat_model, tiny_chats};
+use common::{check_all, golden, open_exact, tiny_training};
 use pocketlora::adapter::{AdapterFile, HostTensor, LoraModule};
-use pocketlora::format::Target;
 use pocketlora::train::{Dataset, Mask, Observer, Precision, StepReport, TrainConfig};
 use pocketlora::{ErrorCode, Options, Session};
 use std::fs;
@@ -58,10 +57,7 @@ struct Fixture {
 
 fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
-    let plain = tiny_chat_model(dir.path());
-    let model = dir.path().join("nf4");
-    convert(&plain, &model, Target::Nf4);
-    let data = tiny_chats(dir.path(), 11);
+    let (model, data) = tiny_training(dir.path(), 11);
     Fixture { dir, model, data }
 }
 

@@ -6,7 +6,7 @@ use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, TrainRep
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::write_bytes;
 use crate::session;
-use crate::train::TrainConfig;
+use crate::train::{Precision, TrainConfig};
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -56,7 +56,7 @@ pub(super) struct Args {
     /// Leave single kernels out.
     #[arg(long)]
     no_kernels: bool,
-    /// Arithmetic of inference.
+    /// Arithmetic of inference; with --train that of training, where `fast` means `bf16`.
     #[arg(long, value_enum, default_value = "fast")]
     precision: PrecisionArg,
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
@@ -145,7 +145,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
 fn settings(args: &Args) -> Result<TrainConfig> {
     let optimizer = serde_json::from_value(json!(args.optimizer))
         .map_err(|e| Error::config("optimizer", "`adamw`, `adamw8bit`, `sgd` or `lion`", e))?;
-    Ok(TrainConfig { optimizer, memory_budget: args.memory_budget, ..Options::default().settings })
+    let precision = match args.precision {
+        PrecisionArg::Exact if args.train => Precision::Exact,
+        _ => Precision::Bf16,
+    };
+    Ok(TrainConfig { optimizer, precision, memory_budget: args.memory_budget, ..Options::default().settings })
 }
 
 /// Writes the model of shape `name` into `folder`, unless it is there.

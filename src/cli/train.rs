@@ -254,21 +254,14 @@ fn check_out(args: &Args) -> Result<()> {
     Err(Error::new(ErrorCode::Config, format!("`{}`", args.out().display()), message))
 }
 
-/// Reads the data on a thread of its own, with whose memory the system's allocator keeps apart what tokenizers leave
-/// behind, and lets the tokenizer go: training needs no text. What is kept is copied out of there.
+/// Reads the data and lets the tokenizer go: training needs no text.
 fn read(session: &mut Session, config: &TrainConfig, args: &Args) -> Result<Material> {
-    let material = std::thread::scope(|scope| {
-        let work = || {
-            session.load_text()?;
-            let data = session.dataset(&args.data, config.seq)?;
-            let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
-            let material = session.material(config, data, eval_data)?;
-            session.forget_text();
-            Ok::<_, Error>(material)
-        };
-        scope.spawn(work).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-    })?;
-    Ok(material.clone())
+    session.load_text()?;
+    let data = session.dataset(&args.data, config.seq)?;
+    let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
+    let material = session.material(config, data, eval_data)?;
+    session.forget_text();
+    Ok(material)
 }
 
 fn fit(session: &mut Session, config: TrainConfig, args: &Args) -> Result<(Summary, MemoryPlan, DataReport)> {

@@ -182,6 +182,13 @@ pub fn tiny_chats(dir: &Path, lines: usize) -> PathBuf {
     path
 }
 
+/// The same model in NF4, and `lines` conversations to train it on.
+pub fn tiny_training(dir: &Path, lines: usize) -> (PathBuf, PathBuf) {
+    let (plain, model) = (tiny_chat_model(dir), dir.join("nf4"));
+    convert(&plain, &model, Target::Nf4);
+    (model, tiny_chats(dir, lines))
+}
+
 /// The values of a buffer.
 pub fn values_of(cpu: &pocketlora_kernels::Cpu, buffer: &pocketlora_kernels::cpu::Buffer) -> Vec<f32> {
     use pocketlora_kernels::Backend as _;

@@ -10,9 +10,8 @@ mod failures;
 mod killed;
 mod optimizers;
 
-use common::{convert, tiny_chat_model, tiny_chats};
+use common::tiny_training;
 use pocketlora::adapter::AdapterFile;
-use pocketlora::format::Target;
 use pocketlora::train::{Observer, StepReport, Summary, TrainConfig, Trainer};
 use pocketlora::{Error, Options, Session};
 use pocketlora_kernels::Cpu;
@@ -54,10 +53,7 @@ struct Fixture {
 
 fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
-    let plain = tiny_chat_model(dir.path());
-    let model = dir.path().join("nf4");
-    convert(&plain, &model, Target::Nf4);
-    let data = tiny_chats(dir.path(), 11);
+    let (model, data) = tiny_training(dir.path(), 11);
     Fixture { dir, model, data }
 }
 
