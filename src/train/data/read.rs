@@ -31,7 +31,7 @@ fn extension(path: &Path) -> Option<String> {
 }
 
 fn at(path: &Path, what: impl Display, e: Error) -> Error {
-    Error::new(e.code(), format!("`{}`{what}", path.display()), e.to_string()).caused_by(e)
+    e.at(format_args!("`{}`{what}", path.display()))
 }
 
 fn lines(path: &Path, each: &mut dyn FnMut(Record) -> Result<()>) -> Result<usize> {
