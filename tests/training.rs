@@ -169,7 +169,7 @@ fn a_resume_with_other_settings_or_data_is_refused() {
     let data = session.dataset(&f.data, 1024).unwrap();
     let fewer = Dataset { samples: data.samples[1..].to_vec(), ..data.clone() };
     let cases = [
-        (TrainConfig { lr: 1e-3, ..config() }, data.clone(), "`lr`"),
+        (TrainConfig { lr: 1e-3, ..config() }, data.clone(), "`lr` was 0.003, is 0.001"),
         (TrainConfig { seed: 6, ..config() }, data, "`seed`"),
         (config(), fewer, "data changed"),
     ];

@@ -55,7 +55,7 @@ impl RunFacts {
         let mut found = Vec::new();
         if let (Some(a), Some(b)) = (self.config.as_object(), other.config.as_object()) {
             for key in a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))) {
-                let text = |v: Option<&serde_json::Value>| v.map_or_else(|| "nothing".to_owned(), ToString::to_string);
+                let text = |v: Option<&serde_json::Value>| v.map_or_else(|| "nothing".to_owned(), as_typed);
                 if a.get(key) != b.get(key) {
                     found.push(format!("`{key}` was {}, is {}", text(a.get(key)), text(b.get(key))));
                 }
@@ -74,6 +74,14 @@ impl RunFacts {
             found.push(format!("{} steps in all became {}", self.total_steps, other.total_steps));
         }
         found
+    }
+}
+
+/// A setting as somebody would type it: one that was an f32 is not shown with the digits of its f64.
+fn as_typed(value: &serde_json::Value) -> String {
+    match value.as_f64() {
+        Some(x) if !value.is_u64() && f64::from(x as f32) == x => (x as f32).to_string(),
+        _ => value.to_string(),
     }
 }
 
