@@ -273,7 +273,7 @@ fn fit(session: &mut Session, config: TrainConfig, args: &Args) -> Result<(Summa
         trainer.resume()?;
         eprintln!("resuming after step {}", trainer.step_number());
     }
-    let report = trainer.data_report()?;
+    let report = trainer.data_report();
     eprint!("{}", data::text(&report));
     eprintln!("adapter: {} trained values", trainer.trained_parameters());
     let plan = trainer.plan(session.mapped_bytes());

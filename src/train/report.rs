@@ -56,8 +56,12 @@ impl DataReport {
     /// # Errors
     /// There are no samples.
     pub fn new(data: &Dataset, config: &TrainConfig) -> Result<Self> {
-        let mut batches = Batches::new(data, config)?;
-        Ok(Self {
+        Ok(Self::of(data, &mut Batches::new(data, config)?))
+    }
+
+    /// Figures of `data` and the micro-batches that were made of it.
+    fn of(data: &Dataset, batches: &mut Batches) -> Self {
+        Self {
             records: data.records,
             samples: data.samples.len(),
             tokens: data.tokens(),
@@ -67,17 +71,14 @@ impl DataReport {
             batches: batches.report(),
             total_steps: batches.total_steps(),
             bytes: data.bytes(),
-        })
+        }
     }
 }
 
 impl<B: Backend> Trainer<B> {
     /// Figures of what this run learns from, held-out samples not counted.
-    ///
-    /// # Errors
-    /// As [`DataReport::new`].
-    pub fn data_report(&self) -> Result<DataReport> {
-        DataReport::new(&self.data, &self.config)
+    pub fn data_report(&mut self) -> DataReport {
+        DataReport::of(&self.data, &mut self.batches)
     }
 }
 
