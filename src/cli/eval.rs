@@ -9,7 +9,6 @@ use crate::eval::{
 };
 use crate::memory::Peak;
 use crate::session::Session;
-use clap::ValueEnum;
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -55,13 +54,13 @@ struct What {
 struct TaskArgs {
     /// Metrics, separated by commas. [default: by what the records hold]
     #[arg(long, value_delimiter = ',', value_enum)]
-    metrics: Vec<MetricArg>,
+    metrics: Vec<Metric>,
     /// Put `prompt` and `question` through the model's chat template, as the user's turn.
     #[arg(long)]
     chat: bool,
     /// How labels are read: the likeliest of those in the file, or the first line that the model writes.
     #[arg(long, value_enum, default_value = "likelihood")]
-    labels_by: LabelByArg,
+    labels_by: LabelBy,
     /// Most tokens of an answer.
     #[arg(short = 'n', long, default_value_t = 128)]
     max_tokens: usize,
@@ -71,44 +70,6 @@ struct TaskArgs {
     /// Write the answers here, one JSON object a line.
     #[arg(long, value_name = "OUT.jsonl")]
     answers: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
-enum MetricArg {
-    /// Of the learned tokens.
-    Perplexity,
-    /// Right choices by likelihood, of the whole option and for each of its characters.
-    Choice,
-    /// Right labels.
-    Accuracy,
-    /// Macro-F1 of labels.
-    F1,
-    /// Answers equal to a reference, but for case, punctuation and articles.
-    Exact,
-    /// Corpus BLEU, as sacrebleu's default.
-    Bleu,
-    /// ROUGE-1, 2 and L, as rouge-score's.
-    Rouge,
-}
-
-impl From<MetricArg> for Metric {
-    fn from(arg: MetricArg) -> Self {
-        match arg {
-            MetricArg::Perplexity => Self::Perplexity,
-            MetricArg::Choice => Self::Choice,
-            MetricArg::Accuracy => Self::Accuracy,
-            MetricArg::F1 => Self::F1,
-            MetricArg::Exact => Self::Exact,
-            MetricArg::Bleu => Self::Bleu,
-            MetricArg::Rouge => Self::Rouge,
-        }
-    }
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum LabelByArg {
-    Likelihood,
-    Generation,
 }
 
 /// What an evaluation found.
@@ -178,21 +139,17 @@ fn find_in_data(
     session: &mut Session,
     on_progress: &mut (dyn FnMut(usize) -> bool + Send),
 ) -> Result<Found> {
-    let asked: Vec<Metric> = args.metrics.iter().map(|&m| m.into()).collect();
     // Training samples come in more forms than records that ask; for their perplexity nothing is asked.
-    let only_loss = if asked.is_empty() { !is_jsonl(path) } else { asked == [Metric::Perplexity] };
+    let asked = &args.metrics;
+    let only_loss = if asked.is_empty() { !is_jsonl(path) } else { asked == &[Metric::Perplexity] };
     let records = if only_loss { Vec::new() } else { read_records(path, args.chat)? };
-    let metrics = if only_loss { vec![Metric::Perplexity] } else { metrics_for(&records, &asked)? };
+    let metrics = if only_loss { vec![Metric::Perplexity] } else { metrics_for(&records, asked)? };
     let mut found = Found::default();
     if metrics.contains(&Metric::Perplexity) {
         found.score = Some(score_data(session, &session.dataset(path, usize::MAX)?, on_progress)?);
     }
     if metrics.iter().any(|m| *m != Metric::Perplexity) {
-        let label_by = match args.labels_by {
-            LabelByArg::Likelihood => LabelBy::Likelihood,
-            LabelByArg::Generation => LabelBy::Generation,
-        };
-        let options = TaskOptions { label_by, max_tokens: args.max_tokens, stemmer: args.stemmer };
+        let options = TaskOptions { label_by: args.labels_by, max_tokens: args.max_tokens, stemmer: args.stemmer };
         found.records = Some(records.len());
         found.tasks = run_tasks(session, &records, &metrics, &options, on_progress).map_err(|e| named(e, path))?;
     }

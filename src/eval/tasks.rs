@@ -13,20 +13,21 @@ use std::time::Duration;
 
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Metric {
-    /// Of the learned tokens of training samples.
+    /// Of the learned tokens.
     Perplexity,
-    /// Right choices, by the likelihood of each option.
+    /// Right choices by likelihood, of the whole option and for each of its characters.
     Choice,
     /// Right labels.
     Accuracy,
     /// Macro-F1 of labels.
     F1,
-    /// Answers that equal a reference once normalized.
+    /// Answers equal to a reference, but for case, punctuation and articles.
     Exact,
-    /// Corpus BLEU.
+    /// Corpus BLEU, as sacrebleu's default.
     Bleu,
-    /// ROUGE-1, ROUGE-2 and ROUGE-L.
+    /// ROUGE-1, 2 and L, as rouge-score's.
     Rouge,
 }
 
@@ -48,6 +49,7 @@ impl Metric {
 
 /// How a label is read off a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum LabelBy {
     /// The likeliest of all labels in the file.
     #[default]
