@@ -117,7 +117,7 @@ fn parse(bytes: &[u8]) -> tokenizers::Result<tokenizers::Tokenizer> {
     /// `tokenizers` panics where the JSON of a decoder is malformed, so it gets to see only JSON that is not.
     #[derive(Deserialize)]
     struct Checked {
-        #[allow(dead_code)]
+        #[allow(dead_code, reason = "parsing it is the check")]
         decoder: Option<Value>,
     }
     serde_json::from_slice::<Checked>(bytes)?;

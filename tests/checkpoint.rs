@@ -295,7 +295,7 @@ fn copy_of_bnb4() -> tempfile::TempDir {
         fs::copy(oracle("tiny-mistral-bnb4").join(file), dir.path().join(file)).unwrap();
         // The oracles may be read-only; the copy is there to be changed.
         let mut permissions = fs::metadata(dir.path().join(file)).unwrap().permissions();
-        #[allow(clippy::permissions_set_readonly_false)]
+        #[allow(clippy::permissions_set_readonly_false, reason = "a file in a temporary folder of our own")]
         permissions.set_readonly(false);
         fs::set_permissions(dir.path().join(file), permissions).unwrap();
     }
