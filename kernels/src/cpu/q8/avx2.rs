@@ -7,7 +7,7 @@
 use super::super::avx2::sum1;
 use super::super::nf4::Nf4;
 use super::portable::TINY;
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS};
+use super::{Aligned, BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS};
 use std::arch::x86_64::*;
 
 /// Rows of a panel: two vectors.
@@ -105,7 +105,7 @@ pub(super) fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let (book, unit) = (book(w), w.codebook().unit);
-    let mut factors = [0.0; super::BATCH];
+    let Aligned(factors) = &mut Aligned([0.0; super::BATCH]);
     super::each_row(w, row, x.units.len(), y, |group, block, scales| {
         let n = scales.len();
         for (factor, (scale, unit)) in factors.iter_mut().zip(scales.iter().zip(&x.units[block..])) {
@@ -113,7 +113,7 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
         }
         // Two sums that change places: each addition waits for the one before the last only.
         let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
-        for ((packed, codes), factor) in w.packed64(group)[..n].iter().zip(&x.codes[block..][..n]).zip(&factors) {
+        for ((packed, codes), factor) in w.packed64(group)[..n].iter().zip(&x.codes[block..][..n]).zip(&*factors) {
             // A prefetch is no access: it may point past the end.
             _mm_prefetch::<_MM_HINT_NTA>(packed.as_ptr().wrapping_add(AHEAD).cast());
             (this, other) = (other, add_block(this, look_up(book, packed), codes, *factor));

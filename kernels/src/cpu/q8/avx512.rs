@@ -6,7 +6,7 @@
 
 use super::super::avx512::{first_lanes, sum16, transpose16};
 use super::super::nf4::Nf4;
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS};
+use super::{Aligned, BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS};
 use std::arch::x86_64::*;
 
 /// Rows of a panel: two vectors.
@@ -54,7 +54,7 @@ fn load<T>(array: &[T]) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let (book, shifts, unit) = (book(w), shifts(), w.codebook().unit);
-    let mut factors = [0.0; super::BATCH + 16];
+    let Aligned(factors) = &mut Aligned([0.0; super::BATCH + 16]);
     super::each_row(w, row, x.units.len(), y, |group, block, scales| {
         let n = scales.len();
         // What the codes' offset of 128 adds too much, taken off for 16 blocks at a time.

@@ -7,7 +7,7 @@
 use super::super::avx2::sum1;
 use super::super::nf4::Nf4;
 use super::avx2::{AHEAD, LANES, book, load32, look_up};
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS};
+use super::{Aligned, BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS};
 use std::arch::x86_64::*;
 
 /// Tokens that a tile takes at once: 12 sums of 8, the weights and a broadcast stay in registers.
@@ -24,7 +24,7 @@ fn unsigned(codes: __m256i) -> __m256i {
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let (book, unit) = (unsigned(book(w)), w.codebook().unit);
-    let mut factors = [0.0; super::BATCH];
+    let Aligned(factors) = &mut Aligned([0.0; super::BATCH]);
     super::each_row(w, row, x.units.len(), y, |group, block, scales| {
         let n = scales.len();
         for (factor, (scale, unit)) in factors.iter_mut().zip(scales.iter().zip(&x.units[block..])) {
@@ -33,7 +33,7 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
         // Two sums that change places: each addition waits for the one before the last only.
         let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         let blocks = w.packed64(group)[..n].iter().zip(&x.codes[block..][..n]).zip(&x.starts[block..][..n]);
-        for (((packed, codes), start), factor) in blocks.zip(&factors) {
+        for (((packed, codes), start), factor) in blocks.zip(&*factors) {
             // A prefetch is no access: it may point past the end.
             _mm_prefetch::<_MM_HINT_NTA>(packed.as_ptr().wrapping_add(AHEAD).cast());
             (this, other) = (other, add_block(this, look_up(book, packed), codes, *start, *factor));

@@ -128,11 +128,16 @@ impl Q8 {
 /// Scales that are decoded at a time: several short rows' or a part of a long one's.
 const BATCH: usize = 256;
 
+/// Floats on the stack that vectors write and scalars read again: a store across two cache lines is not forwarded, and
+/// where the stack begins is left to chance, which made whole processes a quarter slower.
+#[repr(align(64))]
+struct Aligned<const N: usize>([f32; N]);
+
 /// `y[i] = sum of dot(group, block, scales)` over row `row + i`, where `scales` belong to the consecutive groups of 64
 /// from number `group` on, the row's from number `block` on.
 #[inline(always)]
 fn each_row(w: &Nf4, row: usize, blocks: usize, y: &mut [f32], mut dot: impl FnMut(usize, usize, &[f32]) -> f32) {
-    let mut scales = [0.0; BATCH];
+    let Aligned(scales) = &mut Aligned([0.0; BATCH]);
     if blocks > BATCH {
         for (i, y) in y.iter_mut().enumerate() {
             *y = 0.0;
