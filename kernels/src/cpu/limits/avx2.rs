@@ -16,8 +16,8 @@ pub(super) static AVX2: Probes = Probes {
 /// 256-bit dot products without AVX-512, as client processors have them.
 pub(super) static AVX_VNNI: Probes = Probes { int8: Some(Peak { run: vnni, ops: 12 * 32 * 2 }), ..NONE };
 
-/// Bytes of prefetch, as in the kernels.
-const AHEAD: usize = 1024;
+/// Bytes of prefetch, as in the kernels of decoding.
+const AHEAD: usize = 12 * 1024;
 
 /// The same value, of which the optimizer knows nothing: without it, products of constants would be computed once.
 macro_rules! hide {
@@ -33,8 +33,8 @@ fn read(bytes: &[u8]) -> u64 {
     let mut sums = [_mm256_setzero_si256(); 4];
     for line in lines {
         // A prefetch is no access: it may point past the end.
-        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(AHEAD).cast());
-        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(AHEAD + 64).cast());
+        _mm_prefetch::<_MM_HINT_NTA>(line.as_ptr().wrapping_add(AHEAD).cast());
+        _mm_prefetch::<_MM_HINT_NTA>(line.as_ptr().wrapping_add(AHEAD + 64).cast());
         for (sum, part) in sums.iter_mut().zip(line.as_chunks::<32>().0) {
             // SAFETY: `part` is an array of 32 bytes.
             *sum = _mm256_xor_si256(*sum, unsafe { _mm256_loadu_si256(part.as_ptr().cast()) });
