@@ -105,17 +105,25 @@ impl Nf4 {
     /// Scales of consecutive blocks from `first` on, as [`Nf4::absmax`] has them; the way to read them is chosen once.
     #[inline(always)]
     fn scales(&self, first: usize, out: &mut [f32]) {
+        // A loop, not `for_each`, which would be a call without the caller's instructions.
+        self.scales_by(first, out, |codes, map, out| {
+            for (out, code) in out.iter_mut().zip(codes) {
+                *out = map[usize::from(*code)];
+            }
+        });
+    }
+
+    /// The same, where `look_up(codes, map, out)` looks codes up.
+    #[inline(always)]
+    fn scales_by(&self, first: usize, out: &mut [f32], look_up: impl Fn(&[u8], &[f32; 256], &mut [f32])) {
         match &self.absmax {
             Absmax::Double { codes, map, nested, nested_block: 256, offset } => {
                 let (mut at, mut out) = (first, out);
                 while !out.is_empty() {
                     let n = out.len().min(256 - at % 256);
                     let (now, later) = out.split_at_mut(n);
-                    // Two passes: plain loads from the map, then arithmetic on whole vectors. Vector gathers are slow.
-                    // Loops, not `for_each`, which would be a call without the caller's instructions.
-                    for (out, code) in now.iter_mut().zip(&codes[at..at + n]) {
-                        *out = map[usize::from(*code)];
-                    }
+                    // Two passes: looking up, then arithmetic on whole vectors.
+                    look_up(&codes[at..at + n], map, now);
                     let outer = nested[at >> 8];
                     for out in now {
                         *out = *out * outer + *offset;

@@ -4,17 +4,18 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx512::{first_lanes, sum16, transpose16};
+use super::super::avx2::sum4;
+use super::super::avx512::{halve, sum16, transpose16};
 use super::super::nf4::Nf4;
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS};
+use super::super::nf4::avx512::scales64;
+use super::avx2::{AHEAD, read_ahead};
+use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows};
 use std::arch::x86_64::*;
 
 /// Rows of a panel: two vectors.
 pub(crate) const LANES: usize = 32;
 /// Tokens that a tile takes at once: 24 sums of 16, and the weights, stay in registers.
 const TOKENS: usize = 12;
-/// Bytes that the matrix-vector products read ahead.
-const AHEAD: usize = 3072;
 
 /// The codebook, 128 too large, four times over.
 #[inline]
@@ -51,43 +52,73 @@ fn load<T>(array: &[T]) -> __m512i {
 }
 
 /// See [`super::super::Table::q8_nf4_matvec`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi,avx2")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let (book, shifts, unit) = (book(w), shifts(), w.codebook().unit);
-    let mut factors = [0.0; super::BATCH + 16];
-    super::each_row(w, row, x.units.len(), y, |group, block, scales| {
-        let n = scales.len();
-        // What the codes' offset of 128 adds too much, taken off for 16 blocks at a time.
-        let mut surplus = _mm512_setzero_ps();
-        for at in (0..n).step_by(16) {
-            let mask = first_lanes(n - at);
-            // The store is whole, for what a masked one has written cannot be read before it has reached the cache.
-            // SAFETY: the mask keeps the loads inside the `n` blocks; `factors` has room for a vector behind them.
-            unsafe {
-                let units = _mm512_maskz_loadu_ps(mask, x.units[block..][..n].as_ptr().add(at));
-                let starts = _mm512_maskz_loadu_epi32(mask, x.starts[block..][..n].as_ptr().add(at));
-                let factor = _mm512_mul_ps(units, _mm512_maskz_loadu_ps(mask, scales.as_ptr().add(at)));
-                surplus = _mm512_fmadd_ps(_mm512_cvtepi32_ps(starts), factor, surplus);
-                _mm512_storeu_ps(factors[at..at + 16].as_mut_ptr(), factor);
+    let scales = |group: usize, out: &mut [f32]| scales64(w, group, out);
+    super::each_row(w, row, x, y, scales, |mut rows, y| {
+        // Four at once: what begins and ends a row takes as long as some blocks.
+        let (fours, rest) = y.as_chunks_mut::<4>();
+        for y in fours {
+            let [a, b, c, d] = dots4(book, shifts, rows.take(4));
+            let sums = sum4([halve(a), halve(b), halve(c), halve(d)]);
+            // SAFETY: `y` is an array of four floats.
+            unsafe { _mm_storeu_ps(y.as_mut_ptr(), _mm_mul_ps(sums, _mm_set1_ps(unit))) };
+        }
+        for y in rest {
+            let Rows { packed, factors, x, .. } = rows.take(1);
+            // Two sums that change places: each addition waits for the one before the last only.
+            let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+            for ((packed, factor), (codes, start)) in packed.iter().zip(factors).zip(x.codes.iter().zip(x.starts)) {
+                read_ahead(packed.as_ptr());
+                (this, other) = (other, add_nf4(this, book, shifts, packed, *factor, codes, *start));
             }
+            *y = sum16(_mm512_add_ps(this, other)) * unit;
         }
-        let (packed, codes) = (&w.packed64(group)[..n], &x.codes[block..][..n]);
-        // Two sums that change places: each addition waits for the one before the last only.
-        let (mut this, mut other) = (surplus, _mm512_setzero_ps());
-        for ((packed, codes), factor) in packed.iter().zip(codes).zip(&factors[..n]) {
-            // A prefetch is no access: it may point past the end.
-            _mm_prefetch::<_MM_HINT_NTA>(packed.as_ptr().wrapping_add(AHEAD).cast());
-            (this, other) = (other, add_block(this, look_up(book, shifts, packed), codes, *factor));
-        }
-        sum16(_mm512_add_ps(this, other)) * unit
     });
 }
 
-/// `sum + factor (w . x)`, lane by lane, with `w` 128 too large.
+/// Four rows, each as a sum of 16 lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn dots4(book: __m512i, shifts: __m512i, rows: Rows) -> [__m512; 4] {
+    let Rows { packed, factors, x, .. } = rows;
+    let n = x.codes.len();
+    assert!(packed.len() == 4 * n && factors.len() == 4 * n);
+    let mut sums = [_mm512_setzero_ps(); 4];
+    for (block, (codes, start)) in x.codes.iter().zip(x.starts).enumerate() {
+        // Memory is asked for in its own order, not row by row.
+        read_ahead(packed.as_ptr().wrapping_add(4 * block).cast());
+        read_ahead(packed.as_ptr().wrapping_add(4 * block + 2).cast());
+        for r in 0..4 {
+            let at = r * n + block;
+            sums[r] = add_nf4(sums[r], book, shifts, &packed[at], factors[at], codes, *start);
+        }
+    }
+    sums
+}
+
+/// [`add_block`] for 64 weights of 4 bits.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn add_nf4(
+    sum: __m512,
+    book: __m512i,
+    shifts: __m512i,
+    packed: &[u8; 32],
+    factor: f32,
+    codes: &[i8; BLOCK],
+    start: i32,
+) -> __m512 {
+    let start = _mm512_zextsi128_si512(_mm_cvtsi32_si128(start));
+    add_block(sum, look_up(book, shifts, packed), codes, start, factor)
+}
+
+/// `sum + factor (start + w . x)`, lane by lane.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], factor: f32) -> __m512 {
-    let dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load(x));
+fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], start: __m512i, factor: f32) -> __m512 {
+    let dot = _mm512_dpbusd_epi32(start, w, load(x));
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(factor), sum)
 }
 
@@ -102,7 +133,8 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
         let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
             _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(ahead).cast());
-            (this, other) = (other, add_block(this, _mm512_xor_si512(load(w), sign), codes, *unit));
+            let w = _mm512_xor_si512(load(w), sign);
+            (this, other) = (other, add_block(this, w, codes, _mm512_setzero_si512(), *unit));
         }
         *y = (sum16(_mm512_add_ps(this, other)) + surplus) * w.scale(row + i);
     }

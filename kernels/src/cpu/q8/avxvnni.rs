@@ -4,10 +4,10 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::sum1;
+use super::super::avx2::{sum1, sum4};
 use super::super::nf4::Nf4;
-use super::avx2::{AHEAD, LANES, book, load32, look_up};
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS};
+use super::avx2::{AHEAD, LANES, book, load32, look_up, read_ahead};
+use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows};
 use std::arch::x86_64::*;
 
 /// Tokens that a tile takes at once: 12 sums of 8, the weights and a broadcast stay in registers.
@@ -24,22 +24,46 @@ fn unsigned(codes: __m256i) -> __m256i {
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let (book, unit) = (unsigned(book(w)), w.codebook().unit);
-    let mut factors = [0.0; super::BATCH];
-    super::each_row(w, row, x.units.len(), y, |group, block, scales| {
-        let n = scales.len();
-        for (factor, (scale, unit)) in factors.iter_mut().zip(scales.iter().zip(&x.units[block..])) {
-            *factor = scale * unit;
+    let scales = |group: usize, out: &mut [f32]| w.scales64(group, out);
+    super::each_row(w, row, x, y, scales, |mut rows, y| {
+        // Four at once: what begins and ends a row takes as long as some blocks.
+        let (fours, rest) = y.as_chunks_mut::<4>();
+        for y in fours {
+            let sums = _mm_mul_ps(sum4(dots4(book, rows.take(4))), _mm_set1_ps(unit));
+            // SAFETY: `y` is an array of four floats.
+            unsafe { _mm_storeu_ps(y.as_mut_ptr(), sums) };
         }
-        // Two sums that change places: each addition waits for the one before the last only.
-        let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
-        let blocks = w.packed64(group)[..n].iter().zip(&x.codes[block..][..n]).zip(&x.starts[block..][..n]);
-        for (((packed, codes), start), factor) in blocks.zip(&factors) {
-            // A prefetch is no access: it may point past the end.
-            _mm_prefetch::<_MM_HINT_NTA>(packed.as_ptr().wrapping_add(AHEAD).cast());
-            (this, other) = (other, add_block(this, look_up(book, packed), codes, *start, *factor));
+        for y in rest {
+            let Rows { packed, factors, x, .. } = rows.take(1);
+            // Two sums that change places: each addition waits for the one before the last only.
+            let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
+            for ((packed, factor), (codes, start)) in packed.iter().zip(factors).zip(x.codes.iter().zip(x.starts)) {
+                read_ahead(packed.as_ptr());
+                (this, other) = (other, add_block(this, look_up(book, packed), codes, *start, *factor));
+            }
+            *y = sum1(_mm256_add_ps(this, other)) * unit;
         }
-        sum1(_mm256_add_ps(this, other)) * unit
     });
+}
+
+/// Four rows, each as a sum of 8 lanes.
+#[inline]
+#[target_feature(enable = "avx2,fma,avxvnni")]
+fn dots4(book: __m256i, rows: Rows) -> [__m256; 4] {
+    let Rows { packed, factors, x, .. } = rows;
+    let n = x.codes.len();
+    assert!(packed.len() == 4 * n && factors.len() == 4 * n);
+    let mut sums = [_mm256_setzero_ps(); 4];
+    for (block, (codes, start)) in x.codes.iter().zip(x.starts).enumerate() {
+        // Memory is asked for in its own order, not row by row.
+        read_ahead(packed.as_ptr().wrapping_add(4 * block).cast());
+        read_ahead(packed.as_ptr().wrapping_add(4 * block + 2).cast());
+        for r in 0..4 {
+            let at = r * n + block;
+            sums[r] = add_block(sums[r], look_up(book, &packed[at]), codes, *start, factors[at]);
+        }
+    }
+    sums
 }
 
 /// `sum + factor (w . x)`, lane by lane, with `w` 128 too large.

@@ -9,7 +9,7 @@
 use super::super::neon::{by_fours, prefetch, sdot, sdot_lane, sum1};
 use super::super::nf4::Nf4;
 use super::portable::TINY;
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, each_row};
+use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, Rows, each_row};
 use std::arch::aarch64::*;
 
 pub(crate) use super::super::neon::LANES;
@@ -112,14 +112,17 @@ macro_rules! kernels {
         #[target_feature(enable = $features)]
         pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
             let (book, unit) = (book(w), w.codebook().unit);
-            each_row(w, row, x.units.len(), y, |group, block, scales| {
-                let mut sum = vdupq_n_f32(0.0);
-                let activations = x.codes[block..].iter().zip(&x.units[block..]);
-                for ((packed, scale), (codes, unit)) in w.packed64(group).iter().zip(scales).zip(activations) {
-                    prefetch(packed.as_ptr().wrapping_add(AHEAD));
-                    sum = add_scaled(sum, dot64(look_up(book, packed), load(codes)), vdupq_n_f32(scale * unit));
+            let scales = |group: usize, out: &mut [f32]| w.scales64(group, out);
+            each_row(w, row, x, y, scales, |mut rows, y| {
+                for y in y {
+                    let Rows { packed, factors, x, .. } = rows.take(1);
+                    let mut sum = vdupq_n_f32(0.0);
+                    for ((packed, codes), factor) in packed.iter().zip(x.codes).zip(factors) {
+                        prefetch(packed.as_ptr().wrapping_add(AHEAD));
+                        sum = add_scaled(sum, dot64(look_up(book, packed), load(codes)), vdupq_n_f32(*factor));
+                    }
+                    *y = sum1(sum) * unit;
                 }
-                sum1(sum) * unit
             });
         }
 

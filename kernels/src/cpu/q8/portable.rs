@@ -1,7 +1,7 @@
 //! 8-bit products for any CPU; the compiler makes vectors of the loops over 16-bit products.
 
 use super::super::nf4::Nf4;
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS};
+use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows};
 use wide::{i16x8, i32x4};
 
 /// Rows of a panel.
@@ -39,23 +39,32 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let widen = |codes: &[i8; BLOCK]| std::array::from_fn(|i| i16::from(codes[i % 2 * (BLOCK / 2) + i / 2]));
     let wide: Vec<[i16; BLOCK]> = x.codes.iter().map(widen).collect();
     let mut weights = [[0_i16; BLOCK]; UNFOLDED];
-    super::each_row(w, row, x.units.len(), y, |group, block, scales| {
-        let n = scales.len();
-        let packed = w.packed64(group)[..n].chunks(UNFOLDED);
-        let x = wide[block..][..n].chunks(UNFOLDED).zip(x.units[block..][..n].chunks(UNFOLDED));
-        let mut sum = 0.0;
-        for ((packed, (wide, units)), scales) in packed.zip(x).zip(scales.chunks(UNFOLDED)) {
-            for (weights, packed) in weights.iter_mut().zip(packed) {
-                for (pair, byte) in weights.as_chunks_mut::<2>().0.iter_mut().zip(packed) {
-                    *pair = pairs[usize::from(*byte)];
+    super::each_row(
+        w,
+        row,
+        x,
+        y,
+        |group, out| w.scales64(group, out),
+        |mut rows, y| {
+            for y in y {
+                let Rows { packed, factors, block, .. } = rows.take(1);
+                let wide = wide[block..][..packed.len()].chunks(UNFOLDED);
+                let parts = packed.chunks(UNFOLDED).zip(factors.chunks(UNFOLDED)).zip(wide);
+                *y = 0.0;
+                for ((packed, factors), wide) in parts {
+                    for (weights, packed) in weights.iter_mut().zip(packed) {
+                        for (pair, byte) in weights.as_chunks_mut::<2>().0.iter_mut().zip(packed) {
+                            *pair = pairs[usize::from(*byte)];
+                        }
+                    }
+                    for ((weights, wide), factor) in weights.iter().zip(wide).zip(factors) {
+                        *y += factor * dot(weights, wide) as f32;
+                    }
                 }
+                *y *= book.unit;
             }
-            for ((weights, wide), (scale, unit)) in weights.iter().zip(wide).zip(scales.iter().zip(units)) {
-                sum += scale * unit * dot(weights, wide) as f32;
-            }
-        }
-        sum * book.unit
-    });
+        },
+    );
 }
 
 /// Exact sum of products.
