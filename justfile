@@ -36,6 +36,10 @@ test *ARGS:
 portable:
     .ci/run portable
 
+# The kernels under Miri, an interpreter that finds undefined behaviour and races. Takes minutes.
+miri:
+    .ci/run miri
+
 # The kernels' tests on a Vulkan device as well; a software driver will do.
 vulkan:
     .ci/run vulkan

@@ -7,7 +7,7 @@ use crate::exec::Base;
 use crate::exec::infer::Numbers;
 use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
-use crate::memory::Peak;
+use crate::memory::{Peak, anonymous_bytes};
 use crate::tokenizer::Tokenizer;
 use crate::train::{Dataset, Limits, TrainConfig, Trainer, general_text, hold_out};
 use pocketlora_kernels::cpu::Table;
@@ -61,6 +61,8 @@ pub struct Session {
     fingerprint: u64,
     mapped_bytes: u64,
     tokenizer: Option<(Tokenizer, ChatTemplate)>,
+    /// Anonymous bytes that it took when it was last loaded.
+    text_bytes: u64,
     adapters: Adapters<Cpu>,
     attached: Vec<(PathBuf, f32)>,
     context: Context<Cpu>,
@@ -92,7 +94,7 @@ impl Session {
             }
         }
         let base = Arc::new(base);
-        let tokenizer = if options.ids_only { None } else { open_text(dir)? };
+        let (tokenizer, text_bytes) = if options.ids_only { (None, 0) } else { measured(|| open_text(dir))? };
         Ok(Self {
             adapters: Adapters::none(&base),
             context: Context::new(&base, numbers),
@@ -101,6 +103,7 @@ impl Session {
             fingerprint: checkpoint.fingerprint(),
             mapped_bytes,
             tokenizer,
+            text_bytes,
             attached: Vec::new(),
             precision: options.precision,
             numbers,
@@ -115,7 +118,7 @@ impl Session {
     /// One of them is broken.
     pub fn load_text(&mut self) -> Result<()> {
         if self.tokenizer.is_none() {
-            self.tokenizer = open_text(&self.dir)?;
+            (self.tokenizer, self.text_bytes) = measured(|| open_text(&self.dir))?;
         }
         Ok(())
     }
@@ -364,6 +367,7 @@ impl Session {
         let (base, Material { data, eval_data, general }) = (Arc::clone(&self.base), material);
         let mut trainer = Trainer::new(base, self.fingerprint, name, config, data, eval_data, init, out)?;
         general.into_iter().for_each(|text| trainer.watch(text));
+        trainer.beside_tokenizer(self.tokenizer.as_ref().map_or(0, |_| self.text_bytes), self.text_bytes);
         Ok(trainer)
     }
 }
@@ -377,6 +381,14 @@ pub struct Material {
     pub eval_data: Option<Dataset>,
     /// A general text, on which forgetting shows.
     pub general: Option<Dataset>,
+}
+
+/// What `open` gives, and the anonymous bytes that the process holds more after it; 0 where the system does not tell.
+fn measured<T>(open: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
+    let before = anonymous_bytes();
+    let opened = open()?;
+    let more = anonymous_bytes().zip(before).map_or(0, |(after, before)| after.saturating_sub(before));
+    Ok((opened, more))
 }
 
 /// The tokenizer and chat template in `dir`, if there are any.

@@ -48,16 +48,7 @@ fn samples(curve: &Curve) -> Dataset {
 
 /// The script's matrices: A from a hash of the index, in values that f16 holds; B zero.
 fn start(session: &Session, curve: &Curve) -> AdapterFile {
-    let config = LoraConfig {
-        rank: curve.rank,
-        alpha: curve.alpha,
-        rslora: false,
-        dropout: 0.0,
-        rank_pattern: Vec::new(),
-        alpha_pattern: Vec::new(),
-        targets: Vec::new(),
-        base: None,
-    };
+    let config = LoraConfig::new(curve.rank, curve.alpha);
     let value = |i: u64| (((i * 2_654_435_761) >> 16) % 2048) as f32 / 1024.0 / 16.0 - 1.0 / 16.0;
     let linears = session.base().model.params().iter().filter(|p| p.role == Role::Linear);
     let module = |p: &pocketlora_models::ParamSpec| {

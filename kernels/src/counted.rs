@@ -4,7 +4,10 @@
 //! A buffer is a place in an endless region, so that [`Backend::cut`] and [`Backend::join`] do what they do on the CPU.
 //! Nothing is computed; what is read is zero.
 
-use crate::cpu::{THREAD_SCRATCH, attention_bytes, linear_cross_entropy_bytes, matmul_bytes};
+use crate::cpu::{
+    BAND, Scratch, attention_bytes, attention_vjp_scratch, linear_cross_entropy_bytes, matmul_bytes, matmul_scratch,
+    vjp_w_scratch,
+};
 use crate::{
     AdamW, Arithmetic, Attention, Backend, CacheType, Error, Lion, LowRank, MatrixSource, Product, Sgd, WorkType,
 };
@@ -28,6 +31,8 @@ pub struct Counted {
     products: AtomicUsize,
     attention: AtomicUsize,
     loss: AtomicUsize,
+    /// Bytes of panels in f32 and in bf16 that the thread which calls keeps, and those that each other keeps.
+    panels: [[AtomicUsize; 2]; 2],
 }
 
 /// Bytes that were counted.
@@ -68,19 +73,29 @@ impl Counted {
     #[must_use]
     pub fn count(&self) -> Count {
         let get = |count: &AtomicUsize| count.load(Ordering::Relaxed);
+        let [own, other] = self.panels.each_ref().map(|panels| panels.iter().map(get).sum::<usize>());
         Count {
             regions: [0, 1].map(|region| get(&self.high[region]) * size_of::<f32>()),
             attention: get(&self.attention),
             loss: get(&self.loss),
-            kernels: get(&self.rounded) + get(&self.products) + self.threads * THREAD_SCRATCH,
+            kernels: get(&self.rounded) + get(&self.products) + own + self.threads.saturating_sub(1) * other,
         }
     }
 
-    /// Notes a product of activations `[T, K]`.
-    fn product(&self, tokens: usize, width: usize) {
+    /// Notes a product of activations `[T, K]`, of which `width` are multiplied, with a weight `[O, K]`.
+    fn product(&self, arithmetic: Arithmetic, tokens: usize, width: usize, (o, k): (usize, usize)) {
         let (rounded, passing) = matmul_bytes(tokens, width);
         self.rounded.fetch_max(rounded, Ordering::Relaxed);
         self.products.fetch_max(passing, Ordering::Relaxed);
+        self.scratch(matmul_scratch(arithmetic, tokens, o, k));
+    }
+
+    fn scratch(&self, scratch: Scratch) {
+        for panels in &self.panels[..1 + usize::from(scratch.all)] {
+            for (most, bytes) in panels.iter().zip(scratch.bytes) {
+                most.fetch_max(bytes, Ordering::Relaxed);
+            }
+        }
     }
 }
 
@@ -177,15 +192,16 @@ impl Backend for Counted {
 
     fn scatter_add_rows(&self, _x: &Span, _rows: &[u32], _y: &mut Span) {}
 
-    fn matmul(&self, _: Arithmetic, w: &Shape, x: &Span, _y: &mut Span, _accumulate: bool) {
-        self.product(x.len / w.1.max(1), w.1);
+    fn matmul(&self, arithmetic: Arithmetic, w: &Shape, x: &Span, _y: &mut Span, _accumulate: bool) {
+        self.product(arithmetic, x.len / w.1.max(1), w.1, (w.0, w.1));
     }
 
-    fn matmul_group(&self, _: Arithmetic, x: &Span, products: &mut [Product<'_, Self>]) -> Result<(), Error> {
+    fn matmul_group(&self, arithmetic: Arithmetic, x: &Span, products: &mut [Product<'_, Self>]) -> Result<(), Error> {
         for Product { w, low_rank, .. } in products {
             let tokens = x.len / w.1.max(1);
-            self.product(tokens, w.1);
+            self.product(arithmetic, tokens, w.1, (w.0, w.1));
             for LowRank { a, .. } in low_rank {
+                self.scratch(matmul_scratch(arithmetic, tokens, a.0, a.1));
                 let (_, slices) = matmul_bytes(tokens, a.0);
                 self.products.fetch_max(tokens * a.0 * size_of::<f32>() + slices, Ordering::Relaxed);
             }
@@ -193,11 +209,14 @@ impl Backend for Counted {
         Ok(())
     }
 
-    fn matmul_vjp_x(&self, _: Arithmetic, w: &Shape, dy: &Span, _dx: &mut Span, _accumulate: bool) {
-        self.product(dy.len / w.0.max(1), w.0);
+    fn matmul_vjp_x(&self, arithmetic: Arithmetic, w: &Shape, dy: &Span, _dx: &mut Span, _accumulate: bool) {
+        self.product(arithmetic, dy.len / w.0.max(1), w.0, (w.0, w.1));
     }
 
-    fn matmul_vjp_w(&self, _tokens: usize, _dy: &Span, _x: &Span, _dw: &mut Span) {}
+    fn matmul_vjp_w(&self, tokens: usize, dy: &Span, x: &Span, _dw: &mut Span) {
+        let tokens = tokens.max(1);
+        self.scratch(vjp_w_scratch(dy.len / tokens, x.len / tokens));
+    }
 
     fn add_bias(&self, _bias: &Span, _y: &mut Span) {}
 
@@ -261,6 +280,7 @@ impl Backend for Counted {
         _dv: &mut Span,
     ) {
         self.attention.fetch_max(attention_bytes(spec, segments).1, Ordering::Relaxed);
+        self.scratch(attention_vjp_scratch(spec, segments));
     }
 
     fn cache(&self, _kv_heads: usize, _head_dim: usize, _dtype: CacheType) {}
@@ -281,7 +301,7 @@ impl Backend for Counted {
 
     fn linear_cross_entropy(
         &self,
-        _: Arithmetic,
+        arithmetic: Arithmetic,
         w: &Shape,
         targets: &[u32],
         _scale: f32,
@@ -290,6 +310,7 @@ impl Backend for Counted {
         _dx: Option<&mut Span>,
     ) -> Result<(), Error> {
         self.loss.fetch_max(linear_cross_entropy_bytes(targets.len(), w.1, w.0), Ordering::Relaxed);
+        self.scratch(matmul_scratch(arithmetic, targets.len(), w.0.min(BAND), w.1));
         Ok(())
     }
 

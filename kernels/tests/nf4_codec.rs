@@ -45,7 +45,9 @@ fn every_case_encodes_and_decodes_as_in_bitsandbytes() {
     let cases: Vec<String> = golden.names().iter().filter_map(|n| Some(n.strip_suffix(".input")?.to_owned())).collect();
     assert_eq!(cases.len(), 14);
     let (mut failures, mut blocks, mut moved, mut exact) = (Vec::new(), 0, 0, 0);
-    for case in &cases {
+    // Miri has the time for small ones.
+    let small = |case: &&String| !cfg!(miri) || get(case, "packed").unwrap().data().len() <= 70;
+    for case in cases.iter().filter(small) {
         let mut check = |what: &str, same: bool| {
             if !same {
                 failures.push(format!("{case}: {what} differs"));
@@ -111,7 +113,7 @@ fn every_case_encodes_and_decodes_as_in_bitsandbytes() {
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");
-    assert!(exact >= 10, "mean and nested absmax are bit-equal in {exact} cases only");
+    assert!(exact >= 10 || cfg!(miri), "mean and nested absmax are bit-equal in {exact} cases only");
     assert!(moved * 200 <= blocks, "{moved} of {blocks} absmax codes moved by one");
     println!(
         "{} cases, {blocks} blocks, {moved} absmax codes moved by one; mean and nested absmax bit-equal in {exact}",
@@ -120,6 +122,7 @@ fn every_case_encodes_and_decodes_as_in_bitsandbytes() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "rayon's queues break the rules that Miri checks")]
 fn pieces_of_whole_blocks_are_the_bytes_of_the_whole() {
     // Several tasks of `encode`, and a tail of an odd number of elements.
     let x: Vec<f32> = (0..3 * 256 * 64 + 131).map(|i| ((i * 7919) % 1009) as f32 / 500.0 - 1.0).collect();
@@ -137,11 +140,13 @@ fn pieces_of_whole_blocks_are_the_bytes_of_the_whole() {
 
 #[test]
 fn the_first_value_that_is_not_finite_is_named() {
+    // Under Miri on one thread: rayon's queues break the rules that it checks.
+    let last = if cfg!(miri) { 201 } else { 40_001 };
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
-        for index in [0, 63, 64, 40_000, 40_001] {
-            let mut x = vec![0.5; 40_002];
+        for index in [0, 63, 64, last - 1, last] {
+            let mut x = vec![0.5; last + 1];
             x[index] = bad;
-            x[40_001] = bad;
+            x[last] = bad;
             assert_eq!(encode(&x).unwrap_err().index, index);
         }
     }

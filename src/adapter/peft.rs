@@ -78,6 +78,21 @@ pub struct LoraConfig {
 }
 
 impl LoraConfig {
+    /// A plain LoRA of one rank and alpha, without dropout, exceptions or names.
+    #[must_use]
+    pub fn new(rank: usize, alpha: f64) -> Self {
+        Self {
+            rank,
+            alpha,
+            rslora: false,
+            dropout: 0.0,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            targets: Vec::new(),
+            base: None,
+        }
+    }
+
     /// Factor on `B A`, for a layer whose rank and alpha are given.
     fn scale(rslora: bool, rank: usize, alpha: f64) -> f32 {
         let divisor = if rslora { (rank as f64).sqrt() } else { rank as f64 };

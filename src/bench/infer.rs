@@ -109,16 +109,7 @@ pub(super) fn prefill(
 /// A LoRA on every linear layer, with both factors random, for zeros might be skipped some day.
 fn random_adapter(base: &Base<Cpu>) -> Result<Adapters<Cpu>> {
     let linears: Vec<&ParamSpec> = base.model.params().iter().filter(|p| p.role == Role::Linear).collect();
-    let config = LoraConfig {
-        rank: RANK,
-        alpha: RANK as f64,
-        rslora: false,
-        dropout: 0.0,
-        rank_pattern: Vec::new(),
-        alpha_pattern: Vec::new(),
-        targets: Vec::new(),
-        base: None,
-    };
+    let config = LoraConfig::new(RANK, RANK as f64);
     let mut modules = fresh_modules(&linears, &config, 0);
     for (i, module) in modules.iter_mut().enumerate() {
         let mut rng = Rng::new(i as u64);

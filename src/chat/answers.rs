@@ -21,13 +21,14 @@ pub struct Rendering {
 impl ChatTemplate {
     /// Renders `messages` with the answers of the assistant turns from number `from` on. Where the template has
     /// `{% generation %}` blocks these are the answers; else an answer is what its turn adds to the text of the turns
-    /// before it, as the model reads them when it is to answer.
+    /// before it, as the model reads them when it is to answer. A turn that does not extend that text is found by its
+    /// content, which another takes the place of.
     ///
     /// There is one rendering, unless the template tells an earlier turn differently once more turns follow (as those do
     /// that remove earlier thoughts): then each such turn comes in a rendering of its own that ends with it.
     ///
     /// # Errors
-    /// As [`ChatTemplate::render`]; also where a turn does not even extend the text before it.
+    /// As [`ChatTemplate::render`]; also where a turn does not even follow the turns before it.
     pub fn render_with_answers(
         &self,
         messages: &[Message],
@@ -61,20 +62,14 @@ impl ChatTemplate {
         let (mut renderings, mut answers, mut first) = (Vec::new(), Vec::new(), messages.len());
         let turns = messages.iter().enumerate().skip(from).filter(|(_, m)| m.role == "assistant");
         for (i, _) in turns {
-            let before = self.render_here(&messages[..i], tools, true)?;
-            let after = self.render_here(&messages[..=i], tools, false)?;
-            if !after.starts_with(&before) {
-                return Err(self.rewritten(i));
-            }
+            let (start, after) = self.turn(messages, tools, i)?;
             // Some templates end a conversation differently from how they continue it; what both share is the turn.
             let shared = common_prefix(&after, &text);
-            if shared > before.len()
-                && (shared == after.len() || shared >= self.end_of_content(messages, tools, i, &after)?)
-            {
-                answers.push(before.len()..shared);
+            if shared > start && (shared == after.len() || shared >= self.end_of_content(messages, tools, i, &after)?) {
+                answers.push(start..shared);
                 first = first.min(i);
             } else {
-                let answer = before.len()..after.len();
+                let answer = start..after.len();
                 renderings.push(Rendering { text: after, answers: vec![answer], marked: false, turns: i..i + 1 });
             }
         }
@@ -82,6 +77,44 @@ impl ChatTemplate {
             renderings.push(Rendering { text, answers, marked: false, turns: first..messages.len() });
         }
         Ok(renderings)
+    }
+
+    /// The text up to assistant turn `i` and where in it that turn's answer begins.
+    fn turn(&self, messages: &[Message], tools: Option<&Value>, i: usize) -> Result<(usize, String)> {
+        let before = self.render_here(&messages[..i], tools, true)?;
+        let after = self.render_here(&messages[..=i], tools, false)?;
+        if after.starts_with(&before) {
+            return Ok((before.len(), after));
+        }
+        let start = self.start_of_content(messages, tools, i, &after)?;
+        // A template may show the system's turn in the last turn alone, and that only if a user's (Mistral's do): then
+        // the answer belongs behind what it answers as the model reads that, not as it looks once it was answered.
+        let given = i.checked_sub(1).and_then(|last| messages[last].content.as_deref()).unwrap_or_default().trim();
+        let spaces = after[..start].len() - after[..start].trim_end().len();
+        let same = |at: usize| before.bytes().rev().zip(after[..at].bytes().rev()).take_while(|(a, b)| a == b).count();
+        let at = (start - spaces..=start).filter(|at| after.is_char_boundary(*at)).max_by_key(|at| same(*at));
+        let at = at.unwrap_or(start);
+        if !given.is_empty() && String::from_utf8_lossy(&before.as_bytes()[before.len() - same(at)..]).contains(given) {
+            return Ok((before.len(), before + &after[at..]));
+        }
+        // Else it asks for an answer with other words than it tells one, such as the start of a thought.
+        let told = common_prefix(&self.render_here(&messages[..i], tools, false)?, &after);
+        if given.is_empty() || start < told || !after[..told].contains(given) {
+            return Err(self.rewritten(i));
+        }
+        Ok((start, after))
+    }
+
+    /// Where in `after`, which ends with turn `i`, that turn's content begins: what other contents leave the same before.
+    fn start_of_content(&self, messages: &[Message], tools: Option<&Value>, i: usize, after: &str) -> Result<usize> {
+        let mut other = messages[..=i].to_vec();
+        let mut start = after.len();
+        for content in ["x", "y"] {
+            other[i] = Message::new("assistant", content);
+            let other = self.render_here(&other, tools, false)?;
+            start = start.min(common_prefix(&other, after));
+        }
+        Ok(start)
     }
 
     /// Where in `after`, which ends with turn `i`, that turn's content is over and only what the template puts behind

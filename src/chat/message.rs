@@ -10,10 +10,11 @@ pub struct Message {
     /// `system`, `user`, `assistant`, `tool`.
     pub role: String,
     /// Its text, also where it was given as a list of text parts; absent where a turn only calls tools.
-    #[serde(default, deserialize_with = "text_of")]
+    /// Templates do not see that it is absent or null (transformers leaves nulls out, too), so that they print nothing for it.
+    #[serde(default, deserialize_with = "text_of", skip_serializing_if = "Option::is_none")]
     pub content: Option<String>,
-    /// Anything else.
-    #[serde(flatten)]
+    /// Anything else that is not null.
+    #[serde(flatten, deserialize_with = "given")]
     pub extra: Map<String, Value>,
 }
 
@@ -39,6 +40,13 @@ impl Message {
             }
         }
     }
+}
+
+/// Without nulls, which data sets have for keys that a turn lacks.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Map<String, Value>, D::Error> {
+    let mut keys = Map::deserialize(deserializer)?;
+    keys.retain(|_, value| !value.is_null());
+    Ok(keys)
 }
 
 /// Text, nothing, or a list of text parts, which are joined.

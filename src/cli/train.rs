@@ -288,12 +288,20 @@ fn fit(session: &mut Session, config: TrainConfig, args: &Args) -> Result<(Summa
 pub(super) fn plan_text(plan: &MemoryPlan) -> String {
     let layout = &plan.layout;
     let mut text = format!(
-        "memory: {} mapped; {} anonymous: {} held before, {} for the run\n  adapter {}, gradients {}, optimizer {}, layer \
+        "memory: {} mapped (weights and their scales); {} anonymous: {} held before, {} for the run\n  before: program and \
+         base {}, data {}, tokenizer {}{}\n  adapter {}, gradients {}, optimizer {}, layer \
          inputs {}, one layer {}, attention {}, logits {}, kernels {}\n  {} tokens in a pass, {}",
         megabytes(plan.weights_mapped),
         megabytes(plan.process()),
         megabytes(plan.before),
         megabytes(plan.anonymous()),
+        megabytes(plan.before.saturating_sub(plan.data + plan.tokenizer)),
+        megabytes(plan.data),
+        megabytes(plan.tokenizer),
+        match plan.tokenizer_loaded.saturating_sub(plan.tokenizer) {
+            0 => String::new(),
+            gone => format!(" (let go; {} while data was read)", megabytes(gone)),
+        },
         megabytes(plan.adapter),
         megabytes(plan.gradients),
         megabytes(plan.optimizer),

@@ -59,7 +59,13 @@ impl<B: Backend> Trainer<B> {
 
     /// Watches the loss on a general text, too. To be called before the run.
     pub(crate) fn watch(&mut self, general: Dataset) {
+        self.plan.data += general.bytes() as u64;
         self.general = Some(general);
+    }
+
+    /// Names what the tokenizer takes of the memory held before the run, and what it took before that.
+    pub(crate) fn beside_tokenizer(&mut self, held: u64, loaded: u64) {
+        (self.plan.tokenizer, self.plan.tokenizer_loaded) = (held, loaded);
     }
 
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Evaluation> {

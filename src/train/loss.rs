@@ -13,7 +13,7 @@ const LOGIT_ROWS: usize = 64;
 const LOSS_ROWS: usize = 512;
 
 /// Sum of the learned tokens' losses (natural log) over the last layer's output `x` `[T, C]`, and `scale` times its
-/// gradient by `x`, which is zero without `grads`. No logits are held where the head is a product and nothing else;
+/// gradient by `x`, which nobody asks for without `grads`. No logits are held where the head is a product and nothing else;
 /// elsewhere they exist for learned tokens only and a chunk of them at a time. `at_once` bounds the chunk further.
 ///
 /// # Errors
@@ -27,20 +27,20 @@ pub(super) fn loss<B: Backend>(
     mut grads: Option<&mut Gradients<B>>,
     pool: &mut Pool<B>,
     watch: &mut Watch<'_>,
-) -> Result<(f64, B::Buffer)> {
+) -> Result<(f64, Option<B::Buffer>)> {
     let backend = &pass.base().backend;
     let width = pass.base().model.config().hidden_size;
     let chunk = at_once.clamp(1, if pass.plain_head().is_some() { LOSS_ROWS } else { LOGIT_ROWS });
-    let mut dx = pool.take(backend, backend.len(&x))?;
-    backend.zero(&mut dx);
+    let mut dx = grads.is_some().then(|| pool.take(backend, backend.len(&x))).transpose()?;
+    dx.iter_mut().for_each(|dx| backend.zero(dx));
     let mut total = 0.0;
     for (rows, targets) in micro.rows.chunks(chunk).zip(micro.targets.chunks(chunk)) {
         watch.check()?;
         let mut h = pool.take(backend, rows.len() * width)?;
         backend.gather_rows(&x, rows, &mut h);
         let (losses, dh) = rows_loss(pass, h, targets, scale, grads.as_deref_mut(), pool, watch)?;
-        if let Some(dh) = dh {
-            backend.scatter_add_rows(&dh, rows, &mut dx);
+        if let (Some(dh), Some(dx)) = (dh, &mut dx) {
+            backend.scatter_add_rows(&dh, rows, dx);
             pool.put(backend, dh);
         }
         let mut host = vec![0.0; rows.len()];

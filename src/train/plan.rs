@@ -36,9 +36,15 @@ pub struct MemoryPlan {
     pub logits: u64,
     /// Panels of weights and rounded activations that threads multiply.
     pub kernels: u64,
-    /// What the process held before the run took anything: the program, tokenizer and data. Measured, and not part of
-    /// [`MemoryPlan::anonymous`]; 0 where the system does not tell.
+    /// What the process held before the run took anything: the program, the base's tables, and the next two. Measured,
+    /// and not part of [`MemoryPlan::anonymous`]; 0 where the system does not tell.
     pub before: u64,
+    /// Of that, samples to learn and to evaluate: computed.
+    pub data: u64,
+    /// Of that, the session's tokenizer and chat template, measured when they were loaded; 0 once they are let go.
+    pub tokenizer: u64,
+    /// What those took while they were there, before the run.
+    pub tokenizer_loaded: u64,
     /// Tokens of a pass at most, of the samples of a micro-batch; a longer sample is a pass by itself.
     pub pass_tokens: usize,
     /// What is traded for time.
@@ -90,6 +96,7 @@ pub(super) struct Work {
     /// longer than the longest sample that is learned.
     pub evaluated: usize,
     pub before: u64,
+    pub data: u64,
 }
 
 impl Work {
@@ -157,6 +164,9 @@ impl Work {
             logits: count.loss as u64,
             kernels: count.kernels as u64,
             before: self.before,
+            data: self.data,
+            tokenizer: 0,
+            tokenizer_loaded: 0,
             pass_tokens: tokens,
             layout,
             optimizer_kind: config.optimizer,

@@ -142,6 +142,8 @@ fn work<B: Backend>(
     let matrices = base.model.params().iter().enumerate().filter(|(_, spec)| spec.shape.len() == 2);
     let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
     lengths.sort_unstable_by(|a, b| b.cmp(a));
+    // What is free but not given back would be counted as held, and then be taken once more.
+    crate::mmap::release_freed();
     Work {
         model: Arc::clone(&base.model),
         threads: base.backend.threads(),
@@ -150,6 +152,7 @@ fn work<B: Backend>(
         largest: largest_micro_batch(data, config),
         evaluated: eval_data.map_or(0, Dataset::longest),
         before: anonymous_bytes().unwrap_or(0),
+        data: (data.bytes() + eval_data.map_or(0, Dataset::bytes)) as u64,
     }
 }
 
@@ -186,14 +189,11 @@ impl<B: Backend> Trainer<B> {
         let lora = match init {
             Some(file) => file.config.clone(),
             None => LoraConfig {
-                rank: config.rank,
-                alpha: config.alpha(),
                 rslora: config.rslora,
                 dropout: f64::from(config.dropout),
-                rank_pattern: Vec::new(),
-                alpha_pattern: Vec::new(),
                 targets: names,
                 base: base_name,
+                ..LoraConfig::new(config.rank, config.alpha())
             },
         };
         let modules = match init {

@@ -17,7 +17,7 @@ pub struct MicroBatch {
     numbers: Vec<u32>,
     /// Rows whose next token is learned.
     pub(super) rows: Vec<u32>,
-    /// That token, for each of `rows`.
+    /// That token, for each of `rows`; one of the batch's ids, which [`Pass::new`] checks.
     pub(super) targets: Vec<u32>,
 }
 
@@ -163,7 +163,6 @@ pub fn micro_step<B: Backend>(
     pool: &mut Pool<B>,
     watch: &mut Watch<'_>,
 ) -> Result<f64> {
-    base.check_ids(&micro.targets)?;
     let pass = Pass::new(base, adapters, &micro.batch, dropout, arithmetic, pool)?;
     let layers = base.model.config().layers;
     let mut inputs = Inputs { pass: &pass, layout, kept: (0..layers).map(|_| None).collect() };
@@ -178,11 +177,11 @@ pub fn micro_step<B: Backend>(
         x = inputs.forward(layer, x, pool)?;
     }
 
-    let (total, mut dx) = loss::loss(&pass, x, micro, scale, layout.loss_rows, grads.as_deref_mut(), pool, watch)?;
+    let (total, dx) = loss::loss(&pass, x, micro, scale, layout.loss_rows, grads.as_deref_mut(), pool, watch)?;
 
     // Backward: each layer runs once more, now with its tape kept until its gradient is through,
     // and without what no gradient needs.
-    if let Some(grads) = grads {
+    if let (Some(grads), Some(mut dx)) = (grads, dx) {
         for layer in (0..layers).rev() {
             watch.check()?;
             let x = inputs.restore(layer, pool, watch)?;
@@ -196,8 +195,8 @@ pub fn micro_step<B: Backend>(
                 }
             }
         }
+        pool.put(&base.backend, dx);
     }
-    pool.put(&base.backend, dx);
     pass.finish(pool);
     Ok(total)
 }

@@ -85,6 +85,63 @@ fn a_system_turn_that_moves_makes_samples_of_their_own() {
     assert_eq!(all, expected);
 }
 
+/// A template may ask for an answer in other words than it tells one in: then the answer is found by its content.
+#[test]
+fn answers_are_found_where_asking_and_telling_differ() {
+    // The system's turn goes with a user's that comes last and is gone once it is answered, as in Mistral's of 2024.
+    let vanishing = "<s>{% if messages[0].role == 'system' %}{% set system = messages[0].content %}\
+                     {% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}[INST] \
+                     {% if loop.last and system is defined %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]{% else %} \
+                     {{ m.content | trim }}</s>{% endif %}{% endfor %}";
+    // It asks for a thought, but tells none, as reasoning models do.
+    let thinking = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+                    {% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}";
+    // It forgets to close the tool's turn where that comes last.
+    let open = "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if not loop.last or m.role != 'tool' %}|{% endif %}\
+                {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
+    let chat = [("system", "S"), ("user", "a"), ("assistant", "x b"), ("user", "c"), ("assistant", "d")];
+    let tool = [("user", "a"), ("tool", "42"), ("assistant", "it is 42")];
+    type Learned = &'static [(&'static str, &'static [&'static str])];
+    let cases: [(&str, &[_], &str, Learned); 3] = [
+        (
+            vanishing,
+            &chat,
+            "</s>",
+            &[
+                ("<s>[INST] S\n\na[/INST] x b</s>", &[" x b</s>"]),
+                ("<s>[INST] a[/INST] x b</s>[INST] S\n\nc[/INST] d</s>", &[" d</s>"]),
+            ],
+        ),
+        (
+            thinking,
+            &chat[1..3],
+            "<|im_end|>",
+            &[("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nx b<|im_end|>\n", &["x b<|im_end|>"])],
+        ),
+        (open, &tool, "</s>", &[("user:a|tool:42|assistant:it is 42|", &["it is 42|"])]),
+    ];
+    for (template, turns, eos, expected) in cases {
+        let reader = Reader::new(Some("phi3"), "<s>", eos, &|_| template.to_owned());
+        let data = reader.read("chat.jsonl", line(turns), 4096).unwrap();
+        let all: Vec<(String, Vec<String>)> =
+            data.samples.iter().map(|s| (reader.text(&s.ids), reader.learned(s))).collect();
+        let owned = |(text, learned): &(&str, &[&str])| {
+            ((*text).to_owned(), learned.iter().map(|l| (*l).to_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(all, expected.iter().map(owned).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_turn_without_content_prints_none() {
+    let template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ m.name }}{{ 'name' in m }}|{% endfor %}";
+    let reader = Reader::new(Some("phi3"), "<s>", "</s>", &|_| template.to_owned());
+    let chat =
+        json!({"messages": [{"role": "user", "content": null, "name": null}, {"role": "assistant", "content": "b"}]});
+    let data = reader.read("chat.jsonl", chat.to_string(), 4096).unwrap();
+    assert_eq!(reader.text(&data.samples[0].ids), "user:false|assistant:bfalse|".replace("false", "False"));
+}
+
 #[test]
 fn a_template_whose_answers_cannot_be_placed_is_refused_with_the_turn() {
     let reversed = "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}";

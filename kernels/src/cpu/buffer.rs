@@ -35,7 +35,7 @@ impl Buffer {
         let mut memory = reserve(size.saturating_add(LINE))?;
         memory.resize(size + LINE, 0u8);
         let mut bytes = BytesMut::from(Bytes::from(memory));
-        bytes.advance(bytes.as_ptr().align_offset(LINE));
+        bytes.advance(bytes.as_ptr().align_offset(LINE).min(LINE));
         bytes.truncate(size);
         Ok(Self(Values::Part { bytes, len }))
     }

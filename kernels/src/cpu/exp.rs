@@ -57,7 +57,8 @@ mod tests {
 
     #[test]
     fn exp_is_within_two_ulp_of_f64() {
-        let xs: Vec<f32> = (-8300..7097).map(|i| i as f32 * 0.0125).collect();
+        let step = if cfg!(miri) { 200 } else { 1 };
+        let xs: Vec<f32> = (-8300..7097).step_by(step).map(|i| i as f32 * 0.0125).collect();
         each(&xs, |isa, ys| {
             for (x, y) in xs.iter().zip(ys) {
                 let want = f64::from(*x).exp();

@@ -17,7 +17,7 @@ use crate::{Arithmetic, Error};
 use half::bf16;
 
 /// Rows of `W` in a band: sums long enough to pay for reading and writing `O`, logits few enough for a cache.
-const BAND: usize = 512;
+pub(crate) const BAND: usize = 512;
 /// Rows of a task between the products.
 const ROWS: usize = 16;
 

@@ -65,6 +65,11 @@ pub struct NotFinite {
 pub fn encode(values: &[f32]) -> Result<(Vec<u8>, Vec<f32>), NotFinite> {
     let mut packed = vec![0; values.len().div_ceil(2)];
     let mut absmax = vec![0.0; values.len().div_ceil(BLOCK)];
+    if values.len() <= TASK {
+        // Not worth a thread.
+        encode_blocks(values, &mut packed, &mut absmax)?;
+        return Ok((packed, absmax));
+    }
     let tasks = values.par_chunks(TASK).zip(packed.par_chunks_mut(TASK / 2)).zip(absmax.par_chunks_mut(TASK / BLOCK));
     let results: Vec<_> = tasks.map(|((values, packed), absmax)| encode_blocks(values, packed, absmax)).collect();
     for (task, result) in results.into_iter().enumerate() {

@@ -1,6 +1,6 @@
 //! Norms, activations, loss and other light ops.
 
-use super::harness::{EPS, Expected, Random, Report, buffer, case, poisoned, read, wide};
+use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, poisoned, read, wide};
 use super::oracle;
 use pocketlora_kernels::Backend;
 
@@ -12,6 +12,9 @@ fn elementwise_ops_meet_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(21);
     for n in LENGTHS {
+        if !affordable(n) {
+            continue;
+        }
         let (a, b) = (random.vector(n), random.vector(n));
         let with = |f: fn(f32, f32) -> f32| {
             let values: Vec<f64> = a.iter().zip(&b).map(|(a, b)| f64::from(f(*a, *b))).collect();
@@ -43,13 +46,13 @@ fn elementwise_ops_meet_the_oracle() {
 #[test]
 fn dropout_falls_by_key_and_index_and_keeps_the_mean() {
     let mut report = Report::default();
-    let (n, p, key) = (40_000, 0.25_f32, 7);
+    let (n, p, key) = (if cfg!(miri) { 1000 } else { 40_000 }, 0.25_f32, 7);
     let ones = vec![1.0; n];
     // The definition, spelled out: element i falls if the upper half of its random bits lies below p.
     let falls = |i: usize| (pocketlora_kernels::mix(key, i as u64) >> 32) as f64 / 2f64.powi(32) < f64::from(p);
     let values: Vec<f64> = (0..n).map(|i| if falls(i) { 0.0 } else { 1.0 / 0.75 }).collect();
     let kept = values.iter().filter(|v| **v > 0.0).count() as f64 / n as f64;
-    assert!((kept - 0.75).abs() < 0.01, "{kept}");
+    assert!((kept - 0.75).abs() < 0.01 || cfg!(miri), "{kept}");
     let expected = || Expected::relative(values.clone(), 2.0 * EPS);
     case!(report, "dropout", &[expected(), expected()], |cpu| {
         let mut y = poisoned(cpu, n);
@@ -89,6 +92,9 @@ fn rms_norm_meets_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(23);
     for (t, c) in [(0, 8), (1, 1), (1, 7), (3, 8), (5, 65), (2, 300)] {
+        if !affordable(t * c * t * c) {
+            continue;
+        }
         let (w, x, dy) = (random.vector(c), random.vector(t * c), random.vector(t * c));
         let (w64, x64, dy64) = (wide(&w), wide(&x), wide(&dy));
         let eps = 1e-5_f32;
@@ -113,6 +119,9 @@ fn rope_turns_and_turns_back() {
     let mut report = Report::default();
     let mut random = Random(24);
     for (t, heads, d) in [(1, 1, 2), (5, 3, 6), (3, 2, 64), (70, 9, 32)] {
+        if !affordable(t * heads * d) {
+            continue;
+        }
         let x = random.vector(t * heads * d);
         let angles = random.vector(t * d / 2);
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| ((a * 9.0).cos(), (a * 9.0).sin())).unzip();
@@ -147,6 +156,9 @@ fn gated_activations_meet_the_oracle() {
     let activations: [Gated; 2] = [("swiglu", oracle::silu), ("geglu", oracle::gelu)];
     for (name, act) in activations {
         for n in [0, 1, 8, 9, 100, 16390] {
+            if !affordable(n) {
+                continue;
+            }
             let gate: Vec<f32> = random.vector(n).iter().map(|x| x * 12.0).collect();
             let (up, dy) = (random.vector(n), random.vector(n));
             let (g, u, d) = (wide(&gate), wide(&up), wide(&dy));
@@ -239,6 +251,9 @@ fn cross_entropy_meets_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(26);
     for (n, vocab) in [(0, 5), (1, 1), (3, 7), (2, 8), (4, 1031), (1, 5000)] {
+        if !affordable(n * vocab) {
+            continue;
+        }
         let logits: Vec<f32> = random.vector(n * vocab).iter().map(|x| x * 15.0).collect();
         let targets: Vec<u32> = (0..n).map(|_| (random.bits() % vocab as u64) as u32).collect();
         let (mut losses, mut gradients) = (Vec::new(), Vec::new());
@@ -270,6 +285,9 @@ fn narrow_rows_keep_eleven_bits_and_never_overflow() {
     let mut report = Report::default();
     let mut random = Random(29);
     for (rows, width) in [(0, 5), (1, 1), (3, 64), (19, 65), (40, 576)] {
+        if !affordable(rows * width) {
+            continue;
+        }
         let mut x = random.vector(rows * width);
         for (row, scale) in x.chunks_mut(width).zip([1.0, 1e-30, 3e9, 1e37, 0.0].into_iter().cycle()) {
             row.iter_mut().for_each(|x| *x *= scale);

@@ -1,6 +1,6 @@
 //! Optimizers against their definitions in f64, and the 8-bit one against bitsandbytes (`data/adamw8.py`).
 
-use super::harness::{EPS, Expected, Random, Report, buffer, case, read, wide};
+use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, read, wide};
 use pocketlora_kernels::quant::{dynamic_map, unsigned_dynamic_map};
 use pocketlora_kernels::{AdamW, Backend, Lion, Sgd};
 use safetensors::SafeTensors;
@@ -15,6 +15,9 @@ fn adamw_meets_the_oracle_over_ten_steps() {
     let mut report = Report::default();
     let mut random = Random(27);
     for n in LENGTHS {
+        if !affordable(n * 4) {
+            continue;
+        }
         let start = random.vector(n);
         let grads: Vec<Vec<f32>> = (0..10).map(|_| random.vector(n)).collect();
         let (lr, b1, b2, eps, decay) = (1e-2_f64, 0.9_f64, 0.999_f64, 1e-8, 0.01);
@@ -58,6 +61,9 @@ fn sgd_and_lion_meet_their_definitions_over_ten_steps() {
     let sgd = |momentum: f64| Sgd { lr: lr as f32, momentum: momentum as f32, weight_decay: decay as f32 };
     let lion = Lion { lr: lr as f32, beta1: b1 as f32, beta2: b2 as f32, weight_decay: decay as f32 };
     for n in LENGTHS {
+        if !affordable(n * 4) {
+            continue;
+        }
         let start = random.vector(n);
         let grads: Vec<Vec<f32>> = (0..10).map(|_| random.vector(n)).collect();
         let (mut plain, mut heavy, mut signed) = (wide(&start), wide(&start), wide(&start));
@@ -153,6 +159,9 @@ fn adamw_in_8_bits_meets_its_definition() {
     let (lr, b1, b2, eps, decay) = (1e-2_f64, 0.9_f64, 0.999_f64, 1e-8, 0.01);
     let maps = [dynamic_map(), unsigned_dynamic_map()];
     for n in LENGTHS {
+        if !affordable(n * 4) {
+            continue;
+        }
         let mut param = random.vector(n);
         let mut moments = [Moment::zeros(n), Moment::zeros(n)];
         for step in 1..=4 {
@@ -199,6 +208,7 @@ fn adamw_in_8_bits_meets_its_definition() {
 
 /// Each step starts from where bitsandbytes' was, so that a code that rounds the other way stays one.
 #[test]
+#[cfg_attr(miri, ignore = "too long")]
 fn adamw_in_8_bits_does_what_bitsandbytes_does() {
     let file = SafeTensors::deserialize(GOLDEN).unwrap();
     let floats = |name: &str| -> Vec<f32> {

@@ -76,6 +76,7 @@ fn a_token_id_beyond_the_embedding_is_a_bug() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "too long")]
 fn ops_work_outside_a_scope() {
     let cpu = Cpu::new(2);
     assert_eq!(cpu.threads(), 2);
@@ -86,6 +87,7 @@ fn ops_work_outside_a_scope() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "measures time")]
 fn the_number_of_threads_is_chosen_among_those_there_are() {
     let (source, _) = weights::random(&mut Random(33), KINDS[4], 64, 256);
     for threads in [1, 3] {

@@ -8,6 +8,7 @@
 
 use super::super::Cpu;
 use super::super::elementwise::{add_part, zero};
+use super::super::matmul::Scratch as Kept;
 use super::super::split::{parts, run, with_scratch};
 use super::super::table::Table;
 use super::super::tile::{Coefficients, Rows};
@@ -93,12 +94,30 @@ pub(crate) fn vjp(
     let rows: usize = stretches.iter().map(|stretch| 2 * shape.kv_heads * stretch.earlier()).sum();
     let mut spare = vec![0.0; rows * shape.head_dim];
     let inputs = Inputs { table: cpu.table, spec, shape, q, k, v, y, lse, dy };
-    let small = tokens * tokens * shape.q_width < 64 * 1024;
+    let small = is_small(&shape, tokens);
     run(&cpu.team, tasks(&shape, &stretches, &mut spare, dq, dk, dv), small, |task| inputs.task(task));
     if !spare.is_empty() {
         add_spare(cpu, &shape, &stretches, &spare, 0, dk);
         add_spare(cpu, &shape, &stretches, &spare, 1, dv);
     }
+}
+
+/// Scratch that threads keep after [`vjp`].
+pub(crate) fn scratch(spec: &Attention, segments: &[usize]) -> Kept {
+    let shape = Shape::new(spec);
+    let longest = stretches(spec, segments).iter().map(|stretch| stretch.tokens.len()).max().unwrap_or(0);
+    let floats = task_scratch(&shape, longest);
+    Kept { bytes: [floats * size_of::<f32>(), 0], all: !is_small(&shape, segments.iter().sum()) }
+}
+
+/// Floats of scratch of a task of so many tokens.
+fn task_scratch(shape: &Shape, tokens: usize) -> usize {
+    2 * shape.turned() + 2 * TOKENS * KEYS + shape.group * tokens
+}
+
+/// Whether one thread does it all.
+fn is_small(shape: &Shape, tokens: usize) -> bool {
+    tokens * tokens * shape.q_width < 64 * 1024
 }
 
 /// Bytes of memory that [`vjp`] takes, scratch of its threads left out.
@@ -206,7 +225,7 @@ impl Inputs<'_> {
         let (Stretch { segment, tokens, start, .. }, Shape { group, head_dim: d, q_width, kv_width, .. }) =
             (task.stretch, self.shape);
         let (turned, block) = (self.shape.turned(), TOKENS * KEYS);
-        with_scratch(2 * turned + 2 * block + group * tokens.len(), |scratch| {
+        with_scratch(task_scratch(&self.shape, tokens.len()), |scratch| {
             let (k, rest) = scratch.split_at_mut(turned);
             let (v, rest) = rest.split_at_mut(turned);
             let (p, rest) = rest.split_at_mut(block);

@@ -95,6 +95,8 @@ pub(crate) fn bytes(spec: &Attention, segments: &[usize]) -> (usize, usize) {
     (forward, backward::bytes(spec, segments))
 }
 
+pub(crate) use backward::scratch as vjp_scratch;
+
 /// Keys that the query at position `t` sees.
 fn visible(spec: &Attention, t: usize) -> Range<usize> {
     let first = spec.window.map_or(0, |window| (t + 1).saturating_sub(window));

@@ -86,7 +86,8 @@ fn half(bits: u16) -> f32 {
 mod tests {
     #[test]
     fn every_f16_widens_to_itself() {
-        for bits in 0..=u16::MAX {
+        // Every power of two is among those that Miri has the time for.
+        for bits in (0..=u16::MAX).step_by(if cfg!(miri) { 256 } else { 1 }) {
             let (got, want) = (super::half(bits), half::f16::from_bits(bits).to_f32());
             assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:#x}: {got} {want}");
         }

@@ -224,6 +224,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "measures time")]
     fn the_limits_are_rates() {
         let one = measure(1, 1).unwrap();
         let all = [one.read_gb_s, one.f32_gflops, one.int8_gops, one.bf16_gflops.unwrap_or(1.0)];

@@ -1,7 +1,7 @@
 //! Products of many tokens in bf16.
 
 use super::super::Cpu;
-use super::super::bf16::{Bf16Rows, Rounded};
+use super::super::bf16::{Bf16, Bf16Rows, Rounded};
 use super::super::buffer::Buffer;
 use super::super::elementwise::scale;
 use super::super::matrix::Band;
@@ -19,6 +19,18 @@ const ROW_DEPTH: usize = 1024;
 const COL_DEPTH: usize = 512;
 /// Panels of columns that are decoded at a time at most, so that a row's piece is worth going there.
 const COL_PANELS: usize = 4;
+
+/// Halves of scratch that a thread keeps after [`forward`] and [`vjp_x`] with a weight `[O, K]`, at most.
+pub(super) fn scratch(kernels: &Bf16, o: usize, k: usize) -> usize {
+    let (lanes, group) = (kernels.lanes, kernels.group);
+    let columns = (panels(lanes, k) + 1) * lanes * COL_DEPTH.min(o).next_multiple_of(group);
+    columns.max(2 * lanes * ROW_DEPTH.min(k).next_multiple_of(group))
+}
+
+/// Panels of columns that are decoded at a time for `k` of them.
+fn panels(lanes: usize, k: usize) -> usize {
+    (1..=COL_PANELS).rev().find(|panels| k >= TASKS * panels * lanes).unwrap_or(1)
+}
 
 /// `x Wᵀ`.
 pub(super) struct Term<'a> {
@@ -91,8 +103,7 @@ fn sum(cpu: &Cpu, terms: &[Term<'_>], y: &mut [f32], accumulate: bool) {
 pub(super) fn vjp_x(cpu: &Cpu, w: Band<'_>, dy: &[f32], dx: &mut [f32], accumulate: bool) {
     let kernels = cpu.table.bf16().expect("the caller asked");
     let (lanes, (o, k)) = (kernels.lanes, w.shape());
-    let panels = (1..=COL_PANELS).rev().find(|panels| k >= TASKS * panels * lanes).unwrap_or(1);
-    let (group, depth) = (panels * lanes, COL_DEPTH.min(o));
+    let (group, depth) = (panels(lanes, k) * lanes, COL_DEPTH.min(o));
     let task = (k / TASKS / group).max(1) * group;
     let panel_len = |depth: usize| lanes * depth.next_multiple_of(kernels.group);
     Rounded::with(cpu, dy, o, |dy| {

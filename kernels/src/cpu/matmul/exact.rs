@@ -39,6 +39,22 @@ const VJP_W: (usize, usize) = (48, 256);
 /// Columns of `W` from which they fill the widest vectors well.
 const VJP_W_THIN: usize = 16;
 
+/// Floats of scratch that a thread keeps after [`forward`] and [`vjp_x`] with a weight `[O, K]`, at most.
+pub(super) fn scratch(o: usize, k: usize) -> usize {
+    let rows = (PANEL / k.max(1) / 4 * 4).clamp(4, PANEL_ROWS);
+    (rows * k).max(2 * o.min(TRANSPOSED.0) * k.min(TRANSPOSED.1)).max(VJP_X_DEPTH * k.min(VJP_X.0))
+}
+
+/// Those after a forward product that is [`is_narrow`], of which there are none else.
+pub(super) fn narrow_scratch(o: usize, k: usize) -> usize {
+    if o <= FEW.0 && k > THIN && o * k <= PANEL { o * k } else { 0 }
+}
+
+/// Those that the thread which calls [`vjp_w`] keeps after it.
+pub(super) fn vjp_w_scratch(o: usize, k: usize) -> usize {
+    if k < VJP_W_THIN && o > k { k * o } else { 0 }
+}
+
 /// `y = x Wᵀ` for any number of tokens, added to `y` if `accumulate`.
 pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumulate: bool) {
     let (o, k) = w.shape();
@@ -62,7 +78,7 @@ pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumula
 /// Whether `x Wᵀ` has few outputs of long sums, for which rounding `x` to bf16 would cost more than it saves.
 pub(super) fn is_narrow(w: Band<'_>) -> bool {
     let (o, k) = w.shape();
-    o <= FEW.0 && k > THIN && o * k <= PANEL
+    narrow_scratch(o, k) > 0
 }
 
 /// `y += x Wᵀ` with few outputs.

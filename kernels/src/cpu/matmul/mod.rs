@@ -11,6 +11,7 @@ pub(crate) use group::group;
 use super::Cpu;
 use super::matrix::{Band, Elements, Matrix};
 use super::q8::Q8;
+use super::table::Table;
 use crate::Arithmetic;
 use one::OneToken;
 
@@ -20,6 +21,30 @@ pub(super) use bf16::TASKS;
 const SMALL: usize = 128 * 1024;
 /// Tokens from which rounding and arranging operands for bf16 pays.
 const BF16_TOKENS: usize = 8;
+
+/// Bytes of scratch that threads keep for products.
+#[derive(Clone, Copy)]
+pub(crate) struct Scratch {
+    /// In f32 and in bf16.
+    pub bytes: [usize; 2],
+    /// Other threads than the caller's keep as much.
+    pub all: bool,
+}
+
+/// What the products of `tokens` with a weight `[O, K]` take on this CPU, forward and by `X`.
+pub(crate) fn scratch(arithmetic: Arithmetic, tokens: usize, o: usize, k: usize) -> Scratch {
+    let bf16 = Table::best().bf16().filter(|_| arithmetic == Arithmetic::Bf16 && tokens >= BF16_TOKENS);
+    let (floats, halves) = match bf16 {
+        Some(kernels) => (exact::narrow_scratch(o, k), bf16::scratch(kernels, o, k)),
+        None => (exact::scratch(o, k).max(exact::narrow_scratch(o, k)), 0),
+    };
+    Scratch { bytes: [size_of::<f32>() * floats, size_of::<u16>() * halves], all: tokens * o * k >= SMALL }
+}
+
+/// What the gradient by a weight `[O, K]` takes.
+pub(crate) fn vjp_w_scratch(o: usize, k: usize) -> Scratch {
+    Scratch { bytes: [size_of::<f32>() * exact::vjp_w_scratch(o, k), 0], all: false }
+}
 
 /// `y[T, O] = x[T, K] Wᵀ`, added to `y` if `accumulate`.
 pub(crate) fn forward(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, x: &[f32], y: &mut [f32], accumulate: bool) {
