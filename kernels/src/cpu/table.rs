@@ -67,6 +67,8 @@ pub struct Table {
     q8_pack_nf4: unsafe fn(&Nf4, usize, Place, Panel),
     q8_pack_int8: unsafe fn(&Int8, Place, Panel),
     q8_tile: unsafe fn(Panel, &Q8, Place, &mut [&mut [f32]], usize),
+    /// The same where the panel is one of `q8_pack_int8`.
+    q8_tile_int8: unsafe fn(Panel, &Q8, Place, &mut [&mut [f32]], usize),
     /// Where the CPU multiplies in bf16.
     bf16: Option<&'static Bf16>,
     tile_axpy_narrow: unsafe fn(Coefficients, Tile, &mut [&mut [f32]]),
@@ -91,6 +93,7 @@ static PORTABLE: Table = Table {
     q8_pack_nf4: q8::portable::pack_nf4,
     q8_pack_int8: q8::portable::pack_int8,
     q8_tile: q8::portable::tile,
+    q8_tile_int8: q8::portable::tile,
     bf16: None,
     tile_axpy_narrow: attention::portable::axpy,
     light: &light::portable::LIGHT,
@@ -115,6 +118,7 @@ static AVX2: Table = Table {
     q8_pack_nf4: q8::avx2::pack_nf4,
     q8_pack_int8: q8::avx2::pack_int8,
     q8_tile: q8::avx2::tile,
+    q8_tile_int8: q8::avx2::tile_int8,
     bf16: None,
     tile_axpy_narrow: attention::avx2::axpy,
     light: &light::avx2::LIGHT,
@@ -130,6 +134,7 @@ static AVX_VNNI: Table = Table {
     q8_pack_nf4: q8::avxvnni::pack_nf4,
     q8_pack_int8: q8::avxvnni::pack_int8,
     q8_tile: q8::avxvnni::tile,
+    q8_tile_int8: q8::avxvnni::tile,
     ..AVX2
 };
 
@@ -158,6 +163,7 @@ static AVX512_VNNI: Table = Table {
     q8_pack_nf4: q8::avx512::pack_nf4,
     q8_pack_int8: q8::avx512::pack_int8,
     q8_tile: q8::avx512::tile,
+    q8_tile_int8: q8::avx512::tile,
     ..AVX512
 };
 
@@ -182,6 +188,7 @@ static NEON: Table = Table {
     q8_pack_nf4: q8::neon_panel::pack_nf4::<{ q8::QUAD }>,
     q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::QUAD }>,
     q8_tile: q8::neon::base::tile,
+    q8_tile_int8: q8::neon::base::tile,
     bf16: None,
     tile_axpy_narrow: attention::neon::axpy,
     // What the target guarantees is NEON: the compiler makes vectors of these.
@@ -196,6 +203,7 @@ static NEON_DOTPROD: Table = Table {
     q8_nf4_matvec: q8::neon::dotprod::nf4_matvec,
     q8_int8_matvec: q8::neon::dotprod::int8_matvec,
     q8_tile: q8::neon::dotprod::tile,
+    q8_tile_int8: q8::neon::dotprod::tile,
     ..NEON
 };
 
@@ -205,6 +213,7 @@ static NEON_I8MM: Table = Table {
     q8_pack_nf4: q8::neon_panel::pack_nf4::<{ q8::neon_panel::OCTET }>,
     q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::neon_panel::OCTET }>,
     q8_tile: q8::neon_panel::tile,
+    q8_tile_int8: q8::neon_panel::tile,
     ..NEON_DOTPROD
 };
 
@@ -420,16 +429,30 @@ impl Table {
         }
     }
 
-    /// `c[t][col + i] += sum_k w[i, k] x[t, k]` over the panel's rows and blocks.
+    /// `c[t][col + i] += sum_k w[i, k] x[t, k]` over the rows and blocks of a panel of [`Table::q8_pack_nf4`].
     pub(crate) fn q8_tile(&self, panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
-        self.check_panel(&at, &panel);
-        assert!(at.block + at.blocks <= x.blocks() && c.len() <= x.tokens());
-        assert!(c.iter().all(|row| col + at.rows <= row.len()));
+        self.check_tile(&panel, x, &at, c, col);
         // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
         unsafe {
             (self.q8_tile)(panel, x, at, c, col);
         }
+    }
+
+    /// As [`Table::q8_tile`] with a panel of [`Table::q8_pack_int8`].
+    pub(crate) fn q8_tile_int8(&self, panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
+        self.check_tile(&panel, x, &at, c, col);
+        // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.q8_tile_int8)(panel, x, at, c, col);
+        }
+    }
+
+    fn check_tile(&self, panel: &Panel, x: &Q8, at: &Place, c: &[&mut [f32]], col: usize) {
+        self.check_panel(at, panel);
+        assert!(at.block + at.blocks <= x.blocks() && c.len() <= x.tokens());
+        assert!(c.iter().all(|row| col + at.rows <= row.len()));
     }
 
     fn check_panel(&self, at: &Place, panel: &Panel) {

@@ -1,7 +1,7 @@
 //! Runs a case on every device, table and thread count and reports all failures at once.
 
 use pocketlora_kernels::Backend;
-use pocketlora_kernels::cpu::{Cpu, Table};
+use pocketlora_kernels::cpu::{Cpu, Isa, Table};
 use std::sync::LazyLock;
 
 /// Unit in the last place of 1 in f32.
@@ -61,9 +61,20 @@ pub struct Report {
 impl Report {
     /// See [`case!`].
     pub fn cpus(&mut self, name: &str, expected: &[Expected], compute: impl Fn(&Cpu) -> Vec<Vec<f32>> + Sync) {
+        self.cpus_by(name, |_| expected, compute);
+    }
+
+    /// As [`Report::cpus`] where instruction sets round differently.
+    pub fn cpus_by<'a>(
+        &mut self,
+        name: &str,
+        expected: impl Fn(Isa) -> &'a [Expected],
+        compute: impl Fn(&Cpu) -> Vec<Vec<f32>> + Sync,
+    ) {
         for [one, two] in CPUS.iter() {
             let outputs = [one.scope(|| compute(one)), two.scope(|| compute(two))];
-            self.outputs(&format!("{name} @{}", one.isa().name()), expected, outputs, "on 1 thread, on 2");
+            let (isa, expected) = (one.isa(), expected(one.isa()));
+            self.outputs(&format!("{name} @{}", isa.name()), expected, outputs, "on 1 thread, on 2");
         }
     }
 

@@ -4,6 +4,7 @@ use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, po
 use super::oracle;
 use super::weights::{self, Kind};
 use bytes::Bytes;
+use pocketlora_kernels::cpu::Isa;
 use pocketlora_kernels::quant::encode_int8;
 use pocketlora_kernels::{
     Absmax, Arithmetic, Backend, FloatType, LowRank, MatrixData, MatrixSource, Nf4Source, Product, WorkType,
@@ -43,10 +44,26 @@ fn rounded(x: &[f32]) -> Vec<f64> {
         .collect()
 }
 
-/// The weight that the codebook in 8 bits stands for.
-fn coarse(nf4: &Nf4Source, n: usize) -> Vec<f64> {
+/// What the codebook's largest value becomes before rounding to 8 bits, and in panels of plain AVX2 to 7.
+const LEVELS: [f64; 2] = [127.0, 63.32];
+
+/// Which of [`LEVELS`] a product of `t` tokens has: many are multiplied in panels.
+fn level(isa: Isa, t: usize) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    let plain = match isa {
+        Isa::Avx2 => true,
+        Isa::Avx512 => !is_x86_feature_detected!("avx512vnni") || !is_x86_feature_detected!("avx512vbmi"),
+        _ => false,
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let plain = isa == Isa::Avx2;
+    usize::from(plain && t >= 4)
+}
+
+/// The weight that a codebook in integers stands for.
+fn coarse(nf4: &Nf4Source, n: usize, levels: f64) -> Vec<f64> {
     let largest = nf4.code.iter().fold(0.0_f64, |m, c| m.max(f64::from(c.abs())));
-    let code = nf4.code.map(|c| (f64::from(c) / largest * 127.0).round_ties_even() * largest / 127.0);
+    let code = nf4.code.map(|c| (f64::from(c) / largest * levels).round_ties_even() * largest / levels);
     let nibble = |i: usize| usize::from(nf4.packed[i / 2] >> [4, 0][i % 2] & 15);
     (0..n).map(|i| code[nibble(i)] * f64::from(nf4.absmax.get(i / nf4.block))).collect()
 }
@@ -69,24 +86,26 @@ fn products_in_8_bits_meet_their_definition_and_stay_near_the_exact_ones() {
             let (source, w) = weights::random(&mut random, kind, o, k);
             let MatrixData::Nf4(nf4) = &source.data else { unreachable!("`KINDS` has nothing else") };
             let x = random.vector(t * k);
-            let (y, size) = oracle::matmul(&rounded(&x), &coarse(nf4, o * k), k);
-            let bounds = size.iter().map(|size| EPS * (k as f64 / 16.0 + 16.0) * (size + 1.0)).collect();
             let (exact, _) = oracle::matmul(&wide(&x), &wide(&w), k);
-            let error: f64 = y.iter().zip(&exact).map(|(y, e)| (y - e) * (y - e)).sum();
-            let norm: f64 = exact.iter().map(|e| e * e).sum();
-            // 0.4 % of noise from either side, more for a product of few terms.
-            let relative = (error / norm).sqrt();
-            assert!(relative < 0.06 || o * t < 20, "{kind:?} T={t} O={o} K={k}: relative error {relative}");
+            let definitions = LEVELS.map(|levels| {
+                let (y, size) = oracle::matmul(&rounded(&x), &coarse(nf4, o * k, levels), k);
+                let bounds = size.iter().map(|size| EPS * (k as f64 / 16.0 + 16.0) * (size + 1.0)).collect();
+                let error: f64 = y.iter().zip(&exact).map(|(y, e)| (y - e) * (y - e)).sum();
+                let norm: f64 = exact.iter().map(|e| e * e).sum();
+                // 0.4 % of noise from either side, of 7 bits twice as much, more for a product of few terms.
+                let (relative, most) = ((error / norm).sqrt(), 0.06 * 127.0 / levels);
+                assert!(relative < most || o * t < 20, "{kind:?} T={t} O={o} K={k}: relative error {relative}");
+                [Expected::new(y, bounds)]
+            });
             let name = format!("matmul int8 {kind:?} T={t} O={o} K={k}");
-            let definition = [Expected::new(y, bounds)];
-            report.cpus(&name, &definition, |cpu| int8_product(cpu, &source, &x, t * o));
+            report.cpus_by(&name, |isa| &definitions[level(isa, t)], |cpu| int8_product(cpu, &source, &x, t * o));
             #[cfg(feature = "vulkan")]
             {
                 // One token goes to a shader, which computes in f32.
                 let (exact, size) = oracle::matmul(&wide(&x), &wide(&w), k);
                 let bounds = size.iter().map(|size| EPS * (k as f64 / 8.0 + 16.0) * (size + 1.0)).collect();
                 let exact = [Expected::new(exact, bounds)];
-                let expected = if t == 1 { &exact } else { &definition };
+                let expected = if t == 1 { &exact } else { &definitions[0] };
                 report.vulkan(&name, expected, |device| int8_product(device, &source, &x, t * o));
             }
         }
@@ -181,23 +200,30 @@ fn the_largest_codes_do_not_overflow() {
         let (mut nf4, _) = weights::random(&mut random, KINDS[0], o, k);
         let MatrixData::Nf4(source) = &mut nf4.data else { unreachable!("`KINDS` has nothing else") };
         source.packed = Bytes::from(vec![0xff; o * k / 2]);
-        let nf4_values = coarse(source, o * k);
+        let nf4_values = LEVELS.map(|levels| coarse(source, o * k, levels));
         let (codes, scales) = (Bytes::from(vec![0x81; o * k]), Bytes::from(1.0_f32.to_le_bytes().repeat(o)));
         let int8 = MatrixSource { rows: o, cols: k, data: MatrixData::Int8 { codes, scales } };
-        let int8_values = vec![-127.0; o * k];
+        let int8_values = [0; 2].map(|_| vec![-127.0; o * k]);
         for x in [1.0, -1.0] {
             let x = vec![x; t * k];
             for (name, source, values) in [("nf4", &nf4, &nf4_values), ("int8", &int8, &int8_values)] {
-                let (y, size) = oracle::matmul(&rounded(&x), values, k);
-                let bounds = size.iter().map(|size| EPS * 32.0 * (size + 1.0)).collect();
+                let definitions = values.each_ref().map(|values| {
+                    let (y, size) = oracle::matmul(&rounded(&x), values, k);
+                    let bounds = size.iter().map(|size| EPS * 32.0 * (size + 1.0)).collect();
+                    [Expected::new(y, bounds)]
+                });
                 let name = format!("{name} of largest codes T={t} x={}", x[0]);
                 // Not by way of `case!`: other devices multiply one token exactly.
-                report.cpus(&name, &[Expected::new(y, bounds)], |cpu| {
-                    let mut y = poisoned(cpu, t * o);
-                    let w = cpu.matrix(source.clone()).unwrap();
-                    cpu.matmul(Arithmetic::Int8, &w, &buffer(cpu, &x), &mut y, false);
-                    vec![read(cpu, &y)]
-                });
+                report.cpus_by(
+                    &name,
+                    |isa| &definitions[level(isa, t)],
+                    |cpu| {
+                        let mut y = poisoned(cpu, t * o);
+                        let w = cpu.matrix(source.clone()).unwrap();
+                        cpu.matmul(Arithmetic::Int8, &w, &buffer(cpu, &x), &mut y, false);
+                        vec![read(cpu, &y)]
+                    },
+                );
             }
         }
     }
@@ -215,13 +241,16 @@ fn a_number_that_is_none_spoils_its_token_and_no_other() {
             let (source, _) = weights::random(&mut random, KINDS[0], 40, 192);
             let MatrixData::Nf4(nf4) = &source.data else { unreachable!("`KINDS` has nothing else") };
             let mut x = random.vector(t * 192);
-            let (mut y, size) = oracle::matmul(&rounded(&x), &coarse(nf4, 40 * 192), 192);
+            let definitions = LEVELS.map(|levels| {
+                let (mut y, size) = oracle::matmul(&rounded(&x), &coarse(nf4, 40 * 192, levels), 192);
+                y[(t - 1) * 40..].fill(f64::NAN);
+                let bounds = size.iter().map(|size| EPS * 64.0 * (size + 1.0)).collect();
+                [Expected::new(y, bounds)]
+            });
             x[(t - 1) * 192 + 70] = bad;
-            y[(t - 1) * 40..].fill(f64::NAN);
-            let bounds = size.iter().map(|size| EPS * 64.0 * (size + 1.0)).collect();
             let name = format!("matmul int8 with {bad} in token {t}");
             // Not by way of `case!`: where one token is multiplied exactly, an infinity may stay one.
-            report.cpus(&name, &[Expected::new(y, bounds)], |cpu| int8_product(cpu, &source, &x, t * 40));
+            report.cpus_by(&name, |isa| &definitions[level(isa, t)], |cpu| int8_product(cpu, &source, &x, t * 40));
         }
     }
 }
@@ -352,7 +381,7 @@ fn adapters_beside_products_in_8_bits_err_by_no_more_than_their_rounding() {
             let MatrixData::Nf4(nf4) = &source.data else { unreachable!("`KINDS` has nothing else") };
             let (mut x, a, b) = (random.vector(k), random.vector(rank * k), random.vector(o * rank));
             let scale = 0.5 + random.uniform().abs();
-            let (base, size) = oracle::matmul(&rounded(&x), &coarse(nf4, o * k), k);
+            let (base, size) = oracle::matmul(&rounded(&x), &coarse(nf4, o * k, LEVELS[0]), k);
             let (h, h_size) = oracle::matmul(&wide(&x), &wide(&a), k);
             let (low, _) = oracle::matmul(&h, &wide(&b), rank);
             let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));

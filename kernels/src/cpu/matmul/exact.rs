@@ -15,6 +15,8 @@ use super::super::matrix::Band;
 use super::super::split::{Patch, patches, run, with_scratch};
 use super::super::tile::{Coefficients, Rows};
 use super::SMALL;
+use std::ops::Range;
+use wide::f32x4;
 
 /// Floats in a decoded panel: 256 KiB, half of a usual second-level cache.
 const PANEL: usize = 64 * 1024;
@@ -133,15 +135,30 @@ fn transposed(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], small: bool) {
 /// Writes the transpose of `from`, whose rows are `width` long, to `to`.
 fn transpose(from: &[f32], width: usize, to: &mut [f32]) {
     let height = from.len() / width;
-    for (band, rows) in from.chunks(SQUARE * width).enumerate() {
+    for top in (0..height).step_by(SQUARE) {
+        let rows = top..height.min(top + SQUARE);
         for left in (0..width).step_by(SQUARE) {
-            let cols = SQUARE.min(width - left);
-            for (i, row) in rows.chunks_exact(width).enumerate() {
-                let to = to[left * height + band * SQUARE + i..].iter_mut().step_by(height);
-                for (to, from) in to.zip(&row[left..][..cols]) {
-                    *to = *from;
-                }
+            transpose_part(from, width, rows.clone(), left..width.min(left + SQUARE), to);
+        }
+    }
+}
+
+/// The part of [`transpose`] in these rows and columns, four by four where there are as many.
+fn transpose_part(from: &[f32], width: usize, rows: Range<usize>, columns: Range<usize>, to: &mut [f32]) {
+    let height = from.len() / width;
+    let four = |i: usize, j: usize| f32x4::new(from[i * width + j..].as_chunks().0[0]);
+    let (bottom, right) = (rows.start + rows.len() / 4 * 4, columns.start + columns.len() / 4 * 4);
+    for i in (rows.start..bottom).step_by(4) {
+        for j in (columns.start..right).step_by(4) {
+            let turned = f32x4::transpose([four(i, j), four(i + 1, j), four(i + 2, j), four(i + 3, j)]);
+            for (k, turned) in turned.into_iter().enumerate() {
+                to[(j + k) * height + i..].as_chunks_mut().0[0] = turned.to_array();
             }
+        }
+    }
+    for i in rows {
+        for j in if i < bottom { right } else { columns.start }..columns.end {
+            to[j * height + i] = from[i * width + j];
         }
     }
 }

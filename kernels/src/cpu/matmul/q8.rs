@@ -63,13 +63,18 @@ fn tiles(cpu: &Cpu, w: &Matrix, x: &Q8, row: usize, c: &mut [&mut [f32]]) {
                 for block in (0..blocks).step_by(depth) {
                     let (rows, blocks_now) = (lanes.min(cols - col), depth.min(blocks - block));
                     let at = Place { row: row + col, rows, block, blocks: blocks_now };
-                    let panel = Panel { codes: &mut *codes, scales: &mut *scales };
+                    let mut panel = Panel { codes: &mut *codes, scales: &mut *scales };
                     match w.elements() {
-                        Elements::Nf4(w) => cpu.table.q8_pack_nf4(w, blocks, at, panel),
-                        Elements::Int8(w) => cpu.table.q8_pack_int8(w, at, panel),
+                        Elements::Nf4(w) => {
+                            cpu.table.q8_pack_nf4(w, blocks, at, panel.lend());
+                            cpu.table.q8_tile(panel.lend(), x, at, c, col);
+                        }
+                        Elements::Int8(w) => {
+                            cpu.table.q8_pack_int8(w, at, panel.lend());
+                            cpu.table.q8_tile_int8(panel.lend(), x, at, c, col);
+                        }
                         Elements::Dense(..) => unreachable!("`fits` lets no floats in"),
                     }
-                    cpu.table.q8_tile(Panel { codes: &mut *codes, scales: &mut *scales }, x, at, c, col);
                 }
             }
         });

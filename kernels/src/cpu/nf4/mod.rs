@@ -27,25 +27,35 @@ pub(crate) struct Nf4 {
     block_log2: u32,
     code: [f32; 16],
     codebook: Option<Codebook>,
+    #[cfg(target_arch = "x86_64")]
+    narrow_codebook: Option<Codebook>,
     absmax: Absmax,
     dtype: FloatType,
 }
 
-/// The codebook in 8 bits: `code[i] ≈ codes[i] * unit`.
+/// The codebook in integers: `code[i] ≈ codes[i] * unit`.
 pub(crate) struct Codebook {
     pub codes: [i8; 16],
     pub unit: f32,
 }
 
+/// What the largest value of the codebook becomes before it is rounded to 8 bits.
+const LEVELS: f64 = 127.0;
+/// The same in 7 bits: of all that round to 63 or less, the one with the smallest error. Weighed by how often NF4's values
+/// occur among normal weights, it is 0.95 % of the weights' norm (in 8 bits 0.59 %, that of NF4 itself 9.2 %).
+#[cfg(target_arch = "x86_64")]
+const NARROW_LEVELS: f64 = 63.32;
+
 impl Codebook {
     /// `None` if the values are not finite or all zero.
-    fn new(code: &[f32; 16]) -> Option<Self> {
+    fn new(code: &[f32; 16], levels: f64) -> Option<Self> {
         let largest = code.iter().fold(0.0_f32, |m, c| m.max(c.abs()));
         if !code.iter().all(|c| c.is_finite()) || largest < f32::MIN_POSITIVE {
             return None;
         }
-        let round = |c: f32| (f64::from(c) / f64::from(largest) * 127.0).round_ties_even() as i8;
-        Some(Self { codes: code.map(round), unit: largest / 127.0 })
+        let largest = f64::from(largest);
+        let round = |c: f32| (f64::from(c) / largest * levels).round_ties_even() as i8;
+        Some(Self { codes: code.map(round), unit: (largest / levels) as f32 })
     }
 }
 
@@ -68,8 +78,18 @@ impl Nf4 {
                 expect("nested_absmax", "elements", nested.len(), blocks.div_ceil(*nested_block))?;
             }
         }
-        let codebook = Codebook::new(&code).filter(|_| block >= super::q8::BLOCK);
-        Ok(Self { packed, len, block_log2: block.trailing_zeros(), code, codebook, absmax, dtype })
+        let codebook = |levels| Codebook::new(&code, levels).filter(|_| block >= super::q8::BLOCK);
+        Ok(Self {
+            codebook: codebook(LEVELS),
+            #[cfg(target_arch = "x86_64")]
+            narrow_codebook: codebook(NARROW_LEVELS),
+            packed,
+            len,
+            block_log2: block.trailing_zeros(),
+            code,
+            absmax,
+            dtype,
+        })
     }
 
     /// Elements.
@@ -144,6 +164,13 @@ impl Nf4 {
     #[inline(always)]
     pub fn codebook(&self) -> &Codebook {
         self.codebook.as_ref().expect("only weights that have one come here")
+    }
+
+    /// The codebook in 7 bits, for products that would overflow with 8; asserts [`Nf4::has_q8`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub fn narrow_codebook(&self) -> &Codebook {
+        self.narrow_codebook.as_ref().expect("only weights that have one come here")
     }
 
     /// The packed bytes from group number `first` of 64 elements on.

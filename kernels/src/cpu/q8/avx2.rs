@@ -1,11 +1,14 @@
-//! 8-bit products with AVX2: `maddubs` of magnitudes with signs moved to the other side, which cannot saturate as
-//! neither side exceeds 127.
+//! 8-bit products with AVX2, made of `maddubs`, which wants one side unsigned and saturates beyond 16 bits.
+//!
+//! Where both sides have 8 bits, signs move to the other side: no pair of products exceeds 2 * 127 * 127. Panels of NF4,
+//! which the products of many tokens are made of, have codes of 7 bits instead, 64 too large: then signs cost nothing,
+//! and what is too much is taken off as with `dpbusd`.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx2::{sum1, sum4};
-use super::super::nf4::Nf4;
+use super::super::nf4::{Codebook, Nf4};
 use super::portable::TINY;
 use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows};
 use std::arch::x86_64::*;
@@ -14,6 +17,8 @@ use std::arch::x86_64::*;
 pub(crate) const LANES: usize = 16;
 /// Tokens that a tile takes at once.
 const TOKENS: usize = 4;
+/// What makes codes of 7 bits unsigned.
+const LIFT: i8 = 64;
 /// Bytes that the matrix-vector products read ahead: what memory delivers in some 300 ns. With a quarter of it, a core
 /// reads at three quarters of the rate.
 pub(super) const AHEAD: usize = 12 * 1024;
@@ -75,12 +80,18 @@ pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
     }
 }
 
+/// Products of unsigned with signed bytes, summed by fours.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn fours(unsigned: __m256i, signed: __m256i) -> __m256i {
+    _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned, signed), _mm256_set1_epi16(1))
+}
+
 /// Products of signed bytes, summed by fours.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn dot(w: __m256i, x: __m256i, magnitude: __m256i) -> __m256i {
-    let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(w, x));
-    _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
+    fours(magnitude, _mm256_sign_epi8(w, x))
 }
 
 /// The codes of 32 packed bytes: those of the high halves, then those of the low ones.
@@ -96,9 +107,9 @@ pub(super) fn look_up(book: __m256i, packed: &[u8; 32]) -> [__m256i; 2] {
 /// The codebook in both lanes.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn book(w: &Nf4) -> __m256i {
+pub(super) fn book(codebook: &Codebook) -> __m256i {
     // SAFETY: the codes are an array of 16 bytes.
-    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(w.codebook().codes.as_ptr().cast()) })
+    _mm256_broadcastsi128_si256(unsafe { _mm_loadu_si128(codebook.codes.as_ptr().cast()) })
 }
 
 #[inline]
@@ -112,7 +123,7 @@ pub(super) fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    let (book, unit) = (book(w), w.codebook().unit);
+    let (book, unit) = (book(w.codebook()), w.codebook().unit);
     let scales = |group: usize, out: &mut [f32]| w.scales64(group, out);
     super::each_row(w, row, x, y, scales, |mut rows, y| {
         // Four at once: what begins and ends a row takes as long as some blocks.
@@ -183,35 +194,110 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
 /// See [`super::super::Table::q8_pack_nf4`].
 #[target_feature(enable = "avx2")]
 pub(crate) fn pack_nf4(w: &Nf4, blocks: usize, at: Place, panel: Panel) {
-    let (book, unit) = (book(w), w.codebook().unit);
-    super::portable::pack::<LANES>(at, panel, |lane, b| {
-        let block = (at.row + lane) * blocks + at.block + b;
-        let mut codes = [0_u8; BLOCK];
-        for (half, w) in look_up(book, &w.packed64(block)[0]).into_iter().enumerate() {
-            // SAFETY: `codes` is an array of 64 bytes.
-            unsafe { _mm256_storeu_si256(codes.as_mut_ptr().add(32 * half).cast(), w) };
-        }
-        (codes, w.scale64(block) * unit)
-    });
+    let codebook = w.narrow_codebook();
+    let lifted = _mm256_add_epi8(book(codebook), _mm256_set1_epi8(LIFT));
+    unfold_nf4(w, lifted, codebook.unit, blocks, at, panel);
 }
 
 /// See [`super::super::Table::q8_pack_int8`].
+#[target_feature(enable = "avx2")]
 pub(crate) fn pack_int8(w: &Int8, at: Place, panel: Panel) {
-    super::portable::pack::<LANES>(at, panel, |lane, b| (w.row(at.row + lane)[at.block + b], w.scale(at.row + lane)));
+    unfold_int8(w, _mm256_setzero_si256(), at, panel);
+}
+
+/// Fills a panel with the codes that `book` holds, each worth `unit`.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn unfold_nf4(w: &Nf4, book: __m256i, unit: f32, blocks: usize, at: Place, panel: Panel) {
+    let group = |lane: usize, b: usize| (at.row + lane) * blocks + at.block + b;
+    turn(at, panel.codes, |lane, b| look_up(book, &w.packed64(group(lane, b))[0]));
+    super::fill_scales::<LANES>(at, panel.scales, |lane, b| w.scale64(group(lane, b)) * unit);
+}
+
+/// Fills a panel with codes whose bits are those of `flip` different from the weight's.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn unfold_int8(w: &Int8, flip: __m256i, at: Place, panel: Panel) {
+    turn(at, panel.codes, |lane, b| {
+        let codes = &w.row(at.row + lane)[at.block + b];
+        // SAFETY: `codes` is an array of 64 bytes.
+        [0, 32].map(|half| _mm256_xor_si256(flip, unsafe { _mm256_loadu_si256(codes.as_ptr().add(half).cast()) }))
+    });
+    super::fill_scales::<LANES>(at, panel.scales, |lane, _| w.scale(at.row + lane));
+}
+
+/// Turns rows into lanes. `get(lane, block)` returns 64 codes of a row.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn turn(at: Place, codes: &mut [u8], get: impl Fn(usize, usize) -> [__m256i; 2]) {
+    for (b, codes) in codes.as_chunks_mut::<{ BLOCK * LANES }>().0.iter_mut().take(at.blocks).enumerate() {
+        for lane in (0..LANES).step_by(8) {
+            let mut rows = [[_mm256_setzero_si256(); 8]; 2];
+            for i in 0..8.min(at.rows.saturating_sub(lane)) {
+                [rows[0][i], rows[1][i]] = get(lane + i, b);
+            }
+            for (half, rows) in rows.into_iter().enumerate() {
+                for (quad, lanes) in transpose8(rows).into_iter().enumerate() {
+                    let to = &mut codes[((8 * half + quad) * LANES + lane) * QUAD..][..32];
+                    // SAFETY: the slice has 32 bytes.
+                    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), lanes) };
+                }
+            }
+        }
+    }
+}
+
+/// The transpose of 8 by 8 integers of 32 bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose8(rows: [__m256i; 8]) -> [__m256i; 8] {
+    let mut pairs = [_mm256_setzero_si256(); 8];
+    for i in 0..4 {
+        pairs[2 * i] = _mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    // Columns 0 and 4, 1 and 5, 2 and 6, 3 and 7 of four rows each.
+    let mut fours = [[_mm256_setzero_si256(); 4]; 2];
+    for (half, fours) in fours.iter_mut().enumerate() {
+        for i in 0..2 {
+            let (upper, lower) = (pairs[4 * half + i], pairs[4 * half + 2 + i]);
+            fours[2 * i] = _mm256_unpacklo_epi64(upper, lower);
+            fours[2 * i + 1] = _mm256_unpackhi_epi64(upper, lower);
+        }
+    }
+    let mut columns = [_mm256_setzero_si256(); 8];
+    for i in 0..4 {
+        columns[i] = _mm256_permute2x128_si256::<0x20>(fours[0][i], fours[1][i]);
+        columns[4 + i] = _mm256_permute2x128_si256::<0x31>(fours[0][i], fours[1][i]);
+    }
+    columns
 }
 
 /// See [`super::super::Table::q8_tile`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn tile(panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
+    any_tokens::<false>(panel, x, at, c, col);
+}
+
+/// See [`super::super::Table::q8_tile_int8`].
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn tile_int8(panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
+    any_tokens::<true>(panel, x, at, c, col);
+}
+
+/// A tile whose weights are `SIGNED` in 8 bits, or else unsigned in 7.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn any_tokens<const SIGNED: bool>(panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
     let mut t = 0;
     while t < c.len() {
         let count = (c.len() - t).min(TOKENS);
         let c = &mut c[t..t + count];
         match count {
-            4 => tokens::<4>(&panel, x, t, at, c, col),
-            3 => tokens::<3>(&panel, x, t, at, c, col),
-            2 => tokens::<2>(&panel, x, t, at, c, col),
-            _ => tokens::<1>(&panel, x, t, at, c, col),
+            4 => tokens::<4, SIGNED>(&panel, x, t, at, c, col),
+            3 => tokens::<3, SIGNED>(&panel, x, t, at, c, col),
+            2 => tokens::<2, SIGNED>(&panel, x, t, at, c, col),
+            _ => tokens::<1, SIGNED>(&panel, x, t, at, c, col),
         }
         t += count;
     }
@@ -220,23 +306,38 @@ pub(crate) fn tile(panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: u
 /// `M` tokens from `t` on with all rows of the panel.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn tokens<const M: usize>(panel: &Panel, x: &Q8, t: usize, at: Place, c: &mut [&mut [f32]], col: usize) {
+fn tokens<const M: usize, const SIGNED: bool>(
+    panel: &Panel,
+    x: &Q8,
+    t: usize,
+    at: Place,
+    c: &mut [&mut [f32]],
+    col: usize,
+) {
     let rows: [Q8Row; M] = std::array::from_fn(|m| x.row(t + m));
+    // In memory, for they are touched once a block: the registers belong to the integer sums.
     let mut sums = [[0.0; LANES]; M];
-    let blocks = panel.codes.as_chunks::<{ QUADS * QUAD * LANES }>().0.iter().zip(panel.scales.as_chunks::<LANES>().0);
+    let blocks = panel.codes.as_chunks::<{ BLOCK * LANES }>().0.iter().zip(panel.scales.as_chunks::<LANES>().0);
     for (b, (w, scales)) in blocks.take(at.blocks).enumerate() {
-        let codes: [&[i8; BLOCK]; M] = std::array::from_fn(|m| &rows[m].codes[at.block + b]);
+        let codes: [*const i8; M] = std::array::from_fn(|m| rows[m].codes[at.block + b].as_ptr());
         let mut dots = [[_mm256_setzero_si256(); 2]; M];
+        if !SIGNED {
+            for m in 0..M {
+                // Of -128 times the codes' sum, the part that is due to `LIFT`.
+                dots[m] = [_mm256_set1_epi32(rows[m].starts[at.block + b] / (128 / i32::from(LIFT))); 2];
+            }
+        }
         for quad in 0..QUADS {
             // SAFETY: `w` holds 16 quads of 64 bytes, each row of codes 16 quads of 4.
             unsafe {
                 let w = w.as_ptr().add(quad * QUAD * LANES);
                 let w = [_mm256_loadu_si256(w.cast()), _mm256_loadu_si256(w.add(32).cast())];
                 for m in 0..M {
-                    let x = _mm256_set1_epi32(codes[m].as_ptr().add(QUAD * quad).cast::<i32>().read_unaligned());
+                    let x = _mm256_set1_epi32(codes[m].add(QUAD * quad).cast::<i32>().read_unaligned());
                     let magnitude = _mm256_abs_epi8(x);
                     for j in 0..2 {
-                        dots[m][j] = _mm256_add_epi32(dots[m][j], dot(w[j], x, magnitude));
+                        let dot = if SIGNED { dot(w[j], x, magnitude) } else { fours(w[j], x) };
+                        dots[m][j] = _mm256_add_epi32(dots[m][j], dot);
                     }
                 }
             }
@@ -253,7 +354,7 @@ fn tokens<const M: usize>(panel: &Panel, x: &Q8, t: usize, at: Place, c: &mut [&
             }
         }
     }
-    for (c, sums) in c.iter_mut().zip(sums) {
+    for (c, sums) in c.iter_mut().zip(&sums) {
         c[col..][..at.rows].iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
     }
 }

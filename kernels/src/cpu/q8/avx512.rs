@@ -146,7 +146,7 @@ pub(crate) fn pack_nf4(w: &Nf4, blocks: usize, at: Place, panel: Panel) {
     let (book, shifts, unit) = (book(w), shifts(), w.codebook().unit);
     let group = |lane: usize, b: usize| (at.row + lane) * blocks + at.block + b;
     pack(at, panel.codes, |lane, b| look_up(book, shifts, &w.packed64(group(lane, b))[0]));
-    fill_scales(at, panel.scales, |lane, b| w.scale64(group(lane, b)) * unit);
+    super::fill_scales::<LANES>(at, panel.scales, |lane, b| w.scale64(group(lane, b)) * unit);
 }
 
 /// See [`super::super::Table::q8_pack_int8`].
@@ -154,7 +154,7 @@ pub(crate) fn pack_nf4(w: &Nf4, blocks: usize, at: Place, panel: Panel) {
 pub(crate) fn pack_int8(w: &Int8, at: Place, panel: Panel) {
     let sign = _mm512_set1_epi8(-128);
     pack(at, panel.codes, |lane, b| _mm512_xor_si512(load(&w.row(at.row + lane)[at.block + b]), sign));
-    fill_scales(at, panel.scales, |lane, _| w.scale(at.row + lane));
+    super::fill_scales::<LANES>(at, panel.scales, |lane, _| w.scale(at.row + lane));
 }
 
 /// Turns rows into lanes. `get(lane, block)` returns 64 codes of a row.
@@ -173,14 +173,6 @@ fn pack(at: Place, codes: &mut [u8], get: impl Fn(usize, usize) -> __m512i) {
                 // SAFETY: the slice has 64 bytes.
                 unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), lanes) };
             }
-        }
-    }
-}
-
-fn fill_scales(at: Place, scales: &mut [f32], get: impl Fn(usize, usize) -> f32) {
-    for (b, scales) in scales.as_chunks_mut::<LANES>().0.iter_mut().take(at.blocks).enumerate() {
-        for (lane, scale) in scales.iter_mut().enumerate() {
-            *scale = if lane < at.rows { get(lane, b) } else { 0.0 };
         }
     }
 }

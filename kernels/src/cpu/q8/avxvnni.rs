@@ -23,7 +23,7 @@ fn unsigned(codes: __m256i) -> __m256i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    let (book, unit) = (unsigned(book(w)), w.codebook().unit);
+    let (book, unit) = (unsigned(book(w.codebook())), w.codebook().unit);
     let scales = |group: usize, out: &mut [f32]| w.scales64(group, out);
     super::each_row(w, row, x, y, scales, |mut rows, y| {
         // Four at once: what begins and ends a row takes as long as some blocks.
@@ -95,26 +95,13 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
 /// See [`super::super::Table::q8_pack_nf4`].
 #[target_feature(enable = "avx2")]
 pub(crate) fn pack_nf4(w: &Nf4, blocks: usize, at: Place, panel: Panel) {
-    let Panel { codes, scales } = panel;
-    super::avx2::pack_nf4(w, blocks, at, Panel { codes: &mut *codes, scales });
-    lift(codes, at.blocks);
+    super::avx2::unfold_nf4(w, unsigned(book(w.codebook())), w.codebook().unit, blocks, at, panel);
 }
 
 /// See [`super::super::Table::q8_pack_int8`].
 #[target_feature(enable = "avx2")]
 pub(crate) fn pack_int8(w: &Int8, at: Place, panel: Panel) {
-    let Panel { codes, scales } = panel;
-    super::avx2::pack_int8(w, at, Panel { codes: &mut *codes, scales });
-    lift(codes, at.blocks);
-}
-
-/// Makes the panel's codes unsigned. Lanes without a row become 128, which their scale of zero undoes.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn lift(codes: &mut [u8], blocks: usize) {
-    for codes in &mut codes[..blocks * BLOCK * LANES] {
-        *codes ^= 128;
-    }
+    super::avx2::unfold_int8(w, _mm256_set1_epi8(-128), at, panel);
 }
 
 /// See [`super::super::Table::q8_tile`].
