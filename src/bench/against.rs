@@ -9,7 +9,7 @@ use crate::exec::infer::PREFILL_CHUNK;
 use crate::generate::Context;
 use crate::session::{self, Session};
 use pocketlora_kernels::Backend;
-use pocketlora_kernels::cpu::Matrix;
+use pocketlora_kernels::cpu::{Matrix, Table};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -93,7 +93,7 @@ pub struct ModelRatio {
 /// Compares the model in `dir` with ggml's types on the same shapes, and with the GGUF files `files` as whole models.
 ///
 /// # Errors
-/// This build of ggml lacks instructions that the CPU has; a model cannot be opened; out of memory; stopped.
+/// This build of ggml lacks instructions that our kernels use; a model cannot be opened; out of memory; stopped.
 pub fn compare(
     dir: &Path,
     open: &session::Options,
@@ -101,11 +101,11 @@ pub fn compare(
     files: &[PathBuf],
     progress: &mut Progress<'_>,
 ) -> Result<Against> {
-    let missing = ggml::missing_instructions();
+    let missing = ggml::missing_instructions(Table::best().isa());
     if !missing.is_empty() {
         let message = format!(
             "expected ggml built for this CPU, got one without `{}`; build with CFLAGS=-march=native and \
-             CXXFLAGS=-march=native",
+             CXXFLAGS=-march=native, or compare what it has with `POCKETLORA_ISA`",
             missing.join("`, `")
         );
         return Err(Error::new(ErrorCode::Device, "ggml", message));

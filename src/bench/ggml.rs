@@ -6,6 +6,7 @@
 
 use crate::error::{Error, ErrorCode, Result};
 use llama_cpp_sys_2 as sys;
+use pocketlora_kernels::cpu::Isa;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::ptr::{NonNull, null, null_mut};
@@ -105,9 +106,10 @@ pub fn system() -> (String, String) {
     (text(info), format!("{} ({})", text(version), text(commit)))
 }
 
-/// Instructions that this CPU has and the library was built without: with any of these a comparison would be unfair.
+/// Instructions that this CPU has, kernels for `ours` may use and the library was built without: with any of these a
+/// comparison would be unfair.
 #[must_use]
-pub fn missing_instructions() -> Vec<&'static str> {
+pub fn missing_instructions(ours: Isa) -> Vec<&'static str> {
     start();
     let lacks = |built: unsafe extern "C" fn() -> i32| {
         // SAFETY: no arguments; it returns a constant of the build.
@@ -115,21 +117,22 @@ pub fn missing_instructions() -> Vec<&'static str> {
     };
     #[cfg(target_arch = "x86_64")]
     let features = [
-        ("avx2", is_x86_feature_detected!("avx2") && lacks(sys::ggml_cpu_has_avx2)),
-        ("fma", is_x86_feature_detected!("fma") && lacks(sys::ggml_cpu_has_fma)),
-        ("f16c", is_x86_feature_detected!("f16c") && lacks(sys::ggml_cpu_has_f16c)),
-        ("avx512f", is_x86_feature_detected!("avx512f") && lacks(sys::ggml_cpu_has_avx512)),
-        ("avx512vnni", is_x86_feature_detected!("avx512vnni") && lacks(sys::ggml_cpu_has_avx512_vnni)),
-        ("avx512bf16", is_x86_feature_detected!("avx512bf16") && lacks(sys::ggml_cpu_has_avx512_bf16)),
+        ("avx2", Isa::Avx2, is_x86_feature_detected!("avx2") && lacks(sys::ggml_cpu_has_avx2)),
+        ("fma", Isa::Avx2, is_x86_feature_detected!("fma") && lacks(sys::ggml_cpu_has_fma)),
+        ("f16c", Isa::Avx2, is_x86_feature_detected!("f16c") && lacks(sys::ggml_cpu_has_f16c)),
+        ("avx_vnni", Isa::AvxVnni, is_x86_feature_detected!("avxvnni") && lacks(sys::ggml_cpu_has_avx_vnni)),
+        ("avx512f", Isa::Avx512, is_x86_feature_detected!("avx512f") && lacks(sys::ggml_cpu_has_avx512)),
+        ("avx512vnni", Isa::Avx512, is_x86_feature_detected!("avx512vnni") && lacks(sys::ggml_cpu_has_avx512_vnni)),
+        ("avx512bf16", Isa::Avx512, is_x86_feature_detected!("avx512bf16") && lacks(sys::ggml_cpu_has_avx512_bf16)),
     ];
     #[cfg(target_arch = "aarch64")]
     let features = [
-        ("dotprod", std::arch::is_aarch64_feature_detected!("dotprod") && lacks(sys::ggml_cpu_has_dotprod)),
-        ("i8mm", std::arch::is_aarch64_feature_detected!("i8mm") && lacks(sys::ggml_cpu_has_matmul_int8)),
+        ("dotprod", Isa::Neon, std::arch::is_aarch64_feature_detected!("dotprod") && lacks(sys::ggml_cpu_has_dotprod)),
+        ("i8mm", Isa::Neon, std::arch::is_aarch64_feature_detected!("i8mm") && lacks(sys::ggml_cpu_has_matmul_int8)),
     ];
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let features: [(&str, bool); 0] = [];
-    features.into_iter().filter(|(_, missing)| *missing).map(|(name, _)| name).collect()
+    let features: [(&str, Isa, bool); 0] = [];
+    features.into_iter().filter(|(_, isa, missing)| *missing && *isa <= ours).map(|(name, ..)| name).collect()
 }
 
 /// `values` in blocks of `quant`, rows of `cols`; `None` if rows are no whole blocks.

@@ -13,8 +13,8 @@ use crate::{Error, FloatType};
 use std::arch::is_aarch64_feature_detected;
 use std::sync::LazyLock;
 
-/// Instruction sets with kernels of their own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Instruction sets with kernels of their own; within an architecture, in order of what they ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Isa {
     /// What the compilation target guarantees: SSE2 on x86-64, NEON on aarch64.
