@@ -1,6 +1,41 @@
 //! What the AVX2 kernels share.
 
 use std::arch::x86_64::*;
+use std::sync::LazyLock;
+
+/// Bytes that the matrix-vector products read ahead: what memory delivers in some 300 ns. With a quarter of it, a core
+/// reads at three quarters of the rate.
+pub(crate) const AHEAD: usize = 12 * 1024;
+
+/// Hints of [`read_ahead`] for what a token reads once: not to be kept in larger caches, or to be kept.
+pub(crate) const ONCE: i32 = _MM_HINT_NTA;
+pub(crate) const KEEP: i32 = _MM_HINT_T0;
+
+/// Whether [`KEEP`] is the faster hint. On Intel's processors a line that is not to be kept comes past the second-level
+/// cache and unseen by its prefetcher, at a fifth of the rate; on AMD's it leaves the caches to others.
+pub(crate) fn keeps() -> bool {
+    static KEEPS: LazyLock<bool> = LazyLock::new(|| {
+        let vendor = __cpuid(0);
+        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
+    });
+    *KEEPS
+}
+
+/// Asks for what lies [`AHEAD`] of `at`. A prefetch is no access: it may point past the end.
+#[inline(always)]
+pub(crate) fn read_ahead<const HINT: i32>(at: *const u8) {
+    prefetch_line::<HINT>(at.wrapping_add(AHEAD));
+}
+
+/// Asks for the cache line at `at`, wherever that is.
+#[inline(always)]
+pub(crate) fn prefetch_line<const HINT: i32>(at: *const u8) {
+    // SAFETY: every x86-64 processor has the instruction, and it reads nothing.
+    #[allow(unsafe_code, reason = "an instruction that needs no feature")]
+    unsafe {
+        _mm_prefetch::<HINT>(at.cast());
+    }
+}
 
 /// The sums of four vectors, each `((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7))` whatever the others hold.
 #[inline]

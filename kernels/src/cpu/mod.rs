@@ -7,6 +7,8 @@ mod adamw;
 mod adamw8;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;

@@ -25,6 +25,8 @@ pub enum Isa {
     AvxVnni,
     /// AVX-512 F, BW and VL beside those, VNNI with VBMI and BF16 where the CPU has them.
     Avx512,
+    /// Those with the matrix products of server processors.
+    Amx,
     /// What every 64-bit ARM has, dot products, matrix products in 8 bits and in bf16 where the CPU has them.
     Neon,
 }
@@ -38,6 +40,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
             Self::Neon => "neon",
         }
     }
@@ -171,6 +174,9 @@ static AVX512_VNNI: Table = Table {
 static AVX512_BF16: Table =
     Table { features: &["vnni", "vbmi", "bf16"], bf16: Some(&super::bf16::avx512::KERNELS), ..AVX512_VNNI };
 
+#[cfg(target_arch = "x86_64")]
+static AMX: Table = Table { isa: Isa::Amx, bf16: Some(&super::bf16::amx::KERNELS), ..AVX512_BF16 };
+
 #[cfg(target_arch = "aarch64")]
 static NEON: Table = Table {
     isa: Isa::Neon,
@@ -241,6 +247,9 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
             } else {
                 &AVX512_VNNI
             });
+            if tables.last().is_some_and(|best| best.bf16.is_some()) && super::amx::available() {
+                tables.push(&AMX);
+            }
         }
     }
     #[cfg(target_arch = "aarch64")]

@@ -23,7 +23,7 @@ fn required_instruction_sets_are_here() {
     for item in required.split(',').map(str::trim) {
         let (name, features) = item.split_once('=').map_or((item, None), |(name, features)| (name, Some(features)));
         // Other items are other tests' business.
-        if !["portable", "avx2", "avxvnni", "avx512", "neon"].contains(&name) {
+        if !["portable", "avx2", "avxvnni", "avx512", "amx", "neon"].contains(&name) {
             continue;
         }
         let table = Table::by_name(name).unwrap_or_else(|why| panic!("POCKETLORA_REQUIRE has `{item}`, but {why}"));

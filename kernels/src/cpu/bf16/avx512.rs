@@ -9,13 +9,13 @@ use super::{Bf16, Bf16Rows};
 use std::arch::x86_64::*;
 
 /// Outputs of a panel: two vectors.
-const LANES: usize = 32;
+pub(super) const LANES: usize = 32;
 /// Terms in a lane.
 const PAIR: usize = 2;
 /// Tokens that a tile takes at once: 24 sums of 16, and the weights, stay in registers.
 const TOKENS: usize = 12;
 
-pub(crate) static KERNELS: Bf16 = Bf16 {
+pub(crate) const KERNELS: Bf16 = Bf16 {
     lanes: LANES,
     group: PAIR,
     round,
@@ -61,17 +61,17 @@ pub(in super::super) fn round2(low: __m512, high: __m512) -> __m512i {
 #[target_feature(enable = "avx512f,avx512bw")]
 fn pack_rows(w: Bf16Rows, panel: &mut [u16]) {
     for k in (0..w.width).step_by(32) {
-        let n = (w.width - k).min(32);
         for half in 0..LANES / 16 {
             let mut lanes = [_mm512_setzero_si512(); 16];
             for i in 0..16 {
                 lanes[i] = load_part(w.part(16 * half + i, k));
             }
             let pairs = transpose16(lanes);
-            for pair in 0..n.div_ceil(PAIR) {
-                let to = &mut panel[(k / PAIR + pair) * PAIR * LANES + 32 * half..][..32];
+            let panel = panel[k * LANES..].chunks_exact_mut(PAIR * LANES);
+            for (pair, panel) in pairs.into_iter().zip(panel) {
+                let to = &mut panel[32 * half..][..32];
                 // SAFETY: the slice has 64 bytes.
-                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), pairs[pair]) };
+                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), pair) };
             }
         }
     }
@@ -89,7 +89,7 @@ fn pack_cols(w: Bf16Rows, panel: &mut [u16]) {
     // SAFETY: arrays of 64 bytes.
     let order = unsafe { [_mm512_loadu_si512(order[0].as_ptr().cast()), _mm512_loadu_si512(order[1].as_ptr().cast())] };
     let (panel, _) = panel.as_chunks_mut::<{ PAIR * LANES }>();
-    for (pair, panel) in panel.iter_mut().take(w.count.div_ceil(PAIR)).enumerate() {
+    for (pair, panel) in panel.iter_mut().enumerate() {
         let (a, b) = (load_part(w.part(PAIR * pair, 0)), load_part(w.part(PAIR * pair + 1, 0)));
         for half in 0..2 {
             // SAFETY: an array of twice 32 elements.

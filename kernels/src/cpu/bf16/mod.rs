@@ -4,6 +4,8 @@
 //! makes lanes of rows, for `dY W` lanes of columns. The panel stays in cache for all tokens.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
@@ -43,8 +45,8 @@ pub(crate) struct Rounded<'a> {
     stride: usize,
 }
 
-/// Depth that rows are padded to.
-pub(super) const PAD: usize = 8;
+/// Depth that rows are padded to: the largest group of any kernels.
+pub(super) const PAD: usize = 32;
 /// Rows of a task.
 const ROWS: usize = 16;
 

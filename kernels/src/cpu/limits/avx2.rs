@@ -2,22 +2,23 @@
 
 #![allow(unsafe_code, reason = "vector loads, and empty assembly that hides a value from the optimizer")]
 
+use super::super::avx2::{KEEP, ONCE, read_ahead};
 use super::{NONE, Peak, Probes};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
 pub(super) static AVX2: Probes = Probes {
-    read: Some(read),
+    read: Some(read::<ONCE>),
     f32: Some(Peak { run: f32, ops: 12 * 8 * 2 }),
     int8: Some(Peak { run: int8, ops: 8 * 32 * 2 }),
     ..NONE
 };
 
+/// The faster way to read depends on the maker.
+pub(super) static AVX2_KEEP: Probes = Probes { read: Some(read::<KEEP>), ..NONE };
+
 /// 256-bit dot products without AVX-512, as client processors have them.
 pub(super) static AVX_VNNI: Probes = Probes { int8: Some(Peak { run: vnni, ops: 12 * 32 * 2 }), ..NONE };
-
-/// Bytes of prefetch, as in the kernels of decoding.
-const AHEAD: usize = 12 * 1024;
 
 /// The same value, of which the optimizer knows nothing: without it, products of constants would be computed once.
 macro_rules! hide {
@@ -28,13 +29,12 @@ macro_rules! hide {
 }
 
 #[target_feature(enable = "avx2")]
-fn read(bytes: &[u8]) -> u64 {
+fn read<const HINT: i32>(bytes: &[u8]) -> u64 {
     let (lines, tail) = bytes.as_chunks::<128>();
     let mut sums = [_mm256_setzero_si256(); 4];
     for line in lines {
-        // A prefetch is no access: it may point past the end.
-        _mm_prefetch::<_MM_HINT_NTA>(line.as_ptr().wrapping_add(AHEAD).cast());
-        _mm_prefetch::<_MM_HINT_NTA>(line.as_ptr().wrapping_add(AHEAD + 64).cast());
+        read_ahead::<HINT>(line.as_ptr());
+        read_ahead::<HINT>(line[64..].as_ptr());
         for (sum, part) in sums.iter_mut().zip(line.as_chunks::<32>().0) {
             // SAFETY: `part` is an array of 32 bytes.
             *sum = _mm256_xor_si256(*sum, unsafe { _mm256_loadu_si256(part.as_ptr().cast()) });

@@ -2,12 +2,15 @@
 
 #![allow(unsafe_code, reason = "vector loads, and empty assembly that hides a value from the optimizer")]
 
+use super::super::avx2::{KEEP, ONCE, read_ahead};
 use super::{NONE, Peak, Probes};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
 pub(super) static AVX512: Probes =
-    Probes { read: Some(read), f32: Some(Peak { run: f32, ops: SUMS as u64 * 16 * 2 }), ..NONE };
+    Probes { read: Some(read::<ONCE>), f32: Some(Peak { run: f32, ops: SUMS as u64 * 16 * 2 }), ..NONE };
+
+pub(super) static AVX512_KEEP: Probes = Probes { read: Some(read::<KEEP>), ..NONE };
 
 pub(super) static VNNI: Probes = Probes { int8: Some(Peak { run: int8, ops: SUMS as u64 * 64 * 2 }), ..NONE };
 
@@ -15,9 +18,6 @@ pub(super) static BF16: Probes = Probes { bf16: Some(Peak { run: bf16, ops: SUMS
 
 /// Two units of up to eight cycles' latency; with more, compilers begin to keep some in memory.
 const SUMS: usize = 16;
-
-/// Bytes of prefetch, as in the kernels of decoding.
-const AHEAD: usize = 12 * 1024;
 
 /// The same value, of which the optimizer knows nothing.
 macro_rules! hide {
@@ -28,13 +28,12 @@ macro_rules! hide {
 }
 
 #[target_feature(enable = "avx512f")]
-fn read(bytes: &[u8]) -> u64 {
+fn read<const HINT: i32>(bytes: &[u8]) -> u64 {
     let (lines, tail) = bytes.as_chunks::<128>();
     let mut sums = [_mm512_setzero_si512(); 2];
     for line in lines {
-        // A prefetch is no access: it may point past the end.
-        _mm_prefetch::<_MM_HINT_NTA>(line.as_ptr().wrapping_add(AHEAD).cast());
-        _mm_prefetch::<_MM_HINT_NTA>(line.as_ptr().wrapping_add(AHEAD + 64).cast());
+        read_ahead::<HINT>(line.as_ptr());
+        read_ahead::<HINT>(line[64..].as_ptr());
         for (sum, part) in sums.iter_mut().zip(line.as_chunks::<64>().0) {
             // SAFETY: `part` is an array of 64 bytes.
             *sum = _mm512_xor_si512(*sum, unsafe { _mm512_loadu_si512(part.as_ptr().cast()) });

@@ -68,13 +68,13 @@ static AVAILABLE: LazyLock<Vec<&'static Probes>> = LazyLock::new(|| {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            probes.push(&avx2::AVX2);
+            probes.extend([&avx2::AVX2, &avx2::AVX2_KEEP]);
         }
         if is_x86_feature_detected!("avxvnni") && is_x86_feature_detected!("avx2") {
             probes.push(&avx2::AVX_VNNI);
         }
         if is_x86_feature_detected!("avx512f") {
-            probes.push(&avx512::AVX512);
+            probes.extend([&avx512::AVX512, &avx512::AVX512_KEEP]);
             if is_x86_feature_detected!("avx512vnni") {
                 probes.push(&avx512::VNNI);
             }

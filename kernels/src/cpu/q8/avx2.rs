@@ -7,7 +7,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{sum1, sum4};
+use super::super::avx2::{AHEAD, KEEP, ONCE, keeps, prefetch_line, read_ahead, sum1, sum4};
 use super::super::nf4::{Codebook, Nf4};
 use super::portable::TINY;
 use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows};
@@ -19,17 +19,6 @@ pub(crate) const LANES: usize = 16;
 const TOKENS: usize = 4;
 /// What makes codes of 7 bits unsigned.
 const LIFT: i8 = 64;
-/// Bytes that the matrix-vector products read ahead: what memory delivers in some 300 ns. With a quarter of it, a core
-/// reads at three quarters of the rate.
-pub(super) const AHEAD: usize = 12 * 1024;
-
-/// Asks for what lies [`AHEAD`] of `at`, not to be kept. A prefetch is no access: it may point past the end.
-#[inline(always)]
-pub(super) fn read_ahead(at: *const u8) {
-    // SAFETY: every x86-64 processor has the instruction, and it reads nothing.
-    unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.wrapping_add(AHEAD).cast()) };
-}
-
 /// See [`super::super::Table::q8_quantize`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
@@ -123,13 +112,23 @@ pub(super) fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
+    if keeps() {
+        nf4_rows::<KEEP>(w, row, x, y);
+    } else {
+        nf4_rows::<ONCE>(w, row, x, y);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn nf4_rows<const HINT: i32>(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let (book, unit) = (book(w.codebook()), w.codebook().unit);
     let scales = |group: usize, out: &mut [f32]| w.scales64(group, out);
     super::each_row(w, row, x, y, scales, |mut rows, y| {
         // Four at once: what begins and ends a row takes as long as some blocks.
         let (fours, rest) = y.as_chunks_mut::<4>();
         for y in fours {
-            let sums = _mm_mul_ps(sum4(dots4(book, rows.take(4))), _mm_set1_ps(unit));
+            let sums = _mm_mul_ps(sum4(dots4::<HINT>(book, rows.take(4))), _mm_set1_ps(unit));
             // SAFETY: `y` is an array of four floats.
             unsafe { _mm_storeu_ps(y.as_mut_ptr(), sums) };
         }
@@ -138,7 +137,7 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
             // Two sums that change places: each addition waits for the one before the last only.
             let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
             for ((packed, factor), codes) in packed.iter().zip(factors).zip(x.codes) {
-                read_ahead(packed.as_ptr());
+                read_ahead::<HINT>(packed.as_ptr());
                 (this, other) = (other, add_block(this, look_up(book, packed), codes, *factor));
             }
             *y = sum1(_mm256_add_ps(this, other)) * unit;
@@ -149,15 +148,15 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
 /// Four rows, each as a sum of 8 lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn dots4(book: __m256i, rows: Rows) -> [__m256; 4] {
+fn dots4<const HINT: i32>(book: __m256i, rows: Rows) -> [__m256; 4] {
     let Rows { packed, factors, x, .. } = rows;
     let n = x.codes.len();
     assert!(packed.len() == 4 * n && factors.len() == 4 * n);
     let mut sums = [_mm256_setzero_ps(); 4];
     for (block, codes) in x.codes.iter().enumerate() {
         // Memory is asked for in its own order, not row by row.
-        read_ahead(packed.as_ptr().wrapping_add(4 * block).cast());
-        read_ahead(packed.as_ptr().wrapping_add(4 * block + 2).cast());
+        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block).cast());
+        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block + 2).cast());
         for r in 0..4 {
             let at = r * n + block;
             sums[r] = add_block(sums[r], look_up(book, &packed[at]), codes, factors[at]);
@@ -178,11 +177,21 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], factor: f32) -> __m2
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+    if keeps() {
+        int8_rows::<KEEP>(w, row, x, y);
+    } else {
+        int8_rows::<ONCE>(w, row, x, y);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     let ahead = w.ahead(AHEAD);
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(ahead).cast());
+            prefetch_line::<HINT>(w.as_ptr().wrapping_add(ahead).cast());
             // SAFETY: `w` is an array of 64 bytes.
             let w = [0, 32].map(|at| unsafe { _mm256_loadu_si256(w.as_ptr().add(at).cast()) });
             (this, other) = (other, add_block(this, w, codes, *unit));

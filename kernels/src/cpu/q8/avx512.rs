@@ -4,11 +4,10 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::sum4;
+use super::super::avx2::{AHEAD, KEEP, ONCE, keeps, prefetch_line, read_ahead, sum4};
 use super::super::avx512::{halve, sum16, transpose16};
 use super::super::nf4::Nf4;
 use super::super::nf4::avx512::scales64;
-use super::avx2::{AHEAD, read_ahead};
 use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows};
 use std::arch::x86_64::*;
 
@@ -54,13 +53,23 @@ fn load<T>(array: &[T]) -> __m512i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi,avx2")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
+    if keeps() {
+        nf4_rows::<KEEP>(w, row, x, y);
+    } else {
+        nf4_rows::<ONCE>(w, row, x, y);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi,avx2")]
+fn nf4_rows<const HINT: i32>(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let (book, shifts, unit) = (book(w), shifts(), w.codebook().unit);
     let scales = |group: usize, out: &mut [f32]| scales64(w, group, out);
     super::each_row(w, row, x, y, scales, |mut rows, y| {
         // Four at once: what begins and ends a row takes as long as some blocks.
         let (fours, rest) = y.as_chunks_mut::<4>();
         for y in fours {
-            let [a, b, c, d] = dots4(book, shifts, rows.take(4));
+            let [a, b, c, d] = dots4::<HINT>(book, shifts, rows.take(4));
             let sums = sum4([halve(a), halve(b), halve(c), halve(d)]);
             // SAFETY: `y` is an array of four floats.
             unsafe { _mm_storeu_ps(y.as_mut_ptr(), _mm_mul_ps(sums, _mm_set1_ps(unit))) };
@@ -70,7 +79,7 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
             // Two sums that change places: each addition waits for the one before the last only.
             let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
             for ((packed, factor), (codes, start)) in packed.iter().zip(factors).zip(x.codes.iter().zip(x.starts)) {
-                read_ahead(packed.as_ptr());
+                read_ahead::<HINT>(packed.as_ptr());
                 (this, other) = (other, add_nf4(this, book, shifts, packed, *factor, codes, *start));
             }
             *y = sum16(_mm512_add_ps(this, other)) * unit;
@@ -81,15 +90,15 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
 /// Four rows, each as a sum of 16 lanes.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn dots4(book: __m512i, shifts: __m512i, rows: Rows) -> [__m512; 4] {
+fn dots4<const HINT: i32>(book: __m512i, shifts: __m512i, rows: Rows) -> [__m512; 4] {
     let Rows { packed, factors, x, .. } = rows;
     let n = x.codes.len();
     assert!(packed.len() == 4 * n && factors.len() == 4 * n);
     let mut sums = [_mm512_setzero_ps(); 4];
     for (block, (codes, start)) in x.codes.iter().zip(x.starts).enumerate() {
         // Memory is asked for in its own order, not row by row.
-        read_ahead(packed.as_ptr().wrapping_add(4 * block).cast());
-        read_ahead(packed.as_ptr().wrapping_add(4 * block + 2).cast());
+        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block).cast());
+        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block + 2).cast());
         for r in 0..4 {
             let at = r * n + block;
             sums[r] = add_nf4(sums[r], book, shifts, &packed[at], factors[at], codes, *start);
@@ -125,6 +134,16 @@ fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], start: __m512i, factor: f
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+    if keeps() {
+        int8_rows::<KEEP>(w, row, x, y);
+    } else {
+        int8_rows::<ONCE>(w, row, x, y);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     let sign = _mm512_set1_epi8(-128);
     // The same for every row, so the sum of all blocks serves.
     let surplus: f32 = x.starts.iter().zip(x.units).map(|(start, unit)| *start as f32 * unit).sum();
@@ -132,7 +151,7 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(ahead).cast());
+            prefetch_line::<HINT>(w.as_ptr().wrapping_add(ahead).cast());
             let w = _mm512_xor_si512(load(w), sign);
             (this, other) = (other, add_block(this, w, codes, _mm512_setzero_si512(), *unit));
         }

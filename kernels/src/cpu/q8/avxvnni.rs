@@ -4,9 +4,9 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{sum1, sum4};
+use super::super::avx2::{AHEAD, KEEP, ONCE, keeps, prefetch_line, read_ahead, sum1, sum4};
 use super::super::nf4::Nf4;
-use super::avx2::{AHEAD, LANES, book, load32, look_up, read_ahead};
+use super::avx2::{LANES, book, load32, look_up};
 use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows};
 use std::arch::x86_64::*;
 
@@ -23,13 +23,23 @@ fn unsigned(codes: __m256i) -> __m256i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
+    if keeps() {
+        nf4_rows::<KEEP>(w, row, x, y);
+    } else {
+        nf4_rows::<ONCE>(w, row, x, y);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,avxvnni")]
+fn nf4_rows<const HINT: i32>(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     let (book, unit) = (unsigned(book(w.codebook())), w.codebook().unit);
     let scales = |group: usize, out: &mut [f32]| w.scales64(group, out);
     super::each_row(w, row, x, y, scales, |mut rows, y| {
         // Four at once: what begins and ends a row takes as long as some blocks.
         let (fours, rest) = y.as_chunks_mut::<4>();
         for y in fours {
-            let sums = _mm_mul_ps(sum4(dots4(book, rows.take(4))), _mm_set1_ps(unit));
+            let sums = _mm_mul_ps(sum4(dots4::<HINT>(book, rows.take(4))), _mm_set1_ps(unit));
             // SAFETY: `y` is an array of four floats.
             unsafe { _mm_storeu_ps(y.as_mut_ptr(), sums) };
         }
@@ -38,7 +48,7 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
             // Two sums that change places: each addition waits for the one before the last only.
             let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
             for ((packed, factor), (codes, start)) in packed.iter().zip(factors).zip(x.codes.iter().zip(x.starts)) {
-                read_ahead(packed.as_ptr());
+                read_ahead::<HINT>(packed.as_ptr());
                 (this, other) = (other, add_block(this, look_up(book, packed), codes, *start, *factor));
             }
             *y = sum1(_mm256_add_ps(this, other)) * unit;
@@ -49,15 +59,15 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
 /// Four rows, each as a sum of 8 lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,avxvnni")]
-fn dots4(book: __m256i, rows: Rows) -> [__m256; 4] {
+fn dots4<const HINT: i32>(book: __m256i, rows: Rows) -> [__m256; 4] {
     let Rows { packed, factors, x, .. } = rows;
     let n = x.codes.len();
     assert!(packed.len() == 4 * n && factors.len() == 4 * n);
     let mut sums = [_mm256_setzero_ps(); 4];
     for (block, (codes, start)) in x.codes.iter().zip(x.starts).enumerate() {
         // Memory is asked for in its own order, not row by row.
-        read_ahead(packed.as_ptr().wrapping_add(4 * block).cast());
-        read_ahead(packed.as_ptr().wrapping_add(4 * block + 2).cast());
+        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block).cast());
+        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block + 2).cast());
         for r in 0..4 {
             let at = r * n + block;
             sums[r] = add_block(sums[r], look_up(book, &packed[at]), codes, *start, factors[at]);
@@ -79,11 +89,21 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], start: i32, factor: 
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+    if keeps() {
+        int8_rows::<KEEP>(w, row, x, y);
+    } else {
+        int8_rows::<ONCE>(w, row, x, y);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,avxvnni")]
+fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     let ahead = w.ahead(AHEAD);
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for (((w, codes), start), unit) in w.row(row + i).iter().zip(x.codes).zip(x.starts).zip(x.units) {
-            _mm_prefetch::<_MM_HINT_NTA>(w.as_ptr().wrapping_add(ahead).cast());
+            prefetch_line::<HINT>(w.as_ptr().wrapping_add(ahead).cast());
             // SAFETY: `w` is an array of 64 bytes.
             let w = [0, 32].map(|at| unsafe { _mm256_loadu_si256(w.as_ptr().add(at).cast()) });
             (this, other) = (other, add_block(this, [unsigned(w[0]), unsigned(w[1])], codes, *start, *unit));
