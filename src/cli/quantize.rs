@@ -11,8 +11,8 @@ use std::time::Instant;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Hugging Face directory, .safetensors file with its config.json beside it, or .gguf file.
-    source: PathBuf,
+    /// Hugging Face directory, .safetensors file with its config.json beside it, .gguf file, or name of a cached model.
+    source: String,
     /// Directory to write.
     #[arg(short, long)]
     out: PathBuf,
@@ -44,7 +44,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         To::F32 => Target::F32,
     };
     let start = Instant::now();
-    let summary = model::convert(&args.source, &args.out, to)?;
+    let summary = model::convert(&model::locate(&args.source)?, &args.out, to)?;
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
         print_json(&json!({

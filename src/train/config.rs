@@ -290,6 +290,14 @@ mod tests {
     }
 
     #[test]
+    fn numbers_come_back_from_a_checkpoint_as_they_were() {
+        // A hasty parser reads this one back as its neighbour, and a resume would be refused.
+        let config = TrainConfig { max_forgetting: Some(1.677_206_192_874_474_1), ..Default::default() };
+        let back: TrainConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(back, config);
+    }
+
+    #[test]
     fn bad_settings_name_themselves() {
         for (config, name) in [
             (TrainConfig { rank: 0, ..Default::default() }, "rank"),

@@ -5,9 +5,9 @@
 
 mod adamw;
 mod adamw8;
-mod attention;
 #[cfg(target_arch = "x86_64")]
 mod amx;
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

@@ -19,7 +19,7 @@ pub(crate) static KERNELS: Bf16 = Bf16 { group: DEPTH, tile, ..avx512::KERNELS }
 
 /// Shapes of the tiles, as `ldtilecfg` reads them.
 #[repr(C, align(64))]
-struct Config {
+pub(in super::super) struct Config {
     palette: u8,
     start_row: u8,
     reserved: [u8; 14],
@@ -29,7 +29,7 @@ struct Config {
 
 impl Config {
     /// Tiles 0 to 3 for sums, two by two of them; 4 and 5 for `rows` of activations; 6 and 7 for the panel.
-    fn new(rows: [u8; 2]) -> Self {
+    pub fn new(rows: [u8; 2]) -> Self {
         let (mut bytes, mut all) = ([0; 16], [0; 16]);
         bytes[..8].fill(ROW as u16);
         let [upper, lower] = rows;

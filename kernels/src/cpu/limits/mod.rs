@@ -5,6 +5,8 @@
 //! instruction set that this CPU has, whatever `POCKETLORA_ISA` says: other programs can only take away from it.
 
 #[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -80,6 +82,9 @@ static AVAILABLE: LazyLock<Vec<&'static Probes>> = LazyLock::new(|| {
             }
             if is_x86_feature_detected!("avx512bf16") {
                 probes.push(&avx512::BF16);
+            }
+            if super::amx::available() {
+                probes.push(&amx::AMX);
             }
         }
     }
