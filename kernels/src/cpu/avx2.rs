@@ -21,6 +21,18 @@ pub(crate) fn keeps() -> bool {
     *KEEPS
 }
 
+/// Calls a function of a hint with the one that is faster here.
+macro_rules! with_hint {
+    ($function:ident($($arg:expr),*)) => {
+        if $crate::cpu::avx2::keeps() {
+            $function::<{ $crate::cpu::avx2::KEEP }>($($arg),*)
+        } else {
+            $function::<{ $crate::cpu::avx2::ONCE }>($($arg),*)
+        }
+    };
+}
+pub(crate) use with_hint;
+
 /// Asks for what lies [`AHEAD`] of `at`. A prefetch is no access: it may point past the end.
 #[inline(always)]
 pub(crate) fn read_ahead<const HINT: i32>(at: *const u8) {

@@ -7,7 +7,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{AHEAD, KEEP, ONCE, keeps, prefetch_line, read_ahead, sum1, sum4};
+use super::super::avx2::{AHEAD, prefetch_line, read_ahead, sum1, sum4, with_hint};
 use super::super::nf4::{Codebook, Nf4};
 use super::portable::TINY;
 use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows};
@@ -112,11 +112,7 @@ pub(super) fn load32(codes: &[i8; BLOCK], half: usize) -> __m256i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    if keeps() {
-        nf4_rows::<KEEP>(w, row, x, y);
-    } else {
-        nf4_rows::<ONCE>(w, row, x, y);
-    }
+    with_hint!(nf4_rows(w, row, x, y));
 }
 
 #[inline]
@@ -177,11 +173,7 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], factor: f32) -> __m2
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    if keeps() {
-        int8_rows::<KEEP>(w, row, x, y);
-    } else {
-        int8_rows::<ONCE>(w, row, x, y);
-    }
+    with_hint!(int8_rows(w, row, x, y));
 }
 
 #[inline]

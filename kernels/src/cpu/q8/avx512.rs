@@ -4,7 +4,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{AHEAD, KEEP, ONCE, keeps, prefetch_line, read_ahead, sum4};
+use super::super::avx2::{AHEAD, prefetch_line, read_ahead, sum4, with_hint};
 use super::super::avx512::{halve, sum16, transpose16};
 use super::super::nf4::Nf4;
 use super::super::nf4::avx512::scales64;
@@ -53,11 +53,7 @@ fn load<T>(array: &[T]) -> __m512i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi,avx2")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    if keeps() {
-        nf4_rows::<KEEP>(w, row, x, y);
-    } else {
-        nf4_rows::<ONCE>(w, row, x, y);
-    }
+    with_hint!(nf4_rows(w, row, x, y));
 }
 
 #[inline]
@@ -134,11 +130,7 @@ fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], start: __m512i, factor: f
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    if keeps() {
-        int8_rows::<KEEP>(w, row, x, y);
-    } else {
-        int8_rows::<ONCE>(w, row, x, y);
-    }
+    with_hint!(int8_rows(w, row, x, y));
 }
 
 #[inline]

@@ -4,7 +4,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{AHEAD, KEEP, ONCE, keeps, prefetch_line, read_ahead, sum1, sum4};
+use super::super::avx2::{AHEAD, prefetch_line, read_ahead, sum1, sum4, with_hint};
 use super::super::nf4::Nf4;
 use super::avx2::{LANES, book, load32, look_up};
 use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows};
@@ -23,11 +23,7 @@ fn unsigned(codes: __m256i) -> __m256i {
 /// See [`super::super::Table::q8_nf4_matvec`].
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    if keeps() {
-        nf4_rows::<KEEP>(w, row, x, y);
-    } else {
-        nf4_rows::<ONCE>(w, row, x, y);
-    }
+    with_hint!(nf4_rows(w, row, x, y));
 }
 
 #[inline]
@@ -89,11 +85,7 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], start: i32, factor: 
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    if keeps() {
-        int8_rows::<KEEP>(w, row, x, y);
-    } else {
-        int8_rows::<ONCE>(w, row, x, y);
-    }
+    with_hint!(int8_rows(w, row, x, y));
 }
 
 #[inline]
