@@ -1,5 +1,6 @@
 //! What the AVX2 kernels share.
 
+use super::shelf;
 use std::arch::x86_64::*;
 use std::sync::LazyLock;
 
@@ -39,6 +40,12 @@ pub(crate) fn read_ahead<const HINT: i32>(at: *const u8) {
     prefetch_line::<HINT>(at.wrapping_add(AHEAD));
 }
 
+/// Asks for the cache line that comes [`shelf::AHEAD`] after the one at `at`.
+#[inline(always)]
+pub(crate) fn read_shelf(at: *const u8) {
+    prefetch_line::<KEEP>(at.wrapping_add(shelf::AHEAD));
+}
+
 /// Asks for the cache line at `at`, wherever that is.
 #[inline(always)]
 pub(crate) fn prefetch_line<const HINT: i32>(at: *const u8) {
@@ -63,14 +70,6 @@ pub(crate) fn sum4(v: [__m256; 4]) -> __m128 {
 pub(crate) fn sum1(v: __m256) -> f32 {
     let zero = _mm256_setzero_ps();
     _mm_cvtss_f32(sum4([v, zero, zero, zero]))
-}
-
-/// See [`super::Table::prefetch`].
-#[target_feature(enable = "avx2")]
-pub(crate) fn prefetch(bytes: &[u8]) {
-    for line in bytes.chunks(64) {
-        _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
-    }
 }
 
 /// Selects the first `n` lanes in masked loads and stores.

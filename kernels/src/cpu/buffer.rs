@@ -32,12 +32,7 @@ impl Buffer {
     /// Zeros to cut other buffers from.
     pub(crate) fn region(len: usize) -> Result<Self, Error> {
         let size = len.saturating_mul(size_of::<f32>()).saturating_add(LINE - 1) / LINE * LINE;
-        let mut memory = reserve(size.saturating_add(LINE))?;
-        memory.resize(size + LINE, 0u8);
-        let mut bytes = BytesMut::from(Bytes::from(memory));
-        bytes.advance(bytes.as_ptr().align_offset(LINE).min(LINE));
-        bytes.truncate(size);
-        Ok(Self(Values::Part { bytes, len }))
+        Ok(Self(Values::Part { bytes: lines(size)?, len }))
     }
 
     /// Length that [`Buffer::cut`] can give at most.
@@ -118,6 +113,16 @@ impl fmt::Debug for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Buffer").field(&&**self).finish()
     }
+}
+
+/// Zeros from the beginning of a cache line on.
+pub(crate) fn lines(size: usize) -> Result<BytesMut, Error> {
+    let mut memory = reserve(size.saturating_add(LINE))?;
+    memory.resize(size + LINE, 0u8);
+    let mut bytes = BytesMut::from(Bytes::from(memory));
+    bytes.advance(bytes.as_ptr().align_offset(LINE).min(LINE));
+    bytes.truncate(size);
+    Ok(bytes)
 }
 
 /// An empty vector with room for `len`, or the error that an app can act on instead of the abort of `Vec`.

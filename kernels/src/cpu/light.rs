@@ -5,8 +5,6 @@
 use super::adamw::Factors;
 use super::adamw8::Blocks;
 use super::cache::BLOCK as KEYS;
-use super::q8::Columns;
-use std::sync::atomic::AtomicU32;
 
 /// Makes the table of loops, a safe method for each, and its instances.
 macro_rules! light {
@@ -46,9 +44,8 @@ macro_rules! light {
         }
     };
     (@texts $fma:expr, $attribute:meta, $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
-        use super::super::q8::columns;
         use super::super::{adamw, adamw8, cache, gated, rms_norm, rope, sgd, softmax};
-        use super::{AtomicU32, Blocks, Columns, Factors, KEYS, Light};
+        use super::{Blocks, Factors, KEYS, Light};
 
         /// Whether products and sums may be rounded once.
         const FMA: bool = $fma;
@@ -108,6 +105,4 @@ light! {
     fn decode_int8_keys(codes: &[u8], scales: &[f32], out: &mut [f32]) = cache::decode_int8_keys;
     /// Products of codes with the scale of their row: as many rows as `scales`.
     fn decode_int8_values(codes: &[u8], scales: &[f32], out: &mut [f32]) = cache::decode_int8_values;
-    /// See [`columns::add`](super::q8::columns::add).
-    fn add_columns(w: &Columns, row: usize, h: &[AtomicU32], y: &mut [f32]) = columns::add::<FMA>;
 }

@@ -1,5 +1,6 @@
 //! Weights as the CPU backend holds them: mapped bytes, or a small matrix that changes every step.
 
+use super::Cpu;
 use super::buffer::{Buffer, reserve};
 use super::nf4::Nf4;
 use super::q8::{BLOCK, Columns, Int8};
@@ -163,36 +164,38 @@ impl Matrix {
 
     /// This work matrix `[r, K]` in 8 bits, as the down-projection of an adapter; `None` of others, and of rows that are no
     /// whole blocks.
-    pub(crate) fn down(&self, table: &Table) -> Result<Option<&Int8>, Error> {
+    pub(crate) fn down(&self, cpu: &Cpu) -> Result<Option<&Int8>, Error> {
         match &self.data {
             Data::Work(.., eight) if self.cols.is_multiple_of(BLOCK) && self.cols > 0 => {
-                init(&eight.down, || self.encode(table)).map(Some)
+                init(&eight.down, || self.encode(cpu)).map(Some)
             }
             _ => Ok(None),
         }
     }
 
     /// This work matrix `[O, r]` in 8 bits, as the up-projection of an adapter; `None` of others.
-    pub(crate) fn up(&self, table: &Table) -> Result<Option<&Columns>, Error> {
+    pub(crate) fn up(&self, cpu: &Cpu) -> Result<Option<&Columns>, Error> {
         let Data::Work(.., eight) = &self.data else { return Ok(None) };
         let columns = || {
             let mut values = reserve(self.rows * self.cols)?;
             values.resize(self.rows * self.cols, 0.0);
-            self.decode(table, 0, 0, self.cols, &mut values);
-            Columns::new(&values, self.cols)
+            self.decode(cpu.table, 0, 0, self.cols, &mut values);
+            Columns::new(&cpu.shelf, &values, self.cols)
         };
         init(&eight.up, columns).map(Some)
     }
 
-    fn encode(&self, table: &Table) -> Result<Int8, Error> {
+    fn encode(&self, cpu: &Cpu) -> Result<Int8, Error> {
         let (mut row, mut row_codes) = (vec![0.0; self.cols], vec![0; self.cols]);
-        let (mut codes, mut scales) = (reserve(self.rows * self.cols)?, reserve(self.rows * 4)?);
-        for i in 0..self.rows {
-            self.decode(table, i, 0, self.cols, &mut row);
-            scales.extend(encode_int8(&row, &mut row_codes).to_le_bytes());
-            codes.extend(row_codes.iter().map(|code| code.cast_unsigned()));
+        let mut codes = cpu.shelf.take(self.rows * (self.cols + 4))?;
+        let mut scales = codes.split_off(self.rows * self.cols);
+        let parts = codes.chunks_exact_mut(self.cols).zip(scales.as_chunks_mut().0);
+        for (i, (codes, scale)) in parts.enumerate() {
+            self.decode(cpu.table, i, 0, self.cols, &mut row);
+            *scale = encode_int8(&row, &mut row_codes).to_le_bytes();
+            codes.iter_mut().zip(&row_codes).for_each(|(to, code)| *to = code.cast_unsigned());
         }
-        Int8::new(self.rows, self.cols, codes.into(), scales.into())
+        Int8::new(self.rows, self.cols, codes.freeze(), scales.freeze())
     }
 
     /// Expands rows `row..row + n` by columns `col..col + width` into `out`, `n` rows of `width`.

@@ -36,6 +36,7 @@ mod rms_norm;
 mod rope;
 mod rows;
 mod sgd;
+mod shelf;
 mod softmax;
 mod split;
 mod table;
@@ -50,12 +51,14 @@ pub use table::{Isa, Table};
 
 use crate::{AdamW, Arithmetic, Attention, Backend, CacheType, Error, Lion, MatrixSource, Product, Sgd, WorkType};
 use gated::Gate;
+use shelf::Shelf;
 use team::Team;
 
 /// The CPU: a team of threads and the kernels of one instruction set.
 pub struct Cpu {
     table: &'static Table,
     team: Team,
+    shelf: Shelf,
 }
 
 impl Cpu {
@@ -70,7 +73,8 @@ impl Cpu {
     #[must_use]
     pub fn with_table(threads: usize, table: &'static Table) -> Self {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-        Self { table, team: Team::new(if threads == 0 { cores() } else { threads }) }
+        let team = Team::new(if threads == 0 { cores() } else { threads });
+        Self { table, team, shelf: Shelf::default() }
     }
 
     /// The instruction set of the kernels.

@@ -82,11 +82,6 @@ pub(crate) fn prefetch<T>(at: *const T) {
     unsafe { asm!("prfm pldl1keep, [{}]", in(reg) at, options(readonly, nostack, preserves_flags)) };
 }
 
-/// See [`super::Table::prefetch`].
-pub(crate) fn prefetch_all(bytes: &[u8]) {
-    bytes.chunks(64).for_each(|line| prefetch(line.as_ptr()));
-}
-
 /// Defines `fn name(sum, a, b) -> sum`, one instruction that adds products to its first operand.
 macro_rules! multiply_add {
     ($(#[$doc:meta])* $name:ident $(<$lane:ident>)?, $feature:literal, $text:literal, $sum:ty, $factor:ty) => {

@@ -6,7 +6,7 @@ use super::cache::{Tile, size};
 use super::dense;
 use super::light::{self, Light};
 use super::nf4::{self, EvenOdd, Nf4};
-use super::q8::{self, Int8, Panel, Place, Q8, Q8Mut, Q8Row};
+use super::q8::{self, Columns, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row};
 use super::tile::{self, Coefficients, Rows};
 use crate::{Error, FloatType};
 #[cfg(target_arch = "aarch64")]
@@ -57,7 +57,6 @@ pub struct Table {
     features: &'static [&'static str],
     /// Tokens from which transposing a panel of weights pays, because `tile_axpy` is so much faster than `tile_dot`.
     transposes_from: usize,
-    prefetch: unsafe fn(&[u8]),
     nf4_decode: unsafe fn(&Nf4, usize, &mut [f32]),
     nf4_matvec: unsafe fn(&Nf4, usize, usize, &EvenOdd, &mut [f32]),
     dense_decode: unsafe fn(FloatType, &[u8], usize, usize, &mut [f32]),
@@ -67,6 +66,7 @@ pub struct Table {
     q8_quantize: unsafe fn(&[f32], Q8Mut),
     q8_nf4_matvec: unsafe fn(&Nf4, usize, Q8Row, &mut [f32]),
     q8_int8_matvec: unsafe fn(&Int8, usize, Q8Row, &mut [f32]),
+    q8_add_columns: unsafe fn(&Columns, usize, &[Hidden], &mut [f32]),
     q8_pack_nf4: unsafe fn(&Nf4, usize, Place, Panel),
     q8_pack_int8: unsafe fn(&Int8, Place, Panel),
     q8_tile: unsafe fn(Panel, &Q8, Place, &mut [&mut [f32]], usize),
@@ -84,7 +84,6 @@ static PORTABLE: Table = Table {
     isa: Isa::Portable,
     features: &[],
     transposes_from: 16,
-    prefetch: |_| (),
     nf4_decode: nf4::portable::decode,
     nf4_matvec: nf4::portable::matvec,
     dense_decode: dense::portable::decode,
@@ -93,6 +92,7 @@ static PORTABLE: Table = Table {
     q8_quantize: q8::portable::quantize,
     q8_nf4_matvec: q8::portable::nf4_matvec,
     q8_int8_matvec: q8::portable::int8_matvec,
+    q8_add_columns: q8::portable::add_columns,
     q8_pack_nf4: q8::portable::pack_nf4,
     q8_pack_int8: q8::portable::pack_int8,
     q8_tile: q8::portable::tile,
@@ -109,7 +109,6 @@ static AVX2: Table = Table {
     isa: Isa::Avx2,
     features: &[],
     transposes_from: usize::MAX,
-    prefetch: super::avx2::prefetch,
     nf4_decode: nf4::avx2::decode,
     nf4_matvec: nf4::avx2::matvec,
     dense_decode: dense::avx2::decode,
@@ -118,6 +117,7 @@ static AVX2: Table = Table {
     q8_quantize: q8::avx2::quantize,
     q8_nf4_matvec: q8::avx2::nf4_matvec,
     q8_int8_matvec: q8::avx2::int8_matvec,
+    q8_add_columns: q8::avx2::add_columns,
     q8_pack_nf4: q8::avx2::pack_nf4,
     q8_pack_int8: q8::avx2::pack_int8,
     q8_tile: q8::avx2::tile,
@@ -134,6 +134,7 @@ static AVX_VNNI: Table = Table {
     isa: Isa::AvxVnni,
     q8_nf4_matvec: q8::avxvnni::nf4_matvec,
     q8_int8_matvec: q8::avxvnni::int8_matvec,
+    q8_add_columns: q8::avxvnni::add_columns,
     q8_pack_nf4: q8::avxvnni::pack_nf4,
     q8_pack_int8: q8::avxvnni::pack_int8,
     q8_tile: q8::avxvnni::tile,
@@ -163,6 +164,7 @@ static AVX512_VNNI: Table = Table {
     q8_lanes: q8::avx512::LANES,
     q8_nf4_matvec: q8::avx512::nf4_matvec,
     q8_int8_matvec: q8::avx512::int8_matvec,
+    q8_add_columns: q8::avx512::add_columns,
     q8_pack_nf4: q8::avx512::pack_nf4,
     q8_pack_int8: q8::avx512::pack_int8,
     q8_tile: q8::avx512::tile,
@@ -182,7 +184,6 @@ static NEON: Table = Table {
     isa: Isa::Neon,
     features: &[],
     transposes_from: 48,
-    prefetch: super::neon::prefetch_all,
     nf4_decode: nf4::neon::decode,
     nf4_matvec: nf4::neon::matvec,
     dense_decode: dense::neon::decode,
@@ -191,6 +192,7 @@ static NEON: Table = Table {
     q8_quantize: q8::neon::quantize,
     q8_nf4_matvec: q8::neon::base::nf4_matvec,
     q8_int8_matvec: q8::neon::base::int8_matvec,
+    q8_add_columns: q8::neon::base::add_columns,
     q8_pack_nf4: q8::neon_panel::pack_nf4::<{ q8::QUAD }>,
     q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::QUAD }>,
     q8_tile: q8::neon::base::tile,
@@ -208,6 +210,7 @@ static NEON_DOTPROD: Table = Table {
     features: &["dotprod"],
     q8_nf4_matvec: q8::neon::dotprod::nf4_matvec,
     q8_int8_matvec: q8::neon::dotprod::int8_matvec,
+    q8_add_columns: q8::neon::dotprod::add_columns,
     q8_tile: q8::neon::dotprod::tile,
     q8_tile_int8: q8::neon::dotprod::tile,
     ..NEON
@@ -323,15 +326,6 @@ impl Table {
         self.transposes_from
     }
 
-    /// Asks for `bytes` to be brought into the cache; a hint that not every table has.
-    pub(crate) fn prefetch(&self, bytes: &[u8]) {
-        // SAFETY: any slice will do; `available()` hands out only tables that this CPU runs.
-        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
-        unsafe {
-            (self.prefetch)(bytes);
-        }
-    }
-
     /// Elements `start..start + out.len()` of the flattened weight.
     pub(crate) fn nf4_decode(&self, w: &Nf4, start: usize, out: &mut [f32]) {
         assert!(start.checked_add(out.len()).is_some_and(|end| end <= w.len()));
@@ -414,6 +408,15 @@ impl Table {
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
         unsafe {
             (self.q8_int8_matvec)(w, row, x, y);
+        }
+    }
+
+    /// `y[i] += sum_j w[row + i, j] h[j]` in 8 bits; `row` is the first of a tile.
+    pub(crate) fn q8_add_columns(&self, w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+        // SAFETY: any operands will do; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.q8_add_columns)(w, row, h, y);
         }
     }
 

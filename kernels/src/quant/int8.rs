@@ -20,10 +20,23 @@ pub fn encode_int8(row: &[f32], codes: &mut [i8]) -> f32 {
     for (row, codes) in row.as_chunks::<BLOCK>().0.iter().zip(codes.as_chunks_mut::<BLOCK>().0) {
         for (i, x) in row.iter().enumerate() {
             let code = if unit == 0.0 { 0.0 } else { f64::from(*x) / unit };
-            codes[i % 2 * (BLOCK / 2) + i / 2] = code.round_ties_even().clamp(-127.0, 127.0) as i8;
+            codes[i % 2 * (BLOCK / 2) + i / 2] = nearest(code.clamp(-127.0, 127.0));
         }
     }
     unit as f32
+}
+
+/// The nearest integer, ties to even, of what an `i8` holds. The sum with 1.5 * 2^52 has it in its lowest bits; where a CPU's
+/// base set has no rounding instruction, `round_ties_even` is a call for each element.
+#[inline(always)]
+pub(crate) fn nearest(x: f64) -> i8 {
+    (x + 6_755_399_441_055_744.0).to_bits() as i8
+}
+
+/// As [`nearest`], with 1.5 * 2^23.
+#[inline(always)]
+pub(crate) fn nearest_f32(x: f32) -> i8 {
+    (x + 12_582_912.0).to_bits() as i8
 }
 
 #[cfg(test)]
@@ -40,6 +53,17 @@ mod tests {
             assert!((f32::from(code) * scale - x).abs() <= 0.5001 * scale, "element {i}");
         }
         assert_eq!(codes.iter().map(|c| c.unsigned_abs()).max(), Some(127));
+    }
+
+    #[test]
+    fn ties_go_to_even_codes() {
+        for tie in -127_i8..127 {
+            let x = f64::from(tie) + 0.5;
+            for x in [x, x - 1e-3, x + 1e-3, f64::from(tie)] {
+                assert_eq!(f64::from(nearest(x)), x.round_ties_even(), "{x}");
+                assert_eq!(f32::from(nearest_f32(x as f32)), (x as f32).round_ties_even(), "{x}");
+            }
+        }
     }
 
     #[test]

@@ -395,11 +395,14 @@ fn adapters_beside_products_in_8_bits_err_by_no_more_than_their_rounding() {
                     a_size * x_unit + (x_size + k as f64 * x_unit) * a_steps[i] + 2e-3 * h_size[i]
                 })
                 .collect();
+            // Of each eight of `h`, the largest that their largest can be.
+            let most = |h: &[f64], off: &[f64]| h.iter().zip(off).fold(0.0_f64, |m, (h, off)| m.max(h.abs() + off));
+            let h_steps: Vec<f64> = h.chunks(8).zip(off.chunks(8)).map(|(h, off)| most(h, off) / 254.0).collect();
             let mut bounds = Vec::new();
             for (row, size) in size.iter().enumerate() {
                 let part = |i: usize| {
                     let b = f64::from(b[row * rank + i].abs());
-                    (b + b_steps[row]) * off[i] + (b_steps[row] + 1e-3 * b) * h[i].abs()
+                    (b + b_steps[row]) * (off[i] + h_steps[i / 8]) + (b_steps[row] + 1e-3 * b) * h[i].abs()
                 };
                 let low: f64 = (0..rank).map(part).sum();
                 bounds.push(f64::from(scale) * low + EPS * (k as f64 / 16.0 + 16.0) * (size + 1.0));

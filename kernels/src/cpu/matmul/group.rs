@@ -7,7 +7,7 @@
 use super::super::Cpu;
 use super::super::elementwise::{add_part, scale_part};
 use super::super::matrix::{Elements, Matrix};
-use super::super::q8::{Columns, Int8, Q8};
+use super::super::q8::{Columns, GROUP, Hidden, Int8, Q8};
 use super::super::split::{run, with_scratch};
 use super::one::{OneToken, rows_per_task};
 use super::{forward, q8};
@@ -16,8 +16,8 @@ use crate::{Arithmetic, Error, FloatType, LowRank, Product};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
-/// Rows of a down-projection in a task.
-const DOWN_ROWS: usize = 8;
+/// Rows of a down-projection in a task: what one of them computes is rounded with one unit.
+const DOWN_ROWS: usize = GROUP;
 
 /// See [`crate::Backend::matmul_group`].
 pub(crate) fn group(
@@ -73,7 +73,8 @@ enum Factors<'a> {
 struct Low<'a> {
     factors: Factors<'a>,
     scale: f32,
-    /// Its part of [`Down::h`].
+    rank: usize,
+    /// Its part of [`Down::rounded`] in 8 bits, else of [`Down::h`].
     h: Range<usize>,
 }
 
@@ -83,9 +84,9 @@ struct Down<'a> {
     lows: Vec<Low<'a>>,
     /// `scale A x` of all terms, as bits: several threads fill it, all read it.
     h: Vec<AtomicU32>,
+    /// The same in 8 bits.
+    rounded: Vec<Hidden>,
     tasks: Vec<DownTask>,
-    /// First task that nobody has asked the memory for.
-    hinted: AtomicUsize,
     done: AtomicUsize,
 }
 
@@ -112,9 +113,9 @@ impl<'a> Down<'a> {
         Self {
             x,
             lows: Vec::with_capacity(count),
-            h: Vec::with_capacity(rank),
+            h: Vec::new(),
+            rounded: Vec::with_capacity(count + rank / DOWN_ROWS),
             tasks: Vec::with_capacity(count + rank / DOWN_ROWS),
-            hinted: AtomicUsize::new(0),
             done: AtomicUsize::new(0),
         }
     }
@@ -122,7 +123,7 @@ impl<'a> Down<'a> {
     fn push(&mut self, cpu: &Cpu, term: &LowRank<'a, Cpu>) -> Result<(), Error> {
         let LowRank { a, b, scale } = *term;
         let eight = match self.x.q8() {
-            Some(_) => a.down(cpu.table)?.zip(b.up(cpu.table)?),
+            Some(_) => a.down(cpu)?.zip(b.up(cpu)?),
             None => None,
         };
         let factors = match (eight, a.elements(), b.elements()) {
@@ -133,45 +134,29 @@ impl<'a> Down<'a> {
             _ => unreachable!("only terms of floats are fused"),
         };
         let (rank, _) = a.shape();
-        let first = self.h.len();
         let task = |row| DownTask { low: self.lows.len(), row, taken: AtomicBool::new(false) };
         self.tasks.extend((0..rank).step_by(DOWN_ROWS).map(task));
-        self.h.extend((0..rank).map(|_| AtomicU32::new(0)));
-        self.lows.push(Low { factors, scale, h: first..first + rank });
+        let h = match factors {
+            Factors::Eight { .. } => append(&mut self.rounded, rank.div_ceil(DOWN_ROWS)),
+            Factors::Dense { .. } => append(&mut self.h, rank),
+        };
+        self.lows.push(Low { factors, scale, rank, h });
         Ok(())
     }
 
-    /// Has this thread's share of the factors brought to its cache; returns the first task of the share.
-    fn hint(&self, cpu: &Cpu) -> usize {
-        let count = self.tasks.len();
-        if self.hinted.load(Ordering::Relaxed) >= count {
-            return 0;
+    /// Does the tasks that nobody has taken yet, then waits for those that others have in hand.
+    #[inline]
+    fn finish(&self, cpu: &Cpu) {
+        // Most come when all is done.
+        if self.done.load(Ordering::Acquire) < self.tasks.len() {
+            self.work(cpu);
         }
-        let share = count.div_ceil(cpu.team.active());
-        let first = self.hinted.fetch_add(share, Ordering::Relaxed).min(count);
-        for task in &self.tasks[first..count.min(first + share)] {
-            let Low { factors, h, .. } = &self.lows[task.low];
-            let rows = DOWN_ROWS.min(h.len() - task.row);
-            cpu.table.prefetch(match factors {
-                Factors::Eight { a, .. } => a.rows(task.row, rows),
-                Factors::Dense { a: (dtype, bytes), .. } => {
-                    let size = self.x.x().len() * dtype.size();
-                    &bytes[task.row * size..][..rows * size]
-                }
-            });
-        }
-        first
     }
 
-    /// Does the tasks that nobody has taken yet, from number `first` on, then waits for those that others have in hand.
-    fn finish(&self, cpu: &Cpu, first: usize) {
+    #[cold]
+    fn work(&self, cpu: &Cpu) {
         let count = self.tasks.len();
-        // Threads in a hurry look first: most come when all is done.
-        if self.done.load(Ordering::Acquire) == count {
-            return;
-        }
-        for i in 0..count {
-            let task = &self.tasks[(first + i) % count];
+        for task in &self.tasks {
             if !task.taken.swap(true, Ordering::Relaxed) {
                 let _count = Count(&self.done);
                 self.task(cpu, task);
@@ -183,48 +168,47 @@ impl<'a> Down<'a> {
     }
 
     fn task(&self, cpu: &Cpu, task: &DownTask) {
-        let Low { factors, scale, h } = &self.lows[task.low];
-        let h = &self.h[h.clone()][task.row..];
-        let h = &h[..h.len().min(DOWN_ROWS)];
+        let Low { factors, scale, rank, h } = &self.lows[task.low];
         let mut sums = [0.0; DOWN_ROWS];
-        let sums = &mut sums[..h.len()];
+        let sums = &mut sums[..DOWN_ROWS.min(rank - task.row)];
         match factors {
             Factors::Eight { a, .. } => {
                 cpu.table.q8_int8_matvec(a, task.row, self.x.q8().expect("asked for in `push`"), sums);
+                scale_part(*scale, sums);
+                self.rounded[h.clone()][task.row / DOWN_ROWS].set(sums);
             }
             Factors::Dense { a: (dtype, bytes), .. } => {
                 let size = self.x.x().len() * dtype.size();
-                cpu.table.dense_matvec(*dtype, &bytes[task.row * size..][..h.len() * size], self.x.x(), sums);
-            }
-        }
-        scale_part(*scale, sums);
-        h.iter().zip(sums).for_each(|(h, sum)| h.store(sum.to_bits(), Ordering::Relaxed));
-    }
-
-    /// What adding rows `row..row + count` of `B` will read.
-    fn up(&self, low: &'a Low<'a>, row: usize, count: usize) -> &'a [u8] {
-        match &low.factors {
-            Factors::Eight { b, .. } => b.rows(row, count),
-            Factors::Dense { b: (dtype, b), .. } => {
-                let size = low.h.len() * dtype.size();
-                &b[row * size..][..count * size]
+                cpu.table.dense_matvec(*dtype, &bytes[task.row * size..][..sums.len() * size], self.x.x(), sums);
+                scale_part(*scale, sums);
+                let h = &self.h[h.clone()][task.row..];
+                h.iter().zip(sums).for_each(|(h, sum)| h.store(sum.to_bits(), Ordering::Relaxed));
             }
         }
     }
 
     /// `y += B h` for the rows of `B` from `row` on.
     fn add(&self, cpu: &Cpu, low: &Low, row: usize, y: &mut [f32]) {
-        let bits = &self.h[low.h.clone()];
         match &low.factors {
-            Factors::Eight { b, .. } => cpu.table.light().add_columns(b, row, bits, y),
-            Factors::Dense { b: (dtype, _), .. } => with_scratch(bits.len() + y.len(), |scratch| {
-                let (h, sums) = scratch.split_at_mut(bits.len());
-                h.iter_mut().zip(bits).for_each(|(h, bits)| *h = f32::from_bits(bits.load(Ordering::Relaxed)));
-                cpu.table.dense_matvec(*dtype, self.up(low, row, y.len()), h, sums);
+            Factors::Eight { b, .. } => cpu.table.q8_add_columns(b, row, &self.rounded[low.h.clone()], y),
+            Factors::Dense { b: (dtype, b), .. } => with_scratch(low.rank + y.len(), |scratch| {
+                let (h, sums) = scratch.split_at_mut(low.rank);
+                h.iter_mut()
+                    .zip(&self.h[low.h.clone()])
+                    .for_each(|(h, bits)| *h = f32::from_bits(bits.load(Ordering::Relaxed)));
+                let size = low.rank * dtype.size();
+                cpu.table.dense_matvec(*dtype, &b[row * size..][..y.len() * size], h, sums);
                 add_part(sums, y);
             }),
         }
     }
+}
+
+/// Makes room for `count` more; returns where they are.
+fn append<T: Default>(to: &mut Vec<T>, count: usize) -> Range<usize> {
+    let first = to.len();
+    to.resize_with(first + count, T::default);
+    first..to.len()
 }
 
 fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Product<'_, Cpu>]) -> Result<(), Error> {
@@ -233,6 +217,12 @@ fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Produ
     let rows = rows_per_task(x.len(), total);
     let mut down = Down::new(&token, products.iter().flat_map(|p| &p.low_rank));
     let mut tasks = Vec::with_capacity(total / rows + products.len());
+    if token.q8().is_some() {
+        // In the order in which they are read: see the shelf.
+        for term in products.iter().flat_map(|p| &p.low_rank) {
+            term.a.down(cpu)?;
+        }
+    }
     for Product { w, low_rank, y } in products {
         let first = down.lows.len();
         for term in low_rank.iter().filter(|term| term.a.shape().0 > 0) {
@@ -245,12 +235,9 @@ fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Produ
     let small = tasks.len() < 3;
     run(&cpu.team, tasks, small, |(w, lows, row, y)| {
         let lows = &down.lows[lows];
-        let first = if lows.is_empty() { 0 } else { down.hint(cpu) };
-        // On its way while the base's rows are read: too short a piece for the processor to guess.
-        lows.iter().for_each(|low| cpu.table.prefetch(down.up(low, row, y.len())));
         token.rows(cpu, w, row, y);
         if !lows.is_empty() {
-            down.finish(cpu, first);
+            down.finish(cpu);
             lows.iter().for_each(|low| down.add(cpu, low, row, y));
         }
     });

@@ -7,10 +7,12 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{AHEAD, prefetch_line, read_ahead, sum1, sum4, with_hint};
+use super::super::avx2::{AHEAD, KEEP, prefetch_line, read_ahead, read_shelf, sum1, sum4, with_hint};
 use super::super::nf4::{Codebook, Nf4};
+use super::super::shelf;
+use super::columns::{Scales, each_tile};
 use super::portable::TINY;
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows};
+use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows, TILE};
 use std::arch::x86_64::*;
 
 /// Rows of a panel: two vectors.
@@ -173,13 +175,16 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], factor: f32) -> __m2
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    with_hint!(int8_rows(w, row, x, y));
+    if w.is_shelved() {
+        int8_rows::<KEEP>(w, row, x, y, shelf::AHEAD);
+    } else {
+        with_hint!(int8_rows(w, row, x, y, AHEAD));
+    }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    let ahead = w.ahead(AHEAD);
+fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32], ahead: usize) {
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
@@ -189,6 +194,48 @@ fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
             (this, other) = (other, add_block(this, w, codes, *unit));
         }
         *y = sum1(_mm256_add_ps(this, other)) * w.scale(row + i);
+    }
+}
+
+/// See [`super::super::Table::q8_add_columns`].
+#[target_feature(enable = "avx2,fma")]
+pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+    each_tile(w, row, h, y, |quads, scales, y| {
+        let mut sums = [_mm256_setzero_ps(); TILE / 8];
+        read_shelf(scales.as_ptr().cast());
+        for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
+            let h = h.get();
+            let mut dots = [_mm256_setzero_si256(); TILE / 8];
+            for (quad, codes) in quads.iter().zip(h.codes) {
+                read_shelf(quad.as_ptr());
+                read_shelf(quad[QUAD * TILE / 2..].as_ptr());
+                let codes = _mm256_set1_epi32(codes);
+                let magnitude = _mm256_abs_epi8(codes);
+                for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<32>().0) {
+                    // SAFETY: `w` is an array of 32 bytes.
+                    let w = unsafe { _mm256_loadu_si256(w.as_ptr().cast()) };
+                    *dot = _mm256_add_epi32(*dot, fours(magnitude, _mm256_sign_epi8(w, codes)));
+                }
+            }
+            for (sum, dot) in sums.iter_mut().zip(dots) {
+                *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(h.unit), *sum);
+            }
+        }
+        add_scaled(sums, scales, y);
+    });
+}
+
+/// `y += scales sums` for a tile of rows.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn add_scaled(sums: [__m256; TILE / 8], scales: &Scales, y: &mut [f32; TILE]) {
+    for ((y, scales), sum) in y.as_chunks_mut::<8>().0.iter_mut().zip(scales.as_chunks::<8>().0).zip(sums) {
+        // SAFETY: `scales` is 8 times two bytes, `y` an array of 8 floats.
+        unsafe {
+            let scales = _mm256_cvtepu16_epi32(_mm_loadu_si128(scales.as_ptr().cast()));
+            let scales = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(scales));
+            _mm256_storeu_ps(y.as_mut_ptr(), _mm256_fmadd_ps(sum, scales, _mm256_loadu_ps(y.as_ptr())));
+        }
     }
 }
 

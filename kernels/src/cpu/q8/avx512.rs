@@ -4,11 +4,13 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{AHEAD, prefetch_line, read_ahead, sum4, with_hint};
+use super::super::avx2::{AHEAD, KEEP, prefetch_line, read_ahead, read_shelf, sum4, with_hint};
 use super::super::avx512::{halve, sum16, transpose16};
 use super::super::nf4::Nf4;
 use super::super::nf4::avx512::scales64;
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows};
+use super::super::shelf;
+use super::columns::each_tile;
+use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE};
 use std::arch::x86_64::*;
 
 /// Rows of a panel: two vectors.
@@ -130,16 +132,19 @@ fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], start: __m512i, factor: f
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    with_hint!(int8_rows(w, row, x, y));
+    if w.is_shelved() {
+        int8_rows::<KEEP>(w, row, x, y, shelf::AHEAD);
+    } else {
+        with_hint!(int8_rows(w, row, x, y, AHEAD));
+    }
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32], ahead: usize) {
     let sign = _mm512_set1_epi8(-128);
     // The same for every row, so the sum of all blocks serves.
     let surplus: f32 = x.starts.iter().zip(x.units).map(|(start, unit)| *start as f32 * unit).sum();
-    let ahead = w.ahead(AHEAD);
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
@@ -149,6 +154,38 @@ fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
         }
         *y = (sum16(_mm512_add_ps(this, other)) + surplus) * w.scale(row + i);
     }
+}
+
+/// See [`super::super::Table::q8_add_columns`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+    let sign = _mm512_set1_epi8(-128);
+    each_tile(w, row, h, y, |quads, scales, y| {
+        let mut sums = [_mm512_setzero_ps(); TILE / 16];
+        read_shelf(scales.as_ptr().cast());
+        for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
+            let h = h.get();
+            let mut dots = [_mm512_set1_epi32(h.start); TILE / 16];
+            for (quad, codes) in quads.iter().zip(h.codes) {
+                let codes = _mm512_set1_epi32(codes);
+                for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<64>().0) {
+                    read_shelf(w.as_ptr());
+                    *dot = _mm512_dpbusd_epi32(*dot, _mm512_xor_si512(load(w), sign), codes);
+                }
+            }
+            for (sum, dot) in sums.iter_mut().zip(dots) {
+                *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(h.unit), *sum);
+            }
+        }
+        for ((y, scales), sum) in y.as_chunks_mut::<16>().0.iter_mut().zip(scales.as_chunks::<16>().0).zip(sums) {
+            // SAFETY: `scales` is 16 times two bytes, `y` an array of 16 floats.
+            unsafe {
+                let scales = _mm512_cvtepu16_epi32(_mm256_loadu_si256(scales.as_ptr().cast()));
+                let scales = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(scales));
+                _mm512_storeu_ps(y.as_mut_ptr(), _mm512_fmadd_ps(sum, scales, _mm512_loadu_ps(y.as_ptr())));
+            }
+        }
+    });
 }
 
 /// See [`super::super::Table::q8_pack_nf4`].

@@ -4,10 +4,12 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{AHEAD, prefetch_line, read_ahead, sum1, sum4, with_hint};
+use super::super::avx2::{AHEAD, KEEP, prefetch_line, read_ahead, read_shelf, sum1, sum4, with_hint};
 use super::super::nf4::Nf4;
-use super::avx2::{LANES, book, load32, look_up};
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows};
+use super::super::shelf;
+use super::avx2::{LANES, add_scaled, book, load32, look_up};
+use super::columns::each_tile;
+use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE};
 use std::arch::x86_64::*;
 
 /// Tokens that a tile takes at once: 12 sums of 8, the weights and a broadcast stay in registers.
@@ -85,13 +87,16 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], start: i32, factor: 
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    with_hint!(int8_rows(w, row, x, y));
+    if w.is_shelved() {
+        int8_rows::<KEEP>(w, row, x, y, shelf::AHEAD);
+    } else {
+        with_hint!(int8_rows(w, row, x, y, AHEAD));
+    }
 }
 
 #[inline]
 #[target_feature(enable = "avx2,fma,avxvnni")]
-fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    let ahead = w.ahead(AHEAD);
+fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32], ahead: usize) {
     for (i, y) in y.iter_mut().enumerate() {
         let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for (((w, codes), start), unit) in w.row(row + i).iter().zip(x.codes).zip(x.starts).zip(x.units) {
@@ -102,6 +107,33 @@ fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
         }
         *y = sum1(_mm256_add_ps(this, other)) * w.scale(row + i);
     }
+}
+
+/// See [`super::super::Table::q8_add_columns`].
+#[target_feature(enable = "avx2,fma,avxvnni")]
+pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+    each_tile(w, row, h, y, |quads, scales, y| {
+        let mut sums = [_mm256_setzero_ps(); TILE / 8];
+        read_shelf(scales.as_ptr().cast());
+        for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
+            let h = h.get();
+            let mut dots = [_mm256_set1_epi32(h.start); TILE / 8];
+            for (quad, codes) in quads.iter().zip(h.codes) {
+                read_shelf(quad.as_ptr());
+                read_shelf(quad[QUAD * TILE / 2..].as_ptr());
+                let codes = _mm256_set1_epi32(codes);
+                for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<32>().0) {
+                    // SAFETY: `w` is an array of 32 bytes.
+                    let w = unsigned(unsafe { _mm256_loadu_si256(w.as_ptr().cast()) });
+                    *dot = _mm256_dpbusd_avx_epi32(*dot, w, codes);
+                }
+            }
+            for (sum, dot) in sums.iter_mut().zip(dots) {
+                *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(h.unit), *sum);
+            }
+        }
+        add_scaled(sums, scales, y);
+    });
 }
 
 /// See [`super::super::Table::q8_pack_nf4`].

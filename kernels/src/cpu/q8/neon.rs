@@ -8,8 +8,10 @@
 
 use super::super::neon::{by_fours, prefetch, sdot, sdot_lane, sum1};
 use super::super::nf4::Nf4;
+use super::super::shelf;
+use super::columns::each_tile;
 use super::portable::TINY;
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, Rows, each_row};
+use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, Rows, TILE, each_row};
 use std::arch::aarch64::*;
 
 pub(crate) use super::super::neon::LANES;
@@ -129,14 +131,47 @@ macro_rules! kernels {
         /// See [`crate::cpu::Table::q8_int8_matvec`].
         #[target_feature(enable = $features)]
         pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
+            let ahead = if w.is_shelved() { shelf::AHEAD } else { AHEAD };
             for (i, y) in y.iter_mut().enumerate() {
                 let mut sum = vdupq_n_f32(0.0);
                 for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-                    prefetch(w.as_ptr().wrapping_add(AHEAD));
+                    prefetch(w.as_ptr().wrapping_add(ahead));
                     sum = add_scaled(sum, dot64(load(w), load(codes)), vdupq_n_f32(*unit));
                 }
                 *y = sum1(sum) * w.scale(row + i);
             }
+        }
+
+        /// See [`crate::cpu::Table::q8_add_columns`].
+        #[target_feature(enable = $features)]
+        pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+            each_tile(w, row, h, y, |quads, scales, y| {
+                let mut sums = [vdupq_n_f32(0.0); TILE / 4];
+                prefetch(scales.as_ptr().wrapping_byte_add(shelf::AHEAD));
+                for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
+                    let (mut dots, h) = ([zero(); TILE / 4], h.get());
+                    for (quad, codes) in quads.iter().zip(h.codes) {
+                        prefetch(quad.as_ptr().wrapping_add(shelf::AHEAD));
+                        prefetch(quad.as_ptr().wrapping_add(shelf::AHEAD + QUAD * TILE / 2));
+                        let codes = vreinterpretq_s8_s32(vdupq_n_s32(codes));
+                        for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<VECTOR>().0) {
+                            // SAFETY: `w` is an array of 16 bytes.
+                            *dot = add_quad(*dot, unsafe { vld1q_s8(w.as_ptr().cast()) }, codes);
+                        }
+                    }
+                    for (sum, dot) in sums.iter_mut().zip(dots) {
+                        *sum = add_scaled(*sum, total(dot), vdupq_n_f32(h.unit));
+                    }
+                }
+                for ((y, scales), sum) in y.as_chunks_mut::<4>().0.iter_mut().zip(scales.as_chunks::<4>().0).zip(sums) {
+                    // SAFETY: `scales` is four times two bytes, `y` an array of 4 floats.
+                    unsafe {
+                        let scales = vshll_n_u16::<16>(vld1_u16(scales.as_ptr().cast()));
+                        let sum = vfmaq_f32(vld1q_f32(y.as_ptr()), sum, vreinterpretq_f32_u32(scales));
+                        vst1q_f32(y.as_mut_ptr(), sum);
+                    }
+                }
+            });
         }
 
         /// Products of 64 codes in four sums, by way of two chains.
@@ -242,6 +277,14 @@ pub(crate) mod base {
         vpadalq_s16(sum, vmlal_high_s8(low, w, x))
     }
 
+    /// Products of a quad of four lanes with the one that `x` repeats.
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn add_quad(sum: Sum, w: int8x16_t, x: int8x16_t) -> Sum {
+        let low = vmull_s8(vget_low_s8(w), vget_low_s8(x));
+        [vpadalq_s16(sum[0], low), vpadalq_s16(sum[1], vmull_high_s8(w, x))]
+    }
+
     /// Products of two quads of four lanes with quads `A` and `B` of `x`.
     #[inline]
     #[target_feature(enable = "neon")]
@@ -290,7 +333,7 @@ pub(crate) mod dotprod {
 
     kernels!("neon,dotprod");
 
-    use super::sdot as dot;
+    use super::{sdot as dot, sdot as add_quad};
 
     /// Products of two quads of four lanes with quads `A` and `B` of `x`.
     #[inline]

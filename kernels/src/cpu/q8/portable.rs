@@ -1,7 +1,10 @@
 //! 8-bit products for any CPU; the compiler makes vectors of the loops over 16-bit products.
 
 use super::super::nf4::Nf4;
-use super::{BLOCK, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows};
+use super::columns::each_tile;
+use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows, TILE};
+use crate::quant::nearest_f32;
+use half::bf16;
 use wide::{i16x8, i32x4};
 
 /// Rows of a panel.
@@ -20,7 +23,7 @@ pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
         *unit = if broken { f32::NAN } else { if largest < TINY { 0.0 } else { largest / 127.0 } };
         let inverse = if *unit > 0.0 { 127.0 / largest } else { 0.0 };
         for (i, x) in x.iter().enumerate() {
-            codes[i % 2 * (BLOCK / 2) + i / 2] = if broken { 0 } else { (x * inverse).round_ties_even() as i8 };
+            codes[i % 2 * (BLOCK / 2) + i / 2] = if broken { 0 } else { nearest_f32(x * inverse) };
         }
         *start = -128 * codes.iter().map(|c| i32::from(*c)).sum::<i32>();
     }
@@ -90,6 +93,27 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
         }
         *y = sum * w.scale(row + i);
     }
+}
+
+/// See [`super::super::Table::q8_add_columns`].
+pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+    each_tile(w, row, h, y, |quads, scales, y| {
+        let mut sums = [0.0; TILE];
+        for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
+            let (mut dots, h) = ([0; TILE], h.get());
+            for (quad, codes) in quads.iter().zip(h.codes) {
+                let codes = codes.to_le_bytes().map(|code| i16::from(code.cast_signed()));
+                for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<QUAD>().0) {
+                    let product = |(w, x): (&u8, &i16)| i32::from(i16::from(w.cast_signed()) * x);
+                    *dot += w.iter().zip(&codes).map(product).sum::<i32>();
+                }
+            }
+            sums.iter_mut().zip(dots).for_each(|(sum, dot)| *sum += h.unit * dot as f32);
+        }
+        for ((y, sum), scale) in y.iter_mut().zip(sums).zip(scales) {
+            *y += sum * bf16::from_le_bytes(*scale).to_f32();
+        }
+    });
 }
 
 /// See [`super::super::Table::q8_pack_nf4`].

@@ -4,9 +4,8 @@ use super::BLOCK;
 use crate::Error;
 use bytes::Bytes;
 
-/// Bytes of a matrix that may stay in the caches from one token to the next.
-#[cfg(target_arch = "x86_64")]
-const CACHED: usize = 1 << 20;
+/// Codes of an adapter's factor at most. What is larger is a model's head.
+const SHELVED: usize = 1 << 20;
 
 /// See [`crate::MatrixData::Int8`].
 pub(crate) struct Int8 {
@@ -38,17 +37,9 @@ impl Int8 {
         self.codes[row * self.cols..][..self.cols].as_chunks().0
     }
 
-    /// Codes of some rows.
-    pub fn rows(&self, row: usize, count: usize) -> &[u8] {
-        &self.codes[row * self.cols..][..count * self.cols]
-    }
-
-    /// How far to read ahead past the caches: `far` in a matrix that is too large to find itself there when the next token
-    /// comes; not at all in a small one, as of an adapter, which has been asked for before and should stay.
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    pub fn ahead(&self, far: usize) -> usize {
-        if self.codes.len() > CACHED { far } else { 0 }
+    /// Whether it stands on a [`Shelf`](crate::cpu::shelf::Shelf), where the next token's reading goes on behind it.
+    pub fn is_shelved(&self) -> bool {
+        self.codes.len() <= SHELVED
     }
 
     /// Scale of row `row`.
