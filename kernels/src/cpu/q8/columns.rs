@@ -82,6 +82,7 @@ pub(crate) struct Group {
     /// Of two quads.
     pub codes: [i32; GROUP / QUAD],
     /// What products begin with whose weights are 128 too large.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "others multiply signed codes"))]
     pub start: i32,
     pub unit: f32,
 }

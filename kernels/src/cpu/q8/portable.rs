@@ -2,13 +2,13 @@
 
 use super::super::nf4::Nf4;
 use super::columns::each_tile;
-use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows, TILE};
+use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, Rows, TILE};
 use crate::quant::nearest_f32;
 use half::bf16;
 use wide::{i16x8, i32x4};
 
 /// Rows of a panel.
-pub(crate) const LANES: usize = 8;
+pub(crate) const LANES: usize = 16;
 
 /// Units below it are taken as zero: their reciprocals would overflow.
 pub(super) const TINY: f32 = 1e-36;
@@ -151,22 +151,45 @@ pub(super) fn pack<const N: usize>(at: Place, panel: Panel, get: impl Fn(usize, 
 
 /// See [`super::super::Table::q8_tile`].
 pub(crate) fn tile(panel: Panel, x: &Q8, at: Place, c: &mut [&mut [f32]], col: usize) {
-    for (t, c) in c.iter_mut().enumerate() {
-        let (x, c) = (x.row(t), &mut c[col..][..at.rows]);
-        let mut sums = [0.0; LANES];
-        let blocks = panel.codes.as_chunks::<{ QUAD * LANES }>().0.chunks_exact(QUADS);
-        for (b, (w, scales)) in blocks.zip(panel.scales.as_chunks::<LANES>().0).take(at.blocks).enumerate() {
-            let mut dots = [0; LANES];
-            for (w, x) in w.iter().zip(x.codes[at.block + b].as_chunks::<QUAD>().0) {
-                for (dot, w) in dots.iter_mut().zip(w.as_chunks::<QUAD>().0) {
-                    let product = |(w, x): (&u8, &i8)| i32::from(i16::from(w.cast_signed()) * i16::from(*x));
-                    *dot += w.iter().zip(x).map(product).sum::<i32>();
-                }
-            }
-            for ((sum, dot), scale) in sums.iter_mut().zip(dots).zip(scales) {
-                *sum += scale * x.units[at.block + b] * dot as f32;
+    let blocks = panel.codes.as_chunks().0.iter().zip(panel.scales.as_chunks::<LANES>().0);
+    for (b, (codes, scales)) in blocks.take(at.blocks).enumerate() {
+        // Once for all tokens: SSE2 multiplies nothing narrower.
+        let w = widen(codes);
+        for (t, c) in c.iter_mut().enumerate() {
+            let x = x.row(t);
+            let sums = dots(&w, &x.codes[at.block + b]);
+            let c = &mut c[col..][..at.rows];
+            for ((c, sum), scale) in c.iter_mut().zip(sums.as_flattened()).zip(scales) {
+                *c += scale * x.units[at.block + b] * *sum as f32;
             }
         }
-        c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum);
     }
+}
+
+/// Two codes of four lanes, lane by lane.
+type Pairs = [i16x8; LANES / 4];
+
+/// A block of a panel, pair by pair.
+fn widen(codes: &[u8; BLOCK * LANES]) -> [Pairs; BLOCK / 2] {
+    std::array::from_fn(|pair| {
+        std::array::from_fn(|four| {
+            i16x8::new(std::array::from_fn(|i| {
+                let lane = pair / 2 * LANES + 4 * four + i / 2;
+                i16::from(codes[lane * QUAD + pair % 2 * 2 + i % 2].cast_signed())
+            }))
+        })
+    })
+}
+
+/// Exact sums of products, lane by lane.
+fn dots(w: &[Pairs; BLOCK / 2], x: &[i8; BLOCK]) -> [[i32; 4]; LANES / 4] {
+    let x = x.map(i16::from);
+    let mut sums = [i32x4::ZERO; LANES / 4];
+    for (w, x) in w.iter().zip(x.as_chunks::<2>().0) {
+        let x: i16x8 = bytemuck::cast(i32x4::splat(bytemuck::cast(*x)));
+        for (sum, w) in sums.iter_mut().zip(w) {
+            *sum += w.dot(x);
+        }
+    }
+    sums.map(i32x4::to_array)
 }
