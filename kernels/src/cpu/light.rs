@@ -82,8 +82,8 @@ light! {
     fn largest(x: &[f32]) -> f32 = softmax::largest;
     /// `x = e^(x - shift)`; returns the sum.
     fn exp_sum(x: &mut [f32], shift: f32) -> f64 = softmax::exp_sum::<FMA>;
-    /// See [`softmax::step`].
-    fn softmax_step(x: &mut [f32; KEYS], max: f32) -> (f32, f32) = softmax::step::<FMA>;
+    /// See [`softmax::steps`].
+    fn softmax_steps(x: &mut [[f32; KEYS]], max: &mut [f32], sums: &mut [f32]) = softmax::steps::<FMA>;
     /// See [`softmax::vjp`].
     fn softmax_vjp(scale: f32, lse: f32, along: f32, s: &mut [f32; KEYS], dp: &mut [f32; KEYS]) = softmax::vjp::<FMA>;
     /// `sum_i a[i] b[i]`.

@@ -25,16 +25,24 @@ pub(super) fn exp_sum<const FMA: bool>(x: &mut [f32], shift: f32) -> f64 {
     total
 }
 
-/// A block of a softmax whose maximum so far is `max`: finds the new maximum `m`, makes the scores `e^(x - m)` and
-/// returns `(m, their sum)`.
+/// A block of the softmax of several rows, whose maxima so far are `max`: finds the new ones, makes the scores
+/// `e^(x - max)` and gives their sums. Pass by pass, so that one row's vectors are worked on while another's lanes are
+/// joined, which is a long chain of few instructions.
 #[inline(always)]
-pub(super) fn step<const FMA: bool>(x: &mut [f32; KEYS], max: f32) -> (f32, f32) {
-    // `max` of floats passes over a NaN.
-    let max = fold(x, f32x8::fast_max, |a, b| if b > a { b } else { a }).max(max);
-    // `-inf - -inf` would be NaN where there is nothing to add; a NaN among the scores is carried on in any case.
-    let shift = if max == f32::NEG_INFINITY { 0.0 } else { max };
-    update(x, [], |x, []| exp::<FMA>(x - shift));
-    (max, fold(x, |a, b| a + b, |a, b| a + b))
+pub(super) fn steps<const FMA: bool>(x: &mut [[f32; KEYS]], max: &mut [f32], sums: &mut [f32]) {
+    assert!(x.len() == max.len() && x.len() == sums.len());
+    for (x, max) in x.iter().zip(&mut *max) {
+        // `max` of floats passes over a NaN.
+        *max = fold(x, f32x8::fast_max, |a, b| if b > a { b } else { a }).max(*max);
+    }
+    for (x, max) in x.iter_mut().zip(&*max) {
+        // `-inf - -inf` would be NaN where there is nothing to add; a NaN among the scores is carried on in any case.
+        let shift = if *max == f32::NEG_INFINITY { 0.0 } else { *max };
+        update(x, [], |x, []| exp::<FMA>(x - shift));
+    }
+    for (x, sum) in x.iter().zip(sums) {
+        *sum = fold(x, |a, b| a + b, |a, b| a + b);
+    }
 }
 
 /// The row's elements joined, in vectors spelled out: of lengths known to it the compiler makes poor ones.

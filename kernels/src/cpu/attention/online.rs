@@ -31,9 +31,27 @@ pub(super) struct State {
     pub sum: f64,
 }
 
+/// Rows whose softmax is made at once.
+const AT_ONCE: usize = 16;
+
 impl State {
     /// Before any key.
     pub const START: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
+
+    /// Takes note of a block of scores after which the maximum is `max`, and of its `sum`; the output `y` shrinks to that
+    /// maximum.
+    fn add(&mut self, max: f32, sum: f32, y: &mut [f32]) {
+        let shrink = match self.max {
+            old if max == old => 1.0,
+            f32::NEG_INFINITY => 0.0,
+            old => (old - max).exp(),
+        };
+        // Nothing has been added yet where the maximum was that of no key.
+        if shrink != 1.0 && self.max != f32::NEG_INFINITY {
+            scale_part(shrink, y);
+        }
+        *self = Self { max, sum: self.sum * f64::from(shrink) + f64::from(sum) };
+    }
 
     /// Log-sum-exp of the scores.
     pub fn lse(&self) -> f32 {
@@ -80,28 +98,27 @@ impl<'a> OnlineSoftmax<'a> {
         self.scores.fill(0.0);
         let queries = Coefficients { data: &self.queries, row: self.head_dim, col: 1 };
         with_rows(&mut self.scores, columns, |scores| keys(queries, scores));
-        for ((row, scores), y) in self.rows.iter_mut().zip(self.scores.as_chunks_mut().0).zip(&mut *y) {
-            let seen = clip(&row.visible, first, count);
-            if let Some([keys, _]) = factors {
-                update(&mut scores[seen.clone()], [&keys[seen.clone()]], |s, [factor]| s * factor);
+        let scores = self.scores.as_chunks_mut().0.chunks_mut(AT_ONCE);
+        for ((rows, scores), y) in self.rows.chunks_mut(AT_ONCE).zip(scores).zip(y.chunks_mut(AT_ONCE)) {
+            let (mut max, mut sums) = ([0.0; AT_ONCE], [0.0; AT_ONCE]);
+            let (max, sums) = (&mut max[..rows.len()], &mut sums[..rows.len()]);
+            for ((row, scores), max) in rows.iter().zip(&mut *scores).zip(&mut *max) {
+                let seen = clip(&row.visible, first, count);
+                if let Some([keys, _]) = factors {
+                    update(&mut scores[seen.clone()], [&keys[seen.clone()]], |s, [factor]| s * factor);
+                }
+                // Their exponentials are zeros, so that whole rows can be worked on.
+                scores[..seen.start].fill(f32::NEG_INFINITY);
+                scores[seen.end..].fill(f32::NEG_INFINITY);
+                *max = row.state.max;
             }
-            // Their exponentials are zeros, so that whole rows can be worked on.
-            scores[..seen.start].fill(f32::NEG_INFINITY);
-            scores[seen.end..].fill(f32::NEG_INFINITY);
-            let old = row.state;
-            let (max, sum) = self.light.softmax_step(scores, old.max);
-            let shrink = match old.max {
-                _ if max == old.max => 1.0,
-                f32::NEG_INFINITY => 0.0,
-                _ => (old.max - max).exp(),
-            };
-            row.state = State { max, sum: old.sum * f64::from(shrink) + f64::from(sum) };
-            // Nothing has been added yet where the maximum was that of no key.
-            if shrink != 1.0 && old.max != f32::NEG_INFINITY {
-                scale_part(shrink, y);
-            }
-            if let Some([_, values]) = factors {
-                update(&mut scores[seen.clone()], [&values[seen]], |p, [factor]| p * factor);
+            self.light.softmax_steps(scores, max, sums);
+            for (i, (row, y)) in rows.iter_mut().zip(y).enumerate() {
+                row.state.add(max[i], sums[i], y);
+                if let Some([_, values]) = factors {
+                    let seen = clip(&row.visible, first, count);
+                    update(&mut scores[i][seen.clone()], [&values[seen]], |p, [factor]| p * factor);
+                }
             }
         }
         values(Coefficients { data: &self.scores, row: KEYS, col: 1 }, y);

@@ -38,6 +38,7 @@ pub(crate) const BLOCK: usize = 64;
 /// Codes that a lane of an integer product sums up.
 pub(crate) const QUAD: usize = 4;
 /// Quads of a block.
+#[cfg(target_arch = "x86_64")]
 const QUADS: usize = BLOCK / QUAD;
 
 /// Activations `[T, K]` in 8 bits.
