@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
 
+use super::super::avx2::{KEEP, prefetch_line};
 use super::super::avx512::{first_lanes, sum16, sums16};
 use super::super::bf16::avx512::round2;
 use crate::FloatType;
@@ -54,9 +55,12 @@ fn widen<const F16: bool>(halves: __m256i) -> __m512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(crate) fn decode_bf16(dtype: FloatType, bytes: &[u8], stride: usize, width: usize, out: &mut [u16]) {
     let size = dtype.size();
+    // Pieces of rows are too far apart for the processor to guess the next.
+    let ahead = if stride == width { AHEAD } else { ROWS_AHEAD * stride * size };
     for (bytes, out) in bytes.chunks(stride * size).zip(out.chunks_exact_mut(width)) {
         for (bytes, out) in bytes[..width * size].chunks(32 * size).zip(out.chunks_mut(32)) {
             let n = out.len();
+            prefetch_line::<KEEP>(bytes.as_ptr().wrapping_add(ahead));
             let (low, high) = (first_lanes(n), first_lanes(n.saturating_sub(16)));
             let both = u32::from(low) | u32::from(high) << 16;
             let at = bytes.as_ptr();
@@ -86,8 +90,9 @@ pub(crate) fn decode_bf16(dtype: FloatType, bytes: &[u8], stride: usize, width: 
 
 /// Rows up to this long are summed sixteen at a time, as those of an adapter's up-projection.
 const SHORT: usize = 32;
-/// Bytes that the matrix-vector product reads ahead.
+/// Bytes of whole rows, and pieces of rows, that are read ahead.
 const AHEAD: usize = 3072;
+const ROWS_AHEAD: usize = 8;
 
 /// See [`super::super::Table::dense_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
