@@ -1,8 +1,8 @@
 //! Several products of the same activations, with the low-rank terms of adapters, in one job for the threads.
 //!
-//! With one token the rows of all weights are tasks of one job. The down-projections of adapters come first: every
-//! thread takes from them before it turns to its rows, so that whoever has computed a stretch of rows can add the
-//! up-projection to it right there, while it is in cache, and `y` is touched once.
+//! With one token the rows of all weights are tasks of one job. After its first stretch of rows every thread takes from the
+//! down-projections of adapters, so that whoever has computed a stretch can add the up-projection to it right there, while
+//! it is in cache, and `y` is touched once.
 
 use super::super::Cpu;
 use super::super::elementwise::{add_part, scale_part};
