@@ -34,6 +34,18 @@ macro_rules! with_hint {
 }
 pub(crate) use with_hint;
 
+/// Calls a function of a hint with what a matrix in 8 bits wants, and with how far to read ahead as last argument.
+macro_rules! with_ahead {
+    ($function:ident($w:expr, $($arg:expr),*)) => {
+        if $w.is_shelved() {
+            $function::<{ $crate::cpu::avx2::KEEP }>($w, $($arg),*, $crate::cpu::shelf::AHEAD)
+        } else {
+            $crate::cpu::avx2::with_hint!($function($w, $($arg),*, $crate::cpu::avx2::AHEAD))
+        }
+    };
+}
+pub(crate) use with_ahead;
+
 /// Asks for what lies [`AHEAD`] of `at`. A prefetch is no access: it may point past the end.
 #[inline(always)]
 pub(crate) fn read_ahead<const HINT: i32>(at: *const u8) {

@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 
 /// Bytes of a cache line, to which parts of a region are aligned.
-const LINE: usize = 64;
+pub(crate) const LINE: usize = 64;
 
 /// An f32 array on the heap, or one that another device shares.
 pub struct Buffer(Values);

@@ -5,10 +5,10 @@
 //! its head as one stream, and a token appended costs `D` scattered stores a head.
 
 use super::buffer::{grow, reserve};
-use super::exp::ROUND;
 use super::light::Light;
 use super::loops::{reduce, sum, update};
 use super::table::Table;
+use crate::quant::nearest_f32;
 use crate::{CacheType, Error, FloatType};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -229,7 +229,7 @@ pub(super) fn encode_int8(x: &[f32], codes: &mut [u8]) -> f32 {
     // Below that size, 127 / largest is infinite or nearly; such a row is as good as zero.
     let inverse = if finite && largest > f32::MIN_POSITIVE * 256.0 { 127.0 / largest } else { 0.0 };
     for (code, x) in codes.iter_mut().zip(x) {
-        *code = (x * inverse + ROUND).to_bits() as u8;
+        *code = nearest_f32(x * inverse).cast_unsigned();
     }
     if finite { largest / 127.0 } else { f32::NAN }
 }

@@ -6,6 +6,7 @@
 //! branches, so that a loop around it becomes vectors.
 
 use super::loops::multiply_add;
+use crate::quant::ROUND;
 
 /// Below the first the result rounds to zero, above the second to infinity.
 const RANGE: (f32, f32) = (-104.0, 89.0);
@@ -13,8 +14,6 @@ const RANGE: (f32, f32) = (-104.0, 89.0);
 const LN_2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4);
 /// `(e^r - 1 - r) / r²`, highest power first.
 const POLYNOMIAL: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5];
-/// `1.5 * 2^23`: added to a small number it leaves that rounded to an integer, ties to even, in the last bits.
-pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// `e^x`.
 #[inline(always)]

@@ -186,16 +186,15 @@ impl Matrix {
     }
 
     fn encode(&self, cpu: &Cpu) -> Result<Int8, Error> {
-        let (mut row, mut row_codes) = (vec![0.0; self.cols], vec![0; self.cols]);
+        let mut row = vec![0.0; self.cols];
         let mut codes = cpu.shelf.take(self.rows * (self.cols + 4))?;
         let mut scales = codes.split_off(self.rows * self.cols);
         let parts = codes.chunks_exact_mut(self.cols).zip(scales.as_chunks_mut().0);
         for (i, (codes, scale)) in parts.enumerate() {
             self.decode(cpu.table, i, 0, self.cols, &mut row);
-            *scale = encode_int8(&row, &mut row_codes).to_le_bytes();
-            codes.iter_mut().zip(&row_codes).for_each(|(to, code)| *to = code.cast_unsigned());
+            *scale = encode_int8(&row, bytemuck::cast_slice_mut(codes)).to_le_bytes();
         }
-        Int8::new(self.rows, self.cols, codes.freeze(), scales.freeze())
+        Int8::new(self.rows, self.cols, codes.freeze(), scales.freeze()).map(Int8::shelved)
     }
 
     /// Expands rows `row..row + n` by columns `col..col + width` into `out`, `n` rows of `width`.

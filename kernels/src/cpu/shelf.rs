@@ -2,10 +2,10 @@
 //! which every token reads them.
 //!
 //! So what a token will need soon lies a known distance ahead of what it reads now, whichever layer that belongs to. Each
-//! copy by itself is too short to be read ahead, and to wait for the first bytes of some hundreds of them costs a tenth of
-//! a small model's decoding.
+//! copy by itself is too short to be read ahead, and to wait for the first bytes of some hundreds of them costs several
+//! percent of a small model's decoding.
 
-use super::buffer::lines;
+use super::buffer::{LINE, lines};
 use crate::Error;
 use bytes::BytesMut;
 use std::sync::{Mutex, PoisonError};
@@ -17,14 +17,14 @@ pub(crate) const AHEAD: usize = 16 * 1024;
 /// Bytes that are asked of the system at once.
 const CHUNK: usize = 1 << 20;
 
-/// See the module's text. A chunk lives as long as anything on it.
+/// See the module's text. A chunk lives as long as anything on it, the last one as long as the shelf.
 #[derive(Default)]
 pub(crate) struct Shelf(Mutex<BytesMut>);
 
 impl Shelf {
     /// The next zeros, whole cache lines of them.
     pub fn take(&self, size: usize) -> Result<BytesMut, Error> {
-        let lines_size = size.next_multiple_of(64);
+        let lines_size = size.next_multiple_of(LINE);
         let mut rest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if rest.len() < lines_size {
             *rest = lines(lines_size.max(CHUNK))?;

@@ -33,10 +33,13 @@ pub(crate) fn nearest(x: f64) -> i8 {
     (x + 6_755_399_441_055_744.0).to_bits() as i8
 }
 
-/// As [`nearest`], with 1.5 * 2^23.
+/// `1.5 * 2^23`: added to a small number it leaves that rounded to an integer, ties to even, in the last bits.
+pub(crate) const ROUND: f32 = 12_582_912.0;
+
+/// As [`nearest`].
 #[inline(always)]
 pub(crate) fn nearest_f32(x: f32) -> i8 {
-    (x + 12_582_912.0).to_bits() as i8
+    (x + ROUND).to_bits() as i8
 }
 
 #[cfg(test)]

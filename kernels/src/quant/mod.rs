@@ -13,7 +13,7 @@ mod nf4;
 
 pub use dynamic::{DoubleQuantized, double_quantize, dynamic_map, unsigned_dynamic_map};
 pub use int8::encode_int8;
-pub(crate) use int8::{nearest, nearest_f32};
+pub(crate) use int8::{ROUND, nearest, nearest_f32};
 pub use nf4::{NF4, NotFinite, encode, encode_blocks};
 
 /// Weights per absmax.

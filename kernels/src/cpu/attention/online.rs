@@ -7,6 +7,9 @@ use super::super::tile::Coefficients;
 use super::{KEYS, clip};
 use std::ops::Range;
 
+/// Rows whose softmax is made at once.
+const AT_ONCE: usize = 16;
+
 /// Query rows of one task with their running maximum and sum; their outputs stay with the caller.
 pub(super) struct OnlineSoftmax<'a> {
     light: &'a Light,
@@ -30,9 +33,6 @@ pub(super) struct State {
     pub max: f32,
     pub sum: f64,
 }
-
-/// Rows whose softmax is made at once.
-const AT_ONCE: usize = 16;
 
 impl State {
     /// Before any key.

@@ -7,9 +7,8 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{AHEAD, KEEP, prefetch_line, read_ahead, read_shelf, sum1, sum4, with_hint};
+use super::super::avx2::{prefetch_line, read_ahead, read_shelf, sum1, sum4, with_ahead, with_hint};
 use super::super::nf4::{Codebook, Nf4};
-use super::super::shelf;
 use super::columns::{Scales, each_tile};
 use super::portable::TINY;
 use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows, TILE};
@@ -175,11 +174,7 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], factor: f32) -> __m2
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    if w.is_shelved() {
-        int8_rows::<KEEP>(w, row, x, y, shelf::AHEAD);
-    } else {
-        with_hint!(int8_rows(w, row, x, y, AHEAD));
-    }
+    with_ahead!(int8_rows(w, row, x, y));
 }
 
 #[inline]

@@ -4,11 +4,10 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{AHEAD, KEEP, prefetch_line, read_ahead, read_shelf, sum4, with_hint};
+use super::super::avx2::{prefetch_line, read_ahead, read_shelf, sum4, with_ahead, with_hint};
 use super::super::avx512::{halve, sum16, transpose16};
 use super::super::nf4::Nf4;
 use super::super::nf4::avx512::scales64;
-use super::super::shelf;
 use super::columns::each_tile;
 use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE};
 use std::arch::x86_64::*;
@@ -132,11 +131,7 @@ fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], start: __m512i, factor: f
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    if w.is_shelved() {
-        int8_rows::<KEEP>(w, row, x, y, shelf::AHEAD);
-    } else {
-        with_hint!(int8_rows(w, row, x, y, AHEAD));
-    }
+    with_ahead!(int8_rows(w, row, x, y));
 }
 
 #[inline]

@@ -10,6 +10,7 @@
 
 use super::super::shelf::Shelf;
 use super::QUAD;
+use super::portable::unit;
 use crate::Error;
 use crate::quant::{nearest, nearest_f32};
 use bytes::Bytes;
@@ -22,9 +23,9 @@ pub(crate) const TILE: usize = 32;
 pub(crate) const GROUP: usize = 8;
 
 /// Four columns of a tile, row by row.
-pub(crate) type Quad = [u8; QUAD * TILE];
+pub(super) type Quad = [u8; QUAD * TILE];
 /// Scales of a tile, as bf16: with 16 columns, scales in f32 would be a fifth of what is read.
-pub(crate) type Scales = [[u8; 2]; TILE];
+pub(super) type Scales = [[u8; 2]; TILE];
 
 /// See the module's text.
 pub(crate) struct Columns {
@@ -59,7 +60,7 @@ impl Columns {
     }
 
     /// What is read of the rows from `row` on, the first of a tile.
-    pub fn rows(&self, row: usize, count: usize) -> &[u8] {
+    fn rows(&self, row: usize, count: usize) -> &[u8] {
         let tile = Self::tile_bytes(self.quads);
         &self.tiles[row / TILE * tile..][..count.div_ceil(TILE) * tile]
     }
@@ -78,7 +79,7 @@ pub(crate) struct Hidden([AtomicU32; 4]);
 
 /// What [`Hidden`] holds.
 #[derive(Clone, Copy)]
-pub(crate) struct Group {
+pub(super) struct Group {
     /// Of two quads.
     pub codes: [i32; GROUP / QUAD],
     /// What products begin with whose weights are 128 too large.
@@ -92,11 +93,8 @@ impl Hidden {
     pub fn set(&self, h: &[f32]) {
         let mut group = [0.0; GROUP];
         group[..h.len()].copy_from_slice(h);
-        let largest = group.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-        let broken = group.iter().map(|x| x * 0.0).sum::<f32>().is_nan();
-        let unit = if broken { f32::NAN } else { if largest < super::portable::TINY { 0.0 } else { largest / 127.0 } };
-        let inverse = if unit > 0.0 { 127.0 / largest } else { 0.0 };
-        let codes = group.map(|x| if broken { 0 } else { nearest_f32(x * inverse).cast_unsigned() });
+        let (unit, inverse) = unit(&group);
+        let codes = group.map(|x| if unit.is_nan() { 0 } else { nearest_f32(x * inverse).cast_unsigned() });
         let start = -128 * codes.iter().map(|code| i32::from(code.cast_signed())).sum::<i32>();
         let quads = codes.as_chunks().0.iter().map(|quad| u32::from_le_bytes(*quad));
         let words = quads.chain([start.cast_unsigned(), unit.to_bits()]);
@@ -104,14 +102,14 @@ impl Hidden {
     }
 
     #[inline(always)]
-    pub fn get(&self) -> Group {
+    pub(super) fn get(&self) -> Group {
         let [a, b, start, unit] = [0, 1, 2, 3].map(|i| self.0[i].load(Ordering::Relaxed));
         Group { codes: [a.cast_signed(), b.cast_signed()], start: start.cast_signed(), unit: f32::from_bits(unit) }
     }
 }
 
-/// Calls `tile(quads, scales, y)` for the tiles of the rows from `row` on, the first of a tile; `quads` come with the group
-/// of `h` that they are multiplied by, the last group perhaps with one quad.
+/// Calls `tile(quads, scales, y)` for the tiles of the rows from `row` on, the first of a tile. Each group of `h` belongs to
+/// two of the quads, the last perhaps to one.
 #[inline(always)]
 pub(super) fn each_tile(
     w: &Columns,

@@ -13,17 +13,23 @@ pub(crate) const LANES: usize = 16;
 /// Units below it are taken as zero: their reciprocals would overflow.
 pub(super) const TINY: f32 = 1e-36;
 
+/// The unit of elements that share one, NaN where one of them is not finite, and what turns them into codes.
+pub(super) fn unit(x: &[f32]) -> (f32, f32) {
+    let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
+    // `max` passes over NaN. A product with zero is NaN for all that is not finite, and so stays a sum.
+    let broken = x.iter().map(|x| x * 0.0).sum::<f32>().is_nan();
+    let unit = if broken { f32::NAN } else { if largest < TINY { 0.0 } else { largest / 127.0 } };
+    (unit, if unit > 0.0 { 127.0 / largest } else { 0.0 })
+}
+
 /// See [`super::super::Table::q8_quantize`].
 pub(crate) fn quantize(x: &[f32], q: Q8Mut) {
     let parts = q.codes.iter_mut().zip(q.units).zip(q.starts);
     for (x, ((codes, unit), start)) in x.as_chunks::<BLOCK>().0.iter().zip(parts) {
-        let largest = x.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-        // `max` passes over NaN. A product with zero is NaN for all that is not finite, and so stays a sum.
-        let broken = x.iter().map(|x| x * 0.0).sum::<f32>().is_nan();
-        *unit = if broken { f32::NAN } else { if largest < TINY { 0.0 } else { largest / 127.0 } };
-        let inverse = if *unit > 0.0 { 127.0 / largest } else { 0.0 };
+        let inverse;
+        (*unit, inverse) = self::unit(x);
         for (i, x) in x.iter().enumerate() {
-            codes[i % 2 * (BLOCK / 2) + i / 2] = if broken { 0 } else { nearest_f32(x * inverse) };
+            codes[i % 2 * (BLOCK / 2) + i / 2] = if unit.is_nan() { 0 } else { nearest_f32(x * inverse) };
         }
         *start = -128 * codes.iter().map(|c| i32::from(*c)).sum::<i32>();
     }

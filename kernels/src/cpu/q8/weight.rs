@@ -4,14 +4,12 @@ use super::BLOCK;
 use crate::Error;
 use bytes::Bytes;
 
-/// Codes of an adapter's factor at most. What is larger is a model's head.
-const SHELVED: usize = 1 << 20;
-
 /// See [`crate::MatrixData::Int8`].
 pub(crate) struct Int8 {
     codes: Bytes,
     scales: Bytes,
     cols: usize,
+    shelved: bool,
 }
 
 impl Int8 {
@@ -23,7 +21,7 @@ impl Int8 {
         expect("row", "elements", cols, cols.next_multiple_of(BLOCK).max(BLOCK))?;
         expect("codes", "bytes", codes.len(), rows.saturating_mul(cols))?;
         expect("scales", "bytes", scales.len(), rows.saturating_mul(4))?;
-        Ok(Self { codes, scales, cols })
+        Ok(Self { codes, scales, cols, shelved: false })
     }
 
     /// Bytes of codes and scales.
@@ -39,7 +37,12 @@ impl Int8 {
 
     /// Whether it stands on a [`Shelf`](crate::cpu::shelf::Shelf), where the next token's reading goes on behind it.
     pub fn is_shelved(&self) -> bool {
-        self.codes.len() <= SHELVED
+        self.shelved
+    }
+
+    /// The same, said to stand on one.
+    pub fn shelved(self) -> Self {
+        Self { shelved: true, ..self }
     }
 
     /// Scale of row `row`.
