@@ -9,7 +9,7 @@
 
 use super::super::avx2::{prefetch_line, read_ahead, read_shelf, sum1, sum4, with_ahead, with_hint};
 use super::super::nf4::{Codebook, Nf4};
-use super::columns::{Scales, each_tile};
+use super::columns::{Group, Scales, each_tile};
 use super::portable::TINY;
 use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows, TILE};
 use std::arch::x86_64::*;
@@ -192,32 +192,46 @@ fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32], ahe
     }
 }
 
-/// See [`super::super::Table::q8_add_columns`].
-#[target_feature(enable = "avx2,fma")]
-pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
-    each_tile(w, row, h, y, |quads, scales, y| {
-        let mut sums = [_mm256_setzero_ps(); TILE / 8];
-        read_shelf(scales.as_ptr().cast());
-        for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
-            let h = h.get();
-            let mut dots = [_mm256_setzero_si256(); TILE / 8];
-            for (quad, codes) in quads.iter().zip(h.codes) {
-                read_shelf(quad.as_ptr());
-                read_shelf(quad[QUAD * TILE / 2..].as_ptr());
-                let codes = _mm256_set1_epi32(codes);
-                let magnitude = _mm256_abs_epi8(codes);
-                for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<32>().0) {
-                    // SAFETY: `w` is an array of 32 bytes.
-                    let w = unsafe { _mm256_loadu_si256(w.as_ptr().cast()) };
-                    *dot = _mm256_add_epi32(*dot, fours(magnitude, _mm256_sign_epi8(w, codes)));
+/// Defines `add_columns` for vectors of 256 bits, given what sums of a group begin with and `fn add(sum, w, codes)` for eight
+/// rows. A function may use the instructions of its own `$features` only, which is why it is written out for each.
+macro_rules! define_add_columns {
+    ($features:literal, $start:expr, $add:path) => {
+        /// See [`super::super::Table::q8_add_columns`].
+        #[target_feature(enable = $features)]
+        pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+            each_tile(w, row, h, y, |quads, scales, y| {
+                let mut sums = [_mm256_setzero_ps(); TILE / 8];
+                read_shelf(scales.as_ptr().cast());
+                for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
+                    let h = h.get();
+                    let mut dots = [_mm256_set1_epi32($start(h)); TILE / 8];
+                    for (quad, codes) in quads.iter().zip(h.codes) {
+                        read_shelf(quad.as_ptr());
+                        read_shelf(quad[QUAD * TILE / 2..].as_ptr());
+                        let codes = _mm256_set1_epi32(codes);
+                        for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<32>().0) {
+                            // SAFETY: `w` is an array of 32 bytes.
+                            *dot = $add(*dot, unsafe { _mm256_loadu_si256(w.as_ptr().cast()) }, codes);
+                        }
+                    }
+                    for (sum, dot) in sums.iter_mut().zip(dots) {
+                        *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(h.unit), *sum);
+                    }
                 }
-            }
-            for (sum, dot) in sums.iter_mut().zip(dots) {
-                *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(h.unit), *sum);
-            }
+                add_scaled(sums, scales, y);
+            });
         }
-        add_scaled(sums, scales, y);
-    });
+    };
+}
+pub(super) use define_add_columns;
+
+define_add_columns!("avx2,fma", |_: Group| 0, add_quad);
+
+/// `sum` and the products of a quad of eight rows with `codes`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_quad(sum: __m256i, w: __m256i, codes: __m256i) -> __m256i {
+    _mm256_add_epi32(sum, dot(w, codes, _mm256_abs_epi8(codes)))
 }
 
 /// `y += scales sums` for a tile of rows.

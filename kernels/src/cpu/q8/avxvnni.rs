@@ -7,7 +7,7 @@
 use super::super::avx2::{prefetch_line, read_ahead, read_shelf, sum1, sum4, with_ahead, with_hint};
 use super::super::nf4::Nf4;
 use super::avx2::{LANES, add_scaled, book, load32, look_up};
-use super::columns::each_tile;
+use super::columns::{Group, each_tile};
 use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE};
 use std::arch::x86_64::*;
 
@@ -104,31 +104,13 @@ fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32], ahe
     }
 }
 
-/// See [`super::super::Table::q8_add_columns`].
-#[target_feature(enable = "avx2,fma,avxvnni")]
-pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
-    each_tile(w, row, h, y, |quads, scales, y| {
-        let mut sums = [_mm256_setzero_ps(); TILE / 8];
-        read_shelf(scales.as_ptr().cast());
-        for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
-            let h = h.get();
-            let mut dots = [_mm256_set1_epi32(h.start); TILE / 8];
-            for (quad, codes) in quads.iter().zip(h.codes) {
-                read_shelf(quad.as_ptr());
-                read_shelf(quad[QUAD * TILE / 2..].as_ptr());
-                let codes = _mm256_set1_epi32(codes);
-                for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<32>().0) {
-                    // SAFETY: `w` is an array of 32 bytes.
-                    let w = unsigned(unsafe { _mm256_loadu_si256(w.as_ptr().cast()) });
-                    *dot = _mm256_dpbusd_avx_epi32(*dot, w, codes);
-                }
-            }
-            for (sum, dot) in sums.iter_mut().zip(dots) {
-                *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(h.unit), *sum);
-            }
-        }
-        add_scaled(sums, scales, y);
-    });
+super::avx2::define_add_columns!("avx2,fma,avxvnni", |h: Group| h.start, add_quad);
+
+/// `sum`, which began with what takes 128 off again, and the products of a quad of eight rows with `codes`.
+#[inline]
+#[target_feature(enable = "avx2,avxvnni")]
+fn add_quad(sum: __m256i, w: __m256i, codes: __m256i) -> __m256i {
+    _mm256_dpbusd_avx_epi32(sum, unsigned(w), codes)
 }
 
 /// See [`super::super::Table::q8_pack_nf4`].
