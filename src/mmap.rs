@@ -1,5 +1,9 @@
 //! What is asked of the system about memory: the only mapping (whole files, read-only, as shareable [`Bytes`]), and
 //! that it takes back what was freed.
+//!
+//! Weights are asked for in large pages. A token reads all of them, and to find each 4 KiB of them anew costs a core up to
+//! half of its rate. On Linux a file comes in large pages if its map asks for them, the file system has them (ext4 from
+//! Linux 6.16 on, XFS), its pages are not in the cache already, and they are first asked for from front to back.
 
 use crate::error::{Error, Result};
 use bytes::Bytes;
@@ -22,8 +26,27 @@ pub fn map(path: &Path) -> Result<Bytes> {
     // file it produces is written beside and renamed, so a mapped inode keeps its bytes. A foreign program that
     // truncates the file meanwhile is outside what any user of a mapping can guard against; SECURITY.md says so.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
+    // A wish, which older systems do not know for files.
+    #[cfg(target_os = "linux")]
+    map.advise(memmap2::Advice::HugePage).ok();
     Ok(Bytes::from_owner(map))
 }
+
+/// Has the system bring in a map from front to back. What threads then touch in any order lies in large pages, where the
+/// file system has them: asked for out of order, pages come in small ones, and a core reads those at half the rate.
+/// Does nothing but on Linux.
+pub(crate) fn bring_in(map: &Bytes) {
+    #[cfg(target_os = "linux")]
+    for page in map.chunks(LARGE_PAGE) {
+        std::hint::black_box(page[0]);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = map;
+}
+
+/// Bytes of a large page on the processors that have them.
+#[cfg(target_os = "linux")]
+pub(crate) const LARGE_PAGE: usize = 2 << 20;
 
 /// Gives freed memory back to the system, where its allocator would keep it for later: what a tokenizer leaves behind in
 /// thousands of pieces is dirty memory that nobody uses. Takes about a millisecond; does nothing but on Linux with glibc,

@@ -80,6 +80,7 @@ impl Session {
     /// A file is missing, broken or of an unsupported kind.
     pub fn open(dir: &Path, options: &Options) -> Result<Self> {
         let checkpoint = Checkpoint::open(dir)?;
+        checkpoint.bring_in();
         let mut base = Base::load(Cpu::with_table(options.threads, Table::from_env()?), &checkpoint)?;
         let mut numbers = options.precision.numbers();
         if options.int8_cache {

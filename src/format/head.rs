@@ -78,6 +78,7 @@ pub fn int8_head(checkpoint: &Checkpoint, name: &str, cache: &Path) -> Result<Op
 /// The copy at `path`, if it is whole.
 fn open(path: &Path, rows: usize, cols: usize) -> Option<(MatrixSource, u64)> {
     let file = TensorFile::open(path).ok()?;
+    file.bring_in();
     let (weight, scale) = (file.find(WEIGHT)?, file.find(SCALE)?);
     let fits = (weight.dtype, &weight.shape[..]) == (Dtype::I8, &[rows, cols])
         && (scale.dtype, &scale.shape[..]) == (Dtype::F32, &[rows]);

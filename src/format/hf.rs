@@ -86,6 +86,11 @@ impl Checkpoint {
         self.files.iter().map(TensorFile::mapped_bytes).sum()
     }
 
+    /// Brings the weights' pages in, before anything reads here and there.
+    pub(crate) fn bring_in(&self) {
+        self.files.iter().for_each(TensorFile::bring_in);
+    }
+
     /// A number that changes when the config, the list of tensors or the start of any of them does: enough to tell
     /// models apart without reading all of one.
     #[must_use]

@@ -45,7 +45,7 @@ impl Tensor {
 #[derive(Clone, Debug)]
 pub struct TensorFile {
     path: PathBuf,
-    mapped: usize,
+    map: Bytes,
     tensors: BTreeMap<String, Tensor>,
     metadata: HashMap<String, String>,
 }
@@ -93,7 +93,7 @@ impl TensorFile {
             })
             .collect();
         let metadata = header.metadata().clone().unwrap_or_default();
-        Ok(Self { path: path.to_path_buf(), mapped: bytes.len(), tensors, metadata })
+        Ok(Self { path: path.to_path_buf(), map: bytes, tensors, metadata })
     }
 
     /// The tensor called `name`.
@@ -130,7 +130,12 @@ impl TensorFile {
     /// Bytes of address space that the map takes (clean pages, which the OS can drop).
     #[must_use]
     pub fn mapped_bytes(&self) -> usize {
-        self.mapped
+        self.map.len()
+    }
+
+    /// Brings its pages in, for what will read all of it.
+    pub(crate) fn bring_in(&self) {
+        mmap::bring_in(&self.map);
     }
 }
 
