@@ -2,9 +2,10 @@
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
 
-use super::super::avx2::sum1;
-use super::super::avx512::halve;
+use super::super::avx2::{KEEP, prefetch_line, sum1};
+use super::super::avx512::{first_lanes, halve};
 use super::super::bf16::avx512::round2;
+use super::scale_map::Planes;
 use super::{EvenOdd, GRANULE, Nf4, Piece};
 use crate::FloatType;
 use std::arch::x86_64::*;
@@ -14,6 +15,9 @@ const BLOCK: usize = 64;
 
 /// Bytes that the matrix-vector product reads ahead.
 const AHEAD: usize = 1024;
+
+/// How far ahead [`scales64`] asks for codes of scales: they are one byte in 33, too few for the processor to see them coming.
+const CODES_AHEAD: usize = 512;
 
 /// See [`super::super::Table::nf4_decode`].
 #[target_feature(enable = "avx512f,avx512bw,avx2,fma,f16c")]
@@ -123,50 +127,54 @@ pub(crate) fn matvec(w: &Nf4, cols: usize, row: usize, x: &EvenOdd, y: &mut [f32
     }
 }
 
-/// See [`Nf4::scales64`]: the map fills 16 registers, and permutations of two look up 16 codes in an eighth of it each.
-/// Plain loads take more than twice as long, gathers nearly so.
+/// See [`Nf4::scales64`]: 64 codes at a time look up the bytes of their values in one plane after the other.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 pub(in super::super) fn scales64(w: &Nf4, first: usize, out: &mut [f32]) {
     if w.block_log2 != BLOCK.trailing_zeros() {
         return w.scales64(first, out);
     }
-    w.scales_by(first, out, |codes, map, out| {
-        let (codes, codes_left) = codes.as_chunks::<16>();
-        let (out, out_left) = out.as_chunks_mut::<16>();
-        for (codes, out) in codes.iter().zip(out) {
-            look_up_scales(codes, map, out);
-        }
-        if !codes_left.is_empty() {
-            let (mut codes, mut scales) = ([0; 16], [0.0; 16]);
-            codes[..codes_left.len()].copy_from_slice(codes_left);
-            look_up_scales(&codes, map, &mut scales);
-            out_left.copy_from_slice(&scales[..out_left.len()]);
+    w.scales_by(first, out, |map, codes, nested, offset, out| {
+        let (nested, offset) = (_mm512_set1_ps(nested), _mm512_set1_ps(offset));
+        for (codes, out) in codes.chunks(64).zip(out.chunks_mut(64)) {
+            prefetch_line::<KEEP>(codes.as_ptr().wrapping_add(CODES_AHEAD));
+            // SAFETY: no more than the codes is read; the mask has one to 64 bits.
+            let codes = unsafe { _mm512_maskz_loadu_epi8(u64::MAX >> (64 - codes.len()), codes.as_ptr().cast()) };
+            let values = look_up_scales(codes, &map.planes);
+            for (values, out) in values.into_iter().zip(out.chunks_mut(16)) {
+                // Two roundings, as bitsandbytes has them.
+                let scales = _mm512_add_ps(_mm512_mul_ps(values, nested), offset);
+                // SAFETY: lanes from `out.len()` on are not written.
+                unsafe { _mm512_mask_storeu_ps(out.as_mut_ptr(), first_lanes(out.len()), scales) };
+            }
         }
     });
 }
 
+/// The values of 64 codes.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn look_up_scales(codes: &[u8; 16], map: &[f32; 256], out: &mut [f32; 16]) {
-    // SAFETY: arrays of 16 bytes, of 256 floats, of which each load takes 16, and of 16 floats.
-    unsafe {
-        let codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
-        let mut parts = [_mm512_setzero_ps(); 8];
-        for (i, part) in parts.iter_mut().enumerate() {
-            let low = _mm512_loadu_ps(map.as_ptr().add(32 * i));
-            // Sees the lowest five bits.
-            *part = _mm512_permutex2var_ps(low, codes, _mm512_loadu_ps(map.as_ptr().add(32 * i + 16)));
-        }
-        // The other bits choose among the parts.
-        for bit in 5..8 {
-            let set = _mm512_test_epi32_mask(codes, _mm512_set1_epi32(1 << bit));
-            for i in 0..8 >> (bit - 4) {
-                parts[i] = _mm512_mask_mov_ps(parts[2 * i], set, parts[2 * i + 1]);
-            }
-        }
-        _mm512_storeu_ps(out.as_mut_ptr(), parts[0]);
-    }
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+fn look_up_scales(codes: __m512i, planes: &Planes) -> [__m512; 4] {
+    // Quads so that interleaving, which works within parts of 128 bits, leaves them in order.
+    let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    let codes = _mm512_permutexvar_epi32(order, codes);
+    let upper = _mm512_movepi8_mask(codes);
+    let bytes = planes.0.each_ref().map(|plane| {
+        // SAFETY: a plane is 256 bytes.
+        let t: [__m512i; 4] = std::array::from_fn(|i| unsafe { _mm512_loadu_si512(plane.as_ptr().add(64 * i).cast()) });
+        // Each sees seven bits; the eighth chooses.
+        let (below, above) = (_mm512_permutex2var_epi8(t[0], codes, t[1]), _mm512_permutex2var_epi8(t[2], codes, t[3]));
+        _mm512_mask_mov_epi8(below, upper, above)
+    });
+    let low = [_mm512_unpacklo_epi8(bytes[0], bytes[1]), _mm512_unpackhi_epi8(bytes[0], bytes[1])];
+    let high = [_mm512_unpacklo_epi8(bytes[2], bytes[3]), _mm512_unpackhi_epi8(bytes[2], bytes[3])];
+    [
+        _mm512_unpacklo_epi16(low[0], high[0]),
+        _mm512_unpackhi_epi16(low[0], high[0]),
+        _mm512_unpacklo_epi16(low[1], high[1]),
+        _mm512_unpackhi_epi16(low[1], high[1]),
+    ]
+    .map(|values| _mm512_castsi512_ps(values))
 }
 
 /// Of four bytes the high nibbles, then the low ones, as `EvenOdd` has the activations.

@@ -12,10 +12,13 @@ pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 pub(crate) mod portable;
+mod scale_map;
 
 use crate::{Absmax, Error, FloatType, Nf4Source};
 use bytes::Bytes;
 use half::{bf16, f16};
+use scale_map::ScaleMap;
+use std::sync::Arc;
 
 /// [`super::Table::nf4_matvec`] wants rows of a multiple of this: 16 packed bytes, which never cross a block.
 pub(crate) const GRANULE: usize = 32;
@@ -30,6 +33,8 @@ pub(crate) struct Nf4 {
     #[cfg(target_arch = "x86_64")]
     narrow_codebook: Option<Codebook>,
     absmax: Absmax,
+    /// Of double quantization, as [`Absmax::Double`] has it, too.
+    scale_map: Option<Arc<ScaleMap>>,
     dtype: FloatType,
 }
 
@@ -65,7 +70,7 @@ impl Nf4 {
         let expect = |what, unit, got: usize, expected: usize| {
             if got == expected { Ok(()) } else { Err(Error::Matrix { rows, cols, what, unit, got, expected }) }
         };
-        let Nf4Source { packed, block, code, absmax, dtype } = source;
+        let Nf4Source { packed, block, code, mut absmax, dtype } = source;
         let valid = block.is_power_of_two() && (32..=4096).contains(&block);
         expect("block", "elements", block, if valid { block } else { 64 })?;
         expect("packed", "bytes", packed.len(), len.div_ceil(2))?;
@@ -78,6 +83,14 @@ impl Nf4 {
                 expect("nested_absmax", "elements", nested.len(), blocks.div_ceil(*nested_block))?;
             }
         }
+        let scale_map = match &mut absmax {
+            Absmax::Plain(_) => None,
+            Absmax::Double { map, .. } => {
+                let shared = ScaleMap::of(map);
+                *map = shared.values.clone();
+                Some(shared)
+            }
+        };
         let codebook = |levels| Codebook::new(&code, levels).filter(|_| block >= super::q8::BLOCK);
         Ok(Self {
             codebook: codebook(LEVELS),
@@ -88,6 +101,7 @@ impl Nf4 {
             block_log2: block.trailing_zeros(),
             code,
             absmax,
+            scale_map,
             dtype,
         })
     }
@@ -126,28 +140,27 @@ impl Nf4 {
     #[inline(always)]
     fn scales(&self, first: usize, out: &mut [f32]) {
         // A loop, not `for_each`, which would be a call without the caller's instructions.
-        self.scales_by(first, out, |codes, map, out| {
+        self.scales_by(first, out, |map, codes, nested, offset, out| {
+            // Two passes: looking up, then arithmetic on whole vectors.
             for (out, code) in out.iter_mut().zip(codes) {
-                *out = map[usize::from(*code)];
+                *out = map.values[usize::from(*code)];
+            }
+            for out in out {
+                *out = *out * nested + offset;
             }
         });
     }
 
-    /// The same, where `look_up(codes, map, out)` looks codes up.
+    /// The same, where `double(codes, nested, offset, out)` decodes codes that share their nested scale.
     #[inline(always)]
-    fn scales_by(&self, first: usize, out: &mut [f32], look_up: impl Fn(&[u8], &[f32; 256], &mut [f32])) {
-        match &self.absmax {
-            Absmax::Double { codes, map, nested, nested_block: 256, offset } => {
+    fn scales_by(&self, first: usize, out: &mut [f32], double: impl Fn(&ScaleMap, &[u8], f32, f32, &mut [f32])) {
+        match (&self.absmax, &self.scale_map) {
+            (Absmax::Double { codes, nested, nested_block: 256, offset, .. }, Some(map)) => {
                 let (mut at, mut out) = (first, out);
                 while !out.is_empty() {
                     let n = out.len().min(256 - at % 256);
                     let (now, later) = out.split_at_mut(n);
-                    // Two passes: looking up, then arithmetic on whole vectors.
-                    look_up(&codes[at..at + n], map, now);
-                    let outer = nested[at >> 8];
-                    for out in now {
-                        *out = *out * outer + *offset;
-                    }
+                    double(map, &codes[at..at + n], nested[at >> 8], *offset, now);
                     (at, out) = (at + n, later);
                 }
             }
