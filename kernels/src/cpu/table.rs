@@ -63,6 +63,7 @@ pub struct Table {
     dense_matvec: unsafe fn(FloatType, &[u8], &[f32], &mut [f32]),
     /// Rows of a panel in the products in 8 bits.
     q8_lanes: usize,
+    q8_pairs: bool,
     q8_quantize: unsafe fn(&[f32], Q8Mut),
     q8_nf4_matvec: unsafe fn(&Nf4, usize, Q8Row, &mut [f32]),
     q8_int8_matvec: unsafe fn(&Int8, usize, Q8Row, &mut [f32]),
@@ -89,6 +90,7 @@ static PORTABLE: Table = Table {
     dense_decode: dense::portable::decode,
     dense_matvec: dense::portable::matvec,
     q8_lanes: q8::portable::LANES,
+    q8_pairs: false,
     q8_quantize: q8::portable::quantize,
     q8_nf4_matvec: q8::portable::nf4_matvec,
     q8_int8_matvec: q8::portable::int8_matvec,
@@ -114,6 +116,7 @@ static AVX2: Table = Table {
     dense_decode: dense::avx2::decode,
     dense_matvec: dense::avx2::matvec,
     q8_lanes: q8::avx2::LANES,
+    q8_pairs: false,
     q8_quantize: q8::avx2::quantize,
     q8_nf4_matvec: q8::avx2::nf4_matvec,
     q8_int8_matvec: q8::avx2::int8_matvec,
@@ -162,6 +165,7 @@ static AVX512: Table = Table {
 static AVX512_VNNI: Table = Table {
     features: &["vnni", "vbmi"],
     q8_lanes: q8::avx512::LANES,
+    q8_pairs: true,
     q8_nf4_matvec: q8::avx512::nf4_matvec,
     q8_int8_matvec: q8::avx512::int8_matvec,
     q8_add_columns: q8::avx512::add_columns,
@@ -189,6 +193,7 @@ static NEON: Table = Table {
     dense_decode: dense::neon::decode,
     dense_matvec: dense::neon::matvec,
     q8_lanes: q8::neon::LANES,
+    q8_pairs: false,
     q8_quantize: q8::neon::quantize,
     q8_nf4_matvec: q8::neon::base::nf4_matvec,
     q8_int8_matvec: q8::neon::base::int8_matvec,
@@ -377,6 +382,11 @@ impl Table {
         self.q8_lanes
     }
 
+    /// Whether products of few tokens want their blocks in pairs, too.
+    pub(crate) fn q8_pairs(&self) -> bool {
+        self.q8_pairs
+    }
+
     /// Rounds one token of activations to 8 bits.
     pub(crate) fn q8_quantize(&self, x: &[f32], q: Q8Mut) {
         let blocks = x.len() / q8::BLOCK;
@@ -393,6 +403,7 @@ impl Table {
     pub(crate) fn q8_nf4_matvec(&self, w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
         let cols = x.units.len() * q8::BLOCK;
         assert!(w.has_q8(cols) && x.codes.len() == x.units.len() && x.starts.len() == x.units.len());
+        assert!(!self.q8_pairs || x.pairs.len() == x.units.len().div_ceil(2));
         assert!((row + y.len()).checked_mul(cols).is_some_and(|end| end <= w.len()));
         // SAFETY: bounds are checked above; `available()` hands out only tables that this CPU runs.
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]

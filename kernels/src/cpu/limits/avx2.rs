@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "vector loads, and empty assembly that hides a value from the optimizer")]
 
-use super::super::avx2::{KEEP, ONCE, read_ahead};
+use super::super::avx2::{AHEAD, KEEP, ONCE, prefetch_line};
 use super::{NONE, Peak, Probes};
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -33,8 +33,8 @@ fn read<const HINT: i32>(bytes: &[u8]) -> u64 {
     let (lines, tail) = bytes.as_chunks::<128>();
     let mut sums = [_mm256_setzero_si256(); 4];
     for line in lines {
-        read_ahead::<HINT>(line.as_ptr());
-        read_ahead::<HINT>(line[64..].as_ptr());
+        prefetch_line::<HINT>(line.as_ptr().wrapping_add(AHEAD));
+        prefetch_line::<HINT>(line[64..].as_ptr().wrapping_add(AHEAD));
         for (sum, part) in sums.iter_mut().zip(line.as_chunks::<32>().0) {
             // SAFETY: `part` is an array of 32 bytes.
             *sum = _mm256_xor_si256(*sum, unsafe { _mm256_loadu_si256(part.as_ptr().cast()) });

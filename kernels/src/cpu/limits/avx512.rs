@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "vector loads, and empty assembly that hides a value from the optimizer")]
 
-use super::super::avx2::{KEEP, ONCE, read_ahead};
+use super::super::avx2::{AHEAD, KEEP, ONCE, prefetch_line};
 use super::{NONE, Peak, Probes};
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -32,8 +32,8 @@ fn read<const HINT: i32>(bytes: &[u8]) -> u64 {
     let (lines, tail) = bytes.as_chunks::<128>();
     let mut sums = [_mm512_setzero_si512(); 2];
     for line in lines {
-        read_ahead::<HINT>(line.as_ptr());
-        read_ahead::<HINT>(line[64..].as_ptr());
+        prefetch_line::<HINT>(line.as_ptr().wrapping_add(AHEAD));
+        prefetch_line::<HINT>(line[64..].as_ptr().wrapping_add(AHEAD));
         for (sum, part) in sums.iter_mut().zip(line.as_chunks::<64>().0) {
             // SAFETY: `part` is an array of 64 bytes.
             *sum = _mm512_xor_si512(*sum, unsafe { _mm512_loadu_si512(part.as_ptr().cast()) });

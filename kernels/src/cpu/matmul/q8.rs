@@ -2,12 +2,10 @@
 
 use super::super::Cpu;
 use super::super::matrix::{Elements, Matrix};
-use super::super::q8::{BLOCK, Panel, Place, Q8};
+use super::super::q8::{BLOCK, PANEL_TOKENS, Panel, Place, Q8};
 use super::super::split::{Patch, patches, run, with_bytes, with_scratch};
 use super::SMALL;
 
-/// Tokens from which unfolding the weight into a panel pays.
-const TILE_TOKENS: usize = 4;
 /// Blocks of a panel: with 32 rows, 32 KiB.
 const DEPTH: usize = 16;
 /// Tasks of a product at most; each holds a slice a token, which is not free.
@@ -31,7 +29,7 @@ pub(super) fn forward(cpu: &Cpu, w: &Matrix, x: &Q8, y: &mut [f32], accumulate: 
         if !accumulate {
             rows.iter_mut().for_each(|row| row.fill(0.0));
         }
-        if tokens < TILE_TOKENS {
+        if tokens < PANEL_TOKENS {
             for (t, y) in rows.iter_mut().enumerate() {
                 matvec(cpu, w, x, t, col, y);
             }

@@ -4,12 +4,12 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{prefetch_line, read_ahead, read_shelf, sum4, with_ahead, with_hint};
+use super::super::avx2::{prefetch_line, read_shelf, sum4, with_ahead, with_hint};
 use super::super::avx512::{halve, sum16, transpose16};
 use super::super::nf4::Nf4;
 use super::super::nf4::avx512::scales64;
 use super::columns::each_tile;
-use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE};
+use super::{BLOCK, Columns, GROUP, Hidden, Int8, Pair, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE};
 use std::arch::x86_64::*;
 
 /// Rows of a panel: two vectors.
@@ -52,79 +52,143 @@ fn load<T>(array: &[T]) -> __m512i {
 }
 
 /// See [`super::super::Table::q8_nf4_matvec`].
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi,avx2")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2")]
 pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
     with_hint!(nf4_rows(w, row, x, y));
 }
 
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi,avx2")]
-fn nf4_rows<const HINT: i32>(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
-    let (book, shifts, unit) = (book(w), shifts(), w.codebook().unit);
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2")]
+fn nf4_rows<const HINT: i32>(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32], ahead: usize) {
+    let (book, unit) = (book(w), w.codebook().unit);
     let scales = |group: usize, out: &mut [f32]| scales64(w, group, out);
-    super::each_row(w, row, x, y, scales, |mut rows, y| {
-        // Four at once: what begins and ends a row takes as long as some blocks.
-        let (fours, rest) = y.as_chunks_mut::<4>();
-        for y in fours {
-            let [a, b, c, d] = dots4::<HINT>(book, shifts, rows.take(4));
-            let sums = sum4([halve(a), halve(b), halve(c), halve(d)]);
-            // SAFETY: `y` is an array of four floats.
-            unsafe { _mm_storeu_ps(y.as_mut_ptr(), _mm_mul_ps(sums, _mm_set1_ps(unit))) };
+    super::each_row(w, row, x, y, scales, |rows, y| {
+        // The loops over short rows have their length at compile time: around so little work, counting costs a third.
+        macro_rules! short {
+            ($($blocks:literal)*) => {
+                match rows.x.units.len() {
+                    $($blocks => short_rows::<HINT, $blocks>(book, rows, y, ahead),)*
+                    _ => long_rows::<HINT>(book, rows, y, ahead),
+                }
+            };
         }
-        for y in rest {
-            let Rows { packed, factors, x, .. } = rows.take(1);
-            // Two sums that change places: each addition waits for the one before the last only.
-            let (mut this, mut other) = (_mm512_setzero_ps(), _mm512_setzero_ps());
-            for ((packed, factor), (codes, start)) in packed.iter().zip(factors).zip(x.codes.iter().zip(x.starts)) {
-                read_ahead::<HINT>(packed.as_ptr());
-                (this, other) = (other, add_nf4(this, book, shifts, packed, *factor, codes, *start));
-            }
-            *y = sum16(_mm512_add_ps(this, other)) * unit;
-        }
+        short!(4 5 6 7 8 9 10 11 12 13 14 15 16);
+        y.iter_mut().for_each(|y| *y *= unit);
     });
 }
 
-/// Four rows, each as a sum of 16 lanes.
+/// Rows of `N` blocks, one behind the other, as memory has them.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn dots4<const HINT: i32>(book: __m512i, shifts: __m512i, rows: Rows) -> [__m512; 4] {
-    let Rows { packed, factors, x, .. } = rows;
-    let n = x.codes.len();
-    assert!(packed.len() == 4 * n && factors.len() == 4 * n);
-    let mut sums = [_mm512_setzero_ps(); 4];
-    for (block, (codes, start)) in x.codes.iter().zip(x.starts).enumerate() {
-        // Memory is asked for in its own order, not row by row.
-        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block).cast());
-        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block + 2).cast());
-        for r in 0..4 {
-            let at = r * n + block;
-            sums[r] = add_nf4(sums[r], book, shifts, &packed[at], factors[at], codes, *start);
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2")]
+fn short_rows<const HINT: i32, const N: usize>(book: __m512i, rows: Rows, y: &mut [f32], ahead: usize) {
+    let mut rows_left = rows.packed.as_chunks::<N>().0.iter().zip(rows.factors.as_chunks::<N>().0);
+    let (pairs, odd) = rows.x.pairs.split_at(N / 2);
+    // Four at once: what ends a row takes as long as some blocks.
+    for y in y.chunks_mut(4) {
+        let mut sums = [_mm256_setzero_ps(); 4];
+        for (sum, (packed, factors)) in sums[..y.len()].iter_mut().zip(&mut rows_left) {
+            let mut turns = [_mm512_setzero_ps(); 2];
+            let parts = packed.as_chunks().0.iter().zip(factors.as_chunks().0).zip(pairs);
+            for (i, ((packed, factors), pair)) in parts.enumerate() {
+                prefetch_line::<HINT>(packed.as_ptr().wrapping_byte_add(ahead).cast());
+                turns[i % 2] = add_pair(turns[i % 2], book, packed, factors, pair);
+            }
+            if let ([packed], [factor], Some(pair)) =
+                (packed.as_chunks::<2>().1, factors.as_chunks::<2>().1, odd.first())
+            {
+                prefetch_line::<HINT>(packed.as_ptr().wrapping_byte_add(ahead).cast());
+                turns[1] = add_single(turns[1], book, packed, *factor, pair);
+            }
+            *sum = halve(_mm512_add_ps(turns[0], turns[1]));
         }
+        store(sum4(sums), y);
     }
-    sums
 }
 
-/// [`add_block`] for 64 weights of 4 bits.
+/// Rows of any length, four side by side, so that each load of the activations serves four times.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx512vbmi,avx2")]
+fn long_rows<const HINT: i32>(book: __m512i, rows: Rows, y: &mut [f32], ahead: usize) {
+    let Rows { packed, factors, x, .. } = rows;
+    let n = x.units.len();
+    assert!(packed.len() == y.len() * n && factors.len() == y.len() * n && x.pairs.len() >= n.div_ceil(2));
+    for (i, y) in y.chunks_mut(4).enumerate() {
+        let mut sums = [_mm512_setzero_ps(); 4];
+        // Without four rows left, some are read again, and what comes of it is not stored.
+        let starts: [usize; 4] = std::array::from_fn(|r| (4 * i + r.min(y.len() - 1)) * n);
+        // Memory is asked for in its own order, not row by row.
+        let line = |i: usize| packed.as_ptr().wrapping_add(starts[0] + 2 * i).wrapping_byte_add(ahead).cast();
+        for (b, pair) in x.pairs[..n / 2].iter().enumerate() {
+            for (r, start) in starts.into_iter().enumerate() {
+                prefetch_line::<HINT>(line(4 * b + r));
+                let at = start + 2 * b;
+                let (packed, factors) = (&packed[at..][..2], &factors[at..][..2]);
+                if let (Some(packed), Some(factors)) = (packed.first_chunk(), factors.first_chunk()) {
+                    sums[r] = add_pair(sums[r], book, packed, factors, pair);
+                }
+            }
+        }
+        if !n.is_multiple_of(2) {
+            // The last blocks of four rows: two lines.
+            prefetch_line::<HINT>(line(2 * n - 2));
+            prefetch_line::<HINT>(line(2 * n - 1));
+            for (sum, start) in sums.iter_mut().zip(starts) {
+                let at = start + n - 1;
+                *sum = add_single(*sum, book, &packed[at], factors[at], &x.pairs[n / 2]);
+            }
+        }
+        let [a, b, c, d] = sums;
+        store(sum4([halve(a), halve(b), halve(c), halve(d)]), y);
+    }
+}
+
+/// As many lanes as `y` has elements, at most four.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+fn store(sums: __m128, y: &mut [f32]) {
+    // SAFETY: lanes from `y.len()` on are not written.
+    unsafe { _mm_mask_storeu_ps(y.as_mut_ptr(), (1 << y.len().min(4)) - 1, sums) };
+}
+
+/// [`add_dots`] of two blocks as they are stored.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
-fn add_nf4(
-    sum: __m512,
-    book: __m512i,
-    shifts: __m512i,
-    packed: &[u8; 32],
-    factor: f32,
-    codes: &[i8; BLOCK],
-    start: i32,
-) -> __m512 {
-    let start = _mm512_zextsi128_si512(_mm_cvtsi32_si128(start));
-    add_block(sum, look_up(book, shifts, packed), codes, start, factor)
+fn add_pair(sum: __m512, book: __m512i, packed: &[[u8; BLOCK / 2]; 2], factors: &[f32; 2], x: &Pair) -> __m512 {
+    // For the lower half of a register the first factor, for the upper half the second.
+    let which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    // SAFETY: an array of eight bytes; any alignment will do.
+    let both = unsafe { factors.as_ptr().cast::<f64>().read_unaligned() };
+    let factors = _mm512_permutevar_ps(_mm512_castpd_ps(_mm512_set1_pd(both)), which);
+    add_dots(sum, book, load(packed.as_flattened()), x, factors)
 }
 
-/// `sum + factor (start + w . x)`, lane by lane.
+/// The same of one without a neighbour, beside zeros.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn add_single(sum: __m512, book: __m512i, packed: &[u8; BLOCK / 2], factor: f32, x: &Pair) -> __m512 {
+    // SAFETY: an array of 32 bytes.
+    let packed = _mm512_zextsi256_si512(unsafe { _mm256_loadu_si256(packed.as_ptr().cast()) });
+    add_dots(sum, book, packed, x, _mm512_set1_ps(factor))
+}
+
+/// `sum + factors (starts + w . x)`, lane by lane, for two blocks of 4 bits.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+fn add_dots(sum: __m512, book: __m512i, packed: __m512i, x: &Pair, factors: __m512) -> __m512 {
+    // The look-up sees six bits of a byte; as the book repeats after four, the others need not be cleared.
+    let (even, odd) = (_mm512_srli_epi16::<4>(packed), packed);
+    let [even, odd] = [even, odd].map(|codes| _mm512_permutexvar_epi8(codes, book));
+    // SAFETY: an array of 64 bytes.
+    let starts = unsafe { _mm512_loadu_si512(x.starts.as_ptr().cast()) };
+    let dots = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(starts, even, load(&x.even)), odd, load(&x.odd));
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), factors, sum)
+}
+
+/// `sum + factor (w . x)`, lane by lane.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], start: __m512i, factor: f32) -> __m512 {
-    let dot = _mm512_dpbusd_epi32(start, w, load(x));
+fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], factor: f32) -> __m512 {
+    let dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, load(x));
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(factor), sum)
 }
 
@@ -145,7 +209,7 @@ fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32], ahe
         for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
             prefetch_line::<HINT>(w.as_ptr().wrapping_add(ahead).cast());
             let w = _mm512_xor_si512(load(w), sign);
-            (this, other) = (other, add_block(this, w, codes, _mm512_setzero_si512(), *unit));
+            (this, other) = (other, add_block(this, w, codes, *unit));
         }
         *y = (sum16(_mm512_add_ps(this, other)) + surplus) * w.scale(row + i);
     }

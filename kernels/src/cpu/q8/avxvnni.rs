@@ -4,7 +4,7 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{prefetch_line, read_ahead, read_shelf, sum1, sum4, with_ahead, with_hint};
+use super::super::avx2::{prefetch_line, read_shelf, sum1, sum4, with_ahead, with_hint};
 use super::super::nf4::Nf4;
 use super::avx2::{LANES, add_scaled, book, load32, look_up};
 use super::columns::{Group, each_tile};
@@ -29,14 +29,14 @@ pub(crate) fn nf4_matvec(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,avxvnni")]
-fn nf4_rows<const HINT: i32>(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
+fn nf4_rows<const HINT: i32>(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32], ahead: usize) {
     let (book, unit) = (unsigned(book(w.codebook())), w.codebook().unit);
     let scales = |group: usize, out: &mut [f32]| w.scales64(group, out);
     super::each_row(w, row, x, y, scales, |mut rows, y| {
         // Four at once: what begins and ends a row takes as long as some blocks.
         let (fours, rest) = y.as_chunks_mut::<4>();
         for y in fours {
-            let sums = _mm_mul_ps(sum4(dots4::<HINT>(book, rows.take(4))), _mm_set1_ps(unit));
+            let sums = _mm_mul_ps(sum4(dots4::<HINT>(book, rows.take(4), ahead)), _mm_set1_ps(unit));
             // SAFETY: `y` is an array of four floats.
             unsafe { _mm_storeu_ps(y.as_mut_ptr(), sums) };
         }
@@ -45,7 +45,7 @@ fn nf4_rows<const HINT: i32>(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
             // Two sums that change places: each addition waits for the one before the last only.
             let (mut this, mut other) = (_mm256_setzero_ps(), _mm256_setzero_ps());
             for ((packed, factor), (codes, start)) in packed.iter().zip(factors).zip(x.codes.iter().zip(x.starts)) {
-                read_ahead::<HINT>(packed.as_ptr());
+                prefetch_line::<HINT>(packed.as_ptr().wrapping_byte_add(ahead).cast());
                 (this, other) = (other, add_block(this, look_up(book, packed), codes, *start, *factor));
             }
             *y = sum1(_mm256_add_ps(this, other)) * unit;
@@ -56,15 +56,15 @@ fn nf4_rows<const HINT: i32>(w: &Nf4, row: usize, x: Q8Row, y: &mut [f32]) {
 /// Four rows, each as a sum of 8 lanes.
 #[inline]
 #[target_feature(enable = "avx2,fma,avxvnni")]
-fn dots4<const HINT: i32>(book: __m256i, rows: Rows) -> [__m256; 4] {
+fn dots4<const HINT: i32>(book: __m256i, rows: Rows, ahead: usize) -> [__m256; 4] {
     let Rows { packed, factors, x, .. } = rows;
     let n = x.codes.len();
     assert!(packed.len() == 4 * n && factors.len() == 4 * n);
     let mut sums = [_mm256_setzero_ps(); 4];
     for (block, (codes, start)) in x.codes.iter().zip(x.starts).enumerate() {
         // Memory is asked for in its own order, not row by row.
-        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block).cast());
-        read_ahead::<HINT>(packed.as_ptr().wrapping_add(4 * block + 2).cast());
+        prefetch_line::<HINT>(packed.as_ptr().wrapping_add(4 * block).wrapping_byte_add(ahead).cast());
+        prefetch_line::<HINT>(packed.as_ptr().wrapping_add(4 * block + 2).wrapping_byte_add(ahead).cast());
         for r in 0..4 {
             let at = r * n + block;
             sums[r] = add_block(sums[r], look_up(book, &packed[at]), codes, *start, factors[at]);

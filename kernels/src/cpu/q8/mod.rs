@@ -41,6 +41,9 @@ pub(crate) const QUAD: usize = 4;
 #[cfg(target_arch = "x86_64")]
 const QUADS: usize = BLOCK / QUAD;
 
+/// Tokens from which unfolding the weight into a panel pays; with fewer, kernels walk along its rows.
+pub(crate) const PANEL_TOKENS: usize = 4;
+
 /// Activations `[T, K]` in 8 bits.
 pub(crate) struct Q8 {
     blocks: usize,
@@ -56,6 +59,33 @@ struct Arrays {
     units: Vec<f32>,
     /// `-128` times the sum of each block's codes, `[T, K / 64]`: what products begin with whose weights are 128 too large.
     starts: Vec<i32>,
+    /// `[T, ceil(K / 128)]`, or none: see [`super::Table::q8_pairs`].
+    pairs: Vec<Pair>,
+}
+
+/// Two neighbouring blocks of a token for kernels that look both up at once; zeros stand beside a last odd one.
+#[derive(Clone)]
+#[repr(align(64))]
+pub(crate) struct Pair {
+    /// The even elements of the first, then those of the second.
+    pub even: [i8; BLOCK],
+    pub odd: [i8; BLOCK],
+    /// Theirs, each in the first of eight lanes.
+    pub starts: [i32; 16],
+}
+
+impl Pair {
+    const ZERO: Self = Self { even: [0; BLOCK], odd: [0; BLOCK], starts: [0; 16] };
+
+    fn set(&mut self, codes: &[[i8; BLOCK]], starts: &[i32]) {
+        *self = Self::ZERO;
+        for (i, (codes, start)) in codes.iter().zip(starts).enumerate() {
+            let (even, odd) = codes.split_at(BLOCK / 2);
+            self.even[i * BLOCK / 2..][..BLOCK / 2].copy_from_slice(even);
+            self.odd[i * BLOCK / 2..][..BLOCK / 2].copy_from_slice(odd);
+            self.starts[i * 8] = *start;
+        }
+    }
 }
 
 thread_local! {
@@ -77,16 +107,19 @@ pub(crate) struct Q8Row<'a> {
     pub codes: &'a [[i8; BLOCK]],
     pub units: &'a [f32],
     pub starts: &'a [i32],
+    /// None where kernels do not ask for them.
+    pub pairs: &'a [Pair],
 }
 
 impl Q8Row<'_> {
-    /// `count` blocks from number `first` on.
+    /// `count` blocks from the even number `first` on.
     #[inline(always)]
     fn part(self, first: usize, count: usize) -> Self {
         Self {
             codes: &self.codes[first..][..count],
             units: &self.units[first..][..count],
             starts: &self.starts[first..][..count],
+            pairs: self.pairs.get(first / 2..).unwrap_or_default(),
         }
     }
 }
@@ -114,7 +147,23 @@ impl Q8 {
         run(&cpu.team, rows, x.len() < 16 * 1024, |(((codes, units), starts), x)| {
             cpu.table.q8_quantize(x, Q8Mut { codes, units, starts });
         });
-        Self { blocks, arrays }
+        let mut q8 = Self { blocks, arrays };
+        q8.arrays.pairs.clear();
+        if cpu.table.q8_pairs() && q8.tokens() < PANEL_TOKENS {
+            q8.pair_up();
+        }
+        q8
+    }
+
+    fn pair_up(&mut self) {
+        let mut pairs = std::mem::take(&mut self.arrays.pairs);
+        pairs.resize(self.tokens() * self.blocks.div_ceil(2), Pair::ZERO);
+        for (t, pairs) in pairs.chunks_mut(self.blocks.div_ceil(2)).enumerate() {
+            let row = self.row(t);
+            let blocks = row.codes.chunks(2).zip(row.starts.chunks(2));
+            pairs.iter_mut().zip(blocks).for_each(|(pair, (codes, starts))| pair.set(codes, starts));
+        }
+        self.arrays.pairs = pairs;
     }
 
     /// Tokens.
@@ -135,12 +184,15 @@ impl Q8 {
             codes: &self.arrays.codes[self.arrays.aligned..].as_chunks().0[range.clone()],
             units: &self.arrays.units[range.clone()],
             starts: &self.arrays.starts[range],
+            pairs: self.arrays.pairs.chunks(self.blocks.div_ceil(2)).nth(t).unwrap_or_default(),
         }
     }
 }
 
 /// Scales that are decoded at a time: several short rows' or a part of a long one's.
 const BATCH: usize = 256;
+/// Rows whose scales are multiplied with the units of the activations in one loop.
+const REPEATS: usize = 16;
 
 /// Floats on the stack that vectors write. Where the stack begins is left to chance, and stores across two cache lines made
 /// whole processes a quarter slower.
@@ -197,21 +249,28 @@ fn each_row(
         }
         return;
     }
-    // Units once for each row of a batch, so that one loop makes all factors, with no regard to where rows end.
-    // Batches of 16 rows have scales in whole vectors.
+    // Batches of whole vectors of scales, groups of four rows.
     let batch = match BATCH / blocks {
-        n @ 16.. => n / 16 * 16,
+        n @ REPEATS.. => n / REPEATS * REPEATS,
         n @ 4.. => n / 4 * 4,
         n => n,
     };
-    for to in repeated.chunks_exact_mut(blocks).take(batch.min(y.len())) {
-        to.copy_from_slice(x.units);
+    // Units once for each of some rows, so that one loop makes their factors, with no regard to where rows end.
+    let repeated = &mut repeated[..batch.min(REPEATS).min(y.len()) * blocks];
+    repeated[..blocks].copy_from_slice(x.units);
+    let mut filled = blocks;
+    while filled < repeated.len() {
+        let now = filled.min(repeated.len() - filled);
+        repeated.copy_within(..now, filled);
+        filled += now;
     }
     for (i, y) in y.chunks_mut(batch).enumerate() {
         let group = (row + i * batch) * blocks;
         let factors = &mut factors[..y.len() * blocks];
         scales(group, factors);
-        multiply(factors, repeated);
+        for factors in factors.chunks_mut(repeated.len()) {
+            multiply(factors, repeated);
+        }
         rows(Rows { packed: &w.packed64(group)[..factors.len()], factors, x, block: 0 }, y);
     }
 }
