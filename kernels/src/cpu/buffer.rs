@@ -5,7 +5,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 
-/// Bytes of a cache line, to which parts of a region are aligned.
+/// Bytes of a cache line, to which what vectors read is aligned: one that crosses a line loads at half speed.
 pub(crate) const LINE: usize = 64;
 
 /// An f32 array on the heap, or one that another device shares.

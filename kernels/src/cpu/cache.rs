@@ -4,7 +4,7 @@
 //! of neighbouring keys are neighbours in a vector, and behind it a tile of values `[BLOCK, D]`. A thread reads both of
 //! its head as one stream, and a token appended costs `D` scattered stores a head.
 
-use super::buffer::{grow, reserve};
+use super::buffer::{LINE, grow, reserve};
 use super::light::Light;
 use super::loops::{reduce, sum, update};
 use super::table::Table;
@@ -15,8 +15,6 @@ use half::slice::HalfFloatSliceExt;
 
 /// Tokens of a block: with 64-wide heads in f16, its two tiles are 16 KiB.
 pub(crate) const BLOCK: usize = 64;
-/// Tiles begin on a cache line: vectors that cross one load at half speed.
-const CACHE_LINE: usize = 64;
 
 /// Keys and values, appended token by token.
 pub struct Cache {
@@ -24,8 +22,8 @@ pub struct Cache {
     head_dim: usize,
     dtype: CacheType,
     len: usize,
-    /// Blocks, then in them heads, then keys before values, from `aligned` on; elements as [`CacheType`] says,
-    /// little-endian. What lies behind the last token holds anything finite or not.
+    /// Blocks, then in them heads, then keys before values, from `aligned` on, where a cache line begins; elements as
+    /// [`CacheType`] says, little-endian. What lies behind the last token holds anything finite or not.
     bytes: Vec<u8>,
     aligned: usize,
     /// In 8 bits one a row and head, in the same order; else none.
@@ -40,6 +38,8 @@ pub(crate) struct Tile<'a> {
     pub stride: usize,
     pub width: usize,
     pub count: usize,
+    /// Bytes from here to the tile that the same head reads next, if there is one.
+    pub next: usize,
 }
 
 /// What a tile holds.
@@ -125,8 +125,8 @@ impl Cache {
         if self.bytes.capacity() < self.aligned + bytes {
             // Half as much again, not the double of `Vec`: this memory is the session's largest after weights.
             let ample = bytes.max(self.bytes.len() + self.bytes.len() / 2);
-            let mut grown: Vec<u8> = reserve(ample + CACHE_LINE).or_else(|_| reserve(bytes + CACHE_LINE))?;
-            let aligned = grown.as_ptr().align_offset(CACHE_LINE).min(CACHE_LINE);
+            let mut grown: Vec<u8> = reserve(ample + LINE).or_else(|_| reserve(bytes + LINE))?;
+            let aligned = grown.as_ptr().align_offset(LINE).min(LINE);
             grown.resize(aligned, 0);
             grown.extend_from_slice(&self.bytes[self.aligned..]);
             (self.bytes, self.aligned) = (grown, aligned);
@@ -160,13 +160,15 @@ impl Cache {
     /// The first `columns` keys of a block, turned and before their scales; those past the last token are undefined.
     pub(crate) fn keys(&self, block: usize, head: usize, columns: usize) -> Tile<'_> {
         let bytes = self.of_tile(self.tile(block, head, Side::Keys));
-        Tile { dtype: self.dtype, bytes, stride: BLOCK, width: columns.min(BLOCK), count: self.head_dim }
+        let next = self.tile_bytes();
+        Tile { dtype: self.dtype, bytes, stride: BLOCK, width: columns.min(BLOCK), count: self.head_dim, next }
     }
 
     /// The first `count` values of a block as `[count, D]`, before their scales.
     pub(crate) fn values(&self, block: usize, head: usize, count: usize) -> Tile<'_> {
         let bytes = self.of_tile(self.tile(block, head, Side::Values));
-        Tile { dtype: self.dtype, bytes, stride: self.head_dim, width: self.head_dim, count }
+        let next = (2 * self.kv_heads - 1) * self.tile_bytes();
+        Tile { dtype: self.dtype, bytes, stride: self.head_dim, width: self.head_dim, count, next }
     }
 
     fn of_tile(&self, tile: usize) -> &[u8] {
@@ -294,7 +296,7 @@ mod tests {
             let cache = cache(dtype, tokens);
             let [mut k, mut v] = [0; 2].map(|_| vec![0.0; WIDTH * BLOCK]);
             for block in 0..tokens.div_ceil(BLOCK) {
-                assert!(cache.keys(block, 1, BLOCK).bytes.as_ptr().align_offset(CACHE_LINE) == 0);
+                assert!(cache.keys(block, 1, BLOCK).bytes.as_ptr().align_offset(LINE) == 0);
                 cache.decode(Table::best(), block, 2, &mut k, &mut v);
                 let held = BLOCK.min(tokens - block * BLOCK);
                 assert!(k.chunks(BLOCK).all(|row| row[..held].iter().all(|x| *x == 1.0)), "{dtype:?} {block}");

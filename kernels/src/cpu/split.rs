@@ -4,6 +4,7 @@
 //! are the same bits whatever the number of threads. Outputs are split into `&mut` slices before the tasks
 //! start, which is what keeps parallel writes free of unsafe code.
 
+use super::buffer::LINE;
 use super::team::Team;
 use std::cell::Cell;
 use std::sync::{Mutex, PoisonError};
@@ -85,20 +86,17 @@ macro_rules! scratch {
         pub(crate) fn $name<R>(len: usize, work: impl FnOnce(&mut [$element]) -> R) -> R {
             // Taken out of its cell meanwhile: a nested call finds an empty one and is merely slower.
             let mut scratch = $cell.take();
-            let spare = CACHE_LINE / size_of::<$element>();
+            let spare = LINE / size_of::<$element>();
             if scratch.len() < len + spare {
                 scratch.resize(len + spare, Default::default());
             }
-            let start = scratch.as_ptr().align_offset(CACHE_LINE).min(spare);
+            let start = scratch.as_ptr().align_offset(LINE).min(spare);
             let result = work(&mut scratch[start..start + len]);
             $cell.set(scratch);
             result
         }
     };
 }
-
-/// Scratch begins on a cache line: vectors that cross one load at half speed.
-const CACHE_LINE: usize = 64;
 
 scratch!(
     /// Lends `work` a scratch array of floats; it holds anything at first.
