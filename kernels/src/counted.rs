@@ -84,7 +84,7 @@ impl Counted {
 
     /// Notes a product of activations `[T, K]`, of which `width` are multiplied, with a weight `[O, K]`.
     fn product(&self, arithmetic: Arithmetic, tokens: usize, width: usize, (o, k): (usize, usize)) {
-        let (rounded, passing) = matmul_bytes(tokens, width);
+        let (rounded, passing) = matmul_bytes(arithmetic, tokens, width);
         self.rounded.fetch_max(rounded, Ordering::Relaxed);
         self.products.fetch_max(passing, Ordering::Relaxed);
         self.scratch(matmul_scratch(arithmetic, tokens, o, k));
@@ -202,7 +202,7 @@ impl Backend for Counted {
             self.product(arithmetic, tokens, w.1, (w.0, w.1));
             for LowRank { a, .. } in low_rank {
                 self.scratch(matmul_scratch(arithmetic, tokens, a.0, a.1));
-                let (_, slices) = matmul_bytes(tokens, a.0);
+                let (_, slices) = matmul_bytes(arithmetic, tokens, a.0);
                 self.products.fetch_max(tokens * a.0 * size_of::<f32>() + slices, Ordering::Relaxed);
             }
         }

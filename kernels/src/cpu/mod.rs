@@ -123,16 +123,9 @@ impl Cpu {
     }
 }
 
-/// Bytes of activations `[T, K]` rounded to bf16, which the thread that starts products keeps, and of the slices of rows
-/// that their tasks own, for `tokens` of `width` by `outputs`.
-pub(crate) fn matmul_bytes(tokens: usize, width: usize) -> (usize, usize) {
-    let slices = matmul::TASKS * tokens * size_of::<&mut [f32]>();
-    (tokens * width.next_multiple_of(bf16::PAD) * size_of::<u16>(), slices)
-}
-
 pub(crate) use attention::{bytes as attention_bytes, vjp_scratch as attention_vjp_scratch};
 pub(crate) use linear_cross_entropy::{BAND, bytes as linear_cross_entropy_bytes};
-pub(crate) use matmul::{Scratch, scratch as matmul_scratch, vjp_w_scratch};
+pub(crate) use matmul::{Scratch, bytes as matmul_bytes, scratch as matmul_scratch, vjp_w_scratch};
 
 impl Backend for Cpu {
     type Buffer = Buffer;

@@ -9,11 +9,11 @@
 //! | by `W` | `dW[O, K] += dYᵀ X` | `axpy` | patches of `dW` |
 //! | by `W`, thin `K` | `dWᵀ[K, O] += Xᵀ dY` | `axpy` | columns of `dWᵀ` |
 
-use super::super::Cpu;
 use super::super::elementwise::zero;
 use super::super::matrix::Band;
 use super::super::split::{Patch, patches, run, with_scratch};
 use super::super::tile::{Coefficients, Rows};
+use super::super::{Cpu, Table};
 use super::SMALL;
 use std::ops::Range;
 use wide::f32x4;
@@ -41,10 +41,24 @@ const VJP_W: (usize, usize) = (48, 256);
 /// Columns of `W` from which they fill the widest vectors well.
 const VJP_W_THIN: usize = 16;
 
-/// Floats of scratch that a thread keeps after [`forward`] and [`vjp_x`] with a weight `[O, K]`, at most.
-pub(super) fn scratch(o: usize, k: usize) -> usize {
-    let rows = (PANEL / k.max(1) / 4 * 4).clamp(4, PANEL_ROWS);
-    (rows * k).max(2 * o.min(TRANSPOSED.0) * k.min(TRANSPOSED.1)).max(VJP_X_DEPTH * k.min(VJP_X.0))
+/// Floats of scratch that a thread keeps after [`forward`] and [`vjp_x`] of so many tokens with a weight `[O, K]`, at most.
+pub(super) fn scratch(table: &Table, tokens: usize, o: usize, k: usize) -> usize {
+    let forward = match narrow_scratch(o, k) {
+        0 if is_transposed(table, tokens, k) => 2 * o.min(TRANSPOSED.0) * k.min(TRANSPOSED.1),
+        0 => panel_rows(k) * k,
+        narrow => narrow,
+    };
+    forward.max(VJP_X_DEPTH * k.min(VJP_X.0))
+}
+
+/// Rows of a panel of whole rows.
+fn panel_rows(k: usize) -> usize {
+    (PANEL / k.max(1) / 4 * 4).clamp(4, PANEL_ROWS)
+}
+
+/// Whether the product of so many tokens transposes its panels.
+fn is_transposed(table: &Table, tokens: usize, k: usize) -> bool {
+    k <= THIN || tokens >= table.transposes_from()
 }
 
 /// Those after a forward product that is [`is_narrow`], of which there are none else.
@@ -70,7 +84,7 @@ pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumula
     let small = tokens * o * k < SMALL;
     if is_narrow(w) {
         narrow(cpu, w, x, y, small);
-    } else if k <= THIN || tokens >= cpu.table.transposes_from() {
+    } else if is_transposed(cpu.table, tokens, k) {
         transposed(cpu, w, x, y, small);
     } else {
         panels(cpu, w, x, y, small);
@@ -97,7 +111,7 @@ fn narrow(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], small: bool) {
 /// `y += x Wᵀ` by panels of whole rows.
 fn panels(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], small: bool) {
     let (o, k) = w.shape();
-    let panel = (PANEL / k / 4 * 4).clamp(4, PANEL_ROWS);
+    let panel = panel_rows(k);
     let task = panel * o.div_ceil(TASKS * panel);
     let x = Rows::packed(x, k);
     run(&cpu.team, patches(y, o, x.count(), task), small, |Patch { col, mut rows, .. }| {

@@ -9,13 +9,14 @@ mod q8;
 pub(crate) use group::group;
 
 use super::Cpu;
+use super::bf16::Bf16;
 use super::matrix::{Band, Elements, Matrix};
 use super::q8::Q8;
 use super::table::Table;
 use crate::Arithmetic;
 use one::OneToken;
 
-pub(super) use bf16::TASKS;
+use bf16::TASKS;
 
 /// Multiplications below which other threads stay asleep.
 const SMALL: usize = 128 * 1024;
@@ -31,12 +32,27 @@ pub(crate) struct Scratch {
     pub all: bool,
 }
 
+/// The kernels of products in bf16, where these products are.
+fn bf16_kernels(table: &Table, arithmetic: Arithmetic, tokens: usize) -> Option<&Bf16> {
+    table.bf16().filter(|_| arithmetic == Arithmetic::Bf16 && tokens >= BF16_TOKENS)
+}
+
+/// Bytes of activations `[T, K]` rounded to bf16, which the thread that starts products keeps, and of the slices of rows
+/// that their tasks own.
+pub(crate) fn bytes(arithmetic: Arithmetic, tokens: usize, width: usize) -> (usize, usize) {
+    let rounded = match bf16_kernels(Table::best(), arithmetic, tokens) {
+        Some(_) => tokens * width.next_multiple_of(super::bf16::PAD) * size_of::<u16>(),
+        None => 0,
+    };
+    (rounded, TASKS * tokens * size_of::<&mut [f32]>())
+}
+
 /// What the products of `tokens` with a weight `[O, K]` take on this CPU, forward and by `X`.
 pub(crate) fn scratch(arithmetic: Arithmetic, tokens: usize, o: usize, k: usize) -> Scratch {
-    let bf16 = Table::best().bf16().filter(|_| arithmetic == Arithmetic::Bf16 && tokens >= BF16_TOKENS);
-    let (floats, halves) = match bf16 {
+    let table = Table::best();
+    let (floats, halves) = match bf16_kernels(table, arithmetic, tokens) {
         Some(kernels) => (exact::narrow_scratch(o, k), bf16::scratch(kernels, o, k)),
-        None => (exact::scratch(o, k).max(exact::narrow_scratch(o, k)), 0),
+        None => (exact::scratch(table, tokens, o, k), 0),
     };
     Scratch { bytes: [size_of::<f32>() * floats, size_of::<u16>() * halves], all: tokens * o * k >= SMALL }
 }
