@@ -1,4 +1,4 @@
-//! What is asked of the system about memory: the only mapping (whole files, read-only, as shareable [`Bytes`]), and
+//! What is asked of the system about memory: the only mapping of files (whole, read-only, as shareable [`Bytes`]), and
 //! that it takes back what was freed.
 //!
 //! Weights are asked for in large pages. A token reads all of them, and to find each 4 KiB of them anew costs a core up to

@@ -42,6 +42,24 @@ pub(crate) struct Tile<'a> {
     pub next: usize,
 }
 
+impl Tile<'_> {
+    /// Whether who multiplies by the columns from `n` on, for rows of outputs from `i` on, should [`Tile::ask`]: the first
+    /// reader of each line does.
+    #[inline(always)]
+    pub fn asks(self, i: usize, n: usize) -> bool {
+        i == 0 && (n * size(self.dtype)).is_multiple_of(LINE)
+    }
+
+    /// Calls `prefetch` for the counterparts in the next tile of the `len` bytes at `at`: of short streams that jump,
+    /// processors foresee too little.
+    #[inline(always)]
+    pub fn ask(self, at: *const u8, len: usize, prefetch: impl Fn(*const u8)) {
+        for line in (0..len).step_by(LINE) {
+            prefetch(at.wrapping_add(self.next + line));
+        }
+    }
+}
+
 /// What a tile holds.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Side {

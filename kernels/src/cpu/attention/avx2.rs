@@ -4,7 +4,6 @@
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx2::{KEEP, first_lanes, prefetch_line};
-use super::super::buffer::LINE;
 use super::super::cache::Tile;
 use super::super::tile::Coefficients;
 use super::{F16, F32, I8, size};
@@ -86,14 +85,10 @@ fn tile<const TYPE: u8, const I: usize, const N: usize>(
         }
         let coefs = coef.data.as_ptr().wrapping_add(i * coef.row);
         let mut row = p.bytes.as_ptr().wrapping_add(n * size);
-        // Who reads a line first asks for its counterpart in the next tile: of short streams that jump, the processor
-        // foresees too little.
-        let asks = i == 0 && (n * size).is_multiple_of(LINE);
+        let asks = p.asks(i, n);
         for j in 0..p.count {
             if asks {
-                for line in (0..LANES * N * size).step_by(LINE) {
-                    prefetch_line::<KEEP>(row.wrapping_add(p.next + line));
-                }
+                p.ask(row, LANES * N * size, prefetch_line::<KEEP>);
             }
             let mut pv = [_mm256_setzero_ps(); N];
             for b in 0..N {

@@ -3,7 +3,6 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::buffer::LINE;
 use super::super::cache::Tile;
 use super::super::neon::prefetch;
 use super::super::tile::Coefficients;
@@ -66,14 +65,10 @@ fn strip<const TYPE: u8, const I: usize>(coef: Coefficients, p: Tile, n: usize, 
         }
         let coefs = coef.data.as_ptr().wrapping_add(i * coef.row);
         let mut row = p.bytes.as_ptr().wrapping_add(n * size);
-        // Who reads a line first asks for its counterpart in the next tile: of short streams that jump, the processor
-        // foresees too little.
-        let asks = i == 0 && (n * size).is_multiple_of(LINE);
+        let asks = p.asks(i, n);
         for j in 0..p.count {
             if asks {
-                for line in (0..COLUMNS * size).step_by(LINE) {
-                    prefetch(row.wrapping_add(p.next + line));
-                }
+                p.ask(row, COLUMNS * size, prefetch);
             }
             let pv = load::<TYPE>(row);
             for a in 0..I {

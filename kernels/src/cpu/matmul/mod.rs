@@ -32,7 +32,7 @@ pub(crate) struct Scratch {
     pub all: bool,
 }
 
-/// The kernels of products in bf16, where these products are.
+/// The kernels of products of so many tokens in bf16, where that is asked for and worth it.
 fn bf16_kernels(table: &Table, arithmetic: Arithmetic, tokens: usize) -> Option<&Bf16> {
     table.bf16().filter(|_| arithmetic == Arithmetic::Bf16 && tokens >= BF16_TOKENS)
 }
@@ -80,7 +80,7 @@ pub(crate) fn forward(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, x: &[f32], 
 
 /// Whether a product of so many tokens with sums of `depth` terms is done in bf16 where that is asked for.
 pub(crate) fn takes_bf16(cpu: &Cpu, tokens: usize, depth: usize) -> bool {
-    cpu.table.bf16().is_some() && tokens >= BF16_TOKENS && depth > 0
+    bf16_kernels(cpu.table, Arithmetic::Bf16, tokens).is_some() && depth > 0
 }
 
 /// [`forward`] with some rows of a weight, in bf16 if `bf16`, where [`takes_bf16`] allows it, or else in f32.

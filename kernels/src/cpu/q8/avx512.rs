@@ -175,7 +175,7 @@ fn add_single(sum: __m512, book: __m512i, packed: &[u8; BLOCK / 2], factor: f32,
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 fn add_dots(sum: __m512, book: __m512i, packed: __m512i, x: &Pair, factors: __m512) -> __m512 {
-    // The look-up sees six bits of a byte; as the book repeats after four, the others need not be cleared.
+    // Not cleared either: see `look_up`.
     let (even, odd) = (_mm512_srli_epi16::<4>(packed), packed);
     let [even, odd] = [even, odd].map(|codes| _mm512_permutexvar_epi8(codes, book));
     // SAFETY: an array of 64 bytes.

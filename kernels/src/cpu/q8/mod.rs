@@ -234,6 +234,9 @@ fn each_row(
 ) {
     let (Aligned(factors), Aligned(repeated)) = (&mut Aligned([0.0; BATCH]), &mut Aligned([0.0; BATCH]));
     let blocks = x.units.len();
+    if y.is_empty() {
+        return;
+    }
     if blocks > BATCH {
         for (i, y) in y.iter_mut().enumerate() {
             *y = 0.0;
