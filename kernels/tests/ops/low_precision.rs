@@ -107,7 +107,7 @@ fn products_in_8_bits_meet_their_definition_and_stay_near_the_exact_ones() {
                 let bounds = size.iter().map(|size| EPS * (k as f64 / 8.0 + 16.0) * (size + 1.0)).collect();
                 let exact = [Expected::new(exact, bounds)];
                 let expected =
-                    if t == 1 { &exact } else { &definitions[level(pocketlora_kernels::Cpu::new(1).isa(), t)] };
+                    if t == 1 { &exact } else { &definitions[level(pocketlora_kernels::cpu::Table::best().isa(), t)] };
                 report.vulkan(&name, expected, |device| int8_product(device, &source, &x, t * o));
             }
         }

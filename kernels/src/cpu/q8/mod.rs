@@ -232,11 +232,11 @@ fn each_row(
     scales: impl Fn(usize, &mut [f32]),
     mut rows: impl FnMut(Rows, &mut [f32]),
 ) {
-    let (Aligned(factors), Aligned(repeated)) = (&mut Aligned([0.0; BATCH]), &mut Aligned([0.0; BATCH]));
-    let blocks = x.units.len();
     if y.is_empty() {
         return;
     }
+    let (Aligned(factors), Aligned(repeated)) = (&mut Aligned([0.0; BATCH]), &mut Aligned([0.0; BATCH]));
+    let blocks = x.units.len();
     if blocks > BATCH {
         for (i, y) in y.iter_mut().enumerate() {
             *y = 0.0;
