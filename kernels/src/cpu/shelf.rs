@@ -14,8 +14,8 @@ use std::sync::{Mutex, PoisonError};
 /// little; with four times as much, lines are gone from the caches again when they are needed.
 pub(crate) const AHEAD: usize = 16 * 1024;
 
-/// Bytes that are asked of the system at once.
-const CHUNK: usize = 1 << 20;
+/// Bytes that are asked of the system at once. Miri takes minutes to write a megabyte of zeros.
+const CHUNK: usize = if cfg!(miri) { 1 << 12 } else { 1 << 20 };
 
 /// See the module's text. A chunk lives as long as anything on it, the last one as long as the shelf.
 #[derive(Default)]
