@@ -268,6 +268,19 @@ pub trait Backend: Send + Sync + 'static {
         dx: &mut Self::Buffer,
         accumulate: bool,
     );
+    /// `dx[T, K] = ` the sum of `dy[T, O] W` over `terms` of `(W, dy)`, added to `dx` if `accumulate`: what a weight and
+    /// the way down of its adapter pass on, for which a device touches `dx` once.
+    fn matmul_vjp_x_sum(
+        &self,
+        arithmetic: Arithmetic,
+        terms: &[(&Self::Matrix, &Self::Buffer)],
+        dx: &mut Self::Buffer,
+        accumulate: bool,
+    ) {
+        for (i, (w, dy)) in terms.iter().enumerate() {
+            self.matmul_vjp_x(arithmetic, w, dy, dx, accumulate || i > 0);
+        }
+    }
     /// `dw[O, K] += dy[T, O]ᵀ x[T, K]`.
     fn matmul_vjp_w(&self, tokens: usize, dy: &Self::Buffer, x: &Self::Buffer, dw: &mut Self::Buffer);
 

@@ -213,6 +213,18 @@ impl Backend for Counted {
         self.product(arithmetic, dy.len / w.0.max(1), w.0, (w.0, w.1));
     }
 
+    fn matmul_vjp_x_sum(&self, arithmetic: Arithmetic, terms: &[(&Shape, &Span)], dx: &mut Span, accumulate: bool) {
+        let Some(((w, dy), more)) = terms.split_first() else { return };
+        self.matmul_vjp_x(arithmetic, w, dy, dx, accumulate);
+        let tokens = dy.len / w.0.max(1);
+        let (_, mut passing) = matmul_bytes(arithmetic, tokens, w.0);
+        for (w, _) in more {
+            passing += matmul_bytes(arithmetic, tokens, w.0).0;
+            self.scratch(matmul_scratch(arithmetic, tokens, w.0, w.1));
+        }
+        self.products.fetch_max(passing, Ordering::Relaxed);
+    }
+
     fn matmul_vjp_w(&self, tokens: usize, dy: &Span, x: &Span, _dw: &mut Span) {
         let tokens = tokens.max(1);
         self.scratch(vjp_w_scratch(dy.len / tokens, x.len / tokens));

@@ -59,7 +59,8 @@ pub trait Adapter<B: Backend>: Send + Sync {
     }
 
     /// Given the gradient `dy` of the adapted output, adds to the gradients `grads` of [`Adapter::tensors`]; returns what
-    /// [`Adapter::backward_x`] needs of it. In two steps, so that `x` may be gone before `dx` is there.
+    /// [`Adapter::backward_x`] needs of it. In two steps, so that `x` may be gone before `dx` is there. Of an adapter with
+    /// [`Adapter::low_rank`] that is `dh`, the gradient of `x Aᵀ`.
     ///
     /// # Errors
     /// Out of memory.
@@ -71,7 +72,8 @@ pub trait Adapter<B: Backend>: Send + Sync {
         grads: &mut [B::Buffer],
     ) -> Result<B::Buffer>;
 
-    /// Adds the adapter's part to the input's gradient `dx`.
+    /// Adds the adapter's part to the input's gradient `dx`. The base's product takes `dh A` along where
+    /// [`Adapter::low_rank`] is one and nothing of `x` was dropped, and this is not called.
     ///
     /// # Errors
     /// Out of memory.

@@ -205,6 +205,17 @@ impl<B: Backend> Backend for Profiled<B> {
         self.timed("matmul_vjp_x", shape, || self.inner.matmul_vjp_x(arithmetic, w, dy, dx, add));
     }
 
+    fn matmul_vjp_x_sum(
+        &self,
+        arithmetic: Arithmetic,
+        terms: &[(&B::Matrix, &B::Buffer)],
+        dx: &mut B::Buffer,
+        accumulate: bool,
+    ) {
+        let shape = terms.first().map(|(w, _)| self.shape(w));
+        self.timed("matmul_vjp_x_sum", shape, || self.inner.matmul_vjp_x_sum(arithmetic, terms, dx, accumulate));
+    }
+
     fn matmul_vjp_w(&self, tokens: usize, dy: &B::Buffer, x: &B::Buffer, dw: &mut B::Buffer) {
         let shape = [dy, x].map(|b| self.len(b).checked_div(tokens).unwrap_or(0));
         self.timed("matmul_vjp_w", Some((shape[0], shape[1])), || self.inner.matmul_vjp_w(tokens, dy, x, dw));

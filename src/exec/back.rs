@@ -5,12 +5,12 @@
 
 use super::tape::{Op, Tape};
 use super::train::Gradients;
-use crate::adapter::Context;
+use crate::adapter::{Adapter, Context};
 use crate::error::Result;
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Linear, Tensor};
 
-impl<B: Backend> Tape<'_, B> {
+impl<'p, B: Backend> Tape<'p, B> {
     /// Walks the tape backward from the gradient `dy` of `y`, adding to `grads`; returns the gradient of the input
     /// (value 0), if it was said to need one. Values that were not computed yet are, if some gradient needs them.
     ///
@@ -242,8 +242,10 @@ impl<B: Backend> Tape<'_, B> {
     ) -> Result<()> {
         let (pass, backend) = (self.pass, &self.pass.base.backend);
         let dropout = pass.layer_dropout(layer.weight, self.rows.start);
+        // The base's product takes low-rank terms along, unless what they pass on is dropped in part.
+        let fused = |adapter: &'p dyn Adapter<B>| adapter.low_rank().filter(|_| dropout.is_none()).map(|term| term.a);
         let mut carried = Vec::new();
-        for adapter in pass.adapters.on(layer.weight) {
+        for adapter in pass.adapters.on(layer.weight).iter().map(Box::as_ref) {
             let Some(range) = grads.ranges[layer.weight.0 as usize].clone() else { continue };
             let data = self.values[x.0 as usize].data.as_ref().expect("demanded before");
             let mut cx = Context { backend, pool: &mut *self.pool, arithmetic: pass.arithmetic, dropout };
@@ -257,11 +259,15 @@ impl<B: Backend> Tape<'_, B> {
         if self.needs(x) {
             let (mut buffer, started) = self.take_grad(x)?;
             let weight = pass.base.matrix(layer.weight);
-            backend.matmul_vjp_x(pass.arithmetic, weight, &dy, &mut buffer, started);
+            let mut terms = vec![(weight, &dy)];
+            terms.extend(carried.iter().filter_map(|(adapter, carried)| Some((fused(*adapter)?, carried))));
+            backend.matmul_vjp_x_sum(pass.arithmetic, &terms, &mut buffer, started);
             dx = Some(buffer);
         }
         for (adapter, carried) in carried {
-            if let Some(dx) = &mut dx {
+            if let Some(dx) = &mut dx
+                && fused(adapter).is_none()
+            {
                 let mut cx = Context { backend, pool: &mut *self.pool, arithmetic: pass.arithmetic, dropout };
                 adapter.backward_x(&mut cx, &carried, dx)?;
             }

@@ -229,7 +229,18 @@ impl Backend for Cpu {
     }
 
     fn matmul_vjp_x(&self, arithmetic: Arithmetic, w: &Matrix, dy: &Buffer, dx: &mut Buffer, accumulate: bool) {
-        matmul::vjp_x(self, arithmetic, w, dy, dx, accumulate);
+        matmul::vjp_x(self, arithmetic, &[(w, dy)], dx, accumulate);
+    }
+
+    fn matmul_vjp_x_sum(
+        &self,
+        arithmetic: Arithmetic,
+        terms: &[(&Matrix, &Buffer)],
+        dx: &mut Buffer,
+        accumulate: bool,
+    ) {
+        let terms: Vec<(&Matrix, &[f32])> = terms.iter().map(|(w, dy)| (*w, &dy[..])).collect();
+        matmul::vjp_x(self, arithmetic, &terms, dx, accumulate);
     }
 
     fn matmul_vjp_w(&self, tokens: usize, dy: &Buffer, x: &Buffer, dw: &mut Buffer) {

@@ -457,3 +457,43 @@ fn a_codebook_that_is_not_finite_has_no_path_in_8_bits() {
         vec![read(cpu, &y)]
     });
 }
+
+#[test]
+fn a_sum_of_gradients_by_x_equals_the_single_ones() {
+    let mut report = Report::default();
+    let mut random = Random(51);
+    for (t, arithmetic) in [(1, Arithmetic::Exact), (9, Arithmetic::Exact), (17, Arithmetic::Bf16)] {
+        let rounding = if arithmetic == Arithmetic::Bf16 { 2.0 / 256.0 + 1e-5 } else { 0.0 };
+        for (k, rows) in [(70, [40, 3, 0]), (128, [600, 8, 16])] {
+            if !affordable(t * k * rows.iter().sum::<usize>()) {
+                continue;
+            }
+            let mut terms = Vec::new();
+            let (mut dx, mut size) = (vec![1.0; t * k], vec![1.0; t * k]);
+            for (o, kind) in rows.into_iter().zip([KINDS[0], Kind::Dense(FloatType::F16), Kind::Dense(FloatType::F16)])
+            {
+                let (source, w) = weights::random(&mut random, kind, o, k);
+                let dy = random.vector(t * o);
+                if o > 0 {
+                    let (part, part_size) = oracle::matmul(&wide(&dy), &oracle::transpose(&wide(&w), k), o);
+                    dx.iter_mut().zip(part).for_each(|(dx, part)| *dx += part);
+                    size.iter_mut().zip(part_size).for_each(|(size, part)| *size += part);
+                }
+                terms.push((source, dy));
+            }
+            let depth = rows.iter().sum::<usize>() as f64;
+            let bound: Vec<f64> = size.iter().map(|s| s * (rounding + EPS * depth) + EPS).collect();
+            let without = dx.iter().map(|dx| dx - 1.0).collect();
+            let expected = [Expected::new(dx, bound.clone()), Expected::new(without, bound)];
+            case!(report, &format!("matmul_vjp_x_sum {arithmetic:?} T={t} K={k} O={rows:?}"), &expected, |cpu| {
+                let held: Vec<_> =
+                    terms.iter().map(|(w, dy)| (cpu.matrix(w.clone()).unwrap(), buffer(cpu, dy))).collect();
+                let held: Vec<_> = held.iter().map(|(w, dy)| (w, dy)).collect();
+                let (mut added, mut dx) = (buffer(cpu, &vec![1.0; t * k]), poisoned(cpu, t * k));
+                cpu.matmul_vjp_x_sum(arithmetic, &held, &mut added, true);
+                cpu.matmul_vjp_x_sum(arithmetic, &held, &mut dx, false);
+                vec![read(cpu, &added), read(cpu, &dx)]
+            });
+        }
+    }
+}

@@ -32,10 +32,10 @@ fn panels(lanes: usize, k: usize) -> usize {
     (1..=COL_PANELS).rev().find(|panels| k >= TASKS * panels * lanes).unwrap_or(1)
 }
 
-/// `x Wᵀ`.
-pub(super) struct Term<'a> {
-    pub w: Band<'a>,
-    pub x: &'a Rounded<'a>,
+/// A term of a sum of products by `w`.
+struct Term<'a> {
+    w: Band<'a>,
+    x: &'a Rounded<'a>,
 }
 
 /// `y = x Wᵀ`, added to `y` if `accumulate`.
@@ -99,20 +99,34 @@ fn sum(cpu: &Cpu, terms: &[Term<'_>], y: &mut [f32], accumulate: bool) {
     });
 }
 
-/// `dx = dy W`, added to `dx` if `accumulate`.
-pub(super) fn vjp_x(cpu: &Cpu, w: Band<'_>, dy: &[f32], dx: &mut [f32], accumulate: bool) {
+/// `dx = ` the sum of `dy W` over `terms`, of which there are some, added to `dx` if `accumulate`.
+pub(super) fn vjp_x(cpu: &Cpu, terms: &[(Band<'_>, &[f32])], dx: &mut [f32], accumulate: bool) {
+    let Some(((w, dy), more)) = terms.split_first() else { return };
+    let more: Vec<_> = more.iter().map(|(w, dy)| (*w, Rounded::new(cpu, dy, w.shape().0))).collect();
+    Rounded::with(cpu, dy, w.shape().0, |dy| {
+        let mut terms = vec![Term { w: *w, x: &dy }];
+        terms.extend(more.iter().map(|(w, x)| Term { w: *w, x }));
+        sum_vjp_x(cpu, &terms, dx, accumulate);
+    });
+}
+
+/// The sum of `x W`, added to `dx` if `accumulate`.
+fn sum_vjp_x(cpu: &Cpu, terms: &[Term<'_>], dx: &mut [f32], accumulate: bool) {
     let kernels = cpu.table.bf16().expect("the caller asked");
-    let (lanes, (o, k)) = (kernels.lanes, w.shape());
-    let (group, depth) = (panels(lanes, k) * lanes, COL_DEPTH.min(o));
+    let (lanes, (_, k)) = (kernels.lanes, terms[0].w.shape());
+    let (group, tokens) = (panels(lanes, k) * lanes, terms[0].x.count());
     let task = (k / TASKS / group).max(1) * group;
     let panel_len = |depth: usize| lanes * depth.next_multiple_of(kernels.group);
-    Rounded::with(cpu, dy, o, |dy| {
-        let small = dy.count() * o * k < SMALL;
-        run(&cpu.team, patches(dx, k, dy.count(), task), small, |Patch { col, mut rows, .. }| {
-            let cols = rows[0].len();
-            with_halves(group * depth + panel_len(depth), |scratch| {
-                for at in (0..o).step_by(depth) {
-                    let depth = depth.min(o - at);
+    let depth = terms.iter().map(|t| t.w.shape().0.min(COL_DEPTH)).max().unwrap_or(0);
+    let small = tokens * k * terms.iter().map(|t| t.w.shape().0).sum::<usize>() < SMALL;
+    run(&cpu.team, patches(dx, k, tokens, task), small, |Patch { col, mut rows, .. }| {
+        let cols = rows[0].len();
+        with_halves(group * depth + panel_len(depth), |scratch| {
+            let mut add = accumulate;
+            for Term { w, x } in terms {
+                let (o, _) = w.shape();
+                for at in (0..o).step_by(COL_DEPTH) {
+                    let depth = COL_DEPTH.min(o - at);
                     let (panel, decoded) = scratch.split_at_mut(panel_len(depth));
                     for first in (0..cols).step_by(group) {
                         let width = group.min(cols - first);
@@ -122,11 +136,12 @@ pub(super) fn vjp_x(cpu: &Cpu, w: Band<'_>, dy: &[f32], dx: &mut [f32], accumula
                             let n = lanes.min(width - lane);
                             let part = Bf16Rows { values: &decoded[lane..], stride: width, count: depth, width: n };
                             cpu.table.bf16_pack(part, false, panel);
-                            cpu.table.bf16_tile(panel, dy.rows(at), &mut rows, first + lane, n, accumulate || at > 0);
+                            cpu.table.bf16_tile(panel, x.rows(at), &mut rows, first + lane, n, add);
                         }
                     }
+                    add = true;
                 }
-            });
+            }
         });
     });
 }

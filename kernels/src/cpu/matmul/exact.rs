@@ -38,6 +38,9 @@ const VJP_X: (usize, usize) = (64, 128);
 const VJP_X_DEPTH: usize = 128;
 /// Rows and columns of a task of the product by `W`.
 const VJP_W: (usize, usize) = (48, 256);
+/// Tokens at a time there: few enough that memory is read along their rows, and what was read once is still in
+/// first-level cache for the next rows of the task.
+const VJP_W_DEPTH: usize = 16;
 /// Columns of `W` from which they fill the widest vectors well.
 const VJP_W_THIN: usize = 16;
 
@@ -177,24 +180,29 @@ fn transpose_part(from: &[f32], width: usize, rows: Range<usize>, columns: Range
     }
 }
 
-/// `dx = dy W`, added to `dx` if `accumulate`.
-pub(super) fn vjp_x(cpu: &Cpu, w: Band<'_>, dy: &[f32], dx: &mut [f32], accumulate: bool) {
-    let (o, k) = w.shape();
+/// `dx = ` the sum of `dy W` over `terms`, added to `dx` if `accumulate`.
+pub(super) fn vjp_x(cpu: &Cpu, terms: &[(Band<'_>, &[f32])], dx: &mut [f32], accumulate: bool) {
     if !accumulate {
         zero(&cpu.team, dx);
     }
-    if dy.is_empty() || dx.is_empty() {
+    let Some((first, _)) = terms.first() else { return };
+    if dx.is_empty() {
         return;
     }
-    let tokens = dx.len() / k;
-    run(&cpu.team, patches(dx, k, VJP_X.1, VJP_X.0), tokens * o * k < SMALL, |Patch { row, col, mut rows }| {
+    let (_, k) = first.shape();
+    let rows: usize = terms.iter().map(|(w, _)| w.shape().0).sum();
+    let small = dx.len() * rows < SMALL;
+    run(&cpu.team, patches(dx, k, VJP_X.1, VJP_X.0), small, |Patch { row, col, mut rows }| {
         let cols = rows[0].len();
         with_scratch(VJP_X_DEPTH * cols, |scratch| {
-            for at in (0..o).step_by(VJP_X_DEPTH) {
-                let decoded = &mut scratch[..VJP_X_DEPTH.min(o - at) * cols];
-                w.decode(cpu.table, at, col, cols, decoded);
-                let coef = Coefficients { data: &dy[row * o + at..], row: o, col: 1 };
-                cpu.table.tile_axpy(coef, Rows::packed(decoded, cols), &mut rows);
+            for (w, dy) in terms {
+                let (o, _) = w.shape();
+                for at in (0..o).step_by(VJP_X_DEPTH) {
+                    let decoded = &mut scratch[..VJP_X_DEPTH.min(o - at) * cols];
+                    w.decode(cpu.table, at, col, cols, decoded);
+                    let coef = Coefficients { data: &dy[row * o + at..], row: o, col: 1 };
+                    cpu.table.tile_axpy(coef, Rows::packed(decoded, cols), &mut rows);
+                }
             }
         });
     });
@@ -216,8 +224,7 @@ pub(super) fn vjp_w(cpu: &Cpu, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f
         return with_scratch(k * o, |turned| {
             turned.fill(0.0);
             run(&cpu.team, patches(turned, o, k, VJP_W.1), small, |Patch { col, mut rows, .. }| {
-                let dy = Rows::new(&dy[col..], o, tokens, rows[0].len());
-                cpu.table.tile_axpy(Coefficients { data: x, row: 1, col: k }, dy, &mut rows);
+                outer(cpu.table, tokens, (x, k), (&dy[col..], o), &mut rows);
             });
             for (j, turned) in turned.chunks_exact(o).enumerate() {
                 dw[j..].iter_mut().step_by(k).zip(turned).for_each(|(dw, part)| *dw += part);
@@ -225,7 +232,15 @@ pub(super) fn vjp_w(cpu: &Cpu, tokens: usize, dy: &[f32], x: &[f32], dw: &mut [f
         });
     }
     run(&cpu.team, patches(dw, k, VJP_W.0, VJP_W.1), small, |Patch { row, col, mut rows }| {
-        let x = Rows::new(&x[col..], k, tokens, rows[0].len());
-        cpu.table.tile_axpy(Coefficients { data: &dy[row..], row: 1, col: o }, x, &mut rows);
+        outer(cpu.table, tokens, (&dy[row..], o), (&x[col..], k), &mut rows);
     });
+}
+
+/// Adds to `c` the sum over tokens of `aᵀ b`, each given with the distance of its rows.
+fn outer(table: &Table, tokens: usize, (a, a_row): (&[f32], usize), (b, b_row): (&[f32], usize), c: &mut [&mut [f32]]) {
+    let width = c[0].len();
+    for t in (0..tokens).step_by(VJP_W_DEPTH) {
+        let b = Rows::new(&b[t * b_row..], b_row, VJP_W_DEPTH.min(tokens - t), width);
+        table.tile_axpy(Coefficients { data: &a[t * a_row..], row: 1, col: a_row }, b, c);
+    }
 }

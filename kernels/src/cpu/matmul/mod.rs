@@ -92,16 +92,22 @@ pub(crate) fn forward_band(cpu: &Cpu, bf16: bool, w: Band<'_>, x: &[f32], y: &mu
 /// [`vjp_x`] with some rows of a weight, added to `dx`; see [`forward_band`].
 pub(crate) fn vjp_x_band(cpu: &Cpu, bf16: bool, w: Band<'_>, dy: &[f32], dx: &mut [f32]) {
     let product = if bf16 { bf16::vjp_x } else { exact::vjp_x };
-    product(cpu, w, dy, dx, true);
+    product(cpu, &[(w, dy)], dx, true);
 }
 
-/// `dx[T, K] = dy[T, O] W`, added to `dx` if `accumulate`.
-pub(crate) fn vjp_x(cpu: &Cpu, arithmetic: Arithmetic, w: &Matrix, dy: &[f32], dx: &mut [f32], accumulate: bool) {
-    let (o, k) = w.shape();
-    let tokens = tokens(dx, k, dy, o);
-    match arithmetic {
-        Arithmetic::Bf16 if takes_bf16(cpu, tokens, o) => bf16::vjp_x(cpu, w.whole(), dy, dx, accumulate),
-        _ => exact::vjp_x(cpu, w.whole(), dy, dx, accumulate),
+/// See [`crate::Backend::matmul_vjp_x_sum`].
+pub(crate) fn vjp_x(cpu: &Cpu, arithmetic: Arithmetic, terms: &[(&Matrix, &[f32])], dx: &mut [f32], accumulate: bool) {
+    let mut bands = Vec::with_capacity(terms.len());
+    let mut bf16 = arithmetic == Arithmetic::Bf16;
+    for (w, dy) in terms {
+        let (o, k) = w.shape();
+        bf16 &= takes_bf16(cpu, tokens(dx, k, dy, o), 1);
+        bands.extend((o > 0).then(|| (w.whole(), *dy)));
+    }
+    if bf16 && !bands.is_empty() {
+        bf16::vjp_x(cpu, &bands, dx, accumulate);
+    } else {
+        exact::vjp_x(cpu, &bands, dx, accumulate);
     }
 }
 
