@@ -82,12 +82,13 @@ impl Counted {
         }
     }
 
-    /// Notes a product of activations `[T, K]`, of which `width` are multiplied, with a weight `[O, K]`.
-    fn product(&self, arithmetic: Arithmetic, tokens: usize, width: usize, (o, k): (usize, usize)) {
-        let (rounded, passing) = matmul_bytes(arithmetic, tokens, width);
+    /// Notes a product of activations of so many tokens, of which `width` are multiplied, with a weight `[O, K]` and
+    /// adapters of `ranks`.
+    fn product(&self, arithmetic: Arithmetic, tokens: usize, width: usize, shape: (usize, usize), ranks: &[usize]) {
+        let (rounded, passing) = matmul_bytes(arithmetic, tokens, [width].into_iter().chain(ranks.iter().copied()));
         self.rounded.fetch_max(rounded, Ordering::Relaxed);
         self.products.fetch_max(passing, Ordering::Relaxed);
-        self.scratch(matmul_scratch(arithmetic, tokens, o, k));
+        self.scratch(matmul_scratch(arithmetic, tokens, shape, ranks.iter().sum()));
     }
 
     fn scratch(&self, scratch: Scratch) {
@@ -193,16 +194,17 @@ impl Backend for Counted {
     fn scatter_add_rows(&self, _x: &Span, _rows: &[u32], _y: &mut Span) {}
 
     fn matmul(&self, arithmetic: Arithmetic, w: &Shape, x: &Span, _y: &mut Span, _accumulate: bool) {
-        self.product(arithmetic, x.len / w.1.max(1), w.1, (w.0, w.1));
+        self.product(arithmetic, x.len / w.1.max(1), w.1, (w.0, w.1), &[]);
     }
 
     fn matmul_group(&self, arithmetic: Arithmetic, x: &Span, products: &mut [Product<'_, Self>]) -> Result<(), Error> {
         for Product { w, low_rank, .. } in products {
             let tokens = x.len / w.1.max(1);
-            self.product(arithmetic, tokens, w.1, (w.0, w.1));
+            let ranks: Vec<usize> = low_rank.iter().map(|term| term.a.0).collect();
+            self.product(arithmetic, tokens, w.1, (w.0, w.1), &ranks);
             for LowRank { a, .. } in low_rank {
-                self.scratch(matmul_scratch(arithmetic, tokens, a.0, a.1));
-                let (_, slices) = matmul_bytes(arithmetic, tokens, a.0);
+                self.scratch(matmul_scratch(arithmetic, tokens, (a.0, a.1), 0));
+                let (_, slices) = matmul_bytes(arithmetic, tokens, [a.0].into_iter());
                 self.products.fetch_max(tokens * a.0 * size_of::<f32>() + slices, Ordering::Relaxed);
             }
         }
@@ -210,19 +212,13 @@ impl Backend for Counted {
     }
 
     fn matmul_vjp_x(&self, arithmetic: Arithmetic, w: &Shape, dy: &Span, _dx: &mut Span, _accumulate: bool) {
-        self.product(arithmetic, dy.len / w.0.max(1), w.0, (w.0, w.1));
+        self.product(arithmetic, dy.len / w.0.max(1), w.0, (w.0, w.1), &[]);
     }
 
-    fn matmul_vjp_x_sum(&self, arithmetic: Arithmetic, terms: &[(&Shape, &Span)], dx: &mut Span, accumulate: bool) {
+    fn matmul_vjp_x_sum(&self, arithmetic: Arithmetic, terms: &[(&Shape, &Span)], _dx: &mut Span, _accumulate: bool) {
         let Some(((w, dy), more)) = terms.split_first() else { return };
-        self.matmul_vjp_x(arithmetic, w, dy, dx, accumulate);
-        let tokens = dy.len / w.0.max(1);
-        let (_, mut passing) = matmul_bytes(arithmetic, tokens, w.0);
-        for (w, _) in more {
-            passing += matmul_bytes(arithmetic, tokens, w.0).0;
-            self.scratch(matmul_scratch(arithmetic, tokens, w.0, w.1));
-        }
-        self.products.fetch_max(passing, Ordering::Relaxed);
+        let ranks: Vec<usize> = more.iter().map(|(a, _)| a.0).collect();
+        self.product(arithmetic, dy.len / w.0.max(1), w.0, (w.0, w.1), &ranks);
     }
 
     fn matmul_vjp_w(&self, tokens: usize, dy: &Span, x: &Span, _dw: &mut Span) {
@@ -322,7 +318,7 @@ impl Backend for Counted {
         _dx: Option<&mut Span>,
     ) -> Result<(), Error> {
         self.loss.fetch_max(linear_cross_entropy_bytes(targets.len(), w.1, w.0), Ordering::Relaxed);
-        self.scratch(matmul_scratch(arithmetic, targets.len(), w.0.min(BAND), w.1));
+        self.scratch(matmul_scratch(arithmetic, targets.len(), (w.0.min(BAND), w.1), 0));
         Ok(())
     }
 

@@ -83,30 +83,7 @@ pub struct Tape<'p, B: Backend> {
     done: usize,
 }
 
-/// A tape put aside, so that others may use the pool.
-pub struct Paused<B: Backend> {
-    ops: Vec<Op>,
-    values: Vec<Value<B>>,
-    rows: Range<usize>,
-    done: usize,
-}
-
-impl<B: Backend> Paused<B> {
-    /// The tape again; `pass` is the one that it was made for.
-    pub fn resume<'p>(self, pass: &'p Pass<'p, B>, pool: &'p mut Pool<B>) -> Tape<'p, B> {
-        let Self { ops, values, rows, done } = self;
-        Tape { pass, pool, ops, values, rows, done }
-    }
-}
-
 impl<'p, B: Backend> Tape<'p, B> {
-    /// Puts it aside with all its values.
-    #[must_use]
-    pub fn pause(self) -> Paused<B> {
-        let Self { ops, values, rows, done, .. } = self;
-        Paused { ops, values, rows, done }
-    }
-
     pub(super) fn new(
         pass: &'p Pass<'p, B>,
         input: Option<B::Buffer>,

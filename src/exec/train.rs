@@ -3,7 +3,7 @@
 //! A [`Tape`] holds one layer (or the head) at a time: training keeps some layers' inputs, runs each layer again when its
 //! gradient is due, and drops the tape.
 
-pub use super::tape::{Paused, Tape};
+pub use super::tape::Tape;
 
 use super::{Base, Pool};
 use crate::adapter::{Adapters, Dropout};

@@ -3,7 +3,7 @@
 use super::{data::Sample, loss};
 use crate::adapter::{Adapters, Dropout};
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::train::{Batch, Gradients, Pass, Tape};
+use crate::exec::train::{Batch, Gradients, Pass};
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
 use pocketlora_kernels::{Arithmetic, Backend, narrow_width};
@@ -167,18 +167,10 @@ pub fn micro_step<B: Backend>(
     let layers = base.model.config().layers;
     let mut inputs = Inputs { pass: &pass, layout, kept: (0..layers).map(|_| None).collect() };
 
-    // Forward: of some layers the input stays, of the last one all that its gradient needs, for that comes next.
+    // Forward: of some layers the input stays.
     let mut x = inputs.embed(pool)?;
-    let mut last = None;
     for layer in 0..layers {
         watch.check()?;
-        if grads.is_some() && layer + 1 == layers && layout.part == usize::MAX {
-            let (mut tape, y) = layer_tape(&pass, layer, x, layer > 0, pool);
-            tape.value(y)?;
-            x = tape.take(y);
-            last = Some((tape.pause(), y));
-            break;
-        }
         if grads.is_some() && layer > 0 && layer.is_multiple_of(layout.every) {
             inputs.keep(layer, &x, pool)?;
         }
@@ -187,18 +179,14 @@ pub fn micro_step<B: Backend>(
 
     let (total, dx) = loss::loss(&pass, x, micro, scale, layout.loss_rows, grads.as_deref_mut(), pool, watch)?;
 
-    // Backward: each other layer runs once more, now with its tape kept until its gradient is through,
+    // Backward: each layer runs once more, now with its tape kept until its gradient is through,
     // and without what no gradient needs.
     if let (Some(grads), Some(mut dx)) = (grads, dx) {
         for layer in (0..layers).rev() {
             watch.check()?;
-            let (tape, y) = match last.take() {
-                Some((tape, y)) => (tape.resume(&pass, pool), y),
-                None => {
-                    let x = inputs.restore(layer, pool, watch)?;
-                    layer_tape(&pass, layer, x, layer > 0, pool)
-                }
-            };
+            let x = inputs.restore(layer, pool, watch)?;
+            let mut tape = pass.tape(Some(x), layer > 0, pool);
+            let y = base.model.layer(&mut tape, layer, Tensor(0));
             match tape.backward_by(y, dx, grads, layout.part, &mut || watch.peak.sample())? {
                 Some(next) => dx = next,
                 None => {
@@ -211,19 +199,6 @@ pub fn micro_step<B: Backend>(
     }
     pass.finish(pool);
     Ok(total)
-}
-
-/// Layer number `layer` over `x`, recorded, and its output.
-fn layer_tape<'p, B: Backend>(
-    pass: &'p Pass<'p, B>,
-    layer: usize,
-    x: B::Buffer,
-    needs_grad: bool,
-    pool: &'p mut Pool<B>,
-) -> (Tape<'p, B>, Tensor) {
-    let mut tape = pass.tape(Some(x), needs_grad, pool);
-    let y = pass.base().model.layer(&mut tape, layer, Tensor(0));
-    (tape, y)
 }
 
 /// The inputs of layers, kept or to be had again.
@@ -243,7 +218,8 @@ impl<B: Backend> Inputs<'_, B> {
 
     /// Layer number `layer` applied to `x`.
     fn forward(&self, layer: usize, x: B::Buffer, pool: &mut Pool<B>) -> Result<B::Buffer> {
-        let (tape, y) = layer_tape(self.pass, layer, x, false, pool);
+        let mut tape = self.pass.tape(Some(x), false, pool);
+        let y = self.pass.base().model.layer(&mut tape, layer, Tensor(0));
         tape.into_value_by(y, self.layout.part)
     }
 

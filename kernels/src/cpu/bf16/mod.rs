@@ -14,7 +14,6 @@ use super::Cpu;
 use super::nf4::Nf4;
 use super::split::{run, with_rounded};
 use crate::FloatType;
-use std::borrow::Cow;
 
 type DecodeDense = unsafe fn(FloatType, &[u8], usize, usize, &mut [u16]);
 type Tile = unsafe fn(&[u16], Bf16Rows, &mut [&mut [f32]], usize, usize, bool);
@@ -39,33 +38,39 @@ pub(crate) struct Bf16 {
     pub tile: Tile,
 }
 
-/// Activations `[T, K]` in bf16, rows padded with zeros.
+/// Activations in bf16: rows that have those of several operands `[T, K]` side by side, each padded with zeros.
 pub(crate) struct Rounded<'a> {
-    values: Cow<'a, [u16]>,
+    values: &'a mut [u16],
     stride: usize,
 }
 
-/// Depth that rows are padded to: the largest group of any kernels.
+/// Depth that operands are padded to: the largest group of any kernels.
 pub(super) const PAD: usize = 32;
 /// Rows of a task.
 const ROWS: usize = 16;
 
+/// Columns that an operand takes.
+pub(crate) fn padded(width: usize) -> usize {
+    width.next_multiple_of(PAD)
+}
+
 impl Rounded<'_> {
-    /// Lends the rows of `x`, rounded, to `work`.
-    pub fn with<R>(cpu: &Cpu, x: &[f32], width: usize, work: impl FnOnce(Rounded<'_>) -> R) -> R {
-        let stride = width.next_multiple_of(PAD);
-        with_rounded(x.len() / width * stride, |values| {
-            fill(cpu, x, width, values);
-            work(Rounded { values: Cow::Borrowed(values), stride })
-        })
+    /// Lends `work` rows for so many tokens and columns in all; they hold anything at first.
+    pub fn with<R>(tokens: usize, columns: usize, work: impl FnOnce(Rounded<'_>) -> R) -> R {
+        with_rounded(tokens * columns, |values| work(Rounded { values, stride: columns }))
     }
 
-    /// The rows of `x` in memory of their own: for few values, or more than one such operand.
-    pub fn new(cpu: &Cpu, x: &[f32], width: usize) -> Rounded<'static> {
-        let stride = width.next_multiple_of(PAD);
-        let mut values = vec![0; x.len() / width * stride];
-        fill(cpu, x, width, &mut values);
-        Rounded { values: Cow::Owned(values), stride }
+    /// Rounds `x` of rows of `width` to the columns from `col` on.
+    pub fn set(&mut self, cpu: &Cpu, col: usize, x: &[f32], width: usize) {
+        let columns = col..col + padded(width);
+        let rows = self.values.chunks_mut(self.stride * ROWS).zip(x.chunks(width * ROWS)).collect();
+        run(&cpu.team, rows, x.len() < 16 * 1024, |(to, x)| {
+            for (to, x) in to.chunks_mut(self.stride).zip(x.chunks_exact(width)) {
+                let (to, pad) = to[columns.clone()].split_at_mut(width);
+                cpu.table.bf16_round(x, to);
+                pad.fill(0);
+            }
+        });
     }
 
     /// Rows.
@@ -77,18 +82,6 @@ impl Rounded<'_> {
     pub fn rows(&self, col: usize) -> Bf16Rows<'_> {
         Bf16Rows { values: &self.values[col..], stride: self.stride, count: self.count(), width: self.stride - col }
     }
-}
-
-/// Rounds rows of `width` into padded ones.
-fn fill(cpu: &Cpu, x: &[f32], width: usize, values: &mut [u16]) {
-    let stride = width.next_multiple_of(PAD);
-    let rows = values.chunks_mut(stride * ROWS).zip(x.chunks(width * ROWS)).collect();
-    run(&cpu.team, rows, x.len() < 16 * 1024, |(to, x)| {
-        for (to, x) in to.chunks_mut(stride).zip(x.chunks_exact(width)) {
-            cpu.table.bf16_round(x, &mut to[..width]);
-            to[width..].fill(0);
-        }
-    });
 }
 
 /// `count` rows of `width`, `stride` apart.

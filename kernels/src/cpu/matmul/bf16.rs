@@ -1,7 +1,7 @@
 //! Products of many tokens in bf16.
 
 use super::super::Cpu;
-use super::super::bf16::{Bf16, Bf16Rows, Rounded};
+use super::super::bf16::{Bf16, Bf16Rows, Rounded, padded};
 use super::super::buffer::Buffer;
 use super::super::elementwise::scale;
 use super::super::matrix::Band;
@@ -17,14 +17,21 @@ pub(in super::super) const TASKS: usize = 16;
 const ROW_DEPTH: usize = 1024;
 /// Terms of a sum in a panel of columns: with 32 lanes, 32 KiB.
 const COL_DEPTH: usize = 512;
+/// Further terms that go along in a panel, so that outputs are touched once: an adapter's, of ranks up to this.
+const BESIDE: usize = 128;
 /// Panels of columns that are decoded at a time at most, so that a row's piece is worth going there.
 const COL_PANELS: usize = 4;
 
-/// Halves of scratch that a thread keeps after [`forward`] and [`vjp_x`] with a weight `[O, K]`, at most.
-pub(super) fn scratch(kernels: &Bf16, o: usize, k: usize) -> usize {
-    let (lanes, group) = (kernels.lanes, kernels.group);
-    let columns = (panels(lanes, k) + 1) * lanes * COL_DEPTH.min(o).next_multiple_of(group);
-    columns.max(2 * lanes * ROW_DEPTH.min(k).next_multiple_of(group))
+/// Halves of scratch that a thread keeps after products forward and by `X` with a weight `[O, K]` and `beside` terms of
+/// adapters, at most.
+pub(super) fn scratch(kernels: &Bf16, o: usize, k: usize, beside: usize) -> usize {
+    let lanes = kernels.lanes;
+    let depth = |terms: usize, most: usize| match beside {
+        0 => terms.min(most).next_multiple_of(kernels.group),
+        _ => padded(terms.min(most)) + padded(beside).min(BESIDE),
+    };
+    let columns = (panels(lanes, k) + 1) * lanes * depth(o, COL_DEPTH);
+    columns.max(2 * lanes * depth(k, ROW_DEPTH))
 }
 
 /// Panels of columns that are decoded at a time for `k` of them.
@@ -32,114 +39,173 @@ fn panels(lanes: usize, k: usize) -> usize {
     (1..=COL_PANELS).rev().find(|panels| k >= TASKS * panels * lanes).unwrap_or(1)
 }
 
-/// A term of a sum of products by `w`.
-struct Term<'a> {
+/// Terms of a sum that lie in one operand.
+#[derive(Clone, Copy)]
+struct Piece<'a> {
     w: Band<'a>,
-    x: &'a Rounded<'a>,
+    /// First term and number of terms.
+    at: usize,
+    depth: usize,
+    /// Where the activations have the first term.
+    col: usize,
+    /// Terms that it takes in a panel.
+    padded: usize,
+}
+
+/// Cuts sums over several operands side by side, of so many terms each, into panels of about `most` terms.
+fn cut<'a>(operands: impl Iterator<Item = (Band<'a>, usize)>, most: usize, group: usize) -> Vec<Vec<Piece<'a>>> {
+    let mut panels: Vec<Vec<Piece>> = Vec::new();
+    let (mut col, mut filled) = (0, usize::MAX);
+    for (w, terms) in operands {
+        for at in (0..terms).step_by(most) {
+            let depth = most.min(terms - at);
+            if filled.saturating_add(depth) > most + BESIDE {
+                panels.push(Vec::new());
+                filled = 0;
+            }
+            let panel = panels.last_mut().expect("pushed for the first piece");
+            // What comes behind another begins where the activations' padding ends.
+            if let Some(last) = panel.last_mut() {
+                last.padded = padded(last.depth);
+            }
+            panel.push(Piece { w, at, depth, col: col + at, padded: depth.next_multiple_of(group) });
+            filled += padded(depth);
+        }
+        col += padded(terms);
+    }
+    panels
+}
+
+/// Terms of the deepest panel.
+fn deepest(panels: &[Vec<Piece>]) -> usize {
+    panels.iter().map(|panel| panel.iter().map(|piece| piece.padded).sum()).max().unwrap_or(0)
 }
 
 /// `y = x Wᵀ`, added to `y` if `accumulate`.
 pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumulate: bool) {
-    Rounded::with(cpu, x, w.shape().1, |x| sum(cpu, &[Term { w, x: &x }], y, accumulate));
+    let (_, k) = w.shape();
+    Rounded::with(x.len() / k, padded(k), |mut rounded| {
+        rounded.set(cpu, 0, x, k);
+        sum(cpu, &[w], &rounded, y, accumulate);
+    });
 }
 
-/// See [`crate::Backend::matmul_group`]. `x` is rounded once for all, and the up-projection of an adapter is one more
-/// term of the sum in a panel's lanes, which finds them in first-level cache.
-pub(super) fn group(cpu: &Cpu, wide: &[f32], products: &mut [Product<'_, Cpu>]) -> Result<(), Error> {
+/// See [`crate::Backend::matmul_group`]. `x` is rounded once for all; what an adapter's way down makes of it lies beside it,
+/// so that the way up is but more terms of the same sums.
+pub(super) fn group(cpu: &Cpu, x: &[f32], products: &mut [Product<'_, Cpu>]) -> Result<(), Error> {
     let Some(first) = products.first() else { return Ok(()) };
-    Rounded::with(cpu, wide, first.w.shape().1, |x| {
+    let (_, k) = first.w.shape();
+    let tokens = x.len() / k;
+    let beside = |p: &Product<'_, Cpu>| p.low_rank.iter().map(|l| padded(l.a.shape().0)).sum::<usize>();
+    let columns = padded(k) + products.iter().map(beside).max().unwrap_or(0);
+    Rounded::with(tokens, columns, |mut rounded| {
+        rounded.set(cpu, 0, x, k);
         for Product { w, low_rank, y } in products {
-            let mut parts = Vec::with_capacity(low_rank.len());
+            let (mut weights, mut col) = (vec![w.whole()], padded(k));
             for LowRank { a, b, scale: factor } in low_rank.iter().filter(|l| l.a.shape().0 > 0) {
-                let mut h = Buffer::zeros(x.count() * a.shape().0)?;
+                let (rank, _) = a.shape();
+                let mut h = Buffer::zeros(tokens * rank)?;
                 if exact::is_narrow(a.whole()) {
-                    exact::forward(cpu, a.whole(), wide, &mut h, false);
+                    exact::forward(cpu, a.whole(), x, &mut h, false);
                 } else {
-                    sum(cpu, &[Term { w: a.whole(), x: &x }], &mut h, false);
+                    sum(cpu, &[a.whole()], &rounded, &mut h, false);
                 }
                 scale(&cpu.team, *factor, &mut h);
-                parts.push((b.whole(), Rounded::new(cpu, &h, a.shape().0)));
+                rounded.set(cpu, col, &h, rank);
+                weights.push(b.whole());
+                col += padded(rank);
             }
-            let mut terms = vec![Term { w: w.whole(), x: &x }];
-            terms.extend(parts.iter().map(|(w, x)| Term { w: *w, x }));
-            sum(cpu, &terms, y, false);
+            sum(cpu, &weights, &rounded, y, false);
         }
         Ok(())
     })
 }
 
-/// The sum of products of the same shape, added to `y` if `accumulate`.
-fn sum(cpu: &Cpu, terms: &[Term<'_>], y: &mut [f32], accumulate: bool) {
+/// The sum of `x Wᵀ` over `weights`, whose operands `x` has side by side, added to `y` if `accumulate`.
+fn sum(cpu: &Cpu, weights: &[Band<'_>], x: &Rounded, y: &mut [f32], accumulate: bool) {
     let kernels = cpu.table.bf16().expect("the caller asked");
-    let lanes = kernels.lanes;
-    let (o, tokens) = (terms[0].w.shape().0, terms[0].x.count());
-    let depth = terms.iter().map(|t| t.w.shape().1.min(ROW_DEPTH)).max().unwrap_or(0);
+    let (lanes, (o, _), tokens) = (kernels.lanes, weights[0].shape(), x.count());
+    let panels = cut(weights.iter().map(|w| (*w, w.shape().1)), ROW_DEPTH, kernels.group);
+    let longest = panels.iter().flatten().map(|piece| piece.depth).max().unwrap_or(0);
+    let panel_len = lanes * deepest(&panels);
     let task = (o / TASKS / lanes).max(1) * lanes;
-    let small = tokens * o * depth < SMALL;
-    run(&cpu.team, patches(y, o, tokens, task), small, |Patch { col, mut rows, .. }| {
-        let cols = rows[0].len();
-        with_halves(2 * lanes * depth.next_multiple_of(kernels.group), |scratch| {
-            for first in (0..cols).step_by(lanes) {
-                let width = lanes.min(cols - first);
-                let mut add = accumulate;
-                for Term { w, x } in terms {
-                    let (_, k) = w.shape();
-                    for at in (0..k).step_by(ROW_DEPTH) {
-                        let depth = ROW_DEPTH.min(k - at);
-                        let (panel, decoded) = scratch.split_at_mut(lanes * depth.next_multiple_of(kernels.group));
-                        let decoded = &mut decoded[..width * depth];
-                        w.decode_bf16(cpu.table, col + first, at, depth, decoded);
-                        cpu.table.bf16_pack(Bf16Rows::packed(decoded, depth), true, panel);
-                        cpu.table.bf16_tile(panel, x.rows(at), &mut rows, first, width, add);
-                        add = true;
+    run(
+        &cpu.team,
+        patches(y, o, tokens, task),
+        tokens * o * deepest(&panels) < SMALL,
+        |Patch { col, mut rows, .. }| {
+            let cols = rows[0].len();
+            with_halves(panel_len + lanes * longest, |scratch| {
+                let (panel, decoded) = scratch.split_at_mut(panel_len);
+                for first in (0..cols).step_by(lanes) {
+                    let width = lanes.min(cols - first);
+                    for (i, pieces) in panels.iter().enumerate() {
+                        let mut filled = 0;
+                        for Piece { w, at, depth, padded, .. } in pieces.iter().copied() {
+                            let decoded = &mut decoded[..width * depth];
+                            w.decode_bf16(cpu.table, col + first, at, depth, decoded);
+                            let to = &mut panel[filled..][..lanes * padded];
+                            cpu.table.bf16_pack(Bf16Rows::packed(decoded, depth), true, to);
+                            filled += to.len();
+                        }
+                        let (panel, add) = (&panel[..filled], accumulate || i > 0);
+                        cpu.table.bf16_tile(panel, x.rows(pieces[0].col), &mut rows, first, width, add);
                     }
                 }
-            }
-        });
-    });
+            });
+        },
+    );
 }
 
 /// `dx = ` the sum of `dy W` over `terms`, of which there are some, added to `dx` if `accumulate`.
 pub(super) fn vjp_x(cpu: &Cpu, terms: &[(Band<'_>, &[f32])], dx: &mut [f32], accumulate: bool) {
-    let Some(((w, dy), more)) = terms.split_first() else { return };
-    let more: Vec<_> = more.iter().map(|(w, dy)| (*w, Rounded::new(cpu, dy, w.shape().0))).collect();
-    Rounded::with(cpu, dy, w.shape().0, |dy| {
-        let mut terms = vec![Term { w: *w, x: &dy }];
-        terms.extend(more.iter().map(|(w, x)| Term { w: *w, x }));
-        sum_vjp_x(cpu, &terms, dx, accumulate);
+    let Some((w, dy)) = terms.first() else { return };
+    let columns = terms.iter().map(|(w, _)| padded(w.shape().0)).sum();
+    Rounded::with(dy.len() / w.shape().0, columns, |mut rounded| {
+        let mut col = 0;
+        for (w, dy) in terms {
+            let (o, _) = w.shape();
+            rounded.set(cpu, col, dy, o);
+            col += padded(o);
+        }
+        sum_vjp_x(cpu, terms, &rounded, dx, accumulate);
     });
 }
 
-/// The sum of `x W`, added to `dx` if `accumulate`.
-fn sum_vjp_x(cpu: &Cpu, terms: &[Term<'_>], dx: &mut [f32], accumulate: bool) {
+/// [`vjp_x`] with all `dy` side by side.
+fn sum_vjp_x(cpu: &Cpu, terms: &[(Band<'_>, &[f32])], dy: &Rounded, dx: &mut [f32], accumulate: bool) {
     let kernels = cpu.table.bf16().expect("the caller asked");
-    let (lanes, (_, k)) = (kernels.lanes, terms[0].w.shape());
-    let (group, tokens) = (panels(lanes, k) * lanes, terms[0].x.count());
+    let (lanes, (_, k), tokens) = (kernels.lanes, terms[0].0.shape(), dy.count());
+    let chunks = cut(terms.iter().map(|(w, _)| (*w, w.shape().0)), COL_DEPTH, kernels.group);
+    let (group, depth) = (panels(lanes, k) * lanes, deepest(&chunks));
     let task = (k / TASKS / group).max(1) * group;
-    let panel_len = |depth: usize| lanes * depth.next_multiple_of(kernels.group);
-    let depth = terms.iter().map(|t| t.w.shape().0.min(COL_DEPTH)).max().unwrap_or(0);
-    let small = tokens * k * terms.iter().map(|t| t.w.shape().0).sum::<usize>() < SMALL;
-    run(&cpu.team, patches(dx, k, tokens, task), small, |Patch { col, mut rows, .. }| {
+    run(&cpu.team, patches(dx, k, tokens, task), tokens * k * depth < SMALL, |Patch { col, mut rows, .. }| {
         let cols = rows[0].len();
-        with_halves(group * depth + panel_len(depth), |scratch| {
-            let mut add = accumulate;
-            for Term { w, x } in terms {
-                let (o, _) = w.shape();
-                for at in (0..o).step_by(COL_DEPTH) {
-                    let depth = COL_DEPTH.min(o - at);
-                    let (panel, decoded) = scratch.split_at_mut(panel_len(depth));
-                    for first in (0..cols).step_by(group) {
-                        let width = group.min(cols - first);
-                        let decoded = &mut decoded[..width * depth];
-                        w.decode_bf16(cpu.table, at, col + first, width, decoded);
-                        for lane in (0..width).step_by(lanes) {
-                            let n = lanes.min(width - lane);
-                            let part = Bf16Rows { values: &decoded[lane..], stride: width, count: depth, width: n };
-                            cpu.table.bf16_pack(part, false, panel);
-                            cpu.table.bf16_tile(panel, x.rows(at), &mut rows, first + lane, n, add);
-                        }
+        with_halves((group + lanes) * depth, |scratch| {
+            let (panel, decoded) = scratch.split_at_mut(lanes * depth);
+            for (i, pieces) in chunks.iter().enumerate() {
+                let add = accumulate || i > 0;
+                for first in (0..cols).step_by(group) {
+                    let width = group.min(cols - first);
+                    let mut start = 0;
+                    for Piece { w, at, depth, .. } in pieces {
+                        let to = &mut decoded[start..][..width * depth];
+                        w.decode_bf16(cpu.table, *at, col + first, width, to);
+                        start += to.len();
                     }
-                    add = true;
+                    for lane in (0..width).step_by(lanes) {
+                        let n = lanes.min(width - lane);
+                        let (mut start, mut filled) = (0, 0);
+                        for Piece { depth, padded, .. } in pieces.iter().copied() {
+                            let values = &decoded[start + lane..][..width * depth - lane];
+                            let part = Bf16Rows { values, stride: width, count: depth, width: n };
+                            let to = &mut panel[filled..][..lanes * padded];
+                            cpu.table.bf16_pack(part, false, to);
+                            (start, filled) = (start + width * depth, filled + to.len());
+                        }
+                        let panel = &panel[..filled];
+                        cpu.table.bf16_tile(panel, dy.rows(pieces[0].col), &mut rows, first + lane, n, add);
+                    }
                 }
             }
         });

@@ -37,21 +37,22 @@ fn bf16_kernels(table: &Table, arithmetic: Arithmetic, tokens: usize) -> Option<
     table.bf16().filter(|_| arithmetic == Arithmetic::Bf16 && tokens >= BF16_TOKENS)
 }
 
-/// Bytes of activations `[T, K]` rounded to bf16, which the thread that starts products keeps, and of the slices of rows
-/// that their tasks own.
-pub(crate) fn bytes(arithmetic: Arithmetic, tokens: usize, width: usize) -> (usize, usize) {
+/// Bytes of activations of so many tokens and `widths` rounded to bf16, which the thread that starts products keeps, and
+/// of the slices of rows that their tasks own.
+pub(crate) fn bytes(arithmetic: Arithmetic, tokens: usize, widths: impl Iterator<Item = usize>) -> (usize, usize) {
     let rounded = match bf16_kernels(Table::best(), arithmetic, tokens) {
-        Some(_) => tokens * width.next_multiple_of(super::bf16::PAD) * size_of::<u16>(),
+        Some(_) => tokens * widths.map(super::bf16::padded).sum::<usize>() * size_of::<u16>(),
         None => 0,
     };
     (rounded, TASKS * tokens * size_of::<&mut [f32]>())
 }
 
-/// What the products of `tokens` with a weight `[O, K]` take on this CPU, forward and by `X`.
-pub(crate) fn scratch(arithmetic: Arithmetic, tokens: usize, o: usize, k: usize) -> Scratch {
+/// What the products of `tokens` with a weight `[O, K]` take on this CPU, forward and by `X`, with adapters of ranks
+/// `beside` in all.
+pub(crate) fn scratch(arithmetic: Arithmetic, tokens: usize, (o, k): (usize, usize), beside: usize) -> Scratch {
     let table = Table::best();
     let (floats, halves) = match bf16_kernels(table, arithmetic, tokens) {
-        Some(kernels) => (exact::narrow_scratch(o, k), bf16::scratch(kernels, o, k)),
+        Some(kernels) => (exact::narrow_scratch(o, k), bf16::scratch(kernels, o, k, beside)),
         None => (exact::scratch(table, tokens, o, k), 0),
     };
     Scratch { bytes: [size_of::<f32>() * floats, size_of::<u16>() * halves], all: tokens * o * k >= SMALL }
