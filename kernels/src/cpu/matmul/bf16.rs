@@ -26,9 +26,12 @@ const COL_PANELS: usize = 4;
 /// adapters, at most.
 pub(super) fn scratch(kernels: &Bf16, o: usize, k: usize, beside: usize) -> usize {
     let lanes = kernels.lanes;
-    let depth = |terms: usize, most: usize| match beside {
-        0 => terms.min(most).next_multiple_of(kernels.group),
-        _ => padded(terms.min(most)) + padded(beside).min(BESIDE),
+    let depth = |terms: usize, most: usize| {
+        let own = if terms > most + BESIDE { most } else { terms };
+        match beside {
+            0 => own.next_multiple_of(kernels.group),
+            _ => padded(own) + padded(beside).min(BESIDE),
+        }
     };
     let columns = (panels(lanes, k) + 1) * lanes * depth(o, COL_DEPTH);
     columns.max(2 * lanes * depth(k, ROW_DEPTH))
