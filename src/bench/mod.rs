@@ -180,7 +180,7 @@ pub struct Share {
     pub read: f64,
     /// Of the 8-bit peak, in prompts.
     pub int8: f64,
-    /// Of the bf16 peak, or of the f32 peak where there is none, in training.
+    /// Of the bf16 peak, or of the f32 peak where there is no higher one, in training.
     pub train: Option<f64>,
 }
 

@@ -2,53 +2,18 @@
 
 use super::shelf;
 use std::arch::x86_64::*;
-use std::sync::LazyLock;
-
-/// Bytes that the matrix-vector products read ahead: what memory delivers in some 300 ns. With a quarter of it, a core
-/// reads at three quarters of the rate; but see [`ahead`].
-pub(crate) const AHEAD: usize = 12 * 1024;
-
-/// The same for AMD's processors before Zen 5. On Zen 4, decoding is a twentieth slower with four times as much and a
-/// quarter slower with none.
-const AHEAD_ZEN4: usize = 2 * 1024;
-
-/// How far to read ahead here.
-pub(crate) fn ahead() -> usize {
-    static FAR: LazyLock<usize> = LazyLock::new(|| {
-        // Family numbers from 15 on are continued in a field of their own; that of Zen 5 is 26.
-        let signature = __cpuid(1).eax;
-        let family = (signature >> 8 & 15) + (signature >> 20 & 255);
-        if vendor() == *b"AuthenticAMD" && family < 26 { AHEAD_ZEN4 } else { AHEAD }
-    });
-    *FAR
-}
-
-/// The maker's name.
-fn vendor() -> [u8; 12] {
-    let leaf = __cpuid(0);
-    let mut name = [0; 12];
-    name.copy_from_slice([leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).as_flattened());
-    name
-}
 
 /// Hints for what a token reads once: not to be kept in larger caches, or to be kept.
 pub(crate) const ONCE: i32 = _MM_HINT_NTA;
 pub(crate) const KEEP: i32 = _MM_HINT_T0;
 
-/// Whether [`KEEP`] is the faster hint. On Intel's processors a line that is not to be kept comes past the second-level
-/// cache and unseen by its prefetcher, at a fifth of the rate; on AMD's it leaves the caches to others.
-pub(crate) fn keeps() -> bool {
-    static KEEPS: LazyLock<bool> = LazyLock::new(|| vendor() == *b"GenuineIntel");
-    *KEEPS
-}
-
 /// Calls a function of a hint with the one that is faster here, and with how far to read ahead as last argument.
 macro_rules! with_hint {
     ($function:ident($($arg:expr),*)) => {
-        if $crate::cpu::avx2::keeps() {
-            $function::<{ $crate::cpu::avx2::KEEP }>($($arg),*, $crate::cpu::avx2::ahead())
+        if $crate::cpu::maker::keeps() {
+            $function::<{ $crate::cpu::avx2::KEEP }>($($arg),*, $crate::cpu::maker::ahead())
         } else {
-            $function::<{ $crate::cpu::avx2::ONCE }>($($arg),*, $crate::cpu::avx2::ahead())
+            $function::<{ $crate::cpu::avx2::ONCE }>($($arg),*, $crate::cpu::maker::ahead())
         }
     };
 }

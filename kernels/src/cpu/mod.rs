@@ -25,6 +25,8 @@ mod light;
 pub mod limits;
 mod linear_cross_entropy;
 mod loops;
+#[cfg(target_arch = "x86_64")]
+mod maker;
 mod matmul;
 mod matrix;
 mod narrow;

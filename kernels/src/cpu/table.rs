@@ -248,15 +248,18 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
         let base = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw");
         if base && is_x86_feature_detected!("avx512vl") {
             // One name for what a CPU has of it: bf16 came after VNNI and VBMI, which came after the base.
-            tables.push(if !is_x86_feature_detected!("avx512vnni") || !is_x86_feature_detected!("avx512vbmi") {
-                &AVX512
-            } else if is_x86_feature_detected!("avx512bf16") {
-                &AVX512_BF16
+            if !is_x86_feature_detected!("avx512vnni") || !is_x86_feature_detected!("avx512vbmi") {
+                tables.push(&AVX512);
+            } else if !is_x86_feature_detected!("avx512bf16") {
+                tables.push(&AVX512_VNNI);
             } else {
-                &AVX512_VNNI
-            });
-            if tables.last().is_some_and(|best| best.bf16.is_some()) && super::amx::available() {
-                tables.push(&AMX);
+                tables.push(&AVX512_BF16);
+                if super::maker::slow_bf16() {
+                    tables.push(&AVX512_VNNI);
+                }
+                if super::amx::available() {
+                    tables.push(&AMX);
+                }
             }
         }
     }
@@ -279,7 +282,7 @@ static AVAILABLE: LazyLock<Vec<&'static Table>> = LazyLock::new(|| {
 static BEST: LazyLock<&'static Table> = LazyLock::new(|| Table::from_env().unwrap_or(AVAILABLE[AVAILABLE.len() - 1]));
 
 impl Table {
-    /// The tables that this CPU can run, the slowest first.
+    /// The tables that this CPU can run, the slowest first; two of one name where what one has beside the other is slow.
     #[must_use]
     pub fn available() -> &'static [&'static Table] {
         &AVAILABLE
@@ -296,13 +299,14 @@ impl Table {
         }
     }
 
-    /// The table called `name`, as in `POCKETLORA_ISA`.
+    /// The fastest table called `name`, as in `POCKETLORA_ISA`.
     ///
     /// # Errors
     /// [`Error::Device`] if the name is unknown or this CPU or build has no such kernels.
     pub fn by_name(name: &str) -> Result<&'static Table, Error> {
-        AVAILABLE.iter().copied().find(|table| table.isa.name() == name).ok_or_else(|| {
-            let names: Vec<_> = AVAILABLE.iter().map(|table| format!("`{}`", table.isa.name())).collect();
+        AVAILABLE.iter().rev().copied().find(|table| table.isa.name() == name).ok_or_else(|| {
+            let mut names: Vec<_> = AVAILABLE.iter().map(|table| format!("`{}`", table.isa.name())).collect();
+            names.dedup();
             Error::Device(format!("instruction set `{name}` is not available here, only {}", names.join(", ")))
         })
     }

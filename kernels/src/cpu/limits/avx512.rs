@@ -2,7 +2,8 @@
 
 #![allow(unsafe_code, reason = "vector loads, and empty assembly that hides a value from the optimizer")]
 
-use super::super::avx2::{AHEAD, KEEP, ONCE, prefetch_line};
+use super::super::avx2::{KEEP, ONCE, prefetch_line};
+use super::super::maker::AHEAD;
 use super::{NONE, Peak, Probes};
 use std::arch::asm;
 use std::arch::x86_64::*;

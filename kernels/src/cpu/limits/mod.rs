@@ -28,7 +28,7 @@ pub struct Limits {
     pub f32_gflops: f64,
     /// The same of 8-bit integers with 32-bit sums.
     pub int8_gops: f64,
-    /// The same of bf16 with f32 sums; `None` where the CPU has no such instruction.
+    /// The same of bf16 with f32 sums; `None` where the CPU has no instruction for it that is faster than f32's.
     pub bf16_gflops: Option<f64>,
 }
 
@@ -125,11 +125,12 @@ pub fn measure(threads: usize, tries: usize) -> Result<Limits, Error> {
         AVAILABLE.iter().filter_map(|p| of(p)).map(|peak| rate_of(peak, threads, tries)).reduce(f64::max)
     };
     let both = "the portable probes have it";
+    let f32_gflops = best(|p| p.f32.as_ref()).expect(both);
     Ok(Limits {
         read_gb_s: read_rate(threads, tries)?,
-        f32_gflops: best(|p| p.f32.as_ref()).expect(both),
+        f32_gflops,
         int8_gops: best(|p| p.int8.as_ref()).expect(both),
-        bf16_gflops: best(|p| p.bf16.as_ref()),
+        bf16_gflops: best(|p| p.bf16.as_ref()).filter(|&rate| rate > f32_gflops),
     })
 }
 
