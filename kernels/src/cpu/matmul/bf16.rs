@@ -25,16 +25,10 @@ const COL_PANELS: usize = 4;
 /// Halves of scratch that a thread keeps after products forward and by `X` with a weight `[O, K]` and `beside` terms of
 /// adapters, at most.
 pub(super) fn scratch(kernels: &Bf16, o: usize, k: usize, beside: usize) -> usize {
-    let lanes = kernels.lanes;
-    let depth = |terms: usize, most: usize| {
-        let own = if terms > most + BESIDE { most } else { terms };
-        match beside {
-            0 => own.next_multiple_of(kernels.group),
-            _ => padded(own) + padded(beside).min(BESIDE),
-        }
-    };
-    let columns = (panels(lanes, k) + 1) * lanes * depth(o, COL_DEPTH);
-    columns.max(2 * lanes * depth(k, ROW_DEPTH))
+    let (lanes, group) = (kernels.lanes, kernels.group);
+    let rows = cut([k, beside].into_iter(), ROW_DEPTH, group);
+    let columns = cut([o, beside].into_iter(), COL_DEPTH, group);
+    (lanes * (deepest(&rows) + longest(&rows))).max((panels(lanes, k) + 1) * lanes * deepest(&columns))
 }
 
 /// Panels of columns that are decoded at a time for `k` of them.
@@ -44,8 +38,8 @@ fn panels(lanes: usize, k: usize) -> usize {
 
 /// Terms of a sum that lie in one operand.
 #[derive(Clone, Copy)]
-struct Piece<'a> {
-    w: Band<'a>,
+struct Piece {
+    operand: usize,
     /// First term and number of terms.
     at: usize,
     depth: usize,
@@ -56,10 +50,10 @@ struct Piece<'a> {
 }
 
 /// Cuts sums over several operands side by side, of so many terms each, into panels of about `most` terms.
-fn cut<'a>(operands: impl Iterator<Item = (Band<'a>, usize)>, most: usize, group: usize) -> Vec<Vec<Piece<'a>>> {
+fn cut(operands: impl Iterator<Item = usize>, most: usize, group: usize) -> Vec<Vec<Piece>> {
     let mut panels: Vec<Vec<Piece>> = Vec::new();
     let (mut col, mut filled) = (0, usize::MAX);
-    for (w, terms) in operands {
+    for (operand, terms) in operands.enumerate() {
         for at in (0..terms).step_by(most) {
             let depth = most.min(terms - at);
             if filled.saturating_add(depth) > most + BESIDE {
@@ -71,7 +65,7 @@ fn cut<'a>(operands: impl Iterator<Item = (Band<'a>, usize)>, most: usize, group
             if let Some(last) = panel.last_mut() {
                 last.padded = padded(last.depth);
             }
-            panel.push(Piece { w, at, depth, col: col + at, padded: depth.next_multiple_of(group) });
+            panel.push(Piece { operand, at, depth, col: col + at, padded: depth.next_multiple_of(group) });
             filled += padded(depth);
         }
         col += padded(terms);
@@ -82,6 +76,11 @@ fn cut<'a>(operands: impl Iterator<Item = (Band<'a>, usize)>, most: usize, group
 /// Terms of the deepest panel.
 fn deepest(panels: &[Vec<Piece>]) -> usize {
     panels.iter().map(|panel| panel.iter().map(|piece| piece.padded).sum()).max().unwrap_or(0)
+}
+
+/// Terms of the longest piece.
+fn longest(panels: &[Vec<Piece>]) -> usize {
+    panels.iter().flatten().map(|piece| piece.depth).max().unwrap_or(0)
 }
 
 /// `y = x Wᵀ`, added to `y` if `accumulate`.
@@ -128,8 +127,7 @@ pub(super) fn group(cpu: &Cpu, x: &[f32], products: &mut [Product<'_, Cpu>]) -> 
 fn sum(cpu: &Cpu, weights: &[Band<'_>], x: &Rounded, y: &mut [f32], accumulate: bool) {
     let kernels = cpu.table.bf16().expect("the caller asked");
     let (lanes, (o, _), tokens) = (kernels.lanes, weights[0].shape(), x.count());
-    let panels = cut(weights.iter().map(|w| (*w, w.shape().1)), ROW_DEPTH, kernels.group);
-    let longest = panels.iter().flatten().map(|piece| piece.depth).max().unwrap_or(0);
+    let panels = cut(weights.iter().map(|w| w.shape().1), ROW_DEPTH, kernels.group);
     let panel_len = lanes * deepest(&panels);
     let task = (o / TASKS / lanes).max(1) * lanes;
     run(
@@ -138,15 +136,15 @@ fn sum(cpu: &Cpu, weights: &[Band<'_>], x: &Rounded, y: &mut [f32], accumulate: 
         tokens * o * deepest(&panels) < SMALL,
         |Patch { col, mut rows, .. }| {
             let cols = rows[0].len();
-            with_halves(panel_len + lanes * longest, |scratch| {
+            with_halves(panel_len + lanes * longest(&panels), |scratch| {
                 let (panel, decoded) = scratch.split_at_mut(panel_len);
                 for first in (0..cols).step_by(lanes) {
                     let width = lanes.min(cols - first);
                     for (i, pieces) in panels.iter().enumerate() {
                         let mut filled = 0;
-                        for Piece { w, at, depth, padded, .. } in pieces.iter().copied() {
+                        for Piece { operand, at, depth, padded, .. } in pieces.iter().copied() {
                             let decoded = &mut decoded[..width * depth];
-                            w.decode_bf16(cpu.table, col + first, at, depth, decoded);
+                            weights[operand].decode_bf16(cpu.table, col + first, at, depth, decoded);
                             let to = &mut panel[filled..][..lanes * padded];
                             cpu.table.bf16_pack(Bf16Rows::packed(decoded, depth), true, to);
                             filled += to.len();
@@ -179,7 +177,7 @@ pub(super) fn vjp_x(cpu: &Cpu, terms: &[(Band<'_>, &[f32])], dx: &mut [f32], acc
 fn sum_vjp_x(cpu: &Cpu, terms: &[(Band<'_>, &[f32])], dy: &Rounded, dx: &mut [f32], accumulate: bool) {
     let kernels = cpu.table.bf16().expect("the caller asked");
     let (lanes, (_, k), tokens) = (kernels.lanes, terms[0].0.shape(), dy.count());
-    let chunks = cut(terms.iter().map(|(w, _)| (*w, w.shape().0)), COL_DEPTH, kernels.group);
+    let chunks = cut(terms.iter().map(|(w, _)| w.shape().0), COL_DEPTH, kernels.group);
     let (group, depth) = (panels(lanes, k) * lanes, deepest(&chunks));
     let task = (k / TASKS / group).max(1) * group;
     run(&cpu.team, patches(dx, k, tokens, task), tokens * k * depth < SMALL, |Patch { col, mut rows, .. }| {
@@ -191,9 +189,9 @@ fn sum_vjp_x(cpu: &Cpu, terms: &[(Band<'_>, &[f32])], dy: &Rounded, dx: &mut [f3
                 for first in (0..cols).step_by(group) {
                     let width = group.min(cols - first);
                     let mut start = 0;
-                    for Piece { w, at, depth, .. } in pieces {
+                    for Piece { operand, at, depth, .. } in pieces.iter().copied() {
                         let to = &mut decoded[start..][..width * depth];
-                        w.decode_bf16(cpu.table, *at, col + first, width, to);
+                        terms[operand].0.decode_bf16(cpu.table, at, col + first, width, to);
                         start += to.len();
                     }
                     for lane in (0..width).step_by(lanes) {
