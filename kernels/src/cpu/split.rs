@@ -88,7 +88,9 @@ macro_rules! scratch {
             let mut scratch = $cell.take();
             let spare = LINE / size_of::<$element>();
             if scratch.len() < len + spare {
-                scratch.resize(len + spare, Default::default());
+                // Let go first, for what it held matters no more and its memory may do for the longer one.
+                drop(scratch);
+                scratch = vec![Default::default(); len + spare];
             }
             let start = scratch.as_ptr().align_offset(LINE).min(spare);
             let result = work(&mut scratch[start..start + len]);
