@@ -61,6 +61,8 @@ struct Arrays {
     starts: Vec<i32>,
     /// `[T, ceil(K / 128)]`, or none: see [`super::Table::q8_pairs`].
     pairs: Vec<Pair>,
+    /// The units of each token [`repeats`] times over, where kernels walk along rows.
+    repeated: Vec<f32>,
 }
 
 /// Two neighbouring blocks of a token for kernels that look both up at once; zeros stand beside a last odd one.
@@ -109,6 +111,9 @@ pub(crate) struct Q8Row<'a> {
     pub starts: &'a [i32],
     /// None where kernels do not ask for them.
     pub pairs: &'a [Pair],
+    /// Units once for each of some rows, so that one loop makes their factors, with no regard to where rows end; none where
+    /// a row alone is longer than that loop.
+    repeated: &'a [f32],
 }
 
 impl Q8Row<'_> {
@@ -120,6 +125,7 @@ impl Q8Row<'_> {
             units: &self.units[first..][..count],
             starts: &self.starts[first..][..count],
             pairs: self.pairs.get(first / 2..).unwrap_or_default(),
+            repeated: &[],
         }
     }
 }
@@ -148,9 +154,14 @@ impl Q8 {
             cpu.table.q8_quantize(x, Q8Mut { codes, units, starts });
         });
         let mut q8 = Self { blocks, arrays };
-        q8.arrays.pairs.clear();
-        if cpu.table.q8_pairs() && q8.tokens() < PANEL_TOKENS {
-            q8.pair_up();
+        let Arrays { units, pairs, repeated, .. } = &mut q8.arrays;
+        pairs.clear();
+        repeated.clear();
+        if units.len() / blocks < PANEL_TOKENS {
+            units.chunks(blocks).for_each(|units| (0..repeats(blocks)).for_each(|_| repeated.extend_from_slice(units)));
+            if cpu.table.q8_pairs() {
+                q8.pair_up();
+            }
         }
         q8
     }
@@ -185,6 +196,7 @@ impl Q8 {
             units: &self.arrays.units[range.clone()],
             starts: &self.arrays.starts[range],
             pairs: self.arrays.pairs.chunks(self.blocks.div_ceil(2)).nth(t).unwrap_or_default(),
+            repeated: self.arrays.repeated.chunks(self.blocks * repeats(self.blocks).max(1)).nth(t).unwrap_or_default(),
         }
     }
 }
@@ -193,6 +205,21 @@ impl Q8 {
 const BATCH: usize = 256;
 /// Rows whose scales are multiplied with the units of the activations in one loop.
 const REPEATS: usize = 16;
+
+/// Rows of so many blocks whose scales are decoded at a time: groups of four, and whole vectors of scales; none where not
+/// even one fits in.
+fn batch(blocks: usize) -> usize {
+    match BATCH / blocks {
+        n @ REPEATS.. => n / REPEATS * REPEATS,
+        n @ 4.. => n / 4 * 4,
+        n => n,
+    }
+}
+
+/// How often [`Q8Row::repeated`] repeats.
+fn repeats(blocks: usize) -> usize {
+    batch(blocks).min(REPEATS)
+}
 
 /// Floats on the stack that vectors write. Where the stack begins is left to chance, and stores across two cache lines made
 /// whole processes a quarter slower.
@@ -235,7 +262,7 @@ fn each_row(
     if y.is_empty() {
         return;
     }
-    let (Aligned(factors), Aligned(repeated)) = (&mut Aligned([0.0; BATCH]), &mut Aligned([0.0; BATCH]));
+    let Aligned(factors) = &mut Aligned([0.0; BATCH]);
     let blocks = x.units.len();
     if blocks > BATCH {
         for (i, y) in y.iter_mut().enumerate() {
@@ -252,21 +279,8 @@ fn each_row(
         }
         return;
     }
-    // Batches of whole vectors of scales, groups of four rows.
-    let batch = match BATCH / blocks {
-        n @ REPEATS.. => n / REPEATS * REPEATS,
-        n @ 4.. => n / 4 * 4,
-        n => n,
-    };
-    // Units once for each of some rows, so that one loop makes their factors, with no regard to where rows end.
-    let repeated = &mut repeated[..batch.min(REPEATS).min(y.len()) * blocks];
-    repeated[..blocks].copy_from_slice(x.units);
-    let mut filled = blocks;
-    while filled < repeated.len() {
-        let now = filled.min(repeated.len() - filled);
-        repeated.copy_within(..now, filled);
-        filled += now;
-    }
+    let batch = batch(blocks);
+    let repeated = &x.repeated[..repeats(blocks).min(y.len()) * blocks];
     for (i, y) in y.chunks_mut(batch).enumerate() {
         let group = (row + i * batch) * blocks;
         let factors = &mut factors[..y.len() * blocks];
