@@ -10,7 +10,8 @@ use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use pocketlora_kernels::cpu::{Buffer, Cpu, Matrix, Table};
 use pocketlora_kernels::{
-    Absmax, Arithmetic, Attention, Backend, CacheType, FloatType, MatrixData, MatrixSource, Nf4Source, WorkType,
+    Absmax, Arithmetic, Attention, Backend, CacheType, FloatType, LowRank, MatrixData, MatrixSource, Nf4Source,
+    Product, WorkType,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -99,6 +100,19 @@ fn int8_matvec(bencher: Bencher<'_, '_>, case: &Case) {
         let codes = (0..case.o * case.k).map(|i| (i * 31 % 255) as u8).collect();
         let scales = (0..case.o).flat_map(|_| 0.01f32.to_le_bytes()).collect();
         cpu.matrix(MatrixSource { rows: case.o, cols: case.k, data: MatrixData::Int8 { codes, scales } }).unwrap()
+    });
+}
+
+/// One token of a product with an adapter of rank 16, in 8 bits.
+#[divan::bench(args = cases(&[Int8], &[1], &[(1536, 576), (576, 1536), (8192, 2048)]))]
+fn nf4_matvec_adapted(bencher: Bencher<'_, '_>, case: &Case) {
+    let &Case { arithmetic, o, k, .. } = case;
+    let cpu = cpu(case.table);
+    let (w, a, b) = (nf4(&cpu, case), work(&cpu, 16, k), work(&cpu, o, 16));
+    let (x, mut y) = (noise(&cpu, k), noise(&cpu, o));
+    bencher.counter(ItemsCount::new(2 * o * k)).bench_local(|| {
+        let low_rank = vec![LowRank { a: &a, b: &b, scale: 1.0 }];
+        cpu.matmul_group(arithmetic, &x, &mut [Product { w: &w, low_rank, y: &mut y }])
     });
 }
 

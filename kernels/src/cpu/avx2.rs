@@ -19,18 +19,6 @@ macro_rules! with_hint {
 }
 pub(crate) use with_hint;
 
-/// The same with what a matrix in 8 bits wants.
-macro_rules! with_ahead {
-    ($function:ident($w:expr, $($arg:expr),*)) => {
-        if $w.is_shelved() {
-            $function::<{ $crate::cpu::avx2::KEEP }>($w, $($arg),*, $crate::cpu::shelf::AHEAD)
-        } else {
-            $crate::cpu::avx2::with_hint!($function($w, $($arg),*))
-        }
-    };
-}
-pub(crate) use with_ahead;
-
 /// Asks for the cache line that comes [`shelf::AHEAD`] after the one at `at`.
 #[inline(always)]
 pub(crate) fn read_shelf(at: *const u8) {

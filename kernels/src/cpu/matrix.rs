@@ -3,9 +3,8 @@
 use super::Cpu;
 use super::buffer::{Buffer, reserve};
 use super::nf4::Nf4;
-use super::q8::{BLOCK, Columns, Int8};
+use super::q8::{BLOCK, Down, Int8, Up};
 use super::table::Table;
-use crate::quant::encode_int8;
 use crate::{Error, FloatType, MatrixData, MatrixSource, WorkType};
 use bytes::Bytes;
 use half::f16;
@@ -34,8 +33,8 @@ pub(crate) enum Data {
 /// of.
 #[derive(Default)]
 pub(crate) struct Eight {
-    down: OnceLock<Int8>,
-    up: OnceLock<Columns>,
+    down: OnceLock<Down>,
+    up: OnceLock<Up>,
 }
 
 impl Matrix {
@@ -164,37 +163,34 @@ impl Matrix {
 
     /// This work matrix `[r, K]` in 8 bits, as the down-projection of an adapter; `None` of others, and of rows that are no
     /// whole blocks.
-    pub(crate) fn down(&self, cpu: &Cpu) -> Result<Option<&Int8>, Error> {
-        match &self.data {
-            Data::Work(.., eight) if self.cols.is_multiple_of(BLOCK) && self.cols > 0 => {
-                init(&eight.down, || self.encode(cpu)).map(Some)
-            }
-            _ => Ok(None),
+    pub(crate) fn down(&self, cpu: &Cpu) -> Result<Option<&Down>, Error> {
+        let Data::Work(.., eight) = &self.data else { return Ok(None) };
+        if self.cols == 0 || !self.cols.is_multiple_of(BLOCK) {
+            return Ok(None);
         }
+        let columns = || {
+            let mut values = self.work_values(cpu)?;
+            // In the order of the activations.
+            for block in values.as_chunks_mut::<BLOCK>().0 {
+                *block = std::array::from_fn(|i| block[i % (BLOCK / 2) * 2 + i / (BLOCK / 2)]);
+            }
+            Down::new(&cpu.shelf, &values, self.cols)
+        };
+        init(&eight.down, columns).map(Some)
     }
 
     /// This work matrix `[O, r]` in 8 bits, as the up-projection of an adapter; `None` of others.
-    pub(crate) fn up(&self, cpu: &Cpu) -> Result<Option<&Columns>, Error> {
+    pub(crate) fn up(&self, cpu: &Cpu) -> Result<Option<&Up>, Error> {
         let Data::Work(.., eight) = &self.data else { return Ok(None) };
-        let columns = || {
-            let mut values = reserve(self.rows * self.cols)?;
-            values.resize(self.rows * self.cols, 0.0);
-            self.decode(cpu.table, 0, 0, self.cols, &mut values);
-            Columns::new(&cpu.shelf, &values, self.cols)
-        };
-        init(&eight.up, columns).map(Some)
+        init(&eight.up, || Up::new(&cpu.shelf, &self.work_values(cpu)?, self.cols)).map(Some)
     }
 
-    fn encode(&self, cpu: &Cpu) -> Result<Int8, Error> {
-        let mut row = vec![0.0; self.cols];
-        let mut codes = cpu.shelf.take(self.rows * (self.cols + 4))?;
-        let mut scales = codes.split_off(self.rows * self.cols);
-        let parts = codes.chunks_exact_mut(self.cols).zip(scales.as_chunks_mut().0);
-        for (i, (codes, scale)) in parts.enumerate() {
-            self.decode(cpu.table, i, 0, self.cols, &mut row);
-            *scale = encode_int8(&row, bytemuck::cast_slice_mut(codes)).to_le_bytes();
-        }
-        Int8::new(self.rows, self.cols, codes.freeze(), scales.freeze()).map(Int8::shelved)
+    /// All elements.
+    fn work_values(&self, cpu: &Cpu) -> Result<Vec<f32>, Error> {
+        let mut values = reserve(self.rows * self.cols)?;
+        values.resize(self.rows * self.cols, 0.0);
+        self.decode(cpu.table, 0, 0, self.cols, &mut values);
+        Ok(values)
     }
 
     /// Expands rows `row..row + n` by columns `col..col + width` into `out`, `n` rows of `width`.

@@ -6,7 +6,7 @@ use super::cache::{Tile, size};
 use super::dense;
 use super::light::{self, Light};
 use super::nf4::{self, EvenOdd, Nf4};
-use super::q8::{self, Columns, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row};
+use super::q8::{self, Down, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, Up};
 use super::tile::{self, Coefficients, Rows};
 use crate::{Error, FloatType};
 #[cfg(target_arch = "aarch64")]
@@ -67,7 +67,8 @@ pub struct Table {
     q8_quantize: unsafe fn(&[f32], Q8Mut),
     q8_nf4_matvec: unsafe fn(&Nf4, usize, Q8Row, &mut [f32]),
     q8_int8_matvec: unsafe fn(&Int8, usize, Q8Row, &mut [f32]),
-    q8_add_columns: unsafe fn(&Columns, usize, &[Hidden], &mut [f32]),
+    q8_down: unsafe fn(&Down, usize, Q8Row, &mut [f32; GROUP]),
+    q8_add_columns: unsafe fn(&Up, usize, &[Hidden], &mut [f32]),
     q8_pack_nf4: unsafe fn(&Nf4, usize, Place, Panel),
     q8_pack_int8: unsafe fn(&Int8, Place, Panel),
     q8_tile: unsafe fn(Panel, &Q8, Place, &mut [&mut [f32]], usize),
@@ -94,6 +95,7 @@ static PORTABLE: Table = Table {
     q8_quantize: q8::portable::quantize,
     q8_nf4_matvec: q8::portable::nf4_matvec,
     q8_int8_matvec: q8::portable::int8_matvec,
+    q8_down: q8::portable::down,
     q8_add_columns: q8::portable::add_columns,
     q8_pack_nf4: q8::portable::pack_nf4,
     q8_pack_int8: q8::portable::pack_int8,
@@ -120,6 +122,7 @@ static AVX2: Table = Table {
     q8_quantize: q8::avx2::quantize,
     q8_nf4_matvec: q8::avx2::nf4_matvec,
     q8_int8_matvec: q8::avx2::int8_matvec,
+    q8_down: q8::avx2::down,
     q8_add_columns: q8::avx2::add_columns,
     q8_pack_nf4: q8::avx2::pack_nf4,
     q8_pack_int8: q8::avx2::pack_int8,
@@ -137,6 +140,7 @@ static AVX_VNNI: Table = Table {
     isa: Isa::AvxVnni,
     q8_nf4_matvec: q8::avxvnni::nf4_matvec,
     q8_int8_matvec: q8::avxvnni::int8_matvec,
+    q8_down: q8::avxvnni::down,
     q8_add_columns: q8::avxvnni::add_columns,
     q8_pack_nf4: q8::avxvnni::pack_nf4,
     q8_pack_int8: q8::avxvnni::pack_int8,
@@ -168,6 +172,7 @@ static AVX512_VNNI: Table = Table {
     q8_pairs: true,
     q8_nf4_matvec: q8::avx512::nf4_matvec,
     q8_int8_matvec: q8::avx512::int8_matvec,
+    q8_down: q8::avx512::down,
     q8_add_columns: q8::avx512::add_columns,
     q8_pack_nf4: q8::avx512::pack_nf4,
     q8_pack_int8: q8::avx512::pack_int8,
@@ -197,6 +202,7 @@ static NEON: Table = Table {
     q8_quantize: q8::neon::quantize,
     q8_nf4_matvec: q8::neon::base::nf4_matvec,
     q8_int8_matvec: q8::neon::base::int8_matvec,
+    q8_down: q8::neon::base::down,
     q8_add_columns: q8::neon::base::add_columns,
     q8_pack_nf4: q8::neon_panel::pack_nf4::<{ q8::QUAD }>,
     q8_pack_int8: q8::neon_panel::pack_int8::<{ q8::QUAD }>,
@@ -215,6 +221,7 @@ static NEON_DOTPROD: Table = Table {
     features: &["dotprod"],
     q8_nf4_matvec: q8::neon::dotprod::nf4_matvec,
     q8_int8_matvec: q8::neon::dotprod::int8_matvec,
+    q8_down: q8::neon::dotprod::down,
     q8_add_columns: q8::neon::dotprod::add_columns,
     q8_tile: q8::neon::dotprod::tile,
     q8_tile_int8: q8::neon::dotprod::tile,
@@ -426,8 +433,17 @@ impl Table {
         }
     }
 
+    /// `y[i] = sum_k w[8 tile + i, k] x[k]` in 8 bits.
+    pub(crate) fn q8_down(&self, w: &Down, tile: usize, x: Q8Row, y: &mut [f32; GROUP]) {
+        // SAFETY: any operands will do; `available()` hands out only tables that this CPU runs.
+        #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
+        unsafe {
+            (self.q8_down)(w, tile, x, y);
+        }
+    }
+
     /// `y[i] += sum_j w[row + i, j] h[j]` in 8 bits; `row` is the first of a tile.
-    pub(crate) fn q8_add_columns(&self, w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+    pub(crate) fn q8_add_columns(&self, w: &Up, row: usize, h: &[Hidden], y: &mut [f32]) {
         // SAFETY: any operands will do; `available()` hands out only tables that this CPU runs.
         #[allow(unsafe_code, reason = "entry wrapper of the ISA table")]
         unsafe {

@@ -7,14 +7,14 @@
 use super::super::Cpu;
 use super::super::elementwise::{add_part, scale_part};
 use super::super::matrix::{Elements, Matrix};
-use super::super::q8::{Columns, GROUP, Hidden, Int8, Q8};
+use super::super::q8::{Down, GROUP, Hidden, Q8, Up};
 use super::super::split::{run, with_scratch};
 use super::one::{OneToken, rows_per_task};
 use super::{forward, q8};
 use crate::cpu::Buffer;
 use crate::{Arithmetic, Error, FloatType, LowRank, Product};
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 /// Rows of a down-projection in a task: what one of them computes is rounded with one unit.
 const DOWN_ROWS: usize = GROUP;
@@ -60,8 +60,8 @@ pub(crate) fn group(
 enum Factors<'a> {
     /// In 8 bits, beside a weight that is multiplied so.
     Eight {
-        a: &'a Int8,
-        b: &'a Columns,
+        a: &'a Down,
+        b: &'a Up,
     },
     Dense {
         a: (FloatType, &'a [u8]),
@@ -74,28 +74,24 @@ struct Low<'a> {
     factors: Factors<'a>,
     scale: f32,
     rank: usize,
-    /// Its part of [`Down::rounded`] in 8 bits, else of [`Down::h`].
+    /// Number of its first task; each has [`DOWN_ROWS`] of its rows.
+    first: usize,
+    /// Its part of [`Downs::rounded`] in 8 bits, else of [`Downs::h`].
     h: Range<usize>,
 }
 
 /// All of a group's down-projections, cut into tasks.
-struct Down<'a> {
+struct Downs<'a> {
     x: &'a OneToken<'a>,
     lows: Vec<Low<'a>>,
     /// `scale A x` of all terms, as bits: several threads fill it, all read it.
     h: Vec<AtomicU32>,
     /// The same in 8 bits.
     rounded: Vec<Hidden>,
-    tasks: Vec<DownTask>,
+    tasks: usize,
+    /// Tasks that somebody has taken, and more where threads found none left.
+    taken: AtomicUsize,
     done: AtomicUsize,
-}
-
-/// Some rows of a down-projection.
-struct DownTask {
-    /// Index of the term.
-    low: usize,
-    row: usize,
-    taken: AtomicBool,
 }
 
 /// Counts a task as done even if it panics, for others wait for the count.
@@ -107,7 +103,7 @@ impl Drop for Count<'_> {
     }
 }
 
-impl<'a> Down<'a> {
+impl<'a> Downs<'a> {
     fn new<'t>(x: &'a OneToken<'a>, terms: impl Iterator<Item = &'t LowRank<'t, Cpu>>) -> Self {
         let (count, rank) = terms.fold((0, 0), |(count, rank), term| (count + 1, rank + term.a.shape().0));
         Self {
@@ -115,7 +111,8 @@ impl<'a> Down<'a> {
             lows: Vec::with_capacity(count),
             h: Vec::new(),
             rounded: Vec::with_capacity(count + rank / DOWN_ROWS),
-            tasks: Vec::with_capacity(count + rank / DOWN_ROWS),
+            tasks: 0,
+            taken: AtomicUsize::new(0),
             done: AtomicUsize::new(0),
         }
     }
@@ -134,13 +131,13 @@ impl<'a> Down<'a> {
             _ => unreachable!("only terms of floats are fused"),
         };
         let (rank, _) = a.shape();
-        let task = |row| DownTask { low: self.lows.len(), row, taken: AtomicBool::new(false) };
-        self.tasks.extend((0..rank).step_by(DOWN_ROWS).map(task));
+        let first = self.tasks;
+        self.tasks += rank.div_ceil(DOWN_ROWS);
         let h = match factors {
             Factors::Eight { .. } => append(&mut self.rounded, rank.div_ceil(DOWN_ROWS)),
             Factors::Dense { .. } => append(&mut self.h, rank),
         };
-        self.lows.push(Low { factors, scale, rank, h });
+        self.lows.push(Low { factors, scale, rank, first, h });
         Ok(())
     }
 
@@ -148,40 +145,42 @@ impl<'a> Down<'a> {
     #[inline]
     fn finish(&self, cpu: &Cpu) {
         // Most come when all is done.
-        if self.done.load(Ordering::Acquire) < self.tasks.len() {
+        if self.done.load(Ordering::Acquire) < self.tasks {
             self.work(cpu);
         }
     }
 
     #[cold]
     fn work(&self, cpu: &Cpu) {
-        let count = self.tasks.len();
-        for task in &self.tasks {
-            if !task.taken.swap(true, Ordering::Relaxed) {
-                let _count = Count(&self.done);
-                self.task(cpu, task);
+        loop {
+            let task = self.taken.fetch_add(1, Ordering::Relaxed);
+            if task >= self.tasks {
+                break;
             }
+            let _count = Count(&self.done);
+            self.task(cpu, task);
         }
-        while self.done.load(Ordering::Acquire) < count {
+        while self.done.load(Ordering::Acquire) < self.tasks {
             std::hint::spin_loop();
         }
     }
 
-    fn task(&self, cpu: &Cpu, task: &DownTask) {
-        let Low { factors, scale, rank, h } = &self.lows[task.low];
-        let mut sums = [0.0; DOWN_ROWS];
-        let sums = &mut sums[..DOWN_ROWS.min(rank - task.row)];
+    fn task(&self, cpu: &Cpu, number: usize) {
+        let low = self.lows.iter().rfind(|low| low.first <= number).expect("the first term begins with task 0");
+        let Low { factors, scale, rank, first, h } = low;
+        let (tile, row) = (number - first, (number - first) * DOWN_ROWS);
+        let (mut all, count) = ([0.0; DOWN_ROWS], DOWN_ROWS.min(rank - row));
         match factors {
             Factors::Eight { a, .. } => {
-                cpu.table.q8_int8_matvec(a, task.row, self.x.q8().expect("asked for in `push`"), sums);
-                scale_part(*scale, sums);
-                self.rounded[h.clone()][task.row / DOWN_ROWS].set(sums);
+                cpu.table.q8_down(a, tile, self.x.q8().expect("asked for in `push`"), &mut all);
+                scale_part(*scale, &mut all);
+                self.rounded[h.clone()][tile].set(&all[..count]);
             }
             Factors::Dense { a: (dtype, bytes), .. } => {
-                let size = self.x.x().len() * dtype.size();
-                cpu.table.dense_matvec(*dtype, &bytes[task.row * size..][..sums.len() * size], self.x.x(), sums);
+                let (size, sums) = (self.x.x().len() * dtype.size(), &mut all[..count]);
+                cpu.table.dense_matvec(*dtype, &bytes[row * size..][..count * size], self.x.x(), sums);
                 scale_part(*scale, sums);
-                let h = &self.h[h.clone()][task.row..];
+                let h = &self.h[h.clone()][row..];
                 h.iter().zip(sums).for_each(|(h, sum)| h.store(sum.to_bits(), Ordering::Relaxed));
             }
         }
@@ -215,7 +214,7 @@ fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Produ
     let token = OneToken::new(cpu, arithmetic, x, products.iter().map(|p| p.w));
     let total = products.iter().map(|p| p.y.len()).sum();
     let rows = rows_per_task(x.len(), total);
-    let mut down = Down::new(&token, products.iter().flat_map(|p| &p.low_rank));
+    let mut down = Downs::new(&token, products.iter().flat_map(|p| &p.low_rank));
     let mut tasks = Vec::with_capacity(total / rows + products.len());
     if token.q8().is_some() {
         // In the order in which they are read: see the shelf.

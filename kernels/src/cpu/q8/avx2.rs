@@ -7,11 +7,11 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{prefetch_line, read_shelf, sum1, sum4, with_ahead, with_hint};
+use super::super::avx2::{prefetch_line, read_shelf, sum1, sum4, with_hint};
 use super::super::nf4::{Codebook, Nf4};
-use super::columns::{Group, Scales, each_tile};
+use super::columns::{Block, Scales, each_tile};
 use super::portable::TINY;
-use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows, TILE};
+use super::{BLOCK, Down, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, QUADS, Rows, TILE, Up};
 use std::arch::x86_64::*;
 
 /// Rows of a panel: two vectors.
@@ -174,7 +174,7 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], factor: f32) -> __m2
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    with_ahead!(int8_rows(w, row, x, y));
+    with_hint!(int8_rows(w, row, x, y));
 }
 
 #[inline]
@@ -192,24 +192,47 @@ fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32], ahe
     }
 }
 
-/// Defines `add_columns` for vectors of 256 bits, given what sums of a group begin with and `fn add(sum, w, codes)` for eight
-/// rows. A function may use the instructions of its own `$features` only, which is why it is written out for each.
-macro_rules! define_add_columns {
+/// Defines `down` and `add_columns` for vectors of 256 bits, given what sums begin with and `fn add(sum, w, codes)` for eight
+/// rows. A function may use the instructions of its own `$features` only, which is why they are written out for each.
+macro_rules! define_columns {
     ($features:literal, $start:expr, $add:path) => {
+        /// See [`super::super::Table::q8_down`].
+        #[target_feature(enable = $features)]
+        pub(crate) fn down(w: &Down, tile: usize, x: Q8Row, y: &mut [f32; GROUP]) {
+            let (blocks, scales) = w.blocks(tile, x);
+            // A row's octet is in two lanes.
+            let mut sums = [_mm256_setzero_ps(); 2];
+            for Block { octets, codes, start, unit } in blocks {
+                let mut dots = [_mm256_set1_epi64x(first_lane($start(start))); 2];
+                for (w, x) in octets.iter().zip(codes) {
+                    read_shelf(w.as_ptr().cast());
+                    let x = _mm256_set1_epi64x(i64::from_le_bytes(x.map(i8::cast_unsigned)));
+                    for (dot, w) in dots.iter_mut().zip(w.as_flattened().as_chunks::<32>().0) {
+                        // SAFETY: `w` is an array of 32 bytes.
+                        *dot = $add(*dot, unsafe { _mm256_loadu_si256(w.as_ptr().cast()) }, x);
+                    }
+                }
+                for (sum, dot) in sums.iter_mut().zip(dots) {
+                    *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(unit), *sum);
+                }
+            }
+            scaled(sums, scales, y);
+        }
+
         /// See [`super::super::Table::q8_add_columns`].
         #[target_feature(enable = $features)]
-        pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+        pub(crate) fn add_columns(w: &Up, row: usize, h: &[Hidden], y: &mut [f32]) {
             each_tile(w, row, h, y, |quads, scales, y| {
                 let mut sums = [_mm256_setzero_ps(); TILE / 8];
                 read_shelf(scales.as_ptr().cast());
                 for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
                     let h = h.get();
-                    let mut dots = [_mm256_set1_epi32($start(h)); TILE / 8];
+                    let mut dots = [_mm256_set1_epi32($start(h.start)); TILE / 8];
                     for (quad, codes) in quads.iter().zip(h.codes) {
-                        read_shelf(quad.as_ptr());
-                        read_shelf(quad[QUAD * TILE / 2..].as_ptr());
+                        read_shelf(quad.as_ptr().cast());
+                        read_shelf(quad[TILE / 2..].as_ptr().cast());
                         let codes = _mm256_set1_epi32(codes);
-                        for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<32>().0) {
+                        for (dot, w) in dots.iter_mut().zip(quad.as_flattened().as_chunks::<32>().0) {
                             // SAFETY: `w` is an array of 32 bytes.
                             *dot = $add(*dot, unsafe { _mm256_loadu_si256(w.as_ptr().cast()) }, codes);
                         }
@@ -223,9 +246,9 @@ macro_rules! define_add_columns {
         }
     };
 }
-pub(super) use define_add_columns;
+pub(super) use define_columns;
 
-define_add_columns!("avx2,fma", |_: Group| 0, add_quad);
+define_columns!("avx2,fma", |_: i32| 0, add_quad);
 
 /// `sum` and the products of a quad of eight rows with `codes`.
 #[inline]
@@ -237,15 +260,37 @@ fn add_quad(sum: __m256i, w: __m256i, codes: __m256i) -> __m256i {
 /// `y += scales sums` for a tile of rows.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
-pub(super) fn add_scaled(sums: [__m256; TILE / 8], scales: &Scales, y: &mut [f32; TILE]) {
+pub(super) fn add_scaled(sums: [__m256; TILE / 8], scales: &Scales<TILE>, y: &mut [f32; TILE]) {
     for ((y, scales), sum) in y.as_chunks_mut::<8>().0.iter_mut().zip(scales.as_chunks::<8>().0).zip(sums) {
-        // SAFETY: `scales` is 8 times two bytes, `y` an array of 8 floats.
-        unsafe {
-            let scales = _mm256_cvtepu16_epi32(_mm_loadu_si128(scales.as_ptr().cast()));
-            let scales = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(scales));
-            _mm256_storeu_ps(y.as_mut_ptr(), _mm256_fmadd_ps(sum, scales, _mm256_loadu_ps(y.as_ptr())));
-        }
+        // SAFETY: `y` is an array of 8 floats.
+        unsafe { _mm256_storeu_ps(y.as_mut_ptr(), _mm256_fmadd_ps(sum, widen(scales), _mm256_loadu_ps(y.as_ptr()))) };
     }
+}
+
+/// `y = scales sums` for eight rows, with the sums of each in two neighbouring lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn scaled(sums: [__m256; 2], scales: &Scales<GROUP>, y: &mut [f32; GROUP]) {
+    // Adding neighbours works within 128-bit lanes: pairs of rows come out as 0 2 1 3.
+    let pairs = _mm256_castps_pd(_mm256_hadd_ps(sums[0], sums[1]));
+    let rows = _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(pairs));
+    // SAFETY: `y` is an array of 8 floats.
+    unsafe { _mm256_storeu_ps(y.as_mut_ptr(), _mm256_mul_ps(rows, widen(scales))) };
+}
+
+/// `start` in the first of two lanes.
+#[inline(always)]
+pub(super) fn first_lane(start: i32) -> i64 {
+    i64::from(start.cast_unsigned())
+}
+
+/// Eight bf16.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(scales: &[[u8; 2]; 8]) -> __m256 {
+    // SAFETY: `scales` is 8 times two bytes.
+    let scales = unsafe { _mm_loadu_si128(scales.as_ptr().cast()) };
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(scales)))
 }
 
 /// See [`super::super::Table::q8_pack_nf4`].

@@ -4,12 +4,13 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{prefetch_line, read_shelf, sum4, with_ahead, with_hint};
+use super::super::avx2::{prefetch_line, read_shelf, sum4, with_hint};
 use super::super::avx512::{halve, sum16, transpose16};
 use super::super::nf4::Nf4;
 use super::super::nf4::avx512::scales64;
-use super::columns::each_tile;
-use super::{BLOCK, Columns, GROUP, Hidden, Int8, Pair, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE};
+use super::avx2::{first_lane, scaled};
+use super::columns::{Block, each_tile};
+use super::{BLOCK, Down, GROUP, Hidden, Int8, Pair, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE, Up};
 use std::arch::x86_64::*;
 
 /// Rows of a panel: two vectors.
@@ -195,7 +196,7 @@ fn add_block(sum: __m512, w: __m512i, x: &[i8; BLOCK], factor: f32) -> __m512 {
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    with_ahead!(int8_rows(w, row, x, y));
+    with_hint!(int8_rows(w, row, x, y));
 }
 
 #[inline]
@@ -215,9 +216,29 @@ fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32], ahe
     }
 }
 
+/// See [`super::super::Table::q8_down`]. A row's octet is in two lanes.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2")]
+pub(crate) fn down(w: &Down, tile: usize, x: Q8Row, y: &mut [f32; GROUP]) {
+    let sign = _mm512_set1_epi8(-128);
+    let (blocks, scales) = w.blocks(tile, x);
+    let mut sum = _mm512_setzero_ps();
+    for Block { octets, codes, start, unit } in blocks {
+        let mut dots = [_mm512_set1_epi64(first_lane(start)), _mm512_setzero_si512()];
+        for (i, (w, x)) in octets.iter().zip(codes).enumerate() {
+            read_shelf(w.as_ptr().cast());
+            let x = _mm512_set1_epi64(i64::from_le_bytes(x.map(i8::cast_unsigned)));
+            dots[i % 2] = _mm512_dpbusd_epi32(dots[i % 2], _mm512_xor_si512(load(w), sign), x);
+        }
+        let dots = _mm512_cvtepi32_ps(_mm512_add_epi32(dots[0], dots[1]));
+        sum = _mm512_fmadd_ps(dots, _mm512_set1_ps(unit), sum);
+    }
+    let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(sum)));
+    scaled([_mm512_castps512_ps256(sum), upper], scales, y);
+}
+
 /// See [`super::super::Table::q8_add_columns`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+pub(crate) fn add_columns(w: &Up, row: usize, h: &[Hidden], y: &mut [f32]) {
     let sign = _mm512_set1_epi8(-128);
     each_tile(w, row, h, y, |quads, scales, y| {
         let mut sums = [_mm512_setzero_ps(); TILE / 16];
@@ -227,7 +248,7 @@ pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) 
             let mut dots = [_mm512_set1_epi32(h.start); TILE / 16];
             for (quad, codes) in quads.iter().zip(h.codes) {
                 let codes = _mm512_set1_epi32(codes);
-                for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<64>().0) {
+                for (dot, w) in dots.iter_mut().zip(quad.as_flattened().as_chunks::<64>().0) {
                     read_shelf(w.as_ptr());
                     *dot = _mm512_dpbusd_epi32(*dot, _mm512_xor_si512(load(w), sign), codes);
                 }

@@ -4,11 +4,11 @@
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
-use super::super::avx2::{prefetch_line, read_shelf, sum1, sum4, with_ahead, with_hint};
+use super::super::avx2::{prefetch_line, read_shelf, sum1, sum4, with_hint};
 use super::super::nf4::Nf4;
-use super::avx2::{LANES, add_scaled, book, load32, look_up};
-use super::columns::{Group, each_tile};
-use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE};
+use super::avx2::{LANES, add_scaled, book, first_lane, load32, look_up, scaled};
+use super::columns::{Block, each_tile};
+use super::{BLOCK, Down, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Row, QUAD, QUADS, Rows, TILE, Up};
 use std::arch::x86_64::*;
 
 /// Tokens that a tile takes at once: 12 sums of 8, the weights and a broadcast stay in registers.
@@ -86,7 +86,7 @@ fn add_block(sum: __m256, w: [__m256i; 2], x: &[i8; BLOCK], start: i32, factor: 
 /// See [`super::super::Table::q8_int8_matvec`].
 #[target_feature(enable = "avx2,fma,avxvnni")]
 pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-    with_ahead!(int8_rows(w, row, x, y));
+    with_hint!(int8_rows(w, row, x, y));
 }
 
 #[inline]
@@ -104,7 +104,7 @@ fn int8_rows<const HINT: i32>(w: &Int8, row: usize, x: Q8Row, y: &mut [f32], ahe
     }
 }
 
-super::avx2::define_add_columns!("avx2,fma,avxvnni", |h: Group| h.start, add_quad);
+super::avx2::define_columns!("avx2,fma,avxvnni", |start: i32| start, add_quad);
 
 /// `sum`, which began with what takes 128 off again, and the products of a quad of eight rows with `codes`.
 #[inline]

@@ -25,7 +25,7 @@ pub(crate) mod neon_panel;
 pub(crate) mod portable;
 mod weight;
 
-pub(crate) use columns::{Columns, GROUP, Hidden, TILE};
+pub(crate) use columns::{Down, GROUP, Hidden, TILE, Up};
 pub(crate) use weight::Int8;
 
 use super::Cpu;

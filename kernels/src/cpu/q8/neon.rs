@@ -9,9 +9,9 @@
 use super::super::neon::{by_fours, prefetch, sdot, sdot_lane, sum1};
 use super::super::nf4::Nf4;
 use super::super::shelf;
-use super::columns::each_tile;
+use super::columns::{Block, each_tile};
 use super::portable::TINY;
-use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, Rows, TILE, each_row};
+use super::{BLOCK, Down, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, Rows, TILE, Up, each_row};
 use std::arch::aarch64::*;
 
 pub(crate) use super::super::neon::LANES;
@@ -106,6 +106,14 @@ pub(super) fn add_scaled(sum: float32x4_t, dot: int32x4_t, scale: float32x4_t) -
     vfmaq_f32(sum, vcvtq_f32_s32(dot), scale)
 }
 
+/// Four bf16.
+#[inline]
+#[target_feature(enable = "neon")]
+fn widen(scales: &[[u8; 2]; 4]) -> float32x4_t {
+    // SAFETY: `scales` is four times two bytes.
+    vreinterpretq_f32_u32(vshll_n_u16::<16>(unsafe { vld1_u16(scales.as_ptr().cast()) }))
+}
+
 /// Defines the kernels that differ in how products are summed alone. A function may use the instructions of its own
 /// `$features` only, which is why they are written out once for each and not generic.
 macro_rules! kernels {
@@ -131,30 +139,56 @@ macro_rules! kernels {
         /// See [`crate::cpu::Table::q8_int8_matvec`].
         #[target_feature(enable = $features)]
         pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
-            let ahead = if w.is_shelved() { shelf::AHEAD } else { AHEAD };
             for (i, y) in y.iter_mut().enumerate() {
                 let mut sum = vdupq_n_f32(0.0);
                 for ((w, codes), unit) in w.row(row + i).iter().zip(x.codes).zip(x.units) {
-                    prefetch(w.as_ptr().wrapping_add(ahead));
+                    prefetch(w.as_ptr().wrapping_add(AHEAD));
                     sum = add_scaled(sum, dot64(load(w), load(codes)), vdupq_n_f32(*unit));
                 }
                 *y = sum1(sum) * w.scale(row + i);
             }
         }
 
+        /// See [`crate::cpu::Table::q8_down`].
+        #[target_feature(enable = $features)]
+        pub(crate) fn down(w: &Down, tile: usize, x: Q8Row, y: &mut [f32; GROUP]) {
+            let (blocks, scales) = w.blocks(tile, x);
+            // A row's octet is in two lanes.
+            let mut sums = [vdupq_n_f32(0.0); GROUP / 2];
+            for Block { octets, codes, unit, .. } in blocks {
+                let mut dots = [zero(); GROUP / 2];
+                for (w, x) in octets.iter().zip(codes) {
+                    prefetch(w.as_ptr().wrapping_byte_add(shelf::AHEAD));
+                    let x = vreinterpretq_s8_s64(vdupq_n_s64(i64::from_le_bytes(x.map(i8::cast_unsigned))));
+                    for (dot, w) in dots.iter_mut().zip(w.as_flattened().as_chunks::<VECTOR>().0) {
+                        // SAFETY: `w` is an array of 16 bytes.
+                        *dot = add_quad(*dot, unsafe { vld1q_s8(w.as_ptr().cast()) }, x);
+                    }
+                }
+                for (sum, dot) in sums.iter_mut().zip(dots) {
+                    *sum = add_scaled(*sum, total(dot), vdupq_n_f32(unit));
+                }
+            }
+            let parts = y.as_chunks_mut::<4>().0.iter_mut().zip(scales.as_chunks::<4>().0).zip(sums.as_chunks::<2>().0);
+            for ((y, scales), sums) in parts {
+                // SAFETY: `y` is an array of 4 floats.
+                unsafe { vst1q_f32(y.as_mut_ptr(), vmulq_f32(vpaddq_f32(sums[0], sums[1]), widen(scales))) };
+            }
+        }
+
         /// See [`crate::cpu::Table::q8_add_columns`].
         #[target_feature(enable = $features)]
-        pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+        pub(crate) fn add_columns(w: &Up, row: usize, h: &[Hidden], y: &mut [f32]) {
             each_tile(w, row, h, y, |quads, scales, y| {
                 let mut sums = [vdupq_n_f32(0.0); TILE / 4];
                 prefetch(scales.as_ptr().wrapping_byte_add(shelf::AHEAD));
                 for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
                     let (mut dots, h) = ([zero(); TILE / 4], h.get());
                     for (quad, codes) in quads.iter().zip(h.codes) {
-                        prefetch(quad.as_ptr().wrapping_add(shelf::AHEAD));
-                        prefetch(quad.as_ptr().wrapping_add(shelf::AHEAD + QUAD * TILE / 2));
+                        prefetch(quad.as_ptr().wrapping_byte_add(shelf::AHEAD));
+                        prefetch(quad.as_ptr().wrapping_byte_add(shelf::AHEAD + QUAD * TILE / 2));
                         let codes = vreinterpretq_s8_s32(vdupq_n_s32(codes));
-                        for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<VECTOR>().0) {
+                        for (dot, w) in dots.iter_mut().zip(quad.as_flattened().as_chunks::<VECTOR>().0) {
                             // SAFETY: `w` is an array of 16 bytes.
                             *dot = add_quad(*dot, unsafe { vld1q_s8(w.as_ptr().cast()) }, codes);
                         }
@@ -164,12 +198,8 @@ macro_rules! kernels {
                     }
                 }
                 for ((y, scales), sum) in y.as_chunks_mut::<4>().0.iter_mut().zip(scales.as_chunks::<4>().0).zip(sums) {
-                    // SAFETY: `scales` is four times two bytes, `y` an array of 4 floats.
-                    unsafe {
-                        let scales = vshll_n_u16::<16>(vld1_u16(scales.as_ptr().cast()));
-                        let sum = vfmaq_f32(vld1q_f32(y.as_ptr()), sum, vreinterpretq_f32_u32(scales));
-                        vst1q_f32(y.as_mut_ptr(), sum);
-                    }
+                    // SAFETY: `y` is an array of 4 floats.
+                    unsafe { vst1q_f32(y.as_mut_ptr(), vfmaq_f32(vld1q_f32(y.as_ptr()), sum, widen(scales))) };
                 }
             });
         }
@@ -277,7 +307,7 @@ pub(crate) mod base {
         vpadalq_s16(sum, vmlal_high_s8(low, w, x))
     }
 
-    /// Products of a quad of four lanes with the one that `x` repeats.
+    /// Products of four lanes with what `x` has in them.
     #[inline]
     #[target_feature(enable = "neon")]
     fn add_quad(sum: Sum, w: int8x16_t, x: int8x16_t) -> Sum {

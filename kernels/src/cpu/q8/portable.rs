@@ -1,8 +1,8 @@
 //! 8-bit products for any CPU; the compiler makes vectors of the loops over 16-bit products.
 
 use super::super::nf4::Nf4;
-use super::columns::each_tile;
-use super::{BLOCK, Columns, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, Rows, TILE};
+use super::columns::{Block, Part, each_tile};
+use super::{BLOCK, Down, GROUP, Hidden, Int8, Panel, Place, Q8, Q8Mut, Q8Row, QUAD, Rows, TILE, Up};
 use crate::quant::nearest_f32;
 use half::bf16;
 use wide::{i16x8, i32x4};
@@ -101,18 +101,35 @@ pub(crate) fn int8_matvec(w: &Int8, row: usize, x: Q8Row, y: &mut [f32]) {
     }
 }
 
+/// See [`super::super::Table::q8_down`].
+pub(crate) fn down(w: &Down, tile: usize, x: Q8Row, y: &mut [f32; GROUP]) {
+    let (blocks, scales) = w.blocks(tile, x);
+    *y = [0.0; GROUP];
+    for Block { octets, codes, unit, .. } in blocks {
+        let mut dots = [0; GROUP];
+        octets.iter().zip(codes).for_each(|(octet, codes)| add_part(&mut dots, octet, codes.map(i16::from)));
+        y.iter_mut().zip(dots).for_each(|(y, dot)| *y += unit * dot as f32);
+    }
+    y.iter_mut().zip(scales).for_each(|(y, scale)| *y *= bf16::from_le_bytes(*scale).to_f32());
+}
+
+/// Adds the products of `N` rows and `W` columns.
+#[inline(always)]
+fn add_part<const N: usize, const W: usize>(dots: &mut [i32; N], part: &Part<N, W>, x: [i16; W]) {
+    for (dot, w) in dots.iter_mut().zip(part) {
+        let product = |(w, x): (&u8, &i16)| i32::from(i16::from(w.cast_signed()) * x);
+        *dot += w.iter().zip(&x).map(product).sum::<i32>();
+    }
+}
+
 /// See [`super::super::Table::q8_add_columns`].
-pub(crate) fn add_columns(w: &Columns, row: usize, h: &[Hidden], y: &mut [f32]) {
+pub(crate) fn add_columns(w: &Up, row: usize, h: &[Hidden], y: &mut [f32]) {
     each_tile(w, row, h, y, |quads, scales, y| {
         let mut sums = [0.0; TILE];
         for (quads, h) in quads.chunks(GROUP / QUAD).zip(h) {
             let (mut dots, h) = ([0; TILE], h.get());
             for (quad, codes) in quads.iter().zip(h.codes) {
-                let codes = codes.to_le_bytes().map(|code| i16::from(code.cast_signed()));
-                for (dot, w) in dots.iter_mut().zip(quad.as_chunks::<QUAD>().0) {
-                    let product = |(w, x): (&u8, &i16)| i32::from(i16::from(w.cast_signed()) * x);
-                    *dot += w.iter().zip(&codes).map(product).sum::<i32>();
-                }
+                add_part(&mut dots, quad, codes.to_le_bytes().map(|code| i16::from(code.cast_signed())));
             }
             sums.iter_mut().zip(dots).for_each(|(sum, dot)| *sum += h.unit * dot as f32);
         }

@@ -9,7 +9,6 @@ pub(crate) struct Int8 {
     codes: Bytes,
     scales: Bytes,
     cols: usize,
-    shelved: bool,
 }
 
 impl Int8 {
@@ -21,7 +20,7 @@ impl Int8 {
         expect("row", "elements", cols, cols.next_multiple_of(BLOCK).max(BLOCK))?;
         expect("codes", "bytes", codes.len(), rows.saturating_mul(cols))?;
         expect("scales", "bytes", scales.len(), rows.saturating_mul(4))?;
-        Ok(Self { codes, scales, cols, shelved: false })
+        Ok(Self { codes, scales, cols })
     }
 
     /// Bytes of codes and scales.
@@ -33,16 +32,6 @@ impl Int8 {
     #[inline(always)]
     pub fn row(&self, row: usize) -> &[[u8; BLOCK]] {
         self.codes[row * self.cols..][..self.cols].as_chunks().0
-    }
-
-    /// Whether it stands on a [`Shelf`](crate::cpu::shelf::Shelf), where the next token's reading goes on behind it.
-    pub fn is_shelved(&self) -> bool {
-        self.shelved
-    }
-
-    /// The same, said to stand on one.
-    pub fn shelved(self) -> Self {
-        Self { shelved: true, ..self }
     }
 
     /// Scale of row `row`.
