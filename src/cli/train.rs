@@ -185,7 +185,8 @@ struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     precision: Option<String>,
-    /// Anonymous memory that the process may hold, in MB; says what it gives up for it. [default: no bound]
+    /// Anonymous memory that the process may hold, in MB; says what it gives up for it. May be another one when a run is
+    /// resumed. [default: no bound]
     #[arg(long, value_name = "MB")]
     #[serde(skip_serializing_if = "Option::is_none")]
     memory_budget: Option<u64>,

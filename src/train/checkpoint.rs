@@ -21,12 +21,15 @@ use std::path::{Path, PathBuf};
 const FILE: &str = "checkpoint.safetensors";
 const PREVIOUS: &str = "checkpoint.previous.safetensors";
 pub(super) const FILES: [&str; 2] = [FILE, PREVIOUS];
+/// The setting that may change, by its key in the facts.
+const BUDGET: &str = "memory-budget";
 /// Key of the run's facts in the file's metadata.
 const META: &str = "pocketlora";
 /// A tensor of 8 bytes: a sum over the facts and all other tensors, which tells flipped bits.
 const CHECKSUM: &str = "checksum";
 
-/// What a checkpoint belongs to and where it stands. A resumed run must agree on all but `step`, `candidates` and `start`.
+/// What a checkpoint belongs to and where it stands. A resumed run must agree on all but `step`, `candidates` and `start`,
+/// and may have another memory budget.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunFacts {
     /// Steps done.
@@ -50,14 +53,19 @@ pub struct RunFacts {
 }
 
 impl RunFacts {
-    /// Names what differs from `other`, apart from how far the runs have come.
+    /// Names what differs from `other`, apart from how far the runs have come and what memory they may have: a device gives
+    /// now more and now less, and what is given up for it changes the order of sums alone.
     fn differences(&self, other: &Self) -> Vec<String> {
         let mut found = Vec::new();
         if let (Some(a), Some(b)) = (self.config.as_object(), other.config.as_object()) {
-            for key in a.keys().chain(b.keys().filter(|k| !a.contains_key(*k))) {
+            let keys = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k)));
+            for key in keys.filter(|key| *key != BUDGET) {
                 let text = |v: Option<&serde_json::Value>| v.map_or_else(|| "nothing".to_owned(), as_typed);
                 if a.get(key) != b.get(key) {
-                    found.push(format!("`{key}` was {}, is {}", text(a.get(key)), text(b.get(key))));
+                    let budget =
+                        key == "optimizer" && [a, b].iter().any(|run| run.get(BUDGET).is_some_and(|v| !v.is_null()));
+                    let why = if budget { " (a `memory-budget` takes `adamw8bit` where it must)" } else { "" };
+                    found.push(format!("`{key}` was {}, is {}{why}", text(a.get(key)), text(b.get(key))));
                 }
             }
         }

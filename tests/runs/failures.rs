@@ -182,6 +182,30 @@ fn unusable_settings_and_data_are_refused_before_the_first_step() {
     });
 }
 
+/// A run goes on where there is less memory, or more, to the same bytes where nothing has to be given up for it; but not
+/// with moments in 8 bits instead of those that it has.
+#[test]
+fn a_resume_may_have_another_memory_budget() {
+    let f = fixture();
+    let whole = f.whole(&config());
+    // Only what fits beside all that this process's other tests may hold at the time gives nothing up.
+    let budgets = [None, Some(100_000), Some(90_000)].map(|memory_budget| TrainConfig { memory_budget, ..config() });
+    let out = f.out("budgets");
+    f.run(&budgets[1], &out, false, &mut stop_after(2));
+    f.run(&budgets[2], &out, true, &mut stop_after(4));
+    assert!(f.run(&budgets[0], &out, true, &mut Notes::default()).done);
+    assert_eq!(weights(&out), whole);
+
+    let out = f.out("moments");
+    let eight = TrainConfig { optimizer: pocketlora::train::Optimizer::AdamW8bit, ..config() };
+    f.run(&eight, &out, false, &mut stop_after(2));
+    let error = f.trainer(budgets[1].clone(), &out).resume().unwrap_err();
+    assert!(
+        error.code() == ErrorCode::Config && error.to_string().contains("`optimizer` was \"adamw8bit\""),
+        "{error}"
+    );
+}
+
 /// A resume lists all that differs, not the first thing only.
 #[test]
 fn a_resume_lists_every_difference() {
