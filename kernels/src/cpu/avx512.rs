@@ -7,12 +7,19 @@ pub(crate) fn first_lanes(n: usize) -> __mmask16 {
     if n >= 16 { !0 } else { (1 << n) - 1 }
 }
 
+/// The lower half and the upper one.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) fn halves(v: __m512) -> [__m256; 2] {
+    [_mm512_castps512_ps256(v), _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)))]
+}
+
 /// The upper half added to the lower.
 #[inline]
 #[target_feature(enable = "avx512f,avx2")]
 pub(crate) fn halve(v: __m512) -> __m256 {
-    let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
-    _mm256_add_ps(_mm512_castps512_ps256(v), upper)
+    let [lower, upper] = halves(v);
+    _mm256_add_ps(lower, upper)
 }
 
 /// The sum of one vector, in an order that does not depend on what else is computed.

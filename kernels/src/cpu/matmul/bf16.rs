@@ -128,34 +128,30 @@ fn sum(cpu: &Cpu, weights: &[Band<'_>], x: &Rounded, y: &mut [f32], accumulate: 
     let kernels = cpu.table.bf16().expect("the caller asked");
     let (lanes, (o, _), tokens) = (kernels.lanes, weights[0].shape(), x.count());
     let panels = cut(weights.iter().map(|w| w.shape().1), ROW_DEPTH, kernels.group);
-    let panel_len = lanes * deepest(&panels);
+    let depth = deepest(&panels);
+    let (panel_len, decoded_len) = (lanes * depth, lanes * longest(&panels));
     let task = (o / TASKS / lanes).max(1) * lanes;
-    run(
-        &cpu.team,
-        patches(y, o, tokens, task),
-        tokens * o * deepest(&panels) < SMALL,
-        |Patch { col, mut rows, .. }| {
-            let cols = rows[0].len();
-            with_halves(panel_len + lanes * longest(&panels), |scratch| {
-                let (panel, decoded) = scratch.split_at_mut(panel_len);
-                for first in (0..cols).step_by(lanes) {
-                    let width = lanes.min(cols - first);
-                    for (i, pieces) in panels.iter().enumerate() {
-                        let mut filled = 0;
-                        for Piece { operand, at, depth, padded, .. } in pieces.iter().copied() {
-                            let decoded = &mut decoded[..width * depth];
-                            weights[operand].decode_bf16(cpu.table, col + first, at, depth, decoded);
-                            let to = &mut panel[filled..][..lanes * padded];
-                            cpu.table.bf16_pack(Bf16Rows::packed(decoded, depth), true, to);
-                            filled += to.len();
-                        }
-                        let (panel, add) = (&panel[..filled], accumulate || i > 0);
-                        cpu.table.bf16_tile(panel, x.rows(pieces[0].col), &mut rows, first, width, add);
+    run(&cpu.team, patches(y, o, tokens, task), tokens * o * depth < SMALL, |Patch { col, mut rows, .. }| {
+        let cols = rows[0].len();
+        with_halves(panel_len + decoded_len, |scratch| {
+            let (panel, decoded) = scratch.split_at_mut(panel_len);
+            for first in (0..cols).step_by(lanes) {
+                let width = lanes.min(cols - first);
+                for (i, pieces) in panels.iter().enumerate() {
+                    let mut filled = 0;
+                    for Piece { operand, at, depth, padded, .. } in pieces.iter().copied() {
+                        let decoded = &mut decoded[..width * depth];
+                        weights[operand].decode_bf16(cpu.table, col + first, at, depth, decoded);
+                        let to = &mut panel[filled..][..lanes * padded];
+                        cpu.table.bf16_pack(Bf16Rows::packed(decoded, depth), true, to);
+                        filled += to.len();
                     }
+                    let (panel, add) = (&panel[..filled], accumulate || i > 0);
+                    cpu.table.bf16_tile(panel, x.rows(pieces[0].col), &mut rows, first, width, add);
                 }
-            });
-        },
-    );
+            }
+        });
+    });
 }
 
 /// `dx = ` the sum of `dy W` over `terms`, of which there are some, added to `dx` if `accumulate`.

@@ -13,7 +13,6 @@ use super::one::{OneToken, rows_per_task};
 use super::{forward, q8};
 use crate::cpu::Buffer;
 use crate::{Arithmetic, Error, FloatType, LowRank, Product};
-use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 /// Rows of a down-projection in a task: what one of them computes is rounded with one unit.
@@ -76,17 +75,15 @@ struct Low<'a> {
     rank: usize,
     /// Number of its first task; each has [`DOWN_ROWS`] of its rows.
     first: usize,
-    /// Its part of [`Downs::rounded`] in 8 bits, else of [`Downs::h`].
-    h: Range<usize>,
 }
 
 /// All of a group's down-projections, cut into tasks.
 struct Downs<'a> {
     x: &'a OneToken<'a>,
     lows: Vec<Low<'a>>,
-    /// `scale A x` of all terms, as bits: several threads fill it, all read it.
+    /// `scale A x` of terms in floats, as bits, [`DOWN_ROWS`] for each task: several threads fill it, all read it.
     h: Vec<AtomicU32>,
-    /// The same in 8 bits.
+    /// That of terms in 8 bits, one for each task.
     rounded: Vec<Hidden>,
     tasks: usize,
     /// Tasks that somebody has taken, and more where threads found none left.
@@ -130,14 +127,13 @@ impl<'a> Downs<'a> {
             }
             _ => unreachable!("only terms of floats are fused"),
         };
-        let (rank, _) = a.shape();
-        let first = self.tasks;
+        let ((rank, _), first) = (a.shape(), self.tasks);
         self.tasks += rank.div_ceil(DOWN_ROWS);
-        let h = match factors {
-            Factors::Eight { .. } => append(&mut self.rounded, rank.div_ceil(DOWN_ROWS)),
-            Factors::Dense { .. } => append(&mut self.h, rank),
-        };
-        self.lows.push(Low { factors, scale, rank, first, h });
+        match factors {
+            Factors::Eight { .. } => self.rounded.resize_with(self.tasks, Default::default),
+            Factors::Dense { .. } => self.h.resize_with(self.tasks * DOWN_ROWS, Default::default),
+        }
+        self.lows.push(Low { factors, scale, rank, first });
         Ok(())
     }
 
@@ -167,20 +163,20 @@ impl<'a> Downs<'a> {
 
     fn task(&self, cpu: &Cpu, number: usize) {
         let low = self.lows.iter().rfind(|low| low.first <= number).expect("the first term begins with task 0");
-        let Low { factors, scale, rank, first, h } = low;
+        let Low { factors, scale, rank, first } = low;
         let (tile, row) = (number - first, (number - first) * DOWN_ROWS);
         let (mut all, count) = ([0.0; DOWN_ROWS], DOWN_ROWS.min(rank - row));
         match factors {
             Factors::Eight { a, .. } => {
                 cpu.table.q8_down(a, tile, self.x.q8().expect("asked for in `push`"), &mut all);
                 scale_part(*scale, &mut all);
-                self.rounded[h.clone()][tile].set(&all[..count]);
+                self.rounded[number].set(&all[..count]);
             }
             Factors::Dense { a: (dtype, bytes), .. } => {
                 let (size, sums) = (self.x.x().len() * dtype.size(), &mut all[..count]);
                 cpu.table.dense_matvec(*dtype, &bytes[row * size..][..count * size], self.x.x(), sums);
                 scale_part(*scale, sums);
-                let h = &self.h[h.clone()][row..];
+                let h = &self.h[number * DOWN_ROWS..];
                 h.iter().zip(sums).for_each(|(h, sum)| h.store(sum.to_bits(), Ordering::Relaxed));
             }
         }
@@ -189,11 +185,14 @@ impl<'a> Downs<'a> {
     /// `y += B h` for the rows of `B` from `row` on.
     fn add(&self, cpu: &Cpu, low: &Low, row: usize, y: &mut [f32]) {
         match &low.factors {
-            Factors::Eight { b, .. } => cpu.table.q8_add_columns(b, row, &self.rounded[low.h.clone()], y),
+            Factors::Eight { b, .. } => {
+                let h = &self.rounded[low.first..][..low.rank.div_ceil(DOWN_ROWS)];
+                cpu.table.q8_add_columns(b, row, h, y);
+            }
             Factors::Dense { b: (dtype, b), .. } => with_scratch(low.rank + y.len(), |scratch| {
                 let (h, sums) = scratch.split_at_mut(low.rank);
                 h.iter_mut()
-                    .zip(&self.h[low.h.clone()])
+                    .zip(&self.h[low.first * DOWN_ROWS..])
                     .for_each(|(h, bits)| *h = f32::from_bits(bits.load(Ordering::Relaxed)));
                 let size = low.rank * dtype.size();
                 cpu.table.dense_matvec(*dtype, &b[row * size..][..y.len() * size], h, sums);
@@ -201,13 +200,6 @@ impl<'a> Downs<'a> {
             }),
         }
     }
-}
-
-/// Makes room for `count` more; returns where they are.
-fn append<T: Default>(to: &mut Vec<T>, count: usize) -> Range<usize> {
-    let first = to.len();
-    to.resize_with(first + count, T::default);
-    first..to.len()
 }
 
 fn one_token(cpu: &Cpu, arithmetic: Arithmetic, x: &[f32], products: &mut [Product<'_, Cpu>]) -> Result<(), Error> {

@@ -5,7 +5,7 @@
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]
 
 use super::super::avx2::{prefetch_line, read_shelf, sum4, with_hint};
-use super::super::avx512::{halve, sum16, transpose16};
+use super::super::avx512::{halve, halves, sum16, transpose16};
 use super::super::nf4::Nf4;
 use super::super::nf4::avx512::scales64;
 use super::avx2::{first_lane, scaled};
@@ -232,8 +232,7 @@ pub(crate) fn down(w: &Down, tile: usize, x: Q8Row, y: &mut [f32; GROUP]) {
         let dots = _mm512_cvtepi32_ps(_mm512_add_epi32(dots[0], dots[1]));
         sum = _mm512_fmadd_ps(dots, _mm512_set1_ps(unit), sum);
     }
-    let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(sum)));
-    scaled([_mm512_castps512_ps256(sum), upper], scales, y);
+    scaled(halves(sum), scales, y);
 }
 
 /// See [`super::super::Table::q8_add_columns`].

@@ -154,16 +154,22 @@ impl Q8 {
             cpu.table.q8_quantize(x, Q8Mut { codes, units, starts });
         });
         let mut q8 = Self { blocks, arrays };
-        let Arrays { units, pairs, repeated, .. } = &mut q8.arrays;
-        pairs.clear();
-        repeated.clear();
-        if units.len() / blocks < PANEL_TOKENS {
-            units.chunks(blocks).for_each(|units| (0..repeats(blocks)).for_each(|_| repeated.extend_from_slice(units)));
+        q8.arrays.pairs.clear();
+        q8.arrays.repeated.clear();
+        if q8.tokens() < PANEL_TOKENS {
+            q8.repeat_units();
             if cpu.table.q8_pairs() {
                 q8.pair_up();
             }
         }
         q8
+    }
+
+    fn repeat_units(&mut self) {
+        let Arrays { units, repeated, .. } = &mut self.arrays;
+        for units in units.chunks(self.blocks) {
+            (0..repeats(self.blocks)).for_each(|_| repeated.extend_from_slice(units));
+        }
     }
 
     fn pair_up(&mut self) {
