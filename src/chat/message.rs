@@ -16,12 +16,20 @@ pub struct Message {
     /// Anything else that is not null.
     #[serde(flatten, deserialize_with = "given")]
     pub extra: Map<String, Value>,
+    /// Whether it is learned, where it is an assistant's turn; templates do not see it.
+    #[serde(skip, default = "learned")]
+    pub learned: bool,
+}
+
+/// Turns are learned unless the data says otherwise.
+fn learned() -> bool {
+    true
 }
 
 impl Message {
     /// A turn of plain text.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: Some(content.into()), extra: Map::new() }
+        Self { role: role.into(), content: Some(content.into()), extra: Map::new(), learned: true }
     }
 
     /// Makes objects of the arguments of tool calls that are written as JSON in a string, as some services write them:
