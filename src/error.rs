@@ -65,6 +65,14 @@ impl Error {
         self
     }
 
+    /// The same error for files that stand in for those in `to`, which people know.
+    pub(crate) fn moved(mut self, from: &Path, to: &Path) -> Self {
+        let [from, to] = [from, to].map(|path| path.display().to_string());
+        self.place = self.place.replace(&from, &to);
+        self.message = self.message.replace(&from, &to);
+        self
+    }
+
     /// The system refused to `verb` the file at `path`.
     pub fn io(verb: &str, path: &Path, source: io::Error) -> Self {
         Self::new(ErrorCode::Io, format!("`{}`", path.display()), format!("could not {verb} it")).caused_by(source)

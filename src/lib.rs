@@ -36,6 +36,7 @@ pub mod format;
 pub mod generate;
 #[cfg(feature = "hub")]
 pub mod hub;
+mod import;
 pub mod memory;
 mod mmap;
 mod rng;
@@ -44,4 +45,5 @@ pub mod tokenizer;
 pub mod train;
 
 pub use error::{Error, ErrorCode, Result};
+pub use import::check_import;
 pub use session::{Options, Precision, Session};

@@ -3,8 +3,8 @@
 use crate::adapter::{AdapterFile, Adapters};
 use crate::chat::{ChatTemplate, Message};
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::Base;
 use crate::exec::infer::Numbers;
+use crate::exec::{Base, architecture};
 use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
 use crate::memory::{Peak, anonymous_bytes};
@@ -74,12 +74,16 @@ pub struct Session {
 }
 
 impl Session {
-    /// Maps the Hugging Face directory `dir`. A model without a tokenizer opens too, for work on token ids.
+    /// Maps the Hugging Face directory `dir`, which may be given by one of its files. A model without a tokenizer opens too, for work on token ids.
     ///
     /// # Errors
     /// A file is missing, broken or of an unsupported kind.
     pub fn open(dir: &Path, options: &Options) -> Result<Self> {
         let checkpoint = Checkpoint::open(dir)?;
+        let dir = checkpoint.dir().to_owned();
+        // Nothing is read in, and no copy is made, of a model that then turns out not to run.
+        architecture(&checkpoint)?;
+        let (tokenizer, text_bytes) = if options.ids_only { (None, 0) } else { measured(|| open_text(&dir))? };
         checkpoint.bring_in();
         let mut base = Base::load(Cpu::with_table(options.threads, Table::from_env()?), &checkpoint)?;
         let mut numbers = options.precision.numbers();
@@ -95,12 +99,11 @@ impl Session {
             }
         }
         let base = Arc::new(base);
-        let (tokenizer, text_bytes) = if options.ids_only { (None, 0) } else { measured(|| open_text(dir))? };
         Ok(Self {
             adapters: Adapters::none(&base),
             context: Context::new(&base, numbers),
             base,
-            dir: dir.to_owned(),
+            dir,
             fingerprint: checkpoint.fingerprint(),
             mapped_bytes,
             tokenizer,
@@ -393,7 +396,7 @@ fn measured<T>(open: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
 }
 
 /// The tokenizer and chat template in `dir`, if there are any.
-fn open_text(dir: &Path) -> Result<Option<(Tokenizer, ChatTemplate)>> {
+pub(crate) fn open_text(dir: &Path) -> Result<Option<(Tokenizer, ChatTemplate)>> {
     if !dir.join("tokenizer.json").exists() {
         return Ok(None);
     }

@@ -1,6 +1,7 @@
 //! Text to token ids and back, by a Hugging Face `tokenizer.json`.
 
 use crate::error::{Error, ErrorCode, Result};
+use crate::format::foreign;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::ops::Range;
@@ -26,6 +27,7 @@ impl Tokenizer {
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        foreign::check(&path, &bytes, "a tokenizer")?;
         let mut inner = parse(&bytes).map_err(|e| {
             Error::format(&path, "file", "a tokenizer that crate `tokenizers` reads", shortened(&e)).caused_by(e)
         })?;
@@ -173,9 +175,7 @@ fn stop_ids(path: &Path) -> Result<Vec<u32>> {
 /// A JSON object, empty if the file is absent.
 pub(crate) fn read_json(path: &Path) -> Result<Map<String, Value>> {
     match std::fs::read(path) {
-        Ok(bytes) => {
-            serde_json::from_slice(&bytes).map_err(|e| Error::format(path, "JSON", "an object", &e).caused_by(e))
-        }
+        Ok(bytes) => foreign::parse_object(path, &bytes),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Map::new()),
         Err(e) => Err(Error::io("read", path, e)),
     }

@@ -206,7 +206,8 @@ fn shards_are_read_and_an_index_cannot_point_outside() {
         Checkpoint::open(dir.path())
     };
     let model = open_with(json!({Q_PROJ: "model-00001-of-00001.safetensors"})).unwrap();
-    assert_eq!(model.names().collect::<Vec<_>>(), [Q_PROJ]);
+    // What the index forgets is in the file all the same.
+    assert!(model.contains(Q_PROJ) && model.contains("model.norm.weight"));
     assert_eq!(model.matrix(Q_PROJ).unwrap().rows, 128);
 
     let outside = source.join("model.safetensors").display().to_string();

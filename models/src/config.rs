@@ -14,13 +14,20 @@ pub struct ConfigError {
     pub expected: String,
     /// What was found.
     pub got: String,
+    /// The key is sound, but asks for a model that is not among those that are built here.
+    pub unsupported: bool,
 }
 
 impl ConfigError {
     pub(crate) fn new(key: impl Into<String>, expected: impl Display, got: impl Display) -> Self {
         // What a file holds instead of a number may be as long as the file.
         let got: String = got.to_string().chars().take(100).collect();
-        Self { key: key.into(), expected: expected.to_string(), got }
+        Self { key: key.into(), expected: expected.to_string(), got, unsupported: false }
+    }
+
+    /// The same for a sound key that asks for another model than those here.
+    pub(crate) fn unsupported(key: impl Into<String>, expected: impl Display, got: impl Display) -> Self {
+        Self { unsupported: true, ..Self::new(key, expected, got) }
     }
 }
 
@@ -62,6 +69,8 @@ pub struct Config {
     pub window: Option<usize>,
     /// First layer that uses the window (`max_window_layers`, Qwen2).
     pub window_from: usize,
+    /// Which layers use the window, where the config lists them (`layer_types`, Qwen2).
+    pub layer_windows: Option<Vec<bool>>,
     /// Rotary embedding.
     pub rope: Rope,
 }
@@ -88,21 +97,27 @@ impl Config {
         if head_dim % 2 != 0 || head_dim > MAX_COUNT {
             return Err(ConfigError::new("head_dim", format!("an even number up to {MAX_COUNT}"), head_dim));
         }
+        // Two names for one function.
         let activation = keys.text("hidden_act")?.unwrap_or("silu");
-        if activation != "silu" {
-            return Err(ConfigError::new("hidden_act", "`silu`", activation));
+        if !matches!(activation, "silu" | "swish") {
+            return Err(ConfigError::unsupported("hidden_act", "`silu`", activation));
         }
         let eps = keys.number("rms_norm_eps", 1e-6)?;
         if !(0.0..1.0).contains(&eps) {
             return Err(ConfigError::new("rms_norm_eps", "a number from 0 to 1", eps));
         }
-        // Only Qwen2 has the switch, and there it is off unless said otherwise.
-        let windowed = keys.flag("use_sliding_window", model_type != "qwen2")?;
+        check_class(&keys)?;
+        let qwen2 = model_type == "qwen2";
+        // Only Qwen2 has the switch, and there it is off unless said otherwise. The width is 4096 in both families where
+        // the key is absent; `null` is none.
+        let windowed = keys.flag("use_sliding_window", !qwen2)?;
+        let usual_window = (model_type != "llama" && !json.contains_key("sliding_window")).then_some(4096);
+        let layers = keys.count("num_hidden_layers")?;
         Ok(Self {
             model_type: model_type.to_owned(),
             hidden_size,
             intermediate_size: keys.size("intermediate_size")?,
-            layers: keys.count("num_hidden_layers")?,
+            layers,
             heads,
             kv_heads,
             head_dim,
@@ -112,11 +127,38 @@ impl Config {
             tied_head: keys.flag("tie_word_embeddings", false)?,
             attention_bias: keys.flag("attention_bias", false)?,
             mlp_bias: keys.flag("mlp_bias", false)?,
-            window: if windowed { keys.optional_size("sliding_window")? } else { None },
-            window_from: keys.index("max_window_layers")?.unwrap_or(0),
+            window: if windowed { keys.optional_size("sliding_window")?.or(usual_window) } else { None },
+            window_from: keys.index("max_window_layers")?.unwrap_or(if qwen2 { 28 } else { 0 }),
+            layer_windows: if qwen2 { layer_windows(&keys, layers)? } else { None },
             rope: Rope::parse(&keys, head_dim)?,
         })
     }
+}
+
+/// Classes that share a family's name, but have another head than a language model's.
+fn check_class(keys: &Keys<'_>) -> Result<(), ConfigError> {
+    let classes = keys.get("architectures").and_then(Value::as_array);
+    let Some(class) = classes.and_then(|c| c.first()).and_then(Value::as_str) else { return Ok(()) };
+    if class.ends_with("ForCausalLM") || class.ends_with("LMHeadModel") {
+        return Ok(());
+    }
+    Err(ConfigError::unsupported("architectures", "a language model (`..ForCausalLM`)", class))
+}
+
+/// `layer_types`: what it lists goes before `max_window_layers`.
+fn layer_windows(keys: &Keys<'_>, layers: usize) -> Result<Option<Vec<bool>>, ConfigError> {
+    let key = "layer_types";
+    let Some(value) = keys.get(key) else { return Ok(None) };
+    let list = value.as_array().ok_or_else(|| ConfigError::new(key, "a list of names", value))?;
+    if list.len() != layers {
+        return Err(ConfigError::new(key, format!("one name for each of {layers} layers"), list.len()));
+    }
+    let windowed = |kind: &Value| match kind.as_str() {
+        Some("full_attention") => Ok(false),
+        Some("sliding_attention") => Ok(true),
+        _ => Err(ConfigError::unsupported(key, "`full_attention` or `sliding_attention`", kind)),
+    };
+    list.iter().map(windowed).collect::<Result<_, _>>().map(Some)
 }
 
 /// Typed access to the keys of a JSON object; `null` counts as absent.

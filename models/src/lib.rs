@@ -55,11 +55,16 @@ pub fn families() -> impl Iterator<Item = &'static str> {
 /// # Errors
 /// A key is missing or out of range, or the family is unknown.
 pub fn build(config: &serde_json::Map<String, serde_json::Value>) -> Result<Box<dyn Model>, ConfigError> {
-    let config = Config::parse(config)?;
-    let family = FAMILIES.iter().find(|(name, _)| *name == config.model_type);
+    // The family first: what else its config has, or lacks, means something there alone.
+    let model_type = config.get("model_type").and_then(serde_json::Value::as_str);
+    let family = FAMILIES.iter().find(|(name, _)| model_type.is_none_or(|t| *name == t));
     let Some((_, build)) = family else {
         let known = families().collect::<Vec<_>>().join("`, `");
-        return Err(ConfigError::new("model_type", format!("one of `{known}`"), &config.model_type));
+        return Err(ConfigError::unsupported(
+            "model_type",
+            format!("one of `{known}`"),
+            model_type.unwrap_or_default(),
+        ));
     };
-    Ok(build(config))
+    Ok(build(Config::parse(config)?))
 }

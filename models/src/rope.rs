@@ -79,7 +79,7 @@ impl Scaling {
                 let original = positive("original_max_position_embeddings", Some(context))?;
                 Ok(Self::Llama3 { factor: positive("factor", None)?, low, high, original })
             }
-            other => Err(ConfigError::new("rope_type", "one of `default`, `linear`, `llama3`", other)),
+            other => Err(ConfigError::unsupported("rope_type", "one of `default`, `linear`, `llama3`", other)),
         }
     }
 

@@ -3,8 +3,9 @@
 use super::args::{megabytes, print_json};
 use super::model;
 use crate::chat::ChatTemplate;
-use crate::error::{Error, Result};
-use crate::format::open_source;
+use crate::error::Result;
+use crate::exec::architecture_of;
+use crate::format::{folder_of, model_of, open_source};
 use crate::tokenizer::Tokenizer;
 use crate::train::{DataReport, Dataset, Limits, Sample, TrainConfig, hold_out};
 use serde_json::{Value, json};
@@ -23,13 +24,13 @@ const BAR: usize = 40;
 /// Shows the first samples and the figures of the data. Weights are not read; only a single-file model, whose tokenizer
 /// comes with its conversion, is converted at first use.
 pub(super) fn dry_run(model: &str, quantize: bool, data: &Path, config: &TrainConfig, as_json: bool) -> Result<()> {
-    let path = model::locate(model)?;
+    let path = model_of(&model::locate(model)?);
     let dir = if path.is_dir() { path } else { model::resolve(model, quantize)? };
+    let source = open_source(&dir)?;
+    let built = architecture_of(source.config(), &dir)?;
+    let dir = if dir.is_dir() { dir } else { folder_of(&dir) };
     let tokenizer = Tokenizer::open(&dir)?;
     let template = ChatTemplate::open(&dir, &tokenizer)?;
-    let source = open_source(&dir)?;
-    let built = pocketlora_models::build(source.config())
-        .map_err(|e| Error::format(&dir.join("config.json"), "config", "a supported model", &e).caused_by(e))?;
     let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab: built.config().vocab_size };
     let all = Dataset::open(data, &tokenizer, &template, limits)?;
     let (data, _) = hold_out(config, all, None)?;

@@ -3,8 +3,9 @@
 use super::args::{megabytes, print_json};
 use super::model;
 use crate::adapter::AdapterFile;
-use crate::error::{Error, Result};
-use crate::format::open_source;
+use crate::error::Result;
+use crate::exec::architecture_of;
+use crate::format::{model_of, open_source};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -23,12 +24,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if path.join("adapter_config.json").exists() {
         return adapter(path, args.json);
     }
-    let path = model::locate(&args.what)?;
+    let path = model_of(&model::locate(&args.what)?);
     let source = open_source(&path)?;
-    let config = pocketlora_models::build(source.config())
-        .map_err(|e| Error::format(&path, "config", "a supported model", &e).caused_by(e))?
-        .config()
-        .clone();
+    let config = architecture_of(source.config(), &path)?.config().clone();
     let mut types: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
     for tensor in source.tensors() {
         let entry = types.entry(&tensor.dtype).or_default();

@@ -1,8 +1,9 @@
 //! From what people type as MODEL to a directory that can be mapped.
 
 use super::{interrupt, progress, pull};
+use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::{Progress, Source, Target, open_source, quantize};
+use crate::format::{Progress, Source, Target, config_of, is_gguf, model_of, open_source, quantize};
 use crate::hub;
 use std::fs;
 use std::ops::ControlFlow;
@@ -12,16 +13,15 @@ use std::time::UNIX_EPOCH;
 /// The model that commands use where none is named.
 pub(super) const DEFAULT: &str = "smollm2-135m";
 
-/// The directory of a model given as directory, file or cached name. With `quantize`, a model that is not in NF4 is
-/// quantized into the cache at first use.
+/// The directory of a model given as directory, file or cached name, or the `.safetensors` file that is one. With
+/// `quantize`, a model that is not in NF4 is quantized into the cache at first use.
 pub(super) fn resolve(model: &str, quantize: bool) -> Result<PathBuf> {
-    let path = locate(model)?;
-    let plain_dir = path.is_dir();
-    if plain_dir && (is_quantized(&path)? || !quantize) {
+    let path = model_of(&locate(model)?);
+    if !is_gguf(&path) && (is_quantized(&path)? || !quantize) {
         return Ok(path);
     }
     if !quantize {
-        let message = "expected a Hugging Face directory with `--no-quantize`, got a single file; convert it with \
+        let message = "expected a Hugging Face directory with `--no-quantize`, got a GGUF file; convert it with \
                        `pocketlora quantize --to f16` first";
         return Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message));
     }
@@ -44,17 +44,26 @@ pub(super) fn locate(model: &str) -> Result<PathBuf> {
     if hub::manifests()?.iter().any(|m| m.name == model) {
         return pull::fetch(model);
     }
+    if looks_like_a_path(model) {
+        let message = "expected a model's folder or file, got a path where nothing is; check it, or give the name of a cached \
+                       model, as `pocketlora pull --list` shows them";
+        return Err(Error::new(ErrorCode::Io, format!("`{model}`"), message));
+    }
     let message = "expected a directory, a `.gguf` file or the name of a cached model, got neither; `pocketlora pull \
                    --list` shows the names, `pocketlora pull OWNER/REPO` fetches from the model hub";
     Err(Error::new(ErrorCode::Config, format!("model `{model}`"), message))
 }
 
-fn is_quantized(dir: &Path) -> Result<bool> {
-    let path = dir.join("config.json");
-    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-    let config: serde_json::Value =
-        serde_json::from_slice(&bytes).map_err(|e| Error::format(&path, "file", "a JSON object", &e).caused_by(e))?;
-    Ok(config.get("quantization_config").is_some_and(|q| !q.is_null()))
+/// Whether `model` can only have been meant as a path: names have at most one slash, between two words.
+fn looks_like_a_path(model: &str) -> bool {
+    let ends = [".gguf", ".safetensors", ".json", "/", "\\"];
+    model.starts_with(['.', '/', '~', '\\'])
+        || model.matches('/').count() > 1
+        || ends.iter().any(|e| model.ends_with(e))
+}
+
+fn is_quantized(model: &Path) -> Result<bool> {
+    Ok(config_of(model)?.get("quantization_config").is_some_and(|q| !q.is_null()))
 }
 
 /// Where the NF4 form of `source` lies in the cache. The name changes when the source does.
@@ -83,7 +92,9 @@ fn newest_weights(dir: &Path) -> Result<PathBuf> {
 
 /// Quantizes or converts with a progress bar; Ctrl-C leaves nothing behind.
 pub(super) fn convert(source: &Path, out: &Path, to: Target) -> Result<crate::format::Summary> {
-    let source: Box<dyn Source> = open_source(source)?;
+    let path = model_of(source);
+    let source: Box<dyn Source> = open_source(&path)?;
+    check_import(source.as_ref(), &path)?;
     if let Some(parent) = out.parent().filter(|p| !p.as_os_str().is_empty()) {
         fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
     }

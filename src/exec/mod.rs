@@ -3,11 +3,13 @@
 //! [`infer`] runs with a key/value cache, [`train`] with a tape. Both share the frozen [`Base`].
 
 mod back;
+mod fit;
 pub mod infer;
 mod pool;
 mod tape;
 pub mod train;
 
+pub(crate) use fit::{architecture, architecture_of, check_source};
 pub use pool::Pool;
 
 use crate::adapter::{Adapters, Context, Dropout};
@@ -39,18 +41,7 @@ impl<B: Backend> Base<B> {
     /// # Errors
     /// The family is unknown, or a tensor is missing or does not have the shape that the config asks for.
     pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self> {
-        let model = pocketlora_models::build(checkpoint.config()).map_err(|e| {
-            let place = format!("`{}`", checkpoint.dir().join("config.json").display());
-            Error::new(ErrorCode::Format, place, format!("{e}; fetch the model again or use one of a supported family"))
-        })?;
-        let layers = model.config().layers;
-        if let Some(name) = checkpoint.names().find(|name| layer_of(name).is_some_and(|layer| layer >= layers)) {
-            let place = format!("`{}`: tensor `{name}`", checkpoint.dir().display());
-            let message = format!(
-                "expected {layers} layers from config.json, got one more; config and weights belong to different models"
-            );
-            return Err(Error::new(ErrorCode::Format, place, message));
-        }
+        let model = architecture(checkpoint)?;
         let mut weights = Vec::with_capacity(model.params().len());
         for spec in model.params() {
             let wrong_shape = |got: Vec<usize>| {
@@ -78,11 +69,8 @@ impl<B: Backend> Base<B> {
                     }
                     let matrix = backend.matrix(source).map_err(|e| {
                         let place = format!("`{}`: tensor `{}`", checkpoint.dir().display(), spec.name);
-                        Error::new(
-                            Error::from(e).code(),
-                            place,
-                            "its parts contradict each other; fetch the model again",
-                        )
+                        let message = "its parts contradict each other; quantize the model again, or fetch it again";
+                        Error::new(Error::from(e).code(), place, message)
                     })?;
                     Weight::Matrix(matrix)
                 }
@@ -216,11 +204,6 @@ impl<B: Backend> Base<B> {
         }
         Ok(ys)
     }
-}
-
-/// The number in `model.layers.N.`, where a tensor's name has one.
-fn layer_of(name: &str) -> Option<usize> {
-    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
 }
 
 /// The kernels' form of a model's attention shape.

@@ -27,6 +27,11 @@ pub(super) fn is_companion(name: &str) -> bool {
     COMPANIONS.iter().any(|ending| name.ends_with(ending))
 }
 
+/// The weight that the tensor `name` belongs to: itself, or the one whose companion it is.
+pub(crate) fn weight_of(name: &str) -> &str {
+    COMPANIONS.iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(name)
+}
+
 /// The JSON in `.quant_state.bitsandbytes__*`.
 #[derive(Debug, Deserialize)]
 struct QuantState {

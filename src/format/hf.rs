@@ -2,17 +2,16 @@
 
 use super::bnb::{self, Weight};
 use super::safetensors::{self, Tensor, TensorFile};
-use super::widen;
+use super::{foreign, place, widen};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{MatrixData, MatrixSource};
-use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// A checkpoint whose weights stay in the mapped files.
 #[derive(Debug)]
@@ -25,31 +24,57 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Maps the model at `path`: a directory, or a `.safetensors` file with `config.json` beside it.
+    /// Maps the model at `path`: a directory, one of its files, or a `.safetensors` file with `config.json` beside it.
     ///
     /// # Errors
-    /// A file is missing, unreadable or malformed, or the index contradicts the files.
+    /// A file is missing, unreadable, malformed or of a form that is not read, or the index contradicts the files.
     pub fn open(path: &Path) -> Result<Self> {
+        let path = &place::model_of(path);
+        let config = place::config_of(path)?;
         let (dir, single) = if path.is_dir() {
-            (path.to_path_buf(), path.join(SINGLE))
+            (path.to_path_buf(), path.join(place::SINGLE))
         } else {
-            (path.parent().unwrap_or(Path::new("")).to_path_buf(), path.to_path_buf())
+            (place::folder_of(path), path.to_path_buf())
         };
-        let config = read_json_map(&dir.join("config.json"))?;
-        if single.exists() {
-            let file = TensorFile::open(&single)?;
-            let owners = file.tensors().map(|(name, _)| (name.to_owned(), 0)).collect();
-            return Ok(Self { dir, config, files: vec![file], owners });
+        let single = single.exists().then(|| TensorFile::open(&single)).transpose()?;
+        let index = dir.join(place::INDEX);
+        let (files, owners) = match single {
+            Some(file) => {
+                let owners = file.tensors().map(|(name, _)| (name.to_owned(), 0)).collect();
+                (vec![file], owners)
+            }
+            None if index.exists() => open_shards(&dir, &index)?,
+            None => return Err(place::no_weights(&dir)),
+        };
+        for file in &files {
+            foreign::check_tensors(file.path(), &file.tensors().collect::<Vec<_>>())?;
         }
-        let index = dir.join(INDEX);
-        if path.is_dir() && index.exists() {
-            let (files, owners) = open_shards(&dir, &index)?;
-            return Ok(Self { dir, config, files, owners });
+        let mut checkpoint = Self { dir, config, files, owners };
+        checkpoint.settle_head();
+        Ok(checkpoint)
+    }
+
+    /// Lets the weights decide whether the head is the embedding, as transformers 5 does: where the config ties them and
+    /// there is a head that differs, the config is wrong. An equal one is a copy and is left out.
+    fn settle_head(&mut self) {
+        const KEY: &str = "tie_word_embeddings";
+        if self.config.get(KEY) != Some(&Value::Bool(true)) || !self.contains(HEAD) || !self.contains(EMBEDDING) {
+            return;
         }
-        if dir.join("pytorch_model.bin").exists() || dir.join("pytorch_model.bin.index.json").exists() {
-            return Err(Error::unsupported(&dir, "a pickled checkpoint", "save it as safetensors with transformers"));
+        // With what belongs to them, in case they are in 4 bits.
+        let parts = |weight: &str| -> Vec<(String, &Tensor)> {
+            let names = self.names().filter(|name| bnb::weight_of(name) == weight);
+            names.filter_map(|name| Some((name[weight.len()..].to_owned(), self.find(name)?))).collect()
+        };
+        let same = |a: &Tensor, b: &Tensor| (a.dtype, &a.shape, &a.bytes) == (b.dtype, &b.shape, &b.bytes);
+        let (head, embedding) = (parts(HEAD), parts(EMBEDDING));
+        let copy = head.len() == embedding.len()
+            && head.iter().zip(&embedding).all(|((a, head), (b, embedding))| a == b && same(head, embedding));
+        if copy {
+            self.owners.retain(|name, _| bnb::weight_of(name) != HEAD);
+        } else {
+            self.config.insert(KEY.to_owned(), Value::Bool(false));
         }
-        Err(Error::format(&dir, "weights", format!("`{SINGLE}` or `{INDEX}`"), "neither"))
     }
 
     /// The model's `config.json`.
@@ -69,9 +94,10 @@ impl Checkpoint {
         self.owners.keys().map(String::as_str)
     }
 
-    /// Names of the weights, sorted, without the companions of 4-bit weights.
+    /// Names of the weights, sorted, without the companions of 4-bit weights and without buffers that are computed again
+    /// from the config.
     pub fn weights(&self) -> impl Iterator<Item = &str> {
-        self.names().filter(|name| !bnb::is_companion(name))
+        self.names().filter(|name| !bnb::is_companion(name) && !foreign::is_harmless(name))
     }
 
     /// Whether there is a tensor called `name`.
@@ -157,10 +183,6 @@ impl Checkpoint {
         if let Some(float) = tensor.float_type() {
             return Ok(float);
         }
-        if self.contains(&format!("{}.SCB", name.trim_end_matches(".weight"))) {
-            let what = format!("the int8 weight `{name}` of bitsandbytes");
-            return Err(Error::unsupported(self.path_of(name), what, "use the 16-bit or the 4-bit checkpoint"));
-        }
         Err(self.bad(name, "elements of type `F32`, `F16` or `BF16`", tensor.describe()))
     }
 
@@ -179,34 +201,45 @@ impl Checkpoint {
 
 /// The shards that the index at `index` names, and which tensor lies in which.
 fn open_shards(dir: &Path, index: &Path) -> Result<(Vec<TensorFile>, BTreeMap<String, usize>)> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let text = read_file(index)?;
-    let Index { weight_map } = serde_json::from_slice(&text)
-        .map_err(|e| Error::format(index, "JSON", "an object with `weight_map`", e.to_string()).caused_by(e))?;
-
-    let mut files: Vec<TensorFile> = Vec::new();
-    let mut opened: HashMap<&str, usize> = HashMap::new();
-    let mut owners = BTreeMap::new();
-    for (name, file) in &weight_map {
-        let shard = match opened.get(file.as_str()) {
-            Some(&shard) => shard,
-            None => {
-                // Only plain names: an index must not reach outside its own directory.
-                let mut parts = Path::new(file).components();
-                if !matches!((parts.next(), parts.next()), (Some(Component::Normal(p)), None) if p == file.as_str()) {
-                    let item = format!("`weight_map` of `{name}`");
-                    return Err(Error::format(index, item, "a file name without folders", format!("`{file}`")));
-                }
-                files.push(TensorFile::open(&dir.join(file))?);
-                opened.insert(file, files.len() - 1);
-                files.len() - 1
-            }
-        };
-        files[shard].get(name)?;
+    let json = foreign::read_object(index)?;
+    let malformed = || Error::format(index, "JSON", "an object with `weight_map`, file names by tensor", "another one");
+    let map = json.get("weight_map").and_then(Value::as_object).ok_or_else(malformed)?;
+    let (mut paths, mut numbers, mut owners) = (Vec::new(), HashMap::new(), BTreeMap::new());
+    for (name, file) in map {
+        let file = file.as_str().ok_or_else(malformed)?;
+        // Only plain names: an index must not reach outside its own directory.
+        let mut parts = Path::new(file).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(p)), None) if p == file) {
+            let item = format!("`weight_map` of `{name}`");
+            return Err(Error::format(index, item, "a file name without folders", format!("`{file}`")));
+        }
+        let shard = *numbers.entry(file).or_insert_with(|| {
+            paths.push(dir.join(file));
+            paths.len() - 1
+        });
         owners.insert(name.clone(), shard);
+    }
+    let missing: Vec<String> =
+        paths.iter().filter(|p| !p.exists()).filter_map(|p| Some(format!("`{}`", p.file_name()?.display()))).collect();
+    if !missing.is_empty() {
+        let shown = missing[..missing.len().min(20)].join(", ");
+        let message = format!(
+            "expected the {} files that `{}` names, got all but {shown}; fetch those, too, for instance by `pocketlora pull \
+             OWNER/REPO`",
+            paths.len(),
+            place::INDEX
+        );
+        return Err(Error::new(ErrorCode::Io, format!("`{}`", dir.display()), message));
+    }
+    let files = paths.iter().map(|path| TensorFile::open(path)).collect::<Result<Vec<_>>>()?;
+    for (name, &shard) in &owners {
+        files[shard].get(name)?;
+    }
+    // What the index forgot is part of the model all the same.
+    for (shard, file) in files.iter().enumerate() {
+        for (name, _) in file.tensors() {
+            owners.entry(name.to_owned()).or_insert(shard);
+        }
     }
     Ok((files, owners))
 }
@@ -214,11 +247,4 @@ fn open_shards(dir: &Path, index: &Path) -> Result<(Vec<TensorFile>, BTreeMap<St
 /// Reads the small file at `path`.
 pub(super) fn read_file(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|e| Error::io("read", path, e))
-}
-
-fn read_json_map(path: &Path) -> Result<Map<String, Value>> {
-    serde_json::from_slice(&read_file(path)?).map_err(|e| {
-        Error::new(ErrorCode::Format, format!("`{}`", path.display()), format!("expected a JSON object, got {e}"))
-            .caused_by(e)
-    })
 }

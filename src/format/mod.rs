@@ -2,11 +2,13 @@
 
 pub mod atomic;
 mod bnb;
+pub(crate) mod foreign;
 pub mod gguf;
 mod head;
 mod hf;
 mod hf_source;
 mod pieces;
+mod place;
 mod plan;
 mod quantize;
 pub mod safetensors;
@@ -16,10 +18,14 @@ mod writer;
 
 pub use atomic::{Staged, write_bytes, write_file};
 pub(crate) use atomic::{sweep, sync_dir};
+pub(crate) use bnb::weight_of;
 pub use head::int8_head;
 pub use hf::Checkpoint;
 pub use hf_source::HfSource;
+pub use place::model_of;
+pub(crate) use place::{config_of, folder_of};
 pub use quantize::{Progress, Summary, Target, quantize};
+pub(crate) use source::is_gguf;
 pub use source::{Sidecars, Source, TensorMeta, open_source};
 pub(crate) use widen::widen;
 pub(crate) use writer::{Entry, Writer};

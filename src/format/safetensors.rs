@@ -4,6 +4,7 @@
 //! (<https://huggingface.co/docs/safetensors/index>). The `safetensors` crate checks that offsets are contiguous and
 //! fit shape and dtype; this module checks them against the file's length and names file and tensor in errors.
 
+use super::foreign;
 use crate::error::{Error, ErrorCode, Result};
 use crate::mmap;
 use bytes::Bytes;
@@ -64,6 +65,11 @@ impl TensorFile {
     /// # Errors
     /// The header is damaged or contradicts the number of bytes.
     pub fn parse(path: &Path, bytes: Bytes) -> Result<Self> {
+        foreign::check(path, &bytes, "safetensors")?;
+        if bytes.starts_with(b"GGUF") {
+            let message = "expected safetensors, got GGUF; give the file the ending `.gguf`";
+            return Err(Error::new(ErrorCode::Format, format!("`{}`", path.display()), message));
+        }
         let header_len = match bytes.first_chunk::<8>() {
             Some(n) => u64::from_le_bytes(*n),
             None => return Err(Error::format(path, "header", "8 bytes or more", format!("`{}`", bytes.len()))),
@@ -72,7 +78,8 @@ impl TensorFile {
         let header_len = usize::try_from(header_len.min(MAX_HEADER + 1)).unwrap_or(usize::MAX);
         if header_len > available || header_len as u64 > MAX_HEADER {
             let limit = (available as u64).min(MAX_HEADER);
-            return Err(Error::format(path, "header length", format!("at most `{limit}`"), "a larger number"));
+            let got = "a larger number: the file is cut, or is no safetensors file";
+            return Err(Error::format(path, "header length", format!("at most `{limit}`"), got));
         }
         let header: Metadata = serde_json::from_slice(&bytes[8..8 + header_len])
             .map_err(|e| Error::format(path, "header", "a valid JSON header", e.to_string()).caused_by(e))?;
@@ -81,7 +88,8 @@ impl TensorFile {
         let data = bytes.slice(8 + header_len..);
         if header.data_len() != data.len() {
             let expected = format!("`{}` bytes of tensor data", header.data_len());
-            return Err(Error::format(path, "length", expected, format!("`{}`", data.len())));
+            let cut = if data.len() < header.data_len() { ": the file is cut" } else { "" };
+            return Err(Error::format(path, "length", expected, format!("`{}`{cut}", data.len())));
         }
         let tensors = header
             .tensors()
@@ -140,12 +148,20 @@ impl TensorFile {
 }
 
 /// The error for a tensor that a file or a checkpoint lacks.
-pub(super) fn missing(path: &Path, name: &str) -> Error {
-    Error::new(
-        ErrorCode::Format,
-        format!("`{}`: tensor `{name}`", path.display()),
-        "expected a tensor of that name, got none; the files may be incomplete, or config.json of another model",
-    )
+pub(crate) fn missing(path: &Path, name: &str) -> Error {
+    Error::new(ErrorCode::Format, format!("`{}`: tensor `{name}`", path.display()), missing_message(name))
+}
+
+fn missing_message(name: &str) -> String {
+    let why = match name {
+        "lm_head.weight" => {
+            "config.json says that the head is not the embedding; where it is, set `tie_word_embeddings` to true, else \
+             the weights are not complete"
+        }
+        _ if name.ends_with(".bias") => "config.json asks for biases that the weights do not have",
+        _ => "the weights are not complete, or config.json is another model's",
+    };
+    format!("expected a tensor of that name, got none; {why}")
 }
 
 /// The float type that weights of a dtype are computed with, if it is one.

@@ -3,6 +3,8 @@
 use super::HfSource;
 use super::gguf::Gguf;
 use crate::error::Result;
+use std::fs::File;
+use std::io::Read as _;
 use std::ops::Range;
 use std::path::Path;
 
@@ -42,14 +44,22 @@ pub trait Source: Send + Sync {
     fn sidecars(&self) -> Result<Sidecars>;
 }
 
-/// Opens a `.gguf` file, a Hugging Face directory or a `.safetensors` file with its `config.json` beside it.
+/// Opens a GGUF file, a Hugging Face directory or one of its files, or a `.safetensors` file with its `config.json`
+/// beside it.
 ///
 /// # Errors
 /// It is none of these, or broken.
 pub fn open_source(path: &Path) -> Result<Box<dyn Source>> {
-    if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
-        Ok(Box::new(Gguf::open(path)?))
-    } else {
-        Ok(Box::new(HfSource::open(path)?))
-    }
+    if is_gguf(path) { Ok(Box::new(Gguf::open(path)?)) } else { Ok(Box::new(HfSource::open(path)?)) }
+}
+
+/// Whether the file at `path` is GGUF by its name or by its content.
+pub(crate) fn is_gguf(path: &Path) -> bool {
+    let named = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
+    let begins = || -> std::io::Result<bool> {
+        let mut magic = [0; 4];
+        File::open(path)?.read_exact(&mut magic)?;
+        Ok(&magic == b"GGUF")
+    };
+    path.is_file() && (named || begins().unwrap_or(false))
 }

@@ -4,6 +4,7 @@
 mod common;
 #[cfg(all(unix, feature = "cli"))]
 mod full_disk;
+mod models;
 mod sidecars;
 mod values;
 
@@ -189,7 +190,12 @@ fn a_config_with_impossible_settings_is_refused() {
     ];
     check_all(cases, |(key, value, word)| {
         f.with("config.json", &original, key, value.as_ref());
-        refused(&format!("{key} = {value:?}"), f.answer(), ErrorCode::Format, &["tiny-chat", word])
+        // A sound value that asks for another model than those that run.
+        let code = match (*key, value.as_ref().and_then(Value::as_str), *word) {
+            ("model_type" | "hidden_act" | "architectures", Some(_), _) | (.., "rope_type") => ErrorCode::Unsupported,
+            _ => ErrorCode::Format,
+        };
+        refused(&format!("{key} = {value:?}"), f.answer(), code, &["tiny-chat", word])
     });
     // Heads that do not divide the width matter where no head_dim is given.
     let mut config = original.clone();
@@ -237,7 +243,7 @@ fn a_config_that_is_not_json_is_refused() {
         refused(what, f.answer(), ErrorCode::Format, &["config.json", "expected", "got"])
     });
     fs::remove_file(f.model.join("config.json")).unwrap();
-    refused("no config", f.answer(), ErrorCode::Io, &["config.json"]).unwrap();
+    refused("no config", f.answer(), ErrorCode::Format, &["weights without `config.json`"]).unwrap();
     fs::create_dir(f.model.join("config.json")).unwrap();
     refused("a folder", f.answer(), ErrorCode::Io, &["config.json"]).unwrap();
 }

@@ -4,6 +4,7 @@ use super::cursor::Cursor;
 use super::dequant::GgmlType;
 use super::value::Metadata;
 use crate::error::{Error, Result};
+use crate::format::foreign;
 use bytes::Bytes;
 use std::collections::HashSet;
 use std::ops::Range;
@@ -68,6 +69,7 @@ impl Container {
     /// Not a GGUF file, a version or element type that is not supported, or a header that contradicts itself or
     /// the file's size.
     pub fn parse(bytes: Bytes, path: &Path) -> Result<Self> {
+        foreign::check(path, &bytes, "a GGUF file")?;
         let mut cursor = Cursor::new(path, &bytes);
         check_version(&mut cursor, path)?;
         let tensor_count = cursor.u64(&"tensor count")?;

@@ -1,0 +1,55 @@
+//! What is not ours, told by its content before anything of ours tries to parse it: a name that people know, and a
+//! next step that works.
+//!
+//! [`content`] knows files by their bytes, [`quantization`] models by config and tensors, [`folder`] folders by what
+//! lies in them. Each is one table.
+
+mod content;
+mod folder;
+mod quantization;
+
+pub(crate) use content::content;
+pub(crate) use folder::not_a_model;
+pub(crate) use quantization::{check_config, check_names, check_tensors, is_harmless};
+
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use std::fs;
+use std::path::Path;
+
+/// Refuses `bytes`, which begin the file at `path`, if they are a known content of another kind than `wanted`.
+///
+/// # Errors
+/// They are.
+pub(crate) fn check(path: &Path, bytes: &[u8], wanted: &str) -> Result<()> {
+    content(bytes).map_or(Ok(()), |content| Err(content.error(path, wanted)))
+}
+
+/// The JSON object in the file at `path`. A byte order mark before it is left out, as editors write them.
+///
+/// # Errors
+/// The file cannot be read, is something else, or is a server's answer instead of the file.
+pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    parse_object(path, &bytes)
+}
+
+/// As [`read_object`], of bytes that are in memory.
+///
+/// # Errors
+/// As there.
+pub(crate) fn parse_object(path: &Path, bytes: &[u8]) -> Result<Map<String, Value>> {
+    check(path, bytes, "a JSON object")?;
+    let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    let map: Map<String, Value> =
+        serde_json::from_slice(text).map_err(|e| Error::format(path, "JSON", "an object", &e).caused_by(e))?;
+    match map.get("error").and_then(Value::as_str) {
+        // What the hub answers where a model asks for access, saved under the file's name.
+        Some(message) if map.len() == 1 => {
+            let message: String = message.chars().take(200).collect();
+            let got = format!("a server's answer, `{message}`");
+            Err(Error::format(path, "content", "the file itself", got))
+        }
+        _ => Ok(map),
+    }
+}
