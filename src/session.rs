@@ -65,6 +65,8 @@ pub struct Session {
     text_bytes: u64,
     adapters: Adapters<Cpu>,
     attached: Vec<(PathBuf, f32)>,
+    /// Of each of them.
+    warnings: Vec<String>,
     context: Context<Cpu>,
     precision: Precision,
     numbers: Numbers,
@@ -109,6 +111,7 @@ impl Session {
             tokenizer,
             text_bytes,
             attached: Vec::new(),
+            warnings: Vec::new(),
             precision: options.precision,
             numbers,
             calibration: (options.threads == 0).then(Once::new),
@@ -133,10 +136,12 @@ impl Session {
         crate::mmap::release_freed();
     }
 
-    /// Adds the PEFT adapter in `dir`, its effect multiplied by `scale`; several add up.
+    /// Adds the PEFT adapter in `dir`, its effect multiplied by `scale`; several add up. Weights that it brings in place
+    /// of the base's, such as an embedding of more rows, are used as long as it is attached.
     ///
     /// # Errors
-    /// The adapter is broken, of an unsupported method, or for another base. The session is unchanged then.
+    /// The adapter is broken, of an unsupported method, or for another base; it brings weights, and so does another, or
+    /// the scale is not 1. The session is unchanged then.
     pub fn attach(&mut self, dir: &Path, scale: f32) -> Result<()> {
         self.attach_file(&AdapterFile::open(dir)?, scale)
     }
@@ -153,7 +158,9 @@ impl Session {
             Precision::Exact => WorkType::F32,
             Precision::Bf16 | Precision::Fast => WorkType::F16,
         };
+        let warnings = self.doubts(file)?;
         self.adapters.attach(&self.base, file, scale, dtype)?;
+        self.warnings.extend(warnings);
         self.attached.push((file.dir.clone(), scale));
         self.context.clear(&self.base);
         Ok(())
@@ -163,6 +170,7 @@ impl Session {
     pub fn detach_all(&mut self) {
         self.adapters = Adapters::none(&self.base);
         self.attached.clear();
+        self.warnings.clear();
         self.context.clear(&self.base);
     }
 
@@ -170,6 +178,33 @@ impl Session {
     #[must_use]
     pub fn attached(&self) -> &[(PathBuf, f32)] {
         &self.attached
+    }
+
+    /// What is odd about the attached adapters, though nothing that stops them from working.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// What is odd about `file` on this base.
+    fn doubts(&self, file: &AdapterFile) -> Result<Vec<String>> {
+        let mut doubts = file.warnings.clone();
+        let unfilled = file.unfilled(self.base.model.params())?;
+        if let Some(first) = unfilled.first() {
+            let count = unfilled.len();
+            doubts.push(format!(
+                "`target_modules` names {count} layers for which the adapter has no matrices, such as `{first}`; they \
+                 work as in the base"
+            ));
+        }
+        doubts.iter_mut().for_each(|doubt| *doubt = format!("`{}`: {doubt}", file.dir.display()));
+        Ok(doubts)
+    }
+
+    /// How many tokens there are with what attached adapters bring: rows of the embedding and of the head.
+    #[must_use]
+    pub fn vocabulary(&self) -> usize {
+        self.base.vocabulary(self.adapters.replaced())
     }
 
     /// The model's folder.
@@ -206,7 +241,7 @@ impl Session {
     /// Bytes of weights mapped from files: clean pages that the system may drop.
     #[must_use]
     pub fn mapped_bytes(&self) -> u64 {
-        self.mapped_bytes
+        self.mapped_bytes + self.adapters.replaced().mapped_bytes()
     }
 
     /// Highest anonymous memory seen at the ends of this session's generations, in bytes.
@@ -243,7 +278,7 @@ impl Session {
     fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let ids = self.tokenizer()?.encode(text, add_special)?;
         let place = self.dir.join("tokenizer.json");
-        self.base.check_ids(&ids).map_err(|e| e.at(format!("`{}`", place.display())))?;
+        self.base.check_ids(self.adapters.replaced(), &ids).map_err(|e| e.at(format!("`{}`", place.display())))?;
         Ok(ids)
     }
 
@@ -321,7 +356,7 @@ impl Session {
     pub fn dataset(&self, path: &Path, max_tokens: usize) -> Result<Dataset> {
         let (tokenizer, template) = self.text()?;
         let model = self.base.model.config();
-        let limits = Limits { tokens: max_tokens.min(model.max_positions), vocab: model.vocab_size };
+        let limits = Limits { tokens: max_tokens.min(model.max_positions), vocab: self.vocabulary() };
         Dataset::open(path, tokenizer, template, limits)
     }
 

@@ -58,7 +58,7 @@ fn start(session: &Session, curve: &Curve) -> AdapterFile {
         let b = HostTensor { shape: [out, curve.rank], data: vec![0.0; out * curve.rank] };
         LoraModule::new(p.module().to_owned(), a, b, &config)
     };
-    AdapterFile { dir: PathBuf::new(), modules: linears.map(module).collect(), config }
+    AdapterFile::new(PathBuf::new(), config.clone(), linears.map(module).collect())
 }
 
 struct Quiet;

@@ -2,9 +2,11 @@
 
 mod lora;
 mod peft;
+mod replaced;
 
 pub use lora::Lora;
-pub use peft::{AdapterFile, HostTensor, LoraConfig, LoraModule};
+pub use peft::{AdapterFile, HostTensor, LoraConfig, LoraModule, Replacements, Rows, WholeTensor};
+pub use replaced::Replaced;
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::{Base, Pool};
@@ -96,12 +98,14 @@ pub trait Adapter<B: Backend>: Send + Sync {
 /// The adapters attached to a model, by linear layer. Several on one layer add up.
 pub struct Adapters<B: Backend> {
     by_param: Vec<Vec<Box<dyn Adapter<B>>>>,
+    /// Weights that they bring with them, in place of the base's.
+    replaced: Replaced<B>,
 }
 
 impl<B: Backend> Adapters<B> {
     /// None.
     pub fn none(base: &Base<B>) -> Self {
-        Self { by_param: base.model.params().iter().map(|_| Vec::new()).collect() }
+        Self { by_param: base.model.params().iter().map(|_| Vec::new()).collect(), replaced: Replaced::default() }
     }
 
     /// Those on the linear layer with weight `p`, in the order in which they were attached.
@@ -120,27 +124,45 @@ impl<B: Backend> Adapters<B> {
         self.by_param.iter_mut().enumerate().flat_map(move |(i, list)| list.iter_mut().map(move |a| (at(i), a)))
     }
 
+    /// What stands in for weights of the base.
+    #[must_use]
+    pub fn replaced(&self) -> &Replaced<B> {
+        &self.replaced
+    }
+
     /// Puts an adapter on the linear layer with weight `p`.
     pub(crate) fn push(&mut self, p: Param, adapter: Box<dyn Adapter<B>>) {
         self.by_param[p.0 as usize].push(adapter);
     }
 
-    /// Attaches every module of `file` with its effect multiplied by `factor`.
+    /// Attaches every module of `file` with its effect multiplied by `factor`, and puts the weights that come with it in
+    /// place of the base's.
     ///
     /// # Errors
-    /// A module or shape that this base does not have.
+    /// A module or shape that this base does not have; a weight that another adapter brings, too, or a factor where
+    /// there is nothing to multiply. All is as it was then.
     pub fn attach(&mut self, base: &Base<B>, file: &AdapterFile, factor: f32, dtype: WorkType) -> Result<()> {
         // All are built before any is attached: a mismatch in the last one must leave the model as it was.
+        let replaced = self.replaced.with(base, file, factor)?;
         let mut built = Vec::with_capacity(file.modules.len());
         for module in &file.modules {
             let param = target(base, &file.dir, &module.path)?;
-            let shape = base.backend.shape(base.matrix(param));
+            let shape = base.backend.shape(replaced.factor(param).unwrap_or_else(|| base.matrix(param)));
             module.check_shape(&file.dir, shape)?;
             built.push((param, Lora::load(&base.backend, module, factor, dtype)?));
+        }
+        for (i, list) in self.by_param.iter().enumerate().filter(|(_, list)| !list.is_empty()) {
+            let rows = |replaced: &Replaced<B>| replaced.factor(Param(i as u32)).map(|m| base.backend.shape(m));
+            if list.iter().any(|a| a.low_rank().is_some()) && rows(&replaced) != rows(&self.replaced) {
+                let name = &base.model.params()[i].name;
+                let message = format!("it brings another `{name}` than an attached adapter adds to; attach it first");
+                return Err(Error::new(ErrorCode::AdapterMismatch, format!("`{}`", file.dir.display()), message));
+            }
         }
         for (param, lora) in built {
             self.by_param[param.0 as usize].push(Box::new(lora));
         }
+        self.replaced = replaced;
         Ok(())
     }
 }
@@ -153,11 +175,14 @@ fn target<B: Backend>(base: &Base<B>, dir: &Path, path: &str) -> Result<Param> {
         Role::Embedding => path == "lm_head" && base.model.config().tied_head,
         Role::Vector => false,
     });
-    found.map(|i| Param(i as u32)).ok_or_else(|| {
-        let message = format!(
-            "expected a linear layer of this `{}` base, got module `{path}`; use the base that the adapter was trained on",
-            base.model.config().model_type
-        );
-        Error::new(ErrorCode::AdapterMismatch, format!("`{}`", dir.display()), message)
-    })
+    found.map(|i| Param(i as u32)).ok_or_else(|| foreign_module(base, dir, "a linear layer", path))
+}
+
+/// The error for a module that this base does not have.
+fn foreign_module<B: Backend>(base: &Base<B>, dir: &Path, expected: &str, path: &str) -> Error {
+    let message = format!(
+        "expected {expected} of this `{}` base, got module `{path}`; use the base that the adapter was trained on",
+        base.model.config().model_type
+    );
+    Error::new(ErrorCode::AdapterMismatch, format!("`{}`", dir.display()), message)
 }

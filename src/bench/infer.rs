@@ -116,7 +116,7 @@ fn random_adapter(base: &Base<Cpu>) -> Result<Adapters<Cpu>> {
         module.b.data.fill_with(|| (rng.unit() - 0.5) * 1e-3);
     }
     let mut adapters = Adapters::none(base);
-    let file = AdapterFile { dir: PathBuf::new(), config, modules };
+    let file = AdapterFile::new(PathBuf::new(), config, modules);
     adapters.attach(base, &file, 1.0, WorkType::F16)?;
     Ok(adapters)
 }

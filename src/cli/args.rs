@@ -86,6 +86,7 @@ impl ModelArgs {
         for adapter in &self.adapters {
             session.attach(&adapter.dir, adapter.scale)?;
         }
+        session.warnings().iter().for_each(|warning| eprintln!("note: {warning}"));
         Ok(session)
     }
 }

@@ -156,7 +156,9 @@ impl Chat {
             ("adapter", which) => {
                 let AdapterArg { dir, scale } =
                     which.parse().map_err(|e| Error::config("adapter", "DIR[=SCALE]", e))?;
+                let known = self.session.warnings().len();
                 self.session.attach(&dir, scale)?;
+                self.session.warnings()[known..].iter().for_each(|warning| eprintln!("note: {warning}"));
             }
             ("save", "") => return Err(Error::config("/save", "a file name", "nothing")),
             ("save", file) => self.save(Path::new(file))?,

@@ -60,10 +60,12 @@ fn adapter(path: &Path, as_json: bool) -> Result<()> {
     let file = AdapterFile::open(path)?;
     let parameters: usize = file.modules.iter().map(|m| m.a.data.len() + m.b.data.len()).sum();
     let c = &file.config;
+    let replaced: Vec<String> = file.replaced.names().collect();
     if as_json {
         print_json(&json!({
             "path": path, "method": "lora", "rank": c.rank, "alpha": c.alpha, "rslora": c.rslora,
             "targets": c.targets, "modules": file.modules.len(), "parameters": parameters, "base": c.base,
+            "replaces": replaced, "warnings": file.warnings,
         }));
         return Ok(());
     }
@@ -75,6 +77,10 @@ fn adapter(path: &Path, as_json: bool) -> Result<()> {
         c.targets.join(", "),
         megabytes(parameters as u64 * 2)
     );
+    if !replaced.is_empty() {
+        println!("  in place of the base's: {}", replaced.join(", "));
+    }
     println!("  base: {}", c.base.as_deref().unwrap_or("not said"));
+    file.warnings.iter().for_each(|warning| println!("  note: {warning}"));
     Ok(())
 }

@@ -24,7 +24,7 @@ pub fn save_logits(
     if let Some(at) = lists.iter().position(Vec::is_empty) {
         return Err(Error::new(ErrorCode::Data, format!("array {at}"), "expected at least one token id, got none"));
     }
-    let vocab = session.base().model.config().vocab_size;
+    let vocab = session.vocabulary();
     let header = header(lists, vocab);
     let mut score = Score::default();
     crate::format::write_file(out, |file| {

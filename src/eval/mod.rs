@@ -99,7 +99,7 @@ pub fn logits_of(
             let rows: Vec<u32> = (0..chunk.len() as u32).collect();
             for rows in rows.chunks(LOGIT_ROWS) {
                 let logits = base.logits(adapters, &mut state, &hidden, rows)?;
-                for one in logits.chunks_exact(config.vocab_size) {
+                for one in logits.chunks_exact(base.vocabulary(adapters.replaced())) {
                     on_row(row, one)?;
                     row += 1;
                 }

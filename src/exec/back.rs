@@ -7,7 +7,7 @@ use super::tape::{Op, Tape};
 use super::train::Gradients;
 use crate::adapter::{Adapter, Context};
 use crate::error::Result;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Arithmetic, Backend};
 use pocketlora_models::{Linear, Tensor};
 
 impl<'p, B: Backend> Tape<'p, B> {
@@ -182,7 +182,13 @@ impl<'p, B: Backend> Tape<'p, B> {
                 if !started {
                     backend.zero(&mut dx);
                 }
-                backend.rms_norm_vjp_x(base.vector(weight), eps, self.data(x), &dy, &mut dx);
+                backend.rms_norm_vjp_x(
+                    base.vector_with(pass.adapters.replaced(), weight),
+                    eps,
+                    self.data(x),
+                    &dy,
+                    &mut dx,
+                );
                 self.values[x.0 as usize].grad = Some(dx);
                 self.pool.put(backend, dy);
             }
@@ -258,7 +264,7 @@ impl<'p, B: Backend> Tape<'p, B> {
         let mut dx = None;
         if self.needs(x) {
             let (mut buffer, started) = self.take_grad(x)?;
-            let weight = pass.base.matrix(layer.weight);
+            let weight = pass.base.factor_with(pass.adapters.replaced(), layer.weight, Arithmetic::Exact);
             let mut terms = vec![(weight, &dy)];
             terms.extend(carried.iter().filter_map(|(adapter, carried)| Some((fused(*adapter)?, carried))));
             backend.matmul_vjp_x_sum(pass.arithmetic, &terms, &mut buffer, started);

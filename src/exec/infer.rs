@@ -67,7 +67,7 @@ impl<B: Backend> Base<B> {
     /// # Errors
     /// An id outside the vocabulary, out of memory. `state` keeps its earlier tokens then.
     pub fn forward(&self, adapters: &Adapters<B>, state: &mut State<B>, ids: &[u32]) -> Result<Hidden<B>> {
-        self.check_ids(ids)?;
+        self.check_ids(adapters.replaced(), ids)?;
         let start = state.len(self);
         if state.last_tokens != ids.len() {
             state.pool.clear();
@@ -191,9 +191,12 @@ impl<B: Backend> Infer<'_, B> {
 
 impl<B: Backend> Exec for Infer<'_, B> {
     fn embed(&mut self, table: Param) -> Tensor {
-        let ids = self.ids;
+        let (ids, replaced) = (self.ids, self.adapters.replaced());
         let width = self.base.model.config().hidden_size;
-        self.op([], |_, []| ids.len() * width, |base, [], y| base.backend.embed(base.matrix(table), ids, y))
+        let fill = |base: &Base<B>, _: [&B::Buffer; 0], y: &mut B::Buffer| {
+            base.backend.embed(base.table_with(replaced, table), ids, y);
+        };
+        self.op([], |_, _| ids.len() * width, fill)
     }
 
     fn linears(&mut self, layers: &[Linear], x: Tensor, ys: &mut [Tensor]) {
@@ -214,7 +217,11 @@ impl<B: Backend> Exec for Infer<'_, B> {
     }
 
     fn rms_norm(&mut self, weight: Param, eps: f32, x: Tensor) -> Tensor {
-        self.op([x], |b, [x]| b.len(x), |base, [x], y| base.backend.rms_norm(base.vector(weight), eps, x, y))
+        let replaced = self.adapters.replaced();
+        let fill = |base: &Base<B>, [x]: [&B::Buffer; 1], y: &mut B::Buffer| {
+            base.backend.rms_norm(base.vector_with(replaced, weight), eps, x, y);
+        };
+        self.op([x], |b, [x]| b.len(x), fill)
     }
 
     fn rope(&mut self, table: RopeTable, heads: usize, x: Tensor) -> Tensor {

@@ -12,7 +12,7 @@ pub mod train;
 pub(crate) use fit::{architecture, architecture_of, check_source};
 pub use pool::Pool;
 
-use crate::adapter::{Adapters, Context, Dropout};
+use crate::adapter::{Adapters, Context, Dropout, Replaced};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
 use pocketlora_kernels::{Arithmetic, Attention, Backend, Counted, MatrixSource, Product, WorkType};
@@ -113,6 +113,26 @@ impl<B: Backend> Base<B> {
         }
     }
 
+    /// As [`Base::factor`], unless an adapter brings another.
+    pub(crate) fn factor_with<'a>(&'a self, replaced: &'a Replaced<B>, p: Param, by: Arithmetic) -> &'a B::Matrix {
+        replaced.factor(p).unwrap_or_else(|| self.factor(p, by))
+    }
+
+    /// The matrix that tokens are looked up in: `p`, unless an adapter brings another.
+    pub(crate) fn table_with<'a>(&'a self, replaced: &'a Replaced<B>, p: Param) -> &'a B::Matrix {
+        replaced.table().unwrap_or_else(|| self.matrix(p))
+    }
+
+    /// The vector `p`, unless an adapter brings another.
+    fn vector_with<'a>(&'a self, replaced: &'a Replaced<B>, p: Param) -> &'a B::Buffer {
+        replaced.vector(p).unwrap_or_else(|| self.vector(p))
+    }
+
+    /// How many tokens it knows with what adapters bring: rows of its embedding and of its head.
+    pub fn vocabulary(&self, replaced: &Replaced<B>) -> usize {
+        self.backend.shape(self.factor_with(replaced, self.model.head_param(), Arithmetic::Exact)).0
+    }
+
     pub(crate) fn matrix(&self, p: Param) -> &B::Matrix {
         match &self.weights[p.0 as usize] {
             Weight::Matrix(m) => m,
@@ -128,8 +148,8 @@ impl<B: Backend> Base<B> {
     }
 
     /// Checks that `ids` are rows of the embedding; tokenizers and checkpoints do disagree in the wild.
-    pub(crate) fn check_ids(&self, ids: &[u32]) -> Result<()> {
-        let vocab = self.model.config().vocab_size;
+    pub(crate) fn check_ids(&self, replaced: &Replaced<B>, ids: &[u32]) -> Result<()> {
+        let vocab = self.vocabulary(replaced);
         match ids.iter().position(|&id| id as usize >= vocab) {
             None => Ok(()),
             Some(at) => Err(Error::new(
@@ -174,7 +194,7 @@ impl<B: Backend> Base<B> {
         pool: &mut Pool<B>,
     ) -> Result<Vec<B::Buffer>> {
         let backend = &self.backend;
-        let weight = |layer: &Linear| self.factor(layer.weight, arithmetic);
+        let weight = |layer: &Linear| self.factor_with(adapters.replaced(), layer.weight, arithmetic);
         let mut ys = Vec::with_capacity(layers.len());
         for layer in layers {
             let (out, input) = backend.shape(weight(layer));
@@ -199,7 +219,7 @@ impl<B: Backend> Base<B> {
                 }
             }
             if let Some(bias) = layer.bias {
-                backend.add_bias(self.vector(bias), y);
+                backend.add_bias(self.vector_with(adapters.replaced(), bias), y);
             }
         }
         Ok(ys)

@@ -8,7 +8,7 @@
 use super::train::Pass;
 use super::{Pool, attention_spec};
 use crate::error::Result;
-use pocketlora_kernels::{Attention, Backend};
+use pocketlora_kernels::{Arithmetic, Attention, Backend};
 use pocketlora_models::{AttentionShape, Exec, Linear, Param, RopeTable, Tensor};
 use std::ops::Range;
 
@@ -241,11 +241,13 @@ impl<'p, B: Backend> Tape<'p, B> {
     /// Runs one operation that is no linear layer.
     pub(super) fn compute(&mut self, op: &Op) -> Result<()> {
         let (pass, base) = (self.pass, self.pass.base);
-        let backend = &base.backend;
+        let (backend, replaced) = (&base.backend, pass.adapters.replaced());
         let mut y = self.pool.take(backend, self.len(op.output()))?;
         match *op {
-            Op::Embed { table, .. } => backend.embed(base.matrix(table), &pass.batch.ids, &mut y),
-            Op::RmsNorm { weight, eps, x, .. } => backend.rms_norm(base.vector(weight), eps, self.data(x), &mut y),
+            Op::Embed { table, .. } => backend.embed(base.table_with(replaced, table), &pass.batch.ids, &mut y),
+            Op::RmsNorm { weight, eps, x, .. } => {
+                backend.rms_norm(base.vector_with(replaced, weight), eps, self.data(x), &mut y);
+            }
             Op::Rope { table, heads, x, .. } => {
                 let (cos, sin) = &pass.angles[table.0 as usize];
                 backend.rope(heads, base.rope_dim(table), cos, sin, self.data(x), false, &mut y);
@@ -382,7 +384,8 @@ impl<B: Backend> Exec for Tape<'_, B> {
     fn linears(&mut self, layers: &[Linear], x: Tensor, ys: &mut [Tensor]) {
         let base = self.pass.base;
         for (layer, y) in layers.iter().zip(ys) {
-            let (out, _) = base.backend.shape(base.matrix(layer.weight));
+            let replaced = self.pass.adapters.replaced();
+            let (out, _) = base.backend.shape(base.factor_with(replaced, layer.weight, Arithmetic::Exact));
             let adapted = !self.pass.adapters.on(layer.weight).is_empty();
             *y = self.push(out, adapted || self.values[x.0 as usize].needs_grad);
             self.ops.push(Op::Linear { layer: *layer, x, y: *y });

@@ -59,7 +59,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         arithmetic: Arithmetic,
         pool: &mut Pool<B>,
     ) -> Result<Self> {
-        base.check_ids(&batch.ids)?;
+        base.check_ids(adapters.replaced(), &batch.ids)?;
         let angles = base.rope_angles(&batch.positions(), pool)?;
         Ok(Self { base, adapters, batch, angles, dropout, arithmetic })
     }
@@ -80,7 +80,8 @@ impl<'a, B: Backend> Pass<'a, B> {
     #[must_use]
     pub fn plain_head(&self) -> Option<&'a B::Matrix> {
         let head = self.base.model.plain_head().filter(|head| head.bias.is_none())?;
-        self.adapters.on(head.weight).is_empty().then(|| self.base.matrix(head.weight))
+        let (replaced, by) = (self.adapters.replaced(), Arithmetic::Exact);
+        self.adapters.on(head.weight).is_empty().then(|| self.base.factor_with(replaced, head.weight, by))
     }
 
     /// Arithmetic of the products.

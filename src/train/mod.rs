@@ -35,7 +35,7 @@ pub use run_folder::{LogLine, RunFolder};
 pub(crate) use setup::fresh_modules;
 pub use step::{Layout, MicroBatch, Watch, micro_step};
 
-use crate::adapter::{Adapters, Dropout, LoraConfig};
+use crate::adapter::{Adapters, Dropout, LoraConfig, Replacements};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
@@ -63,6 +63,8 @@ pub struct Trainer<B: Backend> {
     general: Option<Dataset>,
     out: PathBuf,
     lora: LoraConfig,
+    /// Weights that the adapter of the start brought along: they stay as they are, and are written again.
+    kept: Replacements,
     adapters: Adapters<B>,
     tensors: Vec<Trained<B>>,
     grads: Gradients<B>,
@@ -329,7 +331,7 @@ impl<B: Backend> Trainer<B> {
             let (passing, kept) = (floats(self.plan.layer_workspace), floats(self.plan.layer_inputs));
             self.pool.reserve(&self.base.backend, passing, kept)?;
         }
-        let Self { base, adapters, tensors, grads, pool, peak, lora, out, handle, policy, held, .. } = self;
+        let Self { base, adapters, tensors, grads, pool, peak, lora, kept, out, handle, policy, held, .. } = self;
         let adapters = &*adapters;
         let (base, tensors) = (&*base, &*tensors);
         let mut others = || match policy {
@@ -339,7 +341,7 @@ impl<B: Backend> Trainer<B> {
         };
         let mut keep_going = || {
             let (go, pause) =
-                handle.ask(&mut others, &|| saving::snapshot(&base.backend, adapters, tensors, lora, out));
+                handle.ask(&mut others, &|| saving::snapshot(&base.backend, adapters, tensors, lora, kept, out));
             *held += pause;
             go
         };

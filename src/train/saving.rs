@@ -5,7 +5,7 @@ use super::checkpoint::{self, Loaded};
 use super::optimizer::{bytes_of, floats};
 use super::setup::Trained;
 use super::{Observer, Trainer};
-use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule, Replacements};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
 use pocketlora_kernels::Backend;
@@ -125,7 +125,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// A value does not fit f16.
     pub fn snapshot(&self) -> Result<AdapterFile> {
-        snapshot(&self.base.backend, &self.adapters, &self.tensors, &self.lora, &self.out)
+        snapshot(&self.base.backend, &self.adapters, &self.tensors, &self.lora, &self.kept, &self.out)
     }
 
     /// Writes the adapter as it is now.
@@ -139,9 +139,9 @@ impl<B: Backend> Trainer<B> {
     /// Writes it to another folder, one tensor at a time, for it comes beside all else that the run holds.
     pub(super) fn write_adapter(&mut self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-        let Self { base, adapters, tensors, lora, peak, .. } = self;
+        let Self { base, adapters, tensors, lora, kept, peak, .. } = self;
         let shapes = tensors.iter().map(|t| (t.name.clone(), t.shape)).collect();
-        AdapterFile::save_by(dir, lora, shapes, |put| {
+        AdapterFile::save_by(dir, lora, kept, shapes, |put| {
             for t in &*tensors {
                 put(&t.name, &master(&base.backend, adapters, t)?)?;
             }
@@ -157,6 +157,7 @@ pub(super) fn snapshot<B: Backend>(
     adapters: &Adapters<B>,
     tensors: &[Trained<B>],
     lora: &LoraConfig,
+    kept: &Replacements,
     dir: &Path,
 ) -> Result<AdapterFile> {
     let host = |t: &Trained<B>| -> Result<HostTensor> {
@@ -168,7 +169,7 @@ pub(super) fn snapshot<B: Backend>(
         Ok(LoraModule { path, a: host(&pair[0])?, b: host(&pair[1])?, scale: pair[0].scale })
     };
     let modules = tensors.chunks_exact(2).map(module).collect::<Result<_>>()?;
-    Ok(AdapterFile { dir: dir.to_owned(), config: lora.clone(), modules })
+    Ok(AdapterFile::new(dir.to_owned(), lora.clone(), modules).with(kept.clone()))
 }
 
 /// The values of a tensor in training.

@@ -9,7 +9,7 @@ use super::optimizer::State;
 use super::plan::Work;
 use super::saving::sweep_folder;
 use super::{Batches, Dataset, Sample, TrainConfig, Trainer, largest_micro_batch};
-use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule, Replaced};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
@@ -39,10 +39,10 @@ pub(super) struct Trained<B: Backend> {
 }
 
 /// Refuses data that nothing can be learned from, or that is of another model's tokenizer.
-fn check_data<B: Backend>(base: &Base<B>, data: &Dataset) -> Result<()> {
+fn check_data<B: Backend>(base: &Base<B>, replaced: &Replaced<B>, data: &Dataset) -> Result<()> {
     let place = |what: &dyn std::fmt::Display| format!("`{}`: {what}", data.path.display());
     for (i, sample) in data.samples.iter().enumerate() {
-        base.check_ids(&sample.ids).map_err(|e| e.at(place(&format_args!("sample {}", i + 1))))?;
+        base.check_ids(replaced, &sample.ids).map_err(|e| e.at(place(&format_args!("sample {}", i + 1))))?;
     }
     if data.samples.iter().map(Sample::trained_tokens).sum::<usize>() == 0 {
         let message = format!(
@@ -178,8 +178,10 @@ impl<B: Backend> Trainer<B> {
                 return Err(Error::config(name, "data to evaluate on beside it", "none"));
             }
         }
-        check_data(&base, &data)?;
-        eval_data.iter().try_for_each(|data| check_data(&base, data))?;
+        let kept = init.map(|file| file.replaced.clone()).unwrap_or_default();
+        let replaced = init.map(|file| Replaced::default().with(&base, file, 1.0)).transpose()?.unwrap_or_default();
+        check_data(&base, &replaced, &data)?;
+        eval_data.iter().try_for_each(|data| check_data(&base, &replaced, data))?;
         let targets = target_modules(base.model.params(), &config.targets)?;
         let (plan, config) = choose(&work(&base, &targets, &config, init, &data, eval_data.as_ref()), &config)?;
         let mut names: Vec<String> =
@@ -208,11 +210,11 @@ impl<B: Backend> Trainer<B> {
             config: serde_json::to_value(&config).expect("plain data serializes"),
             data: data.fingerprint(),
             base: base_fingerprint,
-            init: init.map_or(0, |file| fingerprint(&file.modules)),
+            init: init.map_or(0, fingerprint),
             candidates: Candidates::default(),
             start: None,
         };
-        let file = AdapterFile { dir: out.to_owned(), config: lora.clone(), modules };
+        let file = AdapterFile::new(out.to_owned(), lora.clone(), modules).with(kept.clone());
         let scales = file.modules.iter().map(|m| (m.path.clone(), m.scale)).collect();
         let mut adapters = Adapters::none(&base);
         adapters.attach(&base, &file, 1.0, WorkType::F32)?;
@@ -231,6 +233,7 @@ impl<B: Backend> Trainer<B> {
             general: None,
             out: out.to_owned(),
             lora,
+            kept,
             adapters,
             tensors,
             grads,
@@ -250,7 +253,13 @@ impl<B: Backend> Trainer<B> {
 }
 
 /// A number that changes when any value does.
-pub(super) fn fingerprint(modules: &[LoraModule]) -> u64 {
-    let values = modules.iter().flat_map(|m| m.a.data.iter().chain(&m.b.data));
-    values.fold(1, |hash, v| mix(hash, u64::from(v.to_bits())))
+pub(super) fn fingerprint(file: &AdapterFile) -> u64 {
+    let values = file.modules.iter().flat_map(|m| m.a.data.iter().chain(&m.b.data));
+    let hash = values.fold(1, |hash, v| mix(hash, u64::from(v.to_bits())));
+    // Of a whole embedding, the start and the length tell enough.
+    let kept = file.replaced.whole.iter().flat_map(|w| {
+        let bytes = &w.tensor.bytes;
+        bytes.iter().take(64).map(|&b| u64::from(b)).chain([bytes.len() as u64])
+    });
+    kept.fold(hash, mix)
 }

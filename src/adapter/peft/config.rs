@@ -1,0 +1,479 @@
+//! `adapter_config.json`: one table says of every key what is done with it.
+
+use super::targets::Targets;
+use super::{Replacements, number};
+use crate::error::{Error, Result};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// Bound on ranks: far beyond any use, and small enough that hostile files cannot ask for absurd work.
+const MAX_RANK: usize = 1 << 16;
+
+/// What is done with a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Use {
+    /// Read below, or by [`Targets`].
+    Honoured,
+    /// Nothing that is computed here depends on it.
+    NoEffect,
+    /// Anything but its default asks for what is not done here; nothing, `false` and empty ones are defaults, too.
+    Default,
+}
+use Use::{Default as OnlyDefault, Honoured, NoEffect};
+
+const MERGE: &str = "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
+const RETRAIN: &str = "train it anew without that, or use it with PEFT";
+
+/// Every key of PEFT's LoRA configs (0.21) and of programs that write such files: what is done with it, and what to do
+/// instead where that is not enough.
+const KEYS: &[(&str, Use, &str)] = &[
+    ("alora_invocation_tokens", OnlyDefault, "it works behind its invocation only: use it with PEFT"),
+    ("alpha_pattern", Honoured, ""),
+    ("arrow_config", OnlyDefault, "use the adapters that it routes between one at a time"),
+    ("auto_mapping", NoEffect, ""),
+    ("base_model_name_or_path", Honoured, ""),
+    ("bias", Honoured, ""),
+    ("corda_config", NoEffect, ""), // how it began: `init_lora_weights` tells whether that changed the base
+    ("enable_lora", OnlyDefault, MERGE),
+    ("ensure_weight_tying", Honoured, ""),
+    ("eva_config", NoEffect, ""),
+    ("exclude_modules", Honoured, ""),
+    ("fan_in_fan_out", OnlyDefault, "linear layers of the supported families are not transposed: set it to `false`"),
+    ("inference_mode", NoEffect, ""),
+    ("init_lora_weights", Honoured, ""),
+    ("kasa_config", OnlyDefault, "it changed the base as well: merge it with PEFT's `merge_and_unload`"),
+    ("layer_replication", OnlyDefault, RETRAIN),
+    ("layers_pattern", Honoured, ""),
+    ("layers_to_transform", Honoured, ""),
+    ("loftq_config", NoEffect, ""),
+    ("lora_alpha", Honoured, ""),
+    ("lora_bias", OnlyDefault, MERGE),
+    ("lora_dropout", Honoured, ""),
+    ("lora_dtype", NoEffect, ""),
+    ("lora_ga_config", NoEffect, ""),
+    ("lorap_emb_lr", NoEffect, ""),
+    ("lorap_lr_ratio", NoEffect, ""),
+    ("megatron_config", OnlyDefault, "export the adapter from Megatron as a plain one"),
+    ("megatron_core", NoEffect, ""),
+    ("merge_weights", NoEffect, ""),
+    ("modules_to_save", Honoured, ""),
+    ("monteclora_config", OnlyDefault, MERGE),
+    ("peft_type", Honoured, ""),
+    ("peft_version", NoEffect, ""),
+    ("qalora_group_size", NoEffect, ""), // of `use_qalora`
+    ("r", Honoured, ""),
+    ("rank_pattern", Honoured, ""),
+    ("revision", NoEffect, ""),
+    ("runtime_config", NoEffect, ""),
+    ("target_modules", Honoured, ""),
+    ("target_parameters", OnlyDefault, MERGE),
+    ("task_type", Honoured, ""),
+    ("trainable_token_indices", Honoured, ""),
+    ("use_bdlora", OnlyDefault, MERGE),
+    ("use_dora", OnlyDefault, MERGE),
+    ("use_merged_linear", OnlyDefault, MERGE),
+    ("use_qa_lora", OnlyDefault, MERGE),
+    ("use_qalora", OnlyDefault, MERGE),
+    ("use_rslora", Honoured, ""),
+    ("velora_config", OnlyDefault, MERGE),
+];
+
+/// Initializations that leave the base as it is: what they began with is in the file.
+const PLAIN_INIT: &[&str] = &["gaussian", "eva", "orthogonal", "mica", "true", "false"];
+
+/// The parts of `adapter_config.json` that matter to plain LoRA and rsLoRA.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraConfig {
+    /// Rank (`r`).
+    pub rank: usize,
+    /// `lora_alpha`.
+    pub alpha: f64,
+    /// The scale is `alpha / sqrt(r)` instead of `alpha / r`.
+    pub rslora: bool,
+    /// Dropout of the input in training.
+    pub dropout: f64,
+    /// Exceptions to the rank: regular expressions for the end of a module's path, as PEFT has them.
+    pub rank_pattern: Vec<(String, f64)>,
+    /// Exceptions to alpha.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Suffixes of the adapted modules.
+    pub targets: Vec<String>,
+    /// The base model's name or path, as a hint for people.
+    pub base: Option<String>,
+    /// A mark of the base's weights, in the other file's metadata; see [`crate::exec::Base::mark`].
+    pub base_mark: Option<String>,
+}
+
+impl LoraConfig {
+    /// A plain LoRA of one rank and alpha, without dropout, exceptions or names.
+    #[must_use]
+    pub fn new(rank: usize, alpha: f64) -> Self {
+        Self {
+            rank,
+            alpha,
+            rslora: false,
+            dropout: 0.0,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            targets: Vec::new(),
+            base: None,
+            base_mark: None,
+        }
+    }
+
+    /// Factor on `B A`, for a layer whose rank and alpha are given.
+    pub(super) fn scale(&self, rank: usize, alpha: f64) -> f32 {
+        let divisor = if self.rslora { (rank as f64).sqrt() } else { rank as f64 };
+        (alpha / divisor) as f32
+    }
+
+    /// `adapter_config.json` of a file that adapts the modules `adapted` and holds `replaced`, keys sorted as PEFT writes
+    /// them.
+    pub(super) fn json(&self, replaced: &Replacements, adapted: &[String]) -> Value {
+        // PEFT takes no module from the file that this list does not name.
+        let named = |module: &&String| {
+            self.targets
+                .iter()
+                .any(|end| module.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
+        };
+        let targets: Vec<&String> = self.targets.iter().chain(adapted.iter().filter(|m| !named(m))).collect();
+        let mut copies: Vec<&str> = replaced.whole.iter().filter(|w| w.copy).map(|w| w.module.as_str()).collect();
+        copies.dedup();
+        let rows: Map<String, Value> = replaced.rows.iter().map(|r| (r.module.clone(), json!(r.ids))).collect();
+        let object = |patterns: &[(String, f64)]| -> Value {
+            patterns.iter().map(|(key, v)| (key.clone(), number(*v))).collect::<Map<_, _>>().into()
+        };
+        let mut config = json!({
+            "alpha_pattern": object(&self.alpha_pattern),
+            "auto_mapping": null,
+            "base_model_name_or_path": self.base,
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": true,
+            "layers_pattern": null,
+            "layers_to_transform": null,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "modules_to_save": if copies.is_empty() { Value::Null } else { json!(copies) },
+            "peft_type": "LORA",
+            "r": self.rank,
+            "rank_pattern": object(&self.rank_pattern),
+            "revision": null,
+            "target_modules": targets,
+            "task_type": "CAUSAL_LM",
+            "use_dora": false,
+            "use_rslora": self.rslora,
+        });
+        // Older versions of PEFT do not know these two.
+        if replaced.ties_copies {
+            config["ensure_weight_tying"] = true.into();
+        }
+        if !rows.is_empty() {
+            config["trainable_token_indices"] = rows.into();
+        }
+        config
+    }
+}
+
+/// A config as it was read.
+#[derive(Debug)]
+pub(super) struct Parsed {
+    pub config: LoraConfig,
+    /// Which layers it adapts.
+    pub targets: Targets,
+    /// Modules of which the file has a whole copy.
+    pub modules_to_save: Vec<String>,
+    /// A tied head follows a copy of the embedding.
+    pub ties_copies: bool,
+    /// Ids whose rows of an embedding are replaced, by the end of the embedding's path.
+    pub rows: Vec<(String, Vec<u32>)>,
+    /// It trained biases, too.
+    pub biases: bool,
+    /// What the user should know though it stops nothing.
+    pub warnings: Vec<String>,
+}
+
+/// Reads the config `json` of the file at `path`.
+///
+/// # Errors
+/// It asks for what is not done here, or a value is out of range.
+pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
+    let keys = Keys { path, json };
+    match keys.get("peft_type").and_then(Value::as_str) {
+        Some("LORA") => {}
+        Some(other) => {
+            let next = "export it as plain LoRA, or merge it into its base";
+            return Err(Error::unsupported(path, format!("adapter method `{other}`"), next));
+        }
+        None => return Err(keys.wrong("peft_type", "the name of an adapter method")),
+    }
+    keys.check_table()?;
+    let rank = keys.get("r").and_then(Value::as_u64).and_then(|r| usize::try_from(r).ok());
+    let rank = rank.filter(|r| (1..=MAX_RANK).contains(r)).ok_or_else(|| keys.wrong("r", "a rank from 1 to 65536"))?;
+    let rank_pattern = keys.patterns("rank_pattern")?;
+    if rank_pattern.iter().any(|(_, r)| r.fract() != 0.0 || *r > MAX_RANK as f64) {
+        return Err(keys.wrong("rank_pattern", "an object of ranks from 1 to 65536"));
+    }
+    let dropout = keys.number("lora_dropout", Some(0.0))?;
+    if !(0.0..1.0).contains(&dropout) {
+        return Err(keys.wrong("lora_dropout", "a share from 0 to below 1"));
+    }
+    let config = LoraConfig {
+        rank,
+        alpha: keys.number("lora_alpha", None)?,
+        rslora: keys.flag("use_rslora")?,
+        dropout,
+        rank_pattern,
+        alpha_pattern: keys.patterns("alpha_pattern")?,
+        targets: Vec::new(),
+        base: keys.text("base_model_name_or_path")?,
+        base_mark: None,
+    };
+    keys.check_init()?;
+    // Trained biases lie in the file under their own names and are used by them.
+    let biases = match keys.text("bias")?.as_deref() {
+        None | Some("none") => false,
+        Some("all" | "lora_only") => true,
+        Some(_) => return Err(keys.wrong("bias", "`none`, `all` or `lora_only`")),
+    };
+    let mut warnings = Vec::new();
+    if let Some(task) = keys.text("task_type")?.filter(|task| task != "CAUSAL_LM") {
+        warnings.push(format!("the adapter was trained for the task `{task}`, not for writing text"));
+    }
+    Ok(Parsed {
+        config,
+        targets: Targets::new(&keys)?,
+        modules_to_save: keys.list("modules_to_save")?,
+        ties_copies: keys.flag("ensure_weight_tying")?,
+        rows: keys.rows()?,
+        biases,
+        warnings,
+    })
+}
+
+/// A config's keys, with what is said where one is wrong.
+pub(super) struct Keys<'a> {
+    pub path: &'a Path,
+    json: &'a Map<String, Value>,
+}
+
+impl Keys<'_> {
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        debug_assert!(KEYS.iter().any(|(k, how, _)| *k == key && *how == Honoured), "`{key}` is in no table");
+        self.json.get(key).filter(|v| !v.is_null())
+    }
+
+    pub(super) fn wrong(&self, key: &str, expected: &str) -> Error {
+        let got = self.get(key).map_or_else(|| "nothing".to_owned(), |v| format!("`{v}`"));
+        Error::format(self.path, format!("key `{key}`"), expected, got)
+    }
+
+    /// Every key is in the table, and has its default where that is all there is; of others, nothing is asked.
+    fn check_table(&self) -> Result<()> {
+        for (key, value) in self.json.iter().filter(|(_, v)| asks(v)) {
+            let next = match KEYS.iter().find(|(k, ..)| k == key) {
+                Some((_, OnlyDefault, next)) => next,
+                Some((_, Honoured | NoEffect, _)) => continue,
+                None => "remove the key if you know that it changes nothing, or merge the adapter with PEFT",
+            };
+            let shown = value.to_string();
+            let shown = shown.char_indices().nth(80).map_or(shown.as_str(), |(end, _)| &shown[..end]);
+            return Err(Error::unsupported(self.path, format!("key `{key}` with the value `{shown}`"), next));
+        }
+        Ok(())
+    }
+
+    /// Some initializations took away from the base what they put into the adapter.
+    fn check_init(&self) -> Result<()> {
+        match self.get("init_lora_weights") {
+            None | Some(Value::Bool(_)) => Ok(()),
+            Some(Value::String(init)) if PLAIN_INIT.contains(&init.to_lowercase().as_str()) => Ok(()),
+            Some(Value::String(init)) => {
+                let what = format!("`init_lora_weights: {init}`, which may have changed the base weights,");
+                Err(Error::unsupported(self.path, what, "save it with PEFT's conversion to plain LoRA"))
+            }
+            Some(_) => Err(self.wrong("init_lora_weights", "true, false or a name")),
+        }
+    }
+
+    fn flag(&self, key: &str) -> Result<bool> {
+        self.get(key).map_or(Ok(false), |v| v.as_bool().ok_or_else(|| self.wrong(key, "true or false")))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<String>> {
+        let text = |v: &Value| v.as_str().map(str::to_owned).ok_or_else(|| self.wrong(key, "a text"));
+        self.get(key).map(text).transpose()
+    }
+
+    fn number(&self, key: &str, default: Option<f64>) -> Result<f64> {
+        match self.get(key) {
+            None => default.ok_or_else(|| self.wrong(key, "a number")),
+            Some(v) => v.as_f64().filter(|n| n.is_finite()).ok_or_else(|| self.wrong(key, "a finite number")),
+        }
+    }
+
+    /// A list of names; one alone is a list, too.
+    pub(super) fn list(&self, key: &str) -> Result<Vec<String>> {
+        let name = |v: &Value| v.as_str().map(str::to_owned);
+        let names = match self.get(key) {
+            None => Some(Vec::new()),
+            Some(Value::Array(list)) => list.iter().map(name).collect(),
+            Some(one) => name(one).map(|one| vec![one]),
+        };
+        names.ok_or_else(|| self.wrong(key, "a list of names"))
+    }
+
+    fn patterns(&self, key: &str) -> Result<Vec<(String, f64)>> {
+        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
+        let map = value.as_object().ok_or_else(|| self.wrong(key, "an object of numbers"))?;
+        let number = |v: &Value| v.as_f64().filter(|n| n.is_finite() && *n > 0.0);
+        map.iter()
+            .map(|(k, v)| Ok((k.clone(), number(v).ok_or_else(|| self.wrong(key, "an object of positive numbers"))?)))
+            .collect()
+    }
+
+    /// `trainable_token_indices`: ids, of the embedding unless it is said of what.
+    fn rows(&self) -> Result<Vec<(String, Vec<u32>)>> {
+        let key = "trainable_token_indices";
+        let ids = |v: &Value| -> Result<Vec<u32>> {
+            let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+            let ids = v.as_array().and_then(|list| list.iter().map(id).collect());
+            ids.ok_or_else(|| self.wrong(key, "token ids"))
+        };
+        match self.get(key) {
+            None => Ok(Vec::new()),
+            Some(Value::Object(map)) => map.iter().map(|(name, v)| Ok((name.clone(), ids(v)?))).collect(),
+            Some(list) => Ok(vec![("embed_tokens".to_owned(), ids(list)?)]),
+        }
+    }
+}
+
+/// Whether a value is more than nothing.
+fn asks(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(list) => !list.is_empty(),
+        Value::Object(map) => !map.is_empty(),
+        _ => true,
+    }
+}
+
+/// The value of the first pattern that matches `module`: PEFT reads keys as regular expressions for the end of a path.
+pub(super) struct Patterns<'a> {
+    compiled: Vec<(fancy_regex::Regex, &'a str, f64)>,
+    path: &'a Path,
+}
+
+impl<'a> Patterns<'a> {
+    pub(super) fn new(path: &'a Path, patterns: &'a [(String, f64)]) -> Result<Self> {
+        let one = |(key, value): &'a (String, f64)| {
+            Ok((regex(path, key, &format!(r"^(?:.*\.)?(?:{key})$"))?, key.as_str(), *value))
+        };
+        Ok(Self { compiled: patterns.iter().map(one).collect::<Result<_>>()?, path })
+    }
+
+    /// Of the first pattern that matches one of `names`, which are names of one module.
+    pub(super) fn value_for(&self, names: [&str; 2]) -> Result<Option<f64>> {
+        for (regex, key, value) in &self.compiled {
+            if matches_any(self.path, regex, key, names)? {
+                return Ok(Some(*value));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// The regular expression `full`, made of the pattern `key` of the config at `path`.
+pub(super) fn regex(path: &Path, key: &str, full: &str) -> Result<fancy_regex::Regex> {
+    fancy_regex::Regex::new(full)
+        .map_err(|e| Error::format(path, format!("pattern `{key}`"), "a regular expression", &e))
+}
+
+/// Whether one of a module's names matches.
+///
+/// # Errors
+/// The search takes longer than any pattern of use.
+pub(super) fn matches_any(path: &Path, regex: &fancy_regex::Regex, key: &str, names: [&str; 2]) -> Result<bool> {
+    for name in names {
+        let found = regex.is_match(name);
+        if found.map_err(|e| Error::format(path, format!("pattern `{key}`"), "one that can be matched", &e))? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_with(changes: &Value) -> Result<Parsed> {
+        let mut json = LoraConfig::new(4, 8.0).json(&Replacements::default(), &[]);
+        let map = json.as_object_mut().unwrap();
+        map.extend(changes.as_object().unwrap().clone());
+        parse(Path::new("adapter_config.json"), map)
+    }
+
+    #[test]
+    fn the_table_is_sorted_and_has_each_key_once() {
+        assert!(KEYS.windows(2).all(|w| w[0].0 < w[1].0));
+    }
+
+    #[test]
+    fn what_peft_writes_by_default_is_read() {
+        // As `LoraConfig().to_dict()` of PEFT 0.21 has it, with what other programs add.
+        parse_with(&json!({
+            "alora_invocation_tokens": null, "arrow_config": null, "corda_config": null, "ensure_weight_tying": false,
+            "eva_config": null, "exclude_modules": null, "kasa_config": null, "layer_replication": null,
+            "loftq_config": {}, "lora_bias": false, "lora_ga_config": null, "megatron_config": null,
+            "megatron_core": "megatron.core", "modules_to_save": [], "monteclora_config": null,
+            "peft_version": "0.21.2", "qalora_group_size": 16, "target_parameters": null,
+            "trainable_token_indices": null, "use_bdlora": null, "use_qalora": false, "velora_config": null,
+            "auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": true},
+            "revision": "main", "lora_dtype": "AUTO", "a_key_of_tomorrow": null, "and_another": false,
+        }))
+        .unwrap();
+    }
+
+    #[test]
+    fn what_changes_the_computation_is_refused_by_name() {
+        for (key, value) in [
+            ("alora_invocation_tokens", json!([27, 9690])),
+            ("arrow_config", json!({"top_k": 3})),
+            ("fan_in_fan_out", json!(true)),
+            ("kasa_config", json!({"beta": 1e-4})),
+            ("layer_replication", json!([[0, 2], [1, 2]])),
+            ("lora_bias", json!(true)),
+            ("megatron_config", json!({"tensor_model_parallel_size": 2})),
+            ("monteclora_config", json!({"num_samples": 8})),
+            ("target_parameters", json!(["mlp.experts.gate_up_proj"])),
+            ("use_bdlora", json!({"nblocks": 2})),
+            ("use_dora", json!(true)),
+            ("use_qalora", json!(true)),
+            ("velora_config", json!({"num_groups": 4})),
+            ("a_key_of_tomorrow", json!(0.5)),
+            ("init_lora_weights", json!("pissa_niter_16")),
+            ("init_lora_weights", json!("olora")),
+            ("init_lora_weights", json!("an_idea_of_tomorrow")),
+            ("init_lora_weights", json!(7)),
+            ("bias", json!("some")),
+            ("use_rslora", json!("true")),
+            ("lora_dropout", json!(1.5)),
+            ("rank_pattern", json!({"q_proj": 2.5})),
+            ("target_modules", json!([1, 2])),
+            ("modules_to_save", json!({"lm_head": 1})),
+            ("trainable_token_indices", json!(["x"])),
+            ("layers_to_transform", json!("all")),
+        ] {
+            let error = parse_with(&json!({ key: value })).map(|_| ()).expect_err(key).to_string();
+            assert!(error.contains(key), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn another_task_is_spoken_of() {
+        assert!(parse_with(&json!({"task_type": "SEQ_CLS"})).unwrap().warnings[0].contains("SEQ_CLS"));
+        assert!(parse_with(&json!({"task_type": null})).unwrap().warnings.is_empty());
+    }
+}

@@ -1,0 +1,89 @@
+//! What people give as an adapter that is none in PEFT's form: told by its files, with what to do.
+
+use super::{CONFIG, WEIGHTS};
+use crate::error::{Error, ErrorCode, Result};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Refuses `dir` by what it is if it lacks the files of a PEFT adapter.
+pub(super) fn check_files(dir: &Path) -> Result<()> {
+    let refused = |what: &str, next: &str| Err(Error::unsupported(dir, what, next));
+    if dir.is_file() {
+        let folder = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        return match dir.extension().and_then(|e| e.to_str()) {
+            Some("gguf") => {
+                refused("an adapter in GGUF form", "use the folder of the PEFT adapter that it was made from")
+            }
+            _ if folder.join(CONFIG).exists() => {
+                refused("a single file as an adapter", &format!("give its folder: `-a '{}'`", folder.display()))
+            }
+            _ => refused("a single file as an adapter", &format!("give a folder with {CONFIG} and {WEIGHTS}")),
+        };
+    }
+    let has = |name: &str| dir.join(name).exists();
+    if has(CONFIG) && has(WEIGHTS) {
+        return Ok(());
+    }
+    if has("adapters.safetensors") || has("adapters.npz") {
+        return refused("an adapter in the format of mlx", "convert it to PEFT's format, or train it anew");
+    }
+    if has("adapter_model.bin") {
+        let next = "pickles can run code: save it as safetensors on a machine where you trust it, with `python -c \
+                    \"import torch, safetensors.torch as s; \
+                    s.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"`";
+        return refused("an adapter stored as a pickle (`adapter_model.bin`)", next);
+    }
+    if has("pytorch_lora_weights.safetensors") {
+        return refused("a LoRA of an image model", "use an adapter of a language model, in PEFT's format");
+    }
+    if has(WEIGHTS) && !has(CONFIG) {
+        return refused(
+            &format!("an adapter without {CONFIG}"),
+            &format!("fetch that file, too: it says how strong {WEIGHTS} is"),
+        );
+    }
+    if let Some(inside) = folder_inside(dir) {
+        let message = format!("expected an adapter, got a folder of them; give one: `-a '{}'`", inside.display());
+        return Err(Error::new(ErrorCode::Config, format!("`{}`", dir.display()), message));
+    }
+    if !has(CONFIG) && has("config.json") {
+        let next = "give it as the model: `-m`";
+        return Err(Error::new(
+            ErrorCode::Config,
+            format!("`{}`", dir.display()),
+            format!("expected an adapter, got a model; {next}"),
+        ));
+    }
+    // What is left is a plain lack, which reading the files reports.
+    Ok(())
+}
+
+/// The newest adapter in a folder of `dir`: trainers leave `checkpoint-100` and the like.
+fn folder_inside(dir: &Path) -> Option<std::path::PathBuf> {
+    let folders = std::fs::read_dir(dir).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    let number = |path: &std::path::PathBuf| {
+        let name = path.file_name()?.to_str()?;
+        name.rsplit('-').next()?.parse::<u64>().ok()
+    };
+    folders.filter(|path| path.join(CONFIG).exists()).max_by_key(number)
+}
+
+/// Refuses a config of another program than PEFT.
+pub(super) fn check_config(path: &Path, json: &Map<String, Value>) -> Result<()> {
+    let has = |key: &str| json.contains_key(key);
+    if has("peft_type") {
+        return Ok(());
+    }
+    if has("lora_parameters") || has("fine_tune_type") {
+        return Err(Error::unsupported(
+            path,
+            "an adapter in the format of mlx",
+            "convert it to PEFT's format, or train it anew",
+        ));
+    }
+    if has("architecture") && has("config") || has("adapter_fusion") {
+        let next = "export it to PEFT's format";
+        return Err(Error::unsupported(path, "an adapter of the library AdapterHub `adapters`", next));
+    }
+    Ok(())
+}

@@ -1,0 +1,212 @@
+//! PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors` (PEFT `save_and_load.py`).
+
+mod config;
+mod foreign;
+mod keys;
+mod targets;
+mod tensors;
+
+pub use config::LoraConfig;
+pub use tensors::{HostTensor, LoraModule, Replacements, Rows, WholeTensor};
+
+use crate::error::{Error, Result};
+use crate::format::safetensors::{Tensor, TensorFile};
+use crate::format::{Entry, Staged, Writer, sweep, sync_dir};
+use keys::PREFIX;
+use pocketlora_models::{ParamSpec, Role};
+use safetensors::tensor::Dtype;
+use serde_json::{Value, json};
+use std::io::{BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use targets::Targets;
+use tensors::{BASE_MARK, halves};
+
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+
+/// Takes a tensor by its name, for a file.
+pub(crate) type Put<'a> = dyn FnMut(&str, &[f32]) -> Result<()> + 'a;
+
+/// A PEFT adapter directory in memory.
+#[derive(Clone, Debug)]
+pub struct AdapterFile {
+    /// Where it came from.
+    pub dir: PathBuf,
+    /// Its settings.
+    pub config: LoraConfig,
+    /// Its matrices, by module.
+    pub modules: Vec<LoraModule>,
+    /// What stands in for weights of the base.
+    pub replaced: Replacements,
+    /// What the user should know though it stops nothing.
+    pub warnings: Vec<String>,
+    /// Which layers its config names; nothing is known of one that was made in memory.
+    named: Option<Arc<Targets>>,
+}
+
+impl AdapterFile {
+    /// An adapter of plain LoRA matrices, for the folder `dir`.
+    #[must_use]
+    pub fn new(dir: PathBuf, config: LoraConfig, modules: Vec<LoraModule>) -> Self {
+        Self { dir, config, modules, replaced: Replacements::default(), warnings: Vec::new(), named: None }
+    }
+
+    /// The same with `replaced` beside the matrices.
+    #[must_use]
+    pub fn with(self, replaced: Replacements) -> Self {
+        Self { replaced, ..self }
+    }
+
+    /// Reads a PEFT directory.
+    ///
+    /// # Errors
+    /// A file is missing, broken or contradicts the other, or the adapter's method is not LoRA or rsLoRA.
+    pub fn open(dir: &Path) -> Result<Self> {
+        foreign::check_files(dir)?;
+        let path = dir.join(CONFIG);
+        let json = crate::format::foreign::read_object(&path)?;
+        foreign::check_config(&path, &json)?;
+        let mut parsed = config::parse(&path, &json)?;
+        let contents = tensors::read(&dir.join(WEIGHTS), &parsed)?;
+        if parsed.biases && !contents.replaced.whole.iter().any(|w| w.kind == "bias") {
+            parsed.warnings.push("`bias` says that biases were trained, but the file has none".to_owned());
+        }
+        parsed.config.base_mark = contents.base_mark;
+        parsed.config.targets = match parsed.targets.suffixes() {
+            Some(suffixes) => suffixes.to_vec(),
+            None => contents.modules.iter().map(|m| m.path.clone()).collect(),
+        };
+        Ok(Self {
+            dir: dir.to_owned(),
+            config: parsed.config,
+            modules: contents.modules,
+            replaced: contents.replaced,
+            warnings: parsed.warnings,
+            named: Some(Arc::new(parsed.targets)),
+        })
+    }
+
+    /// Linear layers of a model with `params` that the config names, but the file has nothing for: they stay as they are.
+    pub(crate) fn unfilled<'p>(&self, params: &'p [ParamSpec]) -> Result<Vec<&'p str>> {
+        let Some(named) = &self.named else { return Ok(Vec::new()) };
+        let mut unfilled = Vec::new();
+        for param in params.iter().filter(|p| matches!(p.role, Role::Linear)) {
+            let module = param.module();
+            if named.names([module; 2])? && !self.modules.iter().any(|m| m.path == module) {
+                unfilled.push(module);
+            }
+        }
+        Ok(unfilled)
+    }
+
+    /// Whether `dir` holds an adapter: the config is what appears last.
+    #[must_use]
+    pub fn exists(dir: &Path) -> bool {
+        dir.join(CONFIG).exists()
+    }
+
+    /// Takes away what killed writers have left half-written in `dir`.
+    pub(crate) fn sweep(dir: &Path) {
+        [CONFIG, WEIGHTS].iter().for_each(|name| sweep(&dir.join(name)));
+    }
+
+    /// Writes the directory's two files, the matrices in f16. Both are on the disk before either gets its name. A kill at
+    /// any moment leaves the old adapter, the new one, or none where its config differs from the old one's: then the old
+    /// config goes first, so that no adapter of two halves is ever there.
+    ///
+    /// # Errors
+    /// A value is not finite in f16, or the files cannot be written.
+    pub fn save(&self) -> Result<()> {
+        let name = |m: &LoraModule, part: &str| format!("{}.{part}.weight", m.path);
+        let pair = |m| [(name(m, "lora_A"), &m.a), (name(m, "lora_B"), &m.b)];
+        let tensors = || self.modules.iter().flat_map(pair);
+        let shapes = tensors().map(|(name, t)| (name, t.shape)).collect();
+        let fill = |put: &mut Put<'_>| tensors().try_for_each(|(name, t)| put(&name, &t.data));
+        Self::save_by(&self.dir, &self.config, &self.replaced, shapes, fill)
+    }
+
+    /// As [`AdapterFile::save`], with tensors of `shapes` (module path, `.lora_A.weight` or `.lora_B.weight`) that `fill`
+    /// hands over one at a time, in any order: no more than one of them is held in f16. `replaced` goes along as it is.
+    ///
+    /// # Errors
+    /// As there, and those of `fill`.
+    pub(crate) fn save_by(
+        dir: &Path,
+        config: &LoraConfig,
+        replaced: &Replacements,
+        shapes: Vec<(String, [usize; 2])>,
+        fill: impl FnOnce(&mut Put<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let path = dir.join(WEIGHTS);
+        let adapted: Vec<String> =
+            shapes.iter().filter_map(|(name, _)| name.strip_suffix(".lora_A.weight").map(str::to_owned)).collect();
+        let kept = replaced.tensors(&adapted);
+        let weights = Staged::write(&path, |file| {
+            let failed = |e| Error::io("write", &path, e);
+            let entry = |(name, shape): (String, [usize; 2])| Entry {
+                name: format!("{PREFIX}{name}"),
+                dtype: Dtype::F16,
+                shape: shape.to_vec(),
+            };
+            let kept_entry = |(name, tensor): &(String, Tensor)| Entry {
+                name: format!("{PREFIX}{name}"),
+                dtype: tensor.dtype,
+                shape: tensor.shape.clone(),
+            };
+            let entries = shapes.into_iter().map(entry).chain(kept.iter().map(kept_entry)).collect();
+            let metadata = match &config.base_mark {
+                Some(mark) => json!({ "format": "pt", BASE_MARK: mark }),
+                None => json!({ "format": "pt" }),
+            };
+            let mut writer = Writer::new(BufWriter::new(file), metadata, entries, Vec::new());
+            fill(&mut |name, values| {
+                let raw: Vec<u8> = halves(values, name)?.iter().flat_map(|v| v.to_le_bytes()).collect();
+                writer.write(&format!("{PREFIX}{name}"), 0, &raw).map_err(failed)
+            })?;
+            for (name, tensor) in &kept {
+                writer.write(&format!("{PREFIX}{name}"), 0, &tensor.bytes).map_err(failed)?;
+            }
+            writer.finish().map(|_| ()).map_err(failed)
+        })?;
+        let mut text = serde_json::to_vec_pretty(&config.json(replaced, &adapted)).expect("a JSON value serializes");
+        text.push(b'\n');
+        Self::commit(dir, weights, &text)
+    }
+
+    /// Writes the adapter in the folder `from` to the folder `to` as [`AdapterFile::save`] would, without holding it.
+    ///
+    /// # Errors
+    /// A file of `from` is missing or no safetensors file, or the files cannot be written.
+    pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
+        let (source, path, config) = (from.join(WEIGHTS), to.join(WEIGHTS), from.join(CONFIG));
+        TensorFile::open(&source)?;
+        let text = std::fs::read(&config).map_err(|e| Error::io("read", &config, e))?;
+        let weights = Staged::write(&path, |file| {
+            let mut source = std::fs::File::open(&source).map_err(|e| Error::io("read", &source, e))?;
+            std::io::copy(&mut source, file).map_err(|e| Error::io("write", &path, e))?;
+            Ok(())
+        })?;
+        Self::commit(to, weights, &text)
+    }
+
+    /// Gives `weights` and a config of `text` their names, in an order of which a kill at any moment spoils nothing.
+    fn commit(dir: &Path, weights: Staged, text: &[u8]) -> Result<()> {
+        let path = dir.join(CONFIG);
+        if std::fs::read(&path).is_ok_and(|old| old == text) {
+            return weights.commit();
+        }
+        let config = Staged::write(&path, |file| file.write_all(text).map_err(|e| Error::io("write", &path, e)))?;
+        if path.exists() {
+            std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+            sync_dir(dir)?;
+        }
+        weights.commit()?;
+        config.commit()
+    }
+}
+
+/// A whole number as such: PEFT takes ranks for sizes.
+fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value < 1e15 { json!(value as u64) } else { json!(value) }
+}

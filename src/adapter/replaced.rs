@@ -1,0 +1,175 @@
+//! Weights that come with an adapter and stand in for the base's while it is attached: an embedding and a head of more
+//! rows, trained copies of modules, biases. They are mapped from the adapter's file, as the base's are from its own.
+
+use super::{AdapterFile, WholeTensor, foreign_module};
+use crate::error::{Error, ErrorCode, Result};
+use crate::exec::Base;
+use crate::format::widen;
+use bytes::Bytes;
+use pocketlora_kernels::{Backend, MatrixData, MatrixSource};
+use pocketlora_models::{Param, ParamSpec, Role};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// The weights of all attached adapters.
+pub struct Replaced<B: Backend> {
+    /// The embedding's, for looking tokens up.
+    table: Option<Arc<B::Matrix>>,
+    /// Those that something is multiplied with. A tied head is the embedding's parameter here.
+    factors: BTreeMap<u32, Arc<B::Matrix>>,
+    vectors: BTreeMap<u32, Arc<B::Buffer>>,
+    /// What was brought by whom.
+    owners: BTreeMap<String, (PathBuf, Bytes)>,
+}
+
+impl<B: Backend> Default for Replaced<B> {
+    fn default() -> Self {
+        Self { table: None, factors: BTreeMap::new(), vectors: BTreeMap::new(), owners: BTreeMap::new() }
+    }
+}
+
+impl<B: Backend> Clone for Replaced<B> {
+    fn clone(&self) -> Self {
+        let Self { table, factors, vectors, owners } = self;
+        Self { table: table.clone(), factors: factors.clone(), vectors: vectors.clone(), owners: owners.clone() }
+    }
+}
+
+impl<B: Backend> Replaced<B> {
+    /// What tokens are looked up in, if it is not the base's.
+    pub fn table(&self) -> Option<&B::Matrix> {
+        self.table.as_deref()
+    }
+
+    /// What `p` is multiplied with, if it is not the base's.
+    pub fn factor(&self, p: Param) -> Option<&B::Matrix> {
+        self.factors.get(&p.0).map(Arc::as_ref)
+    }
+
+    /// The vector in the place of `p`, if it is not the base's.
+    pub fn vector(&self, p: Param) -> Option<&B::Buffer> {
+        self.vectors.get(&p.0).map(Arc::as_ref)
+    }
+
+    /// Bytes of mapped files that it holds on to.
+    #[must_use]
+    pub fn mapped_bytes(&self) -> u64 {
+        self.owners.values().map(|(_, bytes)| bytes.len() as u64).sum()
+    }
+
+    /// These and the ones of `file`.
+    pub(crate) fn with(&self, base: &Base<B>, file: &AdapterFile, factor: f32) -> Result<Self> {
+        let mut all = self.clone();
+        if file.replaced.is_empty() {
+            return Ok(all);
+        }
+        let names = || file.replaced.names().collect::<Vec<_>>().join("`, `");
+        let place = || format!("`{}`", file.dir.display());
+        if factor != 1.0 {
+            let message = format!(
+                "expected a scale of 1, got `{factor}`: the adapter brings weights in place of the base's, which have \
+                 no strength (`{}`); attach it without a scale",
+                names()
+            );
+            return Err(Error::new(ErrorCode::Config, place(), message));
+        }
+        if let Some(rows) = file.replaced.rows.first() {
+            let what = format!("`trainable_token_indices` (new rows of `{}`)", rows.module);
+            let next =
+                "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
+            return Err(Error::unsupported(&file.dir, what, next));
+        }
+        for whole in &file.replaced.whole {
+            all.take(base, file, whole)?;
+        }
+        all.tie(base, file)?;
+        let params = base.model.params().iter();
+        let embedding = params.zip(0..).find(|(p, _)| p.role == Role::Embedding).map(|(_, i)| Param(i));
+        let head = base.model.head_param();
+        let (table, _) = base.backend.shape(base.table_with(&all, embedding.unwrap_or(head)));
+        let head = base.vocabulary(&all);
+        if table != head {
+            let message = format!(
+                "expected an embedding and a head of the same vocabulary, got {table} and {head} rows; save the adapter \
+                 again with both of them (`save_embedding_layers=True`)"
+            );
+            return Err(Error::new(ErrorCode::AdapterMismatch, place(), message));
+        }
+        Ok(all)
+    }
+
+    /// Puts one weight in its place.
+    fn take(&mut self, base: &Base<B>, file: &AdapterFile, whole: &WholeTensor) -> Result<()> {
+        let name = format!("{}.{}", whole.module, whole.kind);
+        let params = base.model.params();
+        let is_it = |p: &ParamSpec| match p.role {
+            Role::Embedding => name == p.name || name == "lm_head.weight" && base.model.config().tied_head,
+            _ => name == p.name,
+        };
+        let at = params.iter().position(is_it);
+        let at = at.ok_or_else(|| foreign_module(base, &file.dir, "a part", &whole.module))?;
+        let (spec, tensor) = (&params[at], &whole.tensor);
+        let place = || format!("`{}`: tensor `{name}`", file.dir.display());
+        let key = if whole.copy { format!("{name} (copy)") } else { name.clone() };
+        if let Some((other, bytes)) = self.owners.get(&key) {
+            if *bytes == tensor.bytes {
+                return Ok(());
+            }
+            let message =
+                format!("`{}` brings another one in place of the base's; attach only one of the two", other.display());
+            return Err(Error::new(ErrorCode::AdapterMismatch, place(), message));
+        }
+        let vocabulary = matches!(spec.role, Role::Embedding | Role::Head);
+        let fits = match (&spec.shape[..], &tensor.shape[..]) {
+            // The vocabulary may have grown.
+            (&[_, cols], &[rows, got]) if vocabulary => rows > 0 && cols == got,
+            (expected, got) => expected == got,
+        };
+        let Some(float) = tensor.float_type().filter(|_| fits) else {
+            let message = format!(
+                "expected F32, F16 or BF16 of shape `{:?}` as in the base, got {}; use the base that the adapter was \
+                 trained on",
+                spec.shape,
+                tensor.describe()
+            );
+            return Err(Error::new(ErrorCode::AdapterMismatch, place(), message));
+        };
+        self.owners.insert(key, (file.dir.clone(), tensor.bytes.clone()));
+        if spec.role == Role::Vector {
+            let mut values = vec![0.0; spec.shape[0]];
+            widen(float, &tensor.bytes, &mut values);
+            let mut buffer = base.backend.buffer(values.len())?;
+            base.backend.write(&mut buffer, &values);
+            self.vectors.insert(at as u32, Arc::new(buffer));
+            return Ok(());
+        }
+        let (rows, cols) = (tensor.shape[0], tensor.shape[1]);
+        let source = MatrixSource { rows, cols, data: MatrixData::Dense(float, tensor.bytes.clone()) };
+        let matrix = Arc::new(base.backend.matrix(source)?);
+        if spec.role == Role::Embedding && name == spec.name {
+            self.table = Some(matrix);
+        } else {
+            self.factors.insert(at as u32, matrix);
+        }
+        Ok(())
+    }
+
+    /// What a tied head becomes: PEFT loads a plain embedding into the base, where the head sees it. Of a trained copy it
+    /// does not know, unless the adapter says so.
+    fn tie(&mut self, base: &Base<B>, file: &AdapterFile) -> Result<()> {
+        let head = base.model.head_param();
+        let own = file.replaced.whole.iter().any(|w| w.module == "lm_head");
+        let embedding = &base.model.params()[head.0 as usize];
+        if embedding.role != Role::Embedding || own {
+            return Ok(());
+        }
+        let mut whole = file.replaced.whole.iter().filter(|w| format!("{}.{}", w.module, w.kind) == embedding.name);
+        let Some(seen) = whole.find(|w| !w.copy || file.replaced.ties_copies) else { return Ok(()) };
+        let Some(float) = seen.tensor.float_type() else { return Ok(()) };
+        let (rows, cols) = (seen.tensor.shape[0], seen.tensor.shape[1]);
+        let source = MatrixSource { rows, cols, data: MatrixData::Dense(float, seen.tensor.bytes.clone()) };
+        self.factors.insert(head.0, Arc::new(base.backend.matrix(source)?));
+        Ok(())
+    }
+}

@@ -1,0 +1,364 @@
+//! Adapters as they are found: names that wrappers left behind, weights that come along, keys that ask for more, and what
+//! is no adapter of ours at all.
+
+mod common;
+
+use common::{check_all, golden, logits, max_diff, open_exact, tensors, tiny_chat_model, tiny_chats};
+use half::f16;
+use pocketlora::adapter::AdapterFile;
+use pocketlora::train::{Observer, StepReport, TrainConfig};
+use pocketlora::{ErrorCode, Session};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+/// A tensor in f16: name, shape, values.
+type F16 = (String, Vec<usize>, Vec<f32>);
+
+const Q: &str = "model.layers.0.self_attn.q_proj";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const ROWS: usize = 512;
+const WIDTH: usize = 128;
+
+/// The LoRA on layer 0's `q_proj` of the tiny Llama, its names made by `name` from `Q.lora_A` and a tail.
+fn q_proj(name: impl Fn(&str) -> String) -> Vec<F16> {
+    let half = |part: &str, shape: [usize; 2]| {
+        let values = (0..shape[0] * shape[1]).map(|i| ((i * 7 + 3) % 11) as f32 / 50.0 - 0.1).collect();
+        (name(&format!("{Q}.lora_{part}")), shape.to_vec(), values)
+    };
+    vec![half("A", [2, WIDTH]), half("B", [WIDTH, 2])]
+}
+
+fn plain() -> Vec<F16> {
+    q_proj(|path| format!("base_model.model.{path}.weight"))
+}
+
+fn write_tensors(path: &Path, tensors: &[F16]) {
+    let bytes: Vec<Vec<u8>> =
+        tensors.iter().map(|(_, _, v)| v.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect()).collect();
+    let views = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|((name, shape, _), bytes)| (name.as_str(), TensorView::new(Dtype::F16, shape.clone(), bytes).unwrap()));
+    fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+/// An adapter of rank 2 on `q_proj` in the folder `name` of `dir`, its config changed.
+fn adapter(dir: &Path, name: &str, tensors: &[F16], changes: Value) -> PathBuf {
+    let out = dir.join(name);
+    fs::create_dir_all(&out).unwrap();
+    let mut config = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
+                            "layers_to_transform": [0], "task_type": "CAUSAL_LM"});
+    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    fs::write(out.join("adapter_config.json"), config.to_string()).unwrap();
+    write_tensors(&out.join("adapter_model.safetensors"), tensors);
+    out
+}
+
+/// An embedding of `rows` rows that differs from the tiny Llama's.
+fn embedding(rows: usize) -> Vec<f32> {
+    (0..rows * WIDTH).map(|i| ((i * 13 + 5) % 17) as f32 / 40.0 - 0.2).collect()
+}
+
+fn whole(name: &str, rows: usize) -> F16 {
+    (format!("base_model.model.{name}"), vec![rows, WIDTH], embedding(rows))
+}
+
+/// The tiny Llama with other matrices for tokens, tied or not.
+fn model_with(dir: &Path, name: &str, table: Option<Vec<f32>>, head: Option<Vec<f32>>) -> PathBuf {
+    let out = dir.join(name);
+    fs::create_dir_all(&out).unwrap();
+    let of_base = tensors(&golden("tiny-llama/model.safetensors"));
+    let (rows, untied) = (table.as_ref().map_or(ROWS, |t| t.len() / WIDTH), head.is_some());
+    let mut all: Vec<F16> = of_base.into_iter().map(|(name, t)| (name, t.shape, t.data)).collect();
+    for (name, shape, data) in &mut all {
+        if let (EMBEDDING, Some(table)) = (name.as_str(), &table) {
+            (*shape, *data) = (vec![rows, WIDTH], table.clone());
+        }
+    }
+    all.extend(head.map(|head| ("lm_head.weight".to_owned(), vec![rows, WIDTH], head)));
+    let text = fs::read_to_string(golden("tiny-llama/config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    config["vocab_size"] = rows.into();
+    config["tie_word_embeddings"] = (!untied).into();
+    fs::write(out.join("config.json"), config.to_string()).unwrap();
+    write_tensors(&out.join("model.safetensors"), &all);
+    out
+}
+
+fn with(model: &Path, adapter: &Path) -> Session {
+    let mut session = open_exact(model, 1);
+    session.attach(adapter, 1.0).unwrap();
+    session
+}
+
+const IDS: [u32; 8] = [5, 80, 3, 200, 77, 511, 9, 4];
+
+fn same(name: &str, got: &[f32], expected: &[f32], bound: f32) -> Result<(), String> {
+    if got.len() != expected.len() {
+        return Err(format!("{name}: {} logits instead of {}", got.len(), expected.len()));
+    }
+    let (diff, at) = max_diff(got, expected);
+    if diff <= bound { Ok(()) } else { Err(format!("{name}: off by {diff} at {at}")) }
+}
+
+#[test]
+fn modules_to_save_give_the_logits_of_peft() {
+    let session = with(&golden("peft/base"), &golden("peft/modules_to_save"));
+    let ids = [61, 152, 251, 238, 199, 33, 157, 166, 103, 208, 74, 180, 173, 26, 19, 74];
+    let expected = &tensors(&golden("peft/modules_to_save/logits.safetensors"))["logits"].data;
+    same("logits", &logits(&session, &ids), expected, 2e-3).unwrap();
+    assert!(session.warnings().is_empty(), "{:?}", session.warnings());
+}
+
+#[test]
+fn names_that_wrappers_left_behind_say_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = golden("tiny-llama");
+    let expected = logits(&with(&model, &adapter(dir.path(), "plain", &plain(), json!({}))), &IDS);
+    let below = |path: &str, inside: &str| path.replacen("model.layers", &format!("{inside}.layers"), 1);
+    type Named = Box<dyn Fn(&str) -> String>;
+    let cases: [(&str, Named); 9] = [
+        ("default", Box::new(|p| format!("base_model.model.{p}.default.weight"))),
+        ("another name", Box::new(|p| format!("base_model.model.{p}.sql.weight"))),
+        ("compiled", Box::new(|p| format!("base_model.model._orig_mod.{p}.weight"))),
+        ("compiled outside", Box::new(|p| format!("_orig_mod.base_model.model.{p}.weight"))),
+        ("ddp", Box::new(|p| format!("module.base_model.model.{p}.weight"))),
+        ("fsdp", Box::new(move |p| below(&format!("base_model.model.{p}.weight"), "model._fsdp_wrapped_module"))),
+        ("twice", Box::new(|p| format!("base_model.model.base_model.model.{p}.weight"))),
+        ("bare", Box::new(|p| format!("{p}.weight"))),
+        ("text part", Box::new(move |p| below(&format!("base_model.model.{p}.weight"), "model.language_model"))),
+    ];
+    check_all(cases, |(name, named)| {
+        let session = with(&model, &adapter(dir.path(), name, &q_proj(named), json!({})));
+        same(name, &logits(&session, &IDS), &expected, 0.0)
+    });
+}
+
+/// A tied head sees what PEFT loads into the base, and nothing of a trained copy.
+#[test]
+fn embeddings_that_come_with_an_adapter_are_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = tensors(&golden("tiny-llama/model.safetensors"))[EMBEDDING].data.clone();
+    let tied = golden("tiny-llama");
+    let untied = model_with(dir.path(), "untied", None, Some(old.iter().map(|v| -v).collect()));
+    let negative: Vec<f32> = old.iter().map(|v| -v).collect();
+    let copy = json!({"modules_to_save": ["embed_tokens"]});
+    let both = json!({"modules_to_save": ["embed_tokens", "lm_head"]});
+    let tie = json!({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": true});
+    let table = |n| whole(EMBEDDING, n);
+    let head = |n| whole("lm_head.weight", n);
+    let new = Some(embedding(ROWS));
+    let cases = [
+        ("in place, tied", &tied, vec![table(ROWS)], json!({}), new.clone(), None),
+        ("in place, untied", &untied, vec![table(ROWS)], json!({}), new.clone(), Some(negative.clone())),
+        ("copy, tied", &tied, vec![table(ROWS)], copy.clone(), new.clone(), Some(old.clone())),
+        ("copy, tied again", &tied, vec![table(ROWS)], tie, new.clone(), None),
+        ("head, tied", &tied, vec![head(ROWS)], json!({"modules_to_save": ["lm_head"]}), None, new.clone()),
+        ("head, untied", &untied, vec![head(ROWS)], json!({"modules_to_save": ["lm_head"]}), None, new.clone()),
+        ("grown", &tied, vec![table(515)], json!({}), Some(embedding(515)), None),
+        ("grown, both", &untied, vec![table(515), head(515)], both, Some(embedding(515)), Some(embedding(515))),
+        ("shrunk", &tied, vec![table(512 - 64)], json!({}), Some(embedding(448)), None),
+        (
+            "a name of its own",
+            &tied,
+            vec![whole("model.embed_tokens.modules_to_save.default.weight", ROWS)],
+            copy,
+            new.clone(),
+            Some(old.clone()),
+        ),
+    ];
+    check_all(cases.into_iter().enumerate(), |(i, (name, model, extra, config, table, head))| {
+        let ids: Vec<u32> =
+            IDS.iter().map(|&id| id.min(447)).chain((name.starts_with("grown")).then_some(514)).collect();
+        let tensors = [&plain()[..], extra].concat();
+        let mut session = with(model, &adapter(dir.path(), &format!("adapter {i}"), &tensors, config.clone()));
+        let twin = model_with(dir.path(), &format!("twin {i}"), table.clone(), head.clone());
+        let twin = with(&twin, &adapter(dir.path(), &format!("plain {i}"), &plain(), json!({})));
+        same(name, &logits(&session, &ids), &logits(&twin, &ids), 1e-4)?;
+        if session.vocabulary() != twin.base().model.config().vocab_size {
+            return Err(format!("{name}: a vocabulary of {}", session.vocabulary()));
+        }
+        session.detach_all();
+        same(name, &logits(&session, &IDS), &logits(&open_exact(model, 1), &IDS), 0.0)
+    });
+}
+
+#[test]
+fn what_would_be_ignored_or_wrong_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let and = |extra: Vec<F16>| [plain(), extra].concat();
+    let two_names: Vec<F16> = ["a", "b"]
+        .iter()
+        .flat_map(|n| {
+            q_proj(move |p| {
+                format!(
+                    "base_model.model.{}.{n}.weight",
+                    p.replace("layers.0", if *n == "a" { "layers.0" } else { "layers.1" })
+                )
+            })
+        })
+        .collect();
+    let twice = and(q_proj(|path| format!("base_model.model.{path}.default.weight")));
+    let vector = |name: &str| (format!("base_model.model.{name}"), vec![WIDTH], vec![1.0; WIDTH]);
+    let rows = ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 2);
+    let rows = (rows.0.to_owned(), vec![rows.1, WIDTH], embedding(2));
+    let no_changes = json!({});
+    let cases = [
+        ("alora", plain(), json!({"alora_invocation_tokens": [27, 9690]}), "alora_invocation_tokens"),
+        ("a key of tomorrow", plain(), json!({"use_magic": true}), "use_magic"),
+        ("two adapters", two_names, json!({"layers_to_transform": null}), "`a` and `b`"),
+        ("twice", twice, no_changes.clone(), "twice"),
+        ("not named", plain(), json!({"target_modules": ["v_proj"]}), "target_modules"),
+        ("excluded", plain(), json!({"exclude_modules": ".*q_proj"}), "target_modules"),
+        ("other layers", plain(), json!({"layers_to_transform": [1]}), "target_modules"),
+        ("half a pair", plain()[..1].to_vec(), no_changes.clone(), "lora_B"),
+        ("nothing saved", plain(), json!({"modules_to_save": ["lm_head"]}), "lm_head"),
+        ("a classifier", and(vec![whole("score.weight", 2)]), json!({"task_type": "SEQ_CLS"}), "score"),
+        ("another norm", and(vec![vector("model.layers.0.extra_norm.weight")]), no_changes.clone(), "extra_norm"),
+        (
+            "another width",
+            and(vec![(format!("base_model.model.{EMBEDDING}"), vec![ROWS, 64], vec![0.0; ROWS * 64])]),
+            no_changes.clone(),
+            EMBEDDING,
+        ),
+        (
+            "a half-grown vocabulary",
+            and(vec![whole(EMBEDDING, 515)]),
+            json!({"modules_to_save": ["embed_tokens"]}),
+            "515",
+        ),
+        ("new rows", and(vec![rows.clone()]), json!({"trainable_token_indices": [3, 4]}), "trainable_token_indices"),
+        ("rows without ids", and(vec![rows]), no_changes.clone(), "trainable_token_indices"),
+        (
+            "a text model's vision",
+            q_proj(|p| format!("base_model.model.model.vision_tower.{p}.weight")),
+            no_changes,
+            "vision_tower",
+        ),
+    ];
+    check_all(cases, |(name, tensors, config, said)| {
+        let mut session = open_exact(&golden("tiny-llama"), 1);
+        match session.attach(&adapter(dir, name, tensors, config.clone()), 1.0) {
+            Ok(()) => Err(format!("{name}: accepted")),
+            Err(_) if !session.attached().is_empty() => Err(format!("{name}: half attached")),
+            Err(e) if e.to_string().contains(said) => Ok(()),
+            Err(e) => Err(format!("{name}: expected `{said}` in: {e}")),
+        }
+    });
+}
+
+#[test]
+fn weights_that_come_along_have_no_strength_and_no_second() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors = [plain(), vec![whole(EMBEDDING, ROWS)]].concat();
+    let mut other = tensors.clone();
+    other[2].2[0] += 1.0;
+    let first = adapter(dir.path(), "first", &tensors, json!({}));
+    let other = adapter(dir.path(), "other", &other, json!({}));
+    let mut session = open_exact(&golden("tiny-llama"), 1);
+    let error = session.attach(&first, 0.5).unwrap_err();
+    assert!(error.to_string().contains(EMBEDDING) && error.code() == ErrorCode::Config, "{error}");
+    session.attach(&first, 1.0).unwrap();
+    let before = logits(&session, &IDS);
+    let error = session.attach(&other, 1.0).unwrap_err();
+    assert!(error.to_string().contains(EMBEDDING) && error.to_string().contains("first"), "{error}");
+    same("unchanged", &logits(&session, &IDS), &before, 0.0).unwrap();
+    // The same weights in both are no contradiction.
+    session.attach(&first, 1.0).unwrap();
+}
+
+#[test]
+fn what_is_odd_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, config, said) in [
+        ("layer 1 has nothing", json!({"layers_to_transform": null}), Some("model.layers.1.self_attn.q_proj")),
+        ("another task", json!({"task_type": "SEQ_CLS"}), Some("SEQ_CLS")),
+        ("biases", json!({"bias": "lora_only"}), Some("bias")),
+        ("nothing", json!({}), None),
+    ] {
+        let mut session = with(&golden("tiny-llama"), &adapter(dir.path(), name, &plain(), config));
+        let all = session.warnings().join("\n");
+        assert!(said.map_or(all.is_empty(), |said| all.contains(said)), "{name}: {all}");
+        session.detach_all();
+        assert!(session.warnings().is_empty());
+    }
+}
+
+struct OneStep;
+
+impl Observer for OneStep {
+    fn on_step(&mut self, _: &StepReport) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+}
+
+/// Training from such an adapter sees its weights, leaves them as they are, and writes them again.
+#[test]
+fn training_keeps_the_weights_that_came_along() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = (tiny_chat_model(dir.path()), tiny_chats(dir.path(), 4));
+    let norm = ("base_model.model.model.norm.weight".to_owned(), vec![WIDTH], vec![0.5; WIDTH]);
+    for (name, extra, config) in [
+        (
+            "copies",
+            vec![whole(EMBEDDING, 515), whole("lm_head.weight", 515)],
+            json!({"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ),
+        ("in place", vec![whole(EMBEDDING, ROWS), norm], json!({})),
+    ] {
+        let start = adapter(dir.path(), name, &[&plain()[..], &extra].concat(), config);
+        let init = AdapterFile::open(&start).unwrap();
+        let out = dir.path().join(format!("{name} out"));
+        let session = open_exact(&model, 1);
+        let data = session.dataset(&data, 64).unwrap();
+        let config = TrainConfig { steps: Some(1), lr: 1e-9, ..TrainConfig::default() };
+        session.trainer(config, data, None, Some(&init), &out).unwrap().run(&mut OneStep).unwrap();
+        // Next to nothing was learned, so both must say the same.
+        let (a, b) = (logits(&with(&model, &start), &IDS), logits(&with(&model, &out), &IDS));
+        same(name, &b, &a, 1e-3).unwrap();
+        assert_ne!(logits(&session, &IDS)[..8], b[..8], "{name}");
+    }
+}
+
+#[test]
+fn what_is_no_peft_adapter_is_told_by_its_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = adapter(dir.path(), "good", &plain(), json!({}));
+    let folder = |name: &str, files: &[(&str, &str)]| {
+        let out = dir.path().join(name);
+        fs::create_dir_all(&out).unwrap();
+        files.iter().for_each(|(file, text)| fs::write(out.join(file), text).unwrap());
+        out
+    };
+    let config = r#"{"peft_type": "LORA", "r": 2, "lora_alpha": 4}"#;
+    let checkpoints = dir.path().join("run");
+    for step in ["checkpoint-9", "checkpoint-100"] {
+        fs::create_dir_all(checkpoints.join(step)).unwrap();
+        fs::write(checkpoints.join(step).join("adapter_config.json"), config).unwrap();
+    }
+    let mlx = r#"{"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}}"#;
+    let gguf = folder("gguf", &[("a.gguf", "GGUF")]).join("a.gguf");
+    let unet = q_proj(|p| format!("lora_unet_{}.lora_down.weight", p.replace('.', "_")));
+    check_all(
+        [
+            (folder("pickle", &[("adapter_config.json", config), ("adapter_model.bin", "x")]), "pickle"),
+            (folder("mlx", &[("adapter_config.json", mlx), ("adapters.safetensors", "x")]), "mlx"),
+            (folder("image", &[("pytorch_lora_weights.safetensors", "x")]), "image model"),
+            (folder("no config", &[("adapter_model.safetensors", "x")]), "adapter_config.json"),
+            (folder("a model", &[("config.json", "{}"), ("model.safetensors", "x")]), "`-m`"),
+            (checkpoints.clone(), "checkpoint-100"),
+            (gguf, "GGUF"),
+            (good.join("adapter_model.safetensors"), "good"),
+            (adapter(dir.path(), "kohya", &unet[..1], json!({})), "image model"),
+        ],
+        |(path, said)| match AdapterFile::open(path) {
+            Ok(_) => Err(format!("{}: accepted", path.display())),
+            Err(e) if e.to_string().contains(said) => Ok(()),
+            Err(e) => Err(format!("{}: expected `{said}` in: {e}", path.display())),
+        },
+    );
+}
