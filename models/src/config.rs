@@ -82,7 +82,7 @@ impl Config {
     /// The first key that is missing, of the wrong type, out of range or in contradiction with another.
     pub fn parse(json: &Map<String, Value>) -> Result<Self, ConfigError> {
         let keys = Keys(json);
-        let model_type = keys.text("model_type")?.ok_or_else(|| ConfigError::new("model_type", "a name", "nothing"))?;
+        let model_type = keys.text("model_type")?.unwrap_or_default();
         let heads = keys.count("num_attention_heads")?;
         let hidden_size = keys.size("hidden_size")?;
         let kv_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(heads);

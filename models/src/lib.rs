@@ -56,15 +56,12 @@ pub fn families() -> impl Iterator<Item = &'static str> {
 /// A key is missing or out of range, or the family is unknown.
 pub fn build(config: &serde_json::Map<String, serde_json::Value>) -> Result<Box<dyn Model>, ConfigError> {
     // The family first: what else its config has, or lacks, means something there alone.
-    let model_type = config.get("model_type").and_then(serde_json::Value::as_str);
-    let family = FAMILIES.iter().find(|(name, _)| model_type.is_none_or(|t| *name == t));
-    let Some((_, build)) = family else {
-        let known = families().collect::<Vec<_>>().join("`, `");
-        return Err(ConfigError::unsupported(
-            "model_type",
-            format!("one of `{known}`"),
-            model_type.unwrap_or_default(),
-        ));
+    let known = || format!("one of `{}`", families().collect::<Vec<_>>().join("`, `"));
+    let model_type = match config.get("model_type") {
+        Some(serde_json::Value::String(name)) => name,
+        other => return Err(ConfigError::new("model_type", known(), other.unwrap_or(&serde_json::Value::Null))),
     };
+    let family = FAMILIES.iter().find(|(name, _)| name == model_type);
+    let (_, build) = family.ok_or_else(|| ConfigError::unsupported("model_type", known(), model_type))?;
     Ok(build(Config::parse(config)?))
 }

@@ -3,7 +3,7 @@
 use super::{interrupt, progress, pull};
 use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::{Progress, Source, Target, config_of, is_gguf, model_of, open_source, quantize};
+use crate::format::{Checkpoint, Progress, Source, Target, is_gguf, model_of, open_source, quantize};
 use crate::hub;
 use std::fs;
 use std::ops::ControlFlow;
@@ -17,7 +17,7 @@ pub(super) const DEFAULT: &str = "smollm2-135m";
 /// `quantize`, a model that is not in NF4 is quantized into the cache at first use.
 pub(super) fn resolve(model: &str, quantize: bool) -> Result<PathBuf> {
     let path = model_of(&locate(model)?);
-    if !is_gguf(&path) && (is_quantized(&path)? || !quantize) {
+    if !is_gguf(&path) && (!quantize || Checkpoint::open(&path)?.is_four_bit()) {
         return Ok(path);
     }
     if !quantize {
@@ -60,10 +60,6 @@ fn looks_like_a_path(model: &str) -> bool {
     model.starts_with(['.', '/', '~', '\\'])
         || model.matches('/').count() > 1
         || ends.iter().any(|e| model.ends_with(e))
-}
-
-fn is_quantized(model: &Path) -> Result<bool> {
-    Ok(config_of(model)?.get("quantization_config").is_some_and(|q| !q.is_null()))
 }
 
 /// Where the NF4 form of `source` lies in the cache. The name changes when the source does.

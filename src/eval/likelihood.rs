@@ -75,8 +75,8 @@ impl<'s> Likelihood<'s> {
             return Ok(sum);
         }
         let message = format!(
-            "expected a finite number, got `{sum}`; the weights or an attached adapter are broken: fetch the model \
-             again or leave out the adapter"
+            "expected a finite number, got `{sum}`; the weights or an attached adapter are broken: leave out the adapter, or use \
+             another copy of the model"
         );
         Err(Error::new(ErrorCode::Diverged, "likelihood", message))
     }

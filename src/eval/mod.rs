@@ -57,8 +57,8 @@ impl Score {
             return Ok(self);
         }
         let message = format!(
-            "expected a finite number, got `{}`; the weights or an attached adapter are broken: fetch the model again \
-             or leave out the adapter",
+            "expected a finite number, got `{}`; the weights or an attached adapter are broken: leave out the adapter, or use \
+             another copy of the model",
             self.nll_sum
         );
         Err(Error::new(ErrorCode::Diverged, "loss", message))

@@ -2,9 +2,9 @@
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Checkpoint, Source, foreign, weight_of};
-use pocketlora_models::Model;
+use pocketlora_models::{Model, ParamSpec, Role};
 use serde_json::{Map, Value};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 /// The architecture that the checkpoint's config names, once it is known to have a use for every weight.
@@ -25,13 +25,29 @@ pub(crate) fn architecture(checkpoint: &Checkpoint) -> Result<Box<dyn Model>> {
 /// It could not.
 pub(crate) fn check_source(source: &dyn Source, place: &Path) -> Result<()> {
     let model = architecture_of(source.config(), place)?;
-    let names: HashSet<&str> = source.tensors().iter().map(|t| t.name.as_str()).collect();
-    // In the file's order, so that messages do not differ from run to run.
     check_names(&*model, place, source.tensors().iter().map(|t| t.name.as_str()))?;
-    match model.params().iter().find(|spec| !names.contains(spec.name.as_str())) {
-        None => Ok(()),
-        Some(spec) => Err(crate::format::safetensors::missing(place, &spec.name)),
+    let shapes: HashMap<&str, &[usize]> = source.tensors().iter().map(|t| (&t.name[..], &t.shape[..])).collect();
+    for spec in model.params() {
+        match shapes.get(spec.name.as_str()) {
+            Some(shape) if *shape == spec.shape => {}
+            Some(shape) => return Err(wrong_shape(place, spec, shape)),
+            None => return Err(crate::format::safetensors::missing(place, &spec.name)),
+        }
     }
+    Ok(())
+}
+
+/// The error for a weight of `shape` at `place` that is to be `spec`.
+pub(super) fn wrong_shape(place: &Path, spec: &ParamSpec, shape: &[usize]) -> Error {
+    let next = match (spec.role, shape) {
+        // A vocabulary that grew or was cut, with the config left behind.
+        (Role::Embedding | Role::Head, [rows, cols]) if *cols == spec.shape[1] => {
+            format!("if the vocabulary was resized, set `vocab_size` to {rows}")
+        }
+        _ => "config and weights belong to different models: use both from one place".to_owned(),
+    };
+    let message = format!("expected shape `{:?}` from config.json, got `{shape:?}`; {next}", spec.shape);
+    Error::new(ErrorCode::Format, format!("`{}`: tensor `{}`", place.display(), spec.name), message)
 }
 
 /// The architecture that `config` names, of a model that lies at `place`.

@@ -44,19 +44,12 @@ impl<B: Backend> Base<B> {
         let model = architecture(checkpoint)?;
         let mut weights = Vec::with_capacity(model.params().len());
         for spec in model.params() {
-            let wrong_shape = |got: Vec<usize>| {
-                let place = format!("`{}`: tensor `{}`", checkpoint.dir().display(), spec.name);
-                let message = format!(
-                    "expected shape `{:?}` from config.json, got `{got:?}`; config and weights belong to different models",
-                    spec.shape
-                );
-                Err(Error::new(ErrorCode::Format, place, message))
-            };
+            let wrong_shape = |got: &[usize]| Err(fit::wrong_shape(checkpoint.dir(), spec, got));
             weights.push(match spec.role {
                 Role::Vector => {
                     let values = checkpoint.vector(&spec.name)?;
                     if values.len() != spec.shape[0] {
-                        return wrong_shape(vec![values.len()]);
+                        return wrong_shape(&[values.len()]);
                     }
                     let mut buffer = backend.buffer(values.len())?;
                     backend.write(&mut buffer, &values);
@@ -65,7 +58,7 @@ impl<B: Backend> Base<B> {
                 Role::Embedding | Role::Linear | Role::Head => {
                     let source = checkpoint.matrix(&spec.name)?;
                     if spec.shape != [source.rows, source.cols] {
-                        return wrong_shape(vec![source.rows, source.cols]);
+                        return wrong_shape(&[source.rows, source.cols]);
                     }
                     let matrix = backend.matrix(source).map_err(|e| {
                         let place = format!("`{}`: tensor `{}`", checkpoint.dir().display(), spec.name);

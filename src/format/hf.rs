@@ -44,7 +44,7 @@ impl Checkpoint {
                 (vec![file], owners)
             }
             None if index.exists() => open_shards(&dir, &index)?,
-            None => return Err(place::no_weights(&dir)),
+            None => return Err(foreign::no_weights(&dir)),
         };
         for file in &files {
             foreign::check_tensors(file.path(), &file.tensors().collect::<Vec<_>>())?;
@@ -170,6 +170,12 @@ impl Checkpoint {
         let mut out = vec![0.0; tensor.shape[0]];
         widen(float, &tensor.bytes, &mut out);
         Ok(out)
+    }
+
+    /// Whether any weight is in bitsandbytes' 4 bits, whatever the config says.
+    #[must_use]
+    pub fn is_four_bit(&self) -> bool {
+        self.names().any(bnb::is_companion)
     }
 
     /// Whether bitsandbytes' companions lie beside the weight called `name`.

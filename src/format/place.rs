@@ -5,7 +5,6 @@ use super::hf_source::SIDECARS;
 use super::safetensors::TensorFile;
 use crate::error::{Error, ErrorCode, Result};
 use serde_json::{Map, Value};
-use std::fs;
 use std::path::{Path, PathBuf};
 
 pub(super) const CONFIG: &str = "config.json";
@@ -29,7 +28,7 @@ pub fn model_of(path: &Path) -> PathBuf {
 ///
 /// # Errors
 /// Nothing is there, it is something else, the config cannot be read, or the weights are in a form that is not read.
-pub(crate) fn config_of(path: &Path) -> Result<Map<String, Value>> {
+pub(super) fn config_of(path: &Path) -> Result<Map<String, Value>> {
     if !path.exists() {
         return Err(nothing_at(path));
     }
@@ -40,7 +39,7 @@ pub(crate) fn config_of(path: &Path) -> Result<Map<String, Value>> {
     }
     let config = dir.join(CONFIG);
     if !config.exists() {
-        return Err(foreign::not_a_model(&dir));
+        return Err(if path.is_file() { foreign::lone_weights(path, &dir) } else { foreign::not_a_model(&dir) });
     }
     let json = foreign::read_object(&config)?;
     foreign::check_config(&config, &json)?;
@@ -54,7 +53,7 @@ pub(crate) fn folder_of(path: &Path) -> PathBuf {
 }
 
 /// Whether `name` is one of several, as in `model-00001-of-00002.safetensors`.
-fn is_part(name: &str) -> bool {
+pub(super) fn is_part(name: &str) -> bool {
     let parts = name.strip_suffix(".safetensors").and_then(|stem| stem.rsplit_once("-of-"));
     let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     parts.is_some_and(|(first, all)| digits(all) && first.rsplit_once('-').is_some_and(|(_, number)| digits(number)))
@@ -67,46 +66,10 @@ pub(super) fn nothing_at(path: &Path) -> Error {
     Error::new(ErrorCode::Io, format!("`{}`", path.display()), message)
 }
 
-/// The error for a model's folder without weights that can be read: what is there instead, or what is missing.
-pub(super) fn no_weights(dir: &Path) -> Error {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
-    names.sort();
-    let place = format!("`{}`", dir.display());
-    let shown = |name: &str| format!("`{}`", dir.join(name).display());
-    let ends = |endings: &[&str]| names.iter().find(|name| endings.iter().any(|e| name.ends_with(e)));
-    let expected = format!("`{SINGLE}` or `{INDEX}`");
-    if names.iter().any(|name| is_part(name)) {
-        let message =
-            format!("expected `{INDEX}` beside the weights' parts, got none; fetch it from where the parts came from");
-        return Error::new(ErrorCode::Format, place, message);
-    }
-    if let Some(name) = ends(&[".bin", ".bin.index.json", ".pt", ".pth", ".ckpt"]) {
-        let next = format!(
-            "save them as safetensors: `python3 -c \"from transformers import AutoModelForCausalLM as M; \
-             M.from_pretrained('{0}').save_pretrained('{0}')\"`",
-            dir.display()
-        );
-        return Error::unsupported(dir, format_args!("a model with pickled weights (`{name}`)"), next);
-    }
-    if let Some(name) = ends(&[".h5", ".msgpack", ".onnx", ".tflite", ".ot"]) {
-        let next = "use a model with safetensors weights, which `pocketlora pull OWNER/REPO` fetches";
-        return Error::unsupported(dir, format_args!("a model with weights in `{name}` alone"), next);
-    }
-    if let Some(name) = ends(&[".safetensors", ".gguf"]) {
-        let message = format!("expected {expected}, got neither; if {0} is the model, give that file", shown(name));
-        return Error::new(ErrorCode::Config, place, message);
-    }
-    let message = format!(
-        "expected the model's weights in {expected}, got neither; fetch the weights, too, for instance by `pocketlora pull \
-         OWNER/REPO`"
-    );
-    Error::new(ErrorCode::Io, place, message)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn a_model_is_found_from_any_of_its_files() {

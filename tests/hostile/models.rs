@@ -154,7 +154,7 @@ fn a_folder_says_what_it_is_or_lacks() {
     let beside: [(&[(&str, &[u8])], ErrorCode, [&str; 2]); 5] = [
         (&[], Io, ["weights", "pocketlora pull"]),
         (&[("pytorch_model.bin", b"PK")], Unsupported, ["pytorch_model.bin", "save_pretrained"]),
-        (&[("tf_model.h5", b"\x89HDF")], Unsupported, ["tf_model.h5", "safetensors"]),
+        (&[("tf_model.h5", b"\x89HDF")], Unsupported, ["TensorFlow", "safetensors"]),
         (&[("model-00001-of-00002.safetensors", b"")], Format, ["model.safetensors.index.json", "fetch"]),
         (
             &[("model.safetensors.index.json", index), ("m-1-of-2.safetensors", b"")],
@@ -172,6 +172,9 @@ fn a_folder_says_what_it_is_or_lacks() {
         }
         refused_both_ways(&format!("{:?}", words), &dir, *code, words)
     });
+    let lone = f.dir.path().join("lone.safetensors");
+    fs::copy(f.model.join("model.safetensors"), &lone).unwrap();
+    refused_both_ways("lone", &lone, Format, &["lone.safetensors", "beside the weights"]).unwrap();
     let nowhere = f.dir.path().join("nowhere");
     refused_both_ways("nowhere", &nowhere, Io, &["nowhere`", "nothing is"]).unwrap();
 }
@@ -263,6 +266,8 @@ fn what_could_not_run_is_refused_before_it_is_converted() {
         ("model_type", json!("gpt2"), ErrorCode::Unsupported, "`mistral`"),
         ("architectures", json!(["LlamaForSequenceClassification"]), ErrorCode::Unsupported, "ForCausalLM"),
         ("num_attention_heads", json!(0), ErrorCode::Format, "num_attention_heads"),
+        ("vocab_size", json!(300), ErrorCode::Format, "set `vocab_size` to 512"),
+        ("intermediate_size", json!(64), ErrorCode::Format, "different models"),
         ("tie_word_embeddings", json!(false), ErrorCode::Format, "set `tie_word_embeddings` to true"),
         ("attention_bias", json!(true), ErrorCode::Format, "asks for biases"),
     ];
