@@ -1,29 +1,41 @@
 //! Chat templates: a conversation rendered as the model was taught to read it.
 
 mod answers;
+mod files;
 mod json;
 mod markers;
 mod message;
+mod plain;
 
 pub use answers::Rendering;
 pub use message::Message;
+pub use plain::Rendered;
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::tokenizer::{Tokenizer, read_json};
+use crate::tokenizer::{SpecialText, Tokenizer};
+use files::{DEFAULT, TOOL_USE};
 use markers::Marks;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Serde, merge_maps};
 use minijinja::{Environment, ErrorKind};
+use plain::Marker;
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Used where a model has no template of its own.
-const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
-                      {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+/// For a model without a template that has ChatML's tokens.
+const CHATML: &str = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n\
+                      {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+/// For one that has not: the layout of the Stanford Alpaca data, which models without a template are usually taught with.
+/// An answer ends with the model's own end of a text, so that generation stops there.
+const ALPACA: &str = "{{ bos_token }}{% if not messages or messages[0].role != 'system' %}Below is an instruction that \
+                      describes a task. Write a response that appropriately completes the request.\n\n{% endif %}\
+                      {% for m in messages %}{% if m.role == 'assistant' %}### Response:\n{{ m.content }}{{ eos_token \
+                      }}\n\n{% elif m.role == 'system' %}{{ m.content }}\n\n{% else %}### Instruction:\n{{ m.content \
+                      }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}";
 
 /// Longest template, in bytes; the longest of published models have some 30 thousand.
 const MAX_TEMPLATE: usize = 1 << 17;
@@ -46,35 +58,55 @@ struct RenderContext<'a> {
     special: BTreeMap<&'a str, &'a str>,
 }
 
-/// A model's chat template (Jinja2, as Hugging Face renders it).
+/// A model's chat template (Jinja2, as Hugging Face renders it), or several by name: `tool_use` counts where tools are
+/// given, `default` elsewhere.
 pub struct ChatTemplate {
     env: Environment<'static>,
     special: Vec<(String, String)>,
     place: String,
     /// It is the model's own, not the one for models without.
     own: bool,
-    /// It has `{% generation %}` blocks.
-    marked: bool,
+    /// Those with `{% generation %}` blocks.
+    marked: Vec<String>,
+    /// For the special tokens in messages, unless they are to be parsed.
+    marker: Option<Marker>,
 }
 
 impl ChatTemplate {
-    /// Finds the template in `chat_template.jinja` or `tokenizer_config.json`; a model without one gets ChatML.
+    /// Finds the template in `chat_template.jinja` and the folder `additional_chat_templates`, `chat_template.json` or
+    /// `tokenizer_config.json`. A model without one gets ChatML if it has ChatML's tokens, else the layout of the Alpaca
+    /// data. The token with which the template ends an answer is added to those at which `tokenizer` has answers stop.
     ///
     /// # Errors
-    /// A file is broken or the template does not parse.
-    pub fn open(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
-        let file = dir.join("chat_template.jinja");
-        let (text, path) = match std::fs::read_to_string(&file) {
-            Ok(text) => (Some(text), file),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                let path = dir.join("tokenizer_config.json");
-                (template_of(&read_json(&path)?, &path)?, path)
+    /// A file is broken or a template does not parse.
+    pub fn open(dir: &Path, tokenizer: &mut Tokenizer) -> Result<Self> {
+        let found = files::find(dir)?;
+        let own = found.is_some();
+        let mut special = tokenizer.special.clone();
+        let (templates, path) = found.unwrap_or_else(|| {
+            // What the tokenizer puts before a text stands before a chat, too, and nothing else does.
+            special.retain(|(name, _)| name != "bos_token");
+            let prefix = tokenizer.decode_with_special(tokenizer.prefix_ids()).unwrap_or_default();
+            special.push(("bos_token".to_owned(), prefix));
+            let chatml = ["<|im_start|>", "<|im_end|>"].iter().all(|t| tokenizer.id(t).is_some());
+            let text = if chatml { CHATML } else { ALPACA };
+            (vec![(DEFAULT.to_owned(), text.to_owned())], dir.join("tokenizer_config.json"))
+        });
+        let mut template = Self::with_names(templates.clone(), special, format!("`{}`", path.display()))?;
+        template.own = own;
+        template.marker = match tokenizer.special_text {
+            SpecialText::Parse => None,
+            SpecialText::Auto | SpecialText::Text => {
+                let text: String = templates.into_iter().map(|(_, text)| text).collect();
+                Some(Marker { assistant: tokenizer.specials(), others: tokenizer.specials_and_those_in(&text) })
             }
-            Err(e) => return Err(Error::io("read", &file, e)),
         };
-        let (own, place) = (text.is_some(), format!("`{}`", path.display()));
-        let template = Self::new(text.unwrap_or_else(|| CHATML.to_owned()), tokenizer.special.clone(), place)?;
-        Ok(Self { own, ..template })
+        // Two short turns need little; a hostile template does not get all of it twice.
+        template.env.set_fuel(Some(FUEL / 64));
+        let end = template.turn_end(tokenizer);
+        template.env.set_fuel(Some(FUEL));
+        tokenizer.stop.extend(end.filter(|end| !tokenizer.stop.contains(end)));
+        Ok(template)
     }
 
     /// Whether the model came with a template; one without may not know turns at all.
@@ -88,36 +120,90 @@ impl ChatTemplate {
     /// # Errors
     /// It does not parse or is absurdly long.
     pub fn new(text: String, special: Vec<(String, String)>, place: String) -> Result<Self> {
-        if text.len() > MAX_TEMPLATE {
-            let message =
-                format!("chat template: expected at most {MAX_TEMPLATE} bytes, got `{}`; replace it", text.len());
-            return Err(Error::new(ErrorCode::Format, place, message));
-        }
+        Self::with_names(vec![(DEFAULT.to_owned(), text)], special, place)
+    }
+
+    fn with_names(templates: Vec<(String, String)>, special: Vec<(String, String)>, place: String) -> Result<Self> {
         let mut env = Environment::new();
         // transformers renders with these two; templates rely on them.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         env.set_syntax(syntax.expect("the default delimiters are valid"));
         env.set_fuel(Some(FUEL));
+        // Errors would hold the template's values, whose depth only the deep stack can drop.
+        env.set_debug(false);
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         env.add_function("raise_exception", |message: String| -> Result<String, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         env.add_function("strftime_now", |format: String| crate::clock::strftime_now(&format));
         env.add_filter("tojson", json::python_json);
-        let (text, marked) = markers::replace(&text);
-        on_deep_stack(|| env.add_template_owned("chat", text))?.map_err(|e| {
-            let message = format!("chat template: expected valid Jinja, got {e}; replace it with a valid one");
-            Error::new(ErrorCode::Format, &place, message).caused_by(e)
-        })?;
-        Ok(Self { env, special, place, own: true, marked })
+        let mut marked = Vec::new();
+        for (name, text) in templates {
+            if text.len() > MAX_TEMPLATE {
+                let message =
+                    format!("chat template: expected at most {MAX_TEMPLATE} bytes, got `{}`; replace it", text.len());
+                return Err(Error::new(ErrorCode::Format, place, message));
+            }
+            // Jinja2 reads every kind of line's end as one character.
+            let (text, has_marks) = markers::replace(&text.replace("\r\n", "\n").replace('\r', "\n"));
+            on_deep_stack(|| env.add_template_owned(name.clone(), text))?.map_err(|e| {
+                let message = format!("chat template: expected valid Jinja, got {e}; replace it with a valid one");
+                Error::new(ErrorCode::Format, &place, message).caused_by(e)
+            })?;
+            marked.extend(has_marks.then_some(name));
+        }
+        Ok(Self { env, special, place, own: true, marked, marker: None })
+    }
+
+    /// The special token that follows an answer, if one does.
+    fn turn_end(&self, tokenizer: &Tokenizer) -> Option<u32> {
+        const ANSWER: &str = "answer 42";
+        let messages = [Message::new("user", "question"), Message::new("assistant", ANSWER)];
+        let text = self.render(&messages, None, false).ok()?.text;
+        let after = text[text.rfind(ANSWER)? + ANSWER.len()..].trim_start();
+        let end = tokenizer.special_in(after).into_iter().next().filter(|range| range.start == 0)?;
+        tokenizer.id(&after[end])
+    }
+
+    /// The template for a conversation with these tools.
+    fn name(&self, tools: Option<&Value>) -> Result<&'static str> {
+        let has = |name| self.env.get_template(name).is_ok();
+        if tools.is_some() && has(TOOL_USE) {
+            return Ok(TOOL_USE);
+        }
+        if has(DEFAULT) {
+            return Ok(DEFAULT);
+        }
+        let names: Vec<&str> = self.env.templates().map(|(name, _)| name).collect();
+        let message = format!(
+            "chat template: expected one named `{DEFAULT}`, got only `{}`; name one of them `{DEFAULT}`",
+            names.join("`, `")
+        );
+        Err(Error::new(ErrorCode::Format, &self.place, message))
     }
 
     /// The conversation as text, with the header of the next assistant turn if `add_generation_prompt`.
     ///
     /// # Errors
     /// The template refuses these messages (order of roles, unknown role, ...), or does not come to an end.
-    pub fn render(&self, messages: &[Message], tools: Option<&Value>, add_generation_prompt: bool) -> Result<String> {
-        on_deep_stack(|| self.render_here(messages, tools, add_generation_prompt))?
+    pub fn render(&self, messages: &[Message], tools: Option<&Value>, add_generation_prompt: bool) -> Result<Rendered> {
+        let text = self.with_marks(messages, tools, |messages, tools| {
+            on_deep_stack(|| self.render_here(messages, tools, add_generation_prompt))?
+        })?;
+        Ok(plain::unmark(&text, &mut []))
+    }
+
+    /// Runs `work` on the messages and tools, in which special tokens have marks if they are not to be parsed.
+    fn with_marks<T>(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+        work: impl FnOnce(&[Message], Option<&Value>) -> Result<T>,
+    ) -> Result<T> {
+        match self.marker.as_ref().and_then(|m| m.mark(messages, tools)) {
+            None => work(messages, tools),
+            Some((messages, tools)) => work(&messages, tools.as_ref()),
+        }
     }
 
     fn render_here(&self, messages: &[Message], tools: Option<&Value>, add_generation_prompt: bool) -> Result<String> {
@@ -131,7 +217,7 @@ impl ChatTemplate {
         tools: Option<&Value>,
         add_generation_prompt: bool,
     ) -> Result<(String, Vec<Range<usize>>)> {
-        let template = self.env.get_template("chat").expect("added by `new`");
+        let template = self.env.get_template(self.name(tools)?).expect("`name` found it");
         let context = RenderContext {
             messages,
             tools,
@@ -169,20 +255,6 @@ fn on_deep_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T> {
     })
 }
 
-/// `chat_template` is a string, or a list of named ones of which `default` counts.
-fn template_of(config: &Map<String, Value>, path: &Path) -> Result<Option<String>> {
-    let text = match config.get("chat_template") {
-        None | Some(Value::Null) => return Ok(None),
-        Some(Value::Array(list)) => {
-            let default = list.iter().find(|t| t.get("name").and_then(Value::as_str) == Some("default"));
-            default.or(list.first()).and_then(|t| t.get("template")?.as_str())
-        }
-        Some(other) => other.as_str(),
-    };
-    let unusable = || Error::format(path, "chat_template", "a string or a list of named ones", "something else");
-    text.map(|t| Some(t.to_owned())).ok_or_else(unusable)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -198,7 +270,7 @@ mod tests {
              {%- endgeneration %}{% else %}{{ m['content'] | trim }}>{% endif %}{% endfor %}",
         );
         let messages = [Message::new("user", " q "), Message::new("assistant", " a ")];
-        assert_eq!(chat.render(&messages, None, false).unwrap(), "q>a");
+        assert_eq!(chat.render(&messages, None, false).unwrap().text, "q>a");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use crate::exec::check_source;
 use crate::format::Source;
 use crate::session::open_text;
+use crate::tokenizer::SpecialText;
 use std::fs;
 use std::path::Path;
 
@@ -21,7 +22,7 @@ pub fn check_import(source: &dyn Source, path: &Path) -> Result<()> {
 /// Opens what would lie beside the weights, as the model's users will.
 fn check_text(source: &dyn Source, path: &Path) -> Result<()> {
     if path.is_dir() {
-        return open_text(path).map(|_| ());
+        return open_text(path, SpecialText::Auto).map(|_| ());
     }
     // A GGUF file's are made of its metadata, and so have no folder yet.
     let dir = tempfile::tempdir().map_err(|e| Error::io("create a temporary folder beside", path, e))?;
@@ -30,5 +31,5 @@ fn check_text(source: &dyn Source, path: &Path) -> Result<()> {
     for (name, content) in files {
         fs::write(dir.path().join(&name), content).map_err(|e| Error::io("write", &dir.path().join(&name), e))?;
     }
-    open_text(dir.path()).map(|_| ()).map_err(|e| e.moved(dir.path(), path))
+    open_text(dir.path(), SpecialText::Auto).map(|_| ()).map_err(|e| e.moved(dir.path(), path))
 }

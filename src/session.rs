@@ -8,7 +8,7 @@ use crate::exec::{Base, architecture};
 use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
 use crate::memory::{Peak, anonymous_bytes};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{SpecialText, Tokenizer};
 use crate::train::{Dataset, Limits, TrainConfig, Trainer, general_text, hold_out};
 use pocketlora_kernels::cpu::Table;
 use pocketlora_kernels::{Arithmetic, Backend, CacheType, Cpu, WorkType};
@@ -52,6 +52,8 @@ pub struct Options {
     /// Leaves the tokenizer alone, which is tens of megabytes: for work on token ids, or until
     /// [`Session::load_text`].
     pub ids_only: bool,
+    /// What becomes of special tokens that are written out in a text.
+    pub special_text: SpecialText,
 }
 
 /// An open model with its adapters and one running text.
@@ -61,6 +63,7 @@ pub struct Session {
     fingerprint: u64,
     mapped_bytes: u64,
     tokenizer: Option<(Tokenizer, ChatTemplate)>,
+    special_text: SpecialText,
     /// Anonymous bytes that it took when it was last loaded.
     text_bytes: u64,
     adapters: Adapters<Cpu>,
@@ -85,7 +88,8 @@ impl Session {
         let dir = checkpoint.dir().to_owned();
         // Nothing is read in, and no copy is made, of a model that then turns out not to run.
         architecture(&checkpoint)?;
-        let (tokenizer, text_bytes) = if options.ids_only { (None, 0) } else { measured(|| open_text(&dir))? };
+        let (tokenizer, text_bytes) =
+            if options.ids_only { (None, 0) } else { measured(|| open_text(&dir, options.special_text))? };
         checkpoint.bring_in();
         let mut base = Base::load(Cpu::with_table(options.threads, Table::from_env()?), &checkpoint)?;
         let mut numbers = options.precision.numbers();
@@ -109,6 +113,7 @@ impl Session {
             fingerprint: checkpoint.fingerprint(),
             mapped_bytes,
             tokenizer,
+            special_text: options.special_text,
             text_bytes,
             attached: Vec::new(),
             warnings: Vec::new(),
@@ -125,7 +130,7 @@ impl Session {
     /// One of them is broken.
     pub fn load_text(&mut self) -> Result<()> {
         if self.tokenizer.is_none() {
-            (self.tokenizer, self.text_bytes) = measured(|| open_text(&self.dir))?;
+            (self.tokenizer, self.text_bytes) = measured(|| open_text(&self.dir, self.special_text))?;
         }
         Ok(())
     }
@@ -274,9 +279,8 @@ impl Session {
         })
     }
 
-    /// Ids of `text` that this model has an embedding for; tokenizers of other models have others.
-    fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let ids = self.tokenizer()?.encode(text, add_special)?;
+    /// `ids`, if this model has an embedding for each; tokenizers of other models have others.
+    fn checked(&self, ids: Vec<u32>) -> Result<Vec<u32>> {
         let place = self.dir.join("tokenizer.json");
         self.base.check_ids(self.adapters.replaced(), &ids).map_err(|e| e.at(format!("`{}`", place.display())))?;
         Ok(ids)
@@ -294,7 +298,7 @@ impl Session {
         sampling: &Sampling,
         on_text: &mut (dyn FnMut(&str) -> ControlFlow<()> + Send),
     ) -> Result<(String, Generated)> {
-        let ids = self.encode(prompt, true)?;
+        let ids = self.checked(self.tokenizer()?.encode(prompt, true)?)?;
         self.generate(&ids, max_tokens, sampling, on_text)
     }
 
@@ -309,7 +313,8 @@ impl Session {
         sampling: &Sampling,
         on_text: &mut (dyn FnMut(&str) -> ControlFlow<()> + Send),
     ) -> Result<(String, Generated)> {
-        let ids = self.encode(&self.template()?.render(messages, None, true)?, false)?;
+        let prompt = self.template()?.render(messages, None, true)?;
+        let ids = self.checked(self.tokenizer()?.encode_chat(&prompt.text, &prompt.plain)?)?;
         self.generate(&ids, max_tokens, sampling, on_text)
     }
 
@@ -431,11 +436,12 @@ fn measured<T>(open: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
 }
 
 /// The tokenizer and chat template in `dir`, if there are any.
-pub(crate) fn open_text(dir: &Path) -> Result<Option<(Tokenizer, ChatTemplate)>> {
+pub(crate) fn open_text(dir: &Path, special_text: SpecialText) -> Result<Option<(Tokenizer, ChatTemplate)>> {
     if !dir.join("tokenizer.json").exists() {
         return Ok(None);
     }
-    let tokenizer = Tokenizer::open(dir)?;
-    let template = ChatTemplate::open(dir, &tokenizer)?;
+    let mut tokenizer = Tokenizer::open(dir)?;
+    tokenizer.special_text = special_text;
+    let template = ChatTemplate::open(dir, &mut tokenizer)?;
     Ok(Some((tokenizer, template)))
 }

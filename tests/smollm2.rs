@@ -79,7 +79,7 @@ fn a_conversation_renders_as_the_reference_renders_it() {
     let Some((_dir, session)) = model(Target::Nf4) else { return };
     let oracle = &json("smollm2_f32.json")["multi_turn"];
     let messages: Vec<pocketlora::chat::Message> = serde_json::from_value(oracle["messages"].clone()).unwrap();
-    let text = session.template().unwrap().render(&messages, None, true).unwrap();
+    let text = session.template().unwrap().render(&messages, None, true).unwrap().text;
     assert_eq!(text, oracle["text"].as_str().unwrap());
     assert_eq!(session.tokenizer().unwrap().encode(&text, false).unwrap(), ids_of(&oracle["ids"]));
 }

@@ -1,6 +1,6 @@
 //! Where the assistant's words are in a rendered conversation, whatever the template.
 
-use super::{ChatTemplate, Message, on_deep_stack};
+use super::{ChatTemplate, Message, on_deep_stack, plain};
 use crate::error::{Error, ErrorCode, Result};
 use serde_json::Value;
 use std::ops::Range;
@@ -10,6 +10,8 @@ use std::ops::Range;
 pub struct Rendering {
     /// As the model reads it.
     pub text: String,
+    /// Bytes that are plain text though they are written like special tokens.
+    pub plain: Vec<Range<usize>>,
     /// Bytes that the assistant wrote, in order.
     pub answers: Vec<Range<usize>>,
     /// The template's author marked them; else they reach from what comes before a turn to what comes after it.
@@ -18,11 +20,20 @@ pub struct Rendering {
     pub turns: Range<usize>,
 }
 
+impl Rendering {
+    /// Takes the marks of special tokens out.
+    fn unmark(&mut self) {
+        let mut places: Vec<&mut usize> = self.answers.iter_mut().flat_map(|a| [&mut a.start, &mut a.end]).collect();
+        let rendered = plain::unmark(&self.text, &mut places);
+        (self.text, self.plain) = (rendered.text, rendered.plain);
+    }
+}
+
 impl ChatTemplate {
     /// Renders `messages` with the answers of the assistant turns from number `from` on. Where the template has
     /// `{% generation %}` blocks these are the answers; else an answer is what its turn adds to the text of the turns
     /// before it, as the model reads them when it is to answer. A turn that does not extend that text is found by its
-    /// content, which another takes the place of.
+    /// content, which another takes the place of. Turns that are not to be learned are left out.
     ///
     /// There is one rendering, unless the template tells an earlier turn differently once more turns follow (as those do
     /// that remove earlier thoughts): then each such turn comes in a rendering of its own that ends with it.
@@ -35,15 +46,19 @@ impl ChatTemplate {
         tools: Option<&Value>,
         from: usize,
     ) -> Result<Vec<Rendering>> {
-        on_deep_stack(|| {
-            if self.marked {
-                let marked = self.by_markers(messages, tools, from)?;
-                if !marked.answers.is_empty() {
-                    return Ok(vec![marked]);
+        self.with_marks(messages, tools, |messages, tools| {
+            let mut renderings = on_deep_stack(|| {
+                if self.marked.iter().any(|name| self.name(tools).is_ok_and(|n| n == name)) {
+                    let marked = self.by_markers(messages, tools, from)?;
+                    if !marked.answers.is_empty() {
+                        return Ok(vec![marked]);
+                    }
                 }
-            }
-            self.by_differences(messages, tools, from)
-        })?
+                self.by_differences(messages, tools, from)
+            })??;
+            renderings.iter_mut().for_each(Rendering::unmark);
+            Ok(renderings)
+        })
     }
 
     fn by_markers(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<Rendering> {
@@ -53,14 +68,23 @@ impl ChatTemplate {
             let given = common_prefix(&before, &text);
             answers.retain(|a| a.start >= given);
         }
+        for (i, _) in messages.iter().enumerate().skip(from).filter(|(_, m)| m.role == "assistant" && !m.learned) {
+            let border = |end: usize| {
+                let before = self.render_here(&messages[..end], tools, false)?;
+                Ok::<_, Error>(common_prefix(&before, &text))
+            };
+            let turn = border(i)?..border(i + 1)?;
+            answers.retain(|a| !turn.contains(&a.start));
+        }
         answers.retain(|a| !a.is_empty());
-        Ok(Rendering { text, answers, marked: true, turns: from..messages.len() })
+        Ok(Rendering { text, plain: Vec::new(), answers, marked: true, turns: from..messages.len() })
     }
 
     fn by_differences(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<Vec<Rendering>> {
         let text = self.render_here(messages, tools, false)?;
         let (mut renderings, mut answers, mut first) = (Vec::new(), Vec::new(), messages.len());
-        let turns = messages.iter().enumerate().skip(from).filter(|(_, m)| m.role == "assistant");
+        let turns = messages.iter().enumerate().skip(from).filter(|(_, m)| m.role == "assistant" && m.learned);
+        let rendering = |text, answers, turns| Rendering { text, plain: Vec::new(), answers, marked: false, turns };
         for (i, _) in turns {
             let (start, after) = self.turn(messages, tools, i)?;
             // Some templates end a conversation differently from how they continue it; what both share is the turn.
@@ -70,11 +94,11 @@ impl ChatTemplate {
                 first = first.min(i);
             } else {
                 let answer = start..after.len();
-                renderings.push(Rendering { text: after, answers: vec![answer], marked: false, turns: i..i + 1 });
+                renderings.push(rendering(after, vec![answer], i..i + 1));
             }
         }
         if !answers.is_empty() {
-            renderings.push(Rendering { text, answers, marked: false, turns: first..messages.len() });
+            renderings.push(rendering(text, answers, first..messages.len()));
         }
         Ok(renderings)
     }

@@ -29,8 +29,8 @@ pub(super) fn dry_run(model: &str, quantize: bool, data: &Path, config: &TrainCo
     let source = open_source(&dir)?;
     let built = architecture_of(source.config(), &dir)?;
     let dir = if dir.is_dir() { dir } else { folder_of(&dir) };
-    let tokenizer = Tokenizer::open(&dir)?;
-    let template = ChatTemplate::open(&dir, &tokenizer)?;
+    let mut tokenizer = Tokenizer::open(&dir)?;
+    let template = ChatTemplate::open(&dir, &mut tokenizer)?;
     let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab: built.config().vocab_size };
     let all = Dataset::open(data, &tokenizer, &template, limits)?;
     let (data, _) = hold_out(config, all, None)?;

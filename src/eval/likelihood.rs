@@ -5,6 +5,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::exec::infer::{PREFILL_CHUNK, State};
 use crate::session::Session;
 use pocketlora_kernels::{Backend, Cpu};
+use std::ops::Range;
 
 /// Scores continuations; what the texts share at their beginning is run once.
 pub(super) struct Likelihood<'s> {
@@ -21,14 +22,18 @@ impl<'s> Likelihood<'s> {
     }
 
     /// Log-likelihood (natural) of the tokens of `text` that reach beyond its first `given` bytes. A token across the
-    /// border counts: it is part of what is said after what was given.
-    pub fn of(&mut self, text: &str, given: usize, bare: bool) -> Result<f64> {
+    /// border counts: it is part of what is said after what was given. `plain` as in [`Tokenizer::encode_chat`]; a text
+    /// that is no chat gets what stands before every text.
+    ///
+    /// [`Tokenizer::encode_chat`]: crate::tokenizer::Tokenizer::encode_chat
+    pub fn of(&mut self, text: &str, plain: &[Range<usize>], given: usize, chat: bool) -> Result<f64> {
         let tokenizer = self.session.tokenizer()?;
-        let mut ids = if bare { Vec::new() } else { tokenizer.prefix_ids()? };
-        let mut from = ids.len();
-        for (id, range) in tokenizer.encode_with_offsets(text)? {
-            from += usize::from(range.end <= given);
-            ids.push(id);
+        let tokens = tokenizer.encode_with_offsets(text, plain)?;
+        let mut ids: Vec<u32> = tokens.iter().map(|t| t.0).collect();
+        let mut from = tokens.iter().filter(|t| t.1.end <= given).count();
+        if !chat && !tokenizer.starts_with_prefix(&ids) {
+            ids.splice(0..0, tokenizer.prefix_ids().iter().copied());
+            from += tokenizer.prefix_ids().len();
         }
         // Nothing comes before the first token that could make it likely.
         self.of_ids(&ids, from.max(1))

@@ -5,6 +5,7 @@ use super::labels::{accuracy, exact_match, macro_f1};
 use super::likelihood::Likelihood;
 use super::record::{Ask, Expected, Record};
 use super::rouge::rouge;
+use crate::chat::Rendered;
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::{Finish, Sampling};
 use crate::session::Session;
@@ -141,9 +142,10 @@ fn likelihoods(
     progress: &mut (dyn FnMut(usize) -> bool + Send),
 ) -> Result<Vec<f64>> {
     let (given, chat) = match &record.ask {
-        Ask::Text(text) => (text.clone(), false),
+        Ask::Text(text) => (Rendered { text: text.clone(), plain: Vec::new() }, false),
         Ask::Chat(messages) => (session.template()?.render(messages, None, true)?, true),
     };
+    let Rendered { text: given, plain } = given;
     let mut found = Vec::with_capacity(options.len());
     for option in options {
         let before = model.tokens;
@@ -151,7 +153,8 @@ fn likelihoods(
         let apart =
             chat || given.is_empty() || given.ends_with(char::is_whitespace) || option.starts_with(char::is_whitespace);
         let text = format!("{given}{}{option}", if apart { "" } else { " " });
-        found.push(model.of(&text, given.len(), chat)?);
+        let plain = if chat { plain.clone() } else { session.tokenizer()?.plain_in(&text) };
+        found.push(model.of(&text, &plain, given.len(), chat)?);
         if !progress(model.tokens - before) {
             return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));
         }

@@ -24,7 +24,7 @@ pub use batches::{BatchReport, Batches, largest_micro_batch};
 pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use control::{Directive, Policy, TrainHandle};
-pub use data::{Dataset, Limits, Mask, Sample, SplitRecord, Splits};
+pub use data::{Checks, Dataset, Limits, Mask, Sample, SplitRecord, Splits};
 pub use hold_out::{Evaluation, general_text, hold_out};
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};

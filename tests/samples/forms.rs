@@ -166,7 +166,7 @@ fn an_answer_that_is_not_shown_is_refused() {
     let reader = Reader::new(Some("qwen2"), "<s>", "</s>", &|_| template.to_owned());
     let lines = r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"r"}]}"#;
     let error = reader.read("a.jsonl", lines, 4096).unwrap_err().to_string();
-    assert!(error.contains("line 1") && error.contains("token to learn"), "{error}");
+    assert!(error.contains("line 1") && error.contains("tokens to learn in turn 2"), "{error}");
 }
 
 #[test]

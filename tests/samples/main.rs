@@ -38,8 +38,8 @@ impl Reader {
             config["chat_template"] = change(text.trim_end_matches('\n').to_owned()).into();
         }
         fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-        let tokenizer = Tokenizer::open(dir.path()).unwrap();
-        let template = ChatTemplate::open(dir.path(), &tokenizer).unwrap();
+        let mut tokenizer = Tokenizer::open(dir.path()).unwrap();
+        let template = ChatTemplate::open(dir.path(), &mut tokenizer).unwrap();
         Self { dir, tokenizer, template }
     }
 

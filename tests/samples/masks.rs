@@ -118,7 +118,7 @@ fn answers_are_found_where_asking_and_telling_differ() {
             "<|im_end|>",
             &[("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nx b<|im_end|>\n", &["x b<|im_end|>"])],
         ),
-        (open, &tool, "</s>", &[("user:a|tool:42|assistant:it is 42|", &["it is 42|"])]),
+        (open, &tool, "</s>", &[("user:a|tool:42|assistant:it is 42|</s>", &["it is 42|</s>"])]),
     ];
     for (template, turns, eos, expected) in cases {
         let reader = Reader::new(Some("phi3"), "<s>", eos, &|_| template.to_owned());
@@ -139,7 +139,7 @@ fn a_turn_without_content_prints_none() {
     let chat =
         json!({"messages": [{"role": "user", "content": null, "name": null}, {"role": "assistant", "content": "b"}]});
     let data = reader.read("chat.jsonl", chat.to_string(), 4096).unwrap();
-    assert_eq!(reader.text(&data.samples[0].ids), "user:false|assistant:bfalse|".replace("false", "False"));
+    assert_eq!(reader.text(&data.samples[0].ids), "user:False|assistant:bFalse|</s>");
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn markers_within_a_macro_give_way_to_differences() {
                     {{ say(m) }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
     let reader = Reader::new(Some("phi3"), "<s>", "</s>", &|_| template.to_owned());
     let data = reader.read("chat.jsonl", line(&[("user", "a"), ("assistant", "b")]), 4096).unwrap();
-    assert_eq!(reader.learned(&data.samples[0]), ["b|"]);
+    assert_eq!(reader.learned(&data.samples[0]), ["b|</s>"]);
 }
 
 #[test]
@@ -170,6 +170,6 @@ fn json_in_templates_is_pythons() {
     let tools = json!([{"b": "<\u{e9}'&>", "a": [1, 2.5, true, null]}]);
     let flat = "[{\"b\": \"<\u{e9}'&>\", \"a\": [1, 2.5, true, null]}]";
     let tall = "[\n  {\n    \"b\": \"<\u{e9}'&>\",\n    \"a\": [\n      1,\n      2.5,\n      true,\n      null\n    ]\n  }\n]";
-    let text = reader.template.render(&[Message::new("user", "")], Some(&tools), false).unwrap();
+    let text = reader.template.render(&[Message::new("user", "")], Some(&tools), false).unwrap().text;
     assert_eq!(text, format!("{flat}{tall}{flat}"));
 }

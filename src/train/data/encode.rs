@@ -2,7 +2,7 @@
 
 use super::record::Record;
 use super::split::{self, Coded, Splits};
-use super::{Limits, Sample, data_error};
+use super::{Checks, Limits, Sample, data_error};
 use crate::chat::{ChatTemplate, Message, Rendering};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -19,17 +19,26 @@ pub(super) struct Encoder<'a> {
     /// What the tokenizer puts before any text.
     prefix: Vec<u32>,
     pub splits: Splits,
+    pub checks: Checks,
 }
 
 impl<'a> Encoder<'a> {
     pub fn new(tokenizer: &'a Tokenizer, template: &'a ChatTemplate, limits: Limits) -> Result<Self> {
-        let prefix = tokenizer.prefix_ids()?;
+        let prefix = tokenizer.prefix_ids().to_vec();
         let least = prefix.len() + 2;
         if limits.tokens < least {
             let expected = format!("at least {least} tokens, to learn one from another");
             return Err(Error::config("seq", expected, limits.tokens));
         }
-        Ok(Self { tokenizer, template, limit: limits.tokens, vocab: limits.vocab, prefix, splits: Splits::default() })
+        Ok(Self {
+            tokenizer,
+            template,
+            limit: limits.tokens,
+            vocab: limits.vocab,
+            prefix,
+            splits: Splits::default(),
+            checks: Checks::default(),
+        })
     }
 
     /// Appends the samples of one record.
@@ -51,7 +60,7 @@ impl<'a> Encoder<'a> {
     fn samples(&mut self, record: Record, out: &mut Vec<Sample>) -> Result<()> {
         match record {
             Record::Chat { messages, tools, from } => self.chat(&messages, tools.as_ref(), from, out),
-            Record::Instruction { instruction, input, output } if self.template.is_own() => {
+            Record::Instruction { instruction, input, output } if self.template.is_own() || input.is_empty() => {
                 let question = if input.is_empty() { instruction } else { format!("{instruction}\n\n{input}") };
                 self.chat(&[Message::new("user", question), Message::new("assistant", output)], None, 0, out)
             }
@@ -65,23 +74,30 @@ impl<'a> Encoder<'a> {
     }
 
     fn chat(&mut self, messages: &[Message], tools: Option<&Value>, from: usize, out: &mut Vec<Sample>) -> Result<()> {
-        if !messages[from..].iter().any(|m| m.role == "assistant") {
+        let mut answers = messages[from..].iter().filter(|m| m.role == "assistant").peekable();
+        if answers.peek().is_none() {
             let message =
                 "expected a turn with role `assistant`, got none, so there is nothing to learn; add an answer";
             return Err(data_error("messages", message));
         }
-        let parts = self.template.render_with_answers(messages, tools, from)?;
-        let coded: Vec<Coded> = parts.iter().map(|r| self.code(r)).collect::<Result<_>>()?;
-        if coded.iter().all(|c| c.learned() == 0) {
+        if answers.all(|m| !m.learned) {
+            let message = "expected an answer to learn, got only answers that are marked as not to be learned; take the \
+                           mark off one, or the record out";
+            return Err(data_error("messages", message));
+        }
+        let parts = self.rendered(messages, tools, from)?;
+        if parts.iter().all(|(c, _)| c.learned() == 0) {
             return Err(nothing_learned());
         }
-        for (part, coded) in parts.iter().zip(coded) {
+        for (coded, turns) in parts {
+            self.checks.chats += 1;
+            self.check(&coded);
             if coded.ids.len() <= self.limit {
                 self.push(coded, out);
             } else {
                 self.splits.samples += 1;
                 let before = out.len();
-                self.split_turns(&messages[..part.turns.end], tools, part.turns.start, out)?;
+                self.split_turns(&messages[..turns.end], tools, turns.start, out)?;
                 self.splits.parts += out.len() - before;
             }
         }
@@ -98,7 +114,7 @@ impl<'a> Encoder<'a> {
         out: &mut Vec<Sample>,
     ) -> Result<()> {
         let head = messages.iter().take_while(|m| matches!(m.role.as_str(), "system" | "developer")).count();
-        let answered = messages.iter().rposition(|m| m.role == "assistant").map_or(0, |i| i + 1);
+        let answered = messages.iter().rposition(|m| m.role == "assistant" && m.learned).map_or(0, |i| i + 1);
         self.splits.left_out_turns += messages.len() - answered;
         let mut borders = exchanges(&messages[..answered], head);
         borders.push(answered);
@@ -164,51 +180,138 @@ impl<'a> Encoder<'a> {
     }
 
     fn coded(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<Vec<Coded>> {
-        self.template.render_with_answers(messages, tools, from)?.iter().map(|r| self.code(r)).collect()
+        Ok(self.rendered(messages, tools, from)?.into_iter().map(|(coded, _)| coded).collect())
     }
 
     fn fits(&self, coded: &[Coded]) -> bool {
         coded.iter().all(|c| c.ids.len() <= self.limit)
     }
 
-    /// Tokens of a rendered conversation. Answers are learned up to and including the token that ends them.
-    fn code(&self, rendering: &Rendering) -> Result<Coded> {
-        let tokens = self.tokenizer.encode_with_offsets(&rendering.text)?;
-        let mut coded = Coded::new(&tokens, &rendering.answers);
-        if rendering.marked {
-            return Ok(coded);
+    /// A conversation as tokens, with the turns of each rendering. Where the template gives answers no end at which
+    /// generation stops, each answer is a rendering of its own that the end-of-text token closes: without one the model
+    /// would learn to go on for ever.
+    fn rendered(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<Vec<(Coded, Range<usize>)>> {
+        // A part of a conversation may hold no answer to learn: then there is nothing to render for.
+        let learned = |i: &usize| messages[*i].role == "assistant" && messages[*i].learned;
+        let turns: Vec<usize> = (from..messages.len()).filter(learned).collect();
+        if turns.is_empty() {
+            return Ok(Vec::new());
         }
-        // What a template prints after the end of a turn is its own, not the model's.
-        for answer in &rendering.answers {
-            let inside = |i: &usize| answer.contains(&tokens[*i].1.start) && tokens[*i].1.end <= answer.end;
-            let first = tokens.partition_point(|t| t.1.start < answer.start);
-            let mut ended = false;
-            for i in (first..tokens.len()).take_while(|&i| tokens[i].1.start < answer.end).filter(inside) {
-                coded.trained[i] &= !ended;
-                ended |= self.tokenizer.stop.contains(&tokens[i].0);
+        let renderings = self.template.render_with_answers(messages, tools, from)?;
+        let coded = renderings.iter().map(|r| self.code(r, messages)).collect::<Result<Vec<_>>>()?;
+        let Some(eos) = self.tokenizer.eos().filter(|_| coded.iter().any(|(_, ended)| !ended)) else {
+            return Ok(coded.into_iter().zip(renderings).map(|((c, _), r)| (c, r.turns)).collect());
+        };
+        let mut out = Vec::with_capacity(turns.len());
+        for i in turns {
+            for rendering in self.template.render_with_answers(&messages[..=i], tools, i)? {
+                let (mut coded, ended) = self.code(&rendering, messages)?;
+                if !ended {
+                    self.close(&mut coded, &rendering, messages[i].content.as_deref().unwrap_or_default(), eos)?;
+                }
+                out.push((coded, i..i + 1));
             }
         }
-        Ok(coded)
+        Ok(out)
     }
 
-    /// Plain text, learned from byte `start` on, closed by the end-of-text token.
+    /// Ends a rendering behind its answer. Spaces that the template prints there are not the model's.
+    fn close(&self, coded: &mut Coded, rendering: &Rendering, content: &str, eos: u32) -> Result<()> {
+        let tokens = self.tokenizer.encode_with_offsets(&rendering.text, &rendering.plain)?;
+        let mut end = coded.trained.iter().rposition(|&t| t).map_or(0, |i| i + 1);
+        let blank = |t: &(u32, Range<usize>)| rendering.text[t.1.clone()].trim().is_empty();
+        if !content.ends_with(char::is_whitespace) {
+            while end > 1 && coded.trained[end - 1] && blank(&tokens[end - 1]) {
+                end -= 1;
+            }
+        }
+        coded.ids.truncate(end);
+        coded.trained.truncate(end);
+        coded.ids.push(eos);
+        coded.trained.push(true);
+        Ok(())
+    }
+
+    /// Tokens of a rendered conversation, and whether generation would stop at the end of each answer. Answers are
+    /// learned up to and including the token that ends them.
+    fn code(&self, rendering: &Rendering, messages: &[Message]) -> Result<(Coded, bool)> {
+        let tokens = self.tokenizer.encode_with_offsets(&rendering.text, &rendering.plain)?;
+        let mut coded = Coded::new(&tokens, &rendering.answers, 1);
+        let stops = |i: usize| self.tokenizer.stop.contains(&tokens[i].0);
+        let (mut all_ended, mut said) = (true, Vec::with_capacity(rendering.answers.len()));
+        for answer in &rendering.answers {
+            let first = tokens.partition_point(|t| t.1.end <= answer.start && t.1.start < answer.start);
+            let last = first + tokens[first..].partition_point(|t| t.1.start < answer.end);
+            let (mut ended, mut words) = (false, 0);
+            for i in first..last {
+                // What a template prints after the end of a turn is its own, not the model's. Where the template's author
+                // marked the answers, these are what was marked.
+                coded.trained[i] &= !ended || rendering.marked;
+                ended |= stops(i);
+                words += usize::from(coded.trained[i] && !stops(i));
+            }
+            // An author may have marked the words without their end, which would never be learned then.
+            if !ended && rendering.marked && last < tokens.len() && last > first && stops(last) {
+                coded.trained[last] = true;
+                ended = true;
+            }
+            all_ended &= ended;
+            said.push(words);
+        }
+        self.all_said(rendering, messages, &said)?;
+        Ok((coded, all_ended))
+    }
+
+    fn check(&mut self, coded: &Coded) {
+        self.checks.begin(&coded.ids, self.tokenizer);
+        self.checks.end(coded.ids.iter().zip(&coded.trained).filter(|(_, t)| **t).map(|(id, _)| *id), self.tokenizer);
+    }
+
+    /// Refuses a template that prints nothing of an answer. `said` has the learned tokens of each answer without its end.
+    fn all_said(&self, rendering: &Rendering, messages: &[Message], said: &[usize]) -> Result<()> {
+        let turns = rendering.turns.clone().filter(|&i| messages[i].role == "assistant" && messages[i].learned);
+        let turns: Vec<usize> = turns.collect();
+        if turns.len() != said.len() {
+            return Ok(()); // blocks of the template's author are not always turns
+        }
+        let silent = |&(i, &words): &(usize, &usize)| {
+            words == 0 && messages[i].content.as_deref().is_some_and(|c| !c.trim().is_empty())
+        };
+        match turns.into_iter().zip(said).find(silent) {
+            None => Ok(()),
+            Some((i, _)) => {
+                let message = format!(
+                    "expected tokens to learn in turn {}, got none: the chat template prints nothing of the answer; \
+                     correct the template or leave the turn out",
+                    i + 1
+                );
+                Err(data_error("sample", message))
+            }
+        }
+    }
+
+    /// Plain text, learned from byte `start` on, with one beginning and one end: what the text has of them already is
+    /// not added again.
     fn text(&mut self, text: &str, start: usize, out: &mut Vec<Sample>) -> Result<()> {
         if start == 0 && text.len() > split::PIECE {
             return self.long_text(text, out);
         }
-        let mut tokens = self.tokenizer.encode_with_offsets(text)?;
-        tokens.splice(0..0, self.prefix.iter().map(|&id| (id, 0..0)));
-        if let Some(eos) = self.tokenizer.eos() {
-            tokens.push((eos, text.len()..text.len() + 1));
+        let mut tokens = self.tokenizer.encode_with_offsets(text, &self.tokenizer.plain_in(text))?;
+        if !starts_with(&tokens, &self.prefix) {
+            tokens.splice(0..0, self.prefix.iter().map(|&id| (id, 0..0)));
         }
+        let end = self.end(text, &mut tokens);
         if start == 0 && tokens.len() > self.limit {
             return self.long_text(text, out);
         }
         let learned = start..text.len() + 1;
-        let coded = Coded::new(&tokens, std::slice::from_ref(&learned));
+        let mut coded = Coded::new(&tokens, std::slice::from_ref(&learned), self.prefix.len());
+        coded.trained[end..].fill(false);
         if coded.learned() == 0 || start == text.len() && start > 0 {
             return Err(nothing_learned());
         }
+        self.checks.texts += 1;
+        self.check(&coded);
         let before = out.len();
         if coded.ids.len() > self.limit {
             self.splits.samples += 1;
@@ -220,16 +323,36 @@ impl<'a> Encoder<'a> {
         Ok(())
     }
 
+    /// Closes the tokens of `text` with the end-of-text token, unless they end with a token at which generation stops.
+    /// Returns how many tokens there are up to and including that; only spaces may follow it.
+    fn end(&self, text: &str, tokens: &mut Vec<(u32, Range<usize>)>) -> usize {
+        let blank = |t: &(u32, Range<usize>)| text.get(t.1.clone()).is_some_and(|t| t.trim().is_empty());
+        let stops = |t: &(u32, Range<usize>)| self.tokenizer.stop.contains(&t.0);
+        let last = tokens.iter().rposition(|t| stops(t) || !blank(t));
+        match (last, self.tokenizer.eos()) {
+            (Some(last), _) if stops(&tokens[last]) => last + 1,
+            (_, eos) => {
+                tokens.extend(eos.map(|eos| (eos, text.len()..text.len() + 1)));
+                tokens.len()
+            }
+        }
+    }
+
     /// A text of many windows. Each begins with what the tokenizer puts before a text or, where that is nothing, with
     /// the last token of the window before it, so that every token but the text's first is learned once.
     fn long_text(&mut self, text: &str, out: &mut Vec<Sample>) -> Result<()> {
         let (before, room) = (out.len(), self.limit - self.prefix.len().max(1));
         let mut context = self.prefix.clone();
         let mut pieces = split::pieces(text).peekable();
+        let mut first = true;
         while let Some(piece) = pieces.next() {
-            let mut tokens = self.tokenizer.encode_with_offsets(piece)?;
-            if let (None, Some(eos)) = (pieces.peek(), self.tokenizer.eos()) {
-                tokens.push((eos, piece.len()..piece.len() + 1));
+            let mut tokens = self.tokenizer.encode_with_offsets(piece, &self.tokenizer.plain_in(piece))?;
+            if std::mem::take(&mut first) && starts_with(&tokens, &self.prefix) {
+                tokens.drain(..self.prefix.len());
+            }
+            if pieces.peek().is_none() {
+                let end = self.end(piece, &mut tokens);
+                tokens.truncate(end);
             }
             for window in split::text_windows(piece, &tokens, room) {
                 let given = context.len().max(1);
@@ -240,6 +363,11 @@ impl<'a> Encoder<'a> {
                 let trained = (0..ids.len()).map(|i| i >= given).collect();
                 self.push(Coded { ids, trained }, out);
             }
+        }
+        if let (Some(first), Some(last)) = (out.get(before), out.last()) {
+            self.checks.texts += 1;
+            self.checks.begin(&first.ids, self.tokenizer);
+            self.checks.end(last.trained.iter().map(|i| last.ids[i]), self.tokenizer);
         }
         self.splits.samples += 1;
         self.splits.parts += out.len() - before;
@@ -267,6 +395,10 @@ impl<'a> Encoder<'a> {
             out.push(Sample { ids, trained: coded.trained.into_iter().collect() });
         }
     }
+}
+
+fn starts_with(tokens: &[(u32, Range<usize>)], prefix: &[u32]) -> bool {
+    tokens.len() >= prefix.len() && tokens.iter().zip(prefix).all(|(t, id)| t.0 == *id)
 }
 
 /// Where exchanges begin: at the first turn after the system's, and at each user's turn after an answer.

@@ -1,11 +1,13 @@
 //! Training data: tokens and which of them are learned.
 
+mod checks;
 mod encode;
 mod mask;
 mod read;
 mod record;
 mod split;
 
+pub use checks::Checks;
 pub use mask::Mask;
 pub use split::{SplitRecord, Splits};
 
@@ -55,6 +57,8 @@ pub struct Dataset {
     pub splits: Splits,
     /// Records that became another number of samples than one, or lost something, in their order.
     pub split_records: Vec<SplitRecord>,
+    /// How they begin and end.
+    pub checks: Checks,
 }
 
 impl Dataset {
@@ -62,7 +66,8 @@ impl Dataset {
     #[must_use]
     pub fn new(path: impl Into<PathBuf>, samples: Vec<Sample>) -> Self {
         let (records, splits) = (samples.len(), Splits::default());
-        Self { path: path.into(), samples, records, splits, split_records: Vec::new() }
+        let checks = Checks::default();
+        Self { path: path.into(), samples, records, splits, split_records: Vec::new(), checks }
     }
 
     /// Reads JSONL, a table (`.csv`), a note (`.txt`, `.md`) or a folder of notes; a line or row holds
@@ -97,7 +102,8 @@ impl Dataset {
             return Err(Error::new(ErrorCode::Data, format!("`{}`", path.display()), message));
         }
         samples.shrink_to_fit();
-        Ok(Self { path: path.to_owned(), samples, records, splits, split_records })
+        let checks = encoder.checks;
+        Ok(Self { path: path.to_owned(), samples, records, splits, split_records, checks })
     }
 
     /// The records by their samples, as far as there are samples: a host may have taken some away.
@@ -118,8 +124,9 @@ impl Dataset {
     /// Two data sets of the records for which `second` is false and true; it is given a record's place in
     /// [`Dataset::by_record`].
     pub(super) fn partition(self, second: impl Fn(usize) -> bool) -> (Self, Self) {
-        let (path, records) = (self.path.clone(), self.by_record());
-        let empty = || Self::new(path.clone(), Vec::new());
+        let (path, records, checks) = (self.path.clone(), self.by_record(), self.checks.clone());
+        // They stay those of the whole.
+        let empty = || Self { checks: checks.clone(), ..Self::new(path.clone(), Vec::new()) };
         let (mut sides, mut samples) = ([empty(), empty()], self.samples.into_iter());
         for (i, SplitRecord { samples: range, splits }) in records.into_iter().enumerate() {
             let side = &mut sides[usize::from(second(i))];

@@ -50,14 +50,16 @@ pub(super) struct Coded {
 }
 
 impl Coded {
-    /// Marks the tokens that lie within `learned`, which rises. A token that straddles a border holds text that was
-    /// given, so it is not learned.
-    pub fn new(tokens: &[(u32, Range<usize>)], learned: &[Range<usize>]) -> Self {
-        let within = |t: &Range<usize>| {
-            let after = learned.partition_point(|l| l.start <= t.start);
-            !t.is_empty() && after > 0 && t.end <= learned[after - 1].end
+    /// Marks the tokens after the first `given` that have a character of `learned`, whose ranges rise. So a token that
+    /// begins in what was given and ends in an answer is learned: without it the answer would lack its beginning. A token
+    /// of no character belongs to what follows it.
+    pub fn new(tokens: &[(u32, Range<usize>)], learned: &[Range<usize>], given: usize) -> Self {
+        let touches = |t: &Range<usize>| {
+            // The first range that is not over where the token begins.
+            let next = learned.partition_point(|l| l.end <= t.start);
+            learned.get(next).is_some_and(|l| if t.is_empty() { l.start <= t.start } else { l.start < t.end })
         };
-        let trained = tokens.iter().enumerate().map(|(i, (_, range))| i > 0 && within(range)).collect();
+        let trained = tokens.iter().enumerate().map(|(i, (_, range))| i >= given.max(1) && touches(range)).collect();
         Self { ids: tokens.iter().map(|t| t.0).collect(), trained }
     }
 

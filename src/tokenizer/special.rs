@@ -1,0 +1,91 @@
+//! What the files beside a tokenizer say about its special tokens.
+
+use super::read_json;
+use crate::error::{Error, Result};
+use serde_json::{Map, Value};
+use std::path::Path;
+use tokenizers::Tokenizer;
+
+/// Tokens that chat templates know by name.
+const NAMES: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
+/// Chat models end a turn with one of these, whatever their config says about the end of a text.
+const TURN_ENDS: [&str; 7] =
+    ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|endofturn|>"];
+
+/// The special tokens by their names, and what follows from them.
+pub(super) struct Names {
+    /// Name and text.
+    pub text: Vec<(String, String)>,
+    /// Ids that end an answer, rising.
+    pub stop: Vec<u32>,
+    /// Whether a text begins with `bos_token`, where a file says so.
+    pub adds_bos: Option<bool>,
+}
+
+impl Names {
+    /// `tokenizer_config.json` counts before the older `special_tokens_map.json`, as in transformers. A beginning or an
+    /// end that neither names (nor says to be none) is that of `generation_config.json` or `config.json`.
+    pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
+        let (config_path, map_path) = (dir.join("tokenizer_config.json"), dir.join("special_tokens_map.json"));
+        let (config, map) = (read_json(&config_path)?, read_json(&map_path)?);
+        let mut ids = [Vec::new(), Vec::new()];
+        for file in ["generation_config.json", "config.json"] {
+            let path = dir.join(file);
+            let json = read_json(&path)?;
+            // Models that see and hear keep the text model's settings in a part of their own.
+            let inner = json.get("text_config").and_then(Value::as_object);
+            for (key, ids) in ["bos_token_id", "eos_token_id"].into_iter().zip(&mut ids) {
+                for object in [Some(&json), inner].into_iter().flatten() {
+                    ids.extend(ids_of(object, key, &path)?);
+                }
+            }
+        }
+        let [bos, eos] = ids;
+        let mut text = Vec::new();
+        for name in NAMES {
+            let by_id = match name {
+                "bos_token" => bos.first(),
+                "eos_token" => eos.first(),
+                _ => None,
+            };
+            let named = match text_of(&config, name, &config_path)? {
+                None => text_of(&map, name, &map_path)?,
+                found => found,
+            };
+            let silent = !config.contains_key(name) && !map.contains_key(name) || name == "eos_token";
+            let by_id = || by_id.filter(|_| silent).and_then(|&id| tokenizer.id_to_token(id));
+            text.extend(named.or_else(by_id).map(|text| (name.to_owned(), text)));
+        }
+        let mut stop = eos;
+        stop.extend(text.iter().filter(|(n, _)| n == "eos_token").filter_map(|(_, t)| tokenizer.token_to_id(t)));
+        stop.extend(TURN_ENDS.iter().filter_map(|t| tokenizer.token_to_id(t)));
+        stop.sort_unstable();
+        stop.dedup();
+        // As in transformers: who says one of the two has said both.
+        let adds = |key: &str| config.get(key).and_then(Value::as_bool);
+        let adds_bos = adds("add_bos_token").or(adds("add_eos_token").map(|_| false));
+        Ok(Self { text, stop, adds_bos })
+    }
+}
+
+/// A token's text: a string, or an object with `content`.
+fn text_of(json: &Map<String, Value>, name: &str, path: &Path) -> Result<Option<String>> {
+    let Some(value) = json.get(name).filter(|v| !v.is_null()) else { return Ok(None) };
+    let text = value.as_str().or_else(|| value.get("content")?.as_str());
+    let text = text.ok_or_else(|| Error::format(path, name, "a string or an object with `content`", "neither"))?;
+    Ok(Some(text.to_owned()))
+}
+
+/// An id, or a list of ids.
+fn ids_of(json: &Map<String, Value>, key: &str, path: &Path) -> Result<Vec<u32>> {
+    let list = match json.get(key) {
+        None | Some(Value::Null) => &[],
+        Some(Value::Array(list)) => &list[..],
+        Some(one) => std::slice::from_ref(one),
+    };
+    let id = |v: &Value| {
+        let id = v.as_u64().and_then(|n| u32::try_from(n).ok());
+        id.ok_or_else(|| Error::format(path, key, "a token id or a list of them", "something else"))
+    };
+    list.iter().map(id).collect()
+}
