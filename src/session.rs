@@ -2,9 +2,10 @@
 
 use crate::adapter::{AdapterFile, Adapters};
 use crate::chat::{ChatTemplate, Message};
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::{Error, Result};
 use crate::exec::infer::Numbers;
 use crate::exec::{Base, architecture};
+use crate::format::foreign::no_tokenizer;
 use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
 use crate::memory::{Peak, anonymous_bytes};
@@ -272,11 +273,7 @@ impl Session {
     }
 
     fn text(&self) -> Result<&(Tokenizer, ChatTemplate)> {
-        self.tokenizer.as_ref().ok_or_else(|| {
-            let path = self.dir.join("tokenizer.json");
-            let message = "expected the model's tokenizer, got none; put the file there or work with `--ids`";
-            Error::new(ErrorCode::Io, format!("`{}`", path.display()), message)
-        })
+        self.tokenizer.as_ref().ok_or_else(|| no_tokenizer(&self.dir))
     }
 
     /// `ids`, if this model has an embedding for each; tokenizers of other models have others.

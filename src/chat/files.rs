@@ -1,6 +1,7 @@
 //! Where a model keeps its chat templates.
 
 use crate::error::{Error, Result};
+use crate::format::foreign;
 use crate::tokenizer::read_json;
 use serde_json::{Map, Value};
 use std::fs;
@@ -56,7 +57,11 @@ fn additional(dir: &Path) -> Result<Named> {
 
 fn read(path: &Path) -> Result<Option<String>> {
     match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
+        Ok(text) => {
+            // A pointer or a page would be a template that never mentions the messages.
+            foreign::check(path, text.as_bytes(), "a chat template")?;
+            Ok(Some(text))
+        }
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::io("read", path, e)),
     }

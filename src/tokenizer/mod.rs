@@ -53,6 +53,9 @@ impl Tokenizer {
     /// A file is missing or broken.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
+        if !path.exists() {
+            return Err(foreign::no_tokenizer(dir));
+        }
         let bytes = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
         foreign::check(&path, &bytes, "a tokenizer")?;
         let mut inner = parse(&bytes).map_err(|e| {

@@ -109,6 +109,24 @@ pub(crate) fn lone_weights(path: &Path, dir: &Path) -> Error {
     })
 }
 
+/// The error for the model's folder `dir`, which has no `tokenizer.json`.
+pub(crate) fn no_tokenizer(dir: &Path) -> Error {
+    let place = format!("`{}`", dir.join("tokenizer.json").display());
+    let others =
+        ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt"];
+    if let Some(other) = others.into_iter().find(|name| dir.join(name).exists()) {
+        let message = format!(
+            "expected the model's tokenizer in this form, got `{other}`; make the file of it: `python3 -c \"from transformers \
+             import AutoTokenizer as T; T.from_pretrained('{0}').save_pretrained('{0}')\"`",
+            dir.display()
+        );
+        return Error::new(ErrorCode::Unsupported, place, message);
+    }
+    let message = "expected the model's tokenizer, got none; take the file from where the model came from (only `eval --ids` \
+                   works without)";
+    Error::new(ErrorCode::Io, place, message)
+}
+
 /// The error for the folder `dir`, which has no `config.json`.
 pub(crate) fn not_a_model(dir: &Path) -> Error {
     if let Some(error) = adapter_as_model(dir) {
@@ -207,6 +225,16 @@ mod tests {
             let error = not_a_model(&dir).to_string();
             assert!(error.contains(word), "{files:?}: no `{word}` in {error}");
         }
+    }
+
+    #[test]
+    fn a_tokenizer_in_another_form_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let none = no_tokenizer(dir.path());
+        assert!(none.code() == ErrorCode::Io && none.to_string().contains("eval --ids"), "{none}");
+        fs::write(dir.path().join("tokenizer.model"), "").unwrap();
+        let other = no_tokenizer(dir.path());
+        assert!(other.code() == ErrorCode::Unsupported && other.to_string().contains("`tokenizer.model`"), "{other}");
     }
 
     #[test]
