@@ -55,10 +55,21 @@ impl Checkpoint {
     }
 
     /// Lets the weights decide whether the head is the embedding, as transformers 5 does: where the config ties them and
-    /// there is a head that differs, the config is wrong. An equal one is a copy and is left out.
+    /// there is a head that differs, the config is wrong. An equal one is a copy and is left out; one without an embedding
+    /// is the embedding.
     fn settle_head(&mut self) {
         const KEY: &str = "tie_word_embeddings";
-        if self.config.get(KEY) != Some(&Value::Bool(true)) || !self.contains(HEAD) || !self.contains(EMBEDDING) {
+        if self.config.get(KEY) != Some(&Value::Bool(true)) || !self.contains(HEAD) {
+            return;
+        }
+        if !self.contains(EMBEDDING) {
+            let names: Vec<String> = self.names().filter(|n| bnb::weight_of(n) == HEAD).map(str::to_owned).collect();
+            for name in names {
+                let Some(owner) = self.owners.remove(&name) else { continue };
+                let new = name.replacen(HEAD, EMBEDDING, 1);
+                self.files[owner].rename(&name, new.clone());
+                self.owners.insert(new, owner);
+            }
             return;
         }
         // With what belongs to them, in case they are in 4 bits.

@@ -118,6 +118,13 @@ impl TensorFile {
         self.tensors.get(name)
     }
 
+    /// Gives the tensor `name` another one.
+    pub(super) fn rename(&mut self, name: &str, new: String) {
+        if let Some(tensor) = self.tensors.remove(name) {
+            self.tensors.insert(new, tensor);
+        }
+    }
+
     /// All tensors by name, sorted.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))

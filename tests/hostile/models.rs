@@ -204,6 +204,15 @@ fn a_head_beside_a_tied_embedding_is_used_unless_it_is_a_copy() {
     assert_eq!(score(&f.model), tied);
     assert!(!Checkpoint::open(&f.model).unwrap().contains(HEAD));
 
+    // A head alone is both.
+    let path = f.model.join("model.safetensors");
+    let mut file = Tensors::read(&path);
+    file.0.retain(|t| t.0 != EMBEDDING);
+    file.write(&path);
+    assert_eq!(score(&f.model), tied);
+    file.add(EMBEDDING, "BF16", &[512, 128], embedding.clone());
+    file.write(&path);
+
     let other: Vec<u8> = embedding.chunks(2).rev().flatten().copied().collect();
     with_head(&f, other);
     let own = score(&f.model);
