@@ -193,7 +193,7 @@ impl Hub {
     ///
     /// # Errors
     /// `Config`: no such name. `Network`: every source failed; the message has the reason of each. `Io`: the cache
-    /// cannot be written. `Cancelled`: `progress` said `Break`.
+    /// cannot be written. `Unsupported`: its config says that it cannot run; no weights are fetched then. `Cancelled`: `progress` said `Break`.
     pub fn pull(&self, name: &str, progress: &mut Progress<'_>) -> Result<PathBuf> {
         self.pull_manifest(&Manifest::find(name)?, progress)
     }
@@ -230,8 +230,10 @@ impl Hub {
                     record.write(&folder)?;
                     return Ok(folder.join(record.path));
                 }
-                // A full disk or the caller's wish is the same for every source.
-                Err(e) if matches!(e.code(), ErrorCode::Io | ErrorCode::Cancelled) => return Err(e),
+                // A full disk, a model that cannot run or the caller's wish is the same for every source.
+                Err(e) if matches!(e.code(), ErrorCode::Io | ErrorCode::Unsupported | ErrorCode::Cancelled) => {
+                    return Err(e);
+                }
                 Err(error) => {
                     tell(progress, Event::SourceFailed { source: &label, error: &error })?;
                     failures.push(format!("\n  {label}: {}", chain(&error)));

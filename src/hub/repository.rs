@@ -7,6 +7,8 @@
 use super::record::{Entry, sha256, wrong_checksum};
 use super::{Event, Fetched, Hub, Progress, Repository, Stage, TICK, name, tell};
 use crate::error::{Error, ErrorCode, Result};
+use crate::exec::architecture_of;
+use crate::format::foreign::{check_config, read_object};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use serde::Deserialize;
@@ -26,7 +28,7 @@ const SMALL_FILES: &[&str] = &[
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "config.json",
+    CONFIG,
     "generation_config.json",
     "merges.txt",
     "model.safetensors.index.json",
@@ -36,6 +38,7 @@ const SMALL_FILES: &[&str] = &[
     "tokenizer_config.json",
     "vocab.json",
 ];
+const CONFIG: &str = "config.json";
 /// Tries per file. Each continues where the last one broke off, so that a flaky network gets somewhere.
 const TRIES: usize = 3;
 
@@ -149,7 +152,7 @@ impl Worker {
     /// What earlier downloads, by whatever program, left in the hub's cache.
     fn find_offline(&self, cache: &Cache) -> Result<(PathBuf, Vec<String>, Option<String>)> {
         let repo = cache.repo(self.repo(&self.source.revision));
-        let config = repo.get("config.json").or_else(|| repo.get("adapter_config.json"));
+        let config = repo.get(CONFIG).or_else(|| repo.get("adapter_config.json"));
         let snapshot = config.as_deref().and_then(Path::parent).ok_or_else(|| {
             refused(
                 &self.source,
@@ -173,14 +176,35 @@ impl Worker {
         if info.sha.len() != 40 || !info.sha.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(refused(&self.source, format!("expected a commit hash from the hub, got `{}`", info.sha)));
         }
-        let names = self.choose(info.siblings.into_iter().map(|s| s.rfilename).collect())?;
+        let mut names = self.choose(info.siblings.into_iter().map(|s| s.rfilename).collect())?;
+        // The config first: it tells whether the weights are worth the wait.
+        names.sort_by_key(|name| name != CONFIG);
         let repo = self.repo(&info.sha);
         let (remote, local) = (api.repo(repo.clone()), cache.repo(repo));
         for name in &names {
-            self.download_file(&api, &remote, &local.pointer_path(&info.sha).join(name), name)?;
+            let path = local.pointer_path(&info.sha).join(name);
+            self.download_file(&api, &remote, &path, name)?;
+            if name == CONFIG {
+                self.check_runs(&path)?;
+            }
         }
         let licence = info.card.and_then(|c| c.license.as_str().map(str::to_owned));
         Ok((local.pointer_path(&info.sha), names, licence))
+    }
+
+    /// Refuses a model that is known not to run by the config at `path`. What is merely wrong with it shows when the model
+    /// is opened.
+    fn check_runs(&self, path: &Path) -> Result<()> {
+        let dir = path.parent().unwrap_or(path);
+        let read = || {
+            let config = read_object(path)?;
+            check_config(path, &config)?;
+            architecture_of(&config, dir)
+        };
+        match read() {
+            Err(e) if e.code() == ErrorCode::Unsupported => Err(e.moved(dir, Path::new(&self.source.repo))),
+            _ => Ok(()),
+        }
     }
 
     fn info(&self, api: &Api) -> Result<Info> {
@@ -238,7 +262,7 @@ impl Worker {
             SMALL_FILES.contains(&f.as_str()) || weights(f) && name::is_plain(f) && (!model || f.starts_with("model"))
         };
         let names: Vec<String> = present.into_iter().filter(wanted).collect();
-        if !names.iter().any(|f| f == "config.json" || f == "adapter_config.json") {
+        if !names.iter().any(|f| f == CONFIG || f == "adapter_config.json") {
             return Err(missing("config.json"));
         }
         if !names.iter().any(|f| weights(f)) {

@@ -37,6 +37,23 @@ fn setup() -> (TempDir, Server, Hub) {
 }
 
 #[test]
+fn weights_of_a_model_that_cannot_run_are_not_fetched() {
+    let (_home, server, hub) = setup();
+    for (config, word) in [
+        (r#"{"model_type": "gpt2"}"#, "`mistral`"),
+        (r#"{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}"#, "AWQ"),
+    ] {
+        server.state.lock().unwrap().files[0] = small("config.json", config);
+        let error = quietly(&hub, NAME).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::Unsupported, "{error}");
+        assert!(error.to_string().contains(word) && error.place().contains("maker/model/config.json"), "{error}");
+        fs::remove_dir_all(&hub.hub_cache).unwrap();
+    }
+    let log = format!("{:?}", server.state.lock().unwrap().log);
+    assert!(!log.contains("safetensors"), "{log}");
+}
+
+#[test]
 fn a_repository_arrives_without_what_could_run_code() {
     let (home, server, hub) = setup();
     let mut licences = Vec::new();
