@@ -75,6 +75,12 @@ fn contents_of_another_kind_are_named_in_every_file_of_a_model() {
         f.write(file, good);
         result
     });
+    for (content, name, next) in contents {
+        f.write("chat_template.jinja", content);
+        let words = ["chat_template.jinja", name, next];
+        refused_both_ways(name, &f.model, ErrorCode::Format, &words).unwrap();
+    }
+    fs::remove_file(f.model.join("chat_template.jinja")).unwrap();
     let gguf = f.dir.path().join("model.gguf");
     for (content, name, next) in contents {
         fs::write(&gguf, content).unwrap();
