@@ -6,6 +6,7 @@ mod json;
 mod markers;
 mod message;
 mod plain;
+mod probe;
 
 pub use answers::Rendering;
 pub use message::Message;

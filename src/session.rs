@@ -85,6 +85,7 @@ impl Session {
     /// # Errors
     /// A file is missing, broken or of an unsupported kind.
     pub fn open(dir: &Path, options: &Options) -> Result<Self> {
+        check_threads(options.threads)?;
         let checkpoint = Checkpoint::open(dir)?;
         let dir = checkpoint.dir().to_owned();
         // Nothing is read in, and no copy is made, of a model that then turns out not to run.
@@ -310,9 +311,23 @@ impl Session {
         sampling: &Sampling,
         on_text: &mut (dyn FnMut(&str) -> ControlFlow<()> + Send),
     ) -> Result<(String, Generated)> {
-        let prompt = self.template()?.render(messages, None, true)?;
-        let ids = self.checked(self.tokenizer()?.encode_chat(&prompt.text, &prompt.plain)?)?;
+        let ids = self.prompt(messages)?;
         self.generate(&ids, max_tokens, sampling, on_text)
+    }
+
+    /// The token ids that [`Session::chat`] continues.
+    ///
+    /// # Errors
+    /// No tokenizer; the chat template refuses the messages.
+    pub fn prompt(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let prompt = self.template()?.render(messages, None, true)?;
+        self.checked(self.tokenizer()?.encode_chat(&prompt.text, &prompt.plain)?)
+    }
+
+    /// Tokens that the model can hold, prompt and answer together.
+    #[must_use]
+    pub fn context_tokens(&self) -> usize {
+        self.base.model.config().max_positions
     }
 
     /// Continues token ids.
@@ -411,6 +426,21 @@ impl Session {
         trainer.beside_tokenizer(self.tokenizer.as_ref().map_or(0, |_| self.text_bytes), self.text_bytes);
         Ok(trainer)
     }
+}
+
+/// Refuses a number of threads that can only be a slip: more of them than cores only take turns.
+///
+/// # Errors
+/// It is far above what the machine has.
+pub fn check_threads(threads: usize) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let most = (4 * cores).max(64);
+    if threads > most {
+        let expected =
+            format!("at most {most} on this machine with its {cores} cores, or 0 to measure how many serve best");
+        return Err(Error::config("threads", expected, threads));
+    }
+    Ok(())
 }
 
 /// See [`Session::material`].

@@ -3,58 +3,15 @@
 
 mod common;
 
-use common::{check_all, golden, tiny_chat_model, tiny_chats};
+use common::command::fixture;
+use common::{check_all, golden};
 use serde_json::Value;
 use std::fs;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
-
-struct Fixture {
-    dir: tempfile::TempDir,
-    model: PathBuf,
-    data: PathBuf,
-}
-
-fn fixture() -> Fixture {
-    let dir = tempfile::tempdir().unwrap();
-    let (model, data) = (tiny_chat_model(dir.path()), tiny_chats(dir.path(), 12));
-    Fixture { dir, model, data }
-}
-
-impl Fixture {
-    fn path(&self, name: &str) -> String {
-        self.dir.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pocketlora"));
-        command.args(args).env("POCKETLORA_HOME", self.dir.path().join("home")).stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        self.command(args).output().unwrap()
-    }
-
-    /// Stdout of a run that must succeed.
-    fn ok(&self, args: &[&str]) -> String {
-        let out = self.run(args);
-        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
-        String::from_utf8(out.stdout).unwrap()
-    }
-
-    fn json(&self, args: &[&str]) -> Value {
-        serde_json::from_str(self.ok(args).lines().last().unwrap()).unwrap()
-    }
-
-    fn train_args<'a>(&'a self, out: &'a str) -> Vec<&'a str> {
-        let (model, data) = (self.model.to_str().unwrap(), self.data.to_str().unwrap());
-        vec!["train", "-m", model, "-d", data, "-o", out, "--lr", "3e-3", "--epochs", "4", "--batch", "2", "--json"]
-    }
-}
 
 fn names(dir: &Path) -> Vec<String> {
     let mut names: Vec<String> =
@@ -187,24 +144,6 @@ fn a_chat_answers_and_obeys_its_commands() {
     assert!(stderr.contains("nowhere") && stderr.contains("/nonsense") && stderr.contains("tok/s"), "{stderr}");
     let line: Value = serde_json::from_str(&fs::read_to_string(&saved).unwrap()).unwrap();
     assert_eq!(line["messages"][0]["content"], "hello");
-}
-
-#[cfg(unix)]
-#[test]
-fn ctrl_c_ends_training_with_a_checkpoint() {
-    let f = fixture();
-    let out = f.path("stopped");
-    let args = [f.train_args(&out), vec!["--steps", "100000"]].concat();
-    let child = f.command(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    thread::sleep(Duration::from_millis(700));
-    let id = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
-    let done = child.wait_with_output().unwrap();
-    assert_eq!(done.status.code(), Some(1), "{}", String::from_utf8_lossy(&done.stderr));
-    let last = String::from_utf8(done.stdout).unwrap().lines().last().unwrap().to_owned();
-    assert_eq!(serde_json::from_str::<Value>(&last).unwrap()["done"], false);
-    assert!(Path::new(&out).join("checkpoint.safetensors").exists());
-    assert!(String::from_utf8_lossy(&done.stderr).contains("--resume"));
 }
 
 #[test]

@@ -330,7 +330,8 @@ fn a_diverged_run_stops_with_its_checkpoint() {
     let mut broken = init.clone();
     broken.modules[0].a.data[0] = f32::NAN;
     let out = f.out("diverged");
-    let mut trainer = session.trainer(config(), data, None, Some(&broken), &out).unwrap();
+    let config = TrainConfig { rank: 8, ..config() };
+    let mut trainer = session.trainer(config, data, None, Some(&broken), &out).unwrap();
     let error = trainer.run(&mut Stopper::default()).unwrap_err();
     assert_eq!(error.code(), ErrorCode::Diverged);
     assert!(error.to_string().contains("step 1"), "{error}");
@@ -344,7 +345,7 @@ fn samples_in_one_batch_do_not_see_each_other() {
     let session = f.session(1);
     let data = session.dataset(&f.data, 1024).unwrap();
     let grads = |samples: Vec<pocketlora::train::Sample>| {
-        let config = TrainConfig { batch: samples.len(), clip: 0.0, dropout: 0.0, ..config() };
+        let config = TrainConfig { rank: 8, batch: samples.len(), clip: 0.0, dropout: 0.0, ..config() };
         let data = Dataset { samples, ..data.clone() };
         let init = AdapterFile::open(&golden("adapters/lora")).unwrap();
         let mut trainer = session.trainer(config, data, None, Some(&init), &f.out("g")).unwrap();

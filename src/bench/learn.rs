@@ -36,6 +36,7 @@ impl Run {
             steps: Some(options.trials as u64 + 1),
             seq: options.sequence,
             save_every: 0,
+            save_seconds: 0,
             ..options.settings.clone()
         };
         let out = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;

@@ -369,9 +369,12 @@ fn fitted(session: &Session, options: &Options) -> Result<Options> {
     for threads in &mut fitted.threads {
         *threads = if *threads == 0 { cores } else { *threads };
     }
-    fitted.trials = fitted.trials.max(1);
+    if fitted.trials == 0 {
+        return Err(Error::config("trials", "a whole number from 1", 0));
+    }
+    fitted.threads.iter().try_for_each(|threads| session::check_threads(*threads))?;
     for (name, length) in
-        [("prefill", &mut fitted.prefill), ("decode", &mut fitted.decode), ("sequence", &mut fitted.sequence)]
+        [("prefill", &mut fitted.prefill), ("decode", &mut fitted.decode), ("seq", &mut fitted.sequence)]
     {
         if *length < 2 {
             return Err(Error::config(name, "at least 2 tokens", *length));

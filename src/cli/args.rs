@@ -136,14 +136,19 @@ impl SamplingArgs {
     }
 }
 
+/// A number of things of which there must be one: clap's own message would give a range of twenty digits.
+pub(super) fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "expected a whole number from 1".to_owned())
+}
+
 /// Prints one JSON object on stdout.
 pub(super) fn print_json(value: &serde_json::Value) {
     println!("{value}");
 }
 
-/// The error of work that Ctrl-C stopped.
+/// The error of work that was asked to stop.
 pub(super) fn stopped(what: &str) -> Error {
-    Error::new(ErrorCode::Cancelled, what, "stopped by Ctrl-C")
+    Error::new(ErrorCode::Cancelled, what, "stopped by Ctrl-C or by the system")
 }
 
 /// `12.3 MB`, in powers of ten as disks and networks count.

@@ -1,6 +1,6 @@
 //! `pocketlora bench`: how fast a model runs and learns here, against the machine's limits.
 
-use super::args::{PrecisionArg, megabytes, options, print_json, stopped};
+use super::args::{PrecisionArg, at_least_one, megabytes, options, print_json, stopped};
 use super::{interrupt, model, progress};
 use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, TrainReport, shape};
 use crate::error::{Error, ErrorCode, Result};
@@ -27,16 +27,16 @@ pub(super) struct Args {
     #[arg(long, value_delimiter = ',', default_value = "0")]
     threads: Vec<usize>,
     /// Trials of each figure, after a warm-up.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 5, value_parser = at_least_one)]
     trials: usize,
     /// Tokens of the prompt.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, value_parser = at_least_one)]
     prefill: usize,
     /// Tokens decoded one by one.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = at_least_one)]
     decode: usize,
     /// Tokens of a training sequence.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 256, value_parser = at_least_one)]
     seq: usize,
     /// Measure training alone, in a process that does nothing else: its memory is then training's.
     #[arg(long, conflicts_with = "no_train")]

@@ -1,19 +1,19 @@
 //! `pocketlora chat`: a conversation at the terminal.
 
-use super::args::{AdapterArg, ModelArgs, SamplingArgs};
+use super::args::{AdapterArg, ModelArgs, SamplingArgs, at_least_one};
 use super::generate::stats_line;
-use super::interrupt;
+use super::{interrupt, out, print_error, shell};
 use crate::chat::Message;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 use crate::generate::{Finish, Sampling};
 use crate::hub::Hub;
 use crate::session::Session;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
-use std::fs::OpenOptions;
-use std::io::Write as _;
+use std::fs::{self, OpenOptions};
+use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const HELP: &str = "\
@@ -23,7 +23,7 @@ const HELP: &str = "\
 /stats                print speed and memory after each answer, or stop doing so
 /help                 this text
 /quit                 leave (so does Ctrl-D)
-Ctrl-C stops an answer.";
+Ctrl-C stops an answer. A question that begins with a slash needs a space before it.";
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -35,7 +35,7 @@ pub(super) struct Args {
     #[arg(long)]
     system: Option<String>,
     /// Most tokens in one answer.
-    #[arg(short = 'n', long, default_value_t = 512)]
+    #[arg(short = 'n', long, default_value_t = 512, value_parser = at_least_one)]
     max_tokens: usize,
     /// Print speed and memory after each answer.
     #[arg(long)]
@@ -55,7 +55,11 @@ pub(super) fn run(args: Args) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
     let sampling = args.sampling.sampling(0.7, 0.9, now)?;
     let session = args.model.open()?;
-    session.template()?;
+    // Now rather than at every question.
+    match &args.system {
+        Some(_) => session.template()?.check_system()?,
+        None => session.template()?.check()?,
+    }
     let mut chat = Chat {
         session,
         messages: Vec::new(),
@@ -64,26 +68,34 @@ pub(super) fn run(args: Args) -> Result<()> {
         max_tokens: args.max_tokens,
         stats: args.stats,
     };
-    chat.reset();
+    chat.forget();
     eprintln!("{} is listening; /help shows the commands", args.model.model);
     let terminal = |e: ReadlineError| Error::io("read", Path::new("terminal"), std::io::Error::other(e));
     let mut editor = DefaultEditor::new().map_err(terminal)?;
-    // History is a comfort: a chat goes on without it.
-    let history = Hub::from_env().ok().map(|h| h.home.join("chat-history"));
+    let history = history();
     if let Some(path) = &history {
         let _ = editor.load_history(path);
     }
     loop {
-        match editor.readline("> ") {
+        // A Ctrl-C was meant for what is over now; other wishes are for all.
+        interrupt::take();
+        if interrupt::asked() {
+            break;
+        }
+        match interrupt::idle(|| editor.readline("> ")) {
             Ok(line) if line.trim().is_empty() => {}
             Ok(line) => {
                 let _ = editor.add_history_entry(&line);
-                match line.trim().strip_prefix('/') {
+                // At once, for there are ends that leave no time for it.
+                if let Some(path) = &history {
+                    let _ = editor.append_history(path);
+                }
+                match line.strip_prefix('/').map(str::trim) {
                     None => chat.answer(line.trim()),
                     Some("quit" | "exit") => break,
                     Some(command) => {
                         if let Err(e) = chat.command(command) {
-                            eprintln!("error: {e}");
+                            print_error("error", &e);
                         }
                     }
                 }
@@ -93,87 +105,143 @@ pub(super) fn run(args: Args) -> Result<()> {
             Err(e) => return Err(terminal(e)),
         }
     }
-    if let Some(path) = &history {
-        let _ = path.parent().map(std::fs::create_dir_all);
-        let _ = editor.save_history(path);
-    }
     Ok(())
 }
 
+/// Where earlier questions are kept. They are a comfort: a chat goes on without them.
+fn history() -> Option<PathBuf> {
+    let home = Hub::from_env().ok()?.home;
+    fs::create_dir_all(&home).ok()?;
+    Some(home.join("chat-history"))
+}
+
 impl Chat {
-    fn reset(&mut self) {
+    fn forget(&mut self) {
         self.messages = self.system.iter().map(|s| Message::new("system", s)).collect();
+    }
+
+    /// Turns that were said, the system prompt not counted.
+    fn turns(&self) -> usize {
+        self.messages.len() - self.system.iter().len()
     }
 
     /// One turn. An answer that failed or was stopped before its first word takes the question with it, so that the
     /// template never sees two questions in a row.
     fn answer(&mut self, question: &str) {
-        interrupt::take();
         self.messages.push(Message::new("user", question));
-        let result = self.session.chat(&self.messages, self.max_tokens, &self.sampling, &mut |piece| {
-            print!("{piece}");
-            let _ = std::io::stdout().flush();
-            if interrupt::take() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        });
-        println!();
-        match result {
-            Ok((text, done)) => {
-                if done.finish == Finish::Context {
-                    eprintln!("(the context is full; /reset starts anew)");
-                }
-                if self.stats {
-                    eprintln!(
-                        "{}",
-                        stats_line(&done, self.session.peak_anonymous_bytes(), self.session.mapped_bytes())
-                    );
-                }
-                if text.is_empty() {
-                    self.messages.pop();
-                } else {
-                    self.messages.push(Message::new("assistant", text));
-                }
-                self.sampling.seed = self.sampling.seed.wrapping_add(1);
-            }
+        match self.say() {
+            Ok(text) if text.is_empty() => drop(self.messages.pop()),
+            Ok(text) => self.messages.push(Message::new("assistant", text)),
             Err(e) => {
                 self.messages.pop();
-                eprintln!("error: {e}; /reset starts anew");
+                print_error("error", &e);
             }
         }
+    }
+
+    /// The answer to the conversation, as it comes.
+    fn say(&mut self) -> Result<String> {
+        let ids = self.session.prompt(&self.messages)?;
+        let context = self.session.context_tokens();
+        if ids.len() >= context {
+            return Err(self.too_long(ids.len(), context));
+        }
+        let answered = self.session.generate(&ids, self.max_tokens, &self.sampling, &mut |piece| {
+            print!("{piece}");
+            out::flush();
+            if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        println!();
+        let (text, done) = answered?;
+        self.sampling.seed = self.sampling.seed.wrapping_add(1);
+        match done.finish {
+            Finish::Length => eprintln!(
+                "(cut after {} tokens, before its end; `go on` may continue it, `chat -n` with a larger number cuts later)",
+                self.max_tokens
+            ),
+            Finish::Context if self.turns() > 1 => {
+                eprintln!("(cut: the conversation fills the model's context of {context} tokens; /reset forgets it)");
+            }
+            Finish::Context => eprintln!("(cut: question and answer fill the model's context of {context} tokens)"),
+            Finish::Stop | Finish::Cancelled => {}
+        }
+        if self.stats {
+            eprintln!("{}", stats_line(&done, self.session.peak_anonymous_bytes(), self.session.mapped_bytes()));
+        }
+        Ok(text)
+    }
+
+    /// With advice that helps: what is long is the history, or else the question.
+    fn too_long(&self, tokens: usize, context: usize) -> Error {
+        let (what, next) = match self.turns() {
+            1 => ("question", "shorten it"),
+            _ => ("conversation with this question", "`/reset` forgets what was said, then ask again"),
+        };
+        let message =
+            format!("expected fewer than the {context} tokens of the model's context, got `{tokens}`; {next}");
+        Error::new(ErrorCode::Data, what, message)
     }
 
     fn command(&mut self, command: &str) -> Result<()> {
         let (name, rest) = command.split_once(' ').unwrap_or((command, ""));
         match (name, rest.trim()) {
             ("help", _) => println!("{HELP}"),
-            ("reset", _) => self.reset(),
-            ("stats", _) => self.stats = !self.stats,
+            ("reset", _) => {
+                eprintln!("(forgot {} turns)", self.turns());
+                self.forget();
+            }
+            ("stats", _) => {
+                self.stats = !self.stats;
+                eprintln!("(speed and memory after each answer: {})", if self.stats { "on" } else { "off" });
+            }
             ("adapter", "") => {
+                if self.session.attached().is_empty() {
+                    eprintln!("(no adapter is attached)");
+                }
                 for (dir, scale) in self.session.attached() {
                     println!("{}={scale}", dir.display());
                 }
             }
-            ("adapter", "none") => self.session.detach_all(),
+            ("adapter", "none") => {
+                self.session.detach_all();
+                eprintln!("(no adapter is attached)");
+            }
             ("adapter", which) => {
                 let AdapterArg { dir, scale } =
                     which.parse().map_err(|e| Error::config("adapter", "DIR[=SCALE]", e))?;
-                let known = self.session.warnings().len();
+                let (dir, known) = (shell::expanded(&dir.to_string_lossy()), self.session.warnings().len());
                 self.session.attach(&dir, scale)?;
                 self.session.warnings()[known..].iter().for_each(|warning| eprintln!("note: {warning}"));
+                eprintln!("(attached {})", dir.display());
             }
             ("save", "") => return Err(Error::config("/save", "a file name", "nothing")),
-            ("save", file) => self.save(Path::new(file))?,
-            (other, _) => return Err(Error::config("command", "one of those that /help shows", format!("/{other}"))),
+            ("save", file) => self.save(&shell::expanded(file))?,
+            (other, _) => {
+                let message =
+                    "there is no such command; `/help` lists them, and a space before the slash makes it a question";
+                return Err(Error::new(ErrorCode::Config, format!("`/{other}`"), message));
+            }
         }
         Ok(())
     }
 
     /// Appends the conversation as one JSON line, in the form that `train` reads.
     fn save(&self, path: &Path) -> Result<()> {
+        if self.turns() == 0 {
+            let message = "expected a question and its answer, got none yet; ask something first";
+            return Err(Error::new(ErrorCode::Data, "/save", message));
+        }
         let line = serde_json::json!({ "messages": self.messages });
-        let mut file =
-            OpenOptions::new().create(true).append(true).open(path).map_err(|e| Error::io("open", path, e))?;
-        writeln!(file, "{line}").map_err(|e| Error::io("write", path, e))?;
-        eprintln!("saved {} turns to {}", self.messages.len(), path.display());
+        let failed = |e| Error::io("write", path, e);
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(failed)?;
+        // A last line without its end would swallow this one.
+        let mut last = [b'\n'];
+        if file.seek(SeekFrom::End(-1)).is_ok() {
+            file.read_exact(&mut last).map_err(failed)?;
+        }
+        let start = if last == *b"\n" { "" } else { "\n" };
+        file.write_all(format!("{start}{line}\n").as_bytes()).map_err(failed)?;
+        eprintln!("(saved {} turns to {})", self.turns(), path.display());
         Ok(())
     }
 }

@@ -65,7 +65,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
 
     let questions = questions(if args.short { SHORT_FACTS } else { usize::MAX });
     eprintln!("2. {} questions about a person it has never heard of", questions.len());
-    let before = ask(&mut session, &questions)?;
+    let (before, _) = ask(&mut session, &questions)?;
 
     eprintln!("3. teaching it, on this machine");
     let home = Hub::from_env()?.home.join("demo");
@@ -76,7 +76,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
 
     eprintln!("4. the same questions, in words it was not taught with");
     session.attach(&summary.adapter, 1.0)?;
-    let after = ask(&mut session, &questions)?;
+    let (after, cut) = ask(&mut session, &questions)?;
 
     let recall = |answers: &[String]| {
         let right = questions.iter().zip(answers).filter(|(q, a)| q.is_answered_by(a)).count();
@@ -88,7 +88,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     if args.json {
         print_json(&json!({
             "recall_before": known_before, "recall_after": known_after, "seconds": seconds,
-            "train_seconds": summary.time.as_secs_f64(), "train_tok_s": train_rate, "facts": questions.len(),
+            "train_seconds": summary.time.as_secs_f64(), "train_tok_s": train_rate, "facts": questions.len(), "cut": cut,
             "trained_tokens": summary.trained_tokens, "peak_anonymous_bytes": summary.peak_anonymous_bytes,
             "mapped_bytes": session.mapped_bytes(), "adapter": summary.adapter,
         }));
@@ -121,22 +121,23 @@ fn questions(limit: usize) -> Vec<Question> {
     TEST.lines().filter(|l| !l.is_empty()).map(parse).take(limit).collect()
 }
 
-/// Greedy answers, each in a conversation of its own.
-fn ask(session: &mut Session, questions: &[Question]) -> Result<Vec<String>> {
+/// Greedy answers, each in a conversation of its own, and how many of them were cut.
+fn ask(session: &mut Session, questions: &[Question]) -> Result<(Vec<String>, usize)> {
     let bar = progress::count(questions.len() as u64, "ask");
-    let mut answers = Vec::with_capacity(questions.len());
+    let (mut answers, mut cut) = (Vec::with_capacity(questions.len()), 0);
     for q in questions {
         let messages = [Message::new("user", &q.question)];
         let mut on_text = |_: &str| if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-        let (text, _) = session.chat(&messages, ANSWER_TOKENS, &Sampling::default(), &mut on_text)?;
+        let (text, done) = session.chat(&messages, ANSWER_TOKENS, &Sampling::default(), &mut on_text)?;
         if interrupt::asked() {
             return Err(super::args::stopped("demo"));
         }
+        cut += usize::from(done.finish.is_cut());
         answers.push(text.trim().to_owned());
         bar.inc(1);
     }
     bar.finish_and_clear();
-    Ok(answers)
+    Ok((answers, cut))
 }
 
 /// Trains on the facts that are asked about; data and adapter stay in the cache for the curious.
@@ -152,6 +153,7 @@ fn teach(session: &Session, questions: &[Question], home: &Path, args: &Args) ->
         epochs: if args.short { 8 } else { 4 },
         batch: 8,
         save_every: 0,
+        save_seconds: 0,
         ..TrainConfig::default()
     };
     let data = session.dataset(&path, config.seq)?;

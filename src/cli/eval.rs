@@ -1,6 +1,6 @@
 //! `pocketlora eval`: how well a model predicts and answers.
 
-use super::args::{ModelArgs, megabytes, print_json, stopped};
+use super::args::{ModelArgs, at_least_one, megabytes, print_json, stopped};
 use super::{interrupt, progress};
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{
@@ -62,7 +62,7 @@ struct TaskArgs {
     #[arg(long, value_enum, default_value = "likelihood")]
     labels_by: LabelBy,
     /// Most tokens of an answer.
-    #[arg(short = 'n', long, default_value_t = 128)]
+    #[arg(short = 'n', long, default_value_t = 128, value_parser = at_least_one)]
     max_tokens: usize,
     /// ROUGE compares stems of words (Porter's).
     #[arg(long)]
@@ -195,6 +195,9 @@ impl Found {
         json.extend(self.tasks.scores.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())));
         json.insert("prompt_tokens".into(), self.tasks.prompt_tokens.into());
         json.insert("generated_tokens".into(), self.tasks.generated_tokens.into());
+        if !self.tasks.answers.is_empty() {
+            json.insert("cut".into(), self.tasks.cut.into());
+        }
         if let Some(rate) = self.decode_rate() {
             json.insert("decode_tok_s".into(), rate.into());
         }
@@ -210,6 +213,10 @@ impl Found {
         println!("{records} records: {}", scores.join(", "));
         if let Some(rate) = self.decode_rate() {
             eprintln!("{} tokens written at {rate:.0} tok/s", self.tasks.generated_tokens);
+        }
+        if self.tasks.cut > 0 {
+            let (cut, answers) = (self.tasks.cut, self.tasks.answers.len());
+            eprintln!("{cut} of {answers} answers were cut before their end, by `-n` or by the model's context");
         }
     }
 

@@ -1,11 +1,11 @@
 //! `pocketlora generate`: one prompt, one answer.
 
-use super::args::{ModelArgs, SamplingArgs, megabytes, print_json};
-use super::interrupt;
+use super::args::{ModelArgs, SamplingArgs, at_least_one, megabytes, print_json};
+use super::{interrupt, out};
 use crate::chat::Message;
 use crate::error::Result;
+use crate::generate::Finish;
 use serde_json::json;
-use std::io::Write as _;
 use std::ops::ControlFlow;
 
 #[derive(clap::Args)]
@@ -24,7 +24,7 @@ pub(super) struct Args {
     #[arg(long, requires = "chat")]
     system: Option<String>,
     /// Most tokens to write.
-    #[arg(short = 'n', long, default_value_t = 256)]
+    #[arg(short = 'n', long, default_value_t = 256, value_parser = at_least_one)]
     max_tokens: usize,
     /// Report as one JSON object instead of streaming the text.
     #[arg(long)]
@@ -41,10 +41,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut on_text = |piece: &str| {
         if !json {
             print!("{piece}");
-            let _ = std::io::stdout().flush();
+            out::flush();
         }
         if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
+    if args.system.is_some() {
+        session.template()?.check_system()?;
+    }
     let (text, done) = if args.chat {
         let mut messages: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();
         messages.push(Message::new("user", &args.prompt));
@@ -58,6 +61,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             "text": text,
             "prompt_tokens": done.prompt_tokens,
             "tokens": done.ids.len(),
+            "finish": done.finish,
             "ids": done.ids,
             "prefill_tok_s": done.prefill_rate(),
             "decode_tok_s": done.decode_rate(),
@@ -66,6 +70,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }));
     } else {
         println!();
+        match done.finish {
+            Finish::Length => eprintln!("(cut after {} tokens, before its end; -n allows more)", done.ids.len()),
+            Finish::Context => eprintln!(
+                "(cut before its end: the model's context of {} tokens is full, {} of them the prompt's; a shorter \
+                 prompt leaves more room)",
+                session.context_tokens(),
+                done.prompt_tokens
+            ),
+            Finish::Stop | Finish::Cancelled => {}
+        }
     }
     if args.stats {
         eprintln!("{}", stats_line(&done, peak, session.mapped_bytes()));

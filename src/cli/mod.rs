@@ -1,5 +1,12 @@
 //! The command line: one file per subcommand; answers on stdout, progress on stderr.
 
+// Where a macro of `out` is not the one that is meant.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
+// First, for the macros in it: `println!` and its like mean these in all that follows.
+#[macro_use]
+mod out;
+
 #[cfg(feature = "ggml")]
 mod against;
 mod args;
@@ -15,11 +22,13 @@ mod model;
 mod progress;
 mod pull;
 mod quantize;
+mod shell;
 mod train;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorCode, Result};
 use clap::{Parser, Subcommand};
 use std::error::Error as _;
+use std::io::ErrorKind;
 use std::process::ExitCode;
 
 /// Run and fine-tune QLoRA models on this device. Nothing you type or train on leaves it.
@@ -52,7 +61,8 @@ enum Command {
     Bench(bench::Args),
 }
 
-/// Parses the command line and runs it. Exit codes: 0 done, 1 failed, 2 wrong usage.
+/// Parses the command line and runs it. Exit codes: 0 done, 1 failed or a run that was stopped, 2 wrong usage. Whoever
+/// closes stdout has read enough: that is no failure.
 #[must_use]
 pub fn run() -> ExitCode {
     let cli = Cli::parse();
@@ -68,6 +78,14 @@ pub fn run() -> ExitCode {
         Command::Eval(args) => eval::run(&args).map(|()| true),
         Command::Bench(args) => bench::run(&args).map(|()| true),
     };
+    let result = match (result, out::close()) {
+        (Err(e), Some(_)) if e.code() == ErrorCode::Cancelled => Ok(true),
+        (Ok(_), Some(e)) if e.kind() != ErrorKind::BrokenPipe => {
+            let message = format!("could not write it: {e}; make room, or write to another place");
+            Err(Error::new(ErrorCode::Io, "stdout", message))
+        }
+        (result, _) => result,
+    };
     match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -79,7 +97,7 @@ pub fn run() -> ExitCode {
 }
 
 /// An error with what caused it, on stderr.
-fn print_error(kind: &str, error: &crate::Error) {
+fn print_error(kind: &str, error: &Error) {
     eprintln!("{kind}: {error}");
     let mut cause = error.source();
     while let Some(e) = cause {

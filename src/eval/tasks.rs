@@ -83,6 +83,8 @@ pub struct TaskReport {
     pub scores: Vec<(&'static str, f64)>,
     /// What the model wrote, record by record, where it was made to write.
     pub answers: Vec<String>,
+    /// Answers that would have gone on: the number of tokens, or the context, ended them.
+    pub cut: usize,
     /// Tokens read.
     pub prompt_tokens: usize,
     /// Tokens written.
@@ -250,6 +252,7 @@ fn generate(
         if made.finish == Finish::Cancelled || !progress(made.prefilled) {
             return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));
         }
+        report.cut += usize::from(made.finish.is_cut());
         report.prompt_tokens += made.prefilled;
         report.generated_tokens += made.ids.len();
         report.decode += made.decode;

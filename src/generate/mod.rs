@@ -13,7 +13,8 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Finish {
     /// The model said it was done.
     Stop,
@@ -23,6 +24,14 @@ pub enum Finish {
     Context,
     /// The caller stopped it.
     Cancelled,
+}
+
+impl Finish {
+    /// Whether the answer would have gone on: what is there is a part of it.
+    #[must_use]
+    pub fn is_cut(self) -> bool {
+        matches!(self, Self::Length | Self::Context)
+    }
 }
 
 /// What a generation did.

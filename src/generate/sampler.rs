@@ -33,15 +33,15 @@ impl Sampling {
     /// # Errors
     /// The first setting that is out of range.
     pub fn validate(&self) -> Result<()> {
-        let checks = [
-            ("temperature", self.temperature, 0.0..=100.0),
-            ("top-p", self.top_p, f32::MIN_POSITIVE..=1.0),
-            ("min-p", self.min_p, 0.0..=1.0),
-            ("repetition-penalty", self.repetition_penalty, 0.01..=100.0),
-        ];
-        for (name, value, range) in checks {
-            if !range.contains(&value) {
-                return Err(Error::config(name, format!("a number from {} to {}", range.start(), range.end()), value));
+        let Self { temperature, top_p, min_p, repetition_penalty: penalty, .. } = *self;
+        for (name, value, ok, range) in [
+            ("temperature", temperature, (0.0..=100.0).contains(&temperature), "0 <= temperature <= 100"),
+            ("top-p", top_p, top_p > 0.0 && top_p <= 1.0, "0 < top-p <= 1"),
+            ("min-p", min_p, (0.0..=1.0).contains(&min_p), "0 <= min-p <= 1"),
+            ("repetition-penalty", penalty, (0.01..=100.0).contains(&penalty), "0.01 <= repetition-penalty <= 100"),
+        ] {
+            if !ok {
+                return Err(Error::config(name, format!("a number in `{range}`"), value));
             }
         }
         Ok(())
@@ -184,6 +184,23 @@ mod tests {
         let settings = Sampling { repetition_penalty: 2.0, ..Default::default() };
         assert_eq!(Sampler::new(settings.clone()).sample(&mut [3.0, 2.0], &[0]).unwrap(), 1);
         assert_eq!(Sampler::new(settings).sample(&mut [-1.0, -1.5], &[0]).unwrap(), 1);
+    }
+
+    #[test]
+    fn settings_out_of_range_name_themselves_and_the_range() {
+        let none = Sampling::default();
+        for (settings, what) in [
+            (Sampling { temperature: -1.0, ..none.clone() }, "`0 <= temperature <= 100`, got `-1`"),
+            (Sampling { temperature: f32::NAN, ..none.clone() }, "got `NaN`"),
+            (Sampling { top_p: 1.5, ..none.clone() }, "`0 < top-p <= 1`, got `1.5`"),
+            (Sampling { top_p: 0.0, ..none.clone() }, "`0 < top-p <= 1`, got `0`"),
+            (Sampling { min_p: 2.0, ..none.clone() }, "`0 <= min-p <= 1`, got `2`"),
+            (Sampling { repetition_penalty: 0.0, ..none.clone() }, "`0.01 <= repetition-penalty <= 100`, got `0`"),
+        ] {
+            let error = settings.validate().unwrap_err().to_string();
+            assert!(error.contains(what), "{error}");
+        }
+        none.validate().unwrap();
     }
 
     #[test]

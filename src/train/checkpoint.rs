@@ -7,6 +7,7 @@
 
 use super::best::Candidates;
 use super::hold_out::Evaluation;
+use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::{Entry, Staged, Writer};
@@ -21,7 +22,8 @@ use std::path::{Path, PathBuf};
 const FILE: &str = "checkpoint.safetensors";
 const PREVIOUS: &str = "checkpoint.previous.safetensors";
 pub(super) const FILES: [&str; 2] = [FILE, PREVIOUS];
-/// The setting that may change, by its key in the facts.
+/// The settings that may change, by their keys in the facts: no adapter depends on them.
+const FREE: [&str; 3] = [BUDGET, "save-every", "save-seconds"];
 const BUDGET: &str = "memory-budget";
 /// Key of the run's facts in the file's metadata.
 const META: &str = "pocketlora";
@@ -29,7 +31,7 @@ const META: &str = "pocketlora";
 const CHECKSUM: &str = "checksum";
 
 /// What a checkpoint belongs to and where it stands. A resumed run must agree on all but `step`, `candidates` and `start`,
-/// and may have another memory budget.
+/// and may have another memory budget or save at other times.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunFacts {
     /// Steps done.
@@ -53,14 +55,14 @@ pub struct RunFacts {
 }
 
 impl RunFacts {
-    /// Names what differs from `other`, apart from how far the runs have come and what memory they may have: a device gives
-    /// now more and now less, and what is given up for it changes the order of sums alone.
+    /// Names what differs from `other`, apart from how far the runs have come, when they save and what memory they may have:
+    /// a device gives now more and now less, and what is given up for it changes the order of sums alone.
     fn differences(&self, other: &Self) -> Vec<String> {
         let mut found = Vec::new();
         if let (Some(a), Some(b)) = (self.config.as_object(), other.config.as_object()) {
             let budgeted = [a, b].iter().any(|run| run.get(BUDGET).is_some_and(|megabytes| !megabytes.is_null()));
             let keys = a.keys().chain(b.keys().filter(|k| !a.contains_key(*k)));
-            for key in keys.filter(|key| *key != BUDGET) {
+            for key in keys.filter(|key| !FREE.contains(&key.as_str())) {
                 let text = |v: Option<&serde_json::Value>| v.map_or_else(|| "nothing".to_owned(), as_typed);
                 if a.get(key) != b.get(key) {
                     // Nobody may have asked for moments in 8 bits.
@@ -169,7 +171,13 @@ pub struct Loaded {
 /// There is none, all are broken, or it belongs to a run with other settings, data or base (the differences are listed).
 pub fn load(out: &Path, facts: &RunFacts, entries: &[Entry]) -> Result<Loaded> {
     if !has_checkpoint(out) {
-        let message = "expected a checkpoint to resume from, got none; start without `--resume`";
+        let message = match AdapterFile::exists(out) {
+            true => {
+                "expected the checkpoint of an unfinished run, got a finished adapter; train on from it with `--init`, the \
+                 folder, and a new folder as the output"
+            }
+            false => "expected a checkpoint to resume from, got none; start without `--resume`",
+        };
         return Err(Error::new(ErrorCode::Data, format!("`{}`", out.join(FILE).display()), message));
     }
     let newest = match read(&out.join(FILE), facts, entries) {
@@ -202,7 +210,8 @@ fn read(path: &Path, facts: &RunFacts, entries: &[Entry]) -> Result<(RunFacts, T
     let differences = saved.differences(facts);
     if !differences.is_empty() {
         let message = format!(
-            "the run to resume differs: {}; use the same settings, data and base, or start again without `--resume`",
+            "the run to resume differs: {}; use the same settings, data and base. Other settings begin a new run: with \
+             `--overwrite`, or once this one is finished with `--init`, its folder, and a new folder as the output",
             differences.join("; ")
         );
         return Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message));

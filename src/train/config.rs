@@ -1,6 +1,6 @@
 //! Settings of a training run: the keys of `train.toml` and the flags of `pocketlora train`.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Arithmetic, MOMENT_BLOCK};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -51,11 +51,12 @@ pub struct TrainConfig {
     pub dropout: f32,
     /// Scale by `alpha / sqrt(rank)`.
     pub rslora: bool,
-    /// Peak learning rate.
+    /// Peak learning rate; above 1 for SGD only, whose steps are as large as the gradient makes them.
     pub lr: f32,
     /// Its course.
     pub schedule: Schedule,
-    /// Steps of linear warm-up; below 1, a fraction of all steps.
+    /// Steps of linear warm-up before the first step at the peak, fewer than all; below 1, a fraction of all steps,
+    /// rounded down.
     pub warmup: f64,
     /// Passes over the data.
     pub epochs: usize,
@@ -90,8 +91,12 @@ pub struct TrainConfig {
     pub lora_plus_ratio: f32,
     /// Seed of initialization, order and dropout.
     pub seed: u64,
-    /// Steps between checkpoints; 0 writes one only when stopped.
+    /// Steps between checkpoints; 0 leaves them to `save_seconds`.
     pub save_every: u64,
+    /// Seconds after which a checkpoint is due in any case: sooner while a run is young, so that a kill costs at most half
+    /// of it, and later where writing one takes more than a twentieth of the time. 0 leaves them to `save_every`; where
+    /// both are 0 one is written only when the run is stopped.
+    pub save_seconds: u64,
     /// JSONL that is evaluated during training.
     pub eval_data: Option<PathBuf>,
     /// Share of the records that is held out and evaluated, instead of `eval_data`.
@@ -165,6 +170,7 @@ impl Default for TrainConfig {
             lora_plus_ratio: 1.0,
             seed: 0,
             save_every: 50,
+            save_seconds: 120,
             eval_data: None,
             eval_split: None,
             eval_every: 0,
@@ -203,11 +209,7 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<()> {
         let whole = |name: &str, value: usize, max: usize| {
             let range = 1..=max;
-            if range.contains(&value) {
-                Ok(())
-            } else {
-                Err(Error::config(name, format!("a whole number from 1 to {max}"), value))
-            }
+            check(name, value, range.contains(&value), &format!("a whole number from 1 to {max}"))
         };
         whole("rank", self.rank, 4096)?;
         whole("epochs", self.epochs, 1_000_000)?;
@@ -217,36 +219,34 @@ impl TrainConfig {
         if self.packing && self.bucketing {
             return Err(Error::config("bucketing", "off where `packing` is on", "both"));
         }
-        if self.steps == Some(0) {
-            return Err(Error::config("steps", "at least 1", 0));
-        }
+        check("steps", 0, self.steps != Some(0), "a whole number from 1")?;
         if self.targets.is_empty() {
             return Err(Error::config("targets", "at least one layer name, or `all`", "nothing"));
         }
-        let real = |name: &str, value: f64, ok: bool, expected: &str| {
-            if ok && value.is_finite() { Ok(()) } else { Err(Error::config(name, expected, value)) }
-        };
-        real("alpha", self.alpha(), self.alpha() > 0.0, "a number above 0")?;
-        let (dropout, lr) = (f64::from(self.dropout), f64::from(self.lr));
-        real("dropout", dropout, (0.0..1.0).contains(&dropout), "a number from 0 to below 1")?;
-        real("lr", lr, lr > 0.0 && lr <= 1.0, "a number above 0 and up to 1")?;
-        real("warmup", self.warmup, self.warmup >= 0.0, "steps, or a fraction of them below 1")?;
-        real("clip", self.clip, self.clip >= 0.0, "a number above 0, or 0 for none")?;
-        let decay = f64::from(self.weight_decay);
-        real("weight-decay", decay, (0.0..=1.0).contains(&decay), "a number from 0 to 1")?;
+        let (alpha, dropout, lr, decay) = (self.alpha(), self.dropout, self.lr, self.weight_decay);
+        check("alpha", alpha, alpha > 0.0 && alpha.is_finite(), "a number above 0")?;
+        check("dropout", dropout, (0.0..1.0).contains(&dropout), "a number in `0 <= dropout < 1`")?;
+        let bound = if self.optimizer == Optimizer::Sgd { f32::MAX } else { 1.0 };
+        let expected = "a number in `0 < lr <= 1`, or above 1 with `sgd` as the optimizer";
+        check("lr", lr, lr > 0.0 && lr <= bound, expected)?;
+        let steps = self.warmup;
+        let sensible = steps.is_finite() && steps >= 0.0 && (steps < 1.0 || steps.fract() == 0.0);
+        check("warmup", steps, sensible, "a whole number of steps, or a fraction of all steps from 0 to below 1")?;
+        check("clip", self.clip, self.clip >= 0.0 && self.clip.is_finite(), "a number above 0, or 0 for none")?;
+        check("weight-decay", decay, (0.0..=1.0).contains(&decay), "a number in `0 <= weight-decay <= 1`")?;
         for (name, value) in [("momentum", self.momentum), ("beta1", self.beta1), ("beta2", self.beta2())] {
-            real(name, f64::from(value), (0.0..1.0).contains(&value), "a number from 0 to below 1")?;
+            check(name, value, (0.0..1.0).contains(&value), &format!("a number in `0 <= {name} < 1`"))?;
         }
-        real("eps", f64::from(self.eps), self.eps > 0.0, "a number above 0")?;
+        check("eps", self.eps, self.eps > 0.0 && self.eps.is_finite(), "a number above 0")?;
         let share = self.eval_split.unwrap_or(0.5);
-        real("eval-split", share, share > 0.0 && share < 1.0, "a number between 0 and 1")?;
+        check("eval-split", share, share > 0.0 && share < 1.0, "a number in `0 < eval-split < 1`")?;
         if let (Some(share), Some(_)) = (self.eval_split, &self.eval_data) {
             return Err(Error::config("eval-split", "either it or `eval-data`", share));
         }
         let rise = self.max_forgetting.unwrap_or(0.0);
-        real("max-forgetting", rise, rise >= 0.0, "a number from 0")?;
-        let ratio = f64::from(self.lora_plus_ratio);
-        real("lora-plus-ratio", ratio, ratio > 0.0 && ratio <= 1000.0, "a number above 0 and up to 1000")?;
+        check("max-forgetting", rise, rise >= 0.0 && rise.is_finite(), "a number from 0")?;
+        let ratio = self.lora_plus_ratio;
+        check("lora-plus-ratio", ratio, ratio > 0.0 && ratio <= 1000.0, "a number in `0 < lora-plus-ratio <= 1000`")?;
         for (name, on) in [("patience", self.patience > 0), ("keep-best", self.keep_best)] {
             if on && self.eval_every == 0 {
                 return Err(Error::config(name, "`eval-every` beside it, at least 1", self.eval_every));
@@ -255,16 +255,38 @@ impl TrainConfig {
         Ok(())
     }
 
-    /// Learning rate of `step` (1-based) of `total`.
+    /// These settings as they can be in force in a run of `total` steps, and what could not be: of a warm-up that leaves
+    /// no step for the peak, as much remains as does.
+    #[must_use]
+    pub fn fitted_to(self, total: u64) -> (Self, Option<Error>) {
+        if self.warmup_steps(total) < total {
+            return (self, None);
+        }
+        let most = total.saturating_sub(1);
+        let message = format!(
+            "expected fewer steps than the {total} of the run, got `{}`; taken are {most}, so that the last step reaches the \
+             peak: give fewer, or a fraction of the run below 1",
+            self.warmup
+        );
+        let warning = Error::new(ErrorCode::Config, "setting `warmup`", message);
+        (Self { warmup: most as f64, ..self }, Some(warning))
+    }
+
+    /// Steps of warm-up in a run of `total`. Rounded down, so that a short run wastes none on it.
+    fn warmup_steps(&self, total: u64) -> u64 {
+        if self.warmup < 1.0 { (self.warmup * total as f64) as u64 } else { self.warmup as u64 }
+    }
+
+    /// Learning rate of `step` (1-based) of `total`, as transformers has it, but for the warm-up: with `w` steps of it,
+    /// theirs are 0, 1/w, .. of the peak and the first of them learns nothing; ours are 1/(w+1), 2/(w+1), .. In both, step
+    /// `w + 1` is the first at the peak, from where the rate falls towards zero.
     #[must_use]
     pub fn lr_at(&self, step: u64, total: u64) -> f32 {
-        let warmup = if self.warmup < 1.0 { (self.warmup * total as f64).ceil() } else { self.warmup };
-        let at = step as f64;
-        let factor = if at <= warmup {
-            at / warmup
+        let (warmup, done) = (self.warmup_steps(total), step - 1);
+        let factor = if done < warmup {
+            step as f64 / (warmup + 1) as f64
         } else {
-            // The step after the last one would have rate zero; the last one still learns.
-            let progress = (at - warmup) / (total as f64 - warmup + 1.0).max(1.0);
+            let progress = (done - warmup) as f64 / total.saturating_sub(warmup).max(1) as f64;
             match self.schedule {
                 Schedule::Constant => 1.0,
                 Schedule::Linear => 1.0 - progress,
@@ -275,18 +297,63 @@ impl TrainConfig {
     }
 }
 
+/// Refuses the setting `name` unless `ok`.
+fn check(name: &str, value: impl std::fmt::Display, ok: bool, expected: &str) -> Result<()> {
+    if ok { Ok(()) } else { Err(Error::config(name, expected, value)) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn rates(schedule: Schedule, warmup: f64, total: u64) -> Vec<f32> {
+        let config = TrainConfig { lr: 1.0, schedule, warmup, ..Default::default() };
+        (1..=total).map(|step| config.lr_at(step, total)).collect()
+    }
+
+    /// Those of transformers' `get_linear_schedule_with_warmup` and its relatives, but for the first steps of a warm-up.
     #[test]
-    fn the_rate_rises_and_falls() {
-        let config = TrainConfig { lr: 1.0, warmup: 2.0, ..Default::default() };
-        let rates: Vec<f32> = (1..=10).map(|s| config.lr_at(s, 10)).collect();
-        assert_eq!(rates[..2], [0.5, 1.0]);
-        assert!(rates[2..].windows(2).all(|w| w[1] < w[0] && w[1] > 0.0), "{rates:?}");
-        let flat = TrainConfig { schedule: Schedule::Constant, warmup: 0.0, lr: 0.5, ..Default::default() };
-        assert_eq!(flat.lr_at(1, 10), 0.5);
+    fn rates_are_those_of_transformers_and_reach_the_peak() {
+        use Schedule::{Constant, Cosine, Linear};
+        let cases: [(Schedule, f64, &[f32]); 8] = [
+            (Linear, 0.0, &[1.0]),
+            (Cosine, 0.0, &[1.0]),
+            (Linear, 0.0, &[1.0, 2.0 / 3.0, 1.0 / 3.0]),
+            (Cosine, 0.0, &[1.0, 0.75, 0.25]),
+            (Constant, 0.0, &[1.0, 1.0, 1.0]),
+            (Linear, 2.0, &[1.0 / 3.0, 2.0 / 3.0, 1.0, 0.75, 0.5, 0.25]),
+            // A fraction is rounded down: none of four, one of four.
+            (Linear, 0.2, &[1.0, 0.75, 0.5, 0.25]),
+            (Constant, 0.3, &[0.5, 1.0, 1.0, 1.0]),
+        ];
+        for (schedule, warmup, expected) in cases {
+            let got = rates(schedule, warmup, expected.len() as u64);
+            let close = got.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6);
+            assert!(close, "{schedule:?}, warm-up {warmup}: {got:?} instead of {expected:?}");
+        }
+        for (schedule, total) in [Constant, Linear, Cosine].into_iter().flat_map(|s| (1..120).map(move |n| (s, n))) {
+            for warmup in [0.0, 0.03, 0.5, 0.999, 1.0, 7.0].into_iter().filter(|w| *w < total as f64) {
+                let got = rates(schedule, warmup, total);
+                let peak = got.iter().copied().fold(0.0, f32::max);
+                assert_eq!(peak, 1.0, "{schedule:?}, warm-up {warmup}, {total} steps: {got:?}");
+                assert!(got.iter().all(|rate| *rate > 0.0), "{schedule:?}, warm-up {warmup}, {total} steps: {got:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_warm_up_that_leaves_no_step_is_cut_and_told() {
+        for (warmup, total, left) in
+            [(50.0, 4, Some(3.0)), (4.0, 4, Some(3.0)), (3.0, 4, None), (1.0, 1, Some(0.0)), (0.99, 1, None)]
+        {
+            let (config, warning) = TrainConfig { warmup, ..Default::default() }.fitted_to(total);
+            assert_eq!(config.warmup, left.unwrap_or(warmup), "{warmup} of {total}");
+            assert_eq!(warning.is_some(), left.is_some(), "{warmup} of {total}");
+            if let Some(e) = warning {
+                assert!(e.to_string().contains("`warmup`") && e.to_string().contains(&total.to_string()), "{e}");
+            }
+            assert!((1..=total).any(|step| config.lr_at(step, total) == config.lr), "{warmup} of {total}");
+        }
     }
 
     #[test]
@@ -315,10 +382,20 @@ mod tests {
             (TrainConfig { keep_best: true, ..Default::default() }, "keep-best"),
             (TrainConfig { dropout: 1.0, ..Default::default() }, "dropout"),
             (TrainConfig { steps: Some(0), ..Default::default() }, "steps"),
+            (TrainConfig { lr: 1.5, optimizer: Optimizer::Lion, ..Default::default() }, "lr"),
+            (TrainConfig { lr: f32::INFINITY, optimizer: Optimizer::Sgd, ..Default::default() }, "lr"),
+            (TrainConfig { warmup: 2.5, ..Default::default() }, "warmup"),
+            (TrainConfig { warmup: -0.1, ..Default::default() }, "warmup"),
+            (TrainConfig { warmup: f64::NAN, ..Default::default() }, "warmup"),
             (TrainConfig { packing: true, bucketing: true, ..Default::default() }, "bucketing"),
         ] {
             let error = config.validate().unwrap_err().to_string();
             assert!(error.contains(&format!("`{name}`")), "{error}");
+            // No number is written with more digits than anybody typed.
+            assert!(!error.contains("000000000000000000"), "{error}");
         }
+        TrainConfig { lr: 3.0, optimizer: Optimizer::Sgd, ..Default::default() }.validate().unwrap();
+        let typed = TrainConfig { dropout: 1.1, ..Default::default() }.validate().unwrap_err().to_string();
+        assert!(typed.contains("`0 <= dropout < 1`, got `1.1`"), "{typed}");
     }
 }

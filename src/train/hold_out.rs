@@ -4,7 +4,8 @@ use super::{Dataset, Sample, TrainConfig};
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::mix;
 use crate::tokenizer::Tokenizer;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::path::Path;
 
 /// Stream of random numbers for the choice of held-out samples.
 const HOLD_OUT: u64 = 5;
@@ -34,6 +35,43 @@ impl Evaluation {
     }
 }
 
+/// How much of what is evaluated is learned as well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Overlap {
+    /// Records to evaluate on.
+    pub records: usize,
+    /// Those of them of which a sample is learned, token for token, from whatever file it came.
+    pub learned: usize,
+}
+
+impl Overlap {
+    /// Of `held` with `learned`.
+    #[must_use]
+    pub fn of(learned: &Dataset, held: &Dataset) -> Self {
+        let seen: HashSet<u64> = learned.samples.iter().map(|s| tokens_hash(s, 0)).collect();
+        let records = held.by_record();
+        let both = records
+            .iter()
+            .filter(|r| held.samples[r.samples.clone()].iter().any(|s| seen.contains(&tokens_hash(s, 0))));
+        Self { records: records.len(), learned: both.count() }
+    }
+
+    /// That the loss on the data at `path` is not what it seems, if so.
+    pub(super) fn warning(self, path: &Path) -> Option<Error> {
+        let Self { records, learned } = self;
+        let message = format!(
+            "expected records that are not learned, got `{learned}` of {records} that are in both, the training data and \
+             this; their loss says little about what the model has not seen: take them out of one, or use `--eval-split` \
+             instead"
+        );
+        (learned > 0).then(|| Error::new(ErrorCode::Data, format!("`{}`", path.display()), message))
+    }
+}
+
+fn tokens_hash(sample: &Sample, key: u64) -> u64 {
+    sample.ids.iter().fold(key, |hash, &id| mix(hash, u64::from(id)))
+}
+
 /// Splits `data` as `config` says: what is learned, and what is held out of it or was given for that. Which records are
 /// held out depends on their tokens and the seed; what has a sample in common stays together, so that no sample is on
 /// both sides, nor parts of one record.
@@ -58,7 +96,7 @@ pub fn hold_out(config: &TrainConfig, data: Dataset, given: Option<Dataset>) -> 
 
 /// For each record a hash of the samples of all records that it must stay together with.
 fn kin(data: &Dataset, key: u64) -> Vec<u64> {
-    let hash = |s: &Sample| s.ids.iter().fold(key, |hash, &id| mix(hash, u64::from(id)));
+    let hash = |s: &Sample| tokens_hash(s, key);
     let records: Vec<Vec<u64>> =
         data.by_record().into_iter().map(|r| data.samples[r.samples].iter().map(hash).collect()).collect();
     // A forest: each record points to an earlier one of its kin, the first of all to itself.
@@ -176,6 +214,28 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_on_both_sides_is_counted_by_record() {
+        let (all, some) = (data(&[1, 2, 3, 4, 5]), data(&[9, 4, 4, 8, 1]));
+        for (learned, held, expected) in [(&all, &all, 5), (&all, &some, 3), (&some, &all, 2), (&all, &data(&[7]), 0)] {
+            let found = Overlap::of(learned, held);
+            assert_eq!(found, Overlap { records: held.records, learned: expected });
+            assert_eq!(found.warning(&held.path).is_some(), expected > 0);
+        }
+        // A split leaves nothing on both sides, doubles in the data or not.
+        for seed in 0..20 {
+            let config = TrainConfig { eval_split: Some(0.4), seed, ..TrainConfig::default() };
+            let (learned, held) = hold_out(&config, some.clone(), None).unwrap();
+            assert_eq!(Overlap::of(&learned, &held.unwrap()).learned, 0, "seed {seed}");
+        }
+        // A record of two samples, one of which is learned.
+        let mut parts = data(&[1, 70, 71]);
+        parts.split_records =
+            vec![crate::train::SplitRecord { samples: 0..2, splits: crate::train::Splits::default() }];
+        parts.records = 2;
+        assert_eq!(Overlap::of(&all, &parts), Overlap { records: 2, learned: 1 });
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod control;
 mod data;
 mod evaluation;
 mod hold_out;
+mod init;
 mod lock;
 mod loss;
 mod observer;
@@ -25,7 +26,7 @@ pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};
 pub use control::{Directive, Policy, TrainHandle};
 pub use data::{Checks, Dataset, Limits, Mask, Sample, SplitRecord, Splits};
-pub use hold_out::{Evaluation, general_text, hold_out};
+pub use hold_out::{Evaluation, Overlap, general_text, hold_out};
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
@@ -44,6 +45,7 @@ use crate::rng::mix;
 use checkpoint::RunFacts;
 use lock::FolderLock;
 use pocketlora_kernels::Backend;
+use saving::Pace;
 use setup::Trained;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -59,6 +61,8 @@ pub struct Trainer<B: Backend> {
     data: Dataset,
     batches: Batches,
     eval_data: Option<Dataset>,
+    /// What of it is learned as well.
+    eval_overlap: Option<Overlap>,
     /// What tells forgetting.
     general: Option<Dataset>,
     out: PathBuf,
@@ -154,6 +158,7 @@ impl<B: Backend> Trainer<B> {
             journal.evaluated(self.facts.step, found, observer);
         }
         let mut stopped = self.evaluation_pending();
+        let mut pace = Pace::new();
         while !stopped && !self.finished() {
             let mut report = match self.step(observer) {
                 Err(e) if e.code() == ErrorCode::Cancelled => break,
@@ -163,11 +168,16 @@ impl<B: Backend> Trainer<B> {
             (report.eval_loss, report.general_loss) = found.map_or((None, None), |f| (f.held_out, f.general));
             tally.add(&report);
             journal.add(&report, observer);
+            if report.learns_little() {
+                observer.on_warning(&report.little_to_learn());
+            }
             stopped = observer.on_step(&report).is_break();
             let due = self.config.save_every > 0 && report.step.is_multiple_of(self.config.save_every);
-            if due && !stopped && !self.finished() {
+            if (due || pace.due(self.config.save_seconds)) && !stopped && !self.finished() {
+                let begin = Instant::now();
                 self.try_checkpoint(observer)?;
                 journal.draw(observer);
+                pace.saved(begin.elapsed());
             }
         }
         journal.draw(observer);
@@ -203,6 +213,7 @@ impl<B: Backend> Trainer<B> {
             before: self.facts.start,
             eval_loss: tally.last.held_out,
             general_loss: tally.last.general,
+            eval_overlap: self.eval_overlap,
             kept: kept.map(|kept| Evaluation { held_out: kept.loss, general: kept.general }),
             adapter: self.out.clone(),
         }
@@ -366,8 +377,8 @@ impl<B: Backend> Trainer<B> {
 
 fn diverged(number: u64, micros: &[MicroBatch], got: &str) -> Error {
     let message = format!(
-        "expected a finite loss and gradient, got {got}; lower the learning rate, then resume from the last checkpoint \
-         or start again"
+        "expected a finite loss and gradient, got {got}; start again with a lower `--lr` and `--overwrite`, for from its \
+         last checkpoint the run would come by here again"
     );
     Error::new(ErrorCode::Diverged, format!("step {number}, {}", samples_of(micros)), message)
 }

@@ -1,7 +1,7 @@
 //! What a run tells its host, and how the host stops it.
 
-use super::hold_out::Evaluation;
-use crate::error::Error;
+use super::hold_out::{Evaluation, Overlap};
+use crate::error::{Error, ErrorCode};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -31,6 +31,27 @@ pub struct StepReport {
     pub general_loss: Option<f64>,
 }
 
+/// Loss of a first step below which something is wrong, in nats: text that a model has not seen costs it 1 to 4.
+const LITTLE: f64 = 0.05;
+
+impl StepReport {
+    /// Whether this is a first step that found next to nothing to learn.
+    #[must_use]
+    pub fn learns_little(&self) -> bool {
+        self.step == 1 && self.loss < LITTLE
+    }
+
+    /// What to say of it.
+    pub(super) fn little_to_learn(&self) -> Error {
+        let message = format!(
+            "expected a loss above {LITTLE} before anything is learned, got `{:.3}`; there is almost nothing to learn, or \
+             the wrong tokens are learned: look at them with `train --dry-run`",
+            self.loss
+        );
+        Error::new(ErrorCode::Data, "step 1", message)
+    }
+}
+
 /// Who watches a run.
 pub trait Observer: Send {
     /// After every step; `Break` stops the run there, with a checkpoint.
@@ -43,7 +64,8 @@ pub trait Observer: Send {
     }
 
     /// Something failed that training outlives: a checkpoint could not be written, which is tried again when the next one
-    /// is due, or the newest one is damaged, so that the run goes on from the one before it.
+    /// is due, or the newest one is damaged, so that the run goes on from the one before it. Or something looks wrong: what
+    /// is evaluated is learned as well, or the first step finds next to nothing to learn.
     fn on_warning(&mut self, warning: &Error) {
         let _ = warning;
     }
@@ -76,6 +98,8 @@ pub struct Summary {
     pub eval_loss: Option<f64>,
     /// Mean loss on the general text at the end.
     pub general_loss: Option<f64>,
+    /// How much of the evaluation data is learned as well, where there is any.
+    pub eval_overlap: Option<Overlap>,
     /// What was found after [`Summary::adapter_step`], where an earlier adapter than the last may have been kept.
     pub kept: Option<Evaluation>,
     /// The adapter's folder.

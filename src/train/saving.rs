@@ -11,6 +11,41 @@ use crate::format::{Entry, sweep};
 use pocketlora_kernels::Backend;
 use safetensors::Dtype;
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// A run is not asked for a checkpoint by its age before that.
+const FIRST: Duration = Duration::from_secs(3);
+/// Checkpoints take at most one part in so many of a run's time, unless steps ask for them.
+const SHARE: u32 = 20;
+
+/// When time asks for a checkpoint.
+pub(super) struct Pace {
+    start: Instant,
+    last: Instant,
+    cost: Duration,
+}
+
+impl Pace {
+    pub fn new() -> Self {
+        let now = Instant::now();
+        Self { start: now, last: now, cost: Duration::ZERO }
+    }
+
+    /// Takes note of one that was written, or tried, and what it took.
+    pub fn saved(&mut self, cost: Duration) {
+        (self.last, self.cost) = (Instant::now(), cost);
+    }
+
+    /// Whether one is due, for a longest wait of `seconds`; never for 0.
+    pub fn due(&self, seconds: u64) -> bool {
+        seconds > 0 && self.last.elapsed() >= wait(Duration::from_secs(seconds), self.last - self.start, self.cost)
+    }
+}
+
+/// Time from one checkpoint to the next: as long as the run was old at the last, so that a kill costs half of it at most.
+fn wait(longest: Duration, age: Duration, cost: Duration) -> Duration {
+    age.max(FIRST).min(longest).max(cost * SHARE)
+}
 
 impl<B: Backend> Trainer<B> {
     /// Goes to where the newest sound checkpoint in the output folder stands.
@@ -115,7 +150,7 @@ impl<B: Backend> Trainer<B> {
         }
         checkpoint::remove(&self.out)?;
         if self.facts.candidates.kept.is_some() {
-            std::fs::remove_dir_all(&best).map_err(|e| Error::io("remove", &best, e))?;
+            AdapterFile::remove(&best)?;
         }
         Ok(())
     }
@@ -185,4 +220,30 @@ pub(super) fn sweep_folder(out: &Path) {
     checkpoint::FILES.iter().for_each(|name| sweep(&out.join(name)));
     AdapterFile::sweep(out);
     AdapterFile::sweep(&out.join(FOLDER));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn checkpoints_are_dense_while_a_run_is_young_and_never_costly() {
+        let seconds = Duration::from_secs_f64;
+        for (longest, age, cost, expected) in [
+            (120.0, 0.0, 0.0, 3.0),
+            (120.0, 3.0, 0.1, 3.0),
+            (120.0, 48.0, 0.1, 48.0),
+            (120.0, 1000.0, 0.1, 120.0),
+            (1.0, 0.0, 0.0, 1.0),
+            (120.0, 3.0, 2.0, 40.0),
+            (120.0, 1000.0, 30.0, 600.0),
+        ] {
+            assert_eq!(
+                wait(seconds(longest), seconds(age), seconds(cost)),
+                seconds(expected),
+                "{longest} {age} {cost}"
+            );
+        }
+        assert!(!Pace::new().due(0));
+    }
 }

@@ -4,6 +4,7 @@ use super::best::Candidates;
 use super::budget::choose;
 use super::checkpoint::RunFacts;
 use super::control::TrainHandle;
+use super::hold_out::Overlap;
 use super::lock::FolderLock;
 use super::optimizer::State;
 use super::plan::Work;
@@ -182,17 +183,30 @@ impl<B: Backend> Trainer<B> {
         let replaced = init.map(|file| Replaced::default().with(&base, file, 1.0)).transpose()?.unwrap_or_default();
         check_data(&base, &replaced, &data)?;
         eval_data.iter().try_for_each(|data| check_data(&base, &replaced, data))?;
-        let targets = target_modules(base.model.params(), &config.targets)?;
+        let mut batches = Batches::new(&data, &config)?;
+        let total_steps = batches.total_steps();
+        let (config, too_warm) = config.fitted_to(total_steps);
+        let params = base.model.params();
+        let (config, targets) = match init {
+            Some(file) => (config.as_with_adapter(params, file)?, Vec::new()),
+            None => {
+                let targets = target_modules(params, &config.targets)?;
+                (config, targets)
+            }
+        };
+        let eval_overlap = eval_data.as_ref().map(|held| Overlap::of(&data, held));
+        let learned_too = eval_overlap.and_then(|overlap| overlap.warning(&eval_data.as_ref()?.path));
         let (plan, config) = choose(&work(&base, &targets, &config, init, &data, eval_data.as_ref()), &config)?;
         let mut names: Vec<String> =
             targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
         names.sort_unstable();
         names.dedup();
+        let dropout = decimal(config.dropout);
         let lora = match init {
-            Some(file) => file.config.clone(),
+            Some(file) => LoraConfig { dropout, ..file.config.clone() },
             None => LoraConfig {
                 rslora: config.rslora,
-                dropout: f64::from(config.dropout),
+                dropout,
                 targets: names,
                 base: base_name,
                 ..LoraConfig::new(config.rank, config.alpha())
@@ -202,8 +216,6 @@ impl<B: Backend> Trainer<B> {
             Some(file) => file.modules.clone(),
             None => fresh_modules(&targets, &lora, config.seed),
         };
-        let mut batches = Batches::new(&data, &config)?;
-        let total_steps = batches.total_steps();
         let facts = RunFacts {
             step: 0,
             total_steps,
@@ -227,6 +239,8 @@ impl<B: Backend> Trainer<B> {
         Ok(Self {
             base,
             config,
+            warnings: too_warm.into_iter().chain(learned_too).collect(),
+            eval_overlap,
             data,
             batches,
             eval_data,
@@ -245,11 +259,15 @@ impl<B: Backend> Trainer<B> {
             handle: TrainHandle::new(),
             policy: None,
             held: Duration::ZERO,
-            warnings: Vec::new(),
             saved: false,
             _lock: lock,
         })
     }
+}
+
+/// The number that somebody typed: an f32 widened as it is has digits of its own.
+fn decimal(value: f32) -> f64 {
+    value.to_string().parse().unwrap_or(f64::from(value))
 }
 
 /// A number that changes when any value does.

@@ -1,6 +1,9 @@
 //! What several test programs share.
 #![allow(dead_code)] // each program uses a part of it
 
+#[cfg(feature = "cli")]
+pub mod command;
+
 use pocketlora::format::{Target, open_source, quantize};
 use pocketlora::{Options, Precision, Session};
 use safetensors::SafeTensors;

@@ -92,7 +92,8 @@ fn training_on_keeps_the_shape_of_a_peft_adapter() {
         let session = f.session();
         let data = session.dataset(&f.data, 1024).unwrap();
         let out = f.out(name);
-        let config = TrainConfig { steps: Some(2), ..config() };
+        // What is not said is the adapter's.
+        let config = TrainConfig { rank: 8, dropout: 0.0, steps: Some(2), ..config() };
         let mut trainer = session.trainer(config, data, None, Some(&init), &out).unwrap();
         let mut rounded = init.clone();
         for m in &mut rounded.modules {
@@ -102,6 +103,13 @@ fn training_on_keeps_the_shape_of_a_peft_adapter() {
         trainer.run(&mut Notes::default()).unwrap();
         let trained = AdapterFile::open(&out).unwrap();
         assert_eq!(trained.config, init.config, "{name}");
+        let text = fs::read_to_string(out.join("train.toml")).unwrap();
+        let told: TrainConfig = toml::from_str(&text).unwrap();
+        assert_eq!(
+            (told.rank, told.alpha, told.rslora),
+            (init.config.rank, Some(init.config.alpha), init.config.rslora)
+        );
+        assert_eq!(told.targets, init.config.targets, "{name}");
         assert_eq!(trained.modules.len(), init.modules.len(), "{name}");
         for module in &init.modules {
             let after = trained.modules.iter().find(|m| m.path == module.path).unwrap();
@@ -110,6 +118,53 @@ fn training_on_keeps_the_shape_of_a_peft_adapter() {
             assert_ne!(after.b.data, module.b.data, "{name}: {} did not learn", module.path);
         }
     }
+}
+
+/// What is said beside an adapter to start from agrees with it or is refused; dropout is nobody's but the run's.
+#[test]
+fn settings_beside_an_adapter_agree_with_it() {
+    let f = fixture();
+    let init = AdapterFile::open(&golden("adapters/rslora")).unwrap();
+    let session = f.session();
+    let params = session.base().model.params();
+    let list = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
+    let theirs =
+        TrainConfig { rank: 8, alpha: Some(16.0), rslora: true, targets: list(&["v_proj", "q_proj"]), ..config() };
+    let with = |change: &dyn Fn(&mut TrainConfig)| {
+        let mut config = theirs.clone();
+        change(&mut config);
+        config
+    };
+    let full: Vec<String> = init.modules.iter().map(|m| m.path.clone()).collect();
+    for (config, given, refused) in [
+        (theirs.clone(), "rank", None),
+        (theirs.clone(), "targets", None),
+        (with(&|c| c.targets = full.clone()), "targets", None),
+        (with(&|c| c.rank = 4), "lr", None),
+        (with(&|c| c.rank = 4), "rank", Some(["`8`", "`4`"])),
+        (with(&|c| c.alpha = Some(8.0)), "alpha", Some(["`16`", "`8`"])),
+        (with(&|c| c.rslora = false), "rslora", Some(["`true`", "`false`"])),
+        (with(&|c| c.targets = list(&["all"])), "targets", Some(["q_proj", "`all`"])),
+        (with(&|c| c.targets = list(&["q_proj"])), "targets", Some(["v_proj", "`q_proj`"])),
+    ] {
+        match (config.with_adapter(params, &init, &|key| key == given), refused) {
+            (Ok(config), None) => {
+                assert_eq!((config.rank, config.alpha(), config.rslora), (8, 16.0, true), "{given}");
+                assert_eq!((config.dropout, &config.targets), (0.0, &init.config.targets), "{given}");
+            }
+            (Err(e), Some(values)) => {
+                let e = e.to_string();
+                assert!(e.contains(&format!("`{given}`")) && values.iter().all(|v| e.contains(v)), "{given}: {e}");
+            }
+            (got, _) => panic!("{given}: {got:?}"),
+        }
+    }
+    let dropout = TrainConfig { rank: 8, steps: Some(1), ..config() };
+    let data = session.dataset(&f.data, 1024).unwrap();
+    let trainer = session.trainer(dropout, data.clone(), None, Some(&init), &f.out("dropout")).unwrap();
+    assert_eq!(trainer.snapshot().unwrap().config.dropout, 0.1, "the digits that were typed");
+    let error = session.trainer(config(), data, None, Some(&init), &f.out("rank")).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("`rank`"), "{error}");
 }
 
 /// An expression for the modules, or layers left out, comes back as the full paths that it stands for.

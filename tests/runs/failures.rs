@@ -163,6 +163,7 @@ fn unusable_settings_and_data_are_refused_before_the_first_step() {
     let cases: Vec<(TrainConfig, Dataset, Option<Dataset>, ErrorCode, &str)> = vec![
         (with(|c| c.lr = 0.0), data.clone(), None, Config, "`lr`"),
         (with(|c| c.lr = 1e9), data.clone(), None, Config, "`lr`"),
+        (with(|c| c.warmup = -1.0), data.clone(), None, Config, "`warmup`"),
         (with(|c| c.lr = f32::NAN), data.clone(), None, Config, "`lr`"),
         (with(|c| c.patience = 2), data.clone(), Some(data.clone()), Config, "`patience`"),
         (with(|c| (c.patience, c.eval_every) = (2, 1)), data.clone(), None, Config, "`patience`"),
@@ -225,6 +226,11 @@ fn a_resume_lists_every_difference() {
     assert!(both.contains("`lr` was 0.003") && both.contains("`optimizer` was \"adamw\", is \"lion\""), "{both}");
     let rank = refused(TrainConfig { rank: 2, ..config() }, None);
     assert!(rank.contains("`rank` was 4, is 2"), "{rank}");
-    let init = refused(config(), Some(&golden("adapters/lora")));
-    assert!(init.contains("the initial adapter changed"), "{init}");
+    let init = refused(TrainConfig { rank: 8, ..config() }, Some(&golden("adapters/lora")));
+    assert!(init.contains("`rank` was 4, is 8") && init.contains("the initial adapter changed"), "{init}");
+    // When it saves is nobody's business but the run's own.
+    let session = f.session();
+    let data = session.dataset(&f.data, 1024).unwrap();
+    let config = TrainConfig { save_every: 7, save_seconds: 0, ..config() };
+    session.trainer(config, data, None, None, &out).unwrap().resume().unwrap();
 }

@@ -54,6 +54,7 @@ fn lora_plus_lets_b_learn_faster() {
     let init = AdapterFile::open(&golden("adapters/lora")).unwrap();
     let step = |ratio: f32| {
         let config = TrainConfig {
+            rank: 8,
             optimizer: Optimizer::Sgd,
             lora_plus_ratio: ratio,
             clip: 0.0,

@@ -106,6 +106,15 @@ impl AdapterFile {
         dir.join(CONFIG).exists()
     }
 
+    /// Removes the adapter in `dir`, and the folder if nothing else is in it.
+    pub(crate) fn remove(dir: &Path) -> Result<()> {
+        for path in [CONFIG, WEIGHTS].map(|name| dir.join(name)) {
+            std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
+        }
+        let _ = std::fs::remove_dir(dir);
+        Ok(())
+    }
+
     /// Takes away what killed writers have left half-written in `dir`.
     pub(crate) fn sweep(dir: &Path) {
         [CONFIG, WEIGHTS].iter().for_each(|name| sweep(&dir.join(name)));

@@ -48,6 +48,7 @@ impl Journal {
             seconds: Some(report.time.as_secs_f64()),
             eval_loss: report.eval_loss,
             general_loss: report.general_loss,
+            learns_little: report.learns_little(),
         };
         self.write(|folder| folder.log(&line), observer);
         if report.eval_loss.is_some() || report.general_loss.is_some() {

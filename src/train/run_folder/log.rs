@@ -35,6 +35,9 @@ pub struct LogLine {
     /// Mean loss on the general text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub general_loss: Option<f64>,
+    /// This is a first step that found next to nothing to learn.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub learns_little: bool,
 }
 
 /// Points (step, value) of all that is drawn.

@@ -1,0 +1,117 @@
+//! `pocketlora train`: a LoRA adapter from a data file.
+
+mod out_folder;
+mod report;
+mod settings;
+mod watcher;
+
+pub(super) use report::plan_text;
+pub(super) use watcher::Watcher;
+
+use super::{data, model};
+use crate::adapter::AdapterFile;
+use crate::error::Result;
+use crate::session::{Material, Options, Session};
+use crate::train::{DataReport, MemoryPlan, Summary, TrainConfig};
+use report::report;
+use settings::{Chosen, Settings};
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Directory, .gguf file, or name of a model in the cache.
+    #[arg(short, long, default_value = model::DEFAULT)]
+    model: String,
+    /// JSONL or CSV with `messages`, `prompt` and `completion`, `instruction` and `output`, or `text`; or a folder of
+    /// .txt and .md notes.
+    #[arg(short, long)]
+    data: PathBuf,
+    /// Folder for the adapter.
+    #[arg(short, long, required_unless_present = "dry_run")]
+    out: Option<PathBuf>,
+    /// Show the first samples, what of them is learned, and figures of the data; train nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Settings as TOML; flags win over it.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Continue a stopped run from its checkpoint in the output folder.
+    #[arg(long)]
+    resume: bool,
+    /// Replace an adapter, or the checkpoint of an unfinished run, in the output folder.
+    #[arg(long, conflicts_with = "resume")]
+    overwrite: bool,
+    /// Start from this PEFT adapter; its rank, alpha and layers are kept, and its dropout unless another is given.
+    #[arg(long, value_name = "ADAPTER")]
+    init: Option<PathBuf>,
+    /// Threads; 0 measures how many serve best.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
+    #[arg(long)]
+    no_quantize: bool,
+    /// One JSON object per step on stdout, the summary last.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+impl Args {
+    fn out(&self) -> &Path {
+        self.out.as_deref().expect("asked for where it is used")
+    }
+}
+
+pub(super) fn run(args: &Args) -> Result<bool> {
+    // The program itself, before it has read anything.
+    let baseline = crate::memory::anonymous_bytes();
+    let chosen = args.settings.merge(args.config.as_deref())?;
+    if args.dry_run {
+        data::dry_run(&args.model, !args.no_quantize, &args.data, &chosen.config, args.json)?;
+        return Ok(true);
+    }
+    out_folder::check(args, &chosen.config)?;
+    let dir = model::resolve(&args.model, !args.no_quantize)?;
+    let options = Options { threads: args.threads, ids_only: true, ..super::args::options() };
+    let mut session = Session::open(&dir, &options)?;
+    let (summary, plan, data) = fit(&mut session, chosen, args)?;
+    report(&summary, plan, &data, baseline, &session, args);
+    Ok(summary.done)
+}
+
+/// Reads the data and lets the tokenizer go: training needs no text.
+fn read(session: &mut Session, config: &TrainConfig, args: &Args) -> Result<Material> {
+    session.load_text()?;
+    let data = session.dataset(&args.data, config.seq)?;
+    let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
+    let material = session.material(config, data, eval_data)?;
+    session.forget_text();
+    Ok(material)
+}
+
+fn fit(session: &mut Session, chosen: Chosen, args: &Args) -> Result<(Summary, MemoryPlan, DataReport)> {
+    let Chosen { mut config, given } = chosen;
+    let mut init = args.init.as_deref().map(AdapterFile::open).transpose()?;
+    if let Some(file) = &mut init {
+        // Before the data is read: here it is known what somebody chose, be it the default.
+        config = config.with_adapter(session.base().model.params(), file, &|key| given.contains(key))?;
+        file.config.dropout = f64::from(config.dropout);
+    }
+    let material = read(session, &config, args)?;
+    let mut trainer = session.trainer_of(config, material, init.as_ref(), args.out())?;
+    drop(init);
+    if args.resume {
+        trainer.resume()?;
+        eprintln!("resuming after step {}", trainer.step_number());
+    }
+    let report = trainer.data_report();
+    eprint!("{}", data::text(&report));
+    eprintln!("adapter: {} trained values", trainer.trained_parameters());
+    let plan = trainer.plan(session.mapped_bytes());
+    eprintln!("{}", plan_text(&plan));
+    let mut watcher = Watcher::new(trainer.total_steps(), trainer.step_number(), args.json);
+    let summary = trainer.run(&mut watcher);
+    watcher.bar.finish_and_clear();
+    Ok((summary?, plan, report))
+}

@@ -1,0 +1,128 @@
+//! What is said of a run before and after it.
+
+use super::Args;
+use crate::cli::args::{megabytes, print_json};
+use crate::cli::out;
+use crate::cli::shell::quoted;
+use crate::session::Session;
+use crate::train::{DataReport, MemoryPlan, Summary};
+use serde_json::{Value, json};
+
+/// What a run will hold, and what was given up for a budget.
+pub(in crate::cli) fn plan_text(plan: &MemoryPlan) -> String {
+    let layout = &plan.layout;
+    let mut text = format!(
+        "memory: {} mapped (weights and their scales); {} anonymous: {} held before, {} for the run\n  before: program and \
+         base {}, data {}, tokenizer {}{}\n  adapter {}, gradients {}, optimizer {}, layer \
+         inputs {}, one layer {}, attention {}, logits {}, kernels {}\n  {} tokens in a pass, {}",
+        megabytes(plan.weights_mapped),
+        megabytes(plan.process()),
+        megabytes(plan.before),
+        megabytes(plan.anonymous()),
+        megabytes(plan.before.saturating_sub(plan.data + plan.tokenizer)),
+        megabytes(plan.data),
+        megabytes(plan.tokenizer),
+        match plan.tokenizer_loaded.saturating_sub(plan.tokenizer) {
+            0 => String::new(),
+            gone => format!(" (let go; {} while data was read)", megabytes(gone)),
+        },
+        megabytes(plan.adapter),
+        megabytes(plan.gradients),
+        megabytes(plan.optimizer),
+        megabytes(plan.layer_inputs),
+        megabytes(plan.layer_workspace),
+        megabytes(plan.attention),
+        megabytes(plan.logits),
+        megabytes(plan.kernels),
+        plan.pass_tokens,
+        match layout.every {
+            1 => "every layer's input kept".to_owned(),
+            n => format!("every {n} layers an input kept"),
+        },
+    );
+    if layout.narrow {
+        text.push_str(" in 16 bits");
+    }
+    if layout.part != usize::MAX {
+        text.push_str(&format!(", feed-forward by {} tokens", layout.part));
+    }
+    if layout.loss_rows != usize::MAX {
+        text.push_str(&format!(", loss by {} tokens", layout.loss_rows));
+    }
+    text.push_str(&format!(", moments of {}", json!(plan.optimizer_kind).as_str().unwrap_or_default()));
+    text
+}
+
+/// What a run came to.
+pub(super) fn report(
+    s: &Summary,
+    plan: MemoryPlan,
+    data: &DataReport,
+    baseline: Option<u64>,
+    session: &Session,
+    args: &Args,
+) {
+    let rate = s.tokens as f64 / s.time.as_secs_f64();
+    if args.json {
+        print_json(&json!({
+            "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience,
+            "loss": finite(s.loss), "eval_loss": s.eval_loss, "eval_loss_before": s.before.and_then(|b| b.held_out),
+            "general_loss": s.general_loss, "general_loss_before": s.before.and_then(|b| b.general),
+            "eval_records": s.eval_overlap.map(|o| o.records), "eval_records_learned": s.eval_overlap.map(|o| o.learned),
+            "adapter_eval_loss": s.of_adapter().held_out, "adapter_general_loss": s.of_adapter().general, "tok_s": rate,
+            "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": data.batches.padded_tokens,
+            "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
+            "mapped_bytes": session.mapped_bytes(), "plan": plan, "planned_bytes": plan.anonymous(),
+            "baseline_anonymous_bytes": baseline,
+            "deviation_percent": s.peak_anonymous_bytes.map(|peak| plan.deviation(peak)),
+            "data": data, "adapter": s.adapter,
+        }));
+    } else {
+        println!(
+            "{} after {} steps: loss {:.3}; {rate:.0} tok/s, {} anonymous at most, {} mapped",
+            if s.done { "done" } else { "stopped" },
+            s.steps,
+            s.loss,
+            s.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
+            megabytes(session.mapped_bytes())
+        );
+        let before = s.before.unwrap_or_default();
+        for (name, before, after) in
+            [("held-out data", before.held_out, s.eval_loss), ("general text", before.general, s.general_loss)]
+        {
+            if let (Some(before), Some(after)) = (before, after) {
+                let learned = s.eval_overlap.filter(|o| o.learned > 0 && name.starts_with("held"));
+                let learned = learned.map_or(String::new(), |o| {
+                    format!("; {} of its {} records are learned, too", o.learned, o.records)
+                });
+                println!("loss on the {name}: {before:.3} before, {after:.3} after ({:+.3}){learned}", after - before);
+            }
+        }
+    }
+    if s.out_of_patience {
+        eprintln!("ended early: the held-out loss fell no more");
+    }
+    if s.done && s.adapter_step == 0 {
+        eprintln!("warning: the adapter is the one that training began with: all later ones forgot more than allowed");
+    } else if s.done && s.adapter_step != s.steps {
+        let found = s.of_adapter();
+        let losses = [("held-out data", found.held_out), ("general text", found.general)];
+        let losses = losses.into_iter().filter_map(|(name, loss)| Some(format!("; loss on the {name} {:.3}", loss?)));
+        let losses: String = losses.collect();
+        eprintln!("the adapter is that of step {}, which did best by what was asked for{losses}", s.adapter_step);
+    }
+    if s.done {
+        eprintln!("use it: pocketlora chat -m {} -a {}", quoted(&args.model), quoted(&s.adapter));
+    } else {
+        if out::failed() {
+            eprintln!("stopped, for stdout takes nothing any more");
+        }
+        let instead = if args.overwrite { " instead of --overwrite" } else { "" };
+        eprintln!("continue it: the same command with --resume{instead}");
+    }
+}
+
+/// JSON has no NaN; a run that was stopped before its first step has no loss.
+fn finite(value: f64) -> Value {
+    if value.is_finite() { value.into() } else { Value::Null }
+}

@@ -1,0 +1,188 @@
+//! Settings of a run: flags over a file.
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::train::TrainConfig;
+use serde::Serialize;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Settings, and which of them somebody chose.
+pub(super) struct Chosen {
+    pub config: TrainConfig,
+    /// Keys of flags that were given, and of the file.
+    pub given: BTreeSet<String>,
+}
+
+/// Flags that override `train.toml`, under the same names; see [`TrainConfig`] for the defaults.
+#[derive(clap::Args, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Settings {
+    /// Rank of the adapter. [default: 8]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rank: Option<usize>,
+    /// LoRA's alpha. [default: twice the rank]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alpha: Option<f64>,
+    /// Linear layers to adapt, such as q_proj,v_proj. [default: all]
+    #[arg(long, value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    targets: Option<Vec<String>>,
+    /// Dropout of the adapters' input. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dropout: Option<f32>,
+    /// Scale by alpha / sqrt(rank).
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    rslora: bool,
+    /// Peak learning rate, up to 1; more for sgd only. [default: 2e-4]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lr: Option<f32>,
+    /// Course of the learning rate: constant, linear or cosine. [default: cosine]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    schedule: Option<String>,
+    /// Steps of warm-up before the first at the peak, or a fraction of all steps below 1, rounded down. [default: 0.03]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warmup: Option<f64>,
+    /// Passes over the data. [default: 3]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epochs: Option<usize>,
+    /// Optimizer steps in all, instead of epochs.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    steps: Option<u64>,
+    /// Samples in one pass; with --packing, the pass has batch x seq tokens. [default: 4]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch: Option<usize>,
+    /// Passes per optimizer step. [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    accumulate: Option<usize>,
+    /// Longest sample in tokens; what is longer is split. [default: 1024]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seq: Option<usize>,
+    /// Fill every pass with short samples up to batch x seq tokens; they do not see each other.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    packing: bool,
+    /// Let samples of similar length share a pass.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    bucketing: bool,
+    /// Bound on the gradient's norm, 0 for none. [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    clip: Option<f64>,
+    /// Decoupled weight decay. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weight_decay: Option<f32>,
+    /// Optimizer: adamw, adamw8bit (moments in 8 bits), sgd or lion. [default: adamw]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    optimizer: Option<String>,
+    /// What SGD keeps of its moment; 0 keeps none. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    momentum: Option<f32>,
+    /// Decay of AdamW's first moment; share of the moment in Lion's update. [default: 0.9]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta1: Option<f32>,
+    /// Decay of AdamW's second moment or of Lion's only one. [default: 0.999, 0.99]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta2: Option<f32>,
+    /// Added to the root of AdamW's second moment. [default: 1e-8]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eps: Option<f32>,
+    /// Learning rate of B over that of A (LoRA+). [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lora_plus_ratio: Option<f32>,
+    /// Seed of initialization, order and dropout. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+    /// Steps between checkpoints; 0 leaves them to --save-seconds. [default: 50]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    save_every: Option<u64>,
+    /// Seconds after which a checkpoint is due in any case, sooner while a run is young; 0 leaves them to --save-every.
+    /// [default: 120]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    save_seconds: Option<u64>,
+    /// JSONL that is evaluated during training.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_data: Option<PathBuf>,
+    /// Share of the records to hold out and evaluate, instead of --eval-data.
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_split: Option<f64>,
+    /// Steps between evaluations; 0 evaluates only before the first step and at the end. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eval_every: Option<u64>,
+    /// Nats a token by which the loss on a general text may rise; the last adapter within that is written.
+    #[arg(long, value_name = "NATS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_forgetting: Option<f64>,
+    /// Evaluations without a lower held-out loss after which to stop; 0 for never. [default: 0]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    patience: Option<u64>,
+    /// Write the adapter of the evaluation with the lowest held-out loss instead of the last one.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    keep_best: bool,
+    /// Arithmetic: exact (f32) or bf16. [default: bf16]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    precision: Option<String>,
+    /// Anonymous memory that the process may hold, in MB; says what it gives up for it. May be another one when a run is
+    /// resumed. [default: no bound]
+    #[arg(long, value_name = "MB")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_budget: Option<u64>,
+}
+
+impl Settings {
+    /// The settings of `file`, with the flags that were given laid over them.
+    pub fn merge(&self, file: Option<&Path>) -> Result<Chosen> {
+        let mut table = match file {
+            None => toml::Table::new(),
+            Some(path) => {
+                let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+                let parsed: toml::Table = text.parse().map_err(|e: toml::de::Error| bad_settings(Some(path), &e))?;
+                // Checked by itself first, so that a typing error in the file is reported as the file's.
+                toml::Value::Table(parsed.clone())
+                    .try_into::<TrainConfig>()
+                    .map_err(|e| bad_settings(Some(path), &e))?;
+                parsed
+            }
+        };
+        let flags = toml::Table::try_from(self).map_err(|e| Error::config("flags", "plain values", e))?;
+        table.extend(flags);
+        let given = table.keys().cloned().collect();
+        let config: TrainConfig = toml::Value::Table(table).try_into().map_err(|e| bad_settings(None, &e))?;
+        config.validate()?;
+        Ok(Chosen { config, given })
+    }
+}
+
+fn bad_settings(file: Option<&Path>, e: &toml::de::Error) -> Error {
+    let place = file.map_or_else(|| "flags".to_owned(), |f| format!("`{}`", f.display()));
+    Error::new(ErrorCode::Config, place, e.to_string().trim_end().to_owned())
+}
