@@ -232,7 +232,10 @@ impl Tokenizer {
     }
 
     fn failed(&self, e: &tokenizers::Error) -> Error {
-        let message = format!("expected a tokenizer for any text, got {}; fetch the model again", shortened(e));
+        let message = format!(
+            "expected a tokenizer for any text, got {}; take tokenizer.json from where the model came from",
+            shortened(e)
+        );
         Error::new(ErrorCode::Data, format!("`{}`", self.path.display()), message)
     }
 }

@@ -59,7 +59,7 @@ impl Hyper {
                 return Err(Error::unsupported(
                     meta.path(),
                     format_args!("architecture `{other}` in GGUF"),
-                    "`llama` (with Mistral) and `qwen2` can be read; for others use the model's safetensors files",
+                    "`llama` (with Mistral) and `qwen2` run, as `pocketlora pull --list` shows some; use one of these families",
                 ));
             }
         };
@@ -121,7 +121,7 @@ impl Hyper {
             Family::Qwen2 if self.mlp_bias => "a Qwen2 model with feed-forward biases",
             _ => return Ok(()),
         };
-        Err(Error::unsupported(meta.path(), what, "use the model's safetensors files"))
+        Err(Error::unsupported(meta.path(), what, "use a model of the plain family"))
     }
 
     /// Hugging Face's `config.json`.

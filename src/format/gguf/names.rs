@@ -119,7 +119,7 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<Weight> {
         return Err(Error::unsupported(
             meta.path(),
             format_args!("tensor `{}` in a {:?} model of {} layers", tensor.name, hyper.family, hyper.layers),
-            "use the model's safetensors files",
+            "the file is of a variant of the family that does not run; use a model of the plain family",
         ));
     };
     let size = |dim: &Dim| match dim {
