@@ -86,6 +86,8 @@ fn contents_of_another_kind_are_named_in_every_file_of_a_model() {
         fs::write(&gguf, content).unwrap();
         refused(name, import(&gguf), ErrorCode::Format, &["model.gguf", name, next]).unwrap();
     }
+    fs::copy(f.model.join("model.safetensors"), &gguf).unwrap();
+    refused("safetensors", import(&gguf), ErrorCode::Unsupported, &["safetensors under", "config.json"]).unwrap();
     // Weights of other programs under our names.
     let others: [(&[u8], &str); 4] = [
         (b"\x80\x02\x8a\x0al\xfc\x9cF", "a Python pickle"),

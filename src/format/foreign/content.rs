@@ -24,11 +24,16 @@ impl Content {
 /// What `bytes`, the beginning of a file or all of it, are; `None` for what is ours or nobody's.
 pub(crate) fn content(bytes: &[u8]) -> Option<&'static Content> {
     // The length before a safetensors header may look like anything: 640 bytes begin as a pickle does.
-    let long = bytes.first_chunk().is_some_and(|length| u64::from_le_bytes(*length) >= 1 << 32);
-    if bytes.get(8) == Some(&b'{') && !long {
+    if looks_like_safetensors(bytes) {
         return None;
     }
     CONTENTS.iter().find(|content| (content.is)(bytes))
+}
+
+/// Whether `bytes` begin with the length of a header, and a header in JSON.
+pub(crate) fn looks_like_safetensors(bytes: &[u8]) -> bool {
+    let length = bytes.first_chunk().map(|length| u64::from_le_bytes(*length));
+    bytes.get(8) == Some(&b'{') && length.is_some_and(|length| length < 1 << 32)
 }
 
 const AGAIN: &str = "the file was not downloaded to its end: fetch it again";

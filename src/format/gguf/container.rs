@@ -70,6 +70,10 @@ impl Container {
     /// the file's size.
     pub fn parse(bytes: Bytes, path: &Path) -> Result<Self> {
         foreign::check(path, &bytes, "a GGUF file")?;
+        if foreign::looks_like_safetensors(&bytes) {
+            let next = "give it the ending `.safetensors`, with its config.json beside it";
+            return Err(Error::unsupported(path, "safetensors under the ending `.gguf`", next));
+        }
         let mut cursor = Cursor::new(path, &bytes);
         check_version(&mut cursor, path)?;
         let tensor_count = cursor.u64(&"tensor count")?;
