@@ -91,6 +91,14 @@ impl ModelArgs {
     }
 }
 
+impl ModelArgs {
+    /// As [`ModelArgs::open`], for work on text: a model without a tokenizer is refused before it is quantized.
+    pub fn open_for_text(&self) -> Result<Session> {
+        super::model::check_text(&self.model)?;
+        self.open()
+    }
+}
+
 /// What all commands open models with: copies that speed them up lie in the model cache.
 pub(super) fn options() -> Options {
     let cache_dir = crate::hub::Hub::from_env().ok().map(|hub| hub.home.join("int8"));

@@ -54,7 +54,7 @@ struct Chat {
 pub(super) fn run(args: Args) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
     let sampling = args.sampling.sampling(0.7, 0.9, now)?;
-    let session = args.model.open()?;
+    let session = args.model.open_for_text()?;
     // Now rather than at every question.
     match &args.system {
         Some(_) => session.template()?.check_system()?,

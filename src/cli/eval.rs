@@ -1,6 +1,7 @@
 //! `pocketlora eval`: how well a model predicts and answers.
 
 use super::args::{ModelArgs, at_least_one, megabytes, print_json, stopped};
+use super::model::is_copy;
 use super::{interrupt, progress};
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{
@@ -81,7 +82,15 @@ struct Found {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let mut session = args.model.open()?;
+    let mut session = if args.what.ids.is_some() { args.model.open()? } else { args.model.open_for_text()? };
+    let copy = is_copy(session.dir());
+    if copy {
+        eprintln!(
+            "note: these are figures of an NF4 copy of {}, made at first use; for its own weights, give `--no-quantize` \
+             (a GGUF file is first converted by `pocketlora quantize --to f16`)",
+            args.model.model
+        );
+    }
     let (start, bar) = (Instant::now(), progress::spinner("eval"));
     let (mut peak, mut tokens) = (Peak::default(), 0);
     let mut on_progress = |new: usize| {
@@ -96,6 +105,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let (seconds, peak) = (start.elapsed().as_secs_f64(), peak.bytes().max(session.peak_anonymous_bytes()));
     if args.json {
         let mut json = found.json();
+        json.insert("weights".into(), if copy { "nf4 copy" } else { "as given" }.into());
         json.insert("seconds".into(), seconds.into());
         json.insert("tok_s".into(), (tokens as f64 / seconds).into());
         json.insert("peak_anonymous_bytes".into(), peak.into());

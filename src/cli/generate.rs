@@ -36,7 +36,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let sampling = args.sampling.sampling(0.0, 1.0, 0)?;
-    let mut session = args.model.open()?;
+    let mut session = args.model.open_for_text()?;
     let json = args.json;
     let mut on_text = |piece: &str| {
         if !json {

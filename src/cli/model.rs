@@ -3,6 +3,7 @@
 use super::{interrupt, progress, pull};
 use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
+use crate::format::foreign::no_tokenizer;
 use crate::format::{Checkpoint, Progress, Source, Target, is_gguf, model_of, open_source, quantize};
 use crate::hub;
 use std::fs;
@@ -52,6 +53,18 @@ pub(super) fn locate(model: &str) -> Result<PathBuf> {
     let message = "expected a directory, a `.gguf` file or the name of a cached model, got neither; `pocketlora pull \
                    --list` shows the names, `pocketlora pull OWNER/REPO` fetches from the model hub";
     Err(Error::new(ErrorCode::Config, format!("model `{model}`"), message))
+}
+
+/// Refuses a model's folder that has no tokenizer, before any work is done for it.
+pub(super) fn check_text(model: &str) -> Result<()> {
+    let dir = model_of(Path::new(model));
+    let lacks = dir.join("config.json").is_file() && !dir.join("tokenizer.json").exists();
+    if lacks { Err(no_tokenizer(&dir)) } else { Ok(()) }
+}
+
+/// Whether the model in the folder `dir` is an NF4 copy that was made at first use.
+pub(super) fn is_copy(dir: &Path) -> bool {
+    hub::Hub::from_env().is_ok_and(|hub| dir.starts_with(hub.home.join("quantized")))
 }
 
 /// Whether `model` can only have been meant as a path: names have at most one slash, between two words.

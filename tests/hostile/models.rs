@@ -319,3 +319,65 @@ fn a_model_opens_by_any_of_its_files() {
         assert_eq!(ask(&dir.join("mine.safetensors")), whole);
     }
 }
+
+/// The command line, with a cache of its own in `home`: exit code, stdout and stderr.
+#[cfg(feature = "cli")]
+fn command(home: &Path, args: &[&str]) -> (Option<i32>, String, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_pocketlora"));
+    let done = command.args(args).current_dir(home).env("POCKETLORA_HOME", home.join("cache")).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (done.status.code(), text(&done.stdout), text(&done.stderr))
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn a_refused_model_leaves_nothing_in_the_cache() {
+    let f = fixture();
+    let model = f.model.to_str().unwrap();
+    let cases: [(&str, &[u8], &str); 4] = [
+        ("config.json", br#"{"model_type": "gpt2"}"#, "`mistral`"),
+        ("tokenizer.json", b"{", "tokenizer.json"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("tokenizer_config.json", br#"{"chat_template": "{% if %}"}"#, "tokenizer_config.json"),
+    ];
+    check_all(cases, |(file, content, word)| {
+        let good = fs::read(f.model.join(file)).unwrap();
+        f.write(file, content);
+        for args in [
+            &["generate", "-m", model, "-p", "x"][..],
+            &["eval", "-m", model, "--text", "x"],
+            &["quantize", model, "-o", "out"],
+        ] {
+            let (code, _, stderr) = command(f.dir.path(), args);
+            if code != Some(1) || !stderr.contains(word) {
+                return Err(format!("{args:?}: {code:?}: no `{word}` in {stderr}"));
+            }
+        }
+        f.write(file, good);
+        let made = ["cache/quantized", "cache/int8", "out"].map(|name| f.dir.path().join(name));
+        made.iter().find(|path| path.exists()).map_or(Ok(()), |path| Err(format!("{file}: {}", path.display())))
+    });
+    fs::remove_file(f.model.join("tokenizer.json")).unwrap();
+    let (_, _, stderr) = command(f.dir.path(), &["generate", "-m", model, "-p", "x"]);
+    assert!(stderr.contains("tiny-chat/tokenizer.json`: expected the model's tokenizer"), "{stderr}");
+    let (_, _, stderr) = command(f.dir.path(), &["generate", "-m", "./nowhere", "-p", "x"]);
+    assert!(stderr.contains("`./nowhere`: expected a model's folder or file"), "{stderr}");
+    assert!(!f.dir.path().join("cache/quantized").exists());
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn eval_says_when_its_figures_are_of_an_nf4_copy() {
+    let f = fixture();
+    fs::write(f.dir.path().join("ids.json"), "[[5, 6, 7]]").unwrap();
+    let model = f.model.join("config.json").to_str().unwrap().to_owned();
+    let eval = |more: &[&str]| {
+        let (code, stdout, stderr) =
+            command(f.dir.path(), &[&["eval", "-m", &model, "--ids", "ids.json", "--json"], more].concat());
+        assert_eq!(code, Some(0), "{stderr}");
+        (serde_json::from_str::<Value>(&stdout).unwrap()["weights"].clone(), stderr)
+    };
+    let (weights, stderr) = eval(&[]);
+    assert!(weights == "nf4 copy" && stderr.contains("--no-quantize"), "{weights}: {stderr}");
+    assert_eq!(eval(&["--no-quantize"]), ("as given".into(), String::new()));
+}

@@ -72,6 +72,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
         return Ok(true);
     }
     out_folder::check(args, &chosen.config)?;
+    model::check_text(&args.model)?;
     let dir = model::resolve(&args.model, !args.no_quantize)?;
     let options = Options { threads: args.threads, ids_only: true, ..super::args::options() };
     let mut session = Session::open(&dir, &options)?;
