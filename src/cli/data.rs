@@ -1,13 +1,13 @@
 //! What `train` says about its data, and `train --dry-run`, which says no more than that.
 
 use super::args::{megabytes, print_json};
-use super::model;
+use super::{model, print_error};
 use crate::chat::ChatTemplate;
 use crate::error::Result;
 use crate::exec::architecture_of;
 use crate::format::{folder_of, model_of, open_source};
 use crate::tokenizer::Tokenizer;
-use crate::train::{DataReport, Dataset, Limits, Sample, TrainConfig, hold_out};
+use crate::train::{DataReport, Dataset, Limits, Overlap, Sample, TrainConfig, hold_out};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
@@ -33,12 +33,17 @@ pub(super) fn dry_run(model: &str, quantize: bool, data: &Path, config: &TrainCo
     let template = ChatTemplate::open(&dir, &mut tokenizer)?;
     let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab: built.config().vocab_size };
     let all = Dataset::open(data, &tokenizer, &template, limits)?;
-    let (data, _) = hold_out(config, all, None)?;
+    let held = config.eval_data.as_ref().map(|path| Dataset::open(path, &tokenizer, &template, limits)).transpose()?;
+    let (data, held) = hold_out(config, all, held)?;
     let report = DataReport::new(&data, config)?;
+    let overlap = held.as_ref().map(|held| Overlap::of(&data, held));
+    let learned_too = overlap.and_then(|overlap| overlap.warning(&held.as_ref()?.path));
+    let too_warm = config.clone().fitted_to(report.total_steps).1;
+    learned_too.iter().chain(&too_warm).for_each(|warning| print_error("warning", warning));
     let shown = data.samples.iter().take(SHOWN);
     if as_json {
         let samples: Vec<Value> = shown.map(|s| sample_json(s, &tokenizer)).collect::<Result<_>>()?;
-        print_json(&json!({ "dry_run": true, "samples": samples, "data": report }));
+        print_json(&json!({ "dry_run": true, "samples": samples, "data": report, "eval_overlap": overlap }));
         return Ok(());
     }
     let marks = Marks::for_stdout();

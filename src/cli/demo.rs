@@ -101,7 +101,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
             summary.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
             megabytes(session.mapped_bytes())
         );
-        println!("talk to it: pocketlora chat -a {}", summary.adapter.display());
+        println!("talk to it: pocketlora chat -a {}", super::shell::quoted(&summary.adapter));
     }
     if known_before > KNOWN_BEFORE || known_after < KNOWN_AFTER {
         let message = format!(

@@ -26,7 +26,7 @@ mod shell;
 mod train;
 
 use crate::error::{Error, ErrorCode, Result};
-use clap::{Parser, Subcommand};
+use clap::{Arg, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use std::error::Error as _;
 use std::io::ErrorKind;
 use std::process::ExitCode;
@@ -65,7 +65,7 @@ enum Command {
 /// closes stdout has read enough: that is no failure.
 #[must_use]
 pub fn run() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = parse();
     interrupt::install();
     let result: Result<bool> = match cli.command {
         Command::Demo(args) => demo::run(&args),
@@ -94,6 +94,13 @@ pub fn run() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What was typed. A number below zero is a value, to be refused with its range, rather than an unknown flag.
+fn parse() -> Cli {
+    let value = |arg: Arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
+    let matches = Cli::command().mut_subcommands(|command| command.mut_args(value)).get_matches();
+    Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
 }
 
 /// An error with what caused it, on stderr.

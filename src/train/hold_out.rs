@@ -57,7 +57,8 @@ impl Overlap {
     }
 
     /// That the loss on the data at `path` is not what it seems, if so.
-    pub(super) fn warning(self, path: &Path) -> Option<Error> {
+    #[must_use]
+    pub fn warning(self, path: &Path) -> Option<Error> {
         let Self { records, learned } = self;
         let message = format!(
             "expected records that are not learned, got `{learned}` of {records} that are in both, the training data and \

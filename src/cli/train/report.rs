@@ -68,7 +68,7 @@ pub(super) fn report(
             "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience,
             "loss": finite(s.loss), "eval_loss": s.eval_loss, "eval_loss_before": s.before.and_then(|b| b.held_out),
             "general_loss": s.general_loss, "general_loss_before": s.before.and_then(|b| b.general),
-            "eval_records": s.eval_overlap.map(|o| o.records), "eval_records_learned": s.eval_overlap.map(|o| o.learned),
+            "eval_overlap": s.eval_overlap,
             "adapter_eval_loss": s.of_adapter().held_out, "adapter_general_loss": s.of_adapter().general, "tok_s": rate,
             "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": data.batches.padded_tokens,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
@@ -112,7 +112,9 @@ pub(super) fn report(
         eprintln!("the adapter is that of step {}, which did best by what was asked for{losses}", s.adapter_step);
     }
     if s.done {
-        eprintln!("use it: pocketlora chat -m {} -a {}", quoted(&args.model), quoted(&s.adapter));
+        // An adapter belongs to the weights that it was trained on.
+        let as_trained = if args.no_quantize { " --no-quantize" } else { "" };
+        eprintln!("use it: pocketlora chat -m {}{as_trained} -a {}", quoted(&args.model), quoted(&s.adapter));
     } else {
         if out::failed() {
             eprintln!("stopped, for stdout takes nothing any more");
