@@ -8,6 +8,7 @@ use crate::eval::{
     Expected, LabelBy, Metric, Record, Score, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
     score_data, score_text,
 };
+use crate::format::foreign;
 use crate::memory::Peak;
 use crate::session::Session;
 use serde_json::{Map, Value, json};
@@ -122,7 +123,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
 fn find(args: &Args, session: &mut Session, on_progress: &mut (dyn FnMut(usize) -> bool + Send)) -> Result<Found> {
     let score = if let Some(path) = &args.what.text {
-        let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+        let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+        let text = foreign::text(path, bytes)?;
         let ids = session.tokenizer()?.encode(&text, true)?;
         let window = if args.window == 0 { ids.len() } else { args.window };
         score_text(session, &ids, window, on_progress).map_err(|e| named(e, path))?
@@ -247,6 +249,7 @@ fn named(e: Error, path: &Path) -> Error {
 
 fn read_ids(path: &Path) -> Result<Vec<Vec<u32>>> {
     let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    foreign::check(path, &bytes, "an array of arrays of token ids")?;
     let lists: Vec<Vec<u32>> = serde_json::from_slice(&bytes)
         .map_err(|e| Error::format(path, "JSON", "an array of arrays of token ids", &e).caused_by(e))?;
     if lists.is_empty() {

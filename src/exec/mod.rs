@@ -9,7 +9,9 @@ mod pool;
 mod tape;
 pub mod train;
 
-pub(crate) use fit::{architecture, architecture_of, check_source};
+#[cfg(feature = "hub")]
+pub(crate) use fit::architecture_of;
+pub(crate) use fit::{architecture, check_source};
 pub use pool::Pool;
 
 use crate::adapter::{Adapters, Context, Dropout, Replaced};

@@ -25,6 +25,22 @@ pub(crate) fn check(path: &Path, bytes: &[u8], wanted: &str) -> Result<()> {
     content(bytes).map_or(Ok(()), |content| Err(content.error(path, wanted)))
 }
 
+/// `bytes` of the file at `path` as text, which may be a page of the web, but not a pointer to the text.
+///
+/// # Errors
+/// They are a pointer, or not UTF-8.
+#[cfg(feature = "cli")]
+pub(crate) fn text(path: &Path, bytes: Vec<u8>) -> Result<String> {
+    match content(&bytes) {
+        Some(content) if content.name.ends_with("pointer") => return Err(content.error(path, "a text")),
+        _ => {}
+    }
+    String::from_utf8(bytes).map_err(|e| match content(e.as_bytes()) {
+        Some(content) => content.error(path, "a text"),
+        None => Error::format(path, "text", "UTF-8", e.utf8_error()).caused_by(e),
+    })
+}
+
 /// The JSON object in the file at `path`. A byte order mark before it is left out, as editors write them.
 ///
 /// # Errors

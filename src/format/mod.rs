@@ -22,9 +22,11 @@ pub(crate) use bnb::weight_of;
 pub use head::int8_head;
 pub use hf::Checkpoint;
 pub use hf_source::HfSource;
+#[cfg(feature = "cli")]
 pub(crate) use place::folder_of;
 pub use place::model_of;
 pub use quantize::{Progress, Summary, Target, quantize};
+#[cfg(feature = "cli")]
 pub(crate) use source::is_gguf;
 pub use source::{Sidecars, Source, TensorMeta, open_source};
 pub(crate) use widen::widen;

@@ -10,6 +10,9 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
 
+#[cfg(feature = "cli")]
+const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n";
+
 /// The bytes of `tensor` in the safetensors file at `path`, to be changed by `change`.
 fn change_tensor(path: &Path, tensor: &str, change: impl FnOnce(&mut [u8])) {
     let mut bytes = fs::read(path).unwrap();
@@ -155,7 +158,13 @@ fn eval_refuses_ids_and_texts_that_cannot_be_scored() {
     check("too long", &["ids.json", "array 0", "256", "`300`"], eval(&["--ids".as_ref(), ids.as_ref()])).unwrap();
     fs::write(&ids, "[[5]]").unwrap();
     check("one id has no next", &["ids.json", "at least two"], eval(&["--ids".as_ref(), ids.as_ref()])).unwrap();
-    for (content, word) in [(&b""[..], "at least two"), (b"a", "at least two"), (b"\xff\xfe", "UTF-8")] {
+    for (content, word) in [
+        (&b""[..], "at least two"),
+        (b"a", "at least two"),
+        (b"\xff\xfe", "UTF-8"),
+        (b"a\xff", "UTF-8"),
+        (POINTER, "git lfs pull"),
+    ] {
         fs::write(&text, content).unwrap();
         check("text", &["text.txt", word], eval(&["--text".as_ref(), text.as_ref()])).unwrap();
     }
