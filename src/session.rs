@@ -50,6 +50,8 @@ pub struct Options {
     pub int8_cache: bool,
     /// A folder for copies that make things faster and can be made again at any time; none are kept without it.
     pub cache_dir: Option<PathBuf>,
+    /// What others find the base by, as adapters name it: a repository on the hub, or a path. The folder, if not given.
+    pub base_name: Option<String>,
     /// Leaves the tokenizer alone, which is tens of megabytes: for work on token ids, or until
     /// [`Session::load_text`].
     pub ids_only: bool,
@@ -61,6 +63,7 @@ pub struct Options {
 pub struct Session {
     base: Arc<Base<Cpu>>,
     dir: PathBuf,
+    base_name: String,
     fingerprint: u64,
     mapped_bytes: u64,
     tokenizer: Option<(Tokenizer, ChatTemplate)>,
@@ -111,6 +114,7 @@ impl Session {
             adapters: Adapters::none(&base),
             context: Context::new(&base, numbers),
             base,
+            base_name: options.base_name.clone().unwrap_or_else(|| dir.to_string_lossy().into_owned()),
             dir,
             fingerprint: checkpoint.fingerprint(),
             mapped_bytes,
@@ -419,7 +423,7 @@ impl Session {
         out: &Path,
     ) -> Result<Trainer<Cpu>> {
         self.choose_threads();
-        let name = self.dir.file_name().map(|n| n.to_string_lossy().into_owned());
+        let name = Some(self.base_name.clone());
         let (base, Material { data, eval_data, general }) = (Arc::clone(&self.base), material);
         let mut trainer = Trainer::new(base, self.fingerprint, name, config, data, eval_data, init, out)?;
         general.into_iter().for_each(|text| trainer.watch(text));

@@ -3,7 +3,9 @@
 use pocketlora::ErrorCode;
 use pocketlora::Result;
 use pocketlora::format::safetensors::{Dtype, TensorFile};
-use pocketlora::format::{Checkpoint, HfSource, Progress, Sidecars, Source, Summary, Target, TensorMeta, quantize};
+use pocketlora::format::{
+    Checkpoint, Existing, HfSource, Progress, Sidecars, Source, Summary, Target, TensorMeta, quantize,
+};
 use pocketlora_kernels::MatrixData;
 use pocketlora_kernels::quant::encode;
 use serde_json::{Map, Value};
@@ -16,7 +18,11 @@ fn oracle(name: &str) -> PathBuf {
 }
 
 fn run(source: &dyn Source, out: &Path, to: Target) -> Result<Summary> {
-    quantize(source, out, to, &mut |_| ControlFlow::Continue(()))
+    quantize(source, out, to, Existing::Keep, &mut |_| ControlFlow::Continue(()))
+}
+
+fn replace(source: &dyn Source, out: &Path) -> Result<Summary> {
+    quantize(source, out, Target::Nf4, Existing::Replace, &mut |_| ControlFlow::Continue(()))
 }
 
 fn entries(dir: &Path) -> Vec<String> {
@@ -249,7 +255,7 @@ fn stopping_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let source = HfSource::open(&oracle("tiny-llama")).unwrap();
     let (mut calls, mut last) = (0, 0);
-    quantize(&source, &dir.path().join("whole"), Target::Nf4, &mut |p: Progress<'_>| {
+    quantize(&source, &dir.path().join("whole"), Target::Nf4, Existing::Keep, &mut |p: Progress<'_>| {
         assert!(p.done >= last && p.done <= p.total);
         (calls, last) = (calls + 1, p.done);
         ControlFlow::Continue(())
@@ -257,7 +263,7 @@ fn stopping_leaves_nothing() {
     .unwrap();
     for stop in 0..calls {
         let mut call = 0;
-        let error = quantize(&source, &dir.path().join("stopped"), Target::Nf4, &mut |_| {
+        let error = quantize(&source, &dir.path().join("stopped"), Target::Nf4, Existing::Keep, &mut |_| {
             call += 1;
             if call > stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
@@ -267,51 +273,112 @@ fn stopping_leaves_nothing() {
 }
 
 #[test]
-fn only_nothing_and_older_outputs_are_replaced() {
+fn only_older_outputs_are_replaced_and_only_when_asked() {
     let dir = tempfile::tempdir().unwrap();
     let (source, other) = (Made::new("F16", 4, 64), Made::new("F16", 8, 64));
     let out = dir.path().join("out");
     fs::create_dir(&out).unwrap();
     run(&source, &out, Target::Nf4).unwrap(); // over an empty directory
     let before = fs::read(out.join("model.safetensors")).unwrap();
+    let message = run(&other, &out, Target::Nf4).unwrap_err().to_string();
+    assert!(message.contains("`--overwrite`"), "{message}");
 
     // A failing run keeps the old output, a good one replaces it.
     let mut bad = Made::new("F16", 8, 64);
     bad.values[0][5] = f32::NAN;
-    run(&bad, &out, Target::Nf4).unwrap_err();
+    replace(&bad, &out).unwrap_err();
     assert_eq!(fs::read(out.join("model.safetensors")).unwrap(), before);
-    run(&other, &out, Target::Nf4).unwrap();
+    replace(&other, &out).unwrap();
     assert_eq!(Checkpoint::open(&out).unwrap().matrix(LAYER).unwrap().rows, 8);
     assert_eq!(entries(dir.path()), ["out"]);
 
     // A kill between the two renames: the old one is found again.
     fs::rename(&out, dir.path().join(".out.previous")).unwrap();
-    run(&bad, &out, Target::Nf4).unwrap_err();
+    replace(&bad, &out).unwrap_err();
     assert_eq!(entries(dir.path()), ["out"]);
     assert!(Checkpoint::open(&out).is_ok());
 
-    // A foreign file in it, a foreign model, a file, a missing parent, a file as parent, no name.
+    // A foreign file in it or in a folder of it, a foreign model, a file, a missing parent, a file as parent, no name.
     fs::write(out.join("notes.txt"), "mine").unwrap();
     let foreign = dir.path().join("foreign");
     fs::create_dir(&foreign).unwrap();
     for file in ["config.json", "model.safetensors"] {
         fs::copy(oracle("tiny-mistral").join(file), foreign.join(file)).unwrap();
     }
+    let nested = dir.path().join("nested");
+    run(&source, &nested, Target::Nf4).unwrap();
+    fs::create_dir(nested.join("additional_chat_templates")).unwrap();
+    fs::write(nested.join("additional_chat_templates/tools.jinja"), "").unwrap();
+    replace(&source, &nested).unwrap();
+    fs::create_dir(nested.join("runs")).unwrap();
+    fs::write(nested.join("runs/adapter"), "mine").unwrap();
     let file = dir.path().join("file");
     fs::write(&file, "text").unwrap();
     let listing = entries(dir.path());
-    for (path, code) in [
-        (out.clone(), ErrorCode::Config),
-        (foreign, ErrorCode::Config),
-        (file.clone(), ErrorCode::Config),
-        (dir.path().join("missing/out"), ErrorCode::Io),
-        (file.join("out"), ErrorCode::Io),
-        (PathBuf::from("/"), ErrorCode::Config),
+    for (path, code, named) in [
+        (out.clone(), ErrorCode::Config, "`notes.txt`"),
+        (nested, ErrorCode::Config, "`runs/adapter`"),
+        (foreign, ErrorCode::Config, "a model that `quantize` did not write"),
+        (file.clone(), ErrorCode::Config, "a file"),
+        (dir.path().join("missing/out"), ErrorCode::Io, "missing/out"),
+        (file.join("out"), ErrorCode::Io, "file/out"),
+        (PathBuf::from("/"), ErrorCode::Config, "`/`"),
     ] {
-        assert_eq!(run(&source, &path, Target::Nf4).unwrap_err().code(), code, "{}", path.display());
+        let error = replace(&source, &path).unwrap_err();
+        assert!(error.code() == code && error.to_string().contains(named), "{}: {error}", path.display());
+        run(&source, &path, Target::Nf4).unwrap_err();
     }
     assert_eq!(entries(dir.path()), listing);
     assert_eq!(fs::read(out.join("notes.txt")).unwrap(), b"mine");
+}
+
+#[test]
+fn the_source_is_never_written_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("all/model");
+    fs::create_dir_all(model.parent().unwrap()).unwrap();
+    run(&HfSource::open(&oracle("tiny-llama")).unwrap(), &model, Target::F32).unwrap();
+    let mut places = vec![model.clone(), model.join("nf4"), dir.path().join("all"), model.join("../model/.")];
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::symlink;
+        symlink(&model, dir.path().join("link")).unwrap();
+        // A model whose weights lie in what looks like an older output.
+        let linked = dir.path().join("linked");
+        fs::create_dir(&linked).unwrap();
+        fs::copy(model.join("config.json"), linked.join("config.json")).unwrap();
+        symlink(model.join("model.safetensors"), linked.join("model.safetensors")).unwrap();
+        let source = HfSource::open(&linked).unwrap();
+        assert!(replace(&source, &model).unwrap_err().to_string().contains("apart from the source"));
+        places.extend([dir.path().join("link"), dir.path().join("link/nf4")]);
+    }
+    let before = fs::read(model.join("model.safetensors")).unwrap();
+    for opened in [model.clone(), model.join("model.safetensors")] {
+        for place in &places {
+            let error = replace(&HfSource::open(&opened).unwrap(), place).unwrap_err();
+            assert!(error.to_string().contains("apart from the source"), "{}: {error}", place.display());
+        }
+    }
+    assert_eq!(fs::read(model.join("model.safetensors")).unwrap(), before);
+    assert_eq!(entries(&model), ["config.json", "model.safetensors"]);
+}
+
+#[test]
+fn all_templates_travel_with_a_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (dir.path().join("model"), dir.path().join("nf4"));
+    fs::create_dir_all(model.join("additional_chat_templates")).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(oracle("tiny-llama").join(file), model.join(file)).unwrap();
+    }
+    let texts = ["chat_template.json", "added_tokens.json", "additional_chat_templates/rag.jinja"];
+    for file in texts {
+        fs::write(model.join(file), file).unwrap();
+    }
+    fs::write(model.join("additional_chat_templates/README.md"), "no template").unwrap();
+    run(&HfSource::open(&model).unwrap(), &out, Target::Nf4).unwrap();
+    assert!(texts.iter().all(|file| fs::read(out.join(file)).unwrap() == file.as_bytes()));
+    assert_eq!(entries(&out.join("additional_chat_templates")), ["rag.jinja"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Models of known shapes with random weights: what they say is noise, how fast they say it is not.
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::{Checkpoint, Progress, Sidecars, Source, Summary, Target, TensorMeta, quantize};
+use crate::format::{Checkpoint, Existing, Progress, Sidecars, Source, Summary, Target, TensorMeta, quantize};
 use crate::rng::mix;
 use pocketlora_models::Role;
 use serde_json::{Map, Value, json};
@@ -67,7 +67,7 @@ pub fn write(name: &str, out: &Path, progress: &mut dyn FnMut(u64, u64) -> bool)
         true => ControlFlow::Continue(()),
         false => ControlFlow::Break(()),
     };
-    let _: Summary = quantize(&source, out, Target::Nf4, &mut tell)?;
+    let _: Summary = quantize(&source, out, Target::Nf4, Existing::Replace, &mut tell)?;
     Ok(())
 }
 

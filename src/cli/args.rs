@@ -1,31 +1,10 @@
 //! Flags that several subcommands share.
 
+use super::names;
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::Sampling;
 use crate::session::{Options, Precision, Session};
 use clap::{Args, ValueEnum};
-use std::path::PathBuf;
-
-/// An adapter with its strength: `DIR` or `DIR=SCALE`.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct AdapterArg {
-    pub dir: PathBuf,
-    pub scale: f32,
-}
-
-impl std::str::FromStr for AdapterArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        // A folder whose own name has an equals sign is still reachable: what follows must be a number to count.
-        if let Some((dir, scale)) = text.rsplit_once('=')
-            && let Ok(scale) = scale.parse::<f32>()
-        {
-            return Ok(Self { dir: dir.into(), scale });
-        }
-        Ok(Self { dir: text.into(), scale: 1.0 })
-    }
-}
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum PrecisionArg {
@@ -53,9 +32,9 @@ pub(super) struct ModelArgs {
     /// Directory, .gguf file, or name of a model in the cache.
     #[arg(short, long, default_value = super::model::DEFAULT)]
     pub model: String,
-    /// PEFT adapter directory, with a factor on its effect if wanted; several add up.
-    #[arg(short, long = "adapter", value_name = "DIR[=SCALE]")]
-    pub adapters: Vec<AdapterArg>,
+    /// PEFT adapter directory or name of an adapter in the cache, with a factor on its effect if wanted; several add up.
+    #[arg(short, long = "adapter", value_name = "ADAPTER[=SCALE]")]
+    pub adapters: Vec<String>,
     /// Threads; 0 measures how many serve best.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
@@ -73,18 +52,21 @@ pub(super) struct ModelArgs {
 impl ModelArgs {
     /// Opens the model, quantizing it into the cache at first use, and attaches the adapters.
     pub fn open(&self) -> Result<Session> {
-        let dir = super::model::resolve(&self.model, !self.no_quantize)?;
+        // Before the model, which may take long to make.
+        let adapters: Vec<_> = self.adapters.iter().map(|a| names::scaled_adapter(a)).collect::<Result<_>>()?;
+        let model = super::model::resolve(&self.model, !self.no_quantize)?;
         let mut session = Session::open(
-            &dir,
+            &model.path,
             &Options {
+                base_name: Some(model.name),
                 threads: self.threads,
                 precision: self.precision.into(),
                 int8_cache: self.int8_cache,
                 ..options()
             },
         )?;
-        for adapter in &self.adapters {
-            session.attach(&adapter.dir, adapter.scale)?;
+        for (dir, scale) in &adapters {
+            session.attach(dir, *scale)?;
         }
         session.warnings().iter().for_each(|warning| eprintln!("note: {warning}"));
         Ok(session)
@@ -162,17 +144,4 @@ pub(super) fn stopped(what: &str) -> Error {
 /// `12.3 MB`, in powers of ten as disks and networks count.
 pub(super) fn megabytes(bytes: u64) -> String {
     format!("{:.1} MB", bytes as f64 / 1e6)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_scale_is_a_number_after_the_last_equals_sign() {
-        let parse = |t: &str| t.parse::<AdapterArg>().unwrap();
-        assert_eq!(parse("a/b=0.5"), AdapterArg { dir: "a/b".into(), scale: 0.5 });
-        assert_eq!(parse("a=b/c"), AdapterArg { dir: "a=b/c".into(), scale: 1.0 });
-        assert_eq!(parse("a=b=-2"), AdapterArg { dir: "a=b".into(), scale: -2.0 });
-    }
 }

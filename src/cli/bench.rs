@@ -1,7 +1,7 @@
 //! `pocketlora bench`: how fast a model runs and learns here, against the machine's limits.
 
 use super::args::{PrecisionArg, at_least_one, megabytes, options, print_json, stopped};
-use super::{interrupt, model, progress};
+use super::{interrupt, model, names, progress};
 use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, TrainReport, shape};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::write_bytes;
@@ -21,7 +21,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "NAME")]
     shape: Option<String>,
     /// With --shape: keep its files in this folder and use them again next time.
-    #[arg(long, value_name = "DIR", requires = "shape")]
+    #[arg(long, value_name = "DIR", requires = "shape", value_parser = names::path())]
     keep: Option<PathBuf>,
     /// Numbers of threads to measure, such as 1,2; 0 is all cores.
     #[arg(long, value_delimiter = ',', default_value = "0")]
@@ -66,7 +66,7 @@ pub(super) struct Args {
     #[command(flatten)]
     against: super::against::Args,
     /// Write the report, with the command that made it, to this file.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = names::path())]
     record: Option<PathBuf>,
     /// Report as JSON.
     #[arg(long)]
@@ -83,7 +83,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             open.cache_dir = Some(folder.join("int8"));
             synthetic(name, folder)?
         }
-        None => model::resolve(&args.model, !args.no_quantize)?,
+        None => model::resolve(&args.model, !args.no_quantize)?.path,
     };
     let wanted = Options {
         threads: args.threads.clone(),

@@ -1,8 +1,8 @@
 //! `pocketlora chat`: a conversation at the terminal.
 
-use super::args::{AdapterArg, ModelArgs, SamplingArgs, at_least_one};
+use super::args::{ModelArgs, SamplingArgs, at_least_one};
 use super::generate::stats_line;
-use super::{interrupt, out, print_error, shell};
+use super::{interrupt, names, out, print_error};
 use crate::chat::Message;
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::{Finish, Sampling};
@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const HELP: &str = "\
-/adapter DIR[=SCALE]  attach an adapter; `/adapter none` removes all, `/adapter` lists them
+/adapter WHICH[=SCALE] attach an adapter by folder or name; `/adapter none` removes all, `/adapter` lists them
 /reset                forget the conversation
 /save FILE            append the conversation to FILE as one line of training data
 /stats                print speed and memory after each answer, or stop doing so
@@ -207,15 +207,13 @@ impl Chat {
                 eprintln!("(no adapter is attached)");
             }
             ("adapter", which) => {
-                let AdapterArg { dir, scale } =
-                    which.parse().map_err(|e| Error::config("adapter", "DIR[=SCALE]", e))?;
-                let (dir, known) = (shell::expanded(&dir.to_string_lossy()), self.session.warnings().len());
+                let ((dir, scale), known) = (names::scaled_adapter(which)?, self.session.warnings().len());
                 self.session.attach(&dir, scale)?;
                 self.session.warnings()[known..].iter().for_each(|warning| eprintln!("note: {warning}"));
                 eprintln!("(attached {})", dir.display());
             }
             ("save", "") => return Err(Error::config("/save", "a file name", "nothing")),
-            ("save", file) => self.save(&shell::expanded(file))?,
+            ("save", file) => self.save(&names::expanded(Path::new(file)))?,
             (other, _) => {
                 let message =
                     "there is no such command; `/help` lists them, and a space before the slash makes it a question";

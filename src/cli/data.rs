@@ -24,8 +24,8 @@ const BAR: usize = 40;
 /// Shows the first samples and the figures of the data. Weights are not read; only a single-file model, whose tokenizer
 /// comes with its conversion, is converted at first use.
 pub(super) fn dry_run(model: &str, quantize: bool, data: &Path, config: &TrainConfig, as_json: bool) -> Result<()> {
-    let path = model_of(&model::locate(model)?);
-    let dir = if path.is_dir() { path } else { model::resolve(model, quantize)? };
+    let path = model_of(&model::locate(model)?.path);
+    let dir = if path.is_dir() { path } else { model::resolve(model, quantize)?.path };
     let source = open_source(&dir)?;
     let built = architecture_of(source.config(), &dir)?;
     let dir = if dir.is_dir() { dir } else { folder_of(&dir) };

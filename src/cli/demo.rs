@@ -59,9 +59,10 @@ impl Question {
 pub(super) fn run(args: &Args) -> Result<bool> {
     let start = Instant::now();
     eprintln!("1. a model of 135 million parameters");
-    let dir = model::resolve(model::DEFAULT, true)?;
-    let mut session = Session::open(&dir, &Options { threads: args.threads, ..super::args::options() })?;
-    eprintln!("   {} of 4-bit weights, mapped from {}", megabytes(session.mapped_bytes()), dir.display());
+    let model = model::resolve(model::DEFAULT, true)?;
+    let options = Options { threads: args.threads, base_name: Some(model.name), ..super::args::options() };
+    let mut session = Session::open(&model.path, &options)?;
+    eprintln!("   {} of 4-bit weights, mapped from {}", megabytes(session.mapped_bytes()), model.path.display());
 
     let questions = questions(if args.short { SHORT_FACTS } else { usize::MAX });
     eprintln!("2. {} questions about a person it has never heard of", questions.len());
@@ -101,7 +102,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
             summary.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
             megabytes(session.mapped_bytes())
         );
-        println!("talk to it: pocketlora chat -a {}", super::shell::quoted(&summary.adapter));
+        println!("talk to it: pocketlora chat -m {} -a demo", model::DEFAULT);
     }
     if known_before > KNOWN_BEFORE || known_after < KNOWN_AFTER {
         let message = format!(

@@ -2,7 +2,7 @@
 
 use super::args::{ModelArgs, at_least_one, megabytes, print_json, stopped};
 use super::model::is_copy;
-use super::{interrupt, progress};
+use super::{interrupt, names, progress};
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{
     Expected, LabelBy, Metric, Record, Score, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
@@ -28,7 +28,7 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 512)]
     window: usize,
     /// With --ids: write the logits here, tensor `logits.N` [tokens, vocab] in f32 for array N.
-    #[arg(long, value_name = "OUT.safetensors", requires = "ids")]
+    #[arg(long, value_name = "OUT.safetensors", requires = "ids", value_parser = names::path())]
     save_logits: Option<PathBuf>,
     /// Report as JSON.
     #[arg(long)]
@@ -39,14 +39,14 @@ pub(super) struct Args {
 #[group(required = true, multiple = false)]
 struct What {
     /// Perplexity of a text file.
-    #[arg(long)]
+    #[arg(long, value_parser = names::path())]
     text: Option<PathBuf>,
     /// Scores on a data file: training samples (loss on the learned tokens), or JSONL with `choices` and `answer`, with
     /// `label`, or with `reference(s)`, asked by `prompt`, `question` or `messages`.
-    #[arg(short, long)]
+    #[arg(short, long, value_parser = names::path())]
     data: Option<PathBuf>,
     /// JSON array of arrays of token ids, each scored whole.
-    #[arg(long)]
+    #[arg(long, value_parser = names::path())]
     ids: Option<PathBuf>,
 }
 
@@ -70,7 +70,7 @@ struct TaskArgs {
     #[arg(long)]
     stemmer: bool,
     /// Write the answers here, one JSON object a line.
-    #[arg(long, value_name = "OUT.jsonl")]
+    #[arg(long, value_name = "OUT.jsonl", value_parser = names::path())]
     answers: Option<PathBuf>,
 }
 

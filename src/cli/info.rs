@@ -1,7 +1,7 @@
 //! `pocketlora info`: what a model or an adapter is.
 
 use super::args::{megabytes, print_json};
-use super::model;
+use super::{model, names};
 use crate::adapter::AdapterFile;
 use crate::error::Result;
 use crate::exec::architecture_of;
@@ -12,7 +12,7 @@ use std::path::Path;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Directory, .gguf file, name of a cached model, or PEFT adapter directory.
+    /// Directory, .gguf file, PEFT adapter directory, or name of a model or adapter in the cache.
     what: String,
     /// Report as JSON.
     #[arg(long)]
@@ -20,11 +20,14 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let path = Path::new(&args.what);
-    if path.join("adapter_config.json").exists() {
-        return adapter(path, args.json);
+    if args.what == "demo" && names::existing("demo").is_none() {
+        return adapter(&names::adapter("demo")?, args.json);
     }
-    let path = model_of(&model::locate(&args.what)?);
+    let path = model::find(&args.what)?.path;
+    if path.join("adapter_config.json").exists() {
+        return adapter(&path, args.json);
+    }
+    let path = model_of(&path);
     let source = open_source(&path)?;
     let config = architecture_of(source.config(), &path)?.config().clone();
     let mut types: BTreeMap<&str, (usize, u64)> = BTreeMap::new();

@@ -18,10 +18,13 @@ mod eval;
 mod generate;
 mod info;
 mod interrupt;
+mod list;
 mod model;
+mod names;
 mod progress;
 mod pull;
 mod quantize;
+mod remove;
 mod shell;
 mod train;
 
@@ -33,11 +36,32 @@ use std::process::ExitCode;
 
 /// Run and fine-tune QLoRA models on this device. Nothing you type or train on leaves it.
 #[derive(Parser)]
-#[command(name = "pocketlora", version, arg_required_else_help = true)]
+#[command(name = "pocketlora", version, arg_required_else_help = true, after_help = PLACES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 }
+
+/// Where things are, and what changes that.
+const PLACES: &str = "\
+Places:
+  The model cache is $POCKETLORA_HOME, else the folder `pocketlora` in the system's cache folder (~/.cache on Linux,
+  ~/Library/Caches on macOS, %LOCALAPPDATA% on Windows). `pocketlora list` shows where it is and what it holds:
+  models      what `pull` fetched; downloads from the model hub lie in the hub's own cache, shared with other programs
+  quantized   NF4 copies of models that were not in NF4, made at first use and made again when a model changes
+  int8        8-bit copies of heads
+  demo        data and adapter of the demo, an adapter called `demo`
+  chat-history  what was typed in `chat`, for the arrow keys; may be deleted
+
+Environment:
+  POCKETLORA_HOME         the model cache
+  POCKETLORA_CACHE_LIMIT  size such as 20GB: before a copy is made, the longest unused ones go; what was pulled never does
+  POCKETLORA_ISA          instruction set, where another than the best is wanted
+  HF_HUB_CACHE, HF_HOME   the hub's cache: the folder itself, or the one that has it as `hub`
+  HF_TOKEN                for repositories that ask for an account
+  HF_ENDPOINT             another hub
+  HF_HUB_OFFLINE          1: never ask the hub, use what its cache has
+  NO_COLOR                no colours";
 
 #[derive(Subcommand)]
 enum Command {
@@ -45,6 +69,10 @@ enum Command {
     Demo(demo::Args),
     /// Fetch a model into the cache, by its short name or as OWNER/REPO of the model hub.
     Pull(pull::Args),
+    /// List what the cache holds: models, adapters, and the copies that were made of them.
+    List(list::Args),
+    /// Take something out of the cache, with all that was made from it.
+    Remove(remove::Args),
     /// Convert a GGUF file or a Hugging Face directory to bitsandbytes NF4, or to plain 16 or 32 bits.
     Quantize(quantize::Args),
     /// Describe a model or an adapter.
@@ -70,6 +98,8 @@ pub fn run() -> ExitCode {
     let result: Result<bool> = match cli.command {
         Command::Demo(args) => demo::run(&args),
         Command::Pull(args) => pull::run(&args).map(|()| true),
+        Command::List(args) => list::run(&args).map(|()| true),
+        Command::Remove(args) => remove::run(&args).map(|()| true),
         Command::Quantize(args) => quantize::run(&args).map(|()| true),
         Command::Info(args) => info::run(&args).map(|()| true),
         Command::Chat(args) => chat::run(args).map(|()| true),

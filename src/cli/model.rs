@@ -1,70 +1,107 @@
 //! From what people type as MODEL to a directory that can be mapped.
 
-use super::{interrupt, progress, pull};
+use super::args::megabytes;
+use super::{interrupt, names, progress, pull, shell};
 use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::foreign::no_tokenizer;
-use crate::format::{Checkpoint, Progress, Source, Target, is_gguf, model_of, open_source, quantize};
-use crate::hub;
+use crate::format::{Checkpoint, Existing, Progress, Source, Target, is_gguf, model_of, open_source, quantize};
+use crate::hub::{self, Copy, Hub, Kind, Making};
+use indicatif::ProgressBar;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::sync::Mutex;
 
 /// The model that commands use where none is named.
 pub(super) const DEFAULT: &str = "smollm2-135m";
 
+/// Copies in use, so that no other program removes them while this one runs.
+static IN_USE: Mutex<Vec<Copy>> = Mutex::new(Vec::new());
+
+/// A model that was found.
+#[derive(Debug)]
+pub(super) struct Model {
+    /// A directory or a file.
+    pub path: PathBuf,
+    /// What others find it by: its repository on the hub, or the path that was given.
+    pub name: String,
+}
+
 /// The directory of a model given as directory, file or cached name, or the `.safetensors` file that is one. With
 /// `quantize`, a model that is not in NF4 is quantized into the cache at first use.
-pub(super) fn resolve(model: &str, quantize: bool) -> Result<PathBuf> {
-    let path = model_of(&locate(model)?);
+pub(super) fn resolve(model: &str, quantize: bool) -> Result<Model> {
+    let Model { path, name } = locate(model)?;
     if !is_gguf(&path) && (!quantize || Checkpoint::open(&path)?.is_four_bit()) {
-        return Ok(path);
+        return Ok(Model { path, name });
     }
     if !quantize {
-        let message = "expected a Hugging Face directory with `--no-quantize`, got a GGUF file; convert it with \
-                       `pocketlora quantize --to f16` first";
+        let source = shell::quoted_value(model);
+        let message = format!(
+            "expected a Hugging Face directory with `--no-quantize`, got a GGUF file; convert it with `pocketlora quantize \
+             {source} --to f16 -o FOLDER` first, and use that folder"
+        );
         return Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message));
     }
-    let out = cache_dir(&path)?;
-    if !out.join("config.json").exists() {
-        convert(&path, &out, Target::Nf4)?;
-    }
-    Ok(out)
+    let copy = copy_of(&path, &name)?;
+    let path = copy.dir.clone();
+    IN_USE.lock().unwrap_or_else(|broken| broken.into_inner()).push(copy);
+    Ok(Model { path, name })
 }
 
 /// A path as it is, or a cached model's; a name with a manifest is pulled at first use.
-pub(super) fn locate(model: &str) -> Result<PathBuf> {
-    let path = PathBuf::from(model);
-    if path.exists() {
-        return Ok(path);
+pub(super) fn locate(model: &str) -> Result<Model> {
+    let found = find(model)?;
+    let adapter = found.path.join("adapter_config.json");
+    // A folder is told by its content; here the name is what people know.
+    if names::existing(model).is_none() && adapter.is_file() && !found.path.join("config.json").exists() {
+        let message = format!(
+            "expected a model, got an adapter; give it with `-a {}`, and the model that it was trained on with `-m`",
+            shell::quoted_value(model)
+        );
+        return Err(Error::new(ErrorCode::Config, format!("`{model}`"), message));
     }
-    if let Some(path) = hub::resolve(model) {
-        return Ok(path);
+    Ok(found)
+}
+
+/// As [`locate`], whatever it is: adapters are pulled under names like models.
+pub(super) fn find(model: &str) -> Result<Model> {
+    if let Some(path) = names::existing(model) {
+        if hub::resolve(model).is_some() {
+            eprintln!("note: `{model}` is taken as the path of that name here, not as the model in the cache");
+        }
+        let path = model_of(&path);
+        return Ok(Model { name: path.to_string_lossy().into_owned(), path });
     }
-    if hub::manifests()?.iter().any(|m| m.name == model) {
-        return pull::fetch(model);
-    }
-    if looks_like_a_path(model) {
-        let message = "expected a model's folder or file, got a path where nothing is; check it, or give the name of a cached \
-                       model, as `pocketlora pull --list` shows them";
-        return Err(Error::new(ErrorCode::Io, format!("`{model}`"), message));
-    }
-    let message = "expected a directory, a `.gguf` file or the name of a cached model, got neither; `pocketlora pull \
-                   --list` shows the names, `pocketlora pull OWNER/REPO` fetches from the model hub";
-    Err(Error::new(ErrorCode::Config, format!("model `{model}`"), message))
+    let hub = Hub::from_env()?;
+    let path = match hub.resolve(model) {
+        Some(path) => path,
+        None if hub::manifests()?.iter().any(|m| m.name == model) => pull::fetch(model)?,
+        None if looks_like_a_path(model) => {
+            let message = "expected a model's folder or file, got a path where nothing is; check it, or give the name of a \
+                           cached model, as `pocketlora list` shows them";
+            return Err(Error::new(ErrorCode::Io, format!("`{model}`"), message));
+        }
+        None => {
+            let message = "expected a directory, a `.gguf` file or the name of a cached model, got neither; \
+                           `pocketlora list` shows the names, `pocketlora pull OWNER/REPO` fetches from the model hub";
+            return Err(Error::new(ErrorCode::Config, format!("model `{model}`"), message));
+        }
+    };
+    hub.touch(model);
+    Ok(Model { path, name: hub.base_name(model) })
 }
 
 /// Refuses a model's folder that has no tokenizer, before any work is done for it.
 pub(super) fn check_text(model: &str) -> Result<()> {
-    let dir = model_of(Path::new(model));
+    let dir = model_of(&names::existing(model).unwrap_or_default());
     let lacks = dir.join("config.json").is_file() && !dir.join("tokenizer.json").exists();
     if lacks { Err(no_tokenizer(&dir)) } else { Ok(()) }
 }
 
 /// Whether the model in the folder `dir` is an NF4 copy that was made at first use.
 pub(super) fn is_copy(dir: &Path) -> bool {
-    hub::Hub::from_env().is_ok_and(|hub| dir.starts_with(hub.home.join("quantized")))
+    Hub::from_env().is_ok_and(|hub| dir.starts_with(hub.home.join("quantized")))
 }
 
 /// Whether `model` can only have been meant as a path: names have at most one slash, between two words.
@@ -75,32 +112,63 @@ fn looks_like_a_path(model: &str) -> bool {
         || ends.iter().any(|e| model.ends_with(e))
 }
 
-/// Where the NF4 form of `source` lies in the cache. The name changes when the source does.
-fn cache_dir(source: &Path) -> Result<PathBuf> {
-    let full = source.canonicalize().map_err(|e| Error::io("find", source, e))?;
-    let file = if full.is_dir() { newest_weights(&full)? } else { full.clone() };
-    let meta = file.metadata().map_err(|e| Error::io("read the size of", &file, e))?;
-    let modified = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_nanos());
-    let words = full.as_os_str().as_encoded_bytes().iter().map(|&b| u64::from(b));
-    let hash = words.chain([meta.len(), modified as u64]).fold(0, crate::rng::mix);
-    let stem = full.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
-    Ok(hub::Hub::from_env()?.home.join("quantized").join(format!("{stem}-nf4-{hash:016x}")))
+/// The NF4 copy of the model at `path` in the cache; says what is done for it.
+fn copy_of(path: &Path, name: &str) -> Result<Copy> {
+    let hub = Hub::from_env()?;
+    let (mut bar, mut waiting): (Option<ProgressBar>, bool) = (None, false);
+    let copy = hub.quantized(path, name, &mut |event| {
+        match event {
+            Making::Waiting if !waiting => {
+                waiting = true;
+                eprintln!("another program quantizes this model; waiting for it");
+            }
+            Making::Progress(p) => show(bar.get_or_insert_with(|| progress::count(0, "quantize")), p),
+            Making::Removed { name, bytes } => {
+                eprintln!("removed the copy of {name} ({}), for the cache is at its limit", megabytes(bytes));
+            }
+            Making::OverLimit { bytes, limit } => eprintln!(
+                "warning: the cache holds {} with this model, over its limit of {}; what is left was pulled or is in use, \
+                 `pocketlora list` shows it",
+                megabytes(bytes),
+                megabytes(limit)
+            ),
+            _ => {}
+        }
+        go_on()
+    });
+    bar.inspect(ProgressBar::finish_and_clear);
+    let copy = copy?;
+    if copy.new {
+        offer(&hub, path);
+    }
+    Ok(copy)
 }
 
-fn newest_weights(dir: &Path) -> Result<PathBuf> {
-    let mut files = Vec::new();
-    for entry in fs::read_dir(dir).map_err(|e| Error::io("list", dir, e))? {
-        let path = entry.map_err(|e| Error::io("list", dir, e))?.path();
-        if path.extension().is_some_and(|e| e == "safetensors") {
-            files.push(path);
-        }
+/// Says that there are older copies of the model at `path`, which nothing uses any more.
+fn offer(hub: &Hub, path: &Path) {
+    let (Ok(items), Ok(full)) = (hub.contents(), path.canonicalize()) else { return };
+    let old = items.iter().filter(|i| i.kind == Kind::Quantized && i.stale.is_some());
+    let bytes: u64 = old.filter(|i| i.source.as_ref() == Some(&full)).map(|i| i.bytes).sum();
+    if bytes > 0 {
+        eprintln!(
+            "the model has changed since it was quantized before; `pocketlora remove --stale` frees the {} of its old copy",
+            megabytes(bytes)
+        );
     }
-    files.sort_by_key(|p| p.metadata().and_then(|m| m.modified()).ok());
-    files.pop().ok_or_else(|| Error::format(dir, "weights", "`.safetensors` files", "none"))
+}
+
+fn show(bar: &ProgressBar, p: Progress<'_>) {
+    bar.set_length(p.total);
+    bar.set_position(p.done);
+    bar.set_message(p.tensor.to_owned());
+}
+
+fn go_on() -> ControlFlow<()> {
+    if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
 
 /// Quantizes or converts with a progress bar; Ctrl-C leaves nothing behind.
-pub(super) fn convert(source: &Path, out: &Path, to: Target) -> Result<crate::format::Summary> {
+pub(super) fn convert(source: &Path, out: &Path, to: Target, existing: Existing) -> Result<crate::format::Summary> {
     let path = model_of(source);
     let source: Box<dyn Source> = open_source(&path)?;
     check_import(source.as_ref(), &path)?;
@@ -108,11 +176,9 @@ pub(super) fn convert(source: &Path, out: &Path, to: Target) -> Result<crate::fo
         fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
     }
     let bar = progress::count(0, "quantize");
-    let summary = quantize(source.as_ref(), out, to, &mut |p: Progress<'_>| {
-        bar.set_length(p.total);
-        bar.set_position(p.done);
-        bar.set_message(p.tensor.to_owned());
-        if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    let summary = quantize(source.as_ref(), out, to, existing, &mut |p: Progress<'_>| {
+        show(&bar, p);
+        go_on()
     });
     bar.finish_and_clear();
     summary

@@ -12,7 +12,7 @@ pub(super) struct Args {
     /// Short name (see `pocketlora pull --list`) or OWNER/REPO of the model hub.
     #[arg(default_value = super::model::DEFAULT)]
     name: String,
-    /// List the short names and what the cache holds.
+    /// List the short names, and what the cache holds as `pocketlora list` does.
     #[arg(long)]
     list: bool,
 }
@@ -22,15 +22,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         for manifest in hub::manifests()? {
             println!("{:<20} {} ({})", manifest.name, manifest.title, manifest.licence);
         }
-        for cached in hub::list_cached()? {
-            println!(
-                "cached: {:<12} {} in {}",
-                cached.name,
-                super::args::megabytes(cached.bytes),
-                cached.path.display()
-            );
-        }
-        return Ok(());
+        return super::list::print();
     }
     let path = fetch(&args.name)?;
     println!("{}", path.display());

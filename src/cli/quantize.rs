@@ -1,9 +1,9 @@
 //! `pocketlora quantize`: a GGUF file or Hugging Face directory to bitsandbytes NF4 or plain floats.
 
 use super::args::{megabytes, print_json};
-use super::model;
+use super::{model, names, shell};
 use crate::error::Result;
-use crate::format::Target;
+use crate::format::{Existing, Target};
 use clap::ValueEnum;
 use serde_json::json;
 use std::path::PathBuf;
@@ -14,8 +14,11 @@ pub(super) struct Args {
     /// Hugging Face directory, .safetensors file with its config.json beside it, .gguf file, or name of a cached model.
     source: String,
     /// Directory to write.
-    #[arg(short, long)]
+    #[arg(short, long, value_parser = names::path())]
     out: PathBuf,
+    /// Replace an older output of this command; never the source, and never a folder that holds something else.
+    #[arg(long)]
+    overwrite: bool,
     /// Format of the linear layers.
     #[arg(long, value_enum, default_value = "nf4")]
     to: To,
@@ -44,7 +47,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         To::F32 => Target::F32,
     };
     let start = Instant::now();
-    let summary = model::convert(&model::locate(&args.source)?, &args.out, to)?;
+    let existing = if args.overwrite { Existing::Replace } else { Existing::Keep };
+    let summary = model::convert(&model::locate(&args.source)?.path, &args.out, to, existing)?;
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
         print_json(&json!({
@@ -59,6 +63,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
             summary.quantized,
             megabytes(summary.bytes)
         );
+        let as_it_is = if to == Target::Nf4 { "" } else { " --no-quantize" };
+        eprintln!("use it: pocketlora chat -m {}{as_it_is}", shell::quoted_value(&args.out));
     }
     Ok(())
 }

@@ -100,6 +100,11 @@ impl Checkpoint {
         &self.dir
     }
 
+    /// The files that hold the weights.
+    pub(super) fn paths(&self) -> Vec<PathBuf> {
+        self.files.iter().map(|file| file.path().to_owned()).collect()
+    }
+
     /// Names of all tensors, sorted, with the companions of 4-bit weights.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.owners.keys().map(String::as_str)

@@ -2,15 +2,17 @@
 
 use super::hf::read_file;
 use super::{Checkpoint, Sidecars, Source, TensorMeta, widen};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use bytes::Bytes;
 use pocketlora_kernels::quant::NF4;
 use pocketlora_kernels::{FloatType, MatrixData, Nf4Source};
 use serde_json::{Map, Value};
+use std::fs;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Files beside the weights that belong to a model.
+/// Files beside the weights that belong to a model. What is made from a model depends on all of them, so whoever reads
+/// another one adds it here.
 pub(super) const SIDECARS: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,6 +25,35 @@ pub(super) const SIDECARS: [&str; 10] = [
     "chat_template.jinja",
     "chat_template.json",
 ];
+
+/// The folder in which transformers keeps a model's further templates, `NAME.jinja` each.
+const TEMPLATES: &str = "additional_chat_templates";
+
+/// Whether a model's folder has a file called `name` (relative, with `/`) beside its weights and config.
+pub(super) fn is_sidecar(name: &str) -> bool {
+    let template = |file: &str| file.ends_with(".jinja") && !file.contains(['/', '\\']);
+    SIDECARS.contains(&name) || name.strip_prefix(TEMPLATES).and_then(|n| n.strip_prefix('/')).is_some_and(template)
+}
+
+/// Names of the files in `dir` that belong to a model beside its weights and config, in a fixed order.
+///
+/// # Errors
+/// The folder of templates cannot be listed.
+pub(crate) fn sidecar_names(dir: &Path) -> Result<Vec<String>> {
+    let mut names: Vec<String> =
+        SIDECARS.iter().filter(|name| dir.join(name).is_file()).map(|n| (*n).to_owned()).collect();
+    let folder = dir.join(TEMPLATES);
+    if folder.is_dir() {
+        let mut templates = Vec::new();
+        for entry in fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))? {
+            let file = entry.map_err(|e| Error::io("list", &folder, e))?.file_name();
+            templates.extend(file.to_str().map(|file| format!("{TEMPLATES}/{file}")).filter(|name| is_sidecar(name)));
+        }
+        templates.sort();
+        names.extend(templates);
+    }
+    Ok(names)
+}
 
 /// A checkpoint whose weights have all been checked once, so that reading rows cannot meet a malformed one.
 #[derive(Debug)]
@@ -98,13 +129,14 @@ impl Source for HfSource {
     }
 
     fn sidecars(&self) -> Result<Sidecars> {
-        let mut files = Vec::new();
-        for name in SIDECARS {
-            let path = self.checkpoint.dir().join(name);
-            if path.is_file() {
-                files.push((name.to_owned(), read_file(&path)?));
-            }
-        }
-        Ok(Sidecars { files })
+        let dir = self.checkpoint.dir();
+        let read = |name: String| read_file(&dir.join(&name)).map(|content| (name, content));
+        Ok(Sidecars { files: sidecar_names(dir)?.into_iter().map(read).collect::<Result<_>>()? })
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        let mut files = self.checkpoint.paths();
+        files.push(self.checkpoint.dir().join("config.json"));
+        files
     }
 }

@@ -25,9 +25,19 @@ pub use hf_source::HfSource;
 #[cfg(feature = "cli")]
 pub(crate) use place::folder_of;
 pub use place::model_of;
-pub use quantize::{Progress, Summary, Target, quantize};
-#[cfg(feature = "cli")]
-pub(crate) use source::is_gguf;
+pub use quantize::{Existing, Progress, Summary, Target, quantize};
 pub use source::{Sidecars, Source, TensorMeta, open_source};
 pub(crate) use widen::widen;
 pub(crate) use writer::{Entry, Writer};
+
+/// For the copies in the model cache.
+#[cfg(feature = "hub")]
+mod for_cache {
+    pub(crate) use super::head::head_origin;
+    pub(crate) use super::hf_source::sidecar_names;
+    pub(crate) use super::plan::nf4_bytes;
+    pub(crate) use super::quantize::{CONFIG, CONVERSION, MODEL, write_sidecars};
+    pub(crate) use super::source::is_gguf;
+}
+#[cfg(feature = "hub")]
+pub(crate) use for_cache::*;

@@ -155,6 +155,16 @@ fn is_linear(meta: &TensorMeta) -> bool {
     meta.shape.len() == 2 && meta.name.contains("model.layers.") && meta.name.ends_with("_proj.weight")
 }
 
+/// About the bytes of an NF4 copy of `source`, without reading a weight.
+#[cfg(feature = "hub")]
+pub(crate) fn nf4_bytes(source: &dyn Source) -> u64 {
+    let bits = |meta: &TensorMeta| {
+        let elements: f64 = meta.shape.iter().map(|&n| n as f64).product();
+        elements * if is_linear(meta) { 4.127 } else { 16.0 }
+    };
+    (source.tensors().iter().map(bits).sum::<f64>() / 8.0) as u64
+}
+
 /// The 16-bit type that loses least: the source's own; else binary16, which has the finer steps, if it holds all
 /// weights.
 fn sixteen_bit_type(source: &dyn Source, weights: &[Weight], ticker: &mut Ticker<'_>) -> Result<FloatType> {

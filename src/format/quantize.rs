@@ -5,7 +5,7 @@
 
 use super::atomic::AtomicDir;
 use super::bnb::{self, torch_name};
-use super::hf_source::SIDECARS;
+use super::hf_source::is_sidecar;
 use super::pieces::{for_each_piece, narrow};
 use super::plan::{Plan, Store, Weight};
 use super::safetensors::TensorFile;
@@ -17,11 +17,15 @@ use serde_json::{Map, Value, json};
 use std::fs::{self, File};
 use std::io::{Seek, Write};
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-pub(super) const MODEL: &str = "model.safetensors";
-const CONFIG: &str = "config.json";
+pub(crate) const MODEL: &str = "model.safetensors";
+pub(crate) const CONFIG: &str = "config.json";
+/// Version of what is written from the same source. Raise it whenever a conversion gives other weights, another config
+/// or other texts than before, for GGUF files too: copies in people's caches are then made again.
+#[cfg(feature = "hub")]
+pub(crate) const CONVERSION: u32 = 2;
 /// Key in the safetensors metadata by which an older output is known, and may be replaced.
 const PRODUCER: &str = "producer";
 
@@ -50,6 +54,16 @@ impl FromStr for Target {
             _ => Err(Error::config("to", "`nf4`, `f16`, `bf16` or `f32`", name)),
         }
     }
+}
+
+/// What to do with an older output at the place of the new one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Existing {
+    /// Refuse: a model is not replaced without a word.
+    #[default]
+    Keep,
+    /// Replace it, when the new one is complete.
+    Replace,
 }
 
 /// How far the work has come.
@@ -103,15 +117,18 @@ impl Ticker<'_> {
 /// few million elements and stops the work by returning `Break`.
 ///
 /// # Errors
-/// `out` holds something that is not an older output of this function, a weight is malformed or not finite, the disk
-/// refuses, or the caller stops. Nothing is left behind then, and an older output stays.
+/// `out` is the source, holds something, unless it is an older output that `existing` gives away, a weight is malformed
+/// or not finite, the disk refuses, or the caller stops. Nothing is left behind then, and what was there stays.
 pub fn quantize(
     source: &dyn Source,
     out: &Path,
     to: Target,
+    existing: Existing,
     progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<Summary> {
-    let dir = AtomicDir::create(out, is_ours)?;
+    check_apart(source, out)?;
+    check_vacant(out, existing)?;
+    let dir = AtomicDir::create(out, if existing == Existing::Replace { is_ours } else { |_| false })?;
     let mut ticker = Ticker { progress, done: 0, total: 0 };
     let plan = Plan::new(source, to, &mut ticker)?;
 
@@ -123,9 +140,7 @@ pub fn quantize(
     atomic::write_file(&dir.path().join(CONFIG), |file| {
         file.write_all(config.as_bytes()).map_err(|e| Error::io("write", &out.join(CONFIG), e))
     })?;
-    for (name, content) in source.sidecars()?.files {
-        fs::write(dir.path().join(&name), content).map_err(|e| Error::io("write", &out.join(&name), e))?;
-    }
+    write_sidecars(source, dir.path())?;
     dir.commit()?;
 
     let quantized = plan.weights.iter().filter(|w| w.store == Store::Nf4).count();
@@ -134,13 +149,89 @@ pub fn quantize(
     Ok(Summary { quantized, dense, elements, bytes, dtype: torch_name(plan.float) })
 }
 
+/// Writes what travels with the weights of `source` into the folder `dir`.
+///
+/// # Errors
+/// The source's are broken, or the disk refuses.
+pub(crate) fn write_sidecars(source: &dyn Source, dir: &Path) -> Result<()> {
+    for (name, content) in source.sidecars()?.files {
+        let path = dir.join(name);
+        let folder = path.parent().unwrap_or(dir);
+        fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+        fs::write(&path, content).map_err(|e| Error::io("write", &path, e))?;
+    }
+    Ok(())
+}
+
+/// Refuses an output that would take away what it is made from, or mix with it.
+fn check_apart(source: &dyn Source, out: &Path) -> Result<()> {
+    let place = real(out);
+    let refused = |what: &str| {
+        let message = format!("expected a folder apart from the source, got {what}; write to a folder beside it");
+        Err(Error::new(ErrorCode::Config, format!("`{}`", out.display()), message))
+    };
+    for file in source.files() {
+        if real(&file).starts_with(&place) {
+            return refused(&format!("one that holds `{}`", file.display()));
+        }
+        let folder = file.parent().filter(|_| file.ends_with(CONFIG)).map(real);
+        match folder {
+            Some(folder) if folder.starts_with(&place) => return refused("the source itself or what it lies in"),
+            Some(folder) if place.starts_with(&folder) => return refused("a folder inside the source"),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// `path` with all links followed, as far as it exists.
+fn real(path: &Path) -> PathBuf {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    for existing in absolute.ancestors() {
+        if let Ok(found) = existing.canonicalize() {
+            return absolute.strip_prefix(existing).map_or(found.clone(), |rest| found.join(rest));
+        }
+    }
+    absolute
+}
+
+/// Refuses a place where something is that may not be replaced.
+fn check_vacant(out: &Path, existing: Existing) -> Result<()> {
+    let refused = |message: String| Err(Error::new(ErrorCode::Config, format!("`{}`", out.display()), message));
+    let vacant = !out.exists() || fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+    if vacant || existing == Existing::Replace && is_ours(out) {
+        Ok(())
+    } else if is_ours(out) {
+        refused("holds a model already; name another folder or replace it with `--overwrite`".to_owned())
+    } else if !out.is_dir() {
+        refused("expected a folder to write to, got a file; name another one".to_owned())
+    } else {
+        let what = foreign(out, "").map_or_else(|| "a model".to_owned(), |name| format!("`{name}`"));
+        refused(format!(
+            "holds {what} that `quantize` did not write, and that it will not take away; name another folder"
+        ))
+    }
+}
+
 /// Whether `dir` holds an output of [`quantize`] and nothing else, so that replacing it loses nothing.
 fn is_ours(dir: &Path) -> bool {
-    let known = |name: &str| name == MODEL || name == CONFIG || SIDECARS.contains(&name);
-    let only_known = fs::read_dir(dir).is_ok_and(|mut entries| {
-        entries.all(|entry| entry.is_ok_and(|entry| entry.file_name().to_str().is_some_and(known)))
-    });
-    only_known && TensorFile::open(&dir.join(MODEL)).is_ok_and(|file| file.metadata().contains_key(PRODUCER))
+    dir.is_dir()
+        && foreign(dir, "").is_none()
+        && TensorFile::open(&dir.join(MODEL)).is_ok_and(|file| file.metadata().contains_key(PRODUCER))
+}
+
+/// The name of something in `dir`, or in a folder in it, that [`quantize`] does not write; `prefix` is the folder's own
+/// name with a slash, and empty outside.
+fn foreign(dir: &Path, prefix: &str) -> Option<String> {
+    let unknown = |entry: fs::DirEntry| {
+        let name = format!("{prefix}{}", entry.file_name().to_string_lossy());
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() && prefix.is_empty() => foreign(&entry.path(), &format!("{name}/")),
+            Ok(kind) if !kind.is_dir() && (name == MODEL || name == CONFIG || is_sidecar(&name)) => None,
+            _ => Some(name),
+        }
+    };
+    fs::read_dir(dir).into_iter().flatten().flatten().find_map(unknown)
 }
 
 /// Writes the safetensors file that `plan` describes to `sink`; `path` is for messages. Returns its length.

@@ -6,7 +6,7 @@ use crate::error::Result;
 use std::fs::File;
 use std::io::Read as _;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// One weight of a checkpoint under its Hugging Face name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,6 +42,10 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// The file has a tokenizer that cannot be expressed.
     fn sidecars(&self) -> Result<Sidecars>;
+    /// The files that it reads from, which no output may take away.
+    fn files(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
 }
 
 /// Opens a GGUF file, a Hugging Face directory or one of its files, or a `.safetensors` file with its `config.json`

@@ -98,7 +98,7 @@ impl Manifest {
         if let Some(manifest) = known.iter().find(|m| m.name == wanted) {
             return Ok(manifest.clone());
         }
-        if wanted.contains('/') && name::folder(wanted).is_some() {
+        if super::is_repository(wanted) {
             let repo = Repository { repo: wanted.into(), revision: "main".into(), files: Vec::new() };
             return Ok(Self {
                 name: wanted.into(),

@@ -5,23 +5,29 @@
 //! compared: a killed or failed pull leaves nothing under a final name, and the next one removes its leftovers. Files of
 //! a hub repository stay in the hub's own cache, which resumes downloads and which other programs share.
 
+mod contents;
+mod copies;
+mod lock;
 mod manifest;
 mod name;
+mod origin;
 mod record;
 mod repository;
 mod wheel;
 
+pub use contents::{Item, Kind, is_made_from, is_named};
+pub use copies::{Copy, Making, Watch};
 pub use manifest::{Defaults, Manifest, Repository, Source, Wheel, all as manifests};
 
 use crate::error::{Error, ErrorCode, Result};
+use lock::{Lock, Mode};
 use record::Record;
 use std::env;
 use std::error::Error as _;
 use std::ffi::OsString;
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::Duration;
 
 /// Start of the names of unfinished files and folders.
@@ -107,6 +113,8 @@ pub struct Hub {
     pub token: Option<String>,
     /// Never ask the hub, use what its cache has.
     pub offline: bool,
+    /// Bytes that the cache should not hold more of, as far as removing copies can reach that.
+    pub limit: Option<u64>,
     /// The Python interpreter that runs pip.
     pub python: OsString,
     /// A server that says nothing for so long is given up.
@@ -116,11 +124,11 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// The cache in `$POCKETLORA_HOME`, else in the platform's cache folder; the hub as `HF_ENDPOINT`, `HF_HOME`,
-    /// `HF_HUB_CACHE`, `HF_TOKEN` and `HF_HUB_OFFLINE` say.
+    /// The cache in `$POCKETLORA_HOME`, else in the platform's cache folder, with the limit `POCKETLORA_CACHE_LIMIT`; the
+    /// hub as `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_TOKEN` and `HF_HUB_OFFLINE` say.
     ///
     /// # Errors
-    /// Neither the variable nor the platform names a folder.
+    /// Neither the variable nor the platform names a folder, or the limit is no size.
     pub fn from_env() -> Result<Self> {
         let home = match set("POCKETLORA_HOME") {
             Some(home) => home.into(),
@@ -139,6 +147,7 @@ impl Hub {
             hub.token = fs::read_to_string(hub_home.join("token")).ok().map(|t| t.trim().to_owned());
         }
         hub.hub_cache = set("HF_HUB_CACHE").map_or_else(|| hub_home.join("hub"), PathBuf::from);
+        hub.limit = set("POCKETLORA_CACHE_LIMIT").map(|v| bytes_of(&v.to_string_lossy())).transpose()?;
         hub.offline = set("HF_HUB_OFFLINE").is_some_and(|v| v != "0" && !v.eq_ignore_ascii_case("false"));
         Ok(hub)
     }
@@ -153,6 +162,7 @@ impl Hub {
             endpoint: None,
             token: None,
             offline: false,
+            limit: None,
             python: if cfg!(windows) { "python" } else { "python3" }.into(),
             answer_within: Duration::from_secs(8),
             stall_within: Duration::from_secs(30),
@@ -207,7 +217,7 @@ impl Hub {
         let name = manifest.name.as_str();
         let folder = self.folder(name).ok_or_else(|| Error::config("model", "a plain name", name))?;
         fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
-        let _lock = lock(&folder, progress)?;
+        let _lock = Lock::take(&folder.join(".lock"), Mode::Exclusive, &mut || tell(progress, Event::Waiting))?;
         let current = |r: &Record| manifest.sources.iter().any(|s| s.to_string() == r.source);
         if let Some(record) = Record::of(&folder).filter(current) {
             tell(progress, Event::Licence { title: &manifest.title, licence: &record.licence })?;
@@ -247,6 +257,23 @@ impl Hub {
         ))
     }
 
+    /// Notes that the model `name` is used now, for the list of what the cache holds.
+    pub fn touch(&self, name: &str) {
+        if let Some(folder) = self.folder(name) {
+            copies::touch(&folder.join(".lock"));
+        }
+    }
+
+    /// What to call the model `name` in an adapter, so that others find the base: the repository on the hub that it is
+    /// from, where that is known.
+    #[must_use]
+    pub fn base_name(&self, name: &str) -> String {
+        let repository = |manifest: Manifest| {
+            manifest.sources.into_iter().find_map(|s| if let Source::Hub(hub) = s { Some(hub.repo) } else { None })
+        };
+        Manifest::find(name).ok().and_then(repository).unwrap_or_else(|| name.to_owned())
+    }
+
     fn folder(&self, name: &str) -> Option<PathBuf> {
         Some(self.home.join("models").join(name::folder(name)?))
     }
@@ -274,11 +301,38 @@ pub fn list_cached() -> Result<Vec<Cached>> {
     Hub::from_env()?.list_cached()
 }
 
+/// Whether `name` has the form `OWNER/REPO` of a repository on the hub.
+#[must_use]
+pub fn is_repository(name: &str) -> bool {
+    name.contains('/') && name::folder(name).is_some()
+}
+
 /// What a source brought.
 struct Fetched {
     licence: Option<String>,
     path: PathBuf,
     files: Vec<record::Entry>,
+}
+
+/// The error of work that its watcher stopped.
+fn stopped() -> Error {
+    Error::new(ErrorCode::Cancelled, "model cache", "stopped as asked; nothing is kept of what was not complete")
+}
+
+/// A size as people write it: `20GB`, `1.5 GiB`, `500M`, or plain bytes.
+fn bytes_of(text: &str) -> Result<u64> {
+    let lower = text.trim().to_ascii_lowercase();
+    let digits = lower.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(lower.len());
+    let (number, unit) = lower.split_at(digits);
+    let (letter, base) = match unit.trim().trim_end_matches('b') {
+        unit if unit.ends_with('i') => (unit.trim_end_matches('i'), 1024f64),
+        unit => (unit, 1000f64),
+    };
+    let power = ["", "k", "m", "g", "t"].iter().position(|known| *known == letter);
+    match (number.parse::<f64>(), power) {
+        (Ok(number), Some(power)) if number.is_finite() => Ok((number * base.powi(power as i32)) as u64),
+        _ => Err(Error::config("POCKETLORA_CACHE_LIMIT", "a size such as `20GB` or `1.5GiB`", text)),
+    }
 }
 
 /// An environment variable, where an empty one counts as unset.
@@ -292,21 +346,6 @@ fn tell(progress: &mut Progress<'_>, event: Event<'_>) -> Result<()> {
         ControlFlow::Break(()) => {
             Err(Error::new(ErrorCode::Cancelled, "pull", "stopped; pull again to go on where the source allows"))
         }
-    }
-}
-
-/// Takes the model's lock, which the system releases even when this process is killed.
-fn lock(folder: &Path, progress: &mut Progress<'_>) -> Result<File> {
-    let path = folder.join(".lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.map_err(|e| Error::io("create", &path, e))?;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(TryLockError::WouldBlock) => tell(progress, Event::Waiting)?,
-            Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path, e)),
-        }
-        thread::sleep(TICK);
     }
 }
 
@@ -332,4 +371,21 @@ fn chain(error: &Error) -> String {
         cause = e.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_as_people_write_them() {
+        for (text, bytes) in
+            [("20GB", 20_000_000_000), ("1.5 GiB", 1_610_612_736), ("500m", 500_000_000), ("0", 0), (" 7 b", 7)]
+        {
+            assert_eq!(bytes_of(text).unwrap(), bytes, "{text}");
+        }
+        for text in ["", "GB", "-1GB", "1e3", "20 giga", "1..2", "20GBi"] {
+            assert!(bytes_of(text).is_err(), "{text}");
+        }
+    }
 }

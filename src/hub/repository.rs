@@ -39,6 +39,8 @@ const SMALL_FILES: &[&str] = &[
     "vocab.json",
 ];
 const CONFIG: &str = "config.json";
+/// Where transformers keeps a model's further templates.
+const TEMPLATES: &str = "additional_chat_templates/";
 /// Tries per file. Each continues where the last one broke off, so that a flaky network gets somewhere.
 const TRIES: usize = 3;
 
@@ -159,8 +161,14 @@ impl Worker {
                 "not in the hub's cache, and `HF_HUB_OFFLINE` forbids to ask; unset it and pull again",
             )
         })?;
-        let entries = fs::read_dir(snapshot).map_err(|e| Error::io("list", snapshot, e))?;
-        let present = entries.filter_map(|e| e.ok()?.file_name().into_string().ok()).collect();
+        let mut present = Vec::new();
+        for (folder, prefix) in [(snapshot.to_owned(), ""), (snapshot.join("additional_chat_templates"), TEMPLATES)] {
+            if folder.is_dir() {
+                let entries = fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
+                let names = entries.filter_map(|e| e.ok()?.file_name().into_string().ok());
+                present.extend(names.map(|name| format!("{prefix}{name}")));
+            }
+        }
         Ok((snapshot.into(), self.choose(present)?, None))
     }
 
@@ -238,7 +246,8 @@ impl Worker {
     fn drop_stuck_part(&self, api: &Api, remote: &ApiRepo, path: &Path, name: &str) -> Result<()> {
         let metadata = api.metadata(&remote.url(name)).map_err(|e| self.failed(name, e))?;
         // <repository>/snapshots/<commit>/<name> and <repository>/blobs/<etag>.part
-        let Some(repository) = path.ancestors().nth(3) else { return Ok(()) };
+        let above = 3 + name.matches('/').count();
+        let Some(repository) = path.ancestors().nth(above) else { return Ok(()) };
         let part = repository.join("blobs").join(metadata.etag()).with_extension("part");
         if fs::metadata(&part).is_ok_and(|m| m.len() >= metadata.size() as u64) {
             fs::remove_file(&part).map_err(|e| Error::io("remove", &part, e))?;
@@ -258,8 +267,14 @@ impl Worker {
         let weights = |f: &str| f.ends_with(".safetensors");
         // Some authors ship the same weights once more under another name.
         let model = present.iter().any(|f| weights(f) && f.starts_with("model"));
+        let template = |f: &str| {
+            let file = f.strip_prefix(TEMPLATES);
+            file.is_some_and(|file| name::is_plain(file) && file.ends_with(".jinja"))
+        };
         let wanted = |f: &String| {
-            SMALL_FILES.contains(&f.as_str()) || weights(f) && name::is_plain(f) && (!model || f.starts_with("model"))
+            SMALL_FILES.contains(&f.as_str())
+                || template(f)
+                || weights(f) && name::is_plain(f) && (!model || f.starts_with("model"))
         };
         let names: Vec<String> = present.into_iter().filter(wanted).collect();
         if !names.iter().any(|f| f == CONFIG || f == "adapter_config.json") {

@@ -4,7 +4,7 @@
 #[cfg(feature = "cli")]
 pub mod command;
 
-use pocketlora::format::{Target, open_source, quantize};
+use pocketlora::format::{Existing, Target, open_source, quantize};
 use pocketlora::{Options, Precision, Session};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
@@ -101,7 +101,8 @@ pub fn open_exact(dir: &Path, threads: usize) -> Session {
 
 /// Converts a model into `out`.
 pub fn convert(source: &Path, out: &Path, to: Target) {
-    quantize(open_source(source).unwrap().as_ref(), out, to, &mut |_| ControlFlow::Continue(())).unwrap();
+    quantize(open_source(source).unwrap().as_ref(), out, to, Existing::Keep, &mut |_| ControlFlow::Continue(()))
+        .unwrap();
 }
 
 /// Logits of all tokens of a text, row after row.

@@ -8,7 +8,7 @@ mod watcher;
 pub(super) use report::plan_text;
 pub(super) use watcher::Watcher;
 
-use super::{data, model};
+use super::{data, model, names};
 use crate::adapter::AdapterFile;
 use crate::error::Result;
 use crate::session::{Material, Options, Session};
@@ -24,16 +24,16 @@ pub(super) struct Args {
     model: String,
     /// JSONL or CSV with `messages`, `prompt` and `completion`, `instruction` and `output`, or `text`; or a folder of
     /// .txt and .md notes.
-    #[arg(short, long)]
+    #[arg(short, long, value_parser = names::path())]
     data: PathBuf,
     /// Folder for the adapter.
-    #[arg(short, long, required_unless_present = "dry_run")]
+    #[arg(short, long, required_unless_present = "dry_run", value_parser = names::path())]
     out: Option<PathBuf>,
     /// Show the first samples, what of them is learned, and figures of the data; train nothing.
     #[arg(long)]
     dry_run: bool,
     /// Settings as TOML; flags win over it.
-    #[arg(long)]
+    #[arg(long, value_parser = names::path())]
     config: Option<PathBuf>,
     /// Continue a stopped run from its checkpoint in the output folder.
     #[arg(long)]
@@ -41,9 +41,9 @@ pub(super) struct Args {
     /// Replace an adapter, or the checkpoint of an unfinished run, in the output folder.
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
-    /// Start from this PEFT adapter; its rank, alpha and layers are kept, and its dropout unless another is given.
+    /// Start from this PEFT adapter, a folder or a name in the cache; its rank, alpha and layers are kept, and its dropout unless another is given.
     #[arg(long, value_name = "ADAPTER")]
-    init: Option<PathBuf>,
+    init: Option<String>,
     /// Threads; 0 measures how many serve best.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -73,10 +73,13 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     }
     out_folder::check(args, &chosen.config)?;
     model::check_text(&args.model)?;
-    let dir = model::resolve(&args.model, !args.no_quantize)?;
-    let options = Options { threads: args.threads, ids_only: true, ..super::args::options() };
-    let mut session = Session::open(&dir, &options)?;
-    let (summary, plan, data) = fit(&mut session, chosen, args)?;
+    // Before the model, which may take long to make.
+    let init = args.init.as_deref().map(names::adapter).transpose()?;
+    let model = model::resolve(&args.model, !args.no_quantize)?;
+    let base_name = Some(model.name);
+    let options = Options { threads: args.threads, base_name, ids_only: true, ..super::args::options() };
+    let mut session = Session::open(&model.path, &options)?;
+    let (summary, plan, data) = fit(&mut session, chosen, init.as_deref(), args)?;
     report(&summary, plan, &data, baseline, &session, args);
     Ok(summary.done)
 }
@@ -91,9 +94,14 @@ fn read(session: &mut Session, config: &TrainConfig, args: &Args) -> Result<Mate
     Ok(material)
 }
 
-fn fit(session: &mut Session, chosen: Chosen, args: &Args) -> Result<(Summary, MemoryPlan, DataReport)> {
+fn fit(
+    session: &mut Session,
+    chosen: Chosen,
+    init: Option<&Path>,
+    args: &Args,
+) -> Result<(Summary, MemoryPlan, DataReport)> {
     let Chosen { mut config, given } = chosen;
-    let mut init = args.init.as_deref().map(AdapterFile::open).transpose()?;
+    let mut init = init.map(AdapterFile::open).transpose()?;
     if let Some(file) = &mut init {
         // Before the data is read: here it is known what somebody chose, be it the default.
         config = config.with_adapter(session.base().model.params(), file, &|key| given.contains(key))?;

@@ -3,7 +3,7 @@
 use super::Args;
 use crate::cli::args::{megabytes, print_json};
 use crate::cli::out;
-use crate::cli::shell::quoted;
+use crate::cli::shell::quoted_value;
 use crate::session::Session;
 use crate::train::{DataReport, MemoryPlan, Summary};
 use serde_json::{Value, json};
@@ -114,7 +114,11 @@ pub(super) fn report(
     if s.done {
         // An adapter belongs to the weights that it was trained on.
         let as_trained = if args.no_quantize { " --no-quantize" } else { "" };
-        eprintln!("use it: pocketlora chat -m {}{as_trained} -a {}", quoted(&args.model), quoted(&s.adapter));
+        eprintln!(
+            "use it: pocketlora chat -m {}{as_trained} -a {}",
+            quoted_value(&args.model),
+            quoted_value(&s.adapter)
+        );
     } else {
         if out::failed() {
             eprintln!("stopped, for stdout takes nothing any more");

@@ -1,5 +1,6 @@
 //! Settings of a run: flags over a file.
 
+use crate::cli::names;
 use crate::error::{Error, ErrorCode, Result};
 use crate::train::TrainConfig;
 use serde::Serialize;
@@ -124,7 +125,7 @@ pub(super) struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     save_seconds: Option<u64>,
     /// JSONL that is evaluated during training.
-    #[arg(long)]
+    #[arg(long, value_parser = names::path())]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_data: Option<PathBuf>,
     /// Share of the records to hold out and evaluate, instead of --eval-data.

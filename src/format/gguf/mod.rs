@@ -23,11 +23,12 @@ use crate::mmap;
 use bytes::Bytes;
 use serde_json::Map;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A language model in a GGUF file.
 #[derive(Clone, Debug)]
 pub struct Gguf {
+    path: PathBuf,
     file: Container,
     config: Map<String, serde_json::Value>,
     weights: Vec<names::Weight>,
@@ -54,7 +55,7 @@ impl Gguf {
         let weights = names::weights(&file, &hyper)?;
         let config = hyper.to_json(&file.metadata)?;
         let tensors = weights.iter().map(|w| w.meta.clone()).collect();
-        Ok(Self { file, config, weights, tensors })
+        Ok(Self { path: path.to_owned(), file, config, weights, tensors })
     }
 
     /// The file behind the model: metadata and tensors under their own names.
@@ -100,5 +101,9 @@ impl Source for Gguf {
 
     fn sidecars(&self) -> Result<Sidecars> {
         sidecars::build(&self.file.metadata)
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        vec![self.path.clone()]
     }
 }
