@@ -145,13 +145,15 @@ fn a_full_disk_in_quantization_costs_no_model() {
     let fresh = path("fresh");
     // The limits strike the weights at their start and further on.
     let cases = [1, 16, 64].into_iter().flat_map(|blocks| [(blocks, &older), (blocks, &fresh)]);
-    check_all(cases, |(blocks, out)| unharmed(&f, *blocks, &["quantize", model, "-o", out], "model.safetensors"));
+    check_all(cases, |(blocks, out)| {
+        unharmed(&f, *blocks, &["quantize", model, "-o", out, "--overwrite"], "model.safetensors")
+    });
     // At first use, into the cache.
     let ask = ["generate", "-m", model, "-p", "a", "-n", "1"];
     unharmed(&f, 16, &ask, "model.safetensors").unwrap();
     ok(&f, &["generate", "-m", &older, "--no-quantize", "-p", "a", "-n", "1"]);
     ok(&f, &ask);
-    ok(&f, &["quantize", model, "-o", &older]);
+    ok(&f, &["quantize", model, "-o", &older, "--overwrite"]);
     ok(&f, &["generate", "-m", &older, "-p", "a", "-n", "1"]);
 }
 
