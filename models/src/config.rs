@@ -1,5 +1,7 @@
 //! Sizes and constants of a model, from a Hugging Face `config.json`.
 
+use crate::keys::{Keys, MAX_COUNT};
+use crate::known;
 use crate::rope::Rope;
 use serde_json::{Map, Value};
 use std::fmt::Display;
@@ -31,11 +33,6 @@ impl ConfigError {
     }
 }
 
-/// Upper bound on every size: beyond any model, small enough that products of two cannot overflow.
-const MAX_SIZE: usize = 1 << 24;
-/// Upper bound on the number of layers, heads and the width of a head.
-const MAX_COUNT: usize = 4096;
-
 /// What the supported families share.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -65,12 +62,8 @@ pub struct Config {
     pub attention_bias: bool,
     /// gate, up and down have biases (`mlp_bias`).
     pub mlp_bias: bool,
-    /// Sliding window in tokens, if any layer uses one.
-    pub window: Option<usize>,
-    /// First layer that uses the window (`max_window_layers`, Qwen2).
-    pub window_from: usize,
-    /// Which layers use the window, where the config lists them (`layer_types`, Qwen2).
-    pub layer_windows: Option<Vec<bool>>,
+    /// Sliding window of each layer, in tokens; a layer without one sees all.
+    pub windows: Vec<Option<usize>>,
     /// Rotary embedding.
     pub rope: Rope,
 }
@@ -85,7 +78,12 @@ impl Config {
         let model_type = keys.text("model_type")?.unwrap_or_default();
         let heads = keys.count("num_attention_heads")?;
         let hidden_size = keys.size("hidden_size")?;
-        let kv_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(heads);
+        let defaults = Defaults::of(model_type);
+        known::check(&keys, model_type)?;
+        let kv_heads = match keys.optional_size("num_key_value_heads")? {
+            None if !keys.has("num_key_value_heads") => defaults.kv_heads.unwrap_or(heads),
+            given => given.unwrap_or(heads),
+        };
         if heads % kv_heads != 0 {
             return Err(ConfigError::new("num_key_value_heads", format!("a divisor of {heads} heads"), kv_heads));
         }
@@ -97,22 +95,13 @@ impl Config {
         if head_dim % 2 != 0 || head_dim > MAX_COUNT {
             return Err(ConfigError::new("head_dim", format!("an even number up to {MAX_COUNT}"), head_dim));
         }
-        // Two names for one function.
-        let activation = keys.text("hidden_act")?.unwrap_or("silu");
-        if !matches!(activation, "silu" | "swish") {
-            return Err(ConfigError::unsupported("hidden_act", "`silu`", activation));
-        }
         let eps = keys.number("rms_norm_eps", 1e-6)?;
         if !(0.0..1.0).contains(&eps) {
             return Err(ConfigError::new("rms_norm_eps", "a number from 0 to 1", eps));
         }
         check_class(&keys)?;
-        let qwen2 = model_type == "qwen2";
-        // Only Qwen2 has the switch, and there it is off unless said otherwise. The width is 4096 in both families where
-        // the key is absent; `null` is none.
-        let windowed = keys.flag("use_sliding_window", !qwen2)?;
-        let usual_window = (model_type != "llama" && !json.contains_key("sliding_window")).then_some(4096);
         let layers = keys.count("num_hidden_layers")?;
+        let max_positions = keys.optional_size("max_position_embeddings")?.unwrap_or(defaults.positions);
         Ok(Self {
             model_type: model_type.to_owned(),
             hidden_size,
@@ -122,15 +111,13 @@ impl Config {
             kv_heads,
             head_dim,
             vocab_size: keys.size("vocab_size")?,
-            max_positions: keys.optional_size("max_position_embeddings")?.unwrap_or(2048),
+            max_positions,
             rms_norm_eps: eps as f32,
             tied_head: keys.flag("tie_word_embeddings", false)?,
             attention_bias: keys.flag("attention_bias", false)?,
             mlp_bias: keys.flag("mlp_bias", false)?,
-            window: if windowed { keys.optional_size("sliding_window")?.or(usual_window) } else { None },
-            window_from: keys.index("max_window_layers")?.unwrap_or(if qwen2 { 28 } else { 0 }),
-            layer_windows: if qwen2 { layer_windows(&keys, layers)? } else { None },
-            rope: Rope::parse(&keys, head_dim)?,
+            windows: windows(&keys, model_type, layers, max_positions)?,
+            rope: Rope::parse(&keys, head_dim, max_positions)?,
         })
     }
 }
@@ -145,88 +132,163 @@ fn check_class(keys: &Keys<'_>) -> Result<(), ConfigError> {
     Err(ConfigError::unsupported("architectures", "a language model (`..ForCausalLM`)", class))
 }
 
-/// `layer_types`: what it lists goes before `max_window_layers`.
-fn layer_windows(keys: &Keys<'_>, layers: usize) -> Result<Option<Vec<bool>>, ConfigError> {
-    let key = "layer_types";
-    let Some(value) = keys.get(key) else { return Ok(None) };
-    let list = value.as_array().ok_or_else(|| ConfigError::new(key, "a list of names", value))?;
-    if list.len() != layers {
-        return Err(ConfigError::new(key, format!("one name for each of {layers} layers"), list.len()));
-    }
-    let windowed = |kind: &Value| match kind.as_str() {
-        Some("full_attention") => Ok(false),
-        Some("sliding_attention") => Ok(true),
-        _ => Err(ConfigError::unsupported(key, "`full_attention` or `sliding_attention`", kind)),
-    };
-    list.iter().map(windowed).collect::<Result<_, _>>().map(Some)
+/// What transformers takes for keys that a file leaves out, where families differ.
+struct Defaults {
+    /// `num_key_value_heads`; none is as many as heads.
+    kv_heads: Option<usize>,
+    /// `max_position_embeddings`.
+    positions: usize,
+    /// `sliding_window`; `null` in the file is none.
+    window: Option<usize>,
 }
 
-/// Typed access to the keys of a JSON object; `null` counts as absent.
-pub(crate) struct Keys<'a>(&'a Map<String, Value>);
+impl Defaults {
+    fn of(model_type: &str) -> Self {
+        match model_type {
+            "mistral" => Self { kv_heads: Some(8), positions: 4096 * 32, window: Some(4096) },
+            "qwen2" => Self { kv_heads: Some(32), positions: 32768, window: Some(4096) },
+            _ => Self { kv_heads: None, positions: 2048, window: None },
+        }
+    }
+}
 
-impl<'a> Keys<'a> {
-    pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
-        self.0.get(key).filter(|v| !v.is_null())
+/// The window of each layer: all of Mistral's have it; of Qwen2's, where it is switched on, those that `layer_types`
+/// names or else those from `max_window_layers` on; none of Llama's.
+fn windows(
+    keys: &Keys<'_>,
+    model_type: &str,
+    layers: usize,
+    max_positions: usize,
+) -> Result<Vec<Option<usize>>, ConfigError> {
+    let window = match keys.optional_size("sliding_window")? {
+        None if !keys.has("sliding_window") => Defaults::of(model_type).window,
+        given => given,
+    };
+    let first = keys.index("max_window_layers")?;
+    let qwen2 = model_type == "qwen2";
+    let switched_on = keys.flag("use_sliding_window", !qwen2)?;
+    if model_type == "mistral" && !switched_on && window.is_some() {
+        return Err(ConfigError::unsupported("use_sliding_window", "`sliding_window` null where it is off", "false"));
+    }
+    // A window as long as the context hides nothing.
+    let short = window.filter(|&w| w < max_positions);
+    if model_type == "llama"
+        && switched_on
+        && let Some(window) = short
+    {
+        return Err(ConfigError::unsupported("sliding_window", "none, for Llama has no window (Mistral has)", window));
+    }
+    let slides = match model_type {
+        "mistral" => 0..layers,
+        "qwen2" if switched_on => first.unwrap_or(28).min(layers)..layers,
+        _ => layers..layers,
+    };
+    let default: Vec<_> = (0..layers).map(|i| window.filter(|_| slides.contains(&i))).collect();
+    let Some(types) = keys.get("layer_types") else { return Ok(default) };
+    let expected = || format!("`full_attention` or `sliding_attention` for each of {layers} layers");
+    let list = types.as_array().filter(|list| list.len() == layers);
+    let list = list.ok_or_else(|| ConfigError::new("layer_types", expected(), types))?;
+    let kind = |(i, kind): (usize, &Value)| match kind.as_str() {
+        Some("full_attention") => Ok(None),
+        Some("sliding_attention") if window.is_some() && switched_on => Ok(window),
+        Some("sliding_attention") => Err(ConfigError::new(
+            "layer_types",
+            "no sliding layer where no window is switched on",
+            format!("layer {i}"),
+        )),
+        _ => Err(ConfigError::unsupported("layer_types", expected(), kind)),
+    };
+    let given = list.iter().enumerate().map(kind).collect::<Result<Vec<_>, _>>()?;
+    // transformers reads the list for Qwen2 alone.
+    if !qwen2 && given != default {
+        return Err(ConfigError::new(
+            "layer_types",
+            format!("the same window in every layer of `{model_type}`"),
+            types,
+        ));
+    }
+    Ok(given)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parse(model_type: &str, change: Value) -> Result<Config, ConfigError> {
+        let mut config = json!({"model_type": model_type, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 3, "num_attention_heads": 32, "vocab_size": 100, "max_position_embeddings": 512});
+        let (Value::Object(map), Value::Object(change)) = (&mut config, change) else { unreachable!() };
+        map.extend(change);
+        Config::parse(map)
     }
 
-    pub(crate) fn object(&self, key: &str) -> Result<Option<Keys<'a>>, ConfigError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Keys(map))),
-            Some(other) => Err(ConfigError::new(key, "an object", other)),
+    #[test]
+    fn windows_are_where_transformers_has_them() {
+        let (full, slide) = ("full_attention", "sliding_attention");
+        let w = Some(16);
+        let cases = [
+            ("llama", json!({}), [None; 3]),
+            ("llama", json!({"sliding_window": null}), [None; 3]),
+            ("llama", json!({"sliding_window": 512}), [None; 3]),
+            ("llama", json!({"layer_types": [full, full, full]}), [None; 3]),
+            ("mistral", json!({}), [Some(4096); 3]),
+            ("mistral", json!({"sliding_window": null}), [None; 3]),
+            ("mistral", json!({"sliding_window": 16}), [w; 3]),
+            ("qwen2", json!({"sliding_window": 16}), [None; 3]),
+            ("qwen2", json!({"sliding_window": 16, "use_sliding_window": true}), [None; 3]),
+            ("qwen2", json!({"sliding_window": 16, "use_sliding_window": true, "max_window_layers": 1}), [None, w, w]),
+            (
+                "qwen2",
+                json!({"sliding_window": 16, "use_sliding_window": true, "layer_types": [slide, full, slide]}),
+                [w, None, w],
+            ),
+        ];
+        for (family, change, want) in cases {
+            assert_eq!(parse(family, change.clone()).unwrap().windows, want, "{family} {change}");
         }
     }
 
-    pub(crate) fn text(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(other) => Err(ConfigError::new(key, "a string", other)),
+    #[test]
+    fn what_would_change_numbers_is_refused_by_name() {
+        let cases = [
+            ("llama", json!({"sliding_window": 16}), "sliding_window"),
+            ("mistral", json!({"sliding_window": 16, "use_sliding_window": false}), "use_sliding_window"),
+            (
+                "mistral",
+                json!({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}),
+                "layer_types",
+            ),
+            ("qwen2", json!({"layer_types": ["sliding_attention"]}), "layer_types"),
+            ("qwen2", json!({"layer_types": ["sliding_attention", "full_attention", "full_attention"]}), "layer_types"),
+            ("llama", json!({"hidden_act": "gelu"}), "hidden_act"),
+            ("llama", json!({"logits_scaling": 8.0}), "logits_scaling"),
+            ("llama", json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+            ("llama", json!({"num_local_experts": 8}), "num_local_experts"),
+            ("mistral", json!({"attention_bias": true}), "attention_bias"),
+            ("qwen2", json!({"mlp_bias": true}), "mlp_bias"),
+            ("qwen2", json!({"attn_logit_softcapping": 50.0}), "attn_logit_softcapping"),
+            ("llama", json!({"no_rope_layers": [1, 0, 1]}), "no_rope_layers"),
+        ];
+        for (family, change, key) in cases {
+            match parse(family, change.clone()) {
+                Err(e) => assert_eq!(e.key, key, "{change}: {e}"),
+                Ok(_) => panic!("{family} {change} was accepted"),
+            }
         }
     }
 
-    fn flag(&self, key: &str, default: bool) -> Result<bool, ConfigError> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(other) => Err(ConfigError::new(key, "true or false", other)),
+    #[test]
+    fn what_changes_nothing_is_read() {
+        for change in [
+            json!({"hidden_act": "swish", "logits_scaling": 1.0, "partial_rotary_factor": 1.0, "num_local_experts": 0}),
+            json!({"mlp_bias": false, "residual_multiplier": null, "no_rope_layers": [], "use_qk_norm": false}),
+            json!({"pretraining_tp": 2, "use_cache": false, "torch_dtype": "float16", "somebody's": {"key": 1}}),
+        ] {
+            parse("llama", change.clone()).unwrap_or_else(|e| panic!("{change}: {e}"));
         }
-    }
-
-    pub(crate) fn number(&self, key: &str, default: f64) -> Result<f64, ConfigError> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => value.as_f64().ok_or_else(|| ConfigError::new(key, "a number", value)),
-        }
-    }
-
-    pub(crate) fn required_number(&self, key: &str) -> Result<f64, ConfigError> {
-        if self.get(key).is_none() {
-            return Err(ConfigError::new(key, "a number", "nothing"));
-        }
-        self.number(key, 0.0)
-    }
-
-    /// As [`Keys::optional_size`], where nothing is a size too.
-    fn index(&self, key: &str) -> Result<Option<usize>, ConfigError> {
-        if self.get(key).and_then(Value::as_u64) == Some(0) { Ok(Some(0)) } else { self.optional_size(key) }
-    }
-
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let size = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=MAX_SIZE).contains(n));
-        size.map(Some).ok_or_else(|| ConfigError::new(key, format!("a whole number from 1 to {MAX_SIZE}"), value))
-    }
-
-    fn count(&self, key: &str) -> Result<usize, ConfigError> {
-        let count = self.size(key)?;
-        if count > MAX_COUNT {
-            return Err(ConfigError::new(key, format!("at most {MAX_COUNT}"), count));
-        }
-        Ok(count)
-    }
-
-    fn size(&self, key: &str) -> Result<usize, ConfigError> {
-        self.optional_size(key)?.ok_or_else(|| ConfigError::new(key, "a whole number", "nothing"))
+        assert_eq!(parse("llama", json!({})).unwrap().kv_heads, 32);
+        assert_eq!(parse("mistral", json!({})).unwrap().kv_heads, 8);
+        assert_eq!(parse("mistral", json!({"num_key_value_heads": null})).unwrap().kv_heads, 32);
     }
 }

@@ -6,6 +6,8 @@
 
 mod config;
 mod exec;
+mod keys;
+mod known;
 mod llama;
 mod mistral;
 mod params;

@@ -14,8 +14,6 @@ pub(crate) struct Variant {
     pub o_bias: bool,
     /// gate, up, down have biases.
     pub mlp_bias: bool,
-    /// Sliding window of layer `i`.
-    pub window: fn(&Config, usize) -> Option<usize>,
 }
 
 /// A model of the Llama kind.
@@ -44,12 +42,7 @@ struct Layer {
 
 /// Llama proper.
 pub(crate) fn build(config: Config) -> Box<dyn Model> {
-    let variant = Variant {
-        qkv_bias: config.attention_bias,
-        o_bias: config.attention_bias,
-        mlp_bias: config.mlp_bias,
-        window: |_, _| None,
-    };
+    let variant = Variant { qkv_bias: config.attention_bias, o_bias: config.attention_bias, mlp_bias: config.mlp_bias };
     Box::new(Llama::new(config, &variant))
 }
 
@@ -79,7 +72,7 @@ impl Layer {
             kv_heads: c.kv_heads,
             head_dim: c.head_dim,
             scale: (c.head_dim as f32).sqrt().recip(),
-            window: (variant.window)(c, i),
+            window: c.windows[i],
         };
         Self {
             input_norm: p.norm(&format!("{at}.input_layernorm"), c.hidden_size),

@@ -5,6 +5,6 @@ use crate::config::Config;
 use crate::llama::{Llama, Variant};
 
 pub(crate) fn build(config: Config) -> Box<dyn Model> {
-    let variant = Variant { qkv_bias: false, o_bias: false, mlp_bias: false, window: |c, _| c.window };
+    let variant = Variant { qkv_bias: false, o_bias: false, mlp_bias: false };
     Box::new(Llama::new(config, &variant))
 }

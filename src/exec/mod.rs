@@ -161,7 +161,8 @@ impl<B: Backend> Base<B> {
     /// `cos` and `sin` `[T, D / 2]` of every rotary table at `positions`, as the tables' f32 products have them.
     fn rope_angles(&self, positions: &[u32], pool: &mut Pool<B>) -> Result<Vec<(B::Buffer, B::Buffer)>> {
         let angles = |rope: &pocketlora_models::Rope, f: fn(f64) -> f64| -> Vec<f32> {
-            let at = |&p: &u32| rope.inv_freq.iter().map(move |&w| f(f64::from(p as f32 * w)) as f32);
+            let scale = rope.attention_factor;
+            let at = |&p: &u32| rope.inv_freq.iter().map(move |&w| f(f64::from(p as f32 * w)) as f32 * scale);
             positions.iter().flat_map(at).collect()
         };
         let mut load = |values: &[f32]| -> Result<B::Buffer> {
