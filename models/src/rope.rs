@@ -252,3 +252,130 @@ impl Scaling {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Head size 16 and a context of 512, beside the keys of `change`.
+    fn parse(change: Value) -> Result<Rope, ConfigError> {
+        let Value::Object(map) = change else { unreachable!() };
+        Rope::parse(&Keys(&map), 16, 512)
+    }
+
+    fn key_of(change: Value) -> String {
+        match parse(change.clone()) {
+            Err(e) => e.key,
+            Ok(rope) => panic!("{change} was accepted: {rope:?}"),
+        }
+    }
+
+    #[test]
+    fn yarn_is_that_of_transformers() {
+        // `_compute_yarn_parameters` of transformers 5.24, in f32.
+        let cases = [
+            (
+                json!({"factor": 4.0, "original_max_position_embeddings": 128}),
+                1.138_629_4,
+                [1.0, 0.237_170_82, 0.049_999_997, 0.007_905_694_7, 0.0025, 0.000_790_569_5, 0.000_25, 7.905_694e-5],
+            ),
+            (
+                json!({"factor": 4.0, "original_max_position_embeddings": 128, "attention_factor": 0.75,
+                       "beta_fast": 64, "beta_slow": 0.1}),
+                0.75,
+                [1.0, 0.2687936, 0.07, 0.017392527, 0.0039999997, 0.00079056947, 0.00025, 7.905695e-05],
+            ),
+            (
+                json!({"factor": 8.0, "original_max_position_embeddings": 64, "mscale": 0.8, "mscale_all_dim": 0.5,
+                       "truncate": false}),
+                1.056_508,
+                [
+                    1.0,
+                    0.178_976_15,
+                    0.013_194_458,
+                    0.003_952_847_3,
+                    0.001_25,
+                    0.000_395_284_73,
+                    0.000_125,
+                    3.952_847_3e-5,
+                ],
+            ),
+            (
+                json!({"original_max_position_embeddings": 100, "rope_theta": 500_000.0}),
+                1.163_315_4,
+                [
+                    1.0,
+                    0.115_899_146,
+                    0.007_344_928,
+                    0.001_424_348_6,
+                    0.000_276_213_6,
+                    5.356_41e-5,
+                    1.038_729_7e-5,
+                    2.014_333_2e-6,
+                ],
+            ),
+        ];
+        for (change, attention_factor, want) in cases {
+            // Both spellings of the object and of the kind.
+            for (object, kind) in
+                [("rope_scaling", "type"), ("rope_scaling", "rope_type"), ("rope_parameters", "rope_type")]
+            {
+                let mut scaling = change.clone();
+                scaling[kind] = json!("yarn");
+                let rope = parse(json!({object: scaling})).unwrap();
+                assert!((rope.attention_factor - attention_factor).abs() < 1e-6, "{change}: {rope:?}");
+                for (got, want) in rope.inv_freq.iter().zip(want) {
+                    let want: f32 = want;
+                    assert!((got - want).abs() <= 1e-6 * want, "{change}: {:?}, not {want}", rope.inv_freq);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn dynamic_changes_nothing_within_the_context_and_linear_divides() {
+        let plain = parse(json!({})).unwrap();
+        assert_eq!(parse(json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}})).unwrap(), plain);
+        assert_eq!(parse(json!({"rope_scaling": {}})).unwrap(), plain);
+        assert_eq!(parse(json!({"rope_parameters": {"rope_type": "default", "rope_theta": 10000}})).unwrap(), plain);
+        let linear = parse(json!({"rope_scaling": {"type": "linear", "factor": 4.0}})).unwrap();
+        assert!(linear.inv_freq.iter().zip(&plain.inv_freq).all(|(a, b)| *a == b / 4.0));
+    }
+
+    #[test]
+    fn what_would_be_ignored_is_refused_by_name() {
+        let yarn = |key: &str, value: Value| json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, key: value}});
+        let cases = [
+            (json!({"rope_scaling": {"type": "longrope", "factor": 4.0}}), "rope_type"),
+            (json!({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 4.0}}), "type"),
+            (json!({"rope_scaling": {"type": "linear", "factor": 4.0, "beta_fast": 32}}), "beta_fast"),
+            (json!({"rope_scaling": {"type": "linear"}}), "factor"),
+            (json!({"rope_scaling": {"type": "dynamic"}}), "factor"),
+            (json!({"rope_scaling": {"mrope_section": [1, 2]}}), "mrope_section"),
+            (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "full_attention"),
+            (yarn("partial_rotary_factor", json!(0.5)), "partial_rotary_factor"),
+            (yarn("mscale", json!(0.7)), "mscale_all_dim"),
+            (yarn("mscale_all_dim", json!(0.7)), "mscale"),
+            (yarn("beta_slow", json!(64)), "beta_fast"),
+            (yarn("attention_factor", json!(-1)), "attention_factor"),
+            (yarn("truncate", json!(1)), "truncate"),
+            (
+                json!({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}),
+                "rope_scaling",
+            ),
+            (
+                json!({"rope_theta": 5000, "rope_parameters": {"rope_type": "default", "rope_theta": 10000}}),
+                "rope_theta",
+            ),
+        ];
+        for (change, key) in cases {
+            assert_eq!(key_of(change.clone()), key, "{change}");
+        }
+        // The same twice, as files for old and new readers have it.
+        let scaling = json!({"rope_type": "linear", "factor": 4.0});
+        parse(json!({"rope_theta": 100, "rope_scaling": scaling, "rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 100}})).unwrap();
+        // A remark of the first YaRN models.
+        parse(yarn("finetuned", json!(true))).unwrap();
+    }
+}

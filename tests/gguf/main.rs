@@ -4,6 +4,7 @@
 mod common;
 mod hostile;
 mod model;
+mod sentencepiece;
 mod tokens;
 mod writer;
 

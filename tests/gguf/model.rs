@@ -100,6 +100,20 @@ fn linear_rope_scaling_is_kept() {
     assert!(!gguf.config().contains_key("rope_scaling"));
 }
 
+#[test]
+fn yarn_is_kept_in_hugging_faces_terms() {
+    let mut w = small_llama();
+    w.string("llama.rope.scaling.type", "yarn").f32("llama.rope.scaling.factor", 4.0);
+    w.u32("llama.rope.scaling.original_context_length", 16).f32("llama.rope.scaling.yarn_beta_fast", 16.0);
+    w.f32("llama.rope.scaling.yarn_ext_factor", 1.0).bool("llama.rope.scaling.finetuned", true);
+    let want = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 16.0});
+    assert_eq!(open(&w).config()["rope_scaling"], want);
+    w.f32("llama.rope.scaling.yarn_log_multiplier", 0.5);
+    let rope = &open(&w).config()["rope_scaling"].clone();
+    assert_eq!((&rope["mscale"], &rope["mscale_all_dim"]), (&json!(1.0), &json!(0.5)));
+    pocketlora_models::build(open(&w).config()).unwrap();
+}
+
 /// The converter's loop (`LlamaModel.generate_extra_tensors` in llama.cpp), in f32 as there.
 fn llama3_divisors(head_dim: usize, base: f32, factor: f32) -> Vec<f32> {
     let divisor = |i: usize| {

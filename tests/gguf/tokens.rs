@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use tokenizers::Tokenizer;
 
-fn sidecars(w: &Writer) -> Sidecars {
+pub fn sidecars(w: &Writer) -> Sidecars {
     Gguf::from_bytes(Bytes::from(w.build()), Path::new("small.gguf")).unwrap().sidecars().unwrap()
 }
 
@@ -17,15 +17,15 @@ fn file<'a>(sidecars: &'a Sidecars, name: &str) -> &'a [u8] {
     &sidecars.files.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no {name}")).1
 }
 
-fn json_file(sidecars: &Sidecars, name: &str) -> Value {
+pub fn json_file(sidecars: &Sidecars, name: &str) -> Value {
     serde_json::from_slice(file(sidecars, name)).unwrap()
 }
 
-fn load(sidecars: &Sidecars) -> Tokenizer {
+pub fn load(sidecars: &Sidecars) -> Tokenizer {
     Tokenizer::from_bytes(file(sidecars, "tokenizer.json")).unwrap()
 }
 
-fn ids(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
+pub fn ids(tokenizer: &Tokenizer, text: &str) -> Vec<u32> {
     tokenizer.encode(text, true).unwrap().get_ids().to_vec()
 }
 
@@ -65,6 +65,14 @@ fn each_pre_tokenizer_splits_as_its_models_do() {
         ("smollm", "e\u{301}", decomposed),
         ("llama-bpe", "e\u{301}", decomposed),
         ("qwen2", "e\u{301}", &["Ã", "©"]),
+        // Names of the same split.
+        ("smaug-bpe", "1234", &["123", "4"]),
+        ("smaug-bpe", " hello", &["Ġhello"]),
+        ("llama-v3", " hello", &["Ġhello"]),
+        ("tekken", "1234", ones),
+        ("tekken", " hello", &["Ġhello"]),
+        ("deepseek-coder", "'S", &["'", "S"]),
+        ("default", "1234", &["123", "4"]),
     ];
     let marks = ["<|im_start|>", "hi", "<|im_end|>", "Ċ", "[WORD]", "<|endoftext|>"];
     let text = "<|im_start|>hi<|im_end|>\n[WORD]<|endoftext|>";
@@ -132,6 +140,32 @@ fn the_configs_say_what_the_file_says() {
     w.u32("tokenizer.ggml.eot_token_id", id("[WORD]"));
     let ends = &json_file(&sidecars(&w), "generation_config.json")["eos_token_id"];
     assert_eq!(*ends, json!([eos, id("[WORD]"), id("<|endoftext|>")]));
+}
+
+#[test]
+fn named_templates_and_sampling_are_kept() {
+    let mut w = small_llama();
+    w.string("tokenizer.chat_template.tool_use", "{{ tools }}").f32("general.sampling.temp", 0.5);
+    w.u32("general.sampling.top_k", 20);
+    let files = sidecars(&w);
+    let want =
+        json!([{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "{{ tools }}"}]);
+    assert_eq!(json_file(&files, "tokenizer_config.json")["chat_template"], want);
+    let generation = json_file(&files, "generation_config.json");
+    assert_eq!((&generation["temperature"], &generation["top_k"]), (&json!(0.5), &json!(20)));
+}
+
+/// Converters give such marks the type of words, or of ordinary tokens.
+#[test]
+fn the_end_of_a_turn_is_a_mark_whatever_its_type() {
+    let mut w = small_llama();
+    let count = byte_alphabet().len() + MERGES.len() + EXTRA.len();
+    w.i32s("tokenizer.ggml.token_type", &vec![1; count]);
+    let files = sidecars(&w);
+    let tokenizer = load(&files);
+    let got = ids(&tokenizer, "hi<|im_end|>");
+    assert_eq!(got, [id("hi"), id("<|im_end|>")]);
+    assert_eq!(tokenizer.decode(&got, true).unwrap(), "hi");
 }
 
 #[test]

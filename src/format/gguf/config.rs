@@ -1,6 +1,7 @@
 //! The model's hyperparameters from metadata, and the Hugging Face `config.json` they make.
 
 use super::container::Container;
+use super::known;
 use super::rope::Scaling;
 use super::value::{self, Metadata};
 use crate::error::{Error, Result};
@@ -63,6 +64,7 @@ impl Hyper {
                 ));
             }
         };
+        known::check(meta, arch)?;
         let keys = Keys { meta, arch };
         let hidden = keys.size("embedding_length")?;
         let heads = keys.size("attention.head_count")?;
@@ -89,6 +91,11 @@ impl Hyper {
         let theta = keys.positive("rope.freq_base")?.unwrap_or(10_000.0);
         let epsilon = keys.positive("attention.layer_norm_rms_epsilon")?;
         let sliding_window = keys.optional_size("attention.sliding_window")?;
+        let context = keys.size("context_length")?;
+        if family == Family::Qwen2 && sliding_window.is_some_and(|window| window < context) {
+            let what = format_args!("a sliding window ({}) in `qwen2`", keys.name("attention.sliding_window"));
+            return Err(Error::unsupported(meta.path(), what, "use the model's safetensors files"));
+        }
         let has = |name: &str| file.tensors.iter().any(|t| t.name == name);
         let hyper = Self {
             family: if family == Family::Llama && sliding_window.is_some() { Family::Mistral } else { family },
@@ -103,7 +110,7 @@ impl Hyper {
             tied: !has(HEAD),
             attention_bias: has("blk.0.attn_q.bias"),
             mlp_bias: has("blk.0.ffn_gate.bias"),
-            context: keys.size("context_length")?,
+            context,
             sliding_window,
             epsilon: meta.required(&keys.name("attention.layer_norm_rms_epsilon"), epsilon)?,
             theta,

@@ -7,6 +7,7 @@ mod config;
 mod container;
 mod cursor;
 mod dequant;
+mod known;
 mod names;
 mod rope;
 mod sidecars;

@@ -26,6 +26,15 @@ pub(super) enum Scaling {
     Linear {
         factor: f64,
     },
+    /// YaRN, as transformers has it, too; none is the default.
+    Yarn {
+        factor: f64,
+        original_context: Option<usize>,
+        beta_fast: Option<f64>,
+        beta_slow: Option<f64>,
+        /// `mscale_all_dim` beside an `mscale` of 1.
+        log_multiplier: Option<f64>,
+    },
     /// Low frequencies divided by `factor`, high ones kept, a smooth band between.
     Llama3 {
         factor: f64,
@@ -41,20 +50,33 @@ impl Scaling {
         let factor_key = format!("{arch}.rope.scaling.factor");
         // Files from before the scaling had a type carry only a factor under an older name.
         let old_key = format!("{arch}.rope.scale_linear");
-        let (key, factor) = match meta.float(&factor_key)? {
-            Some(factor) => (factor_key, Some(factor)),
-            None => (old_key.clone(), meta.float(&old_key)?),
+        let (key, factor) = match (meta.float(&factor_key)?, meta.float(&old_key)?) {
+            (None, Some(factor)) => (old_key, Some(factor)),
+            (factor, _) => (factor_key, factor),
         };
         let declared = match (meta.string(&type_key)?, factor) {
             (None, None) | (Some("none"), _) => Self::None,
             (Some("linear") | None, Some(factor)) if factor > 0.0 => Self::Linear { factor },
             (Some("linear") | None, Some(factor)) => return Err(meta.fail(&key, "a positive factor", factor)),
-            (Some("linear"), None) => return Err(meta.fail(&key, "a factor for linear scaling", "none")),
+            (Some("yarn"), Some(factor)) if factor > 0.0 => {
+                let number = |name: &str| meta.float(&format!("{arch}.rope.scaling.{name}"));
+                Self::Yarn {
+                    factor,
+                    original_context: meta.uint(&format!("{arch}.rope.scaling.original_context_length"))?,
+                    beta_fast: number("yarn_beta_fast")?,
+                    beta_slow: number("yarn_beta_slow")?,
+                    log_multiplier: number("yarn_log_multiplier")?.filter(|&m| m != 0.0),
+                }
+            }
+            (Some("yarn"), Some(factor)) => return Err(meta.fail(&key, "a positive factor", factor)),
+            (Some(kind @ ("linear" | "yarn")), None) => {
+                return Err(meta.fail(&key, format_args!("a factor for {kind} scaling"), "none"));
+            }
             (Some(other), _) => {
                 return Err(Error::unsupported(
                     meta.path(),
                     format_args!("RoPE scaling `{other}`"),
-                    "use a model with linear, Llama 3 or no scaling",
+                    "`none`, `linear`, `yarn` and Llama 3's can be read; use the model's safetensors files",
                 ));
             }
         };
@@ -65,7 +87,7 @@ impl Scaling {
         match (declared, Self::from_divisors(file, freqs, head_dim, theta, original_context)?) {
             (declared, Self::None) => Ok(declared),
             (Self::None, baked) => Ok(baked),
-            _ => Err(meta.fail(&type_key, format_args!("no scaling beside the tensor `{FREQS}`"), "linear scaling")),
+            _ => Err(meta.fail(&type_key, format_args!("no scaling beside the tensor `{FREQS}`"), "another one")),
         }
     }
 
@@ -117,6 +139,20 @@ impl Scaling {
         let parameters = match self {
             Self::None => json!({"rope_type": "default"}),
             Self::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+            Self::Yarn { factor, original_context, beta_fast, beta_slow, log_multiplier } => {
+                let mut map =
+                    Map::from_iter([("rope_type".to_owned(), json!("yarn")), ("factor".to_owned(), json!(factor))]);
+                for (key, value) in [
+                    ("original_max_position_embeddings", original_context.map(|n| json!(n))),
+                    ("beta_fast", beta_fast.map(|x| json!(x))),
+                    ("beta_slow", beta_slow.map(|x| json!(x))),
+                    ("mscale", log_multiplier.map(|_| json!(1.0))),
+                    ("mscale_all_dim", log_multiplier.map(|x| json!(x))),
+                ] {
+                    map.extend(value.map(|value| (key.to_owned(), value)));
+                }
+                Value::Object(map)
+            }
             Self::Llama3 { factor, original_context } => json!({
                 "rope_type": "llama3",
                 "factor": factor,

@@ -1,19 +1,22 @@
 //! The text files beside a Hugging Face checkpoint, from GGUF metadata.
 
-use super::tokenizer::Vocabulary;
+use super::tokenizer::{BOS, EOS, UNK, Vocabulary};
 use super::value::Metadata;
 use crate::error::Result;
 use crate::format::Sidecars;
 use serde_json::{Map, Value, json};
 
-const BOS: &str = "tokenizer.ggml.bos_token_id";
-const EOS: &str = "tokenizer.ggml.eos_token_id";
 const PAD: &str = "tokenizer.ggml.padding_token_id";
-const UNK: &str = "tokenizer.ggml.unknown_token_id";
+const TEMPLATE: &str = "tokenizer.chat_template";
 
-/// Control tokens that end an answer in the chat formats of the supported families. Files name at most one or two of
-/// them under a key, and models emit any.
-const END_OF_TURN: &[&str] = &["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>"];
+/// Sampling that the file recommends, as Hugging Face's `generation_config.json` calls it. llama.cpp's other
+/// `general.sampling.*` name samplers that have no counterpart there.
+const SAMPLING: &[(&str, &str)] = &[
+    ("temperature", "general.sampling.temp"),
+    ("top_p", "general.sampling.top_p"),
+    ("min_p", "general.sampling.min_p"),
+    ("repetition_penalty", "general.sampling.penalty_repeat"),
+];
 
 /// Tokenizer, chat template and generation defaults; none of them where the file has no tokenizer.
 ///
@@ -22,7 +25,7 @@ const END_OF_TURN: &[&str] = &["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_
 pub(super) fn build(meta: &Metadata) -> Result<Sidecars> {
     let Some(vocabulary) = Vocabulary::read(meta)? else { return Ok(Sidecars::default()) };
     let config = tokenizer_config(meta, &vocabulary)?;
-    let generation = generation_config(&vocabulary)?;
+    let generation = generation_config(meta, &vocabulary)?;
     Ok(Sidecars {
         files: vec![
             ("tokenizer.json".to_owned(), vocabulary.to_json()?),
@@ -50,21 +53,37 @@ fn tokenizer_config(meta: &Metadata, vocabulary: &Vocabulary<'_>) -> Result<Map<
         config.insert("model_max_length".to_owned(), json!(context));
     }
     config.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
-    if let Some(template) = meta.string("tokenizer.chat_template")? {
-        config.insert("chat_template".to_owned(), json!(template));
+    if let Some(templates) = templates(meta)? {
+        config.insert("chat_template".to_owned(), templates);
     }
     Ok(config)
 }
 
-fn generation_config(vocabulary: &Vocabulary<'_>) -> Result<Map<String, Value>> {
+/// The chat template: a text or, where there are named ones beside it, a list of all with their names.
+fn templates(meta: &Metadata) -> Result<Option<Value>> {
+    let default = meta.string(TEMPLATE)?;
+    let prefix = format!("{TEMPLATE}.");
+    let names = meta.iter().filter_map(|(key, _)| Some((key, key.strip_prefix(&prefix)?)));
+    let mut list: Vec<Value> = default.iter().map(|text| json!({"name": "default", "template": text})).collect();
+    for (key, name) in names {
+        if let Some(text) = meta.string(key)? {
+            list.push(json!({"name": name, "template": text}));
+        }
+    }
+    Ok(match list.len() {
+        0 => None,
+        1 if default.is_some() => default.map(|text| json!(text)),
+        _ => Some(Value::Array(list)),
+    })
+}
+
+fn generation_config(meta: &Metadata, vocabulary: &Vocabulary<'_>) -> Result<Map<String, Value>> {
     let id = |key: &str| -> Result<Option<usize>> { Ok(vocabulary.named(key)?.map(|(id, _)| id)) };
     let mut ends: Vec<usize> = Vec::new();
     for key in [EOS, "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
         ends.extend(id(key)?);
     }
-    for text in END_OF_TURN {
-        ends.extend(vocabulary.tokens.iter().position(|t| t == text).filter(|&id| vocabulary.is_control(id)));
-    }
+    ends.extend(vocabulary.ends());
     // The one under EOS stays first: single-ended readers take it.
     let mut seen = std::collections::HashSet::new();
     ends.retain(|&end| seen.insert(end));
@@ -79,5 +98,13 @@ fn generation_config(vocabulary: &Vocabulary<'_>) -> Result<Map<String, Value>> 
         [end] => config.insert("eos_token_id".to_owned(), json!(end)),
         _ => config.insert("eos_token_id".to_owned(), json!(ends)),
     };
+    for (name, key) in SAMPLING {
+        if let Some(value) = meta.float(key)? {
+            config.insert((*name).to_owned(), json!(value));
+        }
+    }
+    if let Some(top_k) = meta.uint("general.sampling.top_k")? {
+        config.insert("top_k".to_owned(), json!(top_k));
+    }
     Ok(config)
 }

@@ -325,6 +325,31 @@ impl Metadata {
         (0..array.len).map(|_| cursor.string(&format_args!("metadata `{key}`"))).collect::<Result<_>>().map(Some)
     }
 
+    /// All keys with their values, in alphabetical order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.entries.iter().map(|(key, value)| (key.as_str(), value))
+    }
+
+    /// A list of numbers, of any type.
+    pub(super) fn floats(&self, key: &str) -> Result<Option<Vec<f32>>> {
+        let expected = "an array of numbers";
+        let Some(array) = self.array(key, expected, |k| k.size().is_some() && k != Kind::Bool)? else {
+            return Ok(None);
+        };
+        let item = format_args!("metadata `{key}`");
+        let number = |value: Value| match value {
+            Value::F32(x) => Some(x),
+            Value::F64(x) => Some(x as f32),
+            Value::I32(x) => Some(x as f32),
+            other => other.as_u64().map(|x| x as f32),
+        };
+        array
+            .values(&self.path, &item)
+            .map(|v| v.and_then(|v| number(v.clone()).ok_or_else(|| self.fail(key, expected, format_args!("{v:?}")))))
+            .collect::<Result<_>>()
+            .map(Some)
+    }
+
     /// A list of small integers, of any integer type.
     pub(super) fn uints(&self, key: &str) -> Result<Option<Vec<u64>>> {
         let expected = "an array of integers that are not negative";
