@@ -85,6 +85,9 @@ pub(crate) fn check(keys: &Keys<'_>, model_type: &str) -> Result<(), ConfigError
         if (!families.is_empty() && !families.contains(&model_type)) || neutral.allows(value) {
             continue;
         }
+        if matches!(neutral, OneOf(_)) && !value.is_string() {
+            return Err(ConfigError::new(*key, "a name", value));
+        }
         return Err(ConfigError::unsupported(*key, format!("{neutral} in a `{model_type}` model"), value));
     }
     Ok(())

@@ -172,7 +172,7 @@ fn a_config_with_impossible_settings_is_refused() {
         ("max_window_layers", Some(json!("all")), "max_window_layers"),
         ("max_window_layers", Some(json!(-1)), "max_window_layers"),
         ("rope_parameters", Some(json!([1])), "rope_parameters"),
-        ("rope_parameters", rope("yarn", json!({"factor": 4})), "rope_type"),
+        ("rope_parameters", rope("longrope", json!({"factor": 4})), "rope_type"),
         ("rope_parameters", rope("linear", json!({})), "factor"),
         ("rope_parameters", rope("linear", json!({"factor": 0})), "factor"),
         ("rope_parameters", rope("linear", json!({"factor": 1e-300})), "factor"),
