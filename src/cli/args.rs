@@ -4,6 +4,7 @@ use super::names;
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::Sampling;
 use crate::session::{Options, Precision, Session};
+use crate::tokenizer::SpecialText;
 use clap::{Args, ValueEnum};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -22,6 +23,27 @@ impl From<PrecisionArg> for Precision {
             PrecisionArg::Exact => Self::Exact,
             PrecisionArg::Bf16 => Self::Bf16,
             PrecisionArg::Fast => Self::Fast,
+        }
+    }
+}
+
+/// What becomes of special tokens, such as `<|im_end|>`, that are written out in a text.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum SpecialTokensArg {
+    /// Parsed in a text that is taken as it is, plain characters in the messages of a chat.
+    Auto,
+    /// Parsed wherever they stand.
+    Parse,
+    /// Plain characters wherever they stand; only the chat template's own are parsed.
+    Text,
+}
+
+impl From<SpecialTokensArg> for SpecialText {
+    fn from(arg: SpecialTokensArg) -> Self {
+        match arg {
+            SpecialTokensArg::Auto => Self::Auto,
+            SpecialTokensArg::Parse => Self::Parse,
+            SpecialTokensArg::Text => Self::Text,
         }
     }
 }
@@ -47,6 +69,9 @@ pub(super) struct ModelArgs {
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
     #[arg(long)]
     pub no_quantize: bool,
+    /// Special tokens, such as <|im_end|>, that are written out in a text.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub special_tokens: SpecialTokensArg,
 }
 
 impl ModelArgs {
@@ -62,6 +87,7 @@ impl ModelArgs {
                 threads: self.threads,
                 precision: self.precision.into(),
                 int8_cache: self.int8_cache,
+                special_text: self.special_tokens.into(),
                 ..options()
             },
         )?;

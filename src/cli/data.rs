@@ -1,12 +1,13 @@
 //! What `train` says about its data, and `train --dry-run`, which says no more than that.
 
 use super::args::{megabytes, print_json};
+use super::data_check::DataCheck;
 use super::{model, print_error};
 use crate::chat::ChatTemplate;
 use crate::error::Result;
 use crate::exec::architecture_of;
 use crate::format::{folder_of, model_of, open_source};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{SpecialText, Tokenizer};
 use crate::train::{DataReport, Dataset, Limits, Overlap, Sample, TrainConfig, hold_out};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -23,16 +24,25 @@ const BAR: usize = 40;
 
 /// Shows the first samples and the figures of the data. Weights are not read; only a single-file model, whose tokenizer
 /// comes with its conversion, is converted at first use.
-pub(super) fn dry_run(model: &str, quantize: bool, data: &Path, config: &TrainConfig, as_json: bool) -> Result<()> {
+pub(super) fn dry_run(
+    model: &str,
+    quantize: bool,
+    special_text: SpecialText,
+    data: &Path,
+    config: &TrainConfig,
+    as_json: bool,
+) -> Result<()> {
     let path = model_of(&model::locate(model)?.path);
     let dir = if path.is_dir() { path } else { model::resolve(model, quantize)?.path };
     let source = open_source(&dir)?;
     let built = architecture_of(source.config(), &dir)?;
     let dir = if dir.is_dir() { dir } else { folder_of(&dir) };
     let mut tokenizer = Tokenizer::open(&dir)?;
+    tokenizer.special_text = special_text;
     let template = ChatTemplate::open(&dir, &mut tokenizer)?;
     let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab: built.config().vocab_size };
     let all = Dataset::open(data, &tokenizer, &template, limits)?;
+    let check = DataCheck::new(&all.checks, &tokenizer, &template);
     let held = config.eval_data.as_ref().map(|path| Dataset::open(path, &tokenizer, &template, limits)).transpose()?;
     let (data, held) = hold_out(config, all, held)?;
     let report = DataReport::new(&data, config)?;
@@ -43,7 +53,10 @@ pub(super) fn dry_run(model: &str, quantize: bool, data: &Path, config: &TrainCo
     let shown = data.samples.iter().take(SHOWN);
     if as_json {
         let samples: Vec<Value> = shown.map(|s| sample_json(s, &tokenizer)).collect::<Result<_>>()?;
-        print_json(&json!({ "dry_run": true, "samples": samples, "data": report, "eval_overlap": overlap }));
+        let check = json!({ "ok": check.faults.is_empty(), "facts": check.facts, "faults": check.faults });
+        print_json(
+            &json!({ "dry_run": true, "samples": samples, "data": report, "eval_overlap": overlap, "check": check }),
+        );
         return Ok(());
     }
     let marks = Marks::for_stdout();
@@ -52,6 +65,7 @@ pub(super) fn dry_run(model: &str, quantize: bool, data: &Path, config: &TrainCo
         println!("{}\n", marks.render(sample, &tokenizer)?);
     }
     print!("{}{}", text(&report), histogram(&report));
+    println!("{}", check.line());
     Ok(())
 }
 

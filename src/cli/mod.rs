@@ -13,6 +13,7 @@ mod args;
 mod bench;
 mod chat;
 mod data;
+mod data_check;
 mod demo;
 mod eval;
 mod generate;

@@ -6,6 +6,7 @@ mod common;
 mod forms;
 mod masks;
 mod packing;
+mod property;
 mod splits;
 
 use pocketlora::chat::ChatTemplate;

@@ -8,6 +8,7 @@ mod watcher;
 pub(super) use report::plan_text;
 pub(super) use watcher::Watcher;
 
+use super::args::SpecialTokensArg;
 use super::{data, model, names};
 use crate::adapter::AdapterFile;
 use crate::error::Result;
@@ -50,6 +51,9 @@ pub(super) struct Args {
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
     #[arg(long)]
     no_quantize: bool,
+    /// Special tokens, such as <|im_end|>, that are written out in the data.
+    #[arg(long, value_enum, default_value = "auto")]
+    special_tokens: SpecialTokensArg,
     /// One JSON object per step on stdout, the summary last.
     #[arg(long)]
     json: bool,
@@ -68,7 +72,14 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let baseline = crate::memory::anonymous_bytes();
     let chosen = args.settings.merge(args.config.as_deref())?;
     if args.dry_run {
-        data::dry_run(&args.model, !args.no_quantize, &args.data, &chosen.config, args.json)?;
+        data::dry_run(
+            &args.model,
+            !args.no_quantize,
+            args.special_tokens.into(),
+            &args.data,
+            &chosen.config,
+            args.json,
+        )?;
         return Ok(true);
     }
     out_folder::check(args, &chosen.config)?;
@@ -77,7 +88,13 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let init = args.init.as_deref().map(names::adapter).transpose()?;
     let model = model::resolve(&args.model, !args.no_quantize)?;
     let base_name = Some(model.name);
-    let options = Options { threads: args.threads, base_name, ids_only: true, ..super::args::options() };
+    let options = Options {
+        threads: args.threads,
+        base_name,
+        ids_only: true,
+        special_text: args.special_tokens.into(),
+        ..super::args::options()
+    };
     let mut session = Session::open(&model.path, &options)?;
     let (summary, plan, data) = fit(&mut session, chosen, init.as_deref(), args)?;
     report(&summary, plan, &data, baseline, &session, args);

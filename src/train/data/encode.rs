@@ -218,12 +218,14 @@ impl<'a> Encoder<'a> {
     /// Ends a rendering behind its answer. Spaces that the template prints there are not the model's.
     fn close(&self, coded: &mut Coded, rendering: &Rendering, content: &str, eos: u32) -> Result<()> {
         let tokens = self.tokenizer.encode_with_offsets(&rendering.text, &rendering.plain)?;
+        let Some(answer) = rendering.answers.last() else { return Ok(()) };
+        let said = &rendering.text[answer.clone()];
+        let words = [content, content.trim()].into_iter().find_map(|words| Some(said.rfind(words)? + words.len()));
+        let over = answer.start + words.unwrap_or(said.len());
         let mut end = coded.trained.iter().rposition(|&t| t).map_or(0, |i| i + 1);
-        let blank = |t: &(u32, Range<usize>)| rendering.text[t.1.clone()].trim().is_empty();
-        if !content.ends_with(char::is_whitespace) {
-            while end > 1 && coded.trained[end - 1] && blank(&tokens[end - 1]) {
-                end -= 1;
-            }
+        let blank = |t: &(u32, Range<usize>)| t.1.start >= over && rendering.text[t.1.clone()].trim().is_empty();
+        while end > 1 && coded.trained[end - 1] && blank(&tokens[end - 1]) {
+            end -= 1;
         }
         coded.ids.truncate(end);
         coded.trained.truncate(end);
