@@ -3,6 +3,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod ends;
 mod forms;
 mod masks;
 mod packing;
@@ -82,6 +83,13 @@ impl Reader {
     fn learned(&self, sample: &Sample) -> Vec<String> {
         sample.trained.runs().iter().map(|r| self.text(&sample.ids[r.start as usize..r.end as usize])).collect()
     }
+}
+
+/// A line of data with a conversation.
+fn line(turns: &[(&str, &str)]) -> String {
+    let turns: Vec<serde_json::Value> =
+        turns.iter().map(|(role, content)| json!({"role": role, "content": content})).collect();
+    json!({ "messages": turns }).to_string()
 }
 
 /// The template without its `{% generation %}` blocks, but with the same white space.

@@ -1,6 +1,6 @@
 //! What is learned of a conversation, for the chat template of each family, with its markers and without.
 
-use super::{Reader, chat_file, unmarked};
+use super::{Reader, chat_file, line, unmarked};
 use crate::common::check_all;
 use pocketlora::chat::Message;
 use pocketlora::train::Sample;
@@ -40,11 +40,6 @@ fn masks_equal_those_of_transformers_by_markers_and_by_differences() {
         }
         Ok(())
     });
-}
-
-fn line(turns: &[(&str, &str)]) -> String {
-    let turns: Vec<Value> = turns.iter().map(|(role, content)| json!({"role": role, "content": content})).collect();
-    json!({ "messages": turns }).to_string()
 }
 
 /// Such a template shows thoughts in the last turn only.
@@ -172,4 +167,20 @@ fn json_in_templates_is_pythons() {
     let tall = "[\n  {\n    \"b\": \"<\u{e9}'&>\",\n    \"a\": [\n      1,\n      2.5,\n      true,\n      null\n    ]\n  }\n]";
     let text = reader.template.render(&[Message::new("user", "")], Some(&tools), false).unwrap().text;
     assert_eq!(text, format!("{flat}{tall}{flat}"));
+}
+
+/// What the data marks as not to be learned is read, by markers and by differences.
+#[test]
+fn answers_that_are_marked_are_read_and_not_learned() {
+    for change in [&unmarked as &dyn Fn(String) -> String, &|t| t] {
+        let reader = Reader::new(Some("qwen2"), "<|endoftext|>", "<|im_end|>", change);
+        let (user, answer) = (Message::new("user", "q"), |c: &str| Message::new("assistant", c));
+        let mut turns = vec![user.clone(), answer("no"), user.clone(), answer("yes"), user, answer("no")];
+        turns[1].learned = false;
+        turns[5].learned = false;
+        let rendered = reader.template.render_with_answers(&turns, None, 0).unwrap();
+        let answers: Vec<&str> = rendered.iter().flat_map(|r| r.answers.iter().map(|a| &r.text[a.clone()])).collect();
+        assert_eq!(answers.len(), 1, "{answers:?}");
+        assert!(answers[0].starts_with("yes<|im_end|>"), "{answers:?}");
+    }
 }
