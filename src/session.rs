@@ -199,15 +199,7 @@ impl Session {
 
     /// What is odd about `file` on this base.
     fn doubts(&self, file: &AdapterFile) -> Result<Vec<String>> {
-        let mut doubts = file.warnings.clone();
-        let unfilled = file.unfilled(self.base.model.params())?;
-        if let Some(first) = unfilled.first() {
-            let count = unfilled.len();
-            doubts.push(format!(
-                "`target_modules` names {count} layers for which the adapter has no matrices, such as `{first}`; they \
-                 work as in the base"
-            ));
-        }
+        let mut doubts = file.doubts(self.base.model.params())?;
         doubts.iter_mut().for_each(|doubt| *doubt = format!("`{}`: {doubt}", file.dir.display()));
         Ok(doubts)
     }

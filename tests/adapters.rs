@@ -3,9 +3,10 @@
 
 mod common;
 
-use common::{check_all, golden, logits, max_diff, open_exact, tensors, tiny_chat_model, tiny_chats};
+use common::{check_all, convert, golden, logits, max_diff, open_exact, tensors, tiny_chat_model, tiny_chats};
 use half::f16;
 use pocketlora::adapter::AdapterFile;
+use pocketlora::format::Target;
 use pocketlora::train::{Observer, StepReport, TrainConfig};
 use pocketlora::{ErrorCode, Session};
 use safetensors::tensor::{Dtype, TensorView};
@@ -321,6 +322,33 @@ fn training_keeps_the_weights_that_came_along() {
         let (a, b) = (logits(&with(&model, &start), &IDS), logits(&with(&model, &out), &IDS));
         same(name, &b, &a, 1e-3).unwrap();
         assert_ne!(logits(&session, &IDS)[..8], b[..8], "{name}");
+    }
+}
+
+/// An adapter knows its base by the embedding: the NF4 copy is the same base, and so is one that was trained a little
+/// further, but a model of the same shape with other numbers is not.
+#[test]
+fn an_adapter_that_was_trained_here_knows_its_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = (tiny_chat_model(dir.path()), tiny_chats(dir.path(), 4));
+    let session = open_exact(&model, 1);
+    let data = session.dataset(&data, 64).unwrap();
+    let (out, config) = (dir.path().join("trained"), TrainConfig { steps: Some(1), ..TrainConfig::default() });
+    session.trainer(config, data, None, None, &out).unwrap().run(&mut OneStep).unwrap();
+    let nf4 = dir.path().join("nf4");
+    convert(&model, &nf4, Target::Nf4);
+    let old = tensors(&golden("tiny-llama/model.safetensors"))[EMBEDDING].data.clone();
+    let further = old.iter().enumerate().map(|(i, v)| v * (1.0 + (i % 5) as f32 / 10.0)).collect();
+    for (name, base, fits) in [
+        ("itself", model, true),
+        ("in NF4", nf4, true),
+        ("trained further", model_with(dir.path(), "further", Some(further), None), true),
+        ("of the same shape", model_with(dir.path(), "other", Some(embedding(ROWS)), None), false),
+    ] {
+        match open_exact(&base, 1).attach(&out, 1.0) {
+            Ok(()) => assert!(fits, "{name}: accepted"),
+            Err(e) => assert!(!fits && e.code() == ErrorCode::AdapterMismatch, "{name}: {e}"),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Adapters: small trainable additions to frozen linear layers, and the files that hold them.
 
 mod lora;
+pub(crate) mod mark;
 mod peft;
 mod replaced;
 
@@ -142,6 +143,7 @@ impl<B: Backend> Adapters<B> {
     /// A module or shape that this base does not have; a weight that another adapter brings, too, or a factor where
     /// there is nothing to multiply. All is as it was then.
     pub fn attach(&mut self, base: &Base<B>, file: &AdapterFile, factor: f32, dtype: WorkType) -> Result<()> {
+        mark::check(base, file)?;
         // All are built before any is attached: a mismatch in the last one must leave the model as it was.
         let replaced = self.replaced.with(base, file, factor)?;
         let mut built = Vec::with_capacity(file.modules.len());

@@ -10,7 +10,7 @@ use super::optimizer::State;
 use super::plan::Work;
 use super::saving::sweep_folder;
 use super::{Batches, Dataset, Sample, TrainConfig, Trainer, largest_micro_batch};
-use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule, Replaced};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule, Replaced, mark};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
@@ -179,6 +179,7 @@ impl<B: Backend> Trainer<B> {
                 return Err(Error::config(name, "data to evaluate on beside it", "none"));
             }
         }
+        init.map_or(Ok(()), |file| mark::check(&base, file))?;
         let kept = init.map(|file| file.replaced.clone()).unwrap_or_default();
         let replaced = init.map(|file| Replaced::default().with(&base, file, 1.0)).transpose()?.unwrap_or_default();
         check_data(&base, &replaced, &data)?;
@@ -202,7 +203,12 @@ impl<B: Backend> Trainer<B> {
         names.sort_unstable();
         names.dedup();
         let dropout = decimal(config.dropout);
-        let lora = match init {
+        let doubts = init.map_or(Ok(Vec::new()), |file| file.doubts(base.model.params()))?;
+        let doubt = |message| {
+            let place = init.map_or_else(String::new, |file| format!("`{}`", file.dir.display()));
+            Error::new(ErrorCode::AdapterMismatch, place, message)
+        };
+        let mut lora = match init {
             Some(file) => LoraConfig { dropout, ..file.config.clone() },
             None => LoraConfig {
                 rslora: config.rslora,
@@ -212,6 +218,7 @@ impl<B: Backend> Trainer<B> {
                 ..LoraConfig::new(config.rank, config.alpha())
             },
         };
+        lora.base_mark = Some(mark::of(&base)?);
         let modules = match init {
             Some(file) => file.modules.clone(),
             None => fresh_modules(&targets, &lora, config.seed),
@@ -239,7 +246,7 @@ impl<B: Backend> Trainer<B> {
         Ok(Self {
             base,
             config,
-            warnings: too_warm.into_iter().chain(learned_too).collect(),
+            warnings: too_warm.into_iter().chain(learned_too).chain(doubts.into_iter().map(doubt)).collect(),
             eval_overlap,
             data,
             batches,

@@ -100,7 +100,7 @@ pub struct LoraConfig {
     pub targets: Vec<String>,
     /// The base model's name or path, as a hint for people.
     pub base: Option<String>,
-    /// A mark of the base's weights, in the other file's metadata; see [`crate::exec::Base::mark`].
+    /// A mark of the base by its embedding, in the metadata of the file with the weights.
     pub base_mark: Option<String>,
 }
 

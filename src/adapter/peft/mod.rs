@@ -87,8 +87,22 @@ impl AdapterFile {
         })
     }
 
+    /// What is odd about it on a model with `params`, though nothing that stops it from working.
+    pub(crate) fn doubts(&self, params: &[ParamSpec]) -> Result<Vec<String>> {
+        let mut doubts = self.warnings.clone();
+        let unfilled = self.unfilled(params)?;
+        if let Some(first) = unfilled.first() {
+            let count = unfilled.len();
+            doubts.push(format!(
+                "`target_modules` names {count} layers for which the adapter has no matrices, such as `{first}`; they \
+                 work as in the base"
+            ));
+        }
+        Ok(doubts)
+    }
+
     /// Linear layers of a model with `params` that the config names, but the file has nothing for: they stay as they are.
-    pub(crate) fn unfilled<'p>(&self, params: &'p [ParamSpec]) -> Result<Vec<&'p str>> {
+    fn unfilled<'p>(&self, params: &'p [ParamSpec]) -> Result<Vec<&'p str>> {
         let Some(named) = &self.named else { return Ok(Vec::new()) };
         let mut unfilled = Vec::new();
         for param in params.iter().filter(|p| matches!(p.role, Role::Linear)) {

@@ -1,0 +1,86 @@
+//! A mark of the base that an adapter was trained on: some numbers of its embedding, kept in the adapter's file. An
+//! embedding is the same whether the rest is quantized or not, and nearly the same after further training, but that of
+//! another model has nothing to do with it.
+
+use super::AdapterFile;
+use crate::error::{Error, ErrorCode, Result};
+use crate::exec::Base;
+use pocketlora_kernels::Backend;
+use pocketlora_models::{Param, Role};
+use serde::{Deserialize, Serialize};
+
+/// Rows and columns that are looked at.
+const SAMPLES: usize = 8;
+/// Cosine between two marks below which they are of different models: 4-bit rounding leaves 0.99, chance gives 0.1.
+const ALIKE: f64 = 0.5;
+
+/// What is kept, as JSON.
+#[derive(Debug, Serialize, Deserialize)]
+struct Mark {
+    /// `model_type`.
+    family: String,
+    layers: usize,
+    hidden: usize,
+    /// Tokens whose rows are looked at.
+    rows: Vec<u32>,
+    /// Columns 0, hidden / 8, .. of each.
+    values: Vec<f32>,
+}
+
+/// The mark of `base`.
+///
+/// # Errors
+/// Out of memory, device lost.
+pub(crate) fn of<B: Backend>(base: &Base<B>) -> Result<String> {
+    let vocab = base.model.config().vocab_size;
+    let rows: Vec<u32> = (0..SAMPLES).map(|i| ((2 * i + 1) * vocab / (2 * SAMPLES)) as u32).collect();
+    Ok(serde_json::to_string(&read(base, rows)?).expect("plain data serializes"))
+}
+
+/// Refuses an adapter that was trained on another model than `base`, as far as its file tells.
+///
+/// # Errors
+/// It was; as [`of`].
+pub(crate) fn check<B: Backend>(base: &Base<B>, file: &AdapterFile) -> Result<()> {
+    let Some(mark) = &file.config.base_mark else { return Ok(()) };
+    let Some(other) = differs(mark, base)? else { return Ok(()) };
+    let name = file.config.base.as_ref().map_or(String::new(), |name| format!(" (`{name}`)"));
+    let message =
+        format!("expected the base{name} that the adapter was trained on, {other}; give that model with `-m`");
+    Err(Error::new(ErrorCode::AdapterMismatch, format!("`{}`", file.dir.display()), message))
+}
+
+/// Whether `mark` may be of `base`, or why not. What cannot be read says nothing.
+fn differs<B: Backend>(mark: &str, base: &Base<B>) -> Result<Option<String>> {
+    let Ok(mark) = serde_json::from_str::<Mark>(mark) else { return Ok(None) };
+    let config = base.model.config();
+    let shape = |layers, hidden| format!("{layers} layers of {hidden}");
+    let (old, new) = (shape(mark.layers, mark.hidden), shape(config.layers, config.hidden_size));
+    if mark.family != config.model_type || old != new {
+        let (family, kind) = (&mark.family, &config.model_type);
+        return Ok(Some(format!("a `{family}` of {old}, got a `{kind}` of {new}")));
+    }
+    let known = mark.rows.iter().all(|&row| (row as usize) < config.vocab_size) && mark.rows.len() == SAMPLES;
+    let here = if known { read(base, mark.rows.clone())?.values } else { Vec::new() };
+    if here.len() != mark.values.len() {
+        return Ok(None);
+    }
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
+    let norms = (dot(&here, &here) * dot(&mark.values, &mark.values)).sqrt();
+    let alike = norms == 0.0 || !norms.is_finite() || dot(&here, &mark.values) >= ALIKE * norms;
+    Ok((!alike).then(|| format!("another `{}` of {old}: its embedding is not this one's", mark.family)))
+}
+
+fn read<B: Backend>(base: &Base<B>, rows: Vec<u32>) -> Result<Mark> {
+    let config = base.model.config();
+    let (hidden, backend) = (config.hidden_size, &base.backend);
+    let table = base.model.params().iter().position(|p| p.role == Role::Embedding);
+    let table = Param(table.expect("every language model has an embedding") as u32);
+    let mut buffer = backend.buffer(rows.len() * hidden)?;
+    backend.embed(base.matrix(table), &rows, &mut buffer);
+    let mut all = vec![0.0; rows.len() * hidden];
+    backend.read(&buffer, &mut all)?;
+    let column = |i: usize| i * hidden / SAMPLES;
+    let values = all.chunks(hidden).flat_map(|row| (0..SAMPLES).map(|i| row[column(i)])).collect();
+    Ok(Mark { family: config.model_type.clone(), layers: config.layers, hidden, rows, values })
+}
