@@ -146,6 +146,9 @@ fn other_quantizations_are_named() {
     });
 }
 
+/// Files of a folder, and how it is refused.
+type FolderCase<'a> = (&'a [(&'a str, &'a [u8])], ErrorCode, [&'a str; 2]);
+
 #[test]
 fn a_folder_says_what_it_is_or_lacks() {
     use ErrorCode::{Config, Format, Io, Unsupported};
@@ -153,13 +156,13 @@ fn a_folder_says_what_it_is_or_lacks() {
     let config = fs::read(f.model.join("config.json")).unwrap();
     let index = br#"{"weight_map": {"a": "m-1-of-2.safetensors", "b": "m-2-of-2.safetensors"}}"#;
     // Files of an empty folder, and files beside a config.
-    let alone: [(&[(&str, &[u8])], ErrorCode, [&str; 2]); 4] = [
+    let alone: [FolderCase<'_>; 4] = [
         (&[], Config, ["an empty folder", "pocketlora pull"]),
         (&[("adapter_config.json", br#"{"base_model_name_or_path": "a/b"}"#)], Config, ["an adapter", "-m a/b -a"]),
         (&[("model_index.json", b"{}")], Unsupported, ["Diffusers", "pictures"]),
         (&[("tiny.gguf", b"GGUF")], Config, ["tiny.gguf`", "give"]),
     ];
-    let beside: [(&[(&str, &[u8])], ErrorCode, [&str; 2]); 5] = [
+    let beside: [FolderCase<'_>; 5] = [
         (&[], Io, ["weights", "pocketlora pull"]),
         (&[("pytorch_model.bin", b"PK")], Unsupported, ["pytorch_model.bin", "save_pretrained"]),
         (&[("tf_model.h5", b"\x89HDF")], Unsupported, ["TensorFlow", "safetensors"]),
