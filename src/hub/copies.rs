@@ -12,8 +12,8 @@ use crate::check_import;
 use crate::error::{Error, Result};
 use crate::format::atomic::AtomicDir;
 use crate::format::{
-    CONFIG, Existing, MODEL, Progress, Sidecars, Source, Target, TensorMeta, nf4_bytes, open_source, quantize,
-    write_sidecars,
+    CONFIG, Checkpoint, Existing, MODEL, Progress, Sidecars, Source, Target, TensorMeta, nf4_bytes, open_source,
+    quantize, write_sidecars,
 };
 use serde_json::{Map, Value};
 use std::fs::{self, File};
@@ -112,7 +112,9 @@ impl Hub {
         let source = open_source(full)?;
         check_import(source.as_ref(), full)?;
         let source = WithOrigin { inner: source, origin: Origin::new(name, full, state.clone()) };
-        if let Some((older, lock)) = self.with_same_weights(&source.origin) {
+        if let Some((older, lock)) = self.with_same_weights(&source.origin)
+            && holds(&older, &source)
+        {
             link(&older, &source, dir)?;
             drop(lock);
             // All that it had and the new one has not are texts that are out of date.
@@ -137,6 +139,14 @@ impl Hub {
             is_whole(&dir).then_some((dir, lock))
         })
     }
+}
+
+/// Whether the copy `dir` has the weights of `source`, no more and no fewer: a config that ties the head to the embedding
+/// leaves out a head of its own.
+fn holds(dir: &Path, source: &dyn Source) -> bool {
+    let tensors = source.tensors();
+    Checkpoint::open(dir)
+        .is_ok_and(|c| c.weights().count() == tensors.len() && tensors.iter().all(|t| c.contains(&t.name)))
 }
 
 /// What goes into a copy: the model and where it is from.
