@@ -69,6 +69,10 @@ impl Hub {
         let state = State::of(&full)?;
         let folder = self.copies();
         let dir = folder.join(format!("{}-nf4-{}", label(&full), state.key(&full)));
+        if !is_whole(&dir) {
+            // Of a model that could not run nothing is left, not even a folder.
+            check_import(open_source(&full)?.as_ref(), &full)?;
+        }
         if let Err(e) = fs::create_dir_all(&folder) {
             // A cache that cannot be written to still serves what it has.
             return if is_whole(&dir) {
@@ -109,9 +113,7 @@ impl Hub {
     /// Makes the copy `dir`, whose exclusive lock the caller holds.
     fn make(&self, full: &Path, name: &str, state: &State, dir: &Path, watch: &mut Watch<'_>) -> Result<()> {
         sweep(dir);
-        let source = open_source(full)?;
-        check_import(source.as_ref(), full)?;
-        let source = WithOrigin { inner: source, origin: Origin::new(name, full, state.clone()) };
+        let source = WithOrigin { inner: open_source(full)?, origin: Origin::new(name, full, state.clone()) };
         if let Some((older, lock)) = self.with_same_weights(&source.origin)
             && holds(&older, &source)
         {
