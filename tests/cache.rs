@@ -444,3 +444,31 @@ fn what_use_it_says_can_be_pasted() {
         assert!(out.status.success() && !line.contains("home/"), "{line}: {}", String::from_utf8_lossy(&out.stderr));
     }
 }
+
+#[test]
+fn eval_replaces_its_own_files_and_no_other() {
+    let c = Cache::new();
+    let (data, ids, answers, logits) =
+        (c.path("data.jsonl"), c.path("ids.json"), c.path("a.jsonl"), c.path("l.safetensors"));
+    fs::write(&data, "{\"prompt\": \"q\", \"reference\": \"a\"}\n").unwrap();
+    fs::write(&ids, "[[1, 2, 3]]").unwrap();
+    let ask = |out: &str| c.run(&["eval", "-m", c.model(), "-d", &data, "-n", "1", "--answers", out]);
+    let score = |out: &str| c.run(&["eval", "-m", c.model(), "--ids", &ids, "--save-logits", out]);
+    for _ in 0..2 {
+        assert!(ask(&answers).status.success() && score(&logits).status.success());
+    }
+    let weights = c.path("tiny-chat/model.safetensors");
+    let before = [&data, &ids, &weights].map(|path| fs::read(path).unwrap());
+    for (done, says) in [
+        (ask(&data), "what the command reads"),
+        (ask(&ids), "another kind"),
+        (score(&ids), "what the command reads"),
+        (score(&weights), "another kind"),
+        (score(&answers), "another kind"),
+        (ask(c.model()), "a folder"),
+    ] {
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert!(!done.status.success() && said.contains(says), "{says}: {said}");
+    }
+    assert!(before == [&data, &ids, &weights].map(|path| fs::read(path).unwrap()));
+}

@@ -2,7 +2,7 @@
 
 use super::args::{ModelArgs, at_least_one, megabytes, print_json, stopped};
 use super::model::is_copy;
-use super::{interrupt, names, progress};
+use super::{interrupt, names, outputs, progress};
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{
     Expected, LabelBy, Metric, Record, Score, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
@@ -82,7 +82,16 @@ struct Found {
     tasks: TaskReport,
 }
 
+/// Refuses to lose a file that is no older output.
+fn check_outputs(args: &Args) -> Result<()> {
+    let What { text, data, ids } = &args.what;
+    let reads = || [text, data, ids].into_iter().filter_map(|path| path.as_deref());
+    let answers = args.tasks.answers.iter().try_for_each(|out| outputs::check(out, reads(), outputs::has_answers));
+    answers.and(args.save_logits.iter().try_for_each(|out| outputs::check(out, reads(), outputs::has_logits)))
+}
+
 pub(super) fn run(args: &Args) -> Result<()> {
+    check_outputs(args)?;
     let mut session = if args.what.ids.is_some() { args.model.open()? } else { args.model.open_for_text()? };
     let copy = is_copy(session.dir());
     if copy {

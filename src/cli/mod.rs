@@ -6,6 +6,7 @@
 // First, for the macros in it: `println!` and its like mean these in all that follows.
 #[macro_use]
 mod out;
+mod outputs;
 
 #[cfg(feature = "ggml")]
 mod against;
