@@ -97,9 +97,7 @@ impl ModelArgs {
         session.warnings().iter().for_each(|warning| eprintln!("note: {warning}"));
         Ok(session)
     }
-}
 
-impl ModelArgs {
     /// As [`ModelArgs::open`], for work on text: a model without a tokenizer is refused before it is quantized.
     pub fn open_for_text(&self) -> Result<Session> {
         super::model::check_text(&self.model)?;
