@@ -7,6 +7,7 @@ use pocketlora::Session;
 use pocketlora::adapter::AdapterFile;
 use pocketlora::format::Target;
 use pocketlora::train::{Dataset, Observer, Precision, Sample, Schedule, StepReport, TrainConfig};
+use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
@@ -60,6 +61,44 @@ fn llama_3_rope_scaling_gives_the_logits_of_transformers() {
         let expected = &expected[*name].data;
         expect_close(name, &all[all.len() - expected.len()..], expected, 2e-4)
     });
+}
+
+/// YaRN's attention factor multiplies cosines and sines, so scores by its square: as four times the queries do.
+/// (Its frequencies are compared with transformers' beside the code.)
+#[test]
+fn yarns_attention_factor_multiplies_queries_and_keys() {
+    let mut model = std::fs::read(golden("tiny-llama/model.safetensors")).unwrap();
+    let config = std::fs::read(golden("tiny-llama/config.json")).unwrap();
+    let config: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&config).unwrap();
+    let write = |scaling: serde_json::Value, model: &[u8]| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = config.clone();
+        config.remove("rope_parameters");
+        config.insert("rope_scaling".to_owned(), scaling);
+        std::fs::write(dir.path().join("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
+        std::fs::write(dir.path().join("model.safetensors"), model).unwrap();
+        dir
+    };
+    let yarn = write(json!({"rope_type": "yarn", "factor": 1.0, "attention_factor": 2.0}), &model);
+    let start = 8 + u64::from_le_bytes(model[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&model[8..start]).unwrap();
+    let queries: Vec<_> = header.iter().filter(|(name, _)| name.ends_with("q_proj.weight")).collect();
+    assert_eq!(queries.len(), 2);
+    for (_, tensor) in queries {
+        assert_eq!(tensor["dtype"], "BF16");
+        let at = |i: usize| start + tensor["data_offsets"][i].as_u64().unwrap() as usize;
+        for value in model[at(0)..at(1)].chunks_exact_mut(2) {
+            let wide = f32::from_bits(u32::from(u16::from_le_bytes([value[0], value[1]])) << 16) * 4.0;
+            value.copy_from_slice(&((wide.to_bits() >> 16) as u16).to_le_bytes());
+        }
+    }
+    let larger = write(json!(null), &model);
+    let ids: Vec<u32> = (0..40).map(|i| i * 7 % 500).collect();
+    let logits = |dir: &tempfile::TempDir| logits(&open_exact(dir.path(), 1), &ids);
+    let (got, want) = (logits(&yarn), logits(&larger));
+    expect_close("yarn", &got, &want, 2e-4).unwrap();
+    let plain = logits(&write(json!(null), &std::fs::read(golden("tiny-llama/model.safetensors")).unwrap()));
+    assert!(expect_close("plain", &got, &plain, 2e-2).is_err(), "the factor changed nothing");
 }
 
 #[test]

@@ -229,6 +229,20 @@ fn only_what_the_assistant_says_is_learned() {
 }
 
 #[test]
+fn dropped_attention_is_refused_in_training_alone() {
+    let f = fixture();
+    let path = f.model.join("config.json");
+    let mut model: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    model["attention_dropout"] = 0.1.into();
+    fs::write(&path, model.to_string()).unwrap();
+    let session = f.session(1);
+    let data = session.dataset(&f.data, 1024).unwrap();
+    let error = session.trainer(config(), data, None, None, &f.out("dropped")).err().unwrap();
+    assert_eq!(error.code(), ErrorCode::Unsupported);
+    assert!(error.to_string().contains("attention_dropout"), "{error}");
+}
+
+#[test]
 fn bad_data_names_its_file_and_line() {
     let f = fixture();
     let session = f.session(1);

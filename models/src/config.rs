@@ -64,6 +64,8 @@ pub struct Config {
     pub mlp_bias: bool,
     /// Sliding window of each layer, in tokens; a layer without one sees all.
     pub windows: Vec<Option<usize>>,
+    /// Share of attention's weights that training drops.
+    pub attention_dropout: f32,
     /// Rotary embedding.
     pub rope: Rope,
 }
@@ -99,6 +101,10 @@ impl Config {
         if !(0.0..1.0).contains(&eps) {
             return Err(ConfigError::new("rms_norm_eps", "a number from 0 to 1", eps));
         }
+        let dropout = keys.number("attention_dropout", 0.0)?;
+        if !(0.0..1.0).contains(&dropout) {
+            return Err(ConfigError::new("attention_dropout", "a number from 0 to 1", dropout));
+        }
         check_class(&keys)?;
         let layers = keys.count("num_hidden_layers")?;
         let max_positions = keys.optional_size("max_position_embeddings")?.unwrap_or(defaults.positions);
@@ -116,6 +122,7 @@ impl Config {
             tied_head: keys.flag("tie_word_embeddings", false)?,
             attention_bias: keys.flag("attention_bias", false)?,
             mlp_bias: keys.flag("mlp_bias", false)?,
+            attention_dropout: dropout as f32,
             windows: windows(&keys, model_type, layers, max_positions)?,
             rope: Rope::parse(&keys, head_dim, max_positions)?,
         })

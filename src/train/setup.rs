@@ -174,6 +174,15 @@ impl<B: Backend> Trainer<B> {
         out: &Path,
     ) -> Result<Self> {
         config.validate()?;
+        let attention_dropout = base.model.config().attention_dropout;
+        if attention_dropout > 0.0 {
+            let message = format!("{attention_dropout} is not supported in training; set it to 0 there");
+            return Err(Error::new(
+                ErrorCode::Unsupported,
+                "key `attention_dropout` of the model's config.json",
+                message,
+            ));
+        }
         for (name, on) in [("patience", config.patience > 0), ("keep-best", config.keep_best)] {
             if on && eval_data.is_none() {
                 return Err(Error::config(name, "data to evaluate on beside it", "none"));
