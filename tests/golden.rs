@@ -94,7 +94,7 @@ fn yarns_attention_factor_multiplies_queries_and_keys() {
     }
     let larger = write(json!(null), &model);
     let ids: Vec<u32> = (0..40).map(|i| i * 7 % 500).collect();
-    let logits = |dir: &tempfile::TempDir| logits(&open_exact(dir.path(), 1), &ids);
+    let logits = |dir: &TempDir| logits(&open_exact(dir.path(), 1), &ids);
     let (got, want) = (logits(&yarn), logits(&larger));
     expect_close("yarn", &got, &want, 2e-4).unwrap();
     let plain = logits(&write(json!(null), &std::fs::read(golden("tiny-llama/model.safetensors")).unwrap()));
