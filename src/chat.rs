@@ -54,6 +54,8 @@ const STACK: usize = 1 << 28;
 struct RenderContext<'a> {
     messages: &'a [Message],
     tools: Option<&'a Value>,
+    /// There are none, which templates may ask.
+    documents: Option<&'a Value>,
     add_generation_prompt: bool,
     #[serde(flatten)]
     special: BTreeMap<&'a str, &'a str>,
@@ -138,6 +140,12 @@ impl ChatTemplate {
         });
         env.add_function("strftime_now", |format: String| crate::clock::strftime_now(&format));
         env.add_filter("tojson", json::python_json);
+        // Python's lays its text out in another way.
+        env.remove_filter("pprint");
+        env.set_formatter(|out, state, value| match json::python_float_of(value) {
+            Some(text) => out.write_str(&text).map_err(minijinja::Error::from),
+            None => minijinja::escape_formatter(out, state, value),
+        });
         let mut marked = Vec::new();
         for (name, text) in templates {
             if text.len() > MAX_TEMPLATE {
@@ -222,6 +230,7 @@ impl ChatTemplate {
         let context = RenderContext {
             messages,
             tools,
+            documents: None,
             add_generation_prompt,
             special: self.special.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect(),
         };

@@ -157,6 +157,12 @@ impl Layout {
     }
 }
 
+/// Python's text of a value, if it is a number with a fraction.
+pub(super) fn python_float_of(value: &Value) -> Option<String> {
+    let is_float = value.is_number() && !value.is_integer();
+    is_float.then(|| f64::try_from(value.clone()).ok()).flatten().map(python_float)
+}
+
 /// A number as Python's `repr` writes it: the shortest digits that say it, with an exponent from 1e16 on and below 1e-4.
 fn python_float(value: f64) -> String {
     if !value.is_finite() {

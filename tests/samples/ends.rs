@@ -283,3 +283,26 @@ fn an_end_that_only_the_template_writes_stops_an_answer() {
     let (tokenizer, _) = model(dir.path(), false, &[("tokenizer_config.json", config)]);
     assert!(tokenizer.stop.contains(&272), "{:?}", tokenizer.stop);
 }
+
+/// Small templates print what Jinja2 prints of them (tests/data/jinja_goldens.py), or are refused; never anything else.
+#[test]
+fn templates_print_what_jinja_prints_or_are_refused() {
+    /// What this engine does not know. A template that uses it is refused when it is rendered.
+    const REFUSED: usize = 24;
+    let goldens: Vec<[String; 2]> = serde_json::from_slice(&fs::read(chat_file("jinja.json")).unwrap()).unwrap();
+    let special = vec![("bos_token".to_owned(), "<s>".to_owned()), ("eos_token".to_owned(), "</s>".to_owned())];
+    let messages = [Message::new("user", "q"), Message::new("assistant", "a")];
+    let mut refused = 0;
+    let mut wrong = Vec::new();
+    for [template, expected] in goldens {
+        let rendered = ChatTemplate::new(template.clone(), special.clone(), "golden".into())
+            .and_then(|t| t.render(&messages, None, false));
+        match rendered {
+            Err(_) => refused += 1,
+            Ok(rendered) if rendered.text == expected => {}
+            Ok(rendered) => wrong.push(format!("{template:?}: {:?}, expected {expected:?}", rendered.text)),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(refused <= REFUSED, "{refused} are refused");
+}
