@@ -29,6 +29,7 @@ pub mod chat;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod clock;
+mod data;
 mod error;
 pub mod eval;
 pub mod exec;

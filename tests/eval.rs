@@ -125,7 +125,7 @@ fn a_file_holds_records_of_one_kind_and_metrics_must_fit_them() {
     let path = dir.path().join("data.jsonl");
     let read = |lines: &str| {
         fs::write(&path, lines).unwrap();
-        read_records(&path, false)
+        read_records(&path, false).map(|read| read.records)
     };
     let error = read("{\"prompt\":\"q\",\"label\":\"x\"}\n\n{\"prompt\":\"q\",\"reference\":\"x\"}\n").unwrap_err();
     assert_eq!(error.code(), ErrorCode::Data);

@@ -94,6 +94,7 @@ pub(super) fn text(r: &DataReport) -> String {
             s.samples, s.parts, s.left_out_tokens, s.left_out_turns, s.without_system
         );
     }
+    out += &r.unused.text();
     let _ = writeln!(
         out,
         "passes: {} in an epoch, {:.1} samples in each, at most {} tokens, {:.0} % of batch x seq; {} steps \

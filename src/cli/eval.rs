@@ -5,12 +5,13 @@ use super::model::is_copy;
 use super::{interrupt, names, outputs, progress};
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{
-    Expected, LabelBy, Metric, Record, Score, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
+    Expected, LabelBy, Metric, Record, Records, Score, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
     score_data, score_text,
 };
 use crate::format::foreign;
 use crate::memory::Peak;
 use crate::session::Session;
+use crate::train::Unused;
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -80,6 +81,8 @@ struct Found {
     score: Option<Score>,
     records: Option<usize>,
     tasks: TaskReport,
+    /// What is in the data and not used.
+    unused: Option<Unused>,
 }
 
 /// Refuses to lose a file that is no older output.
@@ -160,14 +163,16 @@ fn find_in_data(
     session: &mut Session,
     on_progress: &mut (dyn FnMut(usize) -> bool + Send),
 ) -> Result<Found> {
-    // Training samples come in more forms than records that ask; for their perplexity nothing is asked.
+    // For the perplexity of training samples nothing is asked.
     let asked = &args.metrics;
-    let only_loss = if asked.is_empty() { !is_jsonl(path) } else { asked == &[Metric::Perplexity] };
-    let records = if only_loss { Vec::new() } else { read_records(path, args.chat)? };
+    let only_loss = asked == &[Metric::Perplexity];
+    let Records { records, unused } = if only_loss { Records::default() } else { read_records(path, args.chat)? };
     let metrics = if only_loss { vec![Metric::Perplexity] } else { metrics_for(&records, asked)? };
-    let mut found = Found::default();
+    let mut found = Found { unused: Some(unused), ..Found::default() };
     if metrics.contains(&Metric::Perplexity) {
-        found.score = Some(score_data(session, &session.dataset(path, usize::MAX)?, on_progress)?);
+        let data = session.dataset(path, usize::MAX)?;
+        found.score = Some(score_data(session, &data, on_progress)?);
+        found.unused = Some(data.unused);
     }
     if metrics.iter().any(|m| *m != Metric::Perplexity) {
         let options = TaskOptions { label_by: args.labels_by, max_tokens: args.max_tokens, stemmer: args.stemmer };
@@ -178,10 +183,6 @@ fn find_in_data(
         write_answers(out, &records, &found.tasks)?;
     }
     Ok(found)
-}
-
-fn is_jsonl(path: &Path) -> bool {
-    path.is_file() && path.extension().is_none_or(|e| e != "csv" && e != "txt" && e != "md")
 }
 
 fn write_answers(out: &Path, records: &[Record], report: &TaskReport) -> Result<()> {
@@ -206,6 +207,7 @@ impl Found {
     /// One field for each score, and what it took.
     fn json(&self) -> Map<String, Value> {
         let mut json = Map::new();
+        json.extend(self.unused.as_ref().map(|unused| ("unused".to_owned(), json!(unused))));
         if let Some(score) = self.score {
             json.insert("tokens".into(), score.tokens.into());
             json.insert("nll".into(), score.nll().into());
@@ -226,6 +228,7 @@ impl Found {
     }
 
     fn print(&self) {
+        eprint!("{}", self.unused.as_ref().map(Unused::text).unwrap_or_default());
         if let Some(score) = self.score {
             println!("{} tokens: loss {:.4}, perplexity {:.3}", score.tokens, score.nll(), score.perplexity());
         }

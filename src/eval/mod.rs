@@ -14,7 +14,7 @@ mod tests;
 pub use bleu::bleu;
 pub use labels::{accuracy, exact_match, macro_f1, normalized};
 pub use logits_file::save_logits;
-pub use record::{Ask, Expected, Record, read_records};
+pub use record::{Ask, Expected, Record, Records, read_records};
 pub use rouge::{Rouge, rouge};
 pub use tasks::{LabelBy, Metric, TaskOptions, TaskReport, metrics_for, run_tasks};
 

@@ -2,11 +2,10 @@
 
 use super::tasks::Metric;
 use crate::chat::Message;
+use crate::data::keys::{self, Fields, Key, Named};
+use crate::data::{self, Entry, Unused, data_error, messages, record::Record as Sample};
 use crate::error::{Error, ErrorCode, Result};
-use serde::Deserialize;
 use serde_json::Value;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 /// What the model reads.
@@ -49,18 +48,13 @@ pub struct Record {
     pub expected: Expected,
 }
 
-/// The forms a line may have. Other keys are ignored.
-#[derive(Deserialize)]
-struct Line {
-    messages: Option<Vec<Message>>,
-    prompt: Option<String>,
-    question: Option<String>,
-    choices: Option<Vec<String>>,
-    answer: Option<Value>,
-    label: Option<Value>,
-    reference: Option<String>,
-    references: Option<Vec<String>>,
-    completion: Option<String>,
+/// What a file holds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Records {
+    /// Its records, in order.
+    pub records: Vec<Record>,
+    /// What is in it and not used.
+    pub unused: Unused,
 }
 
 impl Expected {
@@ -83,32 +77,34 @@ impl Expected {
     }
 }
 
-/// Reads JSONL whose lines ask by `prompt` (text to be continued), `question` (put into `Question: ..\nAnswer:`) or
-/// `messages`, and hold `choices` and `answer` (an index from 0, a letter from A, or the choice itself), `label`,
-/// `reference` or `references`; or training samples. With `as_chat`, `prompt` and `question` are a user's turn of a chat.
-/// All lines must be of one kind.
+/// Reads data as [`crate::train::Dataset::open`] does; its records ask by `prompt` (text to be continued), `question` (put
+/// into `Question: ..\nAnswer:`) or `messages`, and hold `choices` and `answer` (an index from 0, a letter from A, or the
+/// choice itself), `label`, `reference` or `references`; or they are training samples. With `as_chat`, `prompt` and
+/// `question` are a user's turn of a chat. All records must be of one kind.
 ///
 /// # Errors
-/// The file cannot be read, is empty, or a line has none of the forms or another than the first.
-pub fn read_records(path: &Path, as_chat: bool) -> Result<Vec<Record>> {
-    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-    let mut records: Vec<Record> = Vec::new();
-    for (line, text) in (1..).zip(BufReader::new(file).lines()) {
-        let text = text.map_err(|e| Error::io("read", path, e))?;
-        if text.trim().is_empty() {
-            continue;
-        }
-        let at = |e: Error| e.at(format!("`{}` line {line}", path.display()));
-        let (ask, expected) = parse(&text, as_chat).map_err(at)?;
+/// The file cannot be read, is empty, or a record has none of the forms or another than the first.
+pub fn read_records(path: &Path, as_chat: bool) -> Result<Records> {
+    let (mut records, mut unused): (Vec<Record>, Unused) = (Vec::new(), Unused::default());
+    data::read(path, &mut unused, &mut |entry, line, unused| {
+        let fields = match entry {
+            Entry::Keys(fields) => fields,
+            Entry::Note(_) => {
+                records.push(Record { line, ask: Ask::Text(String::new()), expected: Expected::Nothing });
+                return Ok(());
+            }
+        };
+        let Some((ask, expected)) = parse(fields, as_chat, unused)? else { return Ok(()) };
         if let Some(first) = records.first()
             && !first.expected.goes_with(&expected)
         {
             let message =
                 format!("expected a record of the same kind as in line {}, got another; split the file", first.line);
-            return Err(at(data_error("record", message)));
+            return Err(data_error("record", message));
         }
         records.push(Record { line, ask, expected });
-    }
+        Ok(())
+    })?;
     if records.is_empty() {
         return Err(Error::new(
             ErrorCode::Data,
@@ -116,63 +112,118 @@ pub fn read_records(path: &Path, as_chat: bool) -> Result<Vec<Record>> {
             "expected at least one record, got none",
         ));
     }
-    Ok(records)
+    Ok(Records { records, unused })
 }
 
-fn data_error(item: &str, message: impl Into<String>) -> Error {
-    Error::new(ErrorCode::Data, item, message)
-}
-
-fn parse(text: &str, as_chat: bool) -> Result<(Ask, Expected)> {
-    let mut line: Line = serde_json::from_str(text)
-        .map_err(|e| data_error("JSON", format!("expected one object a line, got an error: {e}")).caused_by(e))?;
-    let expected = expected(&mut line)?;
-    let as_text = |text: String| if as_chat { Ask::Chat(vec![Message::new("user", text)]) } else { Ask::Text(text) };
-    let ask = match line {
-        Line { messages: Some(messages), .. } => Ask::Chat(messages),
-        Line { prompt: Some(prompt), .. } => as_text(prompt),
-        Line { question: Some(question), .. } if as_chat => as_text(question),
-        Line { question: Some(question), .. } => as_text(format!("Question: {question}\nAnswer:")),
-        _ if expected == Expected::Nothing => as_text(String::new()),
-        _ => return Err(data_error("keys", "expected `prompt`, `question` or `messages`, got none; add one")),
+/// What a record asks and expects; nothing where it is a training sample that is not learned.
+fn parse(mut fields: Fields, as_chat: bool, unused: &mut Unused) -> Result<Option<(Ask, Expected)>> {
+    let Some(expected) = expected(&mut fields)? else {
+        return Ok(Sample::new(fields, unused)?.map(|sample| taught(sample, as_chat)));
     };
-    Ok((ask, expected))
+    fields.refuse()?;
+    let system = fields.take(Key::System).filter(|system| !keys::is_nothing(&system.value));
+    let as_text = |text: String| if as_chat { Ask::Chat(vec![Message::new("user", text)]) } else { Ask::Text(text) };
+    let mut ask = if let Some(list) = fields.take(Key::Messages) {
+        Ask::Chat(messages::messages(list, unused)?)
+    } else if let Some(prompt) = fields.take(Key::Prompt) {
+        as_text(prompt.text()?)
+    } else if let Some(question) = fields.take(Key::Question) {
+        let (name, question) = (question.name.clone(), question.text()?);
+        // An instruction is asked as it is.
+        let text =
+            if as_chat || !keys::same(&name, "question") { question } else { format!("Question: {question}\nAnswer:") };
+        as_text(text)
+    } else {
+        return Err(data_error(
+            "keys",
+            format!("expected `prompt`, `question` or `messages`, got {}; add one", fields.names()),
+        ));
+    };
+    if let Some(system) = system {
+        let Ask::Chat(turns) = &mut ask else {
+            let message = "this key would change what is asked, and a text that is continued has no system's turn; ask with `--chat`";
+            return Err(data_error(&format!("`{}`", system.name), message));
+        };
+        messages::add_system(system, turns)?;
+    }
+    for (_, Named { name, value }) in fields.rest() {
+        if !keys::is_nothing(&value) {
+            let message =
+                "this key would change what is asked and is not used here; write it into the question, or take it out";
+            return Err(data_error(&format!("`{name}`"), message));
+        }
+    }
+    fields.others().iter().for_each(|key| unused.key(key));
+    Ok(Some((ask, expected)))
 }
 
-fn expected(line: &mut Line) -> Result<Expected> {
-    if let Some(choices) = line.choices.take() {
+/// What a training sample asks: all before its last answer.
+fn taught(sample: Sample, as_chat: bool) -> (Ask, Expected) {
+    let as_text = |text: String| if as_chat { Ask::Chat(vec![Message::new("user", text)]) } else { Ask::Text(text) };
+    match sample {
+        Sample::Text { text, start: 0 } => {
+            drop(text);
+            (as_text(String::new()), Expected::Nothing)
+        }
+        Sample::Text { mut text, start } => {
+            let answer = text.split_off(start);
+            (as_text(text), Expected::Taught(vec![answer]))
+        }
+        sample => {
+            let Sample::Chat { mut messages, tools, .. } = sample.as_chat() else { unreachable!("texts were matched") };
+            let last = messages.pop_if(|m| m.role == "assistant" && m.learned).and_then(|m| m.content);
+            // Generation shows no tools, so that an answer which needs them cannot be asked for.
+            let answer = last.filter(|_| tools.is_none());
+            (Ask::Chat(messages), answer.map_or(Expected::Nothing, |text| Expected::Taught(vec![text])))
+        }
+    }
+}
+
+/// What is right; nothing where the record is a training sample.
+fn expected(fields: &mut Fields) -> Result<Option<Expected>> {
+    if let Some(named) = fields.take(Key::Choices) {
+        let choices = texts(named)?;
         if choices.len() < 2 || choices.iter().any(String::is_empty) {
             return Err(data_error("choices", "expected at least two, none of them empty; add what is missing"));
         }
-        let answer = line.answer.as_ref().and_then(|answer| index_of(answer, &choices));
-        let answer = answer.ok_or_else(|| {
-            let got = line.answer.as_ref().map_or_else(|| "nothing".to_owned(), ToString::to_string);
+        let answer = fields.take(Key::Answer).map(|named| named.value);
+        let index = answer.as_ref().and_then(|answer| index_of(answer, &choices));
+        let answer = index.ok_or_else(|| {
+            let got = answer.as_ref().map_or_else(|| "nothing".to_owned(), ToString::to_string);
             let message =
                 format!("expected an index below {}, a letter or one of `choices`, got `{got}`", choices.len());
             data_error("answer", message)
         })?;
-        return Ok(Expected::Choice { choices, answer });
+        return Ok(Some(Expected::Choice { choices, answer }));
     }
-    match line.label.take() {
-        Some(Value::String(label)) if !label.trim().is_empty() => return Ok(Expected::Label(label)),
-        Some(label @ (Value::Number(_) | Value::Bool(_))) => return Ok(Expected::Label(label.to_string())),
+    match fields.take(Key::Label).map(|named| named.value) {
+        Some(Value::String(label)) if !label.trim().is_empty() => return Ok(Some(Expected::Label(label))),
+        Some(label @ (Value::Number(_) | Value::Bool(_))) => return Ok(Some(Expected::Label(label.to_string()))),
         Some(other) => {
             return Err(data_error("label", format!("expected a text that is not empty, or a number, got `{other}`")));
         }
         None => {}
     }
-    match (line.reference.take(), line.references.take()) {
-        (Some(one), None) => return Ok(Expected::References(vec![one])),
-        (None, Some(several)) if !several.is_empty() => return Ok(Expected::References(several)),
-        (None, None) => {}
-        _ => return Err(data_error("references", "expected `reference`, or a list `references` that is not empty")),
+    let several = match (fields.take(Key::Reference), fields.take(Key::References)) {
+        (Some(one), None) => vec![one.text()?],
+        (None, Some(several)) => texts(several)?,
+        (None, None) => return Ok(None),
+        (Some(_), Some(_)) => Vec::new(),
+    };
+    if several.is_empty() {
+        return Err(data_error("references", "expected `reference`, or a list `references` that is not empty"));
     }
-    // Training samples: the last turn, where it is the assistant's, or the completion.
-    if let Some(messages) = &mut line.messages {
-        let last = messages.pop_if(|m| m.role == "assistant").and_then(|m| m.content);
-        return Ok(last.map_or(Expected::Nothing, |text| Expected::Taught(vec![text])));
-    }
-    Ok(line.completion.take().map_or(Expected::Nothing, |text| Expected::Taught(vec![text])))
+    Ok(Some(Expected::References(several)))
+}
+
+/// A list of texts, or that list as JSON in a string.
+fn texts(named: Named) -> Result<Vec<String>> {
+    let name = named.name.clone();
+    let texts = match named.json() {
+        Value::Array(list) => list.into_iter().map(|value| Named { name: name.clone(), value }.text()).collect(),
+        _ => Err(data_error(&name, "expected a list of texts, got something else; write a list")),
+    };
+    texts
 }
 
 /// Which of `choices` an answer names: a letter where that is no choice itself, an index, or the choice.
@@ -197,6 +248,12 @@ fn index_of(answer: &Value, choices: &[String]) -> Option<usize> {
 mod tests {
     use super::*;
 
+    fn read(line: &str, as_chat: bool) -> Result<(Ask, Expected)> {
+        let object: serde_json::Map<String, Value> = serde_json::from_str(line).unwrap();
+        let fields = Fields::new(object.into_iter().collect())?;
+        parse(fields, as_chat, &mut Unused::default()).map(|record| record.expect("a record that is learned"))
+    }
+
     #[test]
     fn lines_say_what_is_asked_and_what_is_right() {
         let choice = |answer| Expected::Choice { choices: vec!["x".into(), "B".into(), "z".into()], answer };
@@ -212,12 +269,12 @@ mod tests {
             (r#"{"text":"t"}"#, "", Expected::Nothing),
         ];
         for (line, ask, expected) in cases {
-            assert_eq!(parse(line, false).unwrap(), (Ask::Text(ask.into()), expected), "{line}");
+            assert_eq!(read(line, false).unwrap(), (Ask::Text(ask.into()), expected), "{line}");
         }
         let chat = r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"r"}]}"#;
         let asked = Ask::Chat(vec![Message::new("user", "q")]);
-        assert_eq!(parse(chat, false).unwrap(), (asked.clone(), Expected::Taught(vec!["r".into()])));
-        assert_eq!(parse(r#"{"question":"q","reference":"r"}"#, true).unwrap().0, asked);
+        assert_eq!(read(chat, false).unwrap(), (asked.clone(), Expected::Taught(vec!["r".into()])));
+        assert_eq!(read(r#"{"question":"q","reference":"r"}"#, true).unwrap().0, asked);
     }
 
     #[test]
@@ -229,9 +286,8 @@ mod tests {
             (r#"{"prompt":"q","label":""}"#, "label"),
             (r#"{"prompt":"q","references":[]}"#, "references"),
             (r#"{"reference":"r"}"#, "keys"),
-            ("[1]", "JSON"),
         ] {
-            assert_eq!(parse(line, false).unwrap_err().place(), place, "{line}");
+            assert_eq!(read(line, false).unwrap_err().place(), place, "{line}");
         }
     }
 }

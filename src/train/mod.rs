@@ -21,6 +21,7 @@ mod saving;
 mod setup;
 mod step;
 
+pub use crate::data::Unused;
 pub use batches::{BatchReport, Batches, largest_micro_batch};
 pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Precision, Schedule, TrainConfig};

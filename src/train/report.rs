@@ -1,6 +1,6 @@
 //! What a run will learn from, in figures.
 
-use super::{BatchReport, Batches, Dataset, Splits, TrainConfig, Trainer};
+use super::{BatchReport, Batches, Dataset, Splits, TrainConfig, Trainer, Unused};
 use crate::error::Result;
 use pocketlora_kernels::Backend;
 use serde::Serialize;
@@ -20,6 +20,8 @@ pub struct DataReport {
     pub lengths: Lengths,
     /// What was too long.
     pub splits: Splits,
+    /// What is in the data and not used.
+    pub unused: Unused,
     /// How samples are put together in the first epoch.
     pub batches: BatchReport,
     /// Optimizer steps of the run.
@@ -68,6 +70,7 @@ impl DataReport {
             trained_tokens: data.trained_tokens(),
             lengths: Lengths::new(data.samples.iter().map(|s| s.ids.len()).collect()),
             splits: data.splits,
+            unused: data.unused.clone(),
             batches: batches.report(),
             total_steps: batches.total_steps(),
             bytes: data.bytes(),

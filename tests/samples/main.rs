@@ -4,7 +4,9 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod ends;
+mod files;
 mod forms;
+mod keys;
 mod masks;
 mod packing;
 mod property;

@@ -3,8 +3,6 @@
 mod checks;
 mod encode;
 mod mask;
-mod read;
-mod record;
 mod split;
 
 pub use checks::Checks;
@@ -12,6 +10,7 @@ pub use mask::Mask;
 pub use split::{SplitRecord, Splits};
 
 use crate::chat::ChatTemplate;
+use crate::data::{self, Entry, Unused, data_error, record, record::Record};
 use crate::error::{Error, ErrorCode, Result};
 use crate::tokenizer::Tokenizer;
 use encode::Encoder;
@@ -59,6 +58,8 @@ pub struct Dataset {
     pub split_records: Vec<SplitRecord>,
     /// How they begin and end.
     pub checks: Checks,
+    /// What is in the data and not used.
+    pub unused: Unused,
 }
 
 impl Dataset {
@@ -66,27 +67,47 @@ impl Dataset {
     #[must_use]
     pub fn new(path: impl Into<PathBuf>, samples: Vec<Sample>) -> Self {
         let (records, splits) = (samples.len(), Splits::default());
-        let checks = Checks::default();
-        Self { path: path.into(), samples, records, splits, split_records: Vec::new(), checks }
+        let (checks, unused) = (Checks::default(), Unused::default());
+        Self { path: path.into(), samples, records, splits, split_records: Vec::new(), checks, unused }
     }
 
-    /// Reads JSONL, a table (`.csv`), a note (`.txt`, `.md`) or a folder of notes; a line or row holds
-    /// - `messages`, and `tools` where the template knows them: what the assistant says is learned;
+    /// Reads a file or a folder of data. Files are
+    /// - JSON: an object a line (JSONL), objects one after the other, a list of objects, or such a list under `data`,
+    ///   `train`, `rows` and the like;
+    /// - tables with a first row of names, separated by commas, tabs, semicolons or `|` (`.csv`, `.tsv`);
+    /// - notes, each one text (`.txt`, `.md`, `.rst`, `.org`);
+    ///
+    /// in UTF-8 or UTF-16, packed with gzip, zstd or not. An object or row holds
+    /// - `messages` or, as ShareGPT has it, `conversations` with `from` and `value`: what the assistant says is learned;
     /// - `prompt` and `completion`, both texts or both lists of messages: the completion is learned;
-    /// - `instruction`, `output` and perhaps `input`: a question and an answer in the model's chat template, or, for a
-    ///   model without one, in the layout of the Alpaca data;
+    /// - `instruction` (`question`, `query`, ..) and `output` (`response`, `answer`, ..), perhaps with `input`: a question
+    ///   and an answer in the model's chat template, or, for a model without one, in the layout of the Alpaca data;
     /// - `text`, as a note is one: everything is learned.
+    ///
+    /// Beside them `system`, `history` and `tools` become turns, and what has the `weight` 0 is read and not learned. A key
+    /// that would change what is learned and cannot be honoured is refused; all others are in [`Dataset::unused`].
+    ///
+    /// Of a folder the data files are read, those for training if names tell them from those for evaluation; a folder
+    /// without data files is one of notes. What is left out is in [`Dataset::unused`].
     ///
     /// Texts end with the model's end-of-text token. Empty lines are skipped. What is longer than `limits` says is split
     /// into several samples: a conversation between its turns, a text between its paragraphs and sentences.
     ///
     /// # Errors
-    /// A file is missing, empty or no UTF-8, or a line is not JSON, has none of the forms or nothing to learn, is
-    /// refused by the chat template, or has tokens that the model does not know.
+    /// A file is missing, empty, of a form that is not read or broken, or a record has none of the forms or nothing to
+    /// learn, is refused by the chat template, or has tokens that the model does not know.
     pub fn open(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, limits: Limits) -> Result<Self> {
         let mut encoder = Encoder::new(tokenizer, template, limits)?;
         let (mut samples, mut splits, mut split_records) = (Vec::new(), Splits::default(), Vec::new());
-        let records = read::records(path, &mut |record| {
+        let (mut unused, mut records) = (Unused::default(), 0);
+        data::read(path, &mut unused, &mut |entry, _, unused| {
+            let record = match entry {
+                Entry::Note(text) => Record::Text { text, start: 0 },
+                Entry::Keys(fields) => match Record::new(fields, unused)? {
+                    Some(record) => record,
+                    None => return Ok(()),
+                },
+            };
             let first = samples.len();
             encoder.encode(record, &mut samples)?;
             let record = SplitRecord { samples: first..samples.len(), splits: std::mem::take(&mut encoder.splits) };
@@ -94,16 +115,21 @@ impl Dataset {
             if record.samples.len() != 1 || record.splits != Splits::default() {
                 split_records.push(record);
             }
+            records += 1;
             Ok(())
         })?;
         if records == 0 {
-            let message = "expected at least one line with `messages`, `prompt` and `completion`, `instruction` and \
-                           `output`, or `text`, got none";
+            let message = match unused.records {
+                0 => "expected at least one line with `messages`, `prompt` and `completion`, `instruction` and `output`, or \
+                      `text`, got none"
+                    .to_owned(),
+                n => format!("expected at least one record to learn, got {n} whose weight, or that of all their answers, is 0"),
+            };
             return Err(Error::new(ErrorCode::Data, format!("`{}`", path.display()), message));
         }
         samples.shrink_to_fit();
         let checks = encoder.checks;
-        Ok(Self { path: path.to_owned(), samples, records, splits, split_records, checks })
+        Ok(Self { path: path.to_owned(), samples, records, splits, split_records, checks, unused })
     }
 
     /// The records by their samples, as far as there are samples: a host may have taken some away.
@@ -139,7 +165,8 @@ impl Dataset {
             }
         }
         sides.iter_mut().for_each(|side| side.samples.shrink_to_fit());
-        let [first, second] = sides;
+        let [mut first, second] = sides;
+        first.unused = self.unused;
         (first, second)
     }
 
@@ -178,8 +205,4 @@ impl Dataset {
             words.fold(crate::rng::mix(hash, s.ids.len() as u64), crate::rng::mix)
         })
     }
-}
-
-fn data_error(item: &str, message: impl Into<String>) -> Error {
-    Error::new(ErrorCode::Data, item, message)
 }

@@ -1,0 +1,348 @@
+//! All keys that a record may have, and what is done with each. A key that is in no table here is not used, which is said.
+
+use super::{data_error, messages};
+use crate::error::Result;
+use serde_json::Value;
+
+/// What a key is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Key {
+    /// A list of turns.
+    Messages,
+    /// What comes first, as text or turns.
+    Prompt,
+    /// What continues a prompt: learned.
+    Completion,
+    /// What is asked.
+    Question,
+    /// What an instruction is about.
+    Input,
+    /// What answers: learned.
+    Answer,
+    /// Learned from its first token on.
+    Text,
+    /// The system's turn.
+    System,
+    /// Earlier turns.
+    History,
+    /// Tools that may be called.
+    Tools,
+    /// The same in the older form, without `type`.
+    Functions,
+    /// Whether it is learned: 0 and 1, false and true.
+    Weight,
+    /// Of an evaluation alone: options to choose from.
+    Choices,
+    /// Of an evaluation alone: a class.
+    Label,
+    /// Of an evaluation alone: a right answer.
+    Reference,
+    /// Of an evaluation alone: several right answers.
+    References,
+    /// It would change what is learned and is not understood, for this reason.
+    Refused(&'static str),
+}
+
+/// Keys of a record by their use. Letters' case, spaces, `_`, `-` and `.` do not count.
+const RECORD: &[(Key, &[&str])] = &[
+    (
+        Key::Messages,
+        &["messages", "conversations", "conversation", "dialog", "dialogue", "dialogs", "chat", "turns", "items"],
+    ),
+    (Key::Prompt, &["prompt"]),
+    (Key::Completion, &["completion"]),
+    (Key::Question, &["instruction", "question", "query", "problem"]),
+    (Key::Question, ASKING),
+    (Key::Input, &["input", "context", "passage", "background"]),
+    (Key::Answer, &["output", "response", "answer", "solution", "reply", "target"]),
+    (Key::Answer, ANSWERING),
+    (Key::Text, &["text", "content"]),
+    (Key::System, &["system", "system_prompt", "system_message", "system_instruction", "sys_prompt"]),
+    (Key::History, &["history", "chat_history", "conversation_history"]),
+    (Key::Tools, &["tools", "available_tools", "tool_definitions"]),
+    (Key::Functions, &["functions"]),
+    (Key::Weight, WEIGHT),
+    (Key::Weight, &["sample_weight", "loss_weight"]),
+    (Key::Choices, &["choices", "options"]),
+    (Key::Label, &["label"]),
+    (Key::Reference, &["reference"]),
+    (Key::References, &["references"]),
+    (
+        Key::Refused(NO_PREFERENCES),
+        &["chosen", "rejected", "chosen_response", "rejected_response", "kto_tag", "preferred"],
+    ),
+    (Key::Refused(ONLY_TEXT), PICTURES),
+    (Key::Refused(NO_MASKS), MASKS),
+    (Key::Refused(NO_TOKENS), &["input_ids", "labels", "attention_mask", "token_ids"]),
+    (
+        Key::Refused(
+            "write what the model shall think into the answer, or into `reasoning_content` of its turn in `messages`",
+        ),
+        &["reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "chain_of_thought", "cot"],
+    ),
+    (
+        Key::Refused("the template is the model's and is given no other settings"),
+        &[
+            "chat_template",
+            "chat_template_kwargs",
+            "enable_thinking",
+            "add_generation_prompt",
+            "continue_final_message",
+        ],
+    ),
+    (Key::Refused("write documents into a turn"), &["documents"]),
+    (
+        Key::Refused("texts with a gap are not learned; write a `prompt` and a `completion`"),
+        &["prefix", "suffix", "middle"],
+    ),
+];
+
+/// Roles that are keys of a question and its answer where both are there.
+const ASKING: &[&str] = &["user", "human"];
+const ANSWERING: &[&str] = &["assistant", "gpt", "bot"];
+
+/// Keys that say whether a record or a turn is learned.
+pub(super) const WEIGHT: &[&str] =
+    &["weight", "train", "training", "train_on", "trainable", "learn", "loss", "loss_mask"];
+
+/// Keys of turns that are refused; `messages` has those that are used, and the rest is shown to the template.
+pub(super) const TURN: &[(&str, &[&str])] =
+    &[(ONLY_TEXT, PICTURES), (NO_MASKS, MASKS), (NO_PREFERENCES, &["chosen", "rejected"])];
+
+const PICTURES: &[&str] =
+    &["image", "images", "image_url", "img", "video", "videos", "audio", "audios", "pixel_values"];
+const MASKS: &[&str] = &[
+    "mask",
+    "masked",
+    "train_detail",
+    "training_detail",
+    "segments",
+    "train_on_input",
+    "train_on_inputs",
+    "mask_history",
+];
+const ONLY_TEXT: &str = "only text is learned";
+const NO_MASKS: &str = "what is learned is told by `weight`, 0 or 1, of a turn";
+const NO_TOKENS: &str = "tokens are made of text by the model's own tokenizer; write the text";
+const NO_PREFERENCES: &str =
+    "preferences are not learned from; keep the better answer alone, as `completion` or as a turn in `messages`";
+
+/// Spelling that does not matter left out.
+fn squeezed(key: &str) -> String {
+    key.chars()
+        .filter(|c| !matches!(c, ' ' | '\t' | '_' | '-' | '.' | '\u{feff}'))
+        .flat_map(char::to_lowercase)
+        .collect()
+}
+
+/// Whether two spellings are of one key.
+pub(crate) fn same(a: &str, b: &str) -> bool {
+    squeezed(a) == squeezed(b)
+}
+
+/// What the key is for.
+fn find(key: &str) -> Option<Key> {
+    let key = squeezed(key);
+    RECORD.iter().find(|(_, names)| names.iter().any(|name| squeezed(name) == key)).map(|(key, _)| *key)
+}
+
+/// Whether a record is understood to have this key, be it refused.
+pub(super) fn is_known(key: &str) -> bool {
+    find(key).is_some()
+}
+
+/// Whether an object is a turn rather than a record.
+pub(super) fn is_turn(object: &[(String, Value)]) -> bool {
+    object.iter().any(|(key, _)| messages::ROLE.iter().any(|role| same(role, key)))
+}
+
+/// A value under the name that it has in the file.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Named {
+    pub name: String,
+    pub value: Value,
+}
+
+impl Named {
+    /// Its text.
+    pub fn text(self) -> Result<String> {
+        match self.value {
+            Value::String(text) => Ok(text),
+            other => {
+                let message = format!("expected a text, got {}; put it in quotes", kind(&other));
+                Err(data_error(&self.name, message))
+            }
+        }
+    }
+
+    /// A list, an object, or either as JSON in a string, as tables and some data sets hold it.
+    pub fn json(self) -> Value {
+        match self.value {
+            Value::String(text) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
+            other => other,
+        }
+    }
+}
+
+/// A record's keys by their use, without those that hold nothing.
+#[derive(Clone, Debug)]
+pub(crate) struct Fields {
+    known: Vec<(Key, Named)>,
+    /// Keys without a use.
+    others: Vec<String>,
+}
+
+impl Fields {
+    /// # Errors
+    /// A key is given twice.
+    pub(crate) fn new(object: Vec<(String, Value)>) -> Result<Self> {
+        let (mut known, mut others): (Vec<(Key, Named)>, Vec<String>) = (Vec::new(), Vec::new());
+        // `user` alone may be whoever wrote the record.
+        let has = |names: &[&str]| object.iter().any(|(key, _)| names.iter().any(|name| same(name, key)));
+        let by_roles = has(ASKING) && has(ANSWERING);
+        for (name, value) in object {
+            if value.is_null() {
+                continue;
+            }
+            let name = name.trim_matches(|c: char| c.is_whitespace() || c == '\u{feff}').to_owned();
+            let role = ASKING.iter().chain(ANSWERING).any(|role| same(role, &name));
+            match find(&name).filter(|key| if role { by_roles } else { is_meant(*key, &name, &value) }) {
+                Some(key) => {
+                    if let Some((_, first)) = known.iter().find(|(_, first)| same(&first.name, &name)) {
+                        let message =
+                            format!("expected each key once, got `{}` and `{name}`; take one out", first.name);
+                        return Err(data_error("keys", message));
+                    }
+                    known.push((key, Named { name, value }));
+                }
+                None => others.push(name),
+            }
+        }
+        Ok(Self { known, others })
+    }
+
+    /// Takes the first value of that use.
+    pub fn take(&mut self, key: Key) -> Option<Named> {
+        let i = self.known.iter().position(|(k, _)| *k == key)?;
+        Some(self.known.remove(i).1)
+    }
+
+    pub fn get(&self, key: Key) -> Option<&Named> {
+        self.known.iter().find(|(k, _)| *k == key).map(|(_, named)| named)
+    }
+
+    pub fn has(&self, key: Key) -> bool {
+        self.get(key).is_some()
+    }
+
+    /// What is left.
+    pub fn rest(&mut self) -> std::vec::Drain<'_, (Key, Named)> {
+        self.known.drain(..)
+    }
+
+    /// Keys without a use.
+    pub fn others(&self) -> &[String] {
+        &self.others
+    }
+
+    /// All names, for messages.
+    pub fn names(&self) -> String {
+        let names = self.known.iter().map(|(_, named)| &named.name).chain(&self.others);
+        let names: Vec<String> = names
+            .take(12)
+            .map(|name| format!("`{}`", name.chars().take(40).collect::<String>().escape_debug()))
+            .collect();
+        if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    }
+
+    /// Whether there is something to learn or to ask, in whatever form.
+    pub(super) fn have_a_form(&self) -> bool {
+        let asked = self.has(Key::Prompt) || self.has(Key::Question) || self.has(Key::Input);
+        let answered =
+            [Key::Completion, Key::Answer, Key::Label, Key::Reference, Key::References].iter().any(|k| self.has(*k));
+        self.has(Key::Messages)
+            || self.has(Key::Text)
+            || asked && answered
+            || self.known.iter().any(|(k, _)| matches!(k, Key::Refused(_)))
+    }
+
+    /// # Errors
+    /// A key is refused, or is of an evaluation alone.
+    pub fn refuse(&self) -> Result<()> {
+        let reason = |key: Key| match key {
+            Key::Refused(reason) => Some(reason),
+            Key::Choices | Key::Label => {
+                Some("it is of records that `eval` asks; the right answer is learned as a `completion` or an `output`")
+            }
+            _ => None,
+        };
+        for (key, named) in &self.known {
+            if let Some(reason) = reason(*key).filter(|_| !is_nothing(&named.value)) {
+                let message = format!(
+                    "this key would change what is learned and is not used: {reason}; take the key out of the file if it does \
+                     not matter"
+                );
+                return Err(data_error(&format!("`{}`", named.name), message));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether a name has the meaning of the table, which its value can tell.
+fn is_meant(key: Key, name: &str, value: &Value) -> bool {
+    let listed = || match value {
+        Value::Array(list) => list.first().is_none_or(Value::is_object),
+        Value::String(text) => text.trim_start().starts_with('['),
+        _ => false,
+    };
+    match key {
+        // The others are counts and names of conversations, too.
+        Key::Messages if !["messages", "conversations"].iter().any(|n| same(n, name)) => listed(),
+        // What a model thinks of a record is a number, too.
+        Key::Weight if same("loss", name) => value.is_boolean(),
+        Key::Text if same("content", name) => value.is_string(),
+        _ => true,
+    }
+}
+
+/// Empty texts, lists and objects say nothing.
+pub(crate) fn is_nothing(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.trim().is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        _ => false,
+    }
+}
+
+/// Whether what has this weight is learned.
+pub(super) fn weight(named: &Named) -> Result<bool> {
+    let text = match &named.value {
+        Value::String(text) => text.trim().to_ascii_lowercase(),
+        other => other.to_string(),
+    };
+    match text.as_str() {
+        "0" | "0.0" | "false" => Ok(false),
+        "1" | "1.0" | "true" => Ok(true),
+        _ => {
+            let got: String = text.chars().take(40).collect();
+            let message = format!(
+                "expected 0 or 1, false or true, got `{got}`; other weights are not used: round it, or take the key out"
+            );
+            Err(data_error(&format!("`{}`", named.name), message))
+        }
+    }
+}
+
+pub(super) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "nothing",
+        Value::Bool(_) => "a truth value",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
