@@ -108,7 +108,14 @@ impl Scanner<'_> {
                 self.advance();
                 Ok(byte)
             }
-            None => Err(self.error("the file ends within a record or list: it is cut off; fetch or write it again")),
+            None => {
+                let message = format!(
+                    "the file ends in line {} within this record or list: it is cut off, or a bracket is not closed; correct it, \
+                     or fetch it again",
+                    self.line
+                );
+                Err(Error::new(ErrorCode::Data, format!("{}: JSON", place(self.path, self.start, 0)), message))
+            }
         }
     }
 
