@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 fn reader() -> Reader {
     // It has no system text of its own.
     Reader::new(Some("qwen2"), "<|endoftext|>", "<|im_end|>", &|_| {
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}\
-         {% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.tool_calls %}\
+         {{ m.tool_calls | tojson }}{% endif %}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}\
+         {% if add_generation_prompt %}[assistant]{% endif %}"
             .to_owned()
     })
 }
@@ -17,7 +18,7 @@ fn reader() -> Reader {
 /// All text of the samples in a line of data.
 fn texts(reader: &Reader, line: &str) -> Result<String, String> {
     let data = reader.read("a.jsonl", line, 4096).map_err(|e| e.to_string())?;
-    Ok(data.samples.iter().map(|s| reader.text(&s.ids)).collect::<Vec<_>>().join("\n"))
+    Ok(data.samples.iter().map(|s| reader.text(&s.ids).replace("<|im_end|>", "")).collect::<Vec<_>>().join("\n"))
 }
 
 #[test]
@@ -75,14 +76,14 @@ fn keys_are_used_whatever_their_names() {
             "[user]a[assistant]b[user]q[assistant]r",
         ),
         // Tools.
-        (r#"{"instruction":"q","output":"r","tools":[{"name":"f"}]}"#, r#"[user]q[assistant]r[{"name": "f"}]"#),
+        (r#"{"instruction":"q","output":"r","tools":[{"name":"f"}]}"#, r#"[{"name": "f"}][user]q[assistant]r"#),
         (
             r#"{"conversations":[{"from":"human","value":"q"},{"from":"gpt","value":"r"}],"tools":"[{\"name\":\"f\"}]"}"#,
-            r#"[user]q[assistant]r[{"name": "f"}]"#,
+            r#"[{"name": "f"}][user]q[assistant]r"#,
         ),
         (
             r#"{"instruction":"q","output":"r","functions":[{"name":"f"}]}"#,
-            r#"[user]q[assistant]r[{"type": "function", "function": {"name": "f"}}]"#,
+            r#"[{"type": "function", "function": {"name": "f"}}][user]q[assistant]r"#,
         ),
         (
             r#"{"conversations":[{"from":"human","value":"q"},{"from":"function_call","value":"{\"name\":\"f\",\"arguments\":{\"x\":1}}"},{"from":"observation","value":"o"},{"from":"gpt","value":"r"}]}"#,
@@ -105,7 +106,6 @@ fn keys_are_used_whatever_their_names() {
     ];
     check_all(cases, |(line, expected)| {
         let found = texts(&reader, line);
-        // A text without an end of its turns gets none.
         if found.as_deref().is_ok_and(|text| text == *expected) {
             Ok(())
         } else {
