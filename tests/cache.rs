@@ -170,6 +170,18 @@ fn adapters_name_their_base_as_it_was_named() {
             if got == name { Ok(()) } else { Err(format!("{model} {flags:?}: {got} instead of {name}")) }
         },
     );
+    // An adapter that goes on keeps its base's name, but for one that is a copy's in the cache.
+    for (base, kept) in [("owner/tiny", "owner/tiny"), ("tiny-nf4-0123456789abcdef", c.model())] {
+        let (first, out) = (c.path("adapter"), c.path("next"));
+        let path = Path::new(&first).join("adapter_config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        config["base_model_name_or_path"] = base.into();
+        fs::write(&path, config.to_string()).unwrap();
+        let args =
+            ["train", "-m", c.model(), "-d", data.to_str().unwrap(), "--init", &first, "-o", &out, "--overwrite"];
+        c.ok(&[&args[..], &["--steps", "1"]].concat());
+        assert_eq!(c.json(&["info", &out, "--json"])["base"], *kept, "{base}");
+    }
     let origin = fs::read_to_string(
         c.items()
             .iter()

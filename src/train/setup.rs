@@ -39,6 +39,12 @@ pub(super) struct Trained<B: Backend> {
     pub state: State<B>,
 }
 
+/// Whether `name` is that of a copy in the model cache, which earlier versions gave to adapters as their base.
+fn is_copy(name: &str) -> bool {
+    let key = name.rsplit_once("-nf4-").map_or("", |(_, key)| key);
+    name.is_empty() || key.len() == 16 && key.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
 /// Refuses data that nothing can be learned from, or that is of another model's tokenizer.
 fn check_data<B: Backend>(base: &Base<B>, replaced: &Replaced<B>, data: &Dataset) -> Result<()> {
     let place = |what: &dyn std::fmt::Display| format!("`{}`: {what}", data.path.display());
@@ -218,7 +224,10 @@ impl<B: Backend> Trainer<B> {
             Error::new(ErrorCode::AdapterMismatch, place, message)
         };
         let mut lora = match init {
-            Some(file) => LoraConfig { dropout, ..file.config.clone() },
+            Some(file) => {
+                let base = file.config.base.clone().filter(|name| !is_copy(name)).or(base_name);
+                LoraConfig { dropout, base, ..file.config.clone() }
+            }
             None => LoraConfig {
                 rslora: config.rslora,
                 dropout,
