@@ -53,7 +53,7 @@ pub(super) fn python_json(
             }
         }
     };
-    let value = serde_json::to_value(value).map_err(|e| wrong(e))?;
+    let value = serde_json::to_value(value).map_err(wrong)?;
     let mut out = String::new();
     Layout { ascii, indent, item, key, sorted }.write(&value, 0, &mut out);
     state.consume_fuel(out.len() as u64 / BYTES_PER_FUEL)?;

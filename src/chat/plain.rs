@@ -130,7 +130,7 @@ mod tests {
         let mut places = [0, 1, 2, 5, 11, 13, 18, text.len()];
         let [a, b, c, d, e, f, g, h] = &mut places;
         let rendered = unmark(&text, &mut [a, b, c, d, e, f, g, h]);
-        assert_eq!((rendered.text.as_str(), rendered.plain), ("ab<s>cde", vec![2..5]));
+        assert_eq!((rendered.text.as_str(), &rendered.plain[..]), ("ab<s>cde", std::slice::from_ref(&(2..5))));
         assert_eq!(places, [0, 1, 2, 2, 5, 7, 8, 8], "{places:?}");
     }
 }

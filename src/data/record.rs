@@ -42,7 +42,7 @@ impl Record {
         };
         let asked = matches!(record, Self::Instruction { .. });
         if history.is_some() || system.is_some() || tools.is_some() {
-            record = record.as_chat();
+            record = record.into_chat();
         }
         match &mut record {
             Self::Chat { messages, from, tools: shown } => {
@@ -90,7 +90,7 @@ impl Record {
     }
 
     /// An instruction as a conversation.
-    pub(crate) fn as_chat(self) -> Self {
+    pub(crate) fn into_chat(self) -> Self {
         match self {
             Self::Instruction { instruction, input, output } => {
                 let question = if input.is_empty() { instruction } else { format!("{instruction}\n\n{input}") };

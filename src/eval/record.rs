@@ -79,12 +79,12 @@ impl Expected {
 
 /// Reads data as [`crate::train::Dataset::open`] does; its records ask by `prompt` (text to be continued), `question` (put
 /// into `Question: ..\nAnswer:`) or `messages`, and hold `choices` and `answer` (an index from 0, a letter from A, or the
-/// choice itself), `label`, `reference` or `references`; or they are training samples. With `as_chat`, `prompt` and
+/// choice itself), `label`, `reference` or `references`; or they are training samples. With `into_chat`, `prompt` and
 /// `question` are a user's turn of a chat. All records must be of one kind.
 ///
 /// # Errors
 /// The file cannot be read, is empty, or a record has none of the forms or another than the first.
-pub fn read_records(path: &Path, as_chat: bool) -> Result<Records> {
+pub fn read_records(path: &Path, into_chat: bool) -> Result<Records> {
     let (mut records, mut unused): (Vec<Record>, Unused) = (Vec::new(), Unused::default());
     data::read(path, &mut unused, &mut |entry, line, unused| {
         let fields = match entry {
@@ -94,7 +94,7 @@ pub fn read_records(path: &Path, as_chat: bool) -> Result<Records> {
                 return Ok(());
             }
         };
-        let Some((ask, expected)) = parse(fields, as_chat, unused)? else { return Ok(()) };
+        let Some((ask, expected)) = parse(fields, into_chat, unused)? else { return Ok(()) };
         if let Some(first) = records.first()
             && !first.expected.goes_with(&expected)
         {
@@ -116,13 +116,13 @@ pub fn read_records(path: &Path, as_chat: bool) -> Result<Records> {
 }
 
 /// What a record asks and expects; nothing where it is a training sample that is not learned.
-fn parse(mut fields: Fields, as_chat: bool, unused: &mut Unused) -> Result<Option<(Ask, Expected)>> {
+fn parse(mut fields: Fields, into_chat: bool, unused: &mut Unused) -> Result<Option<(Ask, Expected)>> {
     let Some(expected) = expected(&mut fields)? else {
-        return Ok(Sample::new(fields, unused)?.map(|sample| taught(sample, as_chat)));
+        return Ok(Sample::new(fields, unused)?.map(|sample| taught(sample, into_chat)));
     };
     fields.refuse()?;
     let system = fields.take(Key::System).filter(|system| !keys::is_nothing(&system.value));
-    let as_text = |text: String| if as_chat { Ask::Chat(vec![Message::new("user", text)]) } else { Ask::Text(text) };
+    let as_text = |text: String| if into_chat { Ask::Chat(vec![Message::new("user", text)]) } else { Ask::Text(text) };
     let mut ask = if let Some(list) = fields.take(Key::Messages) {
         Ask::Chat(messages::messages(list, unused)?)
     } else if let Some(prompt) = fields.take(Key::Prompt) {
@@ -130,8 +130,11 @@ fn parse(mut fields: Fields, as_chat: bool, unused: &mut Unused) -> Result<Optio
     } else if let Some(question) = fields.take(Key::Question) {
         let (name, question) = (question.name.clone(), question.text()?);
         // An instruction is asked as it is.
-        let text =
-            if as_chat || !keys::same(&name, "question") { question } else { format!("Question: {question}\nAnswer:") };
+        let text = if into_chat || !keys::same(&name, "question") {
+            question
+        } else {
+            format!("Question: {question}\nAnswer:")
+        };
         as_text(text)
     } else {
         return Err(data_error(
@@ -158,8 +161,8 @@ fn parse(mut fields: Fields, as_chat: bool, unused: &mut Unused) -> Result<Optio
 }
 
 /// What a training sample asks: all before its last answer.
-fn taught(sample: Sample, as_chat: bool) -> (Ask, Expected) {
-    let as_text = |text: String| if as_chat { Ask::Chat(vec![Message::new("user", text)]) } else { Ask::Text(text) };
+fn taught(sample: Sample, into_chat: bool) -> (Ask, Expected) {
+    let as_text = |text: String| if into_chat { Ask::Chat(vec![Message::new("user", text)]) } else { Ask::Text(text) };
     match sample {
         Sample::Text { text, start: 0 } => {
             drop(text);
@@ -170,7 +173,9 @@ fn taught(sample: Sample, as_chat: bool) -> (Ask, Expected) {
             (as_text(text), Expected::Taught(vec![answer]))
         }
         sample => {
-            let Sample::Chat { mut messages, tools, .. } = sample.as_chat() else { unreachable!("texts were matched") };
+            let Sample::Chat { mut messages, tools, .. } = sample.into_chat() else {
+                unreachable!("texts were matched")
+            };
             let last = messages.pop_if(|m| m.role == "assistant" && m.learned).and_then(|m| m.content);
             // Generation shows no tools, so that an answer which needs them cannot be asked for.
             let answer = last.filter(|_| tools.is_none());
@@ -219,11 +224,10 @@ fn expected(fields: &mut Fields) -> Result<Option<Expected>> {
 /// A list of texts, or that list as JSON in a string.
 fn texts(named: Named) -> Result<Vec<String>> {
     let name = named.name.clone();
-    let texts = match named.json() {
+    match named.json() {
         Value::Array(list) => list.into_iter().map(|value| Named { name: name.clone(), value }.text()).collect(),
         _ => Err(data_error(&name, "expected a list of texts, got something else; write a list")),
-    };
-    texts
+    }
 }
 
 /// Which of `choices` an answer names: a letter where that is no choice itself, an index, or the choice.
@@ -248,10 +252,10 @@ fn index_of(answer: &Value, choices: &[String]) -> Option<usize> {
 mod tests {
     use super::*;
 
-    fn read(line: &str, as_chat: bool) -> Result<(Ask, Expected)> {
+    fn read(line: &str, into_chat: bool) -> Result<(Ask, Expected)> {
         let object: serde_json::Map<String, Value> = serde_json::from_str(line).unwrap();
         let fields = Fields::new(object.into_iter().collect())?;
-        parse(fields, as_chat, &mut Unused::default()).map(|record| record.expect("a record that is learned"))
+        parse(fields, into_chat, &mut Unused::default()).map(|record| record.expect("a record that is learned"))
     }
 
     #[test]

@@ -46,7 +46,7 @@ struct State {
 enum Snapshot {
     None,
     Wanted,
-    Ready(Result<AdapterFile>),
+    Ready(Box<Result<AdapterFile>>),
 }
 
 impl TrainHandle {
@@ -102,7 +102,7 @@ impl TrainHandle {
         loop {
             if let Snapshot::Ready(file) = std::mem::replace(&mut state.snapshot, Snapshot::Wanted) {
                 state.snapshot = Snapshot::None;
-                return file;
+                return *file;
             }
             if state.running == 0 {
                 state.snapshot = Snapshot::None;
@@ -124,7 +124,7 @@ impl TrainHandle {
     pub(super) fn serve(&self, make: &dyn Fn() -> Result<AdapterFile>) {
         if matches!(self.state().snapshot, Snapshot::Wanted) {
             let file = make();
-            self.state().snapshot = Snapshot::Ready(file);
+            self.state().snapshot = Snapshot::Ready(Box::new(file));
             self.0.changed.notify_all();
         }
     }

@@ -46,7 +46,7 @@ impl TrainConfig {
 
     /// As [`TrainConfig::with_adapter`], for settings of which nobody knows who chose them: those that are not the defaults
     /// were given.
-    pub(super) fn as_with_adapter(self, params: &[ParamSpec], file: &AdapterFile) -> Result<Self> {
+    pub(super) fn of_adapter(self, params: &[ParamSpec], file: &AdapterFile) -> Result<Self> {
         let values = |config: &Self| serde_json::to_value(config).unwrap_or_default();
         let (own, default) = (values(&self), values(&Self::default()));
         self.with_adapter(params, file, &|key| own.get(key).unwrap_or(&Value::Null) != &default[key])

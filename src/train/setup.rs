@@ -204,7 +204,7 @@ impl<B: Backend> Trainer<B> {
         let (config, too_warm) = config.fitted_to(total_steps);
         let params = base.model.params();
         let (config, targets) = match init {
-            Some(file) => (config.as_with_adapter(params, file)?, Vec::new()),
+            Some(file) => (config.of_adapter(params, file)?, Vec::new()),
             None => {
                 let targets = target_modules(params, &config.targets)?;
                 (config, targets)

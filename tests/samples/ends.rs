@@ -229,7 +229,8 @@ fn templates_are_found_by_file_and_by_name() {
     let named = json!([{"name": "default", "template": "D{{ messages[0].content }}"},
                        {"name": "tool_use", "template": "T{{ tools | length }}"}]);
     let only_rag = json!([{"name": "rag", "template": "R"}]);
-    let cases: [(&str, Vec<(&str, Value)>, &str, &str); 6] = [
+    type Files = Vec<(&'static str, Value)>;
+    let cases: [(&str, Files, &str, &str); 6] = [
         ("a list", vec![("tokenizer_config.json", json!({ "chat_template": named }))], "Dq", "T1"),
         (
             "a folder",

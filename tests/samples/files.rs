@@ -286,7 +286,8 @@ fn a_folder_is_read_by_what_it_holds() {
 fn a_folder_that_cannot_be_meant_is_refused_with_the_files_name() {
     let reader = reader();
     let card: (&str, Option<&[u8]>) = ("README.md", Some(b"# Data"));
-    let cases: Vec<(&str, Vec<(&str, Option<&[u8]>)>, &str)> = vec![
+    type Files = Vec<(&'static str, Option<&'static [u8]>)>;
+    let cases: Vec<(&str, Files, &str)> = vec![
         ("parquet", vec![card, ("data/train.parquet", Some(b"PAR1\0"))], "train.parquet|Parquet|read_parquet"),
         ("excel", vec![card, ("a.xlsx", Some(b"PK\x03\x04\0xl/"))], "a.xlsx|Excel"),
         ("yaml", vec![card, ("a.yaml", Some(b"a: 1"))], "a.yaml|JSONL"),
