@@ -90,6 +90,19 @@ pub(super) fn refuse(path: &Path, head: &[u8]) -> Result<()> {
                        in its folder";
         return Err(Error::new(ErrorCode::Data, place(path, 0, 0), message));
     }
+    if start.starts_with(b"/annex/objects/") || start.starts_with(b"../.git/annex/") {
+        let message =
+            "expected data, got a git-annex pointer, which only names it; fetch the file itself with `git annex get`";
+        return Err(Error::new(ErrorCode::Data, place(path, 0, 0), message));
+    }
+    // All that some servers send where there is no file, or no access to it.
+    let answers: [&[u8]; 4] =
+        [b"entry not found", b"repository not found", b"invalid username or password", b"access to dataset"];
+    if head.len() < 512 && answers.iter().any(|answer| start.starts_with(answer)) {
+        let message =
+            "expected data, got a server's answer that there is no such file or no access to it; download it again";
+        return Err(Error::new(ErrorCode::Data, place(path, 0, 0), message));
+    }
     if start.starts_with(b"<!doctype html") || start.starts_with(b"<html") {
         let message = "expected data, got an HTML page, as a download without access or to the wrong address leaves it; open \
                        the file to see what it says, then download the data itself (`.../resolve/main/FILE` on the hub), or \

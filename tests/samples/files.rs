@@ -106,6 +106,8 @@ fn other_files_are_refused_by_their_format() {
         ("train.jsonl", lfs.into(), "Git LFS|git lfs pull"),
         ("train.csv", lfs.into(), "Git LFS|git lfs pull"),
         ("notes.txt", lfs.into(), "Git LFS|git lfs pull"),
+        ("a.txt", b"Entry not found".into(), "no such file"),
+        ("a.jsonl", b"/annex/objects/SHA256E-s5--00".into(), "git annex get"),
         ("a.png", b"\x89PNG\r\n\x1a\n\0".into(), "PNG"),
         ("a.bin", b"abc\0def".into(), "binary"),
         ("wide.jsonl", b"\xff\xfe\0\0{\0\0\0".into(), "UTF-32|iconv"),

@@ -103,9 +103,11 @@ const CONTENTS: &[Content] = &[
         // Protobuf: the specification's version, then the model's description.
         b.len() > 64 && b[0] == 0x08 && (1..=12).contains(&b[1]) && b[2] == 0x12
     }),
-    foreign("a Parquet file", "training data in Parquet is given with `-d`; a model is a folder or a GGUF file", |b| {
-        b.starts_with(b"PAR1")
-    }),
+    foreign(
+        "a Parquet file",
+        "if it is training data, `train -d FILE` says how to make JSONL of it; a model is a folder or a GGUF file",
+        |b| b.starts_with(b"PAR1"),
+    ),
     foreign("an Arrow file", "export it as JSONL with `datasets`: `ds.to_json(\"data.jsonl\")`", |b| {
         b.starts_with(b"ARROW1\0\0")
     }),
