@@ -44,6 +44,7 @@ pub(super) fn dry_run(
     let all = Dataset::open(data, &tokenizer, &template, limits)?;
     let check = DataCheck::new(&all.checks, &tokenizer, &template);
     let held = config.eval_data.as_ref().map(|path| Dataset::open(path, &tokenizer, &template, limits)).transpose()?;
+    say_unused(held.as_ref());
     let (data, held) = hold_out(config, all, held)?;
     let report = DataReport::new(&data, config)?;
     let overlap = held.as_ref().map(|held| Overlap::of(&data, held));
@@ -67,6 +68,12 @@ pub(super) fn dry_run(
     print!("{}{}", text(&report), histogram(&report));
     println!("{}", check.line());
     Ok(())
+}
+
+/// What is in the held-out data and not used; that of what is learned is among its figures.
+pub(super) fn say_unused(held: Option<&Dataset>) {
+    let text = held.map(|held| held.unused.text()).unwrap_or_default();
+    text.lines().for_each(|line| eprintln!("held-out data: {line}"));
 }
 
 /// The figures in a few lines.

@@ -106,6 +106,7 @@ fn read(session: &mut Session, config: &TrainConfig, args: &Args) -> Result<Mate
     session.load_text()?;
     let data = session.dataset(&args.data, config.seq)?;
     let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
+    data::say_unused(eval_data.as_ref());
     let material = session.material(config, data, eval_data)?;
     session.forget_text();
     Ok(material)
