@@ -76,6 +76,14 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
+    /// The templates in `dir` by their names, if there are any.
+    ///
+    /// # Errors
+    /// A file is broken.
+    pub(crate) fn find(dir: &Path) -> Result<Option<Vec<(String, String)>>> {
+        Ok(files::find(dir)?.map(|(named, _)| named))
+    }
+
     /// Finds the template in `chat_template.jinja` and the folder `additional_chat_templates`, `chat_template.json` or
     /// `tokenizer_config.json`. A model without one gets ChatML if it has ChatML's tokens, else the layout of the Alpaca
     /// data. The token with which the template ends an answer is added to those at which `tokenizer` has answers stop.

@@ -42,6 +42,7 @@ pub mod memory;
 mod mmap;
 mod rng;
 mod session;
+mod text;
 pub mod tokenizer;
 pub mod train;
 

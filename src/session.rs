@@ -9,6 +9,7 @@ use crate::format::foreign::no_tokenizer;
 use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
 use crate::memory::{Peak, anonymous_bytes};
+use crate::text::{Own, Text, carry, open_with};
 use crate::tokenizer::{SpecialText, Tokenizer};
 use crate::train::{Dataset, Limits, TrainConfig, Trainer, general_text, hold_out};
 use pocketlora_kernels::cpu::Table;
@@ -66,7 +67,11 @@ pub struct Session {
     base_name: String,
     fingerprint: u64,
     mapped_bytes: u64,
-    tokenizer: Option<(Tokenizer, ChatTemplate)>,
+    tokenizer: Option<Text>,
+    /// What attached adapters, or the one that a run starts from, bring in their place.
+    own: Option<(Own, Text)>,
+    /// Tokens of the adapter that a run starts from, if they are others than the base's.
+    start_vocabulary: Option<usize>,
     special_text: SpecialText,
     /// Anonymous bytes that it took when it was last loaded.
     text_bytes: u64,
@@ -119,6 +124,8 @@ impl Session {
             fingerprint: checkpoint.fingerprint(),
             mapped_bytes,
             tokenizer,
+            own: None,
+            start_vocabulary: None,
             special_text: options.special_text,
             text_bytes,
             attached: Vec::new(),
@@ -137,13 +144,39 @@ impl Session {
     pub fn load_text(&mut self) -> Result<()> {
         if self.tokenizer.is_none() {
             (self.tokenizer, self.text_bytes) = measured(|| open_text(&self.dir, self.special_text))?;
+            for (dir, _) in self.attached.clone() {
+                let own = self.own_text(&dir, self.adapters.replaced().table().is_some())?;
+                self.own = own.or(self.own.take());
+            }
         }
         Ok(())
     }
 
+    /// Reads data from now on as the adapter `file` was taught, with the tokenizer and the template of its folder and the
+    /// tokens that it knows: for a run that starts from it. [`Session::detach_all`] and [`Session::forget_text`] end that.
+    ///
+    /// # Errors
+    /// One of its files is broken, or of another base.
+    pub fn read_as(&mut self, file: &AdapterFile) -> Result<()> {
+        self.own = self.own_text(&file.dir, file.vocabulary().is_some())?;
+        self.start_vocabulary = file.vocabulary();
+        Ok(())
+    }
+
+    /// The text that is used once the adapter in `dir` is attached, if it is not the model's.
+    fn own_text(&self, dir: &Path, new_rows: bool) -> Result<Option<(Own, Text)>> {
+        if self.tokenizer.is_none() {
+            return Ok(None);
+        }
+        let Some(own) = Own::find(dir, &self.dir, new_rows)? else { return Ok(None) };
+        self.own.as_ref().map_or(Ok(()), |(there, _)| own.agree(there))?;
+        let text = own.open(&self.dir, self.special_text)?;
+        Ok(Some((own, text)))
+    }
+
     /// Frees them, and gives their memory back to the system.
     pub fn forget_text(&mut self) {
-        self.tokenizer = None;
+        (self.tokenizer, self.own, self.start_vocabulary) = (None, None, None);
         crate::mmap::release_freed();
     }
 
@@ -169,8 +202,18 @@ impl Session {
             Precision::Exact => WorkType::F32,
             Precision::Bf16 | Precision::Fast => WorkType::F16,
         };
-        let warnings = self.doubts(file)?;
+        let mut warnings = self.doubts(file)?;
+        let own = self.own_text(&file.dir, file.vocabulary().is_some())?;
         self.adapters.attach(&self.base, file, scale, dtype)?;
+        if let Some((brought, _)) = &own
+            && self.own.is_none()
+            && !self.attached.is_empty()
+        {
+            let (dir, names) = (file.dir.display(), brought.names());
+            warnings
+                .push(format!("`{dir}`: its {names} is used, and the other attached adapters were taught without it"));
+        }
+        self.own = own.or(self.own.take());
         self.warnings.extend(warnings);
         self.attached.push((file.dir.clone(), scale));
         self.context.clear(&self.base);
@@ -181,6 +224,7 @@ impl Session {
     pub fn detach_all(&mut self) {
         self.adapters = Adapters::none(&self.base);
         self.attached.clear();
+        (self.own, self.start_vocabulary) = (None, None);
         self.warnings.clear();
         self.context.clear(&self.base);
     }
@@ -253,7 +297,7 @@ impl Session {
         self.peak.bytes()
     }
 
-    /// The model's tokenizer.
+    /// The model's tokenizer, or the one that an attached adapter brings.
     ///
     /// # Errors
     /// The model has none.
@@ -261,7 +305,7 @@ impl Session {
         Ok(&self.text()?.0)
     }
 
-    /// The model's chat template.
+    /// The model's chat template, or the one that an attached adapter brings.
     ///
     /// # Errors
     /// The model has no tokenizer.
@@ -269,8 +313,8 @@ impl Session {
         Ok(&self.text()?.1)
     }
 
-    fn text(&self) -> Result<&(Tokenizer, ChatTemplate)> {
-        self.tokenizer.as_ref().ok_or_else(|| no_tokenizer(&self.dir))
+    fn text(&self) -> Result<&Text> {
+        self.own.as_ref().map(|(_, text)| text).or(self.tokenizer.as_ref()).ok_or_else(|| no_tokenizer(&self.dir))
     }
 
     /// `ids`, if this model has an embedding for each; tokenizers of other models have others.
@@ -339,7 +383,8 @@ impl Session {
     ) -> Result<(String, Generated)> {
         sampling.validate()?;
         self.choose_threads();
-        let Some((tokenizer, _)) = &self.tokenizer else { return Err(self.text().err().expect("there is none")) };
+        let own = self.own.as_ref().map(|(_, text)| text);
+        let (tokenizer, _) = own.or(self.tokenizer.as_ref()).ok_or_else(|| no_tokenizer(&self.dir))?;
         let (base, adapters, context) = (&self.base, &self.adapters, &mut self.context);
         let (text, generated) = base.backend.scope(|| {
             let (mut stream, mut text) = (tokenizer.stream(), String::new());
@@ -369,7 +414,10 @@ impl Session {
     pub fn dataset(&self, path: &Path, max_tokens: usize) -> Result<Dataset> {
         let (tokenizer, template) = self.text()?;
         let model = self.base.model.config();
-        let limits = Limits { tokens: max_tokens.min(model.max_positions), vocab: self.vocabulary() };
+        let limits = Limits {
+            tokens: max_tokens.min(model.max_positions),
+            vocab: self.start_vocabulary.unwrap_or_else(|| self.vocabulary()),
+        };
         Dataset::open(path, tokenizer, template, limits)
     }
 
@@ -418,6 +466,8 @@ impl Session {
         let name = Some(self.base_name.clone());
         let (base, Material { data, eval_data, general }) = (Arc::clone(&self.base), material);
         let mut trainer = Trainer::new(base, self.fingerprint, name, config, data, eval_data, init, out)?;
+        let own = init.map(|file| Own::find(&file.dir, &self.dir, file.vocabulary().is_some())).transpose()?.flatten();
+        carry(own.as_ref(), &self.dir, out)?;
         general.into_iter().for_each(|text| trainer.watch(text));
         trainer.beside_tokenizer(self.tokenizer.as_ref().map_or(0, |_| self.text_bytes), self.text_bytes);
         Ok(trainer)
@@ -459,12 +509,9 @@ fn measured<T>(open: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
 }
 
 /// The tokenizer and chat template in `dir`, if there are any.
-pub(crate) fn open_text(dir: &Path, special_text: SpecialText) -> Result<Option<(Tokenizer, ChatTemplate)>> {
+pub(crate) fn open_text(dir: &Path, special_text: SpecialText) -> Result<Option<Text>> {
     if !dir.join("tokenizer.json").exists() {
         return Ok(None);
     }
-    let mut tokenizer = Tokenizer::open(dir)?;
-    tokenizer.special_text = special_text;
-    let template = ChatTemplate::open(dir, &mut tokenizer)?;
-    Ok(Some((tokenizer, template)))
+    open_with(dir, None, special_text).map(Some)
 }

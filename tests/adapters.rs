@@ -6,6 +6,7 @@ mod common;
 use common::{check_all, convert, golden, logits, max_diff, open_exact, tensors, tiny_chat_model, tiny_chats};
 use half::f16;
 use pocketlora::adapter::AdapterFile;
+use pocketlora::chat::Message;
 use pocketlora::format::Target;
 use pocketlora::train::{Observer, StepReport, TrainConfig};
 use pocketlora::{ErrorCode, Session};
@@ -350,6 +351,104 @@ fn an_adapter_that_was_trained_here_knows_its_base() {
             Err(e) => assert!(!fits && e.code() == ErrorCode::AdapterMismatch, "{name}: {e}"),
         }
     }
+}
+
+/// The prompt of a short conversation.
+fn prompt(session: &Session) -> String {
+    session.template().unwrap().render(&[Message::new("user", "hello")], None, true).unwrap().text
+}
+
+const OWN_TEMPLATE: &str = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}\
+                            {% if add_generation_prompt %}[assistant]{% endif %}";
+
+#[test]
+fn the_adapters_own_text_is_used_while_it_is_attached() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_chat_model(dir.path());
+    let tokenizer = fs::read_to_string(model.join("tokenizer.json")).unwrap();
+    let mut padded: Value = serde_json::from_str(&tokenizer).unwrap();
+    padded["truncation"] = json!({"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0});
+    let mut more = padded.clone();
+    more["added_tokens"].as_array_mut().unwrap().push(json!({"id": 258, "content": "<new>", "special": true,
+        "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}));
+    let mut other: Value = serde_json::from_str(&tokenizer).unwrap();
+    let vocab = other["model"]["vocab"].as_object_mut().unwrap();
+    (vocab["a"], vocab["b"]) = (vocab["b"].clone(), vocab["a"].clone());
+
+    let with_files = |name: &str, files: &[(&str, String)]| {
+        let out = adapter(dir.path(), name, &plain(), json!({}));
+        files.iter().for_each(|(file, text)| fs::write(out.join(file), text).unwrap());
+        out
+    };
+    let config = |eos: Option<&str>| {
+        let mut config = json!({ "chat_template": OWN_TEMPLATE });
+        eos.map(|eos| config["eos_token"] = eos.into());
+        config.to_string()
+    };
+    let base = prompt(&open_exact(&model, 1));
+    let own = "[user] hello<|im_end|>[assistant]";
+    let same_config = fs::read_to_string(model.join("tokenizer_config.json")).unwrap();
+    let cases = [
+        ("nothing", vec![], base.as_str()),
+        ("the same", vec![("tokenizer.json", padded.to_string()), ("tokenizer_config.json", same_config)], &base),
+        ("in the config", vec![("tokenizer_config.json", config(None))], own),
+        ("a file of its own", vec![("chat_template.jinja", OWN_TEMPLATE.to_owned())], own),
+        ("json", vec![("chat_template.json", json!({ "chat_template": OWN_TEMPLATE }).to_string())], own),
+        (
+            "another end",
+            vec![("tokenizer_config.json", config(Some("<|im_start|>")))],
+            "[user] hello<|im_start|>[assistant]",
+        ),
+        ("a new token", vec![("tokenizer.json", more.to_string())], &base),
+    ];
+    check_all(cases, |(name, files, expected)| {
+        let out = with_files(name, files);
+        let mut session = with(&model, &out);
+        let got = prompt(&session);
+        if got != *expected {
+            return Err(format!("{name}: {got}"));
+        }
+        let ids = session.tokenizer().unwrap().encode("<new>", false).unwrap();
+        if (ids.len() == 1) != (*name == "a new token") {
+            return Err(format!("{name}: {ids:?}"));
+        }
+        // A second adapter with other text is refused, one with the same is not.
+        let again = session.attach(&out, 1.0).map_err(|e| format!("{name}: again: {e}"));
+        session.detach_all();
+        if prompt(&session) == base { again } else { Err(format!("{name}: stays after it was detached")) }
+    });
+    let mut session = with(&model, &dir.path().join("a file of its own"));
+    let error = session.attach(&dir.path().join("another end"), 1.0).unwrap_err();
+    assert!(error.to_string().contains("chat template"), "{error}");
+    assert_eq!((session.attached().len(), prompt(&session).as_str()), (1, own));
+
+    let mut session = open_exact(&model, 1);
+    let swapped = with_files("swapped", &[("tokenizer.json", other.to_string())]);
+    let error = session.attach(&swapped, 1.0).unwrap_err();
+    assert!(error.to_string().contains("tokenizer.json") && session.attached().is_empty(), "{error}");
+}
+
+/// Data is rendered as the adapter of the start was taught, and what it brings goes along to the new one.
+#[test]
+fn training_on_keeps_the_adapters_own_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, chats) = (tiny_chat_model(dir.path()), tiny_chats(dir.path(), 4));
+    let start = adapter(dir.path(), "start", &plain(), json!({}));
+    fs::write(start.join("chat_template.jinja"), OWN_TEMPLATE).unwrap();
+    let init = AdapterFile::open(&start).unwrap();
+    let mut session = open_exact(&model, 1);
+    session.read_as(&init).unwrap();
+    let data = session.dataset(&chats, 64).unwrap();
+    let text = session.tokenizer().unwrap().decode_with_special(&data.samples[0].ids).unwrap();
+    assert!(text.contains("[user] what"), "{text}");
+    let out = dir.path().join("out");
+    let config = TrainConfig { steps: Some(1), ..TrainConfig::default() };
+    session.trainer(config.clone(), data.clone(), None, Some(&init), &out).unwrap().run(&mut OneStep).unwrap();
+    session.detach_all();
+    assert!(prompt(&with(&model, &out)).contains("[user]"));
+    // A new adapter in that folder would be taken for one that was taught with this template.
+    let error = session.trainer(config, data, None, None, &out).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("chat template"), "{error}");
 }
 
 #[test]

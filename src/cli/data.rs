@@ -3,10 +3,11 @@
 use super::args::{megabytes, print_json};
 use super::data_check::DataCheck;
 use super::{model, print_error};
-use crate::chat::ChatTemplate;
+use crate::adapter::AdapterFile;
 use crate::error::Result;
 use crate::exec::architecture_of;
 use crate::format::{folder_of, model_of, open_source};
+use crate::text::open_with;
 use crate::tokenizer::{SpecialText, Tokenizer};
 use crate::train::{DataReport, Dataset, Limits, Overlap, Sample, TrainConfig, hold_out};
 use serde_json::{Value, json};
@@ -28,6 +29,7 @@ pub(super) fn dry_run(
     model: &str,
     quantize: bool,
     special_text: SpecialText,
+    init: Option<&AdapterFile>,
     data: &Path,
     config: &TrainConfig,
     as_json: bool,
@@ -37,10 +39,11 @@ pub(super) fn dry_run(
     let source = open_source(&dir)?;
     let built = architecture_of(source.config(), &dir)?;
     let dir = if dir.is_dir() { dir } else { folder_of(&dir) };
-    let mut tokenizer = Tokenizer::open(&dir)?;
-    tokenizer.special_text = special_text;
-    let template = ChatTemplate::open(&dir, &mut tokenizer)?;
-    let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab: built.config().vocab_size };
+    let new_rows = init.and_then(AdapterFile::vocabulary);
+    let (tokenizer, template) =
+        open_with(&dir, init.map(|file| (file.dir.as_path(), new_rows.is_some())), special_text)?;
+    let vocab = new_rows.unwrap_or(built.config().vocab_size);
+    let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab };
     let all = Dataset::open(data, &tokenizer, &template, limits)?;
     let check = DataCheck::new(&all.checks, &tokenizer, &template);
     let held = config.eval_data.as_ref().map(|path| Dataset::open(path, &tokenizer, &template, limits)).transpose()?;

@@ -52,9 +52,18 @@ impl Tokenizer {
     /// # Errors
     /// A file is missing or broken.
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
+        Self::open_parts(dir, dir, dir)
+    }
+
+    /// As [`Tokenizer::open`], with `tokenizer.json` in `vocabulary`, the two files that name special tokens in `special`,
+    /// and the model's two in `model`: an adapter may bring some of them.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn open_parts(vocabulary: &Path, special: &Path, model: &Path) -> Result<Self> {
+        let path = vocabulary.join("tokenizer.json");
         if !path.exists() {
-            return Err(foreign::no_tokenizer(dir));
+            return Err(foreign::no_tokenizer(vocabulary));
         }
         let bytes = std::fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
         foreign::check(&path, &bytes, "a tokenizer")?;
@@ -66,7 +75,7 @@ impl Tokenizer {
         let unlimited = inner.with_truncation(None);
         unlimited.map_err(|e| Error::format(&path, "truncation", "none", &e))?;
 
-        let names = special::Names::read(dir, &inner)?;
+        let names = special::Names::read(special, model, &inner)?;
         let specials = SpecialTokens::new(&inner, |token| token.special);
         let mut tokenizer = Self {
             inner,

@@ -24,13 +24,14 @@ pub(super) struct Names {
 
 impl Names {
     /// `tokenizer_config.json` counts before the older `special_tokens_map.json`, as in transformers. A beginning or an
-    /// end that neither names (nor says to be none) is that of `generation_config.json` or `config.json`.
-    pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
-        let (config_path, map_path) = (dir.join("tokenizer_config.json"), dir.join("special_tokens_map.json"));
+    /// end that neither of these in `special` names (nor says to be none) is that of `generation_config.json` or
+    /// `config.json` in `model`.
+    pub fn read(special: &Path, model: &Path, tokenizer: &Tokenizer) -> Result<Self> {
+        let (config_path, map_path) = (special.join("tokenizer_config.json"), special.join("special_tokens_map.json"));
         let (config, map) = (read_json(&config_path)?, read_json(&map_path)?);
         let mut ids = [Vec::new(), Vec::new()];
         for file in ["generation_config.json", "config.json"] {
-            let path = dir.join(file);
+            let path = model.join(file);
             let json = read_json(&path)?;
             // Models that see and hear keep the text model's settings in a part of their own.
             let inner = json.get("text_config").and_then(Value::as_object);

@@ -87,6 +87,13 @@ impl AdapterFile {
         })
     }
 
+    /// How many tokens it knows, if it brings an embedding or a head.
+    #[must_use]
+    pub fn vocabulary(&self) -> Option<usize> {
+        let is_vocabulary = |w: &&WholeTensor| matches!(&*w.module, "model.embed_tokens" | "lm_head");
+        self.replaced.whole.iter().find(is_vocabulary)?.tensor.shape.first().copied()
+    }
+
     /// What is odd about it on a model with `params`, though nothing that stops it from working.
     pub(crate) fn doubts(&self, params: &[ParamSpec]) -> Result<Vec<String>> {
         let mut doubts = self.warnings.clone();

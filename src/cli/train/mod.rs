@@ -72,10 +72,13 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let baseline = crate::memory::anonymous_bytes();
     let chosen = args.settings.merge(args.config.as_deref())?;
     if args.dry_run {
+        let init = args.init.as_deref().map(names::adapter).transpose()?;
+        let init = init.as_deref().map(AdapterFile::open).transpose()?;
         data::dry_run(
             &args.model,
             !args.no_quantize,
             args.special_tokens.into(),
+            init.as_ref(),
             &args.data,
             &chosen.config,
             args.json,
@@ -102,8 +105,9 @@ pub(super) fn run(args: &Args) -> Result<bool> {
 }
 
 /// Reads the data and lets the tokenizer go: training needs no text.
-fn read(session: &mut Session, config: &TrainConfig, args: &Args) -> Result<Material> {
+fn read(session: &mut Session, config: &TrainConfig, init: Option<&AdapterFile>, args: &Args) -> Result<Material> {
     session.load_text()?;
+    init.map_or(Ok(()), |file| session.read_as(file))?;
     let data = session.dataset(&args.data, config.seq)?;
     let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
     data::say_unused(eval_data.as_ref());
@@ -125,7 +129,7 @@ fn fit(
         config = config.with_adapter(session.base().model.params(), file, &|key| given.contains(key))?;
         file.config.dropout = f64::from(config.dropout);
     }
-    let material = read(session, &config, args)?;
+    let material = read(session, &config, init.as_ref(), args)?;
     let mut trainer = session.trainer_of(config, material, init.as_ref(), args.out())?;
     drop(init);
     if args.resume {
