@@ -53,6 +53,7 @@ fn values_out_of_range_are_refused_in_plain_numbers() {
         (generate(&["-n", "0"]), "whole number from 1"),
         (vec!["chat", "-m", model, "-n", "0"], "whole number from 1"),
         (vec!["bench", "-m", model, "--trials", "0"], "whole number from 1"),
+        (vec!["eval", "-m", model, "--no-quantize", "--text", file!(), "--window", "1"], "`window`"),
         (vec!["bench", "-m", model, "--threads", "9999"], "`threads`"),
         (train(&f, &out, &["--lr", "-1"]), "0 < lr <= 1"),
         (train(&f, &out, &["--lr", "1.5"]), "sgd"),
@@ -112,6 +113,13 @@ fn what_lies_in_the_output_folder_is_not_replaced_unasked() {
     assert!(said.contains("what it reads") && fs::read_to_string(&settings).unwrap() == "seed = 1\n", "{said}");
     let model = f.model.to_str().unwrap();
     assert!(f.said(&train(&f, model, &["--overwrite"])).contains("holds a model"));
+    // What a run left that was killed before its first checkpoint is no loss.
+    let killed = f.path("killed");
+    f.ok(&train(&f, &killed, &[]));
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::remove_file(Path::new(&killed).join(name)).unwrap();
+    }
+    f.ok(&train(&f, &killed, &[]));
     // Other files are nobody's business, also in a folder that the run takes for its own while it works.
     fs::remove_file(&settings).unwrap();
     fs::create_dir(in_out("best")).unwrap();

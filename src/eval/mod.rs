@@ -116,7 +116,7 @@ pub fn logits_of(
 /// Scores every token of `ids` but the first of each window of `window` tokens; windows do not overlap.
 ///
 /// # Errors
-/// As [`logits_of`]; fewer than two tokens, a loss that is not a number.
+/// As [`logits_of`]; fewer than two tokens, in all or in a window, a loss that is not a number.
 pub fn score_text(
     session: &Session,
     ids: &[u32],
@@ -127,8 +127,11 @@ pub fn score_text(
         let message = format!("expected at least two tokens, got `{}`; give a longer text", ids.len());
         return Err(Error::new(ErrorCode::Data, "text", message));
     }
+    if window < 2 {
+        return Err(Error::config("window", "0 for the whole text, or a whole number of tokens from 2", window));
+    }
     let mut score = Score::default();
-    for part in ids.chunks(window.max(2)) {
+    for part in ids.chunks(window) {
         logits_of(session, part, progress, &mut |row, logits| {
             if let Some(&next) = part.get(row + 1) {
                 score.tokens += 1;

@@ -45,12 +45,21 @@ pub(super) fn check(args: &Args, config: &TrainConfig) -> Result<()> {
             "name another folder, train on from it with `--init` and another folder, or replace it with `--overwrite`";
         return refuse(format!("holds an adapter; {next}"));
     }
-    match BESIDE.iter().find(|name| out.join(name).exists()) {
+    // What a run left that was killed before its first checkpoint is no loss.
+    let beside = if was_ours(out) { &BESIDE[..1] } else { &BESIDE };
+    match beside.iter().find(|name| out.join(name).exists()) {
         Some(name) => refuse(format!(
             "holds a `{name}` that the run would replace; name another folder, or let it with `--overwrite`"
         )),
         None => Ok(()),
     }
+}
+
+/// Whether the folder holds the settings of an earlier run, just as it wrote them.
+fn was_ours(out: &Path) -> bool {
+    let Ok(text) = std::fs::read_to_string(out.join("train.toml")) else { return false };
+    let config: Option<TrainConfig> = toml::from_str(&text).ok();
+    config.and_then(|config| toml::to_string(&config).ok()).is_some_and(|written| written == text)
 }
 
 fn is_same(a: &Path, b: &Path) -> bool {
