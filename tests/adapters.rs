@@ -382,7 +382,9 @@ fn the_adapters_own_text_is_used_while_it_is_attached() {
     };
     let config = |eos: Option<&str>| {
         let mut config = json!({ "chat_template": OWN_TEMPLATE });
-        eos.map(|eos| config["eos_token"] = eos.into());
+        if let Some(eos) = eos {
+            config["eos_token"] = eos.into();
+        }
         config.to_string()
     };
     let base = prompt(&open_exact(&model, 1));
