@@ -4,7 +4,7 @@
 
 use crate::chat::ChatTemplate;
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::write_bytes;
+use crate::format::{sidecar_names, write_bytes};
 use crate::tokenizer::{SpecialText, Tokenizer, read_json};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -16,16 +16,6 @@ use std::path::{Path, PathBuf};
 pub(crate) type Text = (Tokenizer, ChatTemplate);
 
 const TOKENIZER: &str = "tokenizer.json";
-/// Files that are copied along with an adapter that is trained on.
-const FILES: [&str; 6] = [
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-];
-
 /// What an adapter's folder says about text that its base does not say.
 #[derive(Clone, Debug)]
 pub(crate) struct Own {
@@ -136,12 +126,13 @@ pub(crate) fn carry(init: Option<&Own>, base: &Path, out: &Path) -> Result<()> {
         (None, Some(_)) => {}
     }
     let Some(init) = init else { return Ok(()) };
-    for name in FILES {
-        let from = init.dir.join(name);
-        if from.is_file() {
-            let bytes = fs::read(&from).map_err(|e| Error::io("read", &from, e))?;
-            write_bytes(&out.join(name), &bytes)?;
+    for name in sidecar_names(&init.dir)? {
+        let (from, to) = (init.dir.join(&name), out.join(&name));
+        let bytes = fs::read(&from).map_err(|e| Error::io("read", &from, e))?;
+        if let Some(folder) = to.parent() {
+            fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
         }
+        write_bytes(&to, &bytes)?;
     }
     Ok(())
 }

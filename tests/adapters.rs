@@ -437,6 +437,9 @@ fn training_on_keeps_the_adapters_own_text() {
     let (model, chats) = (tiny_chat_model(dir.path()), tiny_chats(dir.path(), 4));
     let start = adapter(dir.path(), "start", &plain(), json!({}));
     fs::write(start.join("chat_template.jinja"), OWN_TEMPLATE).unwrap();
+    let further = "additional_chat_templates/tool_use.jinja";
+    fs::create_dir(start.join("additional_chat_templates")).unwrap();
+    fs::write(start.join(further), OWN_TEMPLATE).unwrap();
     let init = AdapterFile::open(&start).unwrap();
     let mut session = open_exact(&model, 1);
     session.read_as(&init).unwrap();
@@ -447,7 +450,7 @@ fn training_on_keeps_the_adapters_own_text() {
     let config = TrainConfig { steps: Some(1), ..TrainConfig::default() };
     session.trainer(config.clone(), data.clone(), None, Some(&init), &out).unwrap().run(&mut OneStep).unwrap();
     session.detach_all();
-    assert!(prompt(&with(&model, &out)).contains("[user]"));
+    assert!(prompt(&with(&model, &out)).contains("[user]") && out.join(further).exists());
     // A new adapter in that folder would be taken for one that was taught with this template.
     let error = session.trainer(config, data, None, None, &out).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("chat template"), "{error}");

@@ -98,9 +98,12 @@ fn a_young_run_that_is_killed_leaves_a_checkpoint() {
     child.kill().unwrap();
     child.wait().unwrap();
     let log = fs::read_to_string(Path::new(&out).join("log.jsonl")).unwrap();
-    let stopped = start(&f, &[&endless(&f, &out)[..], &["--resume"]].concat());
-    let mut lines = BufReader::new(stopped.stdout.unwrap()).lines();
+    let mut resumed = start(&f, &[&endless(&f, &out)[..], &["--resume"]].concat());
+    let mut lines = BufReader::new(resumed.stdout.take().unwrap()).lines();
     let first: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    // Nobody reads on, which ends it.
+    drop(lines);
+    resumed.wait().unwrap();
     let step = first["step"].as_u64().unwrap();
     assert!(step > 1 && step <= log.lines().count() as u64 + 1, "resumed at {step}");
 }

@@ -22,6 +22,7 @@ pub(crate) use bnb::weight_of;
 pub use head::int8_head;
 pub use hf::Checkpoint;
 pub use hf_source::HfSource;
+pub(crate) use hf_source::sidecar_names;
 #[cfg(feature = "cli")]
 pub(crate) use place::folder_of;
 pub use place::model_of;
@@ -34,7 +35,6 @@ pub(crate) use writer::{Entry, Writer};
 #[cfg(feature = "hub")]
 mod for_cache {
     pub(crate) use super::head::head_origin;
-    pub(crate) use super::hf_source::sidecar_names;
     pub(crate) use super::plan::nf4_bytes;
     pub(crate) use super::quantize::{CONFIG, CONVERSION, MODEL, write_sidecars};
     pub(crate) use super::source::is_gguf;
