@@ -72,7 +72,7 @@ fn a_repository_arrives_without_what_could_run_code() {
     let mut names: Vec<_> =
         fs::read_dir(&path).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
-    assert_eq!(fs::read_dir(path.join(&names.remove(0))).unwrap().count(), 1, "one further template");
+    assert_eq!(fs::read_dir(path.join(names.remove(0))).unwrap().count(), 1, "one further template");
     assert_eq!(names, ["config.json", "model.safetensors", "tokenizer.json"]);
     assert_eq!(fs::read(path.join("model.safetensors")).unwrap(), weights());
     assert_eq!(hub.resolve(NAME), Some(path.clone()));
