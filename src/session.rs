@@ -244,6 +244,9 @@ impl Session {
     /// What is odd about `file` on this base.
     fn doubts(&self, file: &AdapterFile) -> Result<Vec<String>> {
         let mut doubts = file.doubts(self.base.model.params())?;
+        if let Some(named) = file.config.base.as_deref().filter(|named| is_another(named, &self.base_name)) {
+            doubts.push(format!("it names `{named}` as its base, and this is `{}`", self.base_name));
+        }
         doubts.iter_mut().for_each(|doubt| *doubt = format!("`{}`: {doubt}", file.dir.display()));
         Ok(doubts)
     }
@@ -500,6 +503,22 @@ pub struct Material {
     pub general: Option<Dataset>,
 }
 
+/// Whether two names of the model hub are of different models, whatever form the weights are in. Paths tell nothing.
+fn is_another(a: &str, b: &str) -> bool {
+    let model = |name: &str| {
+        let (owner, repository) = name.split_once('/')?;
+        let path =
+            owner.is_empty() || owner.starts_with(['.', '~']) || repository.contains('/') || Path::new(name).exists();
+        let mut model = repository.to_ascii_lowercase();
+        const FORMS: [&str; 6] = ["-bnb-4bit", "-unsloth", "-4bit", "-nf4", "-gguf", "-hf"];
+        while let Some(rest) = FORMS.iter().find_map(|form| model.strip_suffix(form)) {
+            model = rest.to_owned();
+        }
+        (!path && !model.is_empty()).then_some(model)
+    };
+    matches!((model(a), model(b)), (Some(a), Some(b)) if a != b)
+}
+
 /// What `open` gives, and the anonymous bytes that the process holds more after it; 0 where the system does not tell.
 fn measured<T>(open: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
     let before = anonymous_bytes();
@@ -514,4 +533,23 @@ pub(crate) fn open_text(dir: &Path, special_text: SpecialText) -> Result<Option<
         return Ok(None);
     }
     open_with(dir, None, special_text).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_another;
+
+    #[test]
+    fn another_base_is_told_by_names_of_the_hub_alone() {
+        for (a, b, another) in [
+            ("meta/Tiny-1B", "unsloth/tiny-1b-unsloth-bnb-4bit", false),
+            ("meta/Tiny-1B", "other/Tiny-1B-GGUF", false),
+            ("meta/Tiny-1B", "meta/Tiny-3B", true),
+            ("meta/Tiny-1B", "/models/other", false),
+            ("./models/a", "meta/b", false),
+            ("a", "meta/b", false),
+        ] {
+            assert_eq!(is_another(a, b), another, "{a} {b}");
+        }
+    }
 }
