@@ -126,6 +126,12 @@ impl ChatTemplate {
         self.own
     }
 
+    /// What a model without a template of its own is asked in.
+    pub(crate) fn stand_in(&self) -> &'static str {
+        let chatml = self.env.get_template(DEFAULT).is_ok_and(|t| t.source() == CHATML);
+        if chatml { "ChatML" } else { "the Alpaca data" }
+    }
+
     /// A template given as text; `place` names it in errors.
     ///
     /// # Errors

@@ -27,8 +27,8 @@ pub(super) fn find(dir: &Path) -> Result<Option<(Named, PathBuf)>> {
     if !own.is_empty() {
         return Ok(Some((own, file)));
     }
-    // Processors of models that see or hear keep theirs in a file of this name.
-    for name in ["chat_template.json", "tokenizer_config.json"] {
+    // Processors of models that see or hear keep theirs in a file of its own, which counts last.
+    for name in ["tokenizer_config.json", "chat_template.json"] {
         let path = dir.join(name);
         if let Some(templates) = templates_of(&read_json(&path)?, &path)? {
             return Ok(Some((templates, path)));
@@ -60,7 +60,8 @@ fn read(path: &Path) -> Result<Option<String>> {
         Ok(text) => {
             // A pointer or a page would be a template that never mentions the messages.
             foreign::check(path, text.as_bytes(), "a chat template")?;
-            Ok(Some(text))
+            // Editors of another system begin a file with a mark that is no text.
+            Ok(Some(text.strip_prefix('\u{feff}').map_or_else(|| text.clone(), str::to_owned)))
         }
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::io("read", path, e)),

@@ -26,16 +26,18 @@ impl DataCheck {
             Some(bos) if checks.begun > 0 || checks.texts > 0 && !tokenizer.prefix_ids().is_empty() => {
                 faults.push(format!("{} of {all} do not begin with {}", all - checks.begun, name(bos)));
             }
+            Some(bos) if !tokenizer.prefix_ids().is_empty() => {
+                facts.push(format!("the chat template writes no {}, which the tokenizer puts before texts", name(bos)));
+            }
             _ => facts.push("begins without a token of its own, as this model's texts do".to_owned()),
         }
         match checks.chats {
             0 => facts.push("no template (texts are taken as they are)".to_owned()),
             _ if template.is_own() => facts.push("the model's own chat template".to_owned()),
-            _ => faults.push(
-                "the model has no chat template, so conversations stand in the layout of instructions; `chat` uses the \
-                 same"
-                .to_owned(),
-            ),
+            _ => faults.push(format!(
+                "the model has no chat template, so conversations stand in the layout of {}, and `chat` asks in it, too",
+                template.stand_in()
+            )),
         }
         let ends: Vec<String> = checks.ends.iter().map(|&id| name(id)).collect();
         if checks.unended > 0 {
@@ -44,10 +46,22 @@ impl DataCheck {
                 checks.unended
             ));
         }
+        if checks.shortened > 0 {
+            faults.push(format!("of {} answers the chat template leaves a part out", checks.shortened));
+        }
+        if !checks.left_out.is_empty() {
+            let keys: Vec<&str> = checks.left_out.iter().map(String::as_str).collect();
+            faults.push(format!("the chat template leaves out `{}`", keys.join("`, `")));
+        }
         if !ends.is_empty() {
             facts.push(format!("ends with {}, which is learned", ends.join(" or ")));
         }
         Self { facts, faults }
+    }
+
+    /// Says on stderr what the model was not trained to see.
+    pub fn warn(&self) {
+        self.faults.iter().for_each(|fault| eprintln!("warning: {fault}; `train --dry-run` shows the samples"));
     }
 
     /// One line.

@@ -1,5 +1,6 @@
 //! Text to token ids and back, by a Hugging Face `tokenizer.json`.
 
+mod declared;
 mod plain;
 mod special;
 mod stream;
@@ -75,6 +76,7 @@ impl Tokenizer {
         let unlimited = inner.with_truncation(None);
         unlimited.map_err(|e| Error::format(&path, "truncation", "none", &e))?;
 
+        declared::add(special, &mut inner)?;
         let names = special::Names::read(special, model, &inner)?;
         let specials = SpecialTokens::new(&inner, |token| token.special);
         let mut tokenizer = Self {
@@ -255,9 +257,39 @@ fn parse(bytes: &[u8]) -> tokenizers::Result<tokenizers::Tokenizer> {
     struct Checked {
         #[allow(dead_code, reason = "parsing it is the check")]
         decoder: Option<Value>,
+        #[serde(default)]
+        added_tokens: Vec<Added>,
+        model: Option<Model>,
     }
-    serde_json::from_slice::<Checked>(bytes)?;
-    guarded(|| tokenizers::Tokenizer::from_bytes(bytes))
+    #[derive(Deserialize)]
+    struct Added {
+        id: u32,
+        content: String,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        dropout: Option<f64>,
+    }
+    let checked: Checked = serde_json::from_slice(bytes)?;
+    let tokenizer = if checked.model.and_then(|m| m.dropout).is_some_and(|p| p > 0.0) {
+        // Meant for the training of models from nothing: the same text would become other tokens each time.
+        let mut json: Value = serde_json::from_slice(bytes)?;
+        json["model"]["dropout"] = Value::Null;
+        let bytes = serde_json::to_vec(&json)?;
+        guarded(|| tokenizers::Tokenizer::from_bytes(bytes))?
+    } else {
+        guarded(|| tokenizers::Tokenizer::from_bytes(bytes))?
+    };
+    // The crate gives a token the next free id, whatever the file says: that is another row of the embedding.
+    for Added { id, content } in checked.added_tokens {
+        if tokenizer.token_to_id(&content) != Some(id) {
+            let got = tokenizer.token_to_id(&content).map_or_else(|| "none".to_owned(), |id| id.to_string());
+            return Err(
+                format!("id {id} for the added token `{content}`, where the vocabulary has room for {got}").into()
+            );
+        }
+    }
+    Ok(tokenizer)
 }
 
 /// Runs `work` of crate `tokenizers`, which meets some absurd files with a panic, and makes an error of that.

@@ -37,7 +37,14 @@ impl Names {
             let inner = json.get("text_config").and_then(Value::as_object);
             for (key, ids) in ["bos_token_id", "eos_token_id"].into_iter().zip(&mut ids) {
                 for object in [Some(&json), inner].into_iter().flatten() {
-                    ids.extend(ids_of(object, key, &path)?);
+                    let given = ids_of(object, key, &path)?;
+                    // An end that no token is would never come.
+                    if let Some(id) =
+                        given.iter().find(|&&id| key == "eos_token_id" && tokenizer.id_to_token(id).is_none())
+                    {
+                        return Err(Error::format(&path, key, "ids of tokens in tokenizer.json", format!("`{id}`")));
+                    }
+                    ids.extend(given);
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use super::common::golden;
 use super::{Fixture, Notes, config, fixture, same, stop_after, weights};
-use pocketlora::adapter::AdapterFile;
+use pocketlora::adapter::{AdapterFile, LoraConfig};
 use pocketlora::train::{Summary, TrainConfig, Trainer};
 use pocketlora_kernels::Cpu;
 use std::fs;
@@ -102,7 +102,10 @@ fn training_on_keeps_the_shape_of_a_peft_adapter() {
         assert!(same(&trainer.snapshot().unwrap(), &rounded), "{name}: begins elsewhere");
         trainer.run(&mut Notes::default()).unwrap();
         let trained = AdapterFile::open(&out).unwrap();
-        assert_eq!(trained.config, init.config, "{name}");
+        // What is trained here also knows its base.
+        let base_mark = trained.config.base_mark.clone();
+        assert!(base_mark.is_some(), "{name}");
+        assert_eq!(trained.config, LoraConfig { base_mark, ..init.config.clone() }, "{name}");
         let text = fs::read_to_string(out.join("train.toml")).unwrap();
         let told: TrainConfig = toml::from_str(&text).unwrap();
         assert_eq!(

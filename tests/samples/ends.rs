@@ -1,6 +1,6 @@
 //! How samples begin and end: one beginning, one end at which generation stops, whatever names or writes them.
 
-use super::{chat_file, line};
+use super::{byte_tokenizer, chat_file, line};
 use crate::common::check_all;
 use pocketlora::chat::{ChatTemplate, Message};
 use pocketlora::tokenizer::{SpecialText, Tokenizer};
@@ -90,6 +90,13 @@ fn there_is_one_beginning_and_one_end() {
             r#"{"text": "<s>q a<|im_end|>\n"}"#,
             "<s>[q a<|im_end|>]\n",
         ),
+        (
+            "two ends",
+            true,
+            vec![("tokenizer_config.json", names.clone())],
+            r#"{"text": "<s>q<|im_end|></s>"}"#,
+            "<s>[q<|im_end|>]</s>",
+        ),
         ("chat", true, vec![("tokenizer_config.json", names.clone())], &chat, turn),
         (
             "special_tokens_map.json",
@@ -174,7 +181,11 @@ fn there_is_one_beginning_and_one_end() {
 fn a_base_without_a_template_learns_to_stop() {
     let dir = tempfile::tempdir().unwrap();
     let text = model(dir.path(), true, &[("tokenizer_config.json", json!({"bos_token": "<s>", "eos_token": "</s>"}))]);
-    let mut json: Value = serde_json::from_slice(&fs::read(dir.path().join("tokenizer.json")).unwrap()).unwrap();
+    let written: Value = serde_json::from_slice(&fs::read(dir.path().join("tokenizer.json")).unwrap()).unwrap();
+    let mut json = byte_tokenizer();
+    json["post_processor"] = written["post_processor"].clone();
+    let taken = |text: &str| text.starts_with("<|");
+    json["model"]["vocab"].as_object_mut().unwrap().retain(|text, id| id.as_u64() < Some(256) || !taken(text));
     json["added_tokens"].as_array_mut().unwrap().retain(|t| !t["content"].as_str().unwrap().starts_with("<|"));
     fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
     drop(text);
@@ -242,18 +253,18 @@ fn templates_are_found_by_file_and_by_name() {
             "T1",
         ),
         (
-            "an object in a file of its own",
+            "a processor's file counts last",
             vec![
                 ("chat_template.json", json!({"chat_template": {"default": "O"}})),
                 ("tokenizer_config.json", json!({"chat_template": "N"})),
             ],
-            "O",
-            "O",
+            "N",
+            "N",
         ),
         ("a processor's file", vec![("chat_template.json", json!({"chat_template": "P"}))], "P", "P"),
         (
             "the newest counts",
-            vec![("chat_template.jinja", "J".into()), ("tokenizer_config.json", json!({"chat_template": "N"}))],
+            vec![("chat_template.jinja", "\u{feff}J".into()), ("tokenizer_config.json", json!({"chat_template": "N"}))],
             "J",
             "J",
         ),
@@ -306,4 +317,110 @@ fn templates_print_what_jinja_prints_or_are_refused() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(refused <= REFUSED, "{refused} are refused");
+}
+
+/// A template that leaves out what the model needs is refused by the key; what it makes of an answer is told.
+#[test]
+fn what_a_template_leaves_out_is_not_lost_without_a_word() {
+    let config = |template: &str| json!({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template});
+    let without = |what: &str| PLAIN.replace("for m in messages", &format!("for m in messages if {what}"));
+    let user = json!({"role": "user", "content": "q"});
+    let answer = |more: Value| {
+        let mut turn = json!({"role": "assistant", "content": "a"});
+        turn.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        turn
+    };
+    let call = json!({"tool_calls": [{"function": {"name": "f", "arguments": {}}}]});
+    let system = json!([{"role": "system", "content": "s"}, user, answer(json!({}))]);
+    let thought = PLAIN.replace("{{ m.content }}", "{{ m.content.split('</t>')[-1] }}");
+    // Template, record, and what is said: refused with this, or else the parts left out and shortened answers.
+    let cases: [(&str, String, Value, Result<(&str, usize), &str>); 6] = [
+        ("tools", PLAIN.into(), json!({"messages": [user, answer(json!({}))], "tools": [{"name": "f"}]}), Err("tools")),
+        ("a call", PLAIN.into(), json!({"messages": [user, answer(call.clone())]}), Err("tool_calls")),
+        ("a system's turn", without("m.role != 'system'"), json!({ "messages": system }), Err("system")),
+        (
+            "a thought",
+            PLAIN.into(),
+            json!({"messages": [user, answer(json!({"reasoning_content": "r"}))]}),
+            Ok(("assistant.reasoning_content", 0)),
+        ),
+        (
+            "a part of an answer",
+            thought,
+            json!({"messages": [user, {"role": "assistant", "content": "x</t>a"}]}),
+            Ok(("", 1)),
+        ),
+        ("nothing", PLAIN.into(), json!({ "messages": system }), Ok(("", 0))),
+    ];
+    check_all(cases, |(name, template, record, expected)| {
+        let dir = tempfile::tempdir().unwrap();
+        let (tokenizer, chat) = model(dir.path(), true, &[("tokenizer_config.json", config(template))]);
+        let path = dir.path().join("one.jsonl");
+        fs::write(&path, record.to_string()).unwrap();
+        let found = Dataset::open(&path, &tokenizer, &chat, Limits { tokens: 999, vocab: 999 });
+        let found = found.map(|data| {
+            let left_out: Vec<String> = data.checks.left_out.into_iter().collect();
+            (left_out.join(" "), data.checks.shortened)
+        });
+        match (&found, expected) {
+            (Ok((left_out, shortened)), Ok(expected)) if (left_out.as_str(), *shortened) == *expected => Ok(()),
+            (Err(e), Err(key)) if e.to_string().contains(&format!("`{key}`")) => Ok(()),
+            _ => Err(format!("{name}: {found:?}")),
+        }
+    });
+}
+
+/// What only the files beside a tokenizer declare is one token, or refused by name.
+#[test]
+fn declared_tokens_are_tokens() {
+    type Files = Vec<(&'static str, Value)>;
+    // `Q!` is in the vocabulary, and only these files call it special.
+    let named = |key: &str| json!({ key: "Q!", "chat_template": PLAIN });
+    let decoder = |id: &str| json!({"added_tokens_decoder": {id: {"content": "<new>", "special": true}}});
+    let cases: [(&str, Files, Result<&str, &str>); 9] = [
+        ("eos", vec![("tokenizer_config.json", named("eos_token"))], Ok("Q!")),
+        ("eos, older file", vec![("special_tokens_map.json", named("eos_token"))], Ok("Q!")),
+        ("a list", vec![("tokenizer_config.json", json!({"additional_special_tokens": ["Q!"]}))], Ok("Q!")),
+        ("an object", vec![("tokenizer_config.json", json!({"extra_special_tokens": {"image": "Q!"}}))], Ok("Q!")),
+        ("by id", vec![("tokenizer_config.json", decoder("274"))], Ok("<new>")),
+        ("oldest form", vec![("added_tokens.json", json!({"<new>": 274}))], Ok("<new>")),
+        ("another id", vec![("tokenizer_config.json", decoder("400"))], Err("id 400")),
+        ("unknown", vec![("tokenizer_config.json", json!({"bos_token": "<nope>"}))], Err("<nope>")),
+        ("an end that is none", vec![("config.json", json!({"eos_token_id": 9999}))], Err("9999")),
+    ];
+    check_all(cases, |(name, files, expected)| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut json = byte_tokenizer();
+        json["model"]["vocab"]["Q!"] = 273.into();
+        fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        files.iter().for_each(|(file, content)| fs::write(dir.path().join(file), content.to_string()).unwrap());
+        let ids = Tokenizer::open(dir.path()).map(|t| expected.map(|text| t.encode(text, false).unwrap().len()));
+        match (&ids, expected) {
+            (Ok(Ok(1)), Ok(_)) => Ok(()),
+            (Err(e), Err(said)) if e.to_string().contains(said) => Ok(()),
+            _ => Err(format!("{name}: {ids:?}")),
+        }
+    });
+}
+
+#[test]
+fn a_tokenizer_is_what_its_file_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |change: &dyn Fn(&mut Value)| {
+        let mut json = byte_tokenizer();
+        change(&mut json);
+        fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        Tokenizer::open(dir.path())
+    };
+    // Another id would be another row of the embedding.
+    let moved = write(&|json| json["added_tokens"][3]["id"] = 500.into());
+    assert!(moved.is_err_and(|e| e.to_string().contains("<|im_end|>") || e.to_string().contains("500")));
+    // Chance has no place in reading a text.
+    let merges = |json: &mut Value| {
+        json["model"]["vocab"]["ab"] = 300.into();
+        json["model"]["merges"] = json!([["a", "b"]]);
+        json["model"]["dropout"] = 0.9.into();
+    };
+    let tokenizer = write(&merges).unwrap();
+    assert_eq!(tokenizer.encode(&"ab".repeat(50), false).unwrap().len(), 50);
 }

@@ -87,6 +87,15 @@ impl Reader {
     }
 }
 
+/// The tokenizer of single bytes as JSON, its special tokens in the vocabulary as well, so that others find room behind.
+fn byte_tokenizer() -> serde_json::Value {
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(chat_file("tokenizer.json")).unwrap()).unwrap();
+    for token in json["added_tokens"].as_array().unwrap().clone() {
+        json["model"]["vocab"][token["content"].as_str().unwrap()] = token["id"].clone();
+    }
+    json
+}
+
 /// A line of data with a conversation.
 fn line(turns: &[(&str, &str)]) -> String {
     let turns: Vec<serde_json::Value> =

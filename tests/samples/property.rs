@@ -1,6 +1,6 @@
 //! Of any conversation, by any template, with any tokenizer: what is learned decodes to the answers and their ends, whole.
 
-use super::chat_file;
+use super::{byte_tokenizer, chat_file};
 use pocketlora::chat::ChatTemplate;
 use pocketlora::tokenizer::Tokenizer;
 use pocketlora::train::{Dataset, Limits, Sample};
@@ -73,7 +73,7 @@ impl Dice {
 
 /// The tokenizer of single bytes, and what becomes of it by name.
 fn tokenizers() -> Vec<(&'static str, Value)> {
-    let bytes: Value = serde_json::from_slice(&fs::read(chat_file("tokenizer.json")).unwrap()).unwrap();
+    let bytes = byte_tokenizer();
     let mut joined = bytes.clone();
     let mut next = 300;
     let mut merges = Vec::new();
@@ -112,7 +112,8 @@ fn tokenizers() -> Vec<(&'static str, Value)> {
 /// A tokenizer as SentencePiece's are converted: spaces are `▁`, unknown characters fall back to their bytes.
 fn sentencepiece(bytes: &Value, prepend: bool) -> Value {
     let mut out = bytes.clone();
-    let mut vocab = json!({});
+    let mut vocab = bytes["model"]["vocab"].clone();
+    vocab.as_object_mut().unwrap().retain(|_, id| id.as_u64() >= Some(256));
     let mut next = 300;
     let mut add = |vocab: &mut Value, token: &str| {
         if vocab.get(token).is_none() {

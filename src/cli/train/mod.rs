@@ -9,6 +9,7 @@ pub(super) use report::plan_text;
 pub(super) use watcher::Watcher;
 
 use super::args::SpecialTokensArg;
+use super::data_check::DataCheck;
 use super::{data, model, names};
 use crate::adapter::AdapterFile;
 use crate::error::Result;
@@ -111,6 +112,7 @@ fn read(session: &mut Session, config: &TrainConfig, init: Option<&AdapterFile>,
     let data = session.dataset(&args.data, config.seq)?;
     let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
     data::say_unused(eval_data.as_ref());
+    DataCheck::new(&data.checks, session.tokenizer()?, session.template()?).warn();
     let material = session.material(config, data, eval_data)?;
     session.forget_text();
     Ok(material)

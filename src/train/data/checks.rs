@@ -19,6 +19,10 @@ pub struct Checks {
     pub unended: usize,
     /// Those tokens.
     pub ends: BTreeSet<u32>,
+    /// Answers of which the chat template leaves a part out.
+    pub shortened: usize,
+    /// Keys of turns that the chat template leaves out, such as `assistant.reasoning_content`.
+    pub left_out: BTreeSet<String>,
 }
 
 impl Checks {

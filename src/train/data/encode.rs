@@ -7,7 +7,11 @@ use crate::chat::{ChatTemplate, Message, Rendering};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::ops::Range;
+
+/// A rendering as tokens, and its turns.
+type Part = (Coded, Range<usize>);
 
 /// Turns records of one model's data into samples.
 pub(super) struct Encoder<'a> {
@@ -20,6 +24,8 @@ pub(super) struct Encoder<'a> {
     prefix: Vec<u32>,
     pub splits: Splits,
     pub checks: Checks,
+    /// What the template was seen to print, by name.
+    printed: BTreeSet<String>,
 }
 
 impl<'a> Encoder<'a> {
@@ -38,6 +44,7 @@ impl<'a> Encoder<'a> {
             prefix,
             splits: Splits::default(),
             checks: Checks::default(),
+            printed: BTreeSet::new(),
         })
     }
 
@@ -85,7 +92,9 @@ impl<'a> Encoder<'a> {
                            mark off one, or the record out";
             return Err(data_error("messages", message));
         }
-        let parts = self.rendered(messages, tools, from)?;
+        self.all_printed(messages, tools)?;
+        let (parts, shortened) = self.rendered(messages, tools, from)?;
+        self.checks.shortened += shortened;
         if parts.iter().all(|(c, _)| c.learned() == 0) {
             return Err(nothing_learned());
         }
@@ -180,39 +189,42 @@ impl<'a> Encoder<'a> {
     }
 
     fn coded(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<Vec<Coded>> {
-        Ok(self.rendered(messages, tools, from)?.into_iter().map(|(coded, _)| coded).collect())
+        Ok(self.rendered(messages, tools, from)?.0.into_iter().map(|(coded, _)| coded).collect())
     }
 
     fn fits(&self, coded: &[Coded]) -> bool {
         coded.iter().all(|c| c.ids.len() <= self.limit)
     }
 
-    /// A conversation as tokens, with the turns of each rendering. Where the template gives answers no end at which
-    /// generation stops, each answer is a rendering of its own that the end-of-text token closes: without one the model
-    /// would learn to go on for ever.
-    fn rendered(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<Vec<(Coded, Range<usize>)>> {
+    /// A conversation as tokens, with the turns of each rendering, and how many answers are printed in part. Where the
+    /// template gives answers no end at which generation stops, each answer is a rendering of its own that the end-of-text
+    /// token closes: without one the model would learn to go on for ever.
+    fn rendered(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<(Vec<Part>, usize)> {
         // A part of a conversation may hold no answer to learn: then there is nothing to render for.
         let learned = |i: &usize| messages[*i].role == "assistant" && messages[*i].learned;
         let turns: Vec<usize> = (from..messages.len()).filter(learned).collect();
         if turns.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), 0));
         }
         let renderings = self.template.render_with_answers(messages, tools, from)?;
         let coded = renderings.iter().map(|r| self.code(r, messages)).collect::<Result<Vec<_>>>()?;
-        let Some(eos) = self.tokenizer.eos().filter(|_| coded.iter().any(|(_, ended)| !ended)) else {
-            return Ok(coded.into_iter().zip(renderings).map(|((c, _), r)| (c, r.turns)).collect());
+        let mut shortened = coded.iter().map(|(.., shortened)| shortened).sum();
+        let Some(eos) = self.tokenizer.eos().filter(|_| coded.iter().any(|(_, ended, _)| !ended)) else {
+            return Ok((coded.into_iter().zip(renderings).map(|((c, ..), r)| (c, r.turns)).collect(), shortened));
         };
+        shortened = 0;
         let mut out = Vec::with_capacity(turns.len());
         for i in turns {
             for rendering in self.template.render_with_answers(&messages[..=i], tools, i)? {
-                let (mut coded, ended) = self.code(&rendering, messages)?;
+                let (mut coded, ended, less) = self.code(&rendering, messages)?;
+                shortened += less;
                 if !ended {
                     self.close(&mut coded, &rendering, messages[i].content.as_deref().unwrap_or_default(), eos)?;
                 }
                 out.push((coded, i..i + 1));
             }
         }
-        Ok(out)
+        Ok((out, shortened))
     }
 
     /// Ends a rendering behind its answer. Spaces that the template prints there are not the model's.
@@ -234,9 +246,9 @@ impl<'a> Encoder<'a> {
         Ok(())
     }
 
-    /// Tokens of a rendered conversation, and whether generation would stop at the end of each answer. Answers are
-    /// learned up to and including the token that ends them.
-    fn code(&self, rendering: &Rendering, messages: &[Message]) -> Result<(Coded, bool)> {
+    /// Tokens of a rendered conversation, whether generation would stop at the end of each answer, and how many answers
+    /// are printed in part. Answers are learned up to and including the token that ends them.
+    fn code(&self, rendering: &Rendering, messages: &[Message]) -> Result<(Coded, bool, usize)> {
         let tokens = self.tokenizer.encode_with_offsets(&rendering.text, &rendering.plain)?;
         let mut coded = Coded::new(&tokens, &rendering.answers, 1);
         let stops = |i: usize| self.tokenizer.stop.contains(&tokens[i].0);
@@ -260,8 +272,8 @@ impl<'a> Encoder<'a> {
             all_ended &= ended;
             said.push(words);
         }
-        self.all_said(rendering, messages, &said)?;
-        Ok((coded, all_ended))
+        let shortened = self.all_said(rendering, messages, &said)?;
+        Ok((coded, all_ended, shortened))
     }
 
     fn check(&mut self, coded: &Coded) {
@@ -269,27 +281,51 @@ impl<'a> Encoder<'a> {
         self.checks.end(coded.ids.iter().zip(&coded.trained).filter(|(_, t)| **t).map(|(id, _)| *id), self.tokenizer);
     }
 
-    /// Refuses a template that prints nothing of an answer. `said` has the learned tokens of each answer without its end.
-    fn all_said(&self, rendering: &Rendering, messages: &[Message], said: &[usize]) -> Result<()> {
+    /// Refuses a conversation of which the template leaves out what the model needs: a system's turn, tools, a call. Other
+    /// keys that it leaves out are noted. The template is asked once for each name, for it prints by their names.
+    fn all_printed(&mut self, messages: &[Message], tools: Option<&Value>) -> Result<()> {
+        let known = |name: &str| self.printed.contains(name) || self.checks.left_out.contains(name);
+        for (name, printed) in self.template.left_out(messages, tools, &known)? {
+            let key = name.rsplit('.').next().unwrap_or(&name);
+            if printed {
+                self.printed.insert(name);
+            } else if !name.contains('.') || matches!(key, "tool_calls" | "function_call") {
+                let message = format!(
+                    "expected a chat template that prints `{key}`, got one that leaves it out without a word; take it out \
+                     of the data, or give the model a template that knows it"
+                );
+                return Err(data_error(key, message));
+            } else {
+                self.checks.left_out.insert(name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a template that prints nothing of an answer, and counts the answers of which it prints a part. `said` has
+    /// the learned tokens of each answer without its end.
+    fn all_said(&self, rendering: &Rendering, messages: &[Message], said: &[usize]) -> Result<usize> {
         let turns = rendering.turns.clone().filter(|&i| messages[i].role == "assistant" && messages[i].learned);
         let turns: Vec<usize> = turns.collect();
         if turns.len() != said.len() {
-            return Ok(()); // blocks of the template's author are not always turns
+            return Ok(0); // blocks of the template's author are not always turns
         }
-        let silent = |&(i, &words): &(usize, &usize)| {
-            words == 0 && messages[i].content.as_deref().is_some_and(|c| !c.trim().is_empty())
-        };
-        match turns.into_iter().zip(said).find(silent) {
-            None => Ok(()),
-            Some((i, _)) => {
+        // Templates trim, and lay out anew what they print.
+        let words = |text: &str| text.chars().filter(|c| !c.is_whitespace()).collect::<String>();
+        let mut shortened = 0;
+        for ((i, &said), answer) in turns.into_iter().zip(said).zip(&rendering.answers) {
+            let content = words(messages[i].content.as_deref().unwrap_or_default());
+            if said == 0 && !content.is_empty() {
                 let message = format!(
                     "expected tokens to learn in turn {}, got none: the chat template prints nothing of the answer; \
                      correct the template or leave the turn out",
                     i + 1
                 );
-                Err(data_error("sample", message))
+                return Err(data_error("sample", message));
             }
+            shortened += usize::from(!words(&rendering.text[answer.clone()]).contains(&content));
         }
+        Ok(shortened)
     }
 
     /// Plain text, learned from byte `start` on, with one beginning and one end: what the text has of them already is
@@ -309,8 +345,16 @@ impl<'a> Encoder<'a> {
         let learned = start..text.len() + 1;
         let mut coded = Coded::new(&tokens, std::slice::from_ref(&learned), self.prefix.len());
         coded.trained[end..].fill(false);
-        if coded.learned() == 0 || start == text.len() && start > 0 {
+        let learned = coded.ids.iter().zip(&coded.trained).filter(|(_, trained)| **trained);
+        if learned.filter(|(id, _)| !self.tokenizer.stop.contains(id)).count() == 0 {
             return Err(nothing_learned());
+        }
+        // Nothing comes before the first token that could make it likely.
+        if start > 0 && tokens[0].1.end > start && !tokens[0].1.is_empty() {
+            let message = "expected a token before the completion, got one that the prompt and the completion share at the \
+                           text's beginning, which cannot be learned; put more text into the prompt, such as a space at \
+                           its end";
+            return Err(data_error("prompt", message));
         }
         self.checks.texts += 1;
         self.check(&coded);
@@ -332,7 +376,11 @@ impl<'a> Encoder<'a> {
         let stops = |t: &(u32, Range<usize>)| self.tokenizer.stop.contains(&t.0);
         let last = tokens.iter().rposition(|t| stops(t) || !blank(t));
         match (last, self.tokenizer.eos()) {
-            (Some(last), _) if stops(&tokens[last]) => last + 1,
+            // Of several ends the first is the one at which generation stops.
+            (Some(last), _) if stops(&tokens[last]) => {
+                let before = tokens[..last].iter().rposition(|t| !stops(t) && !blank(t)).map_or(0, |i| i + 1);
+                (before..=last).find(|&i| stops(&tokens[i])).unwrap_or(last) + 1
+            }
             (_, eos) => {
                 tokens.extend(eos.map(|eos| (eos, text.len()..text.len() + 1)));
                 tokens.len()
