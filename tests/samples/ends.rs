@@ -334,7 +334,8 @@ fn what_a_template_leaves_out_is_not_lost_without_a_word() {
     let system = json!([{"role": "system", "content": "s"}, user, answer(json!({}))]);
     let thought = PLAIN.replace("{{ m.content }}", "{{ m.content.split('</t>')[-1] }}");
     // Template, record, and what is said: refused with this, or else the parts left out and shortened answers.
-    let cases: [(&str, String, Value, Result<(&str, usize), &str>); 6] = [
+    type Said = Result<(&'static str, usize), &'static str>;
+    let cases: [(&str, String, Value, Said); 6] = [
         ("tools", PLAIN.into(), json!({"messages": [user, answer(json!({}))], "tools": [{"name": "f"}]}), Err("tools")),
         ("a call", PLAIN.into(), json!({"messages": [user, answer(call.clone())]}), Err("tool_calls")),
         ("a system's turn", without("m.role != 'system'"), json!({ "messages": system }), Err("system")),
