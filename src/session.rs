@@ -243,7 +243,7 @@ impl Session {
 
     /// What is odd about `file` on this base.
     fn doubts(&self, file: &AdapterFile) -> Result<Vec<String>> {
-        let mut doubts = file.doubts(self.base.model.params())?;
+        let mut doubts = file.doubts(self.base.model.as_ref())?;
         if let Some(named) = file.config.base.as_deref().filter(|named| is_another(named, &self.base_name)) {
             doubts.push(format!("it names `{named}` as its base, and this is `{}`", self.base_name));
         }

@@ -206,6 +206,10 @@ fn what_would_be_ignored_or_wrong_is_refused_by_name() {
         .collect();
     let twice = and(q_proj(|path| format!("base_model.model.{path}.default.weight")));
     let vector = |name: &str| (format!("base_model.model.{name}"), vec![WIDTH], vec![1.0; WIDTH]);
+    let layer = |name: &str| (format!("base_model.model.{name}.weight"), vec![WIDTH; 2], vec![0.0; WIDTH * WIDTH]);
+    const Q_WEIGHT: &str = "model.layers.0.self_attn.q_proj";
+    const V_WEIGHT: &str = "model.layers.0.self_attn.v_proj";
+    const V_BASE: &str = "model.layers.0.self_attn.v_proj.base_layer";
     let rows = ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", 2);
     let rows = (rows.0.to_owned(), vec![rows.1, WIDTH], embedding(2));
     let no_changes = json!({});
@@ -233,6 +237,10 @@ fn what_would_be_ignored_or_wrong_is_refused_by_name() {
             json!({"modules_to_save": ["embed_tokens"]}),
             "515",
         ),
+        ("a layer's weight", and(vec![layer(Q_WEIGHT)]), no_changes.clone(), "modules_to_save"),
+        ("an adapted layer's", and(vec![layer(V_WEIGHT)]), no_changes.clone(), "modules_to_save"),
+        ("below no adapter", and(vec![layer(V_BASE)]), no_changes.clone(), "modules_to_save"),
+        ("a bias", and(vec![vector("model.layers.0.self_attn.q_proj.bias")]), no_changes.clone(), "`bias`"),
         ("new rows", and(vec![rows.clone()]), json!({"trainable_token_indices": [3, 4]}), "trainable_token_indices"),
         ("rows without ids", and(vec![rows]), no_changes.clone(), "trainable_token_indices"),
         (
@@ -280,6 +288,11 @@ fn what_is_odd_is_said() {
         ("layer 1 has nothing", json!({"layers_to_transform": null}), Some("model.layers.1.self_attn.q_proj")),
         ("another task", json!({"task_type": "SEQ_CLS"}), Some("SEQ_CLS")),
         ("biases", json!({"bias": "lora_only"}), Some("bias")),
+        ("another family", json!({"auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}}), Some("Qwen2ForCausalLM")),
+        ("its family", json!({"auto_mapping": {"base_model_class": "LlamaForCausalLM"}}), None),
+        ("no such rank", json!({"rank_pattern": {"v_proj": 8}}), Some("`v_proj` in `rank_pattern`")),
+        ("no such alpha", json!({"alpha_pattern": {"layers.7.*": 8}}), Some("`alpha_pattern`")),
+        ("a rank", json!({"rank_pattern": {"q_proj": 2}}), None),
         ("nothing", json!({}), None),
     ] {
         let mut session = with(&golden("tiny-llama"), &adapter(dir.path(), name, &plain(), config));
@@ -477,11 +490,21 @@ fn what_is_no_peft_adapter_is_told_by_its_files() {
     let unet = q_proj(|p| format!("lora_unet_{}.lora_down.weight", p.replace('.', "_")));
     check_all(
         [
-            (folder("pickle", &[("adapter_config.json", config), ("adapter_model.bin", "x")]), "pickle"),
+            (
+                folder("pickle", &[("adapter_config.json", config), ("adapter_model.bin", "x")]),
+                "pickle/adapter_model.bin",
+            ),
             (folder("mlx", &[("adapter_config.json", mlx), ("adapters.safetensors", "x")]), "mlx"),
             (folder("image", &[("pytorch_lora_weights.safetensors", "x")]), "image model"),
             (folder("no config", &[("adapter_model.safetensors", "x")]), "adapter_config.json"),
             (folder("a model", &[("config.json", "{}"), ("model.safetensors", "x")]), "`-m`"),
+            (folder("empty", &[]), "an empty folder"),
+            (folder("no weights", &[("adapter_config.json", config)]), "no `adapter_model.safetensors`"),
+            (folder("of llama.cpp", &[("adapter_config.json", config), ("adapter.gguf", "GGUF")]), "GGUF form"),
+            (
+                folder("parts", &[("adapter_config.json", config), ("adapter_model.safetensors.index.json", "{}")]),
+                "in several files",
+            ),
             (checkpoints.clone(), "checkpoint-100"),
             (gguf, "GGUF"),
             (good.join("adapter_model.safetensors"), "good"),

@@ -210,6 +210,25 @@ fn shards_are_read_and_an_index_cannot_point_outside() {
     assert!(model.contains(Q_PROJ) && model.contains("model.norm.weight"));
     assert_eq!(model.matrix(Q_PROJ).unwrap().rows, 128);
 
+    // Whole weights beside the parts: the file that is given is read, and the folder alone means neither.
+    let single = dir.path().join("model.safetensors");
+    let mut bytes = fs::read(source.join("model.safetensors")).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[header..].fill(0);
+    fs::write(&single, bytes).unwrap();
+    let zeros = |file: &str| {
+        let model = Checkpoint::open(&dir.path().join(file)).unwrap();
+        model.tensor(Q_PROJ).unwrap().bytes.iter().all(|&byte| byte == 0)
+    };
+    assert!(zeros("model.safetensors"));
+    assert!(!zeros("model.safetensors.index.json") && !zeros("model-00001-of-00001.safetensors"));
+    let error = Checkpoint::open(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("`model.safetensors`") && error.contains("index.json`"), "{error}");
+    fs::copy(&single, dir.path().join("model-00001-of-00009.safetensors")).unwrap();
+    fs::remove_file(&single).unwrap();
+    let error = Checkpoint::open(&dir.path().join("model-00001-of-00009.safetensors")).unwrap_err().to_string();
+    assert!(error.contains("of-00009") && error.contains("another"), "{error}");
+
     let outside = source.join("model.safetensors").display().to_string();
     for bad in ["../model.safetensors", "..", ".", "", "a/b", "./model-00001-of-00001.safetensors", &outside] {
         let error = open_with(json!({Q_PROJ: bad})).unwrap_err();

@@ -230,6 +230,7 @@ fn weights_that_are_not_finite_are_named() {
             let error = run(&source, &dir.path().join("out"), to).unwrap_err();
             assert!(error.to_string().contains(&format!("got `{bad}` at element `{at}`")), "{error}");
             assert!(error.code() == ErrorCode::Format && error.place().contains(name), "{error}");
+            assert!(error.to_string().contains("another copy"), "{error}");
         }
     }
     assert!(entries(dir.path()).is_empty());

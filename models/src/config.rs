@@ -97,6 +97,10 @@ impl Config {
         if head_dim % 2 != 0 || head_dim > MAX_COUNT {
             return Err(ConfigError::new("head_dim", format!("an even number up to {MAX_COUNT}"), head_dim));
         }
+        if let Some(rotated) = keys.get("rotary_dim").filter(|dim| dim.as_u64() != Some(head_dim as u64)) {
+            let expected = format!("nothing or the whole head's {head_dim}");
+            return Err(ConfigError::unsupported("rotary_dim", expected, rotated));
+        }
         let eps = keys.number("rms_norm_eps", 1e-6)?;
         if !(0.0..1.0).contains(&eps) {
             return Err(ConfigError::new("rms_norm_eps", "a number from 0 to 1", eps));
@@ -276,6 +280,15 @@ mod tests {
             ("qwen2", json!({"mlp_bias": true}), "mlp_bias"),
             ("qwen2", json!({"attn_logit_softcapping": 50.0}), "attn_logit_softcapping"),
             ("llama", json!({"no_rope_layers": [1, 0, 1]}), "no_rope_layers"),
+            ("llama", json!({"is_causal": false}), "is_causal"),
+            ("llama", json!({"use_bidirectional_attention": true}), "use_bidirectional_attention"),
+            ("llama", json!({"rotary_dim": 32}), "rotary_dim"),
+            ("llama", json!({"rope_ratio": 8}), "rope_ratio"),
+            ("llama", json!({"position_embedding_type": "absolute"}), "position_embedding_type"),
+            ("llama", json!({"norm_type": "layernorm"}), "norm_type"),
+            ("llama", json!({"rms_norm_add_unit_offset": true}), "rms_norm_add_unit_offset"),
+            ("llama", json!({"num_kv_shared_layers": 2}), "num_kv_shared_layers"),
+            ("qwen2", json!({"dual_chunk_attention_config": {"chunk_size": 8}}), "dual_chunk_attention_config"),
         ];
         for (family, change, key) in cases {
             match parse(family, change.clone()) {
@@ -290,6 +303,8 @@ mod tests {
         for change in [
             json!({"hidden_act": "swish", "logits_scaling": 1.0, "partial_rotary_factor": 1.0, "num_local_experts": 0}),
             json!({"mlp_bias": false, "residual_multiplier": null, "no_rope_layers": [], "use_qk_norm": false}),
+            json!({"is_causal": true, "rope_ratio": 1, "position_embedding_type": "rope", "num_kv_shared_layers": 0}),
+            json!({"norm_type": "rmsnorm", "rotary_dim": 2, "dual_chunk_attention_config": null}),
             json!({"pretraining_tp": 2, "use_cache": false, "torch_dtype": "float16", "somebody's": {"key": 1}}),
         ] {
             parse("llama", change.clone()).unwrap_or_else(|e| panic!("{change}: {e}"));

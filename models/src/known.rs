@@ -14,12 +14,14 @@ use serde_json::Value;
 #[derive(Clone, Copy)]
 enum Neutral {
     False,
+    /// `true`, which is what all families do.
+    True,
     /// This number; for a switch or a count, `false` and 0 are the same.
     Is(f64),
     OneOf(&'static [&'static str]),
 }
 
-use Neutral::{False, Is, OneOf};
+use Neutral::{False, Is, OneOf, True};
 
 /// Keys, the families that they would be unknown to (none named: all), and their neutral values.
 const KEYS: &[(&str, &[&str], Neutral)] = &[
@@ -34,6 +36,8 @@ const KEYS: &[(&str, &[&str], Neutral)] = &[
     // Positions.
     ("partial_rotary_factor", &[], Is(1.0)),
     ("rotary_pct", &[], Is(1.0)),
+    ("rope_ratio", &[], Is(1.0)),
+    ("position_embedding_type", &[], OneOf(&["rope", "rotary"])),
     ("rope_interleaved", &[], False),
     ("rope_interleave", &[], False),
     ("no_rope_layers", &[], False),
@@ -47,6 +51,10 @@ const KEYS: &[(&str, &[&str], Neutral)] = &[
     ("attn_output_gate", &[], False),
     ("attn_scale", &[], False),
     ("attn_temperature_tuning", &[], False),
+    ("dual_chunk_attention_config", &[], False),
+    ("is_causal", &[], True),
+    ("num_kv_shared_layers", &[], Is(0.0)),
+    ("use_bidirectional_attention", &[], False),
     ("clip_qkv", &[], False),
     ("kv_lora_rank", &[], Is(0.0)),
     ("q_lora_rank", &[], Is(0.0)),
@@ -76,6 +84,9 @@ const KEYS: &[(&str, &[&str], Neutral)] = &[
     ("parallel_attn", &[], False),
     ("pruned_heads", &[], False),
     ("use_parallel_residual", &[], False),
+    // Norms.
+    ("norm_type", &[], OneOf(&["rms", "rmsnorm", "rms_norm", "RMSNorm"])),
+    ("rms_norm_add_unit_offset", &[], False),
 ];
 
 /// Refuses the first key whose value the family could not honour.
@@ -98,7 +109,11 @@ impl Neutral {
         match value {
             Value::Array(list) => list.is_empty(),
             Value::Object(map) => map.is_empty(),
-            Value::Bool(switch) => !switch && !matches!(self, OneOf(_)),
+            Value::Bool(switch) => match self {
+                OneOf(_) => false,
+                True => *switch,
+                False | Is(_) => !switch,
+            },
             Value::Number(n) => matches!(self, Is(neutral) if n.as_f64() == Some(neutral)),
             Value::String(text) => matches!(self, OneOf(list) if list.contains(&text.as_str())),
             Value::Null => true,
@@ -110,6 +125,7 @@ impl std::fmt::Display for Neutral {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             False => f.write_str("nothing or false"),
+            True => f.write_str("nothing or true"),
             Is(number) => write!(f, "nothing or {number}"),
             OneOf(list) => write!(f, "one of `{}`", list.join("`, `")),
         }

@@ -80,8 +80,8 @@ impl<'s> Likelihood<'s> {
             return Ok(sum);
         }
         let message = format!(
-            "expected a finite number, got `{sum}`; the weights or an attached adapter are broken: leave out the adapter, or use \
-             another copy of the model"
+            "expected a finite number, got `{sum}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
+             `--precision exact`, leave out the adapter, or use another copy of the model"
         );
         Err(Error::new(ErrorCode::Diverged, "likelihood", message))
     }

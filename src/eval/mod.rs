@@ -57,8 +57,8 @@ impl Score {
             return Ok(self);
         }
         let message = format!(
-            "expected a finite number, got `{}`; the weights or an attached adapter are broken: leave out the adapter, or use \
-             another copy of the model",
+            "expected a finite number, got `{}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
+             `--precision exact`, leave out the adapter, or use another copy of the model",
             self.nll_sum
         );
         Err(Error::new(ErrorCode::Diverged, "loss", message))

@@ -1,10 +1,11 @@
 //! A Hugging Face model directory, mapped: `config.json` beside one safetensors file or several with an index.
 
 use super::bnb::{self, Weight};
-use super::safetensors::{self, Tensor, TensorFile};
+use super::safetensors::{Tensor, TensorFile, missing};
 use super::{foreign, place, widen};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{MatrixData, MatrixSource};
+use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -31,20 +32,14 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Self> {
         let path = &place::model_of(path);
         let config = place::config_of(path)?;
-        let (dir, single) = if path.is_dir() {
-            (path.to_path_buf(), path.join(place::SINGLE))
-        } else {
-            (place::folder_of(path), path.to_path_buf())
-        };
-        let single = single.exists().then(|| TensorFile::open(&single)).transpose()?;
-        let index = dir.join(place::INDEX);
-        let (files, owners) = match single {
-            Some(file) => {
+        let dir = if path.is_dir() { path.clone() } else { place::folder_of(path) };
+        let (files, owners) = match place::weights_of(path, &dir)? {
+            place::Weights::Single(single) => {
+                let file = TensorFile::open(&single)?;
                 let owners = file.tensors().map(|(name, _)| (name.to_owned(), 0)).collect();
                 (vec![file], owners)
             }
-            None if index.exists() => open_shards(&dir, &index)?,
-            None => return Err(foreign::no_weights(&dir)),
+            place::Weights::Parts(index) => open_shards(&dir, &index)?,
         };
         for file in &files {
             foreign::check_tensors(file.path(), &file.tensors().collect::<Vec<_>>())?;
@@ -151,7 +146,7 @@ impl Checkpoint {
     /// # Errors
     /// There is none of that name.
     pub fn tensor(&self, name: &str) -> Result<&Tensor> {
-        self.find(name).ok_or_else(|| safetensors::missing(&self.dir, name))
+        self.find(name).ok_or_else(|| missing(&self.dir, name))
     }
 
     /// The weight called `name`, 4-bit if bitsandbytes' companions lie beside it, as dense floats otherwise.
@@ -204,6 +199,14 @@ impl Checkpoint {
     pub(super) fn float_type(&self, name: &str, tensor: &Tensor) -> Result<pocketlora_kernels::FloatType> {
         if let Some(float) = tensor.float_type() {
             return Ok(float);
+        }
+        if tensor.dtype == Dtype::F64 {
+            let next = format!(
+                "convert the model to f32 or f16, for instance by `python3 -c \"from transformers import \
+                 AutoModelForCausalLM as M; M.from_pretrained('{0}').float().save_pretrained('{0}')\"`",
+                self.dir.display()
+            );
+            return Err(Error::unsupported(self.path_of(name), format_args!("tensor `{name}` of type `F64`"), next));
         }
         Err(self.bad(name, "elements of type `F32`, `F16` or `BF16`", tensor.describe()))
     }

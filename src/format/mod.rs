@@ -23,9 +23,9 @@ pub use head::int8_head;
 pub use hf::Checkpoint;
 pub use hf_source::HfSource;
 pub(crate) use hf_source::sidecar_names;
-#[cfg(feature = "cli")]
-pub(crate) use place::folder_of;
 pub use place::model_of;
+#[cfg(feature = "cli")]
+pub(crate) use place::{folder_of, is_of_parts};
 pub use quantize::{Existing, Progress, Summary, Target, quantize};
 pub use source::{Sidecars, Source, TensorMeta, open_source};
 pub(crate) use widen::widen;

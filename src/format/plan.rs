@@ -59,7 +59,11 @@ impl Weight {
 
     /// The error for the value at element `at` of the flattened weight.
     pub fn bad_value(&self, at: u64, value: f32, expected: &str) -> Error {
-        bad(&self.name, format!("expected {expected}, got `{value}` at element `{at}`"))
+        let next = match value.is_finite() {
+            true => "",
+            false => "; the file is broken there: fetch it again, or use another copy of the model",
+        };
+        bad(&self.name, format!("expected {expected}, got `{value}` at element `{at}`{next}"))
     }
 }
 

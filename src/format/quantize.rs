@@ -130,11 +130,12 @@ pub fn quantize(
     check_vacant(out, existing)?;
     let dir = AtomicDir::create(out, if existing == Existing::Replace { is_ours } else { |_| false })?;
     let mut ticker = Ticker { progress, done: 0, total: 0 };
-    let plan = Plan::new(source, to, &mut ticker)?;
+    let named = |e: Error| if e.code() == ErrorCode::Format { of_source(e, source) } else { e };
+    let plan = Plan::new(source, to, &mut ticker).map_err(named)?;
 
     let path = out.join(MODEL);
     let file = File::create_new(dir.path().join(MODEL)).map_err(|e| Error::io("create", &path, e))?;
-    let bytes = write_weights(source, &plan, &path, file, &mut ticker)?;
+    let bytes = write_weights(source, &plan, &path, file, &mut ticker).map_err(named)?;
     let mut config = serde_json::to_string_pretty(&config(source.config(), &plan)).unwrap_or_default();
     config.push('\n');
     atomic::write_file(&dir.path().join(CONFIG), |file| {
@@ -147,6 +148,19 @@ pub fn quantize(
     let elements = plan.weights.iter().map(Weight::elements).sum();
     let dense = plan.weights.len() - quantized;
     Ok(Summary { quantized, dense, elements, bytes, dtype: torch_name(plan.float) })
+}
+
+/// `e`, which is about a weight of `source`, with where that lies.
+fn of_source(e: Error, source: &dyn Source) -> Error {
+    let mut files = source.files();
+    files.retain(|file| !file.ends_with(CONFIG));
+    let place = match &files[..] {
+        [] => return e,
+        [one] => one.clone(),
+        [first, ..] => super::folder_of(first),
+    };
+    let shown = format!("`{}`", place.display());
+    if e.to_string().contains(&shown) { e } else { e.at(shown) }
 }
 
 /// Writes what travels with the weights of `source` into the folder `dir`.

@@ -131,8 +131,8 @@ impl Sampler {
 fn argmax(logits: &[f32]) -> Result<usize> {
     if let Some(at) = logits.iter().position(|l| !l.is_finite()) {
         let message = format!(
-            "expected finite numbers, got `{}`; the weights or an attached adapter are broken: detach the adapter, or use \
-             another copy of the model",
+            "expected finite numbers, got `{}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
+             `--precision exact`, detach the adapter, or use another copy of the model",
             logits[at]
         );
         return Err(Error::new(ErrorCode::Diverged, format!("logits: token {at}"), message));

@@ -218,7 +218,7 @@ impl<B: Backend> Trainer<B> {
         names.sort_unstable();
         names.dedup();
         let dropout = decimal(config.dropout);
-        let doubts = init.map_or(Ok(Vec::new()), |file| file.doubts(base.model.params()))?;
+        let doubts = init.map_or(Ok(Vec::new()), |file| file.doubts(base.model.as_ref()))?;
         let doubt = |message| {
             let place = init.map_or_else(String::new, |file| format!("`{}`", file.dir.display()));
             Error::new(ErrorCode::AdapterMismatch, place, message)

@@ -144,6 +144,11 @@ fn other_quantizations_are_named() {
         file.write(&path);
         refused_both_ways(name, &f.model, ErrorCode::Unsupported, &["model.safetensors", name])
     });
+    let mut file = Tensors(good.0);
+    file.0.retain(|tensor| tensor.0 != "model.norm.weight");
+    file.add("model.norm.weight", "F64", &[128], vec![0; 8 * 128]);
+    file.write(&path);
+    refused_both_ways("F64", &f.model, ErrorCode::Unsupported, &["model.safetensors", "`F64`", ".float()"]).unwrap();
 }
 
 /// Files of a folder, and how it is refused.

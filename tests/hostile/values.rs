@@ -3,6 +3,7 @@
 use super::{Fixture, check_all, fixture, open, refused};
 use pocketlora::Error;
 use pocketlora::ErrorCode::{Data, Diverged, Format};
+use pocketlora::format::{Existing, Progress, Target, quantize};
 use pocketlora::generate::Sampling;
 use pocketlora::train::{Observer, StepReport, TrainConfig};
 use serde_json::Value;
@@ -63,7 +64,11 @@ fn weights_that_are_not_numbers_are_noticed() {
         let session = open(&f.model).map_err(|e| e.to_string())?;
         let score = pocketlora::eval::score_text(&session, &[5, 6, 7], 512, &mut |_| true);
         refused(&what, score, Diverged, &["loss", "expected", "weights"])?;
-        refused(&what, train(&f), Diverged, &["step 1", "expected", "got"])
+        refused(&what, train(&f), Diverged, &["step 1", "expected", "got"])?;
+        let source = pocketlora::format::open_source(&f.model).unwrap();
+        let (out, mut go_on) = (f.dir.path().join("nf4"), |_: Progress<'_>| ControlFlow::Continue(()));
+        let made = quantize(source.as_ref(), &out, Target::Nf4, Existing::Keep, &mut go_on);
+        refused(&what, made, Format, &["model.safetensors", tensor, "another copy"])
     });
 }
 
@@ -71,7 +76,7 @@ fn weights_that_are_not_numbers_are_noticed() {
 fn block_scales_that_are_not_numbers_are_noticed() {
     let mut f = fixture();
     let nf4 = f.dir.path().join("tiny-chat-nf4");
-    super::common::convert(&f.model, &nf4, pocketlora::format::Target::Nf4);
+    super::common::convert(&f.model, &nf4, Target::Nf4);
     f.model = nf4;
     let path = f.model.join("model.safetensors");
     let good = fs::read(&path).unwrap();

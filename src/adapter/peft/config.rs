@@ -30,7 +30,7 @@ const KEYS: &[(&str, Use, &str)] = &[
     ("alora_invocation_tokens", OnlyDefault, "it works behind its invocation only: use it with PEFT"),
     ("alpha_pattern", Honoured, ""),
     ("arrow_config", OnlyDefault, "use the adapters that it routes between one at a time"),
-    ("auto_mapping", NoEffect, ""),
+    ("auto_mapping", Honoured, ""),
     ("base_model_name_or_path", Honoured, ""),
     ("bias", Honoured, ""),
     ("corda_config", NoEffect, ""), // how it began: `init_lora_weights` tells whether that changed the base
@@ -190,6 +190,8 @@ pub(super) struct Parsed {
     pub rows: Vec<(String, Vec<u32>)>,
     /// It trained biases, too.
     pub biases: bool,
+    /// The class of the model that it was trained on, such as `Qwen2ForCausalLM`.
+    pub base_class: Option<String>,
     /// What the user should know though it stops nothing.
     pub warnings: Vec<String>,
 }
@@ -248,6 +250,7 @@ pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
         ties_copies: keys.flag("ensure_weight_tying")?,
         rows: keys.rows()?,
         biases,
+        base_class: keys.base_class()?,
         warnings,
     })
 }
@@ -333,6 +336,14 @@ impl Keys<'_> {
             .collect()
     }
 
+    /// `base_model_class` of `auto_mapping`, which PEFT writes where it is not told a task.
+    fn base_class(&self) -> Result<Option<String>> {
+        let key = "auto_mapping";
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let map = value.as_object().ok_or_else(|| self.wrong(key, "an object"))?;
+        Ok(map.get("base_model_class").and_then(Value::as_str).map(str::to_owned))
+    }
+
     /// `trainable_token_indices`: ids, of the embedding unless it is said of what.
     fn rows(&self) -> Result<Vec<(String, Vec<u32>)>> {
         let key = "trainable_token_indices";
@@ -371,6 +382,19 @@ impl<'a> Patterns<'a> {
             Ok((regex(path, key, &format!(r"^(?:.*\.)?(?:{key})$"))?, key.as_str(), *value))
         };
         Ok(Self { compiled: patterns.iter().map(one).collect::<Result<_>>()?, path })
+    }
+
+    /// Keys that match none of `modules`, each with all its names.
+    pub(super) fn idle(&self, modules: &[[&str; 2]]) -> Result<Vec<&'a str>> {
+        let mut idle = Vec::new();
+        for (regex, key, _) in &self.compiled {
+            let found: Vec<bool> =
+                modules.iter().map(|names| matches_any(self.path, regex, key, *names)).collect::<Result<_>>()?;
+            if !found.contains(&true) {
+                idle.push(*key);
+            }
+        }
+        Ok(idle)
     }
 
     /// Of the first pattern that matches one of `names`, which are names of one module.

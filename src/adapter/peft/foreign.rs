@@ -28,10 +28,13 @@ pub(super) fn check_files(dir: &Path) -> Result<()> {
         return refused("an adapter in the format of mlx", "convert it to PEFT's format, or train it anew");
     }
     if has("adapter_model.bin") {
-        let next = "pickles can run code: save it as safetensors on a machine where you trust it, with `python -c \
-                    \"import torch, safetensors.torch as s; \
-                    s.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"`";
-        return refused("an adapter stored as a pickle (`adapter_model.bin`)", next);
+        let next = format!(
+            "pickles can run code: save it as safetensors where you trust it, by `python3 -c \"import torch, \
+             safetensors.torch as s; s.save_file(torch.load('{0}/adapter_model.bin', weights_only=True), \
+             '{0}/{WEIGHTS}')\"`",
+            dir.display()
+        );
+        return refused("an adapter stored as a pickle (`adapter_model.bin`)", &next);
     }
     if has("pytorch_lora_weights.safetensors") {
         return refused("a LoRA of an image model", "use an adapter of a language model, in PEFT's format");
@@ -54,8 +57,37 @@ pub(super) fn check_files(dir: &Path) -> Result<()> {
             format!("expected an adapter, got a model; {next}"),
         ));
     }
-    // What is left is a plain lack, which reading the files reports.
-    Ok(())
+    Err(lacking(dir))
+}
+
+/// What is said of the folder `dir`, which has not both files of an adapter and is nothing else that is known.
+fn lacking(dir: &Path) -> Error {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let names: Vec<String> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    if names
+        .iter()
+        .any(|n| n.starts_with("adapter_model") && n.contains("-of-") || n.ends_with(".safetensors.index.json"))
+    {
+        let next = format!(
+            "save it in one file, `{WEIGHTS}`: load the parts with `safetensors.torch.load_file`, put them into one dict and \
+             write that with `save_file`"
+        );
+        return Error::unsupported(dir, "an adapter in several files with an index", next);
+    }
+    if names.iter().any(|n| n.to_lowercase().ends_with(".gguf")) {
+        let next = "use the folder of the PEFT adapter that it was made from";
+        return Error::unsupported(dir, "an adapter in GGUF form", next);
+    }
+    let (got, next) = match names.iter().any(|n| n == CONFIG) {
+        true => (format!("no `{WEIGHTS}`"), "fetch that file, too, for instance by `pocketlora pull OWNER/REPO`"),
+        false if names.is_empty() => (
+            "an empty folder".to_owned(),
+            "`pocketlora pull OWNER/REPO` fetches an adapter, `pocketlora train` makes one",
+        ),
+        false => ("neither".to_owned(), "give the folder that PEFT or `pocketlora train` wrote"),
+    };
+    let message = format!("expected an adapter's `{CONFIG}` and `{WEIGHTS}`, got {got}; {next}");
+    Error::new(ErrorCode::Io, format!("`{}`", dir.display()), message)
 }
 
 /// The newest adapter in a folder of `dir`: trainers leave `checkpoint-100` and the like.

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::{Entry, Staged, Writer, sweep, sync_dir};
 use keys::PREFIX;
-use pocketlora_models::{ParamSpec, Role};
+use pocketlora_models::{Model, ParamSpec, Role};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use std::io::{BufWriter, Write as _};
@@ -41,6 +41,8 @@ pub struct AdapterFile {
     pub replaced: Replacements,
     /// What the user should know though it stops nothing.
     pub warnings: Vec<String>,
+    /// The class of the model that it was trained on, where its config says so.
+    base_class: Option<String>,
     /// Which layers its config names; nothing is known of one that was made in memory.
     named: Option<Arc<Targets>>,
 }
@@ -49,7 +51,15 @@ impl AdapterFile {
     /// An adapter of plain LoRA matrices, for the folder `dir`.
     #[must_use]
     pub fn new(dir: PathBuf, config: LoraConfig, modules: Vec<LoraModule>) -> Self {
-        Self { dir, config, modules, replaced: Replacements::default(), warnings: Vec::new(), named: None }
+        Self {
+            dir,
+            config,
+            modules,
+            replaced: Replacements::default(),
+            warnings: Vec::new(),
+            base_class: None,
+            named: None,
+        }
     }
 
     /// The same with `replaced` beside the matrices.
@@ -72,6 +82,7 @@ impl AdapterFile {
         if parsed.biases && !contents.replaced.whole.iter().any(|w| w.kind == "bias") {
             parsed.warnings.push("`bias` says that biases were trained, but the file has none".to_owned());
         }
+        parsed.warnings.extend(contents.warnings);
         parsed.config.base_mark = contents.base_mark;
         parsed.config.targets = match parsed.targets.suffixes() {
             Some(suffixes) => suffixes.to_vec(),
@@ -83,6 +94,7 @@ impl AdapterFile {
             modules: contents.modules,
             replaced: contents.replaced,
             warnings: parsed.warnings,
+            base_class: parsed.base_class,
             named: Some(Arc::new(parsed.targets)),
         })
     }
@@ -94,10 +106,14 @@ impl AdapterFile {
         self.replaced.whole.iter().find(is_vocabulary)?.tensor.shape.first().copied()
     }
 
-    /// What is odd about it on a model with `params`, though nothing that stops it from working.
-    pub(crate) fn doubts(&self, params: &[ParamSpec]) -> Result<Vec<String>> {
+    /// What is odd about it on `model`, though nothing that stops it from working.
+    pub(crate) fn doubts(&self, model: &dyn Model) -> Result<Vec<String>> {
         let mut doubts = self.warnings.clone();
-        let unfilled = self.unfilled(params)?;
+        let family = &model.config().model_type;
+        if let Some(class) = self.base_class.as_deref().filter(|class| !is_of_family(class, family)) {
+            doubts.push(format!("it was trained on a `{class}`, and this model is of the family `{family}`"));
+        }
+        let unfilled = self.unfilled(model.params())?;
         if let Some(first) = unfilled.first() {
             let count = unfilled.len();
             doubts.push(format!(
@@ -234,6 +250,14 @@ impl AdapterFile {
         weights.commit()?;
         config.commit()
     }
+}
+
+/// Whether a class such as `Qwen2ForCausalLM` is one of `family`, such as `qwen2`.
+fn is_of_family(class: &str, family: &str) -> bool {
+    let plain = |text: &str| text.replace(['_', '-'], "").to_ascii_lowercase();
+    let class = plain(class);
+    let end = ["for", "model", "lmhead"].iter().filter_map(|word| class.find(word)).min();
+    class[..end.unwrap_or(class.len())].trim_start_matches("fast") == plain(family)
 }
 
 /// A whole number as such: PEFT takes ranks for sizes.

@@ -156,6 +156,8 @@ pub(super) struct Contents {
     pub replaced: Replacements,
     /// The file's free metadata about the base.
     pub base_mark: Option<String>,
+    /// What of the config has no effect.
+    pub warnings: Vec<String>,
 }
 
 /// Where the mark of the base's weights lies in the metadata.
@@ -182,6 +184,9 @@ pub(super) fn read(path: &Path, parsed: &Parsed) -> Result<Contents> {
             }
             Part::InPlace(kind) => {
                 let copy = is_saved(&parsed.modules_to_save, [&module, &written]);
+                if !copy {
+                    check_place(path, name, kind, parsed, [&module, &written])?;
+                }
                 whole.insert((module, kind, copy), tensor.clone()).is_some()
             }
             Part::Copy(kind) => whole.insert((module, kind, true), tensor.clone()).is_some(),
@@ -211,6 +216,13 @@ pub(super) fn read(path: &Path, parsed: &Parsed) -> Result<Contents> {
     }
     let config = &parsed.config;
     let (ranks, alphas) = (Patterns::new(path, &config.rank_pattern)?, Patterns::new(path, &config.alpha_pattern)?);
+    let names: Vec<[&str; 2]> =
+        halves.iter().map(|(module, (written, _))| [module.as_str(), written.as_str()]).collect();
+    let mut warnings = Vec::new();
+    for (key, patterns) in [("rank_pattern", &ranks), ("alpha_pattern", &alphas)] {
+        let idle = patterns.idle(&names)?;
+        warnings.extend(idle.iter().map(|pattern| format!("`{pattern}` in `{key}` matches no adapted layer")));
+    }
     let join = |(module, (written, pair)): (String, (String, [Option<HostTensor>; 2]))| {
         let names = [module.as_str(), written.as_str()];
         if !parsed.targets.names(names)? {
@@ -229,7 +241,28 @@ pub(super) fn read(path: &Path, parsed: &Parsed) -> Result<Contents> {
     let modules = halves.into_iter().map(join).collect::<Result<_>>()?;
     let rows = rows_of(path, &parsed.rows, rows)?;
     let replaced = Replacements { whole, rows, ties_copies: parsed.ties_copies };
-    Ok(Contents { modules, replaced, base_mark: file.metadata().get(BASE_MARK).cloned() })
+    Ok(Contents { modules, replaced, base_mark: file.metadata().get(BASE_MARK).cloned(), warnings })
+}
+
+/// Refuses a whole tensor of a module that the config says nothing of: PEFT loads the embedding, the head and norms as
+/// they are named, but a layer's weight or bias only where it has put them.
+fn check_place(path: &Path, name: &str, kind: &str, parsed: &Parsed, names: [&str; 2]) -> Result<()> {
+    let below = |part: &str| name.split('.').any(|segment| segment == part);
+    let (layer, below_base) = (names[0].ends_with("_proj"), below("base_layer"));
+    let (what, key) = match kind {
+        "weight" if layer => ("weight", "`modules_to_save`"),
+        "bias" if !parsed.biases => ("bias", "`bias` or `modules_to_save`"),
+        _ => return Ok(()),
+    };
+    if below("original_module") || below_base && parsed.targets.names(names)? {
+        return Ok(());
+    }
+    let message = format!(
+        "it would replace the base's {what} of `{}`, which {key} of {CONFIG} does not ask for; correct that key, or take \
+         the tensor out of the file",
+        names[0]
+    );
+    Err(Error::new(ErrorCode::Format, format!("`{}`: tensor `{name}`", path.display()), message))
 }
 
 /// Whether a module, given by the names it has, or one that it is part of ends like one of `saved`, as PEFT compares.

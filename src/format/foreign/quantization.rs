@@ -3,6 +3,7 @@
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::safetensors::Tensor;
+use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -93,6 +94,16 @@ fn method(config: &Map<String, Value>) -> Option<String> {
             () if is("load_in_8bit") || is("_load_in_8bit") => Some(EIGHT_BIT.to_owned()),
             // As bitsandbytes' first configs were, before methods had names.
             () if is("load_in_4bit") || is("_load_in_4bit") => None,
+            // Keys of GPTQ's and AWQ's own configs, from before those had a method's name.
+            () if ["desc_act", "damp_percent", "static_groups", "sym"]
+                .iter()
+                .any(|key| quantization.contains_key(*key)) =>
+            {
+                Some("GPTQ".to_owned())
+            }
+            () if ["zero_point", "q_group_size", "w_bit"].iter().any(|key| quantization.contains_key(*key)) => {
+                Some("AWQ".to_owned())
+            }
             () if groups(quantization) => Some("MLX".to_owned()),
             () if quantization.is_empty() => None,
             () => Some("a kind that `quantization_config` does not name".to_owned()),
@@ -112,6 +123,11 @@ fn method(config: &Map<String, Value>) -> Option<String> {
 /// They are.
 pub(crate) fn check_tensors(path: &Path, tensors: &[(&str, &Tensor)]) -> Result<()> {
     let ends = |ending: &str| tensors.iter().any(|(name, _)| name.ends_with(ending));
+    let scaled =
+        |(name, tensor): &(&str, &Tensor)| name.ends_with(".weight") && matches!(tensor.dtype, Dtype::I8 | Dtype::U8);
+    if ends(".weight_scale") && tensors.iter().any(scaled) {
+        return Err(refusal(path, "whole numbers of 8 bits with scales (W8A8, as compressed-tensors writes it)"));
+    }
     if let Some(found) = TENSORS.iter().find(|t| ends(t.ending) && t.with.is_none_or(ends)) {
         return Err(refusal(path, found.name));
     }
@@ -215,6 +231,8 @@ mod tests {
             (json!({"quantization_config": {"quant_method": "new-method"}}), Some("new-method")),
             (json!({"quantization": {"group_size": 64, "bits": 4}}), Some("MLX")),
             (json!({"quantization_config": {"group_size": 64, "bits": 4}}), Some("MLX")),
+            (json!({"quantization_config": {"bits": 4, "group_size": 128, "desc_act": false}}), Some("GPTQ")),
+            (json!({"quantization_config": {"w_bit": 4, "q_group_size": 128, "zero_point": true}}), Some("AWQ")),
             (json!({"compression_config": {"format": "pack-quantized"}}), Some("compressed-tensors")),
             (json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}), Some(EIGHT_BIT)),
             (json!({"quantization_config": {"load_in_8bit": true}}), Some(EIGHT_BIT)),
@@ -247,6 +265,9 @@ mod tests {
         }
         let error = check_tensors(Path::new("x"), &[("a.weight", &eight)]).unwrap_err();
         assert!(error.to_string().contains("FP8"), "{error}");
+        let whole = tensor(Dtype::I8);
+        let error = check_tensors(Path::new("x"), &[("a.weight", &whole), ("a.weight_scale", &plain)]).unwrap_err();
+        assert!(error.to_string().contains("8 bits"), "{error}");
         // bitsandbytes' own companions, and names that only look like them.
         let ours = [".weight", ".weight.absmax", ".weight.quant_map", ".bias", ".weight.nested_absmax"];
         check_tensors(Path::new("x"), &ours.map(|n| (n, &plain))).unwrap();
