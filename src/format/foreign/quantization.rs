@@ -123,8 +123,7 @@ fn method(config: &Map<String, Value>) -> Option<String> {
 /// They are.
 pub(crate) fn check_tensors(path: &Path, tensors: &[(&str, &Tensor)]) -> Result<()> {
     let ends = |ending: &str| tensors.iter().any(|(name, _)| name.ends_with(ending));
-    let scaled =
-        |(name, tensor): &(&str, &Tensor)| name.ends_with(".weight") && matches!(tensor.dtype, Dtype::I8 | Dtype::U8);
+    let scaled = |(name, tensor): &(&str, &Tensor)| name.ends_with(".weight") && tensor.dtype == Dtype::I8;
     if ends(".weight_scale") && tensors.iter().any(scaled) {
         return Err(refusal(path, "whole numbers of 8 bits with scales (W8A8, as compressed-tensors writes it)"));
     }
@@ -255,7 +254,7 @@ mod tests {
     #[test]
     fn methods_are_known_by_the_tensors() {
         let tensor = |dtype| Tensor { dtype, shape: vec![1], bytes: bytes::Bytes::new() };
-        let (plain, eight) = (tensor(safetensors::Dtype::U8), tensor(safetensors::Dtype::F8_E4M3));
+        let (plain, eight) = (tensor(Dtype::U8), tensor(Dtype::F8_E4M3));
         for Traces { ending, with, name } in TENSORS {
             let names: Vec<String> =
                 [*ending, with.unwrap_or(".weight")].map(|e| format!("model.layers.0.q_proj{e}")).into();
