@@ -5,7 +5,7 @@
 use crate::chat::ChatTemplate;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{sidecar_names, write_bytes};
-use crate::tokenizer::{SpecialText, Tokenizer, read_json};
+use crate::tokenizer::{SpecialText, Tokenizer, declared_tokens, read_json};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs;
@@ -46,7 +46,16 @@ impl Own {
             return Ok(None);
         }
         let vocabulary = vocabulary(dir, base, new_rows)?;
-        let special = match special_tokens(dir)? {
+        let mut own = special_tokens(dir)?;
+        let mut declared = declared_tokens(dir)?;
+        if !declared.is_empty() {
+            let known = declared_tokens(base)?;
+            declared.retain(|token| !known.contains(token));
+        }
+        if !declared.is_empty() {
+            own.insert("declared".to_owned(), declared.into_iter().collect());
+        }
+        let special = match own {
             own if own.is_empty() || own == special_tokens(base)? => None,
             own => Some(own),
         };

@@ -3,7 +3,9 @@
 
 use super::read_json;
 use crate::error::{Error, Result};
+use serde::Deserialize;
 use serde_json::{Map, Value};
+use std::collections::BTreeSet;
 use std::path::Path;
 use tokenizers::{AddedToken, Tokenizer};
 
@@ -39,6 +41,34 @@ pub(super) fn add(dir: &Path, tokenizer: &mut Tokenizer) -> Result<()> {
         read_json(&path)?.into_iter().filter_map(|(text, id)| Some((id.as_u64()?, text))).collect();
     added.sort_unstable();
     added.into_iter().try_for_each(|(id, text)| at(&path, id, AddedToken::from(text, false), tokenizer))
+}
+
+/// The text of all tokens that are added to a vocabulary by a file in `dir`, `tokenizer.json` among them.
+///
+/// # Errors
+/// A file is broken.
+pub(crate) fn tokens(dir: &Path) -> Result<BTreeSet<String>> {
+    #[derive(Default, Deserialize)]
+    struct Added {
+        #[serde(default)]
+        added_tokens: Vec<Value>,
+    }
+    let text = |value: &Value| token(value, true).map(|t| t.content);
+    let path = dir.join("tokenizer.json");
+    let added: Added = match std::fs::read(&path) {
+        // What is wrong with it is said where it is opened.
+        Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_default(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Added::default(),
+        Err(e) => return Err(Error::io("read", &path, e)),
+    };
+    let mut all: BTreeSet<String> = added.added_tokens.iter().filter_map(text).collect();
+    for file in ["tokenizer_config.json", "special_tokens_map.json"] {
+        let json = read_json(&dir.join(file))?;
+        let names = LISTS.iter().chain(&["added_tokens_decoder"]);
+        all.extend(names.flat_map(|name| each(json.get(*name))).filter_map(text));
+    }
+    all.extend(read_json(&dir.join("added_tokens.json"))?.into_iter().map(|(text, _)| text));
+    Ok(all)
 }
 
 /// `added_tokens_decoder`: tokens by their ids.

@@ -5,6 +5,7 @@ mod plain;
 mod special;
 mod stream;
 
+pub(crate) use declared::tokens as declared_tokens;
 pub use stream::TextStream;
 
 use crate::error::{Error, ErrorCode, Result};

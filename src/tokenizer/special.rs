@@ -8,6 +8,8 @@ use tokenizers::Tokenizer;
 
 /// Tokens that chat templates know by name.
 const NAMES: [&str; 4] = ["bos_token", "eos_token", "unk_token", "pad_token"];
+/// Files that name them, the newer first.
+const FILES: [&str; 2] = ["tokenizer_config.json", "special_tokens_map.json"];
 /// Chat models end a turn with one of these, whatever their config says about the end of a text.
 const TURN_ENDS: [&str; 7] =
     ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_turn|>", "<|endofturn|>"];
@@ -24,11 +26,14 @@ pub(super) struct Names {
 
 impl Names {
     /// `tokenizer_config.json` counts before the older `special_tokens_map.json`, as in transformers. A beginning or an
-    /// end that neither of these in `special` names (nor says to be none) is that of `generation_config.json` or
-    /// `config.json` in `model`.
+    /// end that neither of these in `special` names (nor says to be none) is the model's, by the same files in `model`, or
+    /// that of `generation_config.json` or `config.json` there.
     pub fn read(special: &Path, model: &Path, tokenizer: &Tokenizer) -> Result<Self> {
-        let (config_path, map_path) = (special.join("tokenizer_config.json"), special.join("special_tokens_map.json"));
-        let (config, map) = (read_json(&config_path)?, read_json(&map_path)?);
+        let mut files = Vec::new();
+        for path in [special, model].iter().flat_map(|dir| FILES.map(|file| dir.join(file))) {
+            let json = read_json(&path)?;
+            files.push((path, json));
+        }
         let mut ids = [Vec::new(), Vec::new()];
         for file in ["generation_config.json", "config.json"] {
             let path = model.join(file);
@@ -56,11 +61,11 @@ impl Names {
                 "eos_token" => eos.first(),
                 _ => None,
             };
-            let named = match text_of(&config, name, &config_path)? {
-                None => text_of(&map, name, &map_path)?,
-                found => found,
-            };
-            let silent = !config.contains_key(name) && !map.contains_key(name) || name == "eos_token";
+            let mut named = None;
+            for (path, json) in &files {
+                named = named.or(text_of(json, name, path)?);
+            }
+            let silent = files.iter().all(|(_, json)| !json.contains_key(name)) || name == "eos_token";
             let by_id = || by_id.filter(|_| silent).and_then(|&id| tokenizer.id_to_token(id));
             text.extend(named.or_else(by_id).map(|text| (name.to_owned(), text)));
         }
@@ -70,8 +75,10 @@ impl Names {
         stop.sort_unstable();
         stop.dedup();
         // As in transformers: who says one of the two has said both.
-        let adds = |key: &str| config.get(key).and_then(Value::as_bool);
-        let adds_bos = adds("add_bos_token").or(adds("add_eos_token").map(|_| false));
+        let adds_bos = files.iter().find_map(|(_, json)| {
+            let adds = |key: &str| json.get(key).and_then(Value::as_bool);
+            adds("add_bos_token").or(adds("add_eos_token").map(|_| false))
+        });
         Ok(Self { text, stop, adds_bos })
     }
 }
