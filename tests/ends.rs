@@ -39,7 +39,9 @@ fn text(bytes: &[u8]) -> String {
 
 /// A run without an end, without checkpoints but those that time asks for.
 fn endless<'a>(f: &'a Fixture, out: &'a str) -> Vec<&'a str> {
-    [f.train_args(out), vec!["--steps", "10000000", "--save-every", "0"]].concat()
+    let (model, data) = (f.model.to_str().unwrap(), f.data.to_str().unwrap());
+    let steps = ["--steps", "10000000", "--save-every", "0"];
+    [&["train", "-m", model, "-d", data, "-o", out, "--lr", "3e-3", "--batch", "2", "--json"][..], &steps].concat()
 }
 
 #[test]
@@ -126,6 +128,8 @@ fn a_reader_that_goes_away_ends_the_work_quietly() {
         (vec!["pull", "--list"], 0),
         (vec!["info", model], 0),
         (vec!["chat", "-m", model, "--help"], 0),
+        (vec!["help", "train"], 0),
+        (vec!["--version"], 0),
     ];
     check_all(quiet, |(args, read)| {
         let done = closed(args, *read);
@@ -156,6 +160,9 @@ fn a_full_disk_under_stdout_is_an_error() {
         vec!["generate", "-m", model, "-p", "a", "-n", "30"],
         vec!["pull", "--list"],
         vec!["info", model, "--json"],
+        vec!["help"],
+        vec!["train", "--help"],
+        vec!["--version"],
         train,
     ];
     check_all(cases, |args| {

@@ -23,12 +23,12 @@ fn train<'a>(f: &'a Fixture, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 }
 
 /// Stdout and stderr of a chat.
-fn chat(f: &Fixture, more: &[&str], script: &str) -> (String, String) {
+fn chat(f: &Fixture, more: &[&str], script: impl AsRef<[u8]>) -> (String, String) {
     let args = [&["chat", "-m", f.model.to_str().unwrap(), "--no-quantize", "--seed", "1"][..], more].concat();
     let mut command = f.command(&args);
     let mut chat = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     // A chat that refuses to begin reads nothing.
-    let _ = chat.stdin.take().unwrap().write_all(script.as_bytes());
+    let _ = chat.stdin.take().unwrap().write_all(script.as_ref());
     let out = chat.wait_with_output().unwrap();
     (String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap())
 }
@@ -72,6 +72,79 @@ fn values_out_of_range_are_refused_in_plain_numbers() {
         }
     });
     assert!(!Path::new(&out).exists());
+}
+
+/// Settings that others make idle are refused by name, from flags as from a file.
+#[test]
+fn settings_without_an_effect_are_refused() {
+    let f = fixture();
+    let (data, out, toml) = (f.data.to_str().unwrap(), f.path("out"), f.path("settings.toml"));
+    let file = ["--config", &toml];
+    let cases: [(&[&str], &str, &str); 12] = [
+        (&["--momentum", "0.9"], "", "`momentum`"),
+        (&[], "momentum = 0.9", "`momentum`"),
+        (&["--optimizer", "sgd", "--beta1", "0.9"], "", "`beta1`"),
+        (&["--beta2", "0.5"], "optimizer = 'sgd'", "`beta2`"),
+        (&["--optimizer", "sgd", "--eps", "1"], "", "`eps`"),
+        (&["--optimizer", "lion"], "eps = 1e-3", "`eps`"),
+        (&["--steps", "2", "--epochs", "9"], "", "`epochs`"),
+        (&[], "steps = 2\nepochs = 9", "`epochs`"),
+        (&["--eval-every", "2"], "", "`eval-every`"),
+        (&["--keep-best"], "eval-every = 2", "`keep-best`"),
+        (&["--lora-plus-ratio", "1000", "--lr", "0.01"], "", "`lora-plus-ratio`"),
+        (&["--packing", "--bucketing"], "", "`bucketing`"),
+    ];
+    check_all(cases, |(more, settings, name)| {
+        fs::write(&toml, settings).unwrap();
+        let done = f.run(&learn(&f, data, &out, &[&file[..], more].concat()));
+        let said = String::from_utf8_lossy(&done.stderr);
+        let right = done.status.code() == Some(1) && said.contains(&format!("setting {name}"));
+        if right { Ok(()) } else { Err(format!("{more:?} {settings}: {said}")) }
+    });
+    assert!(!Path::new(&out).exists());
+    // A flag takes the place of what a file says in other terms, and all settings of a run may serve another.
+    fs::write(&toml, "epochs = 9").unwrap();
+    f.ok(&learn(&f, data, &out, &[&file[..], &["--steps", "1"]].concat()));
+    let told = Path::new(&out).join("train.toml");
+    let again = ["--config", told.to_str().unwrap(), "--optimizer", "sgd", "--epochs", "2", "--batch", "12", "--json"];
+    assert_eq!(f.json(&learn(&f, data, &f.path("again"), &again))["steps"], 2);
+}
+
+/// A run that goes on has the settings that it began with, wherever they came from; those given must agree.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_resumed_run_knows_its_settings() {
+    let f = fixture();
+    let out = f.path("out");
+    let (data, told) = (f.data.to_str().unwrap(), Path::new(&out).join("train.toml"));
+    let own = ["--resume", "--config", told.to_str().unwrap()];
+    let settings = ["--lr", "0.001", "--steps", "9", "--batch", "2", "--eval-split", "0.25", "--keep-best"];
+    let settings = [&settings[..], &["--eval-every", "3"]].concat();
+    let cases: [(&[&str], Option<&str>); 6] = [
+        (&["--resume"], None),
+        (&own, None),
+        (&["--resume", "--steps", "9", "--save-every", "7"], None),
+        (&["--resume", "--steps", "8"], Some("`steps` was 9, is 8")),
+        (&["--resume", "--epochs", "4"], Some("`steps` was 9")),
+        (&["--overwrite", "--config", own[2]], Some("what it reads")),
+    ];
+    check_all(cases, |(more, refused)| {
+        // A failure later than the first checkpoint leaves a run to go on with.
+        let _ = fs::remove_dir_all(&out);
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let first = learn(&f, data, &out, &[&settings[..], &["--json"]].concat());
+        let stopped = f.command(&first).stdout(full).stderr(Stdio::null()).status();
+        assert!(!stopped.unwrap().success());
+        assert!(Path::new(&out).join("checkpoint.safetensors").exists());
+        let done = f.run(&learn(&f, data, &out, more));
+        let said = String::from_utf8_lossy(&done.stderr);
+        let lr = fs::read_to_string(&told).unwrap().contains("lr = 0.001");
+        match refused {
+            None if done.status.success() && said.contains("resuming after step") && lr => Ok(()),
+            Some(what) if !done.status.success() && said.contains(what) => Ok(()),
+            _ => Err(format!("{more:?}: {said}")),
+        }
+    });
 }
 
 #[test]
@@ -252,6 +325,15 @@ fn a_template_without_a_system_prompt_is_told_at_once() {
         let (_, said) = chat(&f, &["-n", "2"], "hello\n/quit\n");
         assert!(said.contains("is listening") && !said.contains("error"), "{said}");
     }
+}
+
+/// A line of a pipe that is no text costs itself alone; and no cause is told twice.
+#[test]
+fn a_line_that_is_not_utf8_is_passed_over() {
+    let f = fixture();
+    let (stdout, said) = chat(&f, &["-n", "2"], b"caf\xe9\nhello\n/save \n/stats\n");
+    assert!(said.contains("error: line of stdin: expected") && said.contains(": on)"), "{said}");
+    assert!(!said.contains("caused by") && !stdout.is_empty(), "{said}");
 }
 
 /// Commands of a chat answer, and what is saved can be trained on.

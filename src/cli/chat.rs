@@ -11,7 +11,7 @@ use crate::session::Session;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use std::fs::{self, OpenOptions};
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{self, IsTerminal as _, Read as _, Seek as _, SeekFrom, Write as _};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -70,8 +70,12 @@ pub(super) fn run(args: Args) -> Result<()> {
     };
     chat.forget();
     eprintln!("{} is listening; /help shows the commands", args.model.model);
-    let terminal = |e: ReadlineError| Error::io("read", Path::new("terminal"), std::io::Error::other(e));
-    let mut editor = DefaultEditor::new().map_err(terminal)?;
+    let piped = !io::stdin().is_terminal();
+    let unread = |e: ReadlineError| {
+        let place = if piped { "stdin" } else { "terminal" };
+        Error::new(ErrorCode::Io, place, "could not read it").caused_by(e)
+    };
+    let mut editor = DefaultEditor::new().map_err(unread)?;
     let history = history();
     if let Some(path) = &history {
         let _ = editor.load_history(path);
@@ -102,7 +106,12 @@ pub(super) fn run(args: Args) -> Result<()> {
             }
             Err(ReadlineError::Interrupted) => eprintln!("(Ctrl-D or /quit leaves)"),
             Err(ReadlineError::Eof) => break,
-            Err(e) => return Err(terminal(e)),
+            // Of a pipe, the line was taken whole; the next may be sound.
+            Err(ReadlineError::Io(e)) if piped && e.kind() == io::ErrorKind::InvalidData => {
+                let message = "expected a question in UTF-8, got other bytes; passed over: convert it";
+                print_error("error", &Error::new(ErrorCode::Data, "line of stdin", message));
+            }
+            Err(e) => return Err(unread(e)),
         }
     }
     Ok(())

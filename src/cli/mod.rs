@@ -33,7 +33,7 @@ mod train;
 use crate::error::{Error, ErrorCode, Result};
 use clap::{Arg, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use std::error::Error as _;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, IsTerminal as _};
 use std::process::ExitCode;
 
 /// Run and fine-tune QLoRA models on this device. Nothing you type or train on leaves it.
@@ -95,9 +95,17 @@ enum Command {
 /// closes stdout has read enough: that is no failure.
 #[must_use]
 pub fn run() -> ExitCode {
-    let cli = parse();
+    let cli = match parse() {
+        Ok(cli) => cli,
+        // What was asked for, help or version: an answer like others. A terminal takes it, in colours.
+        Err(e) if !e.use_stderr() && !std::io::stdout().is_terminal() => {
+            print!("{}", e.render());
+            return end(Ok(true));
+        }
+        Err(e) => e.exit(),
+    };
     interrupt::install();
-    let result: Result<bool> = match cli.command {
+    end(match cli.command {
         Command::Demo(args) => demo::run(&args),
         Command::Pull(args) => pull::run(&args).map(|()| true),
         Command::List(args) => list::run(&args).map(|()| true),
@@ -109,7 +117,11 @@ pub fn run() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args).map(|()| true),
         Command::Bench(args) => bench::run(&args).map(|()| true),
-    };
+    })
+}
+
+/// Tells how the work ended.
+fn end(result: Result<bool>) -> ExitCode {
     let result = match (result, out::close()) {
         (Err(e), Some(_)) if e.code() == ErrorCode::Cancelled => Ok(true),
         (Ok(_), Some(e)) if e.kind() != ErrorKind::BrokenPipe => {
@@ -129,18 +141,23 @@ pub fn run() -> ExitCode {
 }
 
 /// What was typed. A number below zero is a value, to be refused with its range, rather than an unknown flag.
-fn parse() -> Cli {
+fn parse() -> Result<Cli, clap::Error> {
     let value = |arg: Arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
-    let matches = Cli::command().mut_subcommands(|command| command.mut_args(value)).get_matches();
-    Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
+    let matches = Cli::command().mut_subcommands(|command| command.mut_args(value)).try_get_matches()?;
+    Cli::from_arg_matches(&matches)
 }
 
-/// An error with what caused it, on stderr.
+/// An error with what caused it, on stderr; nothing is said twice.
 fn print_error(kind: &str, error: &Error) {
-    eprintln!("{kind}: {error}");
+    let mut said = error.to_string();
+    eprintln!("{kind}: {said}");
     let mut cause = error.source();
     while let Some(e) = cause {
-        eprintln!("  caused by: {e}");
+        let text = e.to_string();
+        if !said.contains(&text) {
+            eprintln!("  caused by: {text}");
+            said.push_str(&text);
+        }
         cause = e.source();
     }
 }

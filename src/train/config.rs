@@ -130,6 +130,16 @@ pub enum Optimizer {
 }
 
 impl Optimizer {
+    /// As people write it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::AdamW => "adamw",
+            Self::AdamW8bit => "adamw8bit",
+            Self::Sgd => "sgd",
+            Self::Lion => "lion",
+        }
+    }
+
     /// Bytes that it keeps for `values` trained values; SGD as it is with momentum, see [`TrainConfig::state_bytes`].
     #[must_use]
     pub fn state_bytes(self, values: usize) -> u64 {
@@ -247,12 +257,15 @@ impl TrainConfig {
         check("max-forgetting", rise, rise >= 0.0 && rise.is_finite(), "a number from 0")?;
         let ratio = self.lora_plus_ratio;
         check("lora-plus-ratio", ratio, ratio > 0.0 && ratio <= 1000.0, "a number in `0 < lora-plus-ratio <= 1000`")?;
+        // B learns at this rate; the slack is that of rounding.
+        let expected = format!("a number that times the `lr` of `{lr}` is at most 1, or `sgd` as the optimizer");
+        check("lora-plus-ratio", ratio, lr * ratio <= bound * (1.0 + 1e-6), &expected)?;
         for (name, on) in [("patience", self.patience > 0), ("keep-best", self.keep_best)] {
             if on && self.eval_every == 0 {
                 return Err(Error::config(name, "`eval-every` beside it, at least 1", self.eval_every));
             }
         }
-        Ok(())
+        self.check_effect(&|name| self.is_changed(name))
     }
 
     /// These settings as they can be in force in a run of `total` steps, and what could not be: of a warm-up that leaves
@@ -388,13 +401,16 @@ mod tests {
             (TrainConfig { warmup: -0.1, ..Default::default() }, "warmup"),
             (TrainConfig { warmup: f64::NAN, ..Default::default() }, "warmup"),
             (TrainConfig { packing: true, bucketing: true, ..Default::default() }, "bucketing"),
+            (TrainConfig { lora_plus_ratio: 1000.0, lr: 2e-3, ..Default::default() }, "lora-plus-ratio"),
         ] {
             let error = config.validate().unwrap_err().to_string();
             assert!(error.contains(&format!("`{name}`")), "{error}");
             // No number is written with more digits than anybody typed.
             assert!(!error.contains("000000000000000000"), "{error}");
         }
-        TrainConfig { lr: 3.0, optimizer: Optimizer::Sgd, ..Default::default() }.validate().unwrap();
+        let faster = TrainConfig { lora_plus_ratio: 1000.0, lr: 1e-3, ..Default::default() };
+        faster.validate().unwrap();
+        TrainConfig { lr: 3.0, optimizer: Optimizer::Sgd, ..faster }.validate().unwrap();
         let typed = TrainConfig { dropout: 1.1, ..Default::default() }.validate().unwrap_err().to_string();
         assert!(typed.contains("`0 <= dropout < 1`, got `1.1`"), "{typed}");
     }

@@ -7,6 +7,7 @@ mod checkpoint;
 mod config;
 mod control;
 mod data;
+mod effect;
 mod evaluation;
 mod hold_out;
 mod init;
@@ -33,7 +34,7 @@ pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
 pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
-pub use run_folder::{LogLine, RunFolder};
+pub use run_folder::{LogLine, RunFolder, SETTINGS};
 pub(crate) use setup::fresh_modules;
 pub use step::{Layout, MicroBatch, Watch, micro_step};
 

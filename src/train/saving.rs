@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// A run is not asked for a checkpoint by its age before that.
-const FIRST: Duration = Duration::from_secs(3);
+const FIRST: Duration = Duration::from_secs(1);
 /// Checkpoints take at most one part in so many of a run's time, unless steps ask for them.
 const SHARE: u32 = 20;
 
@@ -230,7 +230,9 @@ mod tests {
     fn checkpoints_are_dense_while_a_run_is_young_and_never_costly() {
         let seconds = Duration::from_secs_f64;
         for (longest, age, cost, expected) in [
-            (120.0, 0.0, 0.0, 3.0),
+            (120.0, 0.0, 0.0, 1.0),
+            (120.0, 1.0, 0.01, 1.0),
+            (120.0, 1.0, 0.1, 2.0),
             (120.0, 3.0, 0.1, 3.0),
             (120.0, 48.0, 0.1, 48.0),
             (120.0, 1000.0, 0.1, 120.0),

@@ -189,11 +189,7 @@ impl<B: Backend> Trainer<B> {
                 message,
             ));
         }
-        for (name, on) in [("patience", config.patience > 0), ("keep-best", config.keep_best)] {
-            if on && eval_data.is_none() {
-                return Err(Error::config(name, "data to evaluate on beside it", "none"));
-            }
-        }
+        config.check_evaluated(eval_data.is_some())?;
         init.map_or(Ok(()), |file| mark::check(&base, file))?;
         let kept = init.map(|file| file.replaced.clone()).unwrap_or_default();
         let replaced = init.map(|file| Replaced::default().with(&base, file, 1.0)).transpose()?.unwrap_or_default();

@@ -14,7 +14,7 @@ use super::{data, model, names};
 use crate::adapter::AdapterFile;
 use crate::error::Result;
 use crate::session::{Material, Options, Session};
-use crate::train::{DataReport, MemoryPlan, Summary, TrainConfig};
+use crate::train::{DataReport, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint};
 use report::report;
 use settings::{Chosen, Settings};
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ pub(super) struct Args {
     /// Settings as TOML; flags win over it.
     #[arg(long, value_parser = names::path())]
     config: Option<PathBuf>,
-    /// Continue a stopped run from its checkpoint in the output folder.
+    /// Continue a stopped run from its checkpoint in the output folder, with its settings; those given must agree.
     #[arg(long)]
     resume: bool,
     /// Replace an adapter, or the checkpoint of an unfinished run, in the output folder.
@@ -71,7 +71,9 @@ impl Args {
 pub(super) fn run(args: &Args) -> Result<bool> {
     // The program itself, before it has read anything.
     let baseline = crate::memory::anonymous_bytes();
-    let chosen = args.settings.merge(args.config.as_deref())?;
+    let own = own_settings(args);
+    let files: Vec<&Path> = own.as_deref().into_iter().chain(args.config.as_deref()).collect();
+    let chosen = args.settings.merge(&files)?;
     if args.dry_run {
         let init = args.init.as_deref().map(names::adapter).transpose()?;
         let init = init.as_deref().map(AdapterFile::open).transpose()?;
@@ -103,6 +105,12 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let (summary, plan, data) = fit(&mut session, chosen, init.as_deref(), args)?;
     report(&summary, plan, &data, baseline, &session, args);
     Ok(summary.done)
+}
+
+/// What the run to go on with wrote of its settings: they hold unless others are given.
+fn own_settings(args: &Args) -> Option<PathBuf> {
+    let out = args.out.as_ref().filter(|out| args.resume && has_checkpoint(out))?;
+    Some(out.join(SETTINGS)).filter(|path| path.exists())
 }
 
 /// Reads the data and lets the tokenizer go: training needs no text.

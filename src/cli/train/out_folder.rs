@@ -4,13 +4,13 @@ use super::Args;
 use crate::adapter::AdapterFile;
 use crate::cli::shell::quoted;
 use crate::error::{Error, ErrorCode, Result};
-use crate::train::{TrainConfig, has_checkpoint};
+use crate::train::{SETTINGS, TrainConfig, has_checkpoint};
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What a run writes beside adapter and checkpoints. Of an earlier run these are the adapter's or the checkpoint's
 /// companions; alone they are somebody else's.
-const BESIDE: [&str; 5] = ["adapter_model.safetensors", "train.toml", "log.jsonl", "loss.svg", "best"];
+const BESIDE: [&str; 5] = ["adapter_model.safetensors", SETTINGS, "log.jsonl", "loss.svg", "best"];
 
 /// Refuses to write over what lies in the output folder, unless told to; over what the run reads, and into a model, always.
 pub(super) fn check(args: &Args, config: &TrainConfig) -> Result<()> {
@@ -21,8 +21,10 @@ pub(super) fn check(args: &Args, config: &TrainConfig) -> Result<()> {
             "holds a model, which an adapter in it would turn into something else; name another folder".into(),
         );
     }
-    let read = [Some(&args.data), config.eval_data.as_ref(), args.config.as_ref()];
-    for file in read.into_iter().flatten() {
+    // A run that goes on reads its own settings and writes the same again.
+    let is_own = |file: &&PathBuf| args.resume && is_same(&out.join(SETTINGS), file);
+    let settings = args.config.as_ref().filter(|file| !is_own(file));
+    for file in [Some(&args.data), config.eval_data.as_ref(), settings].into_iter().flatten() {
         if let Some(name) = BESIDE.iter().find(|name| is_same(&out.join(name), file)) {
             return refuse(format!(
                 "expected a place for the run's own `{name}`, got what it reads; name another folder"
@@ -57,7 +59,7 @@ pub(super) fn check(args: &Args, config: &TrainConfig) -> Result<()> {
 
 /// Whether the folder holds the settings of an earlier run, just as it wrote them.
 fn was_ours(out: &Path) -> bool {
-    let Ok(text) = std::fs::read_to_string(out.join("train.toml")) else { return false };
+    let Ok(text) = std::fs::read_to_string(out.join(SETTINGS)) else { return false };
     let config: Option<TrainConfig> = toml::from_str(&text).ok();
     config.and_then(|config| toml::to_string(&config).ok()).is_some_and(|written| written == text)
 }

@@ -159,28 +159,47 @@ pub(super) struct Settings {
     memory_budget: Option<u64>,
 }
 
+/// Settings that take each other's place: where a flag gives one, the other of a file has had its day.
+const RIVALS: [[&str; 2]; 3] = [["steps", "epochs"], ["eval-data", "eval-split"], ["packing", "bucketing"]];
+
 impl Settings {
-    /// The settings of `file`, with the flags that were given laid over them.
-    pub fn merge(&self, file: Option<&Path>) -> Result<Chosen> {
-        let mut table = match file {
-            None => toml::Table::new(),
-            Some(path) => {
-                let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-                let parsed: toml::Table = text.parse().map_err(|e: toml::de::Error| bad_settings(Some(path), &e))?;
-                // Checked by itself first, so that a typing error in the file is reported as the file's.
-                toml::Value::Table(parsed.clone())
-                    .try_into::<TrainConfig>()
-                    .map_err(|e| bad_settings(Some(path), &e))?;
-                parsed
-            }
-        };
+    /// The settings of `files`, of which later ones win, with the flags that were given laid over them.
+    pub fn merge(&self, files: &[&Path]) -> Result<Chosen> {
+        let mut table = toml::Table::new();
+        for path in files {
+            lay(&mut table, read(path)?);
+        }
         let flags = toml::Table::try_from(self).map_err(|e| Error::config("flags", "plain values", e))?;
-        table.extend(flags);
+        let typed: BTreeSet<String> = flags.keys().cloned().collect();
+        lay(&mut table, flags);
         let given = table.keys().cloned().collect();
         let config: TrainConfig = toml::Value::Table(table).try_into().map_err(|e| bad_settings(None, &e))?;
         config.validate()?;
+        // A file that a run wrote holds all settings. What of them is as usual was chosen by nobody.
+        config.check_effect(&|name| typed.contains(name))?;
+        config.check_evaluated(config.eval_data.is_some() || config.eval_split.is_some())?;
         Ok(Chosen { config, given })
     }
+}
+
+/// Settings as a file has them.
+fn read(path: &Path) -> Result<toml::Table> {
+    let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+    let parsed: toml::Table = text.parse().map_err(|e: toml::de::Error| bad_settings(Some(path), &e))?;
+    // Checked by itself first, so that a typing error in the file is reported as the file's.
+    toml::Value::Table(parsed.clone()).try_into::<TrainConfig>().map_err(|e| bad_settings(Some(path), &e))?;
+    Ok(parsed)
+}
+
+fn lay(table: &mut toml::Table, over: toml::Table) {
+    for [a, b] in RIVALS {
+        match (over.contains_key(a), over.contains_key(b)) {
+            (true, false) => drop(table.remove(b)),
+            (false, true) => drop(table.remove(a)),
+            _ => {}
+        }
+    }
+    table.extend(over);
 }
 
 fn bad_settings(file: Option<&Path>, e: &toml::de::Error) -> Error {

@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 /// Names in the output folder.
 const LOG: &str = "log.jsonl";
 const CHART: &str = "loss.svg";
-const SETTINGS: &str = "train.toml";
+/// Name of the settings in a run's output folder.
+pub const SETTINGS: &str = "train.toml";
 
 /// The output folder of a run that is going on.
 #[derive(Debug)]

@@ -1,0 +1,108 @@
+//! Settings without an effect: refused by name, so that nobody waits for what they were to do.
+
+use super::TrainConfig;
+use super::config::Optimizer;
+use crate::error::{Error, ErrorCode, Result};
+
+impl TrainConfig {
+    /// Whether the setting `name`, one of those in [`TrainConfig::check_effect`], differs from its default.
+    pub(super) fn is_changed(&self, name: &str) -> bool {
+        let usual = Self::default();
+        match name {
+            "momentum" => self.momentum != usual.momentum,
+            "beta1" => self.beta1 != usual.beta1,
+            "beta2" => self.beta2 != usual.beta2,
+            "eps" => self.eps != usual.eps,
+            "epochs" => self.epochs != usual.epochs,
+            _ => false,
+        }
+    }
+
+    /// Refuses settings that were `given` and that others make idle.
+    ///
+    /// # Errors
+    /// The first of them.
+    pub(crate) fn check_effect(&self, given: &dyn Fn(&str) -> bool) -> Result<()> {
+        use Optimizer::{AdamW, AdamW8bit, Lion, Sgd};
+        let owners: [(&str, &[Optimizer]); 4] = [
+            ("momentum", &[Sgd]),
+            ("beta1", &[AdamW, AdamW8bit, Lion]),
+            ("beta2", &[AdamW, AdamW8bit, Lion]),
+            ("eps", &[AdamW, AdamW8bit]),
+        ];
+        for (name, optimizers) in owners {
+            if given(name) && !optimizers.contains(&self.optimizer) {
+                let known: Vec<&str> = optimizers.iter().map(|o| o.name()).collect();
+                let message = format!(
+                    "expected an optimizer that has it (`{}`), got `{}`; leave one of the two out",
+                    known.join("`, `"),
+                    self.optimizer.name()
+                );
+                return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
+            }
+        }
+        match self.steps {
+            Some(steps) if given("epochs") => {
+                let message = format!("expected either it or `steps`, got both, `{}` and `{steps}`", self.epochs);
+                Err(Error::new(ErrorCode::Config, "setting `epochs`", message + "; leave one of them out"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses settings of evaluations that have nothing to evaluate; `held_out` says whether there is such data.
+    ///
+    /// # Errors
+    /// The first of them.
+    pub(crate) fn check_evaluated(&self, held_out: bool) -> Result<()> {
+        let every = self.eval_every > 0 && self.max_forgetting.is_none();
+        for (name, on) in [("patience", self.patience > 0), ("keep-best", self.keep_best), ("eval-every", every)] {
+            if on && !held_out {
+                let message = "expected data to evaluate on beside it, got none; give `eval-data` or `eval-split`";
+                return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_without_an_effect_name_themselves() {
+        let of = |optimizer| TrainConfig { optimizer, ..TrainConfig::default() };
+        let usual = TrainConfig::default;
+        for (config, idle) in [
+            (TrainConfig { momentum: 0.9, ..usual() }, Some("momentum")),
+            (TrainConfig { momentum: 0.9, ..of(Optimizer::AdamW8bit) }, Some("momentum")),
+            (TrainConfig { momentum: 0.9, ..of(Optimizer::Lion) }, Some("momentum")),
+            (TrainConfig { momentum: 0.9, ..of(Optimizer::Sgd) }, None),
+            (TrainConfig { beta1: 0.5, ..of(Optimizer::Sgd) }, Some("beta1")),
+            (TrainConfig { beta2: Some(0.5), ..of(Optimizer::Sgd) }, Some("beta2")),
+            (TrainConfig { beta1: 0.5, beta2: Some(0.5), ..of(Optimizer::Lion) }, None),
+            (TrainConfig { eps: 1.0, ..of(Optimizer::Sgd) }, Some("eps")),
+            (TrainConfig { eps: 1e-3, ..of(Optimizer::Lion) }, Some("eps")),
+            (TrainConfig { eps: 1e-3, ..of(Optimizer::AdamW8bit) }, None),
+            (TrainConfig { steps: Some(2), epochs: 9, ..usual() }, Some("epochs")),
+            (TrainConfig { steps: Some(2), ..usual() }, None),
+        ] {
+            match (config.validate(), idle) {
+                (Err(e), Some(name)) => assert_eq!(e.place(), format!("setting `{name}`")),
+                (Ok(()), None) => {}
+                (other, _) => panic!("{idle:?}: {other:?} of {config:?}"),
+            }
+        }
+        // A default that somebody typed was to have an effect, too.
+        of(Optimizer::Sgd).check_effect(&|name| name == "beta1").unwrap_err();
+    }
+
+    #[test]
+    fn evaluations_need_something_to_evaluate() {
+        let config = TrainConfig { eval_every: 2, ..TrainConfig::default() };
+        assert_eq!(config.check_evaluated(false).unwrap_err().place(), "setting `eval-every`");
+        config.check_evaluated(true).unwrap();
+        TrainConfig { max_forgetting: Some(0.1), ..config }.check_evaluated(false).unwrap();
+    }
+}
