@@ -416,12 +416,23 @@ impl Session {
     /// As [`Dataset::open`].
     pub fn dataset(&self, path: &Path, max_tokens: usize) -> Result<Dataset> {
         let (tokenizer, template) = self.text()?;
-        let model = self.base.model.config();
-        let limits = Limits {
-            tokens: max_tokens.min(model.max_positions),
+        Dataset::open(path, tokenizer, template, self.limits(max_tokens))
+    }
+
+    /// The same for data that is measured, see [`Dataset::open_held_out`].
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub fn held_out_dataset(&self, path: &Path, max_tokens: usize) -> Result<Dataset> {
+        let (tokenizer, template) = self.text()?;
+        Dataset::open_held_out(path, tokenizer, template, self.limits(max_tokens))
+    }
+
+    fn limits(&self, max_tokens: usize) -> Limits {
+        Limits {
+            tokens: max_tokens.min(self.base.model.config().max_positions),
             vocab: self.start_vocabulary.unwrap_or_else(|| self.vocabulary()),
-        };
-        Dataset::open(path, tokenizer, template, limits)
+        }
     }
 
     /// What a run learns from and is watched on: some of the data is held out if `config` says so. With data to evaluate

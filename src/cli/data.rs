@@ -46,7 +46,11 @@ pub(super) fn dry_run(
     let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab };
     let all = Dataset::open(data, &tokenizer, &template, limits)?;
     let check = DataCheck::new(&all.checks, &tokenizer, &template);
-    let held = config.eval_data.as_ref().map(|path| Dataset::open(path, &tokenizer, &template, limits)).transpose()?;
+    let held = config
+        .eval_data
+        .as_ref()
+        .map(|path| Dataset::open_held_out(path, &tokenizer, &template, limits))
+        .transpose()?;
     say_unused(held.as_ref());
     let (data, held) = hold_out(config, all, held)?;
     let report = DataReport::new(&data, config)?;

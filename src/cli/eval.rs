@@ -170,7 +170,7 @@ fn find_in_data(
     let metrics = if only_loss { vec![Metric::Perplexity] } else { metrics_for(&records, asked)? };
     let mut found = Found { unused: Some(unused), ..Found::default() };
     if metrics.contains(&Metric::Perplexity) {
-        let data = session.dataset(path, usize::MAX)?;
+        let data = session.held_out_dataset(path, usize::MAX)?;
         found.score = Some(score_data(session, &data, on_progress)?);
         found.unused = Some(data.unused);
     }

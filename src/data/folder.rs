@@ -1,6 +1,6 @@
 //! A folder, read by what it holds: data files, or notes.
 
-use super::{Each, Kind, Sink, Unused, file, holds_records, place};
+use super::{Each, Kind, Purpose, Sink, Unused, file, foreign, holds_records, place};
 use crate::error::{Error, ErrorCode, Result};
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 const LEARNED: [&str; 2] = ["train", "training"];
 const HELD_OUT: [&str; 10] =
     ["valid", "validation", "val", "dev", "eval", "evaluation", "test", "testing", "heldout", "holdout"];
+/// Those of the last that are taken for evaluation only where there are no others.
+const TESTS: [&str; 2] = ["test", "testing"];
 /// Files that tell about the others.
 const ABOUT: [&str; 12] = [
     "readme",
@@ -28,9 +30,10 @@ const ABOUT: [&str; 12] = [
 /// These are no notes, even among notes.
 const LEGAL: [&str; 5] = ["license", "licence", "copying", "notice", "requirements"];
 
-/// The files of a folder and the folders in it, by name; hidden ones and links to folders are left alone.
-fn files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let (mut found, mut folders) = (Vec::new(), vec![folder.to_owned()]);
+/// The files of a folder and the folders in it, by name, and what is neither: links to folders, which may lead in circles,
+/// and the like. Hidden ones are left alone.
+fn files(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let (mut found, mut others, mut folders) = (Vec::new(), Vec::new(), vec![folder.to_owned()]);
     while let Some(dir) = folders.pop() {
         for entry in fs::read_dir(&dir).map_err(|e| Error::io("read", &dir, e))? {
             let entry = entry.map_err(|e| Error::io("read", &dir, e))?;
@@ -42,24 +45,26 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
                 folders.push(path);
             } else if kind.is_file() || fs::metadata(&path).is_ok_and(|meta| meta.is_file()) {
                 found.push(path);
+            } else {
+                others.push(path);
             }
         }
     }
     found.sort_unstable();
-    Ok(found)
+    Ok((found, others))
 }
 
 /// Gives the records of a folder's data files or, where it has none, its notes.
-pub(super) fn read(folder: &Path, unused: &mut Unused, each: &mut Each<'_>) -> Result<()> {
-    let (mut data, mut notes, mut others) = (Vec::new(), Vec::new(), Vec::new());
-    let mut foreign = None;
-    for path in files(folder)? {
+pub(super) fn read(folder: &Path, purpose: Purpose, unused: &mut Unused, each: &mut Each<'_>) -> Result<()> {
+    let (found, mut others) = files(folder)?;
+    let (mut data, mut notes, mut foreign) = (Vec::new(), Vec::new(), Vec::new());
+    for path in found {
         match Kind::of(&path) {
             Kind::Json | Kind::Table if is_data(&path)? => data.push(path),
             Kind::Note => notes.push(path),
             kind => {
-                if kind == Kind::Foreign && foreign.is_none() {
-                    foreign = Some(path.clone());
+                if kind == Kind::Foreign {
+                    foreign.push(path.clone());
                 }
                 others.push(path);
             }
@@ -68,8 +73,14 @@ pub(super) fn read(folder: &Path, unused: &mut Unused, each: &mut Each<'_>) -> R
     let name = |path: &Path| path.strip_prefix(folder).unwrap_or(path).display().to_string();
     let read = if !data.is_empty() {
         others.append(&mut notes);
-        let (read, held_out, rest) = splits(folder, data);
+        let Splits { read, held_out, rest } = Splits::new(folder, data, purpose);
+        if let Some(meant) = foreign.iter().find(|path| is_meant(folder, path, &read, purpose)) {
+            return Err(not_read(meant));
+        }
         unused.held_out.extend(held_out.iter().map(|path| path.display().to_string()));
+        if purpose == Purpose::Evaluate {
+            unused.measured.extend(read.iter().map(|path| path.display().to_string()));
+        }
         others.extend(rest);
         one_form_each(folder, &read)?;
         read
@@ -77,14 +88,8 @@ pub(super) fn read(folder: &Path, unused: &mut Unused, each: &mut Each<'_>) -> R
         let (legal, notes): (Vec<_>, Vec<_>) = notes.into_iter().partition(|path| is_called(path, &LEGAL));
         others.extend(legal);
         // A README beside data that cannot be read is not what the user means.
-        if let Some(foreign) = foreign.filter(|_| notes.iter().all(|path| is_called(path, &ABOUT))) {
-            return match super::stream::open(&foreign) {
-                Err(e) => Err(e),
-                Ok(_) => {
-                    let message = "expected JSONL, CSV, TSV or notes, got a file of another form; convert it to JSONL";
-                    Err(Error::new(ErrorCode::Data, place(&foreign, 0, 0), message))
-                }
-            };
+        if let Some(foreign) = foreign.first().filter(|_| notes.iter().all(|path| is_called(path, &ABOUT))) {
+            return Err(not_read(foreign));
         }
         notes
     };
@@ -117,21 +122,60 @@ fn is_data(path: &Path) -> Result<bool> {
     Ok(!json || !is_called(path, &["dataset_info", "dataset_infos", "dataset_dict", "state"]) && holds_records(path)?)
 }
 
-/// What is learned, what is kept for evaluation, and what belongs to neither where names tell those two apart.
-fn splits(folder: &Path, data: Vec<PathBuf>) -> (Vec<PathBuf>, Vec<PathBuf>, Vec<PathBuf>) {
-    let has = |path: &Path, words: &[&str]| {
-        let name = path.strip_prefix(folder).unwrap_or(path).to_string_lossy().to_lowercase();
-        let mut parts = name.split(|c: char| !c.is_alphabetic());
-        parts.any(|part| words.contains(&part))
-            || name.replace(['_', '-'], "").split(['/', '\\', '.']).any(|part| words.contains(&part))
-    };
-    let (learned, rest): (Vec<_>, Vec<_>) = data.into_iter().partition(|path| has(path, &LEARNED));
-    let (held_out, rest): (Vec<_>, Vec<_>) = rest.into_iter().partition(|path| has(path, &HELD_OUT));
-    match (learned.is_empty(), rest.is_empty()) {
-        (false, _) => (learned, held_out, rest),
-        (true, false) => (rest, held_out, Vec::new()),
-        // Only held-out data: that is what was asked for.
-        (true, true) => (held_out, Vec::new(), Vec::new()),
+/// Refuses a file of a form that is not read.
+fn not_read(path: &Path) -> Error {
+    super::stream::open(path).err().unwrap_or_else(|| {
+        let message = "expected JSONL, CSV, TSV or notes, got a file of another form; convert it to JSONL";
+        Error::new(ErrorCode::Data, place(path, 0, 0), message)
+    })
+}
+
+/// Whether a name within `folder` has one of `words` in it.
+fn has(folder: &Path, path: &Path, words: &[&str]) -> bool {
+    let name = path.strip_prefix(folder).unwrap_or(path).to_string_lossy().to_lowercase();
+    let mut parts = name.split(|c: char| !c.is_alphabetic());
+    parts.any(|part| words.contains(&part))
+        || name.replace(['_', '-'], "").split(['/', '\\', '.']).any(|part| words.contains(&part))
+}
+
+/// Whether a file that cannot be read is what the user means rather than the files that are `read`.
+fn is_meant(folder: &Path, path: &Path, read: &[PathBuf], purpose: Purpose) -> bool {
+    let (learned, held_out) = (has(folder, path, &LEARNED), has(folder, path, &HELD_OUT));
+    let any = |words: &[&str]| read.iter().any(|path| has(folder, path, words));
+    match purpose {
+        Purpose::Learn if any(&LEARNED) => false,
+        // Pictures, sounds and settings lie beside data; tables do not, unless they are data.
+        Purpose::Learn => {
+            learned || !held_out && (foreign::is_table(path) || any(&HELD_OUT) && !foreign::is_settings(path))
+        }
+        Purpose::Evaluate => held_out && !learned && !any(&HELD_OUT),
+    }
+}
+
+/// What is read of a folder for a purpose, what is kept for evaluation, and what belongs to neither where names tell those
+/// two apart.
+struct Splits {
+    read: Vec<PathBuf>,
+    held_out: Vec<PathBuf>,
+    rest: Vec<PathBuf>,
+}
+
+impl Splits {
+    fn new(folder: &Path, data: Vec<PathBuf>, purpose: Purpose) -> Self {
+        let (learned, rest): (Vec<_>, Vec<_>) = data.into_iter().partition(|path| has(folder, path, &LEARNED));
+        let (held_out, rest): (Vec<_>, Vec<_>) = rest.into_iter().partition(|path| has(folder, path, &HELD_OUT));
+        if purpose == Purpose::Evaluate && !held_out.is_empty() {
+            // What a run is to be judged by in the end is not what it is watched by.
+            let (tests, valid): (Vec<_>, Vec<_>) = held_out.into_iter().partition(|path| has(folder, path, &TESTS));
+            let (read, others) = if valid.is_empty() { (tests, Vec::new()) } else { (valid, tests) };
+            return Self { read, held_out: Vec::new(), rest: [learned, rest, others].concat() };
+        }
+        match (learned.is_empty(), rest.is_empty()) {
+            (false, _) => Self { read: learned, held_out, rest },
+            (true, false) => Self { read: rest, held_out, rest: Vec::new() },
+            // Only held-out data: that is what was asked for.
+            (true, true) => Self { read: held_out, held_out: Vec::new(), rest: Vec::new() },
+        }
     }
 }
 

@@ -4,11 +4,21 @@ use super::place;
 use crate::error::{Error, ErrorCode, Result};
 use std::path::Path;
 
-/// Extensions of data, or of what data is packed in, that is not read.
+/// Extensions of data, or of what data is packed in, that is not read; tables and data bases come first, see [`is_table`].
 pub(super) const EXTENSIONS: [&str; 27] = [
     "parquet", "arrow", "feather", "orc", "avro", "xlsx", "xls", "ods", "sqlite", "sqlite3", "db", "pkl", "pickle",
     "npz", "npy", "h5", "hdf5", "zip", "tar", "tgz", "7z", "rar", "xz", "bz2", "lz4", "yaml", "xml",
 ];
+
+/// Whether a file's name is that of a table or a data base: data, not what data is packed in or refers to.
+pub(super) fn is_table(path: &Path) -> bool {
+    super::extension(path).is_some_and(|e| EXTENSIONS[..11].contains(&e.as_str()))
+}
+
+/// Whether a file's name is one of a form that settings have, too.
+pub(super) fn is_settings(path: &Path) -> bool {
+    super::extension(path).is_some_and(|e| matches!(e.as_str(), "yaml" | "xml"))
+}
 
 /// What makes a readable file of one that is not; FILE stands for its name.
 enum Next {

@@ -7,14 +7,15 @@ use super::keys::{self, Fields};
 use super::{Entry, MAX_RECORD, Sink, data_error, place, stream};
 use crate::error::{Error, ErrorCode, Result};
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use std::fmt;
 use std::io::Read as _;
 use std::path::Path;
 
 /// Keys under which files have their list of records.
-const LISTS: [&str; 9] = ["data", "train", "rows", "examples", "instances", "records", "samples", "items", "dataset"];
+pub(super) const LISTS: [&str; 9] =
+    ["data", "train", "rows", "examples", "instances", "records", "samples", "items", "dataset"];
 
 /// Gives every record of `reader`.
 pub(super) fn read(reader: stream::Reader, sink: &mut Sink<'_, '_>) -> Result<()> {
@@ -60,13 +61,81 @@ impl<'de> Deserialize<'de> for Object {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Object, A::Error> {
                 let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
+                while let Some((key, value)) = map.next_entry::<String, Once>()? {
+                    entries.push((key, value.0));
                 }
                 Ok(Object(entries))
             }
         }
         deserializer.deserialize_map(Entries)
+    }
+}
+
+/// Any value, in all of whose objects each key is given once: of two, `serde_json` keeps the last without a word.
+pub(super) struct Once(pub Value);
+
+/// What is said of the others.
+pub(super) const TWICE: &str = "is given twice in one object; take one out";
+
+impl<'de> Deserialize<'de> for Once {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = Once;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a value")
+            }
+
+            fn visit_unit<E>(self) -> Result<Once, E> {
+                Ok(Once(Value::Null))
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Once, E> {
+                Ok(Once(value.into()))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Once, E> {
+                Ok(Once(value.into()))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Once, E> {
+                Ok(Once(value.into()))
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<Once, E> {
+                Ok(Once(value.into()))
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Once, E> {
+                Ok(Once(value.into()))
+            }
+
+            fn visit_string<E>(self, value: String) -> Result<Once, E> {
+                Ok(Once(value.into()))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Once, A::Error> {
+                let mut values = Vec::new();
+                while let Some(Once(value)) = list.next_element()? {
+                    values.push(value);
+                }
+                Ok(Once(values.into()))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Once, A::Error> {
+                let mut values = serde_json::Map::new();
+                while let Some((key, Once(value))) = object.next_entry::<String, Once>()? {
+                    if values.contains_key(&key) {
+                        let key: String = key.chars().take(40).collect();
+                        return Err(A::Error::custom(format!("the key `{}` {TWICE}", key.escape_debug())));
+                    }
+                    values.insert(key, value);
+                }
+                Ok(Once(values.into()))
+            }
+        }
+        deserializer.deserialize_any(Any)
     }
 }
 

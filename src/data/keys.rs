@@ -1,5 +1,6 @@
 //! All keys that a record may have, and what is done with each. A key that is in no table here is not used, which is said.
 
+use super::json::{LISTS, Once, TWICE};
 use super::{data_error, messages};
 use crate::error::Result;
 use serde_json::Value;
@@ -31,6 +32,8 @@ pub(crate) enum Key {
     Functions,
     /// Whether it is learned: 0 and 1, false and true.
     Weight,
+    /// The other way around.
+    Unlearned,
     /// Of an evaluation alone: options to choose from.
     Choices,
     /// Of an evaluation alone: a class.
@@ -53,16 +56,48 @@ const RECORD: &[(Key, &[&str])] = &[
     (Key::Completion, &["completion"]),
     (Key::Question, &["instruction", "question", "query", "problem"]),
     (Key::Question, ASKING),
-    (Key::Input, &["input", "context", "passage", "background"]),
+    (
+        Key::Input,
+        &["input", "context", "passage", "background", "document", "paragraph", "article", "evidence", "knowledge"],
+    ),
     (Key::Answer, &["output", "response", "answer", "solution", "reply", "target"]),
     (Key::Answer, ANSWERING),
     (Key::Text, &["text", "content"]),
-    (Key::System, &["system", "system_prompt", "system_message", "system_instruction", "sys_prompt"]),
-    (Key::History, &["history", "chat_history", "conversation_history"]),
+    (
+        Key::System,
+        &[
+            "system",
+            "system_prompt",
+            "system_message",
+            "system_instruction",
+            "sys_prompt",
+            "sys",
+            "developer",
+            "preamble",
+            "persona",
+        ],
+    ),
+    (
+        Key::History,
+        &[
+            "history",
+            "chat_history",
+            "conversation_history",
+            "dialogue_history",
+            "dialog_history",
+            "message_history",
+            "previous",
+            "previous_turns",
+            "past",
+            "past_turns",
+            "prior_turns",
+        ],
+    ),
     (Key::Tools, &["tools", "available_tools", "tool_definitions"]),
     (Key::Functions, &["functions"]),
     (Key::Weight, WEIGHT),
-    (Key::Weight, &["sample_weight", "loss_weight"]),
+    (Key::Weight, &["sample_weights", "loss_weights"]),
+    (Key::Unlearned, UNLEARNED),
     (Key::Choices, &["choices", "options"]),
     (Key::Label, &["label"]),
     (Key::Reference, &["reference"]),
@@ -91,6 +126,7 @@ const RECORD: &[(Key, &[&str])] = &[
         ],
     ),
     (Key::Refused("write documents into a turn"), &["documents"]),
+    (Key::Refused("write it as `system` or as `instruction`, whichever it is"), &["instructions"]),
     (
         Key::Refused("texts with a gap are not learned; write a `prompt` and a `completion`"),
         &["prefix", "suffix", "middle"],
@@ -102,18 +138,39 @@ const ASKING: &[&str] = &["user", "human"];
 const ANSWERING: &[&str] = &["assistant", "gpt", "bot"];
 
 /// Keys that say whether a record or a turn is learned.
-pub(super) const WEIGHT: &[&str] =
-    &["weight", "train", "training", "train_on", "trainable", "learn", "loss", "loss_mask"];
+pub(super) const WEIGHT: &[&str] = &[
+    "weight",
+    "weights",
+    "sample_weight",
+    "loss_weight",
+    "train",
+    "training",
+    "train_on",
+    "trainable",
+    "trained",
+    "is_trained",
+    "should_train",
+    "learn",
+    "loss",
+    "loss_mask",
+];
+/// Keys that say whether it is not.
+pub(super) const UNLEARNED: &[&str] = &["ignore", "skip", "no_train", "no_loss"];
 
 /// Keys of turns that are refused; `messages` has those that are used, and the rest is shown to the template.
-pub(super) const TURN: &[(&str, &[&str])] =
-    &[(ONLY_TEXT, PICTURES), (NO_MASKS, MASKS), (NO_PREFERENCES, &["chosen", "rejected"])];
+pub(super) const TURN: &[(&str, &[&str])] = &[
+    (ONLY_TEXT, PICTURES),
+    (NO_MASKS, MASKS),
+    (NO_PREFERENCES, &["chosen", "rejected"]),
+    ("what an answer begins with is learned as the rest of it is", &["prefix"]),
+];
 
 const PICTURES: &[&str] =
     &["image", "images", "image_url", "img", "video", "videos", "audio", "audios", "pixel_values"];
 const MASKS: &[&str] = &[
     "mask",
     "masked",
+    "is_masked",
     "train_detail",
     "training_detail",
     "segments",
@@ -169,17 +226,28 @@ impl Named {
         match self.value {
             Value::String(text) => Ok(text),
             other => {
-                let message = format!("expected a text, got {}; put it in quotes", kind(&other));
+                let next =
+                    if matches!(other, Value::Array(_) | Value::Object(_)) { COLUMNS } else { "put it in quotes" };
+                let message = format!("expected a text, got {}; {next}", kind(&other));
                 Err(data_error(&self.name, message))
             }
         }
     }
 
     /// A list, an object, or either as JSON in a string, as tables and some data sets hold it.
-    pub fn json(self) -> Value {
-        match self.value {
-            Value::String(text) => serde_json::from_str(&text).unwrap_or(Value::String(text)),
-            other => other,
+    ///
+    /// # Errors
+    /// A key is given twice in it, or it is Python's notation.
+    pub fn json(self) -> Result<Value> {
+        let Value::String(text) = self.value else { return Ok(self.value) };
+        match serde_json::from_str::<Once>(&text) {
+            Ok(Once(value)) => Ok(value),
+            Err(e) if e.to_string().contains(TWICE) => Err(data_error(&self.name, e.to_string()).caused_by(e)),
+            Err(e) if ["[{'", "{'", "['"].iter().any(|start| text.trim_start().starts_with(start)) => {
+                let message = "expected JSON, got Python's notation; write the column with `json.dumps`";
+                Err(data_error(&self.name, message).caused_by(e))
+            }
+            Err(_) => Ok(Value::String(text)),
         }
     }
 }
@@ -190,6 +258,8 @@ pub(crate) struct Fields {
     known: Vec<(Key, Named)>,
     /// Keys without a use.
     others: Vec<String>,
+    /// What most likely is wrong where there is no form.
+    hint: Option<String>,
 }
 
 impl Fields {
@@ -200,6 +270,7 @@ impl Fields {
         // `user` alone may be whoever wrote the record.
         let has = |names: &[&str]| object.iter().any(|(key, _)| names.iter().any(|name| same(name, key)));
         let by_roles = has(ASKING) && has(ANSWERING);
+        let hint = hint(&object);
         for (name, value) in object {
             if value.is_null() {
                 continue;
@@ -218,7 +289,7 @@ impl Fields {
                 None => others.push(name),
             }
         }
-        Ok(Self { known, others })
+        Ok(Self { known, others, hint })
     }
 
     /// Takes the first value of that use.
@@ -235,9 +306,25 @@ impl Fields {
         self.get(key).is_some()
     }
 
+    /// Takes all weights, and whether what has them is learned.
+    pub fn learned(&mut self) -> Result<bool> {
+        let mut learned = true;
+        for (key, if_true) in [(Key::Weight, true), (Key::Unlearned, false)] {
+            while let Some(named) = self.take(key) {
+                learned &= is_nothing(&named.value) || weight(&named)? == if_true;
+            }
+        }
+        Ok(learned)
+    }
+
     /// What is left.
     pub fn rest(&mut self) -> std::vec::Drain<'_, (Key, Named)> {
         self.known.drain(..)
+    }
+
+    /// What to do where there is no form.
+    pub fn hint(&self) -> Option<&str> {
+        self.hint.as_deref()
     }
 
     /// Keys without a use.
@@ -277,7 +364,7 @@ impl Fields {
             _ => None,
         };
         for (key, named) in &self.known {
-            if let Some(reason) = reason(*key).filter(|_| !is_nothing(&named.value)) {
+            if let Some(reason) = reason(*key).filter(|_| !is_harmless(&named.name, &named.value)) {
                 let message = format!(
                     "this key would change what is learned and is not used: {reason}; take the key out of the file if it does \
                      not matter"
@@ -287,6 +374,31 @@ impl Fields {
         }
         Ok(())
     }
+}
+
+/// What a whole table in one object needs.
+const COLUMNS: &str = "write one text; a whole table in one object is written record by record by \
+                       `df.to_json('x.jsonl', orient='records', lines=True)`";
+
+/// Advice for an object that holds records rather than being one.
+fn hint(object: &[(String, Value)]) -> Option<String> {
+    let has = |name: &str| object.iter().any(|(key, value)| same(key, name) && value.is_array());
+    let numbered = |(key, value): &(String, Value)| key.parse::<u64>().is_ok() && value.is_object();
+    if has("columns") && has("data") || !object.is_empty() && object.iter().all(numbered) {
+        return Some(COLUMNS.to_owned());
+    }
+    object.iter().find_map(|(key, value)| match value {
+        Value::Array(list) if list.is_empty() && LISTS.iter().any(|l| same(l, key)) => {
+            Some(format!("the list under `{key}` is empty"))
+        }
+        Value::Array(list) if list.first().is_some_and(Value::is_object) => {
+            Some(format!("there is a list under `{key}`: if it holds the records, write it alone into the file"))
+        }
+        Value::Object(inside) => inside.iter().find(|(_, v)| v.is_array()).map(|(name, _)| {
+            format!("there is a list under `{key}` and in it `{name}`: if it holds the records, write it alone into the file")
+        }),
+        _ => None,
+    })
 }
 
 /// Whether a name has the meaning of the table, which its value can tell.
@@ -300,7 +412,10 @@ fn is_meant(key: Key, name: &str, value: &Value) -> bool {
         // The others are counts and names of conversations, too.
         Key::Messages if !["messages", "conversations"].iter().any(|n| same(n, name)) => listed(),
         // What a model thinks of a record is a number, too.
-        Key::Weight if same("loss", name) => value.is_boolean(),
+        Key::Weight if same("loss", name) => truth(value).is_some(),
+        // Numbers are those of the documents or turns.
+        Key::Input if !["input", "context"].iter().any(|n| same(n, name)) => !value.is_number(),
+        Key::History if !same("history", name) => !value.is_number(),
         Key::Text if same("content", name) => value.is_string(),
         _ => true,
     }
@@ -317,17 +432,31 @@ pub(crate) fn is_nothing(value: &Value) -> bool {
     }
 }
 
-/// Whether what has this weight is learned.
-pub(super) fn weight(named: &Named) -> Result<bool> {
-    let text = match &named.value {
+/// Whether a key that is refused would change nothing with this value.
+pub(super) fn is_harmless(name: &str, value: &Value) -> bool {
+    // What a `mask` that is false leaves out is open; the others ask for something.
+    is_nothing(value) || *value == Value::Bool(false) && !same(name, "mask") && !same(name, "label")
+}
+
+/// A truth value, however it is written.
+fn truth(value: &Value) -> Option<bool> {
+    let text = match value {
         Value::String(text) => text.trim().to_ascii_lowercase(),
         other => other.to_string(),
     };
     match text.as_str() {
-        "0" | "0.0" | "false" => Ok(false),
-        "1" | "1.0" | "true" => Ok(true),
-        _ => {
-            let got: String = text.chars().take(40).collect();
+        "0" | "0.0" | "false" => Some(false),
+        "1" | "1.0" | "true" => Some(true),
+        _ => None,
+    }
+}
+
+/// Whether what has this weight is learned.
+pub(super) fn weight(named: &Named) -> Result<bool> {
+    match truth(&named.value) {
+        Some(truth) => Ok(truth),
+        None => {
+            let got: String = named.value.to_string().chars().take(40).collect();
             let message = format!(
                 "expected 0 or 1, false or true, got `{got}`; other weights are not used: round it, or take the key out"
             );

@@ -49,7 +49,7 @@ fn role(name: &str) -> Option<&'static str> {
 /// Messages are a list, or that list as JSON in a string.
 pub(crate) fn messages(list: Named, unused: &mut Unused) -> Result<Vec<Message>> {
     let name = list.name.clone();
-    let turns = match list.json() {
+    let turns = match list.json()? {
         Value::Array(turns) => turns,
         other => {
             let message =
@@ -78,7 +78,7 @@ pub(crate) fn messages(list: Named, unused: &mut Unused) -> Result<Vec<Message>>
 /// Earlier turns: pairs of a question and its answer, or messages.
 pub(super) fn history(list: Named, unused: &mut Unused) -> Result<Vec<Message>> {
     let name = list.name.clone();
-    let value = list.json();
+    let value = list.json()?;
     let pairs = match &value {
         Value::Array(items) if items.iter().all(Value::is_object) => return messages(Named { name, value }, unused),
         Value::Array(items) => items.iter().map(|item| match item.as_array().map(Vec::as_slice) {
@@ -126,7 +126,7 @@ fn read(keys: Map<String, Value>, out: &mut Vec<Message>, not_used: &mut BTreeSe
     if !keys.keys().any(|key| is(ROLE, key)) {
         return pair(keys, out, not_used);
     }
-    let (mut speaker, mut content, mut weight) = (None, None, None);
+    let (mut speaker, mut content, mut weight, mut unlearned) = (None, None, None, None);
     let mut extra = Map::new();
     for (name, value) in keys {
         if value.is_null() {
@@ -136,9 +136,10 @@ fn read(keys: Map<String, Value>, out: &mut Vec<Message>, not_used: &mut BTreeSe
             () if is(ROLE, &name) => &mut speaker,
             () if is(CONTENT, &name) => &mut content,
             () if is(keys::WEIGHT, &name) => &mut weight,
+            () if is(keys::UNLEARNED, &name) => &mut unlearned,
             () => {
                 if let Some((reason, _)) =
-                    keys::TURN.iter().find(|(_, names)| is(names, &name)).filter(|_| !keys::is_nothing(&value))
+                    keys::TURN.iter().find(|(_, names)| is(names, &name)).filter(|_| !keys::is_harmless(&name, &value))
                 {
                     let message = format!(
                         "this key would change what is learned and is not used: {reason}; take it out if it does not matter"
@@ -162,7 +163,8 @@ fn read(keys: Map<String, Value>, out: &mut Vec<Message>, not_used: &mut BTreeSe
     }
     let speaker =
         speaker.ok_or_else(|| data_error("`role`", "expected who speaks, got nothing; correct it"))?.text()?;
-    let content = content.map(|c| c.value);
+    let content = content.map(|c: Named| c.value);
+    content.iter().try_for_each(parts_alike)?;
     let (role, content) = match role(&speaker) {
         Some(role) => (role, content),
         None if is(&CALLS, &speaker) => {
@@ -200,7 +202,46 @@ fn read(keys: Map<String, Value>, out: &mut Vec<Message>, not_used: &mut BTreeSe
             return Err(data_error(&format!("`{}`", weight.name), message));
         }
     }
+    let unlearned = unlearned.filter(|w: &Named| !keys::is_nothing(&w.value));
+    message.learned &= !unlearned.map_or(Ok(false), |w| keys::weight(&w))?;
+    if message.content.is_none() && !calls_tools(&message) {
+        return Err(data_error("`content`", "expected what is said, got nothing; write it, or take the turn out"));
+    }
     out.push(message);
+    Ok(())
+}
+
+/// Whether a turn has calls of tools.
+fn calls_tools(message: &Message) -> bool {
+    message.extra.get("tool_calls").is_some_and(|calls| !keys::is_nothing(calls))
+}
+
+/// Whether a turn would teach to say nothing.
+pub(super) fn is_silent(message: &Message) -> bool {
+    message.role == "assistant"
+        && message.learned
+        && !calls_tools(message)
+        && message.content.as_deref().is_none_or(|text| text.trim().is_empty())
+}
+
+/// Parts of a turn are learned together: a weight of one alone must change nothing.
+fn parts_alike(content: &Value) -> Result<()> {
+    let is = |names: &[&str], key: &str| names.iter().any(|name| same(name, key));
+    for (name, value) in content.as_array().into_iter().flatten().filter_map(Value::as_object).flatten() {
+        let named = || Named { name: name.clone(), value: value.clone() };
+        let changes = match () {
+            () if keys::is_nothing(value) => false,
+            () if is(keys::WEIGHT, name) => !keys::weight(&named())?,
+            () if is(keys::UNLEARNED, name) => keys::weight(&named())?,
+            // The first are pictures, which are no text.
+            () => keys::TURN.iter().skip(1).any(|(_, names)| is(names, name)) && !keys::is_harmless(name, value),
+        };
+        if changes {
+            let message =
+                "the parts of a turn are learned together; give the whole turn a `weight`, or take the key out";
+            return Err(data_error(&format!("`{name}` of a part of `content`"), message));
+        }
+    }
     Ok(())
 }
 
@@ -222,7 +263,7 @@ fn pair(keys: Map<String, Value>, out: &mut Vec<Message>, not_used: &mut BTreeSe
     if let Some(system) = fields.take(Key::System).filter(|s| !keys::is_nothing(&s.value)) {
         out.push(Message::new("system", system.text()?));
     }
-    let learned = fields.take(Key::Weight).map_or(Ok(true), |w| keys::weight(&w))?;
+    let learned = fields.learned()?;
     if let Some((_, named)) = fields.rest().find(|(_, named)| !keys::is_nothing(&named.value)) {
         return Err(data_error(
             &format!("`{}`", named.name),
@@ -238,7 +279,7 @@ fn pair(keys: Map<String, Value>, out: &mut Vec<Message>, not_used: &mut BTreeSe
 /// Calls of tools as messages hold them: from one call, or a list, or either as JSON in a string; each with or without
 /// `type` and `function`.
 fn calls(value: Value) -> Result<Value> {
-    let value = Named { name: "calls".to_owned(), value }.json();
+    let value = Named { name: "calls".to_owned(), value }.json()?;
     let one = |call: Value| match call.get("function").is_some() {
         true => Ok(call),
         false if call.get("name").is_some_and(Value::is_string) => Ok(json!({ "type": "function", "function": call })),

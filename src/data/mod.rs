@@ -39,10 +39,17 @@ pub(crate) enum Entry {
 /// Takes a record, its line (0 where it is a whole file), and the place for what is left out.
 pub(crate) type Each<'a> = dyn FnMut(Entry, usize, &mut Unused) -> Result<()> + 'a;
 
+/// What data is read for, which tells what of a folder is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Learn,
+    Evaluate,
+}
+
 /// Gives every record of the file or folder at `path` to `each`. Errors name the file and the line or row.
-pub(crate) fn read(path: &Path, unused: &mut Unused, each: &mut Each<'_>) -> Result<()> {
+pub(crate) fn read(path: &Path, purpose: Purpose, unused: &mut Unused, each: &mut Each<'_>) -> Result<()> {
     let meta = std::fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
-    if meta.is_dir() { folder::read(path, unused, each) } else { file(path, &mut Sink { path, unused, each }) }
+    if meta.is_dir() { folder::read(path, purpose, unused, each) } else { file(path, &mut Sink { path, unused, each }) }
 }
 
 /// Where the records of one file go.
@@ -111,7 +118,13 @@ impl Kind {
 fn extension(path: &Path) -> Option<String> {
     let of = |path: &Path| Some(path.extension().and_then(OsStr::to_str)?.to_ascii_lowercase());
     let last = of(path)?;
-    if matches!(last.as_str(), "gz" | "gzip" | "zst" | "zstd") { of(Path::new(path.file_stem()?)) } else { Some(last) }
+    let stem = Path::new(path.file_stem()?);
+    match last.as_str() {
+        "gz" | "gzip" | "zst" | "zstd" => extension(stem),
+        // Some systems add it to what they do not know.
+        "txt" => of(stem).filter(|e| matches!(e.as_str(), "json" | "jsonl" | "ndjson" | "csv" | "tsv")).or(Some(last)),
+        _ => Some(last),
+    }
 }
 
 /// Whether the first record of a JSON file has a form that is known; of a file that is broken, yes, so that it is said.

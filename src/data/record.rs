@@ -28,18 +28,18 @@ impl Record {
     pub(crate) fn new(mut fields: Fields, unused: &mut Unused) -> Result<Option<Self>> {
         fields.refuse()?;
         let given = |named: &Named| !keys::is_nothing(&named.value);
-        let mut learned = true;
-        while let Some(weight) = fields.take(Key::Weight) {
-            learned &= keys::is_nothing(&weight.value) || keys::weight(&weight)?;
-        }
+        let learned = fields.learned()?;
         let names = fields.names();
-        let system = fields.take(Key::System).filter(given);
+        let system = fields.take(Key::System).filter(given).map(plain);
         let history = fields.take(Key::History).filter(given);
         let tools = tools(&mut fields)?;
         let mut record = match form(&mut fields, unused)? {
             Some(record) => record,
             None => return Err(no_form(&fields, &names)),
         };
+        if learned {
+            record.must_say_something()?;
+        }
         let asked = matches!(record, Self::Instruction { .. });
         if history.is_some() || system.is_some() || tools.is_some() {
             record = record.into_chat();
@@ -54,7 +54,12 @@ impl Record {
                             "the messages are the whole conversation; write the earlier turns into them",
                         ));
                     }
-                    messages.splice(0..0, messages::history(history, unused)?);
+                    let name = history.name.clone();
+                    let earlier = messages::history(history, unused)?;
+                    if learned && earlier.iter().any(messages::is_silent) {
+                        return Err(silent(&name));
+                    }
+                    messages.splice(0..0, earlier);
                 }
                 if let Some(system) = system {
                     let added = messages::add_system(system, messages)?;
@@ -89,6 +94,24 @@ impl Record {
         Ok(Some(record))
     }
 
+    /// # Errors
+    /// An answer or a text is empty.
+    fn must_say_something(&self) -> Result<()> {
+        match self {
+            Self::Chat { messages, from, .. } => {
+                match (*from..messages.len()).find(|i| messages::is_silent(&messages[*i])) {
+                    Some(i) => Err(silent(&format!("turn {}", i + 1))),
+                    None => Ok(()),
+                }
+            }
+            Self::Instruction { output, .. } if output.trim().is_empty() => Err(silent("answer")),
+            Self::Text { text, start } if text[*start..].trim().is_empty() => {
+                Err(silent(if *start > 0 { "completion" } else { "text" }))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// An instruction as a conversation.
     pub(crate) fn into_chat(self) -> Self {
         match self {
@@ -111,7 +134,12 @@ fn form(fields: &mut Fields, unused: &mut Unused) -> Result<Option<Record>> {
         prompt_completion(prompt.expect("looked for"), completion.expect("looked for"), unused)?
     } else if let Some((question, answer)) = question_answer(fields, unused)? {
         let input = fields.take(Key::Input).map_or_else(|| Ok(String::new()), Named::text)?;
-        Record::Instruction { instruction: question.text()?, input, output: answer.text()? }
+        let (instruction, output) = (question.text()?, answer.text()?);
+        match (instruction.trim().is_empty(), input.trim().is_empty()) {
+            (_, true) => Record::Instruction { instruction, input: String::new(), output },
+            (true, false) => Record::Instruction { instruction: input, input: String::new(), output },
+            (false, false) => Record::Instruction { instruction, input, output },
+        }
     } else if fields.has(Key::Text) && !fields.others().iter().any(|key| keys::same(key, "role")) {
         Record::Text { text: fields.take(Key::Text).expect("looked for").text()?, start: 0 }
     } else {
@@ -185,7 +213,8 @@ fn prompt_completion(prompt: Named, completion: Named, unused: &mut Unused) -> R
         }
         _ => {
             let message = format!(
-                "expected `prompt` and `completion` to be both texts or both lists of messages, got {} and {}; give both the same form",
+                "expected `prompt` and `completion` to be both texts or both lists of messages, got {} and {}; give both the same form, and write a table record by record: \
+                 `df.to_json('x.jsonl', orient='records', lines=True)`",
                 kind(&prompt.value),
                 kind(&completion.value)
             );
@@ -214,7 +243,7 @@ fn tools(fields: &mut Fields) -> Result<Option<Value>> {
     for key in [Key::Tools, Key::Functions] {
         let Some(named) = fields.take(key).filter(|named| !keys::is_nothing(&named.value)) else { continue };
         let name = named.name.clone();
-        match named.json() {
+        match named.json()? {
             Value::Array(list) if list.is_empty() => continue,
             Value::Array(list) if found.is_none() => {
                 let function =
@@ -231,6 +260,32 @@ fn tools(fields: &mut Fields) -> Result<Option<Value>> {
     Ok(found)
 }
 
+/// A system's text, also where it is a turn or the only item of a list.
+fn plain(mut system: Named) -> Named {
+    loop {
+        system.value = match system.value {
+            Value::Array(mut list) if list.len() == 1 => list.remove(0),
+            Value::Object(mut turn)
+                if turn.len() == 2
+                    && turn.get("role").is_some_and(|r| r == "system")
+                    && turn.contains_key("content") =>
+            {
+                turn.remove("content").unwrap_or_default()
+            }
+            other => {
+                system.value = other;
+                return system;
+            }
+        };
+    }
+}
+
+fn silent(item: &str) -> crate::Error {
+    let message =
+        "expected something to learn, got nothing or only spaces; write it, take it out, or give it the `weight` 0";
+    data_error(item, message)
+}
+
 fn misplaced(named: &Named, why: &str) -> crate::Error {
     data_error(
         &format!("`{}`", named.name),
@@ -243,7 +298,7 @@ fn no_form(fields: &Fields, names: &str) -> crate::Error {
     let next = if has("role") || has("from") {
         "this is a turn: put the turns of a conversation into a list under `messages`"
     } else {
-        "rename the keys"
+        fields.hint().unwrap_or("rename the keys")
     };
     let message = format!(
         "expected `messages` or `conversations`, `prompt` and `completion`, `instruction` (or `question`) and `output` (or \

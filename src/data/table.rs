@@ -5,7 +5,7 @@ use super::{Entry, MAX_RECORD, Sink, place, stream};
 use crate::error::{Error, ErrorCode, Result};
 use csv::StringRecord;
 use serde_json::Value;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io::{self, Read};
 use std::rc::Rc;
 
@@ -25,7 +25,11 @@ pub(super) fn read(mut reader: stream::Reader, sink: &mut Sink<'_, '_>) -> Resul
     let head = head.split_off(told.map_or(0, |(_, end)| end));
     let separator = told.map_or_else(|| separator(&head), |(separator, _)| separator);
     let path = sink.path;
+    let quotes = Rc::new(RefCell::new(Quotes::new(separator)));
     let broken = |e: csv::Error| {
+        if let Some((line, message)) = quotes.borrow_mut().wrong.take() {
+            return Error::new(ErrorCode::Data, place(path, line + skipped, 0), message);
+        }
         if let csv::ErrorKind::Io(_) = e.kind() {
             let csv::ErrorKind::Io(e) = e.into_kind() else { unreachable!("looked at") };
             return stream::read_error(path, e);
@@ -45,38 +49,32 @@ pub(super) fn read(mut reader: stream::Reader, sink: &mut Sink<'_, '_>) -> Resul
         };
         Error::new(ErrorCode::Data, place(path, line, 0), message).caused_by(e)
     };
-    let (left, quoted) = (Rc::new(Cell::new(MAX_RECORD)), Rc::new(Cell::new(false)));
+    let left = Rc::new(Cell::new(MAX_RECORD));
     let watched =
-        Watched { inner: Box::new(io::Cursor::new(head).chain(reader)), left: left.clone(), quoted: quoted.clone() };
+        Watched { inner: Box::new(io::Cursor::new(head).chain(reader)), left: left.clone(), quotes: quotes.clone() };
     let mut reader = csv::ReaderBuilder::new().delimiter(separator).trim(csv::Trim::Headers).from_reader(watched);
     let columns = reader.headers().map_err(broken)?.clone();
-    let (mut row, mut lines) = (StringRecord::new(), 1);
+    let mut row = StringRecord::new();
+    // pandas writes an empty cell as `NaN` where it is told to; JSON's is empty, too.
+    let missing = |cell: &str| cell.is_empty() || matches!(cell.trim(), "NaN" | "nan");
     while reader.read_record(&mut row).map_err(broken)? {
         left.set(MAX_RECORD);
-        lines = row.iter().map(|cell| cell.lines().count()).max().unwrap_or(1);
-        if row.iter().all(|cell| cell.trim().is_empty()) {
+        if row.iter().all(|cell| missing(cell) || cell.trim().is_empty()) {
             continue;
         }
         let line = row.position().map_or(0, |p| p.line() as usize + skipped);
-        let cells = columns.iter().zip(&row).filter(|(_, cell)| !cell.is_empty());
+        let cells = columns.iter().zip(&row).filter(|(_, cell)| !missing(cell));
         let keys = cells.map(|(column, cell)| (column.to_owned(), Value::String(cell.to_owned()))).collect();
         sink.give(Fields::new(keys).map(Entry::Keys), line, 0)?;
-    }
-    // The parser takes all that follows an open quote for one cell.
-    if quoted.get() && lines > 1 {
-        let line = reader.position().line() as usize + skipped;
-        let message = "the last row has a quote that is not closed, which makes one cell of all that follows it; close it, or \
-                       write a quote within a cell as `\"\"`";
-        return Err(Error::new(ErrorCode::Data, place(path, line, 0), message));
     }
     Ok(())
 }
 
-/// Bounds what is read for one row, and knows whether a quote is open.
+/// Bounds what is read for one row, and looks at its quotes.
 struct Watched {
     inner: stream::Reader,
     left: Rc<Cell<usize>>,
-    quoted: Rc<Cell<bool>>,
+    quotes: Rc<RefCell<Quotes>>,
 }
 
 impl Read for Watched {
@@ -88,9 +86,89 @@ impl Read for Watched {
         }
         let n = self.inner.read(&mut buf[..most])?;
         self.left.set(self.left.get() - n);
-        let quotes = buf[..n].iter().filter(|b| **b == b'"').count();
-        self.quoted.set(self.quoted.get() != (quotes % 2 == 1));
-        Ok(n)
+        let mut quotes = self.quotes.borrow_mut();
+        buf[..n].iter().for_each(|byte| quotes.step(*byte));
+        if n == 0 {
+            quotes.end();
+        }
+        match quotes.wrong {
+            Some(_) => Err(io::Error::new(io::ErrorKind::InvalidData, "quotes")),
+            None => Ok(n),
+        }
+    }
+}
+
+/// Finds quotes that were meant as text: the parser takes whole rows for one cell behind them.
+struct Quotes {
+    separator: u8,
+    at: At,
+    line: usize,
+    after_return: bool,
+    /// Line of the last quote that opened a cell, and whether there was a separator and a line's end since.
+    opened: (usize, bool, bool),
+    /// The first line in which something is wrong, and what.
+    wrong: Option<(usize, String)>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum At {
+    Start,
+    Plain,
+    Quoted,
+    /// Behind a quote within a quoted cell.
+    Closed,
+}
+
+impl Quotes {
+    fn new(separator: u8) -> Self {
+        Self { separator, at: At::Start, line: 1, after_return: false, opened: (1, false, false), wrong: None }
+    }
+
+    fn step(&mut self, byte: u8) {
+        let ends = matches!(byte, b'\r' | b'\n');
+        self.at = match self.at {
+            At::Quoted if byte == b'"' => At::Closed,
+            At::Closed if byte == b'"' => At::Quoted,
+            At::Quoted => {
+                self.opened.1 |= byte == self.separator;
+                self.opened.2 |= ends;
+                At::Quoted
+            }
+            at => {
+                if at == At::Closed && byte != self.separator && !ends {
+                    self.refuse("a cell begins with a quote here, which is closed before the cell ends");
+                }
+                if at == At::Closed && self.separator == b'\t' && self.opened.1 && self.opened.2 {
+                    self.refuse("a cell begins with a quote here, and what follows up to the next quote has a tab and a line's end");
+                }
+                match byte {
+                    _ if byte == self.separator || ends => At::Start,
+                    b'"' if at == At::Start => {
+                        self.opened = (self.line, false, false);
+                        At::Quoted
+                    }
+                    _ => At::Plain,
+                }
+            }
+        };
+        self.line += usize::from(byte == b'\r' || byte == b'\n' && !self.after_return);
+        self.after_return = byte == b'\r';
+    }
+
+    /// The table ends.
+    fn end(&mut self) {
+        match self.at {
+            At::Quoted => self.refuse("a cell begins with a quote here, which is not closed"),
+            At::Closed => self.step(b'\n'),
+            At::Start | At::Plain => {}
+        }
+    }
+
+    fn refuse(&mut self, what: &str) {
+        let message = format!(
+            "{what}; where it belongs to the text, put the whole cell in quotes and write each quote within it twice (`\"\"`)"
+        );
+        self.wrong.get_or_insert((self.opened.0, message));
     }
 }
 

@@ -8,7 +8,7 @@ fn read_bytes(dir: &Path, name: &str, bytes: &[u8]) -> Result<usize, String> {
     let path = dir.join(name);
     fs::write(&path, bytes).unwrap();
     let (mut unused, mut n) = (Unused::default(), 0);
-    let read = read(&path, &mut unused, &mut |entry, _, unused| {
+    let read = read(&path, Purpose::Learn, &mut unused, &mut |entry, _, unused| {
         n += 1;
         match entry {
             Entry::Keys(fields) => record::Record::new(fields, unused).map(drop),
@@ -89,7 +89,7 @@ fn a_list_is_read_record_by_record() {
     // It is cut off behind its records, which a reader of whole files would never give.
     fs::write(&path, format!("[{}", "{\"text\":\"abc\"},\n".repeat(1000))).unwrap();
     let mut places = Vec::new();
-    let error = read(&path, &mut Unused::default(), &mut |_, line, _| {
+    let error = read(&path, Purpose::Learn, &mut Unused::default(), &mut |_, line, _| {
         places.push(line);
         Ok(())
     });

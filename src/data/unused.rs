@@ -20,6 +20,8 @@ pub struct Unused {
     pub records: usize,
     /// Files of a folder that are kept for evaluation by their names (`valid`, `test`, ..).
     pub held_out: Vec<String>,
+    /// Files of a folder that are read for evaluation.
+    pub measured: Vec<String>,
     /// Other files of a folder that are not data, as far as names are kept.
     pub files: Vec<String>,
     /// Other files of a folder that are not data, all of them.
@@ -56,6 +58,10 @@ impl Unused {
         if !self.held_out.is_empty() {
             let files = listed(self.held_out.iter().map(|f| format!("`{f}`")), self.held_out.len());
             let _ = writeln!(out, "kept for evaluation by name: {files}; give one as `--eval-data FILE`");
+        }
+        if !self.measured.is_empty() {
+            let files = listed(self.measured.iter().map(|f| format!("`{f}`")), self.measured.len());
+            let _ = writeln!(out, "read in the folder for evaluation: {files}");
         }
         if self.files_in_all > 0 {
             let files = listed(self.files.iter().map(|f| format!("`{f}`")), self.files_in_all);

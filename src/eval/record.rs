@@ -3,7 +3,7 @@
 use super::tasks::Metric;
 use crate::chat::Message;
 use crate::data::keys::{self, Fields, Key, Named};
-use crate::data::{self, Entry, Unused, data_error, messages, record::Record as Sample};
+use crate::data::{self, Entry, Purpose, Unused, data_error, messages, record::Record as Sample};
 use crate::error::{Error, ErrorCode, Result};
 use serde_json::Value;
 use std::path::Path;
@@ -86,7 +86,7 @@ impl Expected {
 /// The file cannot be read, is empty, or a record has none of the forms or another than the first.
 pub fn read_records(path: &Path, into_chat: bool) -> Result<Records> {
     let (mut records, mut unused): (Vec<Record>, Unused) = (Vec::new(), Unused::default());
-    data::read(path, &mut unused, &mut |entry, line, unused| {
+    data::read(path, Purpose::Evaluate, &mut unused, &mut |entry, line, unused| {
         let fields = match entry {
             Entry::Keys(fields) => fields,
             Entry::Note(_) => {
@@ -224,7 +224,7 @@ fn expected(fields: &mut Fields) -> Result<Option<Expected>> {
 /// A list of texts, or that list as JSON in a string.
 fn texts(named: Named) -> Result<Vec<String>> {
     let name = named.name.clone();
-    match named.json() {
+    match named.json()? {
         Value::Array(list) => list.into_iter().map(|value| Named { name: name.clone(), value }.text()).collect(),
         _ => Err(data_error(&name, "expected a list of texts, got something else; write a list")),
     }

@@ -58,6 +58,10 @@ fn every_form_of_a_file_is_read() {
         ("commas.csv", b"prompt,completion\n\"a;\t|\",b\nc,d\n".into(), &two),
         ("one column.csv", b"text\nabc\n".into(), &["bc"]),
         ("tabs.csv", b"prompt\tcompletion\na, b\tc, d\n".into(), &["c, d"]),
+        ("text.csv.txt", b"prompt,completion\na,b\n".into(), &["b"]),
+        ("in text.csv", b"prompt,completion\na,x \"b\" y\nc,\"d, \"\"e\"\"\nf\"\n".into(), &["x \"b\" y", "d, \"e\"\nf"]),
+        ("lines.tsv", b"prompt\tcompletion\r\na\t\"b\nc\"\r\n\"a\tb\"\td".into(), &["b\nc", "d"]),
+        ("pandas.csv", b"instruction,input,output\na,NaN,NA\nnan,c,None\n".into(), &["NA", "None"]),
         ("a.jsonl.gz", GZIP.into(), &["4"]),
         ("two.jsonl.gz", [GZIP, GZIP].concat(), &["4", "4"]),
         ("a.jsonl.zst", ZSTD.into(), &["4"]),
@@ -156,6 +160,22 @@ fn other_files_are_refused_by_their_format() {
             "`messages`|a turn",
         ),
         ("quote.csv", b"text\nabc\n\"def\nghi\n".into(), "quote"),
+        ("swallowed.tsv", b"prompt\tcompletion\na\t\"b\nc\td\ne\t\"f\ng\th\n".into(), "line 2|a quote|twice"),
+        ("swallowed.csv", b"prompt,completion\na,\"b\nc,d\ne,\"f\n".into(), "line 2|a quote|twice"),
+        ("closed.tsv", b"prompt\tcompletion\r\na\t\"b\r\nc\td\"\r\n".into(), "line 2|a tab"),
+        ("last.tsv", b"prompt\tcompletion\nc\td\na\t\"b".into(), "line 3|not closed"),
+        ("last.csv", b"sep=,\nprompt,completion\nc,d\na,\"b\n".into(), "line 4|not closed"),
+        ("begins.csv", b"prompt,completion\na,\"f\" x\n".into(), "line 2|before the cell ends"),
+        ("slashes.csv", b"prompt,completion\na,\"say \\\"f\\\"\"\n".into(), "line 2|before the cell ends"),
+        ("nothing.csv", b"instruction,output\na,NaN\n".into(), "line 2|`instruction`"),
+        ("repr.csv", b"messages\n\"[{'role': 'user', 'content': 'q'}]\"\n".into(), "line 2|json.dumps"),
+        ("columns2.json", b"{\"instruction\":[\"a\",\"b\"],\"output\":[\"c\",\"d\"]}".into(), "orient='records'"),
+        ("columns3.json", b"{\"instruction\":{\"0\":\"a\"},\"output\":{\"0\":\"b\"}}".into(), "orient='records'"),
+        ("split.json", b"{\"columns\":[\"text\"],\"index\":[0],\"data\":[[\"a\"]]}".into(), "orient='records'"),
+        ("index.json", b"{\"0\":{\"text\":\"a\"},\"1\":{\"text\":\"b\"}}".into(), "orient='records'"),
+        ("no items.json", b"{\"data\":[]}".into(), "`data` is empty"),
+        ("inner.json", b"{\"data\":{\"train\":[{\"text\":\"a\"}]}}".into(), "`data`|`train`"),
+        ("test.json", b"{\"test\":[{\"text\":\"a\"}]}".into(), "`test`"),
         ("ragged.tsv", b"prompt\tcompletion\na\tb\tc\n".into(), "line 2|tabs"),
     ];
     check_all(cases, |(file, bytes, words)| match reader.read(file, bytes, 4096) {
@@ -292,6 +312,10 @@ fn a_folder_that_cannot_be_meant_is_refused_with_the_files_name() {
     let cases: Vec<(&str, Files, &str)> = vec![
         ("parquet", vec![card, ("data/train.parquet", Some(b"PAR1\0"))], "train.parquet|Parquet|read_parquet"),
         ("excel", vec![card, ("a.xlsx", Some(b"PK\x03\x04\0xl/"))], "a.xlsx|Excel"),
+        ("train", vec![("train.parquet", Some(b"PAR1\0")), ("test.jsonl", None)], "train.parquet|Parquet"),
+        ("extra", vec![("data/train.parquet", Some(b"PAR1\0")), ("extra.jsonl", None)], "train.parquet|Parquet"),
+        ("table", vec![("a.xlsx", Some(b"PK\x03\x04\0xl/")), ("extra.csv", Some(b"text\na\n"))], "a.xlsx|Excel"),
+        ("packed", vec![("train.zip", Some(b"PK\x03\x04\0")), ("test.jsonl", None)], "train.zip|unzip"),
         ("yaml", vec![card, ("a.yaml", Some(b"a: 1"))], "a.yaml|JSONL"),
         ("twice", vec![("train.jsonl", None), ("train.csv", Some(b"text\na\n"))], "train.jsonl|train.csv|one form"),
         ("packed twice", vec![("train.jsonl", None), ("train.jsonl.gz", Some(GZIP))], "train.jsonl.gz|one form"),
@@ -314,4 +338,46 @@ fn a_folder_that_cannot_be_meant_is_refused_with_the_files_name() {
                 .map_or(Ok(()), |word| Err(format!("{name}: no `{word}` in: {message}")))
         }
     });
+}
+
+#[test]
+fn a_folder_is_measured_by_what_is_held_out_in_it() {
+    let reader = reader();
+    type Case<'a> = (&'a str, Vec<&'a str>, Result<&'a [&'a str], &'a str>);
+    let cases: Vec<Case> = vec![
+        ("all", vec!["test.jsonl", "train.jsonl", "valid.jsonl"], Ok(&["valid.jsonl"])),
+        ("test", vec!["test/a.jsonl", "train/a.jsonl", "b.jsonl"], Ok(&["test/a.jsonl"])),
+        ("dev", vec!["a-dev.json", "a.json"], Ok(&["a-dev.json"])),
+        ("train", vec!["train.jsonl"], Ok(&["train.jsonl"])),
+        ("plain", vec!["a.jsonl", "b.jsonl"], Ok(&["a.jsonl", "b.jsonl"])),
+        ("foreign", vec!["train.jsonl", "valid.parquet"], Err("valid.parquet")),
+    ];
+    check_all(cases, |(name, files, expected)| {
+        let bytes = |file: &str| file.ends_with("parquet").then_some(&b"PAR1\0"[..]);
+        let root =
+            folder(&reader, &format!("measured {name}"), &files.iter().map(|f| (*f, bytes(f))).collect::<Vec<_>>());
+        let limits = pocketlora::train::Limits { tokens: 4096, vocab: 1000 };
+        let data = pocketlora::train::Dataset::open_held_out(&root, &reader.tokenizer, &reader.template, limits);
+        let (data, expected) = match (data, expected) {
+            (Ok(data), Ok(expected)) => (data, expected),
+            (Err(e), Err(word)) if e.to_string().contains(word) => return Ok(()),
+            (data, _) => return Err(format!("{name}: {:?}", data.map(|d| d.unused))),
+        };
+        let text = data.unused.text();
+        let (read, left) = text.split_once("not read").unwrap_or((&text, ""));
+        let said = |file: &&str| if expected.contains(file) { read.contains(*file) } else { left.contains(*file) };
+        let unsaid = files.iter().find(|file| !said(file));
+        let right = data.records == expected.len() && unsaid.is_none();
+        right.then_some(()).ok_or_else(|| format!("{name}: {text}"))
+    });
+}
+
+#[cfg(unix)]
+#[test]
+fn links_to_folders_are_said_not_to_be_read() {
+    let reader = reader();
+    let root = folder(&reader, "linked", &[("train.jsonl", None)]);
+    let other = folder(&reader, "elsewhere", &[("train.jsonl", None)]);
+    std::os::unix::fs::symlink(other, root.join("more")).unwrap();
+    assert_eq!(reader.open(&root, 4096).unwrap().unused.files, ["more"]);
 }

@@ -65,7 +65,17 @@ fn keys_are_used_whatever_their_names() {
             r#"{"system":"s","prompt":[{"role":"user","content":"q"}],"completion":[{"role":"assistant","content":"r"}]}"#,
             "[system]s[user]q[assistant]r",
         ),
+        (r#"{"system":["s"],"instruction":"q","output":"r"}"#, "[system]s[user]q[assistant]r"),
+        (
+            r#"{"system":{"role":"system","content":"s"},"instruction":"q","output":"r"}"#,
+            "[system]s[user]q[assistant]r",
+        ),
+        (r#"{"persona":"s","instruction":"q","output":"r"}"#, "[system]s[user]q[assistant]r"),
+        (r#"{"sys":"s","document":"c","question":"q","answer":"r"}"#, "[system]s[user]q\n\nc[assistant]r"),
+        (r#"{"instruction":"q","input":"  ","output":"r"}"#, chat),
+        (r#"{"instruction":" ","input":"q","output":"r","previous":3,"article":12}"#, chat),
         // Earlier turns.
+        (r#"{"instruction":"q","output":"r","past_turns":[["a","b"]]}"#, "[user]a[assistant]b[user]q[assistant]r"),
         (
             r#"{"instruction":"q","output":"r","history":[["a","b"]],"system":"s"}"#,
             "[system]s[user]a[assistant]b[user]q[assistant]r",
@@ -100,6 +110,16 @@ fn keys_are_used_whatever_their_names() {
         (r#"{"problem":"q","answer":"r","solution":"because r"}"#, "[user]q[assistant]because r"),
         (r#"{"question":"q","output":"r","response":"r"}"#, chat),
         // Weights that change nothing.
+        (r#"{"instruction":"q","output":"r","ignore":false,"weights":1,"masked":false}"#, chat),
+        (
+            r#"{"messages":[{"role":"user","content":"q","skip":false},{"role":"assistant","content":[{"type":"text","text":"r","weight":1}],"prefix":false,"trained":true}]}"#,
+            chat,
+        ),
+        // Silence that is not learned.
+        (
+            r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"","weight":0},{"role":"user","content":""},{"role":"assistant","content":"r"}]}"#,
+            "[user]q[assistant][user][assistant]r",
+        ),
         (r#"{"instruction":"q","output":"r","weight":1}"#, chat),
         (r#"{"instruction":"q","output":"r","weight":"1.0","train":true,"loss":0.7}"#, chat),
         (r#"{"user":"someone","prompt":"q","response":"r"}"#, chat),
@@ -159,6 +179,30 @@ fn what_cannot_be_honoured_is_refused_by_its_name() {
         (r#"{"prompt":"p"}"#.into(), "got `prompt`"),
         (turn(r#""weight":0.5"#), "turn 2|`weight`|0.5"),
         (turn(r#""masked":true"#), "turn 2|`masked`"),
+        (turn(r#""mask":false"#), "turn 2|`mask`"),
+        (turn(r#""prefix":true"#), "turn 2|`prefix`"),
+        (turn(r#""weights":[0,1]"#), "turn 2|`weights`"),
+        (turn(r#""content":"s""#), "`content` is given twice"),
+        (turn(r#""weight":0,"weight":1"#), "`weight` is given twice"),
+        (with(r#""tools":[{"name":"f","name":"g"}]"#), "`name` is given twice"),
+        (with(r#""tools":"[{\"name\":\"f\",\"name\":\"g\"}]""#), "`name` is given twice"),
+        (with(r#""loss_weights":[0,1]"#), "`loss_weights`"),
+        (with(r#""document":"d""#), "`document`|another form"),
+        (with(r#""instructions":"s""#), "`instructions`|`system`"),
+        (with(r#""developer":["a","b"]"#), "developer|a list"),
+        (with(r#""dialogue_history":[["a","b"]]"#), "`dialogue_history`|whole conversation"),
+        (
+            r#"{"messages":[{"role":"assistant","content":[{"type":"text","text":"r","weight":0},{"type":"text","text":"s"}]}]}"#.into(),
+            "turn 1|`weight`|parts",
+        ),
+        (r#"{"instruction":"i","output":""}"#.into(), "line 1|answer"),
+        (r#"{"prompt":"i","completion":" "}"#.into(), "line 1|completion"),
+        (r#"{"text":"  "}"#.into(), "line 1|text"),
+        (r#"{"text":""}"#.into(), "line 1|text"),
+        (r#"{"instruction":"i","output":"o","history":[["a",""]]}"#.into(), "history|nothing"),
+        (r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":" "}]}"#.into(), "turn 2|spaces"),
+        (r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant"}]}"#.into(), "turn 2|`content`"),
+        (r#"{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":null,"tool_calls":[]}]}"#.into(), "turn 2|`content`"),
         (turn(r#""images":["x"]"#), "turn 2|`images`"),
         (turn(r#""value":"other""#), "turn 2|`content`|`value`"),
         (
@@ -174,6 +218,11 @@ fn what_cannot_be_honoured_is_refused_by_its_name() {
         (r#"{"messages":[{"name":"x"}]}"#.into(), "turn 1|`role`|`name`"),
         // Nothing is left to be learned of the only record.
         (with(r#""weight":0"#), "weight|1"),
+        (with(r#""loss":0"#), "weight|1"),
+        (with(r#""skip":true"#), "weight|1"),
+        (turn(r#""loss_weight":0"#), "weight|1"),
+        (turn(r#""is_trained":false"#), "weight|1"),
+        (turn(r#""no-train":true"#), "weight|1"),
         (turn(r#""weight":0"#), "weight|1"),
     ];
     check_all(cases, |(line, words)| match reader.read("a.jsonl", line, 4096) {

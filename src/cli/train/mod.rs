@@ -118,7 +118,7 @@ fn read(session: &mut Session, config: &TrainConfig, init: Option<&AdapterFile>,
     session.load_text()?;
     init.map_or(Ok(()), |file| session.read_as(file))?;
     let data = session.dataset(&args.data, config.seq)?;
-    let eval_data = config.eval_data.as_ref().map(|path| session.dataset(path, config.seq)).transpose()?;
+    let eval_data = config.eval_data.as_ref().map(|path| session.held_out_dataset(path, config.seq)).transpose()?;
     data::say_unused(eval_data.as_ref());
     DataCheck::new(&data.checks, session.tokenizer()?, session.template()?).warn();
     let material = session.material(config, data, eval_data)?;

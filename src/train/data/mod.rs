@@ -10,7 +10,7 @@ pub use mask::Mask;
 pub use split::{SplitRecord, Splits};
 
 use crate::chat::ChatTemplate;
-use crate::data::{self, Entry, Unused, data_error, record, record::Record};
+use crate::data::{self, Entry, Purpose, Unused, data_error, record, record::Record};
 use crate::error::{Error, ErrorCode, Result};
 use crate::tokenizer::Tokenizer;
 use encode::Encoder;
@@ -97,10 +97,29 @@ impl Dataset {
     /// A file is missing, empty, of a form that is not read or broken, or a record has none of the forms or nothing to
     /// learn, is refused by the chat template, or has tokens that the model does not know.
     pub fn open(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, limits: Limits) -> Result<Self> {
+        Self::read(path, Purpose::Learn, tokenizer, template, limits)
+    }
+
+    /// The same for data that is measured: of a folder whose names tell them apart, the files for validation are read or,
+    /// without any, those for tests.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub fn open_held_out(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, limits: Limits) -> Result<Self> {
+        Self::read(path, Purpose::Evaluate, tokenizer, template, limits)
+    }
+
+    fn read(
+        path: &Path,
+        purpose: Purpose,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        limits: Limits,
+    ) -> Result<Self> {
         let mut encoder = Encoder::new(tokenizer, template, limits)?;
         let (mut samples, mut splits, mut split_records) = (Vec::new(), Splits::default(), Vec::new());
         let (mut unused, mut records) = (Unused::default(), 0);
-        data::read(path, &mut unused, &mut |entry, _, unused| {
+        data::read(path, purpose, &mut unused, &mut |entry, _, unused| {
             let record = match entry {
                 Entry::Note(text) => Record::Text { text, start: 0 },
                 Entry::Keys(fields) => match Record::new(fields, unused)? {
