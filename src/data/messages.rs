@@ -204,7 +204,7 @@ fn read(keys: Map<String, Value>, out: &mut Vec<Message>, not_used: &mut BTreeSe
     }
     let unlearned = unlearned.filter(|w: &Named| !keys::is_nothing(&w.value));
     message.learned &= !unlearned.map_or(Ok(false), |w| keys::weight(&w))?;
-    if message.content.is_none() && !calls_tools(&message) {
+    if role == "assistant" && message.content.is_none() && !calls_tools(&message) {
         return Err(data_error("`content`", "expected what is said, got nothing; write it, or take the turn out"));
     }
     out.push(message);

@@ -139,7 +139,11 @@ fn bad_data_is_refused_with_its_file_and_line() {
         ("a.jsonl", b"{\"text\":\"abc\"}\n\n{\"messages\": [{\"role\":\"user\",\"content\":\"x\"}]}", "line 3"),
         ("a.jsonl", b"{\"tools\": 3, \"messages\": []}", "a list of tools"),
         // Learned is a text but its first token, and of a prompt only what follows: nothing in these.
-        ("a.jsonl", b"{\"prompt\": \"a\", \"completion\": \"\"}", "nothing to learn|at least one token to learn"),
+        (
+            "a.jsonl",
+            b"{\"prompt\": \"a\", \"completion\": \"\"}",
+            "nothing to learn|completion: expected something to learn",
+        ),
         ("a.csv", b"text\nabc\n\"a\xff\"\n", "a.csv"),
         ("a.csv", b"text,id\nabc,1\nabc\n", "line 3"),
         ("a.csv", b"prompt,note\na,b\n", "line 2"),
