@@ -157,7 +157,7 @@ fn of_source(e: Error, source: &dyn Source) -> Error {
     let place = match &files[..] {
         [] => return e,
         [one] => one.clone(),
-        [first, ..] => super::folder_of(first),
+        [first, ..] => super::place::folder_of(first),
     };
     let shown = format!("`{}`", place.display());
     if e.to_string().contains(&shown) { e } else { e.at(shown) }
