@@ -254,7 +254,7 @@ fn wrong_usage_and_bad_input_have_their_exit_codes() {
     let f = fixture();
     let model = f.model.to_str().unwrap();
     let bad = f.path("bad.jsonl");
-    fs::write(&bad, "{\"text\": \"a\"}\n{oops\n").unwrap();
+    fs::write(&bad, "{\"text\": \"ab\"}\n{oops\n").unwrap();
     let (out, toml, isa) = (f.path("out"), f.path("train.toml"), f.path("x"));
     fs::write(&toml, "rnak = 4\n").unwrap();
     let train = ["train", "-m", model, "-d", f.data.to_str().unwrap(), "-o", &out];

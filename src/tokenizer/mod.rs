@@ -272,7 +272,7 @@ fn parse(bytes: &[u8]) -> tokenizers::Result<tokenizers::Tokenizer> {
         dropout: Option<f64>,
     }
     let checked: Checked = serde_json::from_slice(bytes)?;
-    let tokenizer = if checked.model.and_then(|m| m.dropout).is_some_and(|p| p > 0.0) {
+    let tokenizer = if checked.model.and_then(|m| m.dropout).is_some_and(|p| p > 0.0 && p <= 1.0) {
         // Meant for the training of models from nothing: the same text would become other tokens each time.
         let mut json: Value = serde_json::from_slice(bytes)?;
         json["model"]["dropout"] = Value::Null;

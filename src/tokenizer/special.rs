@@ -43,11 +43,15 @@ impl Names {
             for (key, ids) in ["bos_token_id", "eos_token_id"].into_iter().zip(&mut ids) {
                 for object in [Some(&json), inner].into_iter().flatten() {
                     let given = ids_of(object, key, &path)?;
-                    // An end that no token is would never come.
-                    if let Some(id) =
-                        given.iter().find(|&&id| key == "eos_token_id" && tokenizer.id_to_token(id).is_none())
-                    {
-                        return Err(Error::format(&path, key, "ids of tokens in tokenizer.json", format!("`{id}`")));
+                    // Of several ends some may be of other tokenizers, but with none of them no answer would end.
+                    let known = |id: &u32| tokenizer.id_to_token(*id).is_some();
+                    if let (Some(id), "eos_token_id", false) = (given.first(), key, given.iter().any(known)) {
+                        return Err(Error::format(
+                            &path,
+                            key,
+                            "the id of a token in tokenizer.json",
+                            format!("`{id}`"),
+                        ));
                     }
                     ids.extend(given);
                 }
