@@ -127,6 +127,7 @@ impl ChatTemplate {
     }
 
     /// What a model without a template of its own is asked in.
+    #[cfg(feature = "cli")]
     pub(crate) fn stand_in(&self) -> &'static str {
         let chatml = self.env.get_template(DEFAULT).is_ok_and(|t| t.source() == CHATML);
         if chatml { "ChatML" } else { "the Alpaca data" }
