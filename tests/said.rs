@@ -301,7 +301,7 @@ fn an_answer_says_why_it_ended() {
     // In a chat, what helps depends on what is long.
     let (_, said) = chat(&f, &["-n", "100"], "first question\nsecond question\nthird question\n/reset\nfourth\n");
     assert!(said.contains("-n") && said.contains("/reset"), "{said}");
-    let (_, said) = chat(&f, &["-n", "1"], &format!("{}\nshort\n", "b".repeat(300)));
+    let (_, said) = chat(&f, &["-n", "1"], format!("{}\nshort\n", "b".repeat(300)));
     assert!(said.contains("error: question") && said.contains("shorten it") && !said.contains("/reset"), "{said}");
 
     fs::write(f.path("ask.jsonl"), "{\"prompt\":\"q\",\"references\":[\"a\"]}\n").unwrap();
