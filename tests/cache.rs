@@ -484,3 +484,39 @@ fn eval_replaces_its_own_files_and_no_other() {
     }
     assert!(before == [&data, &ids, &weights].map(|path| fs::read(path).unwrap()));
 }
+
+/// Disks fill, and people tidy up: a copy that is not whole any more is seen, and made again.
+#[test]
+fn a_damaged_copy_is_made_again() {
+    let c = Cache::new();
+    let tokens = c.prompt_tokens(c.model());
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 4] = [
+        ("cut weights", |copy| {
+            File::options().write(true).open(copy.join("model.safetensors")).unwrap().set_len(500).unwrap()
+        }),
+        ("no record", |copy| fs::remove_file(copy.join("pocketlora_source.json")).unwrap()),
+        ("no tokenizer", |copy| fs::remove_file(copy.join("tokenizer.json")).unwrap()),
+        ("no config", |copy| fs::remove_file(copy.join("config.json")).unwrap()),
+    ];
+    for (name, damage) in damages {
+        let copy = c.copies().remove(0);
+        damage(&copy);
+        let stale = c.items().iter().any(|item| item["stale"].as_str().is_some_and(|why| why.contains("damaged")));
+        assert!(stale, "{name}: {:?}", c.items());
+        assert_eq!(c.prompt_tokens(c.model()), tokens, "{name}");
+        assert_eq!(c.copies(), [copy], "{name}");
+    }
+}
+
+/// A folder without a name of ours is not ours to take away.
+#[test]
+fn a_foreign_folder_in_the_cache_stays() {
+    let c = Cache::new();
+    c.prompt_tokens(c.model());
+    let own = Path::new(&c.path("home/quantized/mine")).to_owned();
+    fs::create_dir(&own).unwrap();
+    fs::write(own.join("notes.txt"), "mine").unwrap();
+    c.ok(&["remove", "--stale"]);
+    assert!(own.join("notes.txt").exists());
+}

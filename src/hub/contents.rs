@@ -1,6 +1,6 @@
 //! What the cache holds, what of it is out of date, and how it is taken away.
 
-use super::copies::{Making, Watch, discard, lock_of};
+use super::copies::{Making, Watch, discard, is_whole, lock_of};
 use super::lock::{Lock, Mode};
 use super::origin::Origin;
 use super::record::Record;
@@ -225,10 +225,16 @@ fn copy(entry: &DirEntry) -> Option<Item> {
     }
     match Origin::of(&path) {
         Some(origin) => {
-            let (used, stale) = (modified(&path.join(super::origin::FILE)), origin.stale().map(str::to_owned));
+            let damaged = (!is_whole(&path)).then_some("damaged; the next use makes it again");
+            let stale = damaged.or_else(|| origin.stale()).map(str::to_owned);
+            let used = modified(&path.join(super::origin::FILE));
             item(Kind::Quantized, origin.name, used, Some(origin.path.into()), stale)
         }
-        None => item(Kind::Quantized, file, modified(&path), None, Some("made by another version".to_owned())),
+        // A folder that has no name of ours is somebody else's.
+        None if !file.contains("-nf4-") => None,
+        None => {
+            item(Kind::Quantized, file, modified(&path), None, Some("damaged, or made by another version".to_owned()))
+        }
     }
 }
 

@@ -113,6 +113,12 @@ impl Hub {
     /// Makes the copy `dir`, whose exclusive lock the caller holds.
     fn make(&self, full: &Path, name: &str, state: &State, dir: &Path, watch: &mut Watch<'_>) -> Result<()> {
         sweep(dir);
+        if dir.exists() {
+            // What is left of a damaged copy. It has a name of ours, and all of it can be made again.
+            let aside = hidden(dir, ".tmp-removed");
+            fs::rename(dir, &aside).map_err(|e| Error::io("remove", dir, e))?;
+            fs::remove_dir_all(&aside).map_err(|e| Error::io("remove", &aside, e))?;
+        }
         let source = WithOrigin { inner: open_source(full)?, origin: Origin::new(name, full, state.clone()) };
         if let Some((older, lock)) = self.with_same_weights(&source.origin)
             && holds(&older, &source)
@@ -172,7 +178,9 @@ impl Source for WithOrigin {
 
     fn sidecars(&self) -> Result<Sidecars> {
         let mut sidecars = self.inner.sidecars()?;
-        sidecars.files.push((FILE.to_owned(), self.origin.to_json()));
+        let sizes = sidecars.files.iter().map(|(name, bytes)| (name.clone(), bytes.len() as u64));
+        let origin = Origin { files: sizes.collect(), ..self.origin.clone() };
+        sidecars.files.push((FILE.to_owned(), origin.to_json()));
         Ok(sidecars)
     }
 
@@ -195,9 +203,11 @@ fn link(older: &Path, source: &WithOrigin, dir: &Path) -> Result<()> {
     new.commit()
 }
 
-/// Whether `dir` is a copy; it appeared as a whole.
-fn is_whole(dir: &Path) -> bool {
-    dir.join(FILE).is_file()
+/// Whether `dir` is a copy. It appeared as a whole, but disks fill and people tidy up.
+pub(super) fn is_whole(dir: &Path) -> bool {
+    let size = |name: &str| fs::metadata(dir.join(name)).map_or(u64::MAX, |m| m.len());
+    Origin::of(dir).is_some_and(|origin| origin.files.iter().all(|(name, bytes)| size(name) == *bytes))
+        && Checkpoint::open(dir).is_ok()
 }
 
 /// Where the copy `dir` is locked.

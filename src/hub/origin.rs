@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::format::{CONFIG, CONVERSION, is_gguf, is_of_parts, sidecar_names};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -45,6 +46,9 @@ pub struct Origin {
     pub made_by: String,
     /// When, in seconds since 1970.
     pub made: u64,
+    /// Sizes of its files beside weights and config.
+    #[serde(default)]
+    pub files: BTreeMap<String, u64>,
 }
 
 impl Origin {
@@ -57,6 +61,7 @@ impl Origin {
             state,
             made_by: concat!("pocketlora ", env!("CARGO_PKG_VERSION")).to_owned(),
             made: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            files: BTreeMap::new(),
         }
     }
 

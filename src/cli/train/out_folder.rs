@@ -1,6 +1,7 @@
 //! What a run may replace in its output folder.
 
 use super::Args;
+use super::names;
 use crate::adapter::AdapterFile;
 use crate::cli::shell::quoted;
 use crate::error::{Error, ErrorCode, Result};
@@ -30,6 +31,10 @@ pub(super) fn check(args: &Args, config: &TrainConfig) -> Result<()> {
                 "expected a place for the run's own `{name}`, got what it reads; name another folder"
             ));
         }
+    }
+    let init = args.init.as_deref().and_then(|init| names::adapter(init).ok());
+    if !args.resume && init.is_some_and(|init| is_same(out, &init)) {
+        return refuse("holds the adapter that `--init` starts from; name another folder".into());
     }
     let (finished, unfinished) = (AdapterFile::exists(out), has_checkpoint(out));
     if args.resume && finished && !unfinished {
