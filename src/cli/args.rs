@@ -1,9 +1,10 @@
 //! Flags that several subcommands share.
 
 use super::names;
+use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::Sampling;
-use crate::session::{Options, Precision, Session};
+use crate::session::{Options, Precision, Session, check_threads};
 use crate::tokenizer::SpecialText;
 use clap::{Args, ValueEnum};
 
@@ -78,7 +79,9 @@ impl ModelArgs {
     /// Opens the model, quantizing it into the cache at first use, and attaches the adapters.
     pub fn open(&self) -> Result<Session> {
         // Before the model, which may take long to make.
+        check_threads(self.threads)?;
         let adapters: Vec<_> = self.adapters.iter().map(|a| names::scaled_adapter(a)).collect::<Result<_>>()?;
+        adapters.iter().try_for_each(|(dir, _)| AdapterFile::open(dir).map(|_| ()))?;
         let model = super::model::resolve(&self.model, !self.no_quantize)?;
         let mut session = Session::open(
             &model.path,

@@ -74,6 +74,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
+    args.threads.iter().try_for_each(|&threads| session::check_threads(threads))?;
+    let settings = settings(args)?;
     let work = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
     let mut open = session::Options { precision: args.precision.into(), ids_only: true, ..options() };
     let folder = args.keep.as_deref().unwrap_or(work.path());
@@ -93,7 +95,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         sequence: args.seq,
         train: !args.no_train,
         profile: args.profile,
-        settings: settings(args)?,
+        settings,
         kernels: !args.no_kernels,
     };
     let bar = progress::steps("bench");

@@ -85,16 +85,17 @@ struct Found {
     unused: Option<Unused>,
 }
 
-/// Refuses to lose a file that is no older output.
-fn check_outputs(args: &Args) -> Result<()> {
+/// Refuses inputs that are not there, and to lose a file that is no older output.
+fn check_files(args: &Args) -> Result<()> {
     let What { text, data, ids } = &args.what;
     let reads = || [text, data, ids].into_iter().filter_map(|path| path.as_deref());
+    reads().try_for_each(outputs::check_readable)?;
     let answers = args.tasks.answers.iter().try_for_each(|out| outputs::check(out, reads(), outputs::has_answers));
     answers.and(args.save_logits.iter().try_for_each(|out| outputs::check(out, reads(), outputs::has_logits)))
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    check_outputs(args)?;
+    check_files(args)?;
     let mut session = if args.what.ids.is_some() { args.model.open()? } else { args.model.open_for_text()? };
     let copy = is_copy(session.dir());
     if copy {

@@ -4,9 +4,13 @@ use super::args::megabytes;
 use super::{interrupt, names, progress, pull, shell};
 use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::foreign::no_tokenizer;
-use crate::format::{Checkpoint, Existing, Progress, Source, Target, is_gguf, model_of, open_source, quantize};
+use crate::format::foreign::{no_tokenizer, no_tokenizer_inside};
+use crate::format::gguf::Gguf;
+use crate::format::{
+    Checkpoint, Existing, Progress, Source, Target, folder_of, is_gguf, model_of, open_source, quantize,
+};
 use crate::hub::{self, Copy, Hub, Kind, Making};
+use crate::train::target_modules;
 use indicatif::ProgressBar;
 use std::fs;
 use std::ops::ControlFlow;
@@ -77,6 +81,7 @@ pub(super) fn find(model: &str) -> Result<Model> {
     let path = match hub.resolve(model) {
         Some(path) => path,
         None if hub::manifests()?.iter().any(|m| m.name == model) => pull::fetch(model)?,
+        None if model.contains("://") => return Err(address(model)),
         None if looks_like_a_path(model) => {
             let message = "expected a model's folder or file, got a path where nothing is; check it, or give the name of a \
                            cached model, as `pocketlora list` shows them";
@@ -92,16 +97,50 @@ pub(super) fn find(model: &str) -> Result<Model> {
     Ok(Model { path, name: hub.base_name(model) })
 }
 
-/// Refuses a model's folder that has no tokenizer, before any work is done for it.
+/// The model `model` if it is on this machine, without a word and without fetching it: for what is asked before work.
+fn present(model: &str) -> Option<PathBuf> {
+    names::existing(model).map(|path| model_of(&path)).or_else(|| hub::resolve(model))
+}
+
+/// Refuses a model that has no tokenizer, before any work is done for it.
 pub(super) fn check_text(model: &str) -> Result<()> {
-    let dir = model_of(&names::existing(model).unwrap_or_default());
+    let Some(path) = present(model) else { return Ok(()) };
+    if is_gguf(&path) {
+        let has = Gguf::open(&path)?.has_tokenizer();
+        return if has { Ok(()) } else { Err(no_tokenizer_inside(&path)) };
+    }
+    let dir = if path.is_dir() { path } else { folder_of(&path) };
     let lacks = dir.join("config.json").is_file() && !dir.join("tokenizer.json").exists();
     if lacks { Err(no_tokenizer(&dir)) } else { Ok(()) }
+}
+
+/// Refuses names of layers that the model does not have, before any work is done for it.
+pub(super) fn check_targets(model: &str, targets: &[String]) -> Result<()> {
+    let Some(path) = present(model).filter(|_| targets.iter().any(|target| target != "all")) else { return Ok(()) };
+    // What is wrong with the model is said where it is opened.
+    let Ok(source) = open_source(&path) else { return Ok(()) };
+    let Ok(built) = pocketlora_models::build(source.config()) else { return Ok(()) };
+    target_modules(built.params(), targets).map(|_| ())
 }
 
 /// Whether the model in the folder `dir` is an NF4 copy that was made at first use.
 pub(super) fn is_copy(dir: &Path) -> bool {
     Hub::from_env().is_ok_and(|hub| dir.starts_with(hub.home.join("quantized")))
+}
+
+/// The error for the address of a web page in the place of a name.
+pub(super) fn address(model: &str) -> Error {
+    let mut parts =
+        model.split("://").nth(1).unwrap_or_default().split(['/', '?', '#']).skip(1).filter(|p| !p.is_empty());
+    let repository = match (parts.next(), parts.next()) {
+        (Some(owner), Some(name)) => shell::quoted_value(&format!("{owner}/{name}")),
+        _ => "OWNER/REPO".to_owned(),
+    };
+    let message = format!(
+        "expected the name of a model, got the address of a page; `pocketlora pull {repository}` fetches one of the model \
+         hub, and `-m {repository}` is it then"
+    );
+    Error::new(ErrorCode::Config, format!("model `{model}`"), message)
 }
 
 /// Whether `model` can only have been meant as a path: names have at most one slash, between two words.

@@ -1,6 +1,7 @@
 //! Files that a command writes where it is told to: they replace older ones of their kind, and nothing else.
 
 use crate::error::{Error, ErrorCode, Result};
+use crate::format::folder_of;
 use crate::format::safetensors::TensorFile;
 use serde_json::Value;
 use std::fs::{self, File};
@@ -18,6 +19,11 @@ pub(super) fn check<'a>(
         let message = format!("expected a place for a new file, got {what}; name another file");
         Err(Error::new(ErrorCode::Config, format!("`{}`", out.display()), message))
     };
+    let folder = folder_of(out);
+    if !folder.is_dir() {
+        let message = "expected a folder to write the file to, got none of that name; make it, or name another place";
+        return Err(Error::new(ErrorCode::Io, format!("`{}`", folder.display()), message));
+    }
     let Ok(full) = out.canonicalize() else { return Ok(()) };
     if full.is_dir() {
         return refuse("a folder");
@@ -27,6 +33,11 @@ pub(super) fn check<'a>(
     }
     let empty = fs::metadata(&full).is_ok_and(|meta| meta.len() == 0);
     if empty || is_older(&full) { Ok(()) } else { refuse("a file of another kind, which would be lost") }
+}
+
+/// Refuses a file or folder to be read that is not there; asked before any work.
+pub(super) fn check_readable(path: &Path) -> Result<()> {
+    fs::metadata(path).map(|_| ()).map_err(|e| Error::io("read", path, e))
 }
 
 /// Whether the file at `path` has logits and nothing else.

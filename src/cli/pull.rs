@@ -24,6 +24,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
         return super::list::print();
     }
+    if args.name.contains("://") {
+        return Err(super::model::address(&args.name));
+    }
     let path = fetch(&args.name)?;
     println!("{}", path.display());
     Ok(())

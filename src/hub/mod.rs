@@ -221,7 +221,9 @@ impl Hub {
         let current = |r: &Record| manifest.sources.iter().any(|s| s.to_string() == r.source);
         if let Some(record) = Record::of(&folder).filter(current) {
             tell(progress, Event::Licence { title: &manifest.title, licence: &record.licence })?;
-            return Ok(folder.join(record.path));
+            let path = folder.join(record.path);
+            repository::check_runs(&path, name)?;
+            return Ok(path);
         }
         tell(progress, Event::Licence { title: &manifest.title, licence: &manifest.licence })?;
         remove_leftovers(&folder)?;

@@ -6,6 +6,7 @@
 
 use super::record::{Entry, sha256, wrong_checksum};
 use super::{Event, Fetched, Hub, Progress, Repository, Stage, TICK, name, tell};
+use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::architecture_of;
 use crate::format::foreign::{check_config, read_object};
@@ -39,6 +40,7 @@ const SMALL_FILES: &[&str] = &[
     "vocab.json",
 ];
 const CONFIG: &str = "config.json";
+const ADAPTER_CONFIG: &str = "adapter_config.json";
 /// Where transformers keeps a model's further templates.
 const TEMPLATES: &str = "additional_chat_templates/";
 /// Tries per file. Each continues where the last one broke off, so that a flaky network gets somewhere.
@@ -94,6 +96,27 @@ fn refused(source: &Repository, why: impl Into<String>) -> Error {
     Error::new(ErrorCode::Network, format!("`{}`", source.repo), why)
 }
 
+/// Refuses what is known not to run by the config in the folder `dir`, be it a model or an adapter; `name` is what people
+/// know it by. What is merely wrong with it shows when it is opened.
+///
+/// # Errors
+/// `Unsupported`.
+pub(super) fn check_runs(dir: &Path, name: &str) -> Result<()> {
+    let (model, adapter) = (dir.join(CONFIG), dir.join(ADAPTER_CONFIG));
+    let read = || {
+        if model.exists() {
+            let config = read_object(&model)?;
+            check_config(&model, &config)?;
+            return architecture_of(&config, dir).map(|_| ());
+        }
+        if adapter.exists() { AdapterFile::check_config(&adapter) } else { Ok(()) }
+    };
+    match read() {
+        Err(e) if e.code() == ErrorCode::Unsupported => Err(e.moved(dir, Path::new(name))),
+        _ => Ok(()),
+    }
+}
+
 struct StopOnDrop(Arc<AtomicBool>);
 
 impl Drop for StopOnDrop {
@@ -144,6 +167,8 @@ impl Worker {
         let cache = Cache::new(self.hub.hub_cache.clone());
         let (snapshot, names, licence) =
             if self.hub.offline { self.find_offline(&cache)? } else { self.download(&cache)? };
+        // Whoever fetched it may not have asked.
+        check_runs(&snapshot, &self.source.repo)?;
         let mut files = Vec::new();
         for name in names {
             files.push(self.check(&name, &snapshot.join(&name))?);
@@ -185,34 +210,20 @@ impl Worker {
             return Err(refused(&self.source, format!("expected a commit hash from the hub, got `{}`", info.sha)));
         }
         let mut names = self.choose(info.siblings.into_iter().map(|s| s.rfilename).collect())?;
-        // The config first: it tells whether the weights are worth the wait.
-        names.sort_by_key(|name| name != CONFIG);
+        // The configs first: they tell whether the weights are worth the wait.
+        let is_config = |name: &str| [CONFIG, ADAPTER_CONFIG].contains(&name);
+        names.sort_by_key(|name| !is_config(name));
         let repo = self.repo(&info.sha);
         let (remote, local) = (api.repo(repo.clone()), cache.repo(repo));
         for name in &names {
             let path = local.pointer_path(&info.sha).join(name);
             self.download_file(&api, &remote, &path, name)?;
-            if name == CONFIG {
-                self.check_runs(&path)?;
+            if is_config(name) {
+                check_runs(path.parent().unwrap_or(&path), &self.source.repo)?;
             }
         }
         let licence = info.card.and_then(|c| c.license.as_str().map(str::to_owned));
         Ok((local.pointer_path(&info.sha), names, licence))
-    }
-
-    /// Refuses a model that is known not to run by the config at `path`. What is merely wrong with it shows when the model
-    /// is opened.
-    fn check_runs(&self, path: &Path) -> Result<()> {
-        let dir = path.parent().unwrap_or(path);
-        let read = || {
-            let config = read_object(path)?;
-            check_config(path, &config)?;
-            architecture_of(&config, dir)
-        };
-        match read() {
-            Err(e) if e.code() == ErrorCode::Unsupported => Err(e.moved(dir, Path::new(&self.source.repo))),
-            _ => Ok(()),
-        }
     }
 
     fn info(&self, api: &Api) -> Result<Info> {

@@ -230,6 +230,7 @@ impl TrainConfig {
             return Err(Error::config("bucketing", "off where `packing` is on", "both"));
         }
         check("steps", 0, self.steps != Some(0), "a whole number from 1")?;
+        check("memory-budget", 0, self.memory_budget != Some(0), "a whole number of MB from 1")?;
         if self.targets.is_empty() {
             return Err(Error::config("targets", "at least one layer name, or `all`", "nothing"));
         }

@@ -36,6 +36,8 @@ pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
 pub(crate) use setup::fresh_modules;
+#[cfg(feature = "cli")]
+pub(crate) use setup::target_modules;
 pub use step::{Layout, MicroBatch, Watch, micro_step};
 
 use crate::adapter::{Adapters, Dropout, LoraConfig, Replacements};

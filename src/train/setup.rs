@@ -62,7 +62,7 @@ fn check_data<B: Backend>(base: &Base<B>, replaced: &Replaced<B>, data: &Dataset
 }
 
 /// Linear layers that `targets` name.
-pub(super) fn target_modules<'m>(params: &'m [ParamSpec], targets: &[String]) -> Result<Vec<&'m ParamSpec>> {
+pub(crate) fn target_modules<'m>(params: &'m [ParamSpec], targets: &[String]) -> Result<Vec<&'m ParamSpec>> {
     let linears = || params.iter().filter(|p| p.role == Role::Linear);
     let named = |p: &ParamSpec, target: &str| {
         target == "all" || p.module() == target || p.module().ends_with(&format!(".{target}"))

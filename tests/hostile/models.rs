@@ -342,6 +342,7 @@ fn command(home: &Path, args: &[&str]) -> (Option<i32>, String, String) {
 fn a_refused_model_leaves_nothing_in_the_cache() {
     let f = fixture();
     let model = f.model.to_str().unwrap();
+    fs::write(f.dir.path().join("x"), "hello").unwrap();
     let cases: [(&str, &[u8], &str); 4] = [
         ("config.json", br#"{"model_type": "gpt2"}"#, "`mistral`"),
         ("tokenizer.json", b"{", "tokenizer.json"),
@@ -372,6 +373,51 @@ fn a_refused_model_leaves_nothing_in_the_cache() {
     let (_, _, stderr) = command(f.dir.path(), &["generate", "-m", "./nowhere", "-p", "x"]);
     assert!(stderr.contains("`./nowhere`: expected a model's folder or file"), "{stderr}");
     assert_eq!(fs::read_dir(f.dir.path().join("cache/quantized")).map_or(0, Iterator::count), 0);
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn what_cannot_work_is_refused_before_a_model_is_quantized() {
+    let f = fixture();
+    let model = f.model.to_str().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = f.dir.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    write("text.txt", "hello");
+    write("data.jsonl", r#"{"text": "hello"}"#);
+    write("vera/adapter_config.json", r#"{"peft_type": "VERA"}"#);
+    write("vera/adapter_model.safetensors", "x");
+    let train = ["train", "-m", model, "-o", "out", "-d"];
+    let with = |more: &[&'static str]| [&train[..], more].concat();
+    let cases = [
+        (vec!["generate", "-m", model, "-p", "x", "--threads", "9999"], "`threads`"),
+        (vec!["bench", "-m", model, "--threads", "1,9999"], "`threads`"),
+        (vec!["bench", "-m", model, "--train", "--optimizer", "adam9"], "`optimizer`"),
+        (vec!["generate", "-m", model, "-p", "x", "-a", "vera"], "`VERA`"),
+        (vec!["eval", "-m", model, "--text", "none.txt"], "none.txt"),
+        (vec!["eval", "-m", model, "--ids", "none.json"], "none.json"),
+        (vec!["eval", "-m", model, "-d", "data.jsonl", "--answers", "no/a.jsonl"], "a folder to write"),
+        (with(&["none.jsonl"]), "none.jsonl"),
+        (with(&["data.jsonl", "--eval-data", "none.jsonl"]), "none.jsonl"),
+        (with(&["data.jsonl", "--memory-budget", "0"]), "`memory-budget`"),
+        (with(&["data.jsonl", "--resume"]), "a checkpoint to resume from"),
+        (with(&["data.jsonl", "--targets", "z_proj"]), "`targets`"),
+        (with(&["data.jsonl", "--threads", "9999"]), "`threads`"),
+        (with(&["data.jsonl", "--init", "vera"]), "`VERA`"),
+        (vec!["generate", "-p", "x", "-m", "https://hub.example/owner/tiny/tree/main"], "pull owner/tiny`"),
+        (vec!["pull", "https://hub.example/owner/tiny"], "pull owner/tiny`"),
+    ];
+    check_all(cases, |(args, word)| {
+        let (code, _, stderr) = command(f.dir.path(), args);
+        let left: Vec<_> =
+            ["cache/quantized", "cache/int8", "out"].into_iter().filter(|p| f.dir.path().join(p).exists()).collect();
+        match code {
+            Some(1) if stderr.contains(word) && left.is_empty() => Ok(()),
+            _ => Err(format!("{args:?}: {code:?}, left {left:?}, no `{word}` in {stderr}")),
+        }
+    });
 }
 
 #[cfg(feature = "cli")]

@@ -99,6 +99,16 @@ impl AdapterFile {
         })
     }
 
+    /// Checks the config at `path`, whose weights may not be there yet.
+    ///
+    /// # Errors
+    /// As [`AdapterFile::open`], as far as the config tells.
+    pub(crate) fn check_config(path: &Path) -> Result<()> {
+        let json = crate::format::foreign::read_object(path)?;
+        foreign::check_config(path, &json)?;
+        config::parse(path, &json).map(|_| ())
+    }
+
     /// How many tokens it knows, if it brings an embedding or a head.
     #[must_use]
     pub fn vocabulary(&self) -> Option<usize> {

@@ -13,7 +13,7 @@ use super::data_check::DataCheck;
 use super::{data, model, names};
 use crate::adapter::AdapterFile;
 use crate::error::Result;
-use crate::session::{Material, Options, Session};
+use crate::session::{Material, Options, Session, check_threads};
 use crate::train::{DataReport, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint};
 use report::report;
 use settings::{Chosen, Settings};
@@ -91,7 +91,12 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     out_folder::check(args, &chosen.config)?;
     model::check_text(&args.model)?;
     // Before the model, which may take long to make.
+    check_threads(args.threads)?;
     let init = args.init.as_deref().map(names::adapter).transpose()?;
+    let init = init.as_deref().map(AdapterFile::open).transpose()?;
+    if init.is_none() {
+        model::check_targets(&args.model, &chosen.config.targets)?;
+    }
     let model = model::resolve(&args.model, !args.no_quantize)?;
     let base_name = Some(model.name);
     let options = Options {
@@ -102,7 +107,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
         ..super::args::options()
     };
     let mut session = Session::open(&model.path, &options)?;
-    let (summary, plan, data) = fit(&mut session, chosen, init.as_deref(), args)?;
+    let (summary, plan, data) = fit(&mut session, chosen, init, args)?;
     report(&summary, plan, &data, baseline, &session, args);
     Ok(summary.done)
 }
@@ -129,11 +134,10 @@ fn read(session: &mut Session, config: &TrainConfig, init: Option<&AdapterFile>,
 fn fit(
     session: &mut Session,
     chosen: Chosen,
-    init: Option<&Path>,
+    mut init: Option<AdapterFile>,
     args: &Args,
 ) -> Result<(Summary, MemoryPlan, DataReport)> {
     let Chosen { mut config, given } = chosen;
-    let mut init = init.map(AdapterFile::open).transpose()?;
     if let Some(file) = &mut init {
         // Before the data is read: here it is known what somebody chose, be it the default.
         config = config.with_adapter(session.base().model.params(), file, &|key| given.contains(key))?;

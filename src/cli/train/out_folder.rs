@@ -3,6 +3,7 @@
 use super::Args;
 use super::names;
 use crate::adapter::AdapterFile;
+use crate::cli::outputs::check_readable;
 use crate::cli::shell::quoted;
 use crate::error::{Error, ErrorCode, Result};
 use crate::train::{SETTINGS, TrainConfig, has_checkpoint};
@@ -36,10 +37,14 @@ pub(super) fn check(args: &Args, config: &TrainConfig) -> Result<()> {
     if !args.resume && init.is_some_and(|init| is_same(out, &init)) {
         return refuse("holds the adapter that `--init` starts from; name another folder".into());
     }
+    [Some(&args.data), config.eval_data.as_ref()].into_iter().flatten().try_for_each(|file| check_readable(file))?;
     let (finished, unfinished) = (AdapterFile::exists(out), has_checkpoint(out));
     if args.resume && finished && !unfinished {
         let command = train_on(std::env::args_os().skip(1), out);
         return refuse(format!("the run in it is finished; train on from its adapter: `{command}`"));
+    }
+    if args.resume && !unfinished {
+        return refuse("expected a checkpoint to resume from, got none; start without `--resume`".into());
     }
     if args.resume || args.overwrite {
         return Ok(());

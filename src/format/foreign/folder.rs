@@ -127,6 +127,14 @@ pub(crate) fn no_tokenizer(dir: &Path) -> Error {
     Error::new(ErrorCode::Io, place, message)
 }
 
+/// The error for the GGUF file at `path`, which has no tokenizer in it.
+#[cfg(feature = "cli")]
+pub(crate) fn no_tokenizer_inside(path: &Path) -> Error {
+    let message = "expected a tokenizer in the file's metadata, got none; use a GGUF file of the model that has one (only \
+                   `eval --ids` works without)";
+    Error::new(ErrorCode::Format, format!("`{}`", path.display()), message)
+}
+
 /// The error for the folder `dir`, which has no `config.json`.
 pub(crate) fn not_a_model(dir: &Path) -> Error {
     if let Some(error) = adapter_as_model(dir) {

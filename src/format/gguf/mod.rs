@@ -59,6 +59,12 @@ impl Gguf {
         Ok(Self { path: path.to_owned(), file, config, weights, tensors })
     }
 
+    /// Whether the file has a tokenizer.
+    #[must_use]
+    pub fn has_tokenizer(&self) -> bool {
+        !matches!(self.file.metadata.string(tokenizer::MODEL), Ok(None | Some("none" | "no_vocab")))
+    }
+
     /// The file behind the model: metadata and tensors under their own names.
     #[must_use]
     pub fn container(&self) -> &Container {
