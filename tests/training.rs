@@ -248,7 +248,7 @@ fn bad_data_names_its_file_and_line() {
     let session = f.session(1);
     let good = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
     let cases = [
-        (String::new(), "at least one line"),
+        (String::new(), "the file is empty"),
         ("\n  \n".to_owned(), "at least one line"),
         (format!("{good}\n{{oops\n"), "line 2"),
         (format!("{good}\n[1, 2]\n"), "line 2"),

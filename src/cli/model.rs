@@ -133,7 +133,7 @@ pub(super) fn address(model: &str) -> Error {
     let mut parts =
         model.split("://").nth(1).unwrap_or_default().split(['/', '?', '#']).skip(1).filter(|p| !p.is_empty());
     let repository = match (parts.next(), parts.next()) {
-        (Some(owner), Some(name)) => shell::quoted_value(&format!("{owner}/{name}")),
+        (Some(owner), Some(name)) => shell::quoted_value(format!("{owner}/{name}")),
         _ => "OWNER/REPO".to_owned(),
     };
     let message = format!(
