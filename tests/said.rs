@@ -358,4 +358,10 @@ fn commands_of_a_chat_answer() {
     assert!(lines.contains("/not a command") && lines.contains("be brief"), "{lines}");
     let args = learn(&f, &saved, "unused", &["--dry-run", "--json"]);
     assert_eq!(f.json(&args)["data"]["records"], 2);
+    // Somebody's notes are no place for it.
+    let notes = f.path("notes.txt");
+    fs::write(&notes, "remember the milk\n").unwrap();
+    let (_, said) = chat(&f, &["-n", "3"], format!("hello\n/stats on\n/stats on\n/save {notes}\n"));
+    assert!(said.contains("notes.txt`: expected a new file") && !said.contains(": off)"), "{said}");
+    assert_eq!(fs::read_to_string(&notes).unwrap(), "remember the milk\n");
 }

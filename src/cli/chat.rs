@@ -10,8 +10,8 @@ use crate::hub::Hub;
 use crate::session::Session;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
-use std::fs::{self, OpenOptions};
-use std::io::{self, IsTerminal as _, Read as _, Seek as _, SeekFrom, Write as _};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead as _, IsTerminal as _, Read as _, Seek as _, SeekFrom, Write as _};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -199,8 +199,8 @@ impl Chat {
                 eprintln!("(forgot {} turns)", self.turns());
                 self.forget();
             }
-            ("stats", _) => {
-                self.stats = !self.stats;
+            ("stats", "" | "on" | "off") => {
+                self.stats = if rest.trim().is_empty() { !self.stats } else { rest.trim() == "on" };
                 eprintln!("(speed and memory after each answer: {})", if self.stats { "on" } else { "off" });
             }
             ("adapter", "") => {
@@ -241,6 +241,10 @@ impl Chat {
         let line = serde_json::json!({ "messages": self.messages });
         let failed = |e| Error::io("write", path, e);
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(failed)?;
+        if !is_empty_or_json_lines(&mut file).map_err(failed)? {
+            let message = "expected a new file or one of conversations, a line each, got another; name a new file";
+            return Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message));
+        }
         // A last line without its end would swallow this one.
         let mut last = [b'\n'];
         if file.seek(SeekFrom::End(-1)).is_ok() {
@@ -251,4 +255,19 @@ impl Chat {
         eprintln!("(saved {} turns to {})", self.turns(), path.display());
         Ok(())
     }
+}
+
+/// Whether the first line that is not blank is an object, if there is one.
+fn is_empty_or_json_lines(file: &mut File) -> io::Result<bool> {
+    /// Longer lines are no conversation of this program.
+    const LINE: u64 = 1 << 26;
+    let mut lines = io::BufReader::new(file.take(LINE));
+    let mut line = Vec::new();
+    while line.trim_ascii().is_empty() {
+        line.clear();
+        if lines.read_until(b'\n', &mut line)? == 0 {
+            return Ok(true);
+        }
+    }
+    Ok(serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&line).is_ok())
 }

@@ -1,6 +1,7 @@
 //! From what people type to files and folders: what exists as typed is a path, whatever is in its name.
 
 use crate::error::{Error, ErrorCode, Result};
+pub(super) use crate::hub::expanded;
 use crate::hub::{self, Hub};
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use std::ffi::OsString;
@@ -9,14 +10,6 @@ use std::path::{Path, PathBuf};
 /// For clap: a path, with `~` for the home folder where the shell left it (`-o=~/x`).
 pub(super) fn path() -> impl TypedValueParser<Value = PathBuf> {
     OsStringValueParser::new().map(|text: OsString| expanded(Path::new(&text)))
-}
-
-/// `path` with the home folder for a leading `~`, unless something of that very name exists.
-pub(super) fn expanded(path: &Path) -> PathBuf {
-    match (path.strip_prefix("~"), dirs::home_dir()) {
-        (Ok(rest), Some(home)) if !path.exists() && !Path::new("~").is_dir() => home.join(rest),
-        _ => path.to_owned(),
-    }
 }
 
 /// The path that `text` is, if there is something.

@@ -9,7 +9,9 @@ mod folder;
 mod quantization;
 
 pub(crate) use content::{content, looks_like_safetensors};
-pub(crate) use folder::{lone_weights, no_tokenizer, no_tokenizer_inside, no_weights, not_a_model};
+#[cfg(feature = "cli")]
+pub(crate) use folder::no_tokenizer_inside;
+pub(crate) use folder::{lone_weights, no_tokenizer, no_weights, not_a_model};
 pub(crate) use quantization::{check_config, check_names, check_tensors, is_harmless};
 
 use crate::error::{Error, Result};

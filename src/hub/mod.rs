@@ -131,7 +131,7 @@ impl Hub {
     /// Neither the variable nor the platform names a folder, or the limit is no size.
     pub fn from_env() -> Result<Self> {
         let home = match set("POCKETLORA_HOME") {
-            Some(home) => home.into(),
+            Some(home) => expanded(Path::new(&home)),
             None => dirs::cache_dir().map(|d| d.join("pocketlora")).ok_or_else(|| {
                 Error::config("POCKETLORA_HOME", "a folder, because this system names no cache folder", "nothing")
             })?,
@@ -373,6 +373,14 @@ fn chain(error: &Error) -> String {
         cause = e.source();
     }
     text
+}
+
+/// `path` with the home folder for a leading `~`, unless something of that very name exists.
+pub(crate) fn expanded(path: &Path) -> PathBuf {
+    match (path.strip_prefix("~"), dirs::home_dir()) {
+        (Ok(rest), Some(home)) if !path.exists() && !Path::new("~").is_dir() => home.join(rest),
+        _ => path.to_owned(),
+    }
 }
 
 #[cfg(test)]

@@ -103,6 +103,7 @@ impl AdapterFile {
     ///
     /// # Errors
     /// As [`AdapterFile::open`], as far as the config tells.
+    #[cfg(feature = "hub")]
     pub(crate) fn check_config(path: &Path) -> Result<()> {
         let json = crate::format::foreign::read_object(path)?;
         foreign::check_config(path, &json)?;
