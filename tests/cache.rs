@@ -514,9 +514,12 @@ fn a_damaged_copy_is_made_again() {
 fn a_foreign_folder_in_the_cache_stays() {
     let c = Cache::new();
     c.prompt_tokens(c.model());
-    let own = Path::new(&c.path("home/quantized/mine")).to_owned();
-    fs::create_dir(&own).unwrap();
-    fs::write(own.join("notes.txt"), "mine").unwrap();
+    let own =
+        ["quantized/mine", "quantized/my-nf4-model", "int8/mine"].map(|name| PathBuf::from(c.path("home")).join(name));
+    for folder in &own {
+        fs::create_dir_all(folder).unwrap();
+        fs::write(folder.join("notes.txt"), "mine").unwrap();
+    }
     c.ok(&["remove", "--stale"]);
-    assert!(own.join("notes.txt").exists());
+    own.iter().for_each(|folder| assert!(folder.join("notes.txt").exists(), "{}", folder.display()));
 }

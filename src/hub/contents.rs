@@ -76,7 +76,13 @@ impl Hub {
         }
         let copies: Vec<Item> = items.iter().filter(|i| i.kind == Kind::Quantized).cloned().collect();
         for entry in entries(&self.home.join("int8"))? {
-            items.push(head(&entry, &copies));
+            let file = entry.file_name().to_string_lossy().into_owned();
+            // Anything else is somebody else's.
+            if file.starts_with('.')
+                || file.strip_suffix(".safetensors").is_some_and(|f| ends_with_key(f, "head-int8-"))
+            {
+                items.push(head(&entry, &copies));
+            }
         }
         for (kind, name) in [(Kind::Demo, "demo"), (Kind::History, "chat-history")] {
             let path = self.home.join(name);
@@ -231,11 +237,17 @@ fn copy(entry: &DirEntry) -> Option<Item> {
             item(Kind::Quantized, origin.name, used, Some(origin.path.into()), stale)
         }
         // A folder that has no name of ours is somebody else's.
-        None if !file.contains("-nf4-") => None,
+        None if !ends_with_key(&file, "-nf4-") => None,
         None => {
             item(Kind::Quantized, file, modified(&path), None, Some("damaged, or made by another version".to_owned()))
         }
     }
+}
+
+/// Whether `name` ends as those do that we give: with `mark` and 16 digits.
+fn ends_with_key(name: &str, mark: &str) -> bool {
+    let key = name.rsplit_once(mark).map(|(_, key)| key);
+    key.is_some_and(|key| key.len() == 16 && key.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 /// The head at `entry`; it is good for the weights that it names, or for those of a copy that has the same.
