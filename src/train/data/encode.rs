@@ -465,14 +465,9 @@ fn exchanges(messages: &[Message], head: usize) -> Vec<usize> {
     starts
 }
 
-/// The layout of the Stanford Alpaca data, which models without a chat template are usually taught with.
+/// The layout of the Stanford Alpaca data for an instruction with an input. Without one, the chat template that stands in for
+/// a missing one writes the same layout.
 fn alpaca_prompt(instruction: &str, input: &str) -> String {
-    if input.is_empty() {
-        return format!(
-            "Below is an instruction that describes a task. Write a response that appropriately completes the \
-             request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-        );
-    }
     format!(
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a \
          response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### \
