@@ -3,8 +3,11 @@
 //! Tokens come in blocks of [`BLOCK`]. A block holds for each head a tile of keys `[D, BLOCK]`, turned so that the scores
 //! of neighbouring keys are neighbours in a vector, and behind it a tile of values `[BLOCK, D]`. A thread reads both of
 //! its head as one stream, and a token appended costs `D` scattered stores a head.
+//!
+//! A cache with a window drops the blocks that no later query sees, and moves the others to the front of its memory: a
+//! window's bytes moved once for every [`BLOCK`] tokens, so that blocks always follow each other.
 
-use super::buffer::{LINE, grow, reserve};
+use super::buffer::{LINE, reserve};
 use super::light::Light;
 use super::loops::{reduce, sum, update};
 use super::table::Table;
@@ -21,7 +24,12 @@ pub struct Cache {
     kv_heads: usize,
     head_dim: usize,
     dtype: CacheType,
+    /// Tokens appended, those that were dropped included.
     len: usize,
+    /// How many of the last tokens a query sees, its own included; `None` if all.
+    window: Option<usize>,
+    /// Blocks dropped.
+    dropped: usize,
     /// Blocks, then in them heads, then keys before values, from `aligned` on, where a cache line begins; elements as
     /// [`CacheType`] says, little-endian. What lies behind the last token holds anything finite or not.
     bytes: Vec<u8>,
@@ -77,8 +85,11 @@ pub(crate) fn size(dtype: CacheType) -> usize {
 }
 
 impl Cache {
-    pub(crate) fn new(kv_heads: usize, head_dim: usize, dtype: CacheType) -> Self {
-        Self { kv_heads, head_dim, dtype, len: 0, bytes: Vec::new(), aligned: 0, scales: Vec::new() }
+    /// Holds all tokens or, with a window, those that the next query can see and less than a block more.
+    pub(crate) fn new(kv_heads: usize, head_dim: usize, dtype: CacheType, window: Option<usize>) -> Self {
+        assert!(window != Some(0), "a query sees itself");
+        let (bytes, scales) = (Vec::new(), Vec::new());
+        Self { kv_heads, head_dim, dtype, len: 0, window, dropped: 0, bytes, aligned: 0, scales }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -89,7 +100,13 @@ impl Cache {
     #[must_use]
     pub fn bytes(&self) -> usize {
         let scales = if self.dtype == CacheType::I8 { size_of::<f32>() } else { 0 };
-        2 * self.len * self.kv_heads * (self.head_dim * size(self.dtype) + scales)
+        2 * (self.len - self.dropped * BLOCK) * self.kv_heads * (self.head_dim * size(self.dtype) + scales)
+    }
+
+    /// Bytes of the memory that it takes.
+    #[cfg(test)]
+    pub(crate) fn capacity(&self) -> usize {
+        self.bytes.capacity() + size_of::<f32>() * self.scales.capacity()
     }
 
     /// Elements of a token's keys.
@@ -102,17 +119,23 @@ impl Cache {
         BLOCK * self.head_dim * size(self.dtype)
     }
 
-    /// Number of a tile among all.
+    /// Number of a tile among those held.
     fn tile(&self, block: usize, head: usize, side: Side) -> usize {
-        assert!(head < self.kv_heads);
-        (block * self.kv_heads + head) * 2 + usize::from(side == Side::Values)
+        assert!(head < self.kv_heads && block >= self.dropped);
+        ((block - self.dropped) * self.kv_heads + head) * 2 + usize::from(side == Side::Values)
+    }
+
+    /// First token that the query at position `at` sees.
+    fn oldest(&self, at: usize) -> usize {
+        self.window.map_or(0, |window| (at + 1).saturating_sub(window))
     }
 
     pub(crate) fn append(&mut self, light: &Light, k: &[f32], v: &[f32]) -> Result<(), Error> {
         let width = self.width().max(1);
         assert!(k.len() == v.len() && k.len().is_multiple_of(width));
         let tokens = k.len() / width;
-        self.make_room((self.len + tokens).div_ceil(BLOCK))?;
+        self.drop_unseen();
+        self.make_room((self.len + tokens).div_ceil(BLOCK) - self.dropped)?;
         let mut row = reserve(self.head_dim * size(self.dtype))?;
         row.resize(self.head_dim * size(self.dtype), 0);
         for (side, x) in [(Side::Keys, k), (Side::Values, v)] {
@@ -127,26 +150,47 @@ impl Cache {
         Ok(())
     }
 
+    /// Drops the blocks that the next token does not see.
+    fn drop_unseen(&mut self) {
+        let first = self.oldest(self.len) / BLOCK;
+        let tiles = (first - self.dropped.min(first)) * self.kv_heads * 2;
+        if tiles > 0 {
+            self.bytes.drain(self.aligned..self.aligned + tiles * self.tile_bytes());
+            if self.dtype == CacheType::I8 {
+                self.scales.drain(..tiles * BLOCK);
+            }
+            self.dropped = first;
+        }
+    }
+
     /// Makes the memory at least `blocks` long. Nothing has changed after an error.
     fn make_room(&mut self, blocks: usize) -> Result<(), Error> {
-        let tiles = blocks * self.kv_heads * 2;
-        let bytes = tiles * self.tile_bytes();
-        if self.bytes.len() >= self.aligned + bytes {
+        let tiles = |blocks: usize| blocks.saturating_mul(self.kv_heads * 2);
+        let size = |blocks: usize| tiles(blocks).saturating_mul(self.tile_bytes());
+        let scales = |blocks: usize| if self.dtype == CacheType::I8 { tiles(blocks).saturating_mul(BLOCK) } else { 0 };
+        // Half as much again, not the double of `Vec`: this memory is the session's largest after weights. A window needs
+        // no more than itself and a block, as long as tokens come one by one.
+        let held = self.bytes.len().saturating_sub(self.aligned) / size(1).max(1);
+        let most = self.window.map_or(usize::MAX, |window| window.div_ceil(BLOCK) + 1);
+        let ample = blocks.max(most.min(held + held / 2));
+        // What a long prompt took goes back when its tokens are dropped.
+        let spare = blocks <= most && self.bytes.capacity() / 3 * 2 > size(most).saturating_add(LINE);
+        if !spare && self.bytes.len() >= self.aligned + size(blocks) {
             return Ok(());
         }
-        let scales = if self.dtype == CacheType::I8 { tiles * BLOCK } else { 0 };
-        let more = scales.saturating_sub(self.scales.len());
-        if self.scales.capacity() < scales {
-            let ample = more.max(self.scales.len() / 2);
-            grow(&mut self.scales, ample).or_else(|_| grow(&mut self.scales, more))?;
+        let (bytes, scales, ample) = (size(blocks), scales(blocks), [size(ample), scales(ample)]);
+        if spare || self.scales.capacity() < scales {
+            let mut grown = reserve(ample[1]).or_else(|_| reserve(scales))?;
+            let kept = self.scales.len().min(scales);
+            grown.extend_from_slice(&self.scales[..kept]);
+            self.scales = grown;
         }
-        if self.bytes.capacity() < self.aligned + bytes {
-            // Half as much again, not the double of `Vec`: this memory is the session's largest after weights.
-            let ample = bytes.max(self.bytes.len() + self.bytes.len() / 2);
-            let mut grown: Vec<u8> = reserve(ample + LINE).or_else(|_| reserve(bytes + LINE))?;
+        if spare || self.bytes.capacity() < self.aligned + bytes {
+            let mut grown: Vec<u8> = reserve(ample[0].saturating_add(LINE)).or_else(|_| reserve(bytes + LINE))?;
             let aligned = grown.as_ptr().align_offset(LINE).min(LINE);
             grown.resize(aligned, 0);
-            grown.extend_from_slice(&self.bytes[self.aligned..]);
+            let kept = self.bytes.len().min(self.aligned + bytes);
+            grown.extend_from_slice(&self.bytes[self.aligned..kept]);
             (self.bytes, self.aligned) = (grown, aligned);
         }
         self.bytes.resize(self.aligned + bytes, 0);
@@ -170,9 +214,13 @@ impl Cache {
         }
     }
 
-    pub(crate) fn truncate(&mut self, len: usize) {
+    /// Keeps the first `len` tokens, or none where the next query would miss keys that were dropped; returns how many.
+    pub(crate) fn rewind(&mut self, len: usize) -> usize {
         assert!(len <= self.len);
-        self.len = len;
+        let reached = if self.oldest(len) >= self.dropped * BLOCK { len } else { 0 };
+        self.len = reached;
+        self.dropped = self.dropped.min(reached / BLOCK);
+        reached
     }
 
     /// The first `columns` keys of a block, turned and before their scales; those past the last token are undefined.
@@ -289,7 +337,7 @@ mod tests {
     const WIDTH: usize = if cfg!(miri) { 8 } else { 64 };
 
     fn cache(dtype: CacheType, tokens: usize) -> Cache {
-        let mut cache = Cache::new(3, WIDTH, dtype);
+        let mut cache = Cache::new(3, WIDTH, dtype, None);
         for _ in 0..tokens {
             cache.append(Table::best().light(), &[1.0; 3 * WIDTH], &[2.0; 3 * WIDTH]).unwrap();
         }
@@ -299,12 +347,11 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "long, and about lengths alone")]
     fn eight_bits_take_about_half_of_sixteen_and_the_spare_is_bounded() {
-        let bytes = |cache: &Cache| cache.bytes.capacity() + 4 * cache.scales.capacity();
         let [f16, int8] = [CacheType::F16, CacheType::I8].map(|dtype| cache(dtype, 1000));
-        let ratio = bytes(&int8) as f64 / bytes(&f16) as f64;
+        let ratio = int8.capacity() as f64 / f16.capacity() as f64;
         assert!((0.5..0.56).contains(&ratio), "{ratio}");
         let least = 1000 * 2 * 192 * 2;
-        assert!((least..least * 8 / 5).contains(&bytes(&f16)), "{}", bytes(&f16));
+        assert!((least..least * 8 / 5).contains(&f16.capacity()), "{}", f16.capacity());
     }
 
     #[test]

@@ -357,7 +357,7 @@ impl Backend for Cpu {
     }
 
     fn cache(&self, kv_heads: usize, head_dim: usize, dtype: CacheType) -> Cache {
-        Cache::new(kv_heads, head_dim, dtype)
+        Cache::new(kv_heads, head_dim, dtype, None)
     }
 
     fn cache_len(&self, cache: &Cache) -> usize {
@@ -369,7 +369,7 @@ impl Backend for Cpu {
     }
 
     fn cache_truncate(&self, cache: &mut Cache, len: usize) {
-        cache.truncate(len);
+        assert_eq!(cache.rewind(len), len);
     }
 
     fn attention_cached(&self, spec: &Attention, q: &Buffer, cache: &Cache, y: &mut Buffer) {

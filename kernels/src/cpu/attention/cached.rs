@@ -189,3 +189,95 @@ impl Queries<'_> {
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CacheType;
+    use crate::cpu::cache::BLOCK;
+
+    const SPEC: Attention = Attention { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.4, window: None };
+    const WIDTH: usize = 16;
+
+    /// Rows of `[-1, 1)` that differ from each other.
+    fn rows(tokens: usize, width: usize, seed: usize) -> Vec<f32> {
+        (0..tokens * width).map(|i| ((i + seed) * 7919 % 1009) as f32 / 504.5 - 1.0).collect()
+    }
+
+    /// Two caches that get the same tokens, one of which drops what its window has passed.
+    struct Pair {
+        cpu: Cpu,
+        spec: Attention,
+        all: Cache,
+        windowed: Cache,
+    }
+
+    impl Pair {
+        fn new(dtype: CacheType, window: usize) -> Self {
+            let new = |window| Cache::new(SPEC.kv_heads, SPEC.head_dim, dtype, window);
+            let spec = Attention { window: Some(window), ..SPEC };
+            Self { cpu: Cpu::new(1), spec, all: new(None), windowed: new(Some(window)) }
+        }
+
+        /// Appends so many tokens and compares what their queries get.
+        fn step(&mut self, tokens: usize, seed: usize) {
+            let (k, v, q) =
+                (rows(tokens, WIDTH, seed), rows(tokens, WIDTH, seed + 5), rows(tokens, 2 * WIDTH, seed + 9));
+            let outputs = [&mut self.all, &mut self.windowed].map(|cache| {
+                cache.append(self.cpu.table.light(), &k, &v).unwrap();
+                let mut y = vec![f32::NAN; q.len()];
+                forward(&self.cpu, &self.spec, &q, cache, &mut y);
+                y
+            });
+            assert_eq!(outputs[0], outputs[1], "window {:?} at {}", self.spec.window, self.all.len());
+            assert_eq!(self.all.len(), self.windowed.len());
+        }
+
+        /// Most tokens that the windowed cache may hold after so many new ones.
+        fn assert_small(&self, tokens: usize) {
+            let held = self.windowed.bytes() * self.all.len() / self.all.bytes();
+            let most = self.spec.window.unwrap() + BLOCK + tokens;
+            assert!(held < most, "{held} of {} tokens held, expected less than {most}", self.all.len());
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "too long")]
+    fn a_window_changes_no_number_and_holds_no_more_than_it_needs() {
+        for dtype in [CacheType::F32, CacheType::F16, CacheType::I8] {
+            for window in [1, 5, 63, 64, 65, 130] {
+                let mut pair = Pair::new(dtype, window);
+                for (seed, tokens) in [1, 62, 2, 1, 1, 130, 64, 300, 1, 3, 64, 63, 1].into_iter().enumerate() {
+                    pair.step(tokens, seed);
+                    pair.assert_small(tokens);
+                }
+                for seed in 20..20 + 2 * BLOCK {
+                    pair.step(1, seed);
+                    pair.assert_small(1);
+                }
+                // The memory of the long steps went back.
+                let most = (window.div_ceil(BLOCK) + 1) * BLOCK * pair.all.bytes() / pair.all.len();
+                assert!(pair.windowed.capacity() <= most * 3 / 2 + 128, "{} of {most}", pair.windowed.capacity());
+            }
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "too long")]
+    fn a_windowed_cache_goes_back_as_far_as_its_keys_reach() {
+        let mut pair = Pair::new(CacheType::F16, 70);
+        pair.step(300, 1);
+        pair.step(1, 2);
+        // The query at 300 saw tokens from 231 on, so blocks are held from 192 on: enough for a query at 261 or later.
+        for len in [301, 299, 270, 262, 261] {
+            assert_eq!([pair.all.rewind(len), pair.windowed.rewind(len)], [len, len]);
+            pair.step(3, len);
+        }
+        assert_eq!(pair.windowed.rewind(260), 0);
+        assert_eq!((pair.windowed.len(), pair.windowed.bytes()), (0, 0));
+        // And begins anew.
+        pair.all.rewind(0);
+        pair.step(200, 3);
+        pair.assert_small(200);
+    }
+}
