@@ -10,7 +10,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Stable numbers for app code; the wrappers for other languages carry the same list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-#[repr(i32)]
+#[repr(u32)]
 pub enum ErrorCode {
     /// A file could not be read or written.
     Io = 1,
@@ -36,20 +36,57 @@ pub enum ErrorCode {
     Diverged = 11,
 }
 
-/// What went wrong, where, and why. The message reads `place: what was expected, what was found; next step`.
+impl ErrorCode {
+    /// All codes, in the order of their numbers.
+    pub const ALL: [Self; 11] = [
+        Self::Io,
+        Self::Format,
+        Self::Unsupported,
+        Self::AdapterMismatch,
+        Self::Data,
+        Self::Config,
+        Self::OutOfMemory,
+        Self::Device,
+        Self::Network,
+        Self::Cancelled,
+        Self::Diverged,
+    ];
+
+    /// Its number, which never changes.
+    #[must_use]
+    pub fn number(self) -> u32 {
+        self as u32
+    }
+}
+
+impl TryFrom<u32> for ErrorCode {
+    type Error = Error;
+
+    fn try_from(number: u32) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|code| code.number() == number);
+        found.ok_or_else(|| Error::config("error code", format!("a number from 1 to {}", Self::ALL.len()), number))
+    }
+}
+
+/// What went wrong, where, and why. It reads `place: what was expected, what was found; next step`.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorCode,
     place: String,
-    message: String,
+    finding: String,
+    next: Option<String>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
-    /// An error of `kind` at `place` (a file, a tensor, a line, a setting); `message` says what was expected, what
-    /// was found and what to do next.
+    /// An error of `kind` at `place`, from the outermost (a file) to the item in it (a tensor, a line, a setting), with
+    /// `: ` between them. `message` says what was expected and what was found, then, after the first `; ` that does not
+    /// stand in backticks, what to do next.
     pub fn new(kind: ErrorCode, place: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { kind, place: place.into(), message: message.into(), source: None }
+        let mut finding: String = message.into();
+        let split = outside_backticks(&finding, "; ").next();
+        let next = split.map(|at| finding.split_off(at).split_off(2));
+        Self { kind, place: place.into(), finding, next, source: None }
     }
 
     /// The same error with the one that caused it.
@@ -69,7 +106,8 @@ impl Error {
     pub(crate) fn moved(mut self, from: &Path, to: &Path) -> Self {
         let [from, to] = [from, to].map(|path| path.display().to_string());
         self.place = self.place.replace(&from, &to);
-        self.message = self.message.replace(&from, &to);
+        self.finding = self.finding.replace(&from, &to);
+        self.next = self.next.map(|next| next.replace(&from, &to));
         self
     }
 
@@ -103,16 +141,44 @@ impl Error {
         self.kind
     }
 
-    /// File, tensor, line or setting where it happened.
+    /// Where it happened, from the outermost place to the failing item: "`model.safetensors`: tensor `x`".
     #[must_use]
     pub fn place(&self) -> &str {
         &self.place
     }
+
+    /// The innermost part of [`Error::place`]: the tensor, line, key or setting that failed, or the file itself.
+    #[must_use]
+    pub fn item(&self) -> &str {
+        outside_backticks(&self.place, ": ").last().map_or(&self.place, |at| &self.place[at + 2..])
+    }
+
+    /// What was expected, and what was found instead.
+    #[must_use]
+    pub fn finding(&self) -> &str {
+        &self.finding
+    }
+
+    /// What to do about it, where something can be done.
+    #[must_use]
+    pub fn next(&self) -> Option<&str> {
+        self.next.as_deref()
+    }
+}
+
+/// Where `mark` stands in `text`, but for values, which stand in backticks.
+fn outside_backticks<'t>(text: &'t str, mark: &'t str) -> impl Iterator<Item = usize> {
+    let mut quoted = false;
+    text.char_indices().filter_map(move |(at, c)| {
+        quoted ^= c == '`';
+        (!quoted && text[at..].starts_with(mark)).then_some(at)
+    })
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.place, self.message)
+        write!(f, "{}: {}", self.place, self.finding)?;
+        self.next.as_ref().map_or(Ok(()), |next| write!(f, "; {next}"))
     }
 }
 
@@ -130,5 +196,42 @@ impl From<pocketlora_kernels::Error> for Error {
             _ => (ErrorCode::Device, "device"),
         };
         Self::new(kind, place, e.to_string()).caused_by(e)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_come_back_from_their_numbers() {
+        for (number, code) in (1..).zip(ErrorCode::ALL) {
+            assert_eq!((code.number(), ErrorCode::try_from(number).unwrap()), (number, code));
+            // A new code does not compile until it stands here, and is then missed in `ALL` unless it is the last.
+            let last = match code {
+                ErrorCode::Io | ErrorCode::Format | ErrorCode::Unsupported | ErrorCode::AdapterMismatch => false,
+                ErrorCode::Data | ErrorCode::Config | ErrorCode::OutOfMemory | ErrorCode::Device => false,
+                ErrorCode::Network | ErrorCode::Cancelled => false,
+                ErrorCode::Diverged => true,
+            };
+            assert_eq!(last, number as usize == ErrorCode::ALL.len());
+        }
+        for number in [0, ErrorCode::ALL.len() as u32 + 1, u32::MAX] {
+            assert_eq!(ErrorCode::try_from(number).unwrap_err().code(), ErrorCode::Config);
+        }
+    }
+
+    #[test]
+    fn the_parts_of_an_error_are_told_apart_and_read_as_one() {
+        for (place, item, finding, next) in [
+            ("`a: b`: tensor `x: y`", "tensor `x: y`", "expected 1, got `2; 3`", Some("mend it; or not")),
+            ("setting `lr`", "setting `lr`", "expected 1, got `0`", None),
+            ("stdin", "stdin", "could not read it", None),
+        ] {
+            let message = next.map_or(finding.to_owned(), |next| format!("{finding}; {next}"));
+            let error = Error::new(ErrorCode::Data, place, &message);
+            assert_eq!((error.item(), error.finding(), error.next()), (item, finding, next));
+            assert_eq!(error.to_string(), format!("{place}: {message}"));
+        }
     }
 }

@@ -11,7 +11,7 @@ use crate::generate::{Context, Generated, Sampling};
 use crate::memory::{Peak, anonymous_bytes};
 use crate::text::{Own, Text, carry, open_with};
 use crate::tokenizer::{SpecialText, Tokenizer};
-use crate::train::{Dataset, Limits, TrainConfig, Trainer, general_text, hold_out};
+use crate::train::{Dataset, SampleLimits, TrainConfig, Trainer, general_text, hold_out};
 use pocketlora_kernels::cpu::Table;
 use pocketlora_kernels::{Arithmetic, Backend, CacheType, Cpu, WorkType};
 use std::ops::ControlFlow;
@@ -428,8 +428,8 @@ impl Session {
         Dataset::open_held_out(path, tokenizer, template, self.limits(max_tokens))
     }
 
-    fn limits(&self, max_tokens: usize) -> Limits {
-        Limits {
+    fn limits(&self, max_tokens: usize) -> SampleLimits {
+        SampleLimits {
             tokens: max_tokens.min(self.base.model.config().max_positions),
             vocab: self.start_vocabulary.unwrap_or_else(|| self.vocabulary()),
         }

@@ -6,7 +6,7 @@ use common::{check_all, convert, golden, ids, logits, max_diff, open_exact, tens
 use pocketlora::Session;
 use pocketlora::adapter::AdapterFile;
 use pocketlora::format::Target;
-use pocketlora::train::{Dataset, Observer, Precision, Sample, Schedule, StepReport, TrainConfig};
+use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
 use serde_json::json;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -205,7 +205,7 @@ fn train_like_peft(session: &Session, accumulate: bool, name: &str) -> Result<()
         batch: if accumulate { 1 } else { 2 },
         accumulate: if accumulate { 2 } else { 1 },
         steps: Some(11),
-        precision: Precision::Exact,
+        precision: TrainPrecision::Exact,
         ..TrainConfig::default()
     };
     let out = tempfile::tempdir().unwrap();

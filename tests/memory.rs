@@ -5,7 +5,7 @@
 
 mod common;
 
-use pocketlora::train::{Dataset, MemoryPlan, Observer, Precision, Sample, StepReport, TrainConfig};
+use pocketlora::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig, TrainPrecision};
 use pocketlora::{Options, Session};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -201,7 +201,7 @@ fn step(model: &Path, out: &Path, memory_budget: Option<u64>) -> Option<(f64, Ve
         batch: 4,
         dropout: 0.1,
         clip: 0.0,
-        precision: Precision::Exact,
+        precision: TrainPrecision::Exact,
         memory_budget,
         steps: Some(1),
         ..TrainConfig::default()

@@ -6,7 +6,7 @@ mod common;
 use common::{convert, real_gguf};
 use pocketlora::adapter::{AdapterFile, HostTensor, LoraConfig, LoraModule};
 use pocketlora::format::Target;
-use pocketlora::train::{Dataset, Observer, Precision, Sample, Schedule, StepReport, TrainConfig};
+use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
 use pocketlora::{Options, Session};
 use pocketlora_models::Role;
 use serde::Deserialize;
@@ -70,7 +70,7 @@ impl Observer for Quiet {
 }
 
 /// Trains as the script did and returns the largest difference of a step's loss, as a share of the reference's.
-fn worst_step(session: &Session, curve: &Curve, precision: Precision) -> (f64, usize) {
+fn worst_step(session: &Session, curve: &Curve, precision: TrainPrecision) -> (f64, usize) {
     let config = TrainConfig {
         lr: curve.lr,
         schedule: Schedule::Constant,
@@ -111,7 +111,7 @@ fn fifty_steps_have_the_losses_of_peft_on_bitsandbytes() {
     convert(&gguf, &model, Target::Nf4);
     let session = Session::open(&model, &Options { threads: 2, ..Options::default() }).unwrap();
     // Adam divides small gradients by their own size, so that differences in rounding grow from step to step.
-    for (precision, bound) in [(Precision::Exact, 0.002), (Precision::Bf16, 0.01)] {
+    for (precision, bound) in [(TrainPrecision::Exact, 0.002), (TrainPrecision::Bf16, 0.01)] {
         let (off, step) = worst_step(&session, &curve, precision);
         println!("{precision:?}: at most {:.4} %, at step {step}", off * 100.0);
         assert!(off <= bound, "{precision:?}: step {step} is {:.3} % off, bound {} %", off * 100.0, bound * 100.0);

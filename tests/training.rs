@@ -4,7 +4,7 @@ mod common;
 
 use common::{check_all, golden, open_exact, tiny_training};
 use pocketlora::adapter::{AdapterFile, HostTensor, LoraModule};
-use pocketlora::train::{Dataset, Mask, Observer, Precision, StepReport, TrainConfig};
+use pocketlora::train::{Dataset, Mask, Observer, StepReport, TrainConfig, TrainPrecision};
 use pocketlora::{ErrorCode, Options, Session};
 use std::fs;
 use std::ops::ControlFlow;
@@ -125,7 +125,7 @@ fn a_head_with_an_adapter_learns_from_the_same_losses() {
     let b = HostTensor { shape: [vocab, 4], data: vec![0.0; 4 * vocab] };
     with_head.modules.push(LoraModule::new("lm_head".to_owned(), a, b, &file.config));
     let losses = |init: &AdapterFile, name: &str| {
-        let config = TrainConfig { dropout: 0.0, precision: Precision::Exact, ..config() };
+        let config = TrainConfig { dropout: 0.0, precision: TrainPrecision::Exact, ..config() };
         let data = session.dataset(&f.data, 1024).unwrap();
         let mut observer = Stopper::default();
         session.trainer(config, data, None, Some(init), &f.out(name)).unwrap().run(&mut observer).unwrap();

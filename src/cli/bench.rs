@@ -6,7 +6,7 @@ use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, TrainRep
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::write_bytes;
 use crate::session;
-use crate::train::{Precision, TrainConfig};
+use crate::train::{TrainConfig, TrainPrecision};
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -148,8 +148,8 @@ fn settings(args: &Args) -> Result<TrainConfig> {
     let optimizer = serde_json::from_value(json!(args.optimizer))
         .map_err(|e| Error::config("optimizer", "`adamw`, `adamw8bit`, `sgd` or `lion`", e))?;
     let precision = match args.precision {
-        PrecisionArg::Exact if args.train => Precision::Exact,
-        _ => Precision::Bf16,
+        PrecisionArg::Exact if args.train => TrainPrecision::Exact,
+        _ => TrainPrecision::Bf16,
     };
     Ok(TrainConfig { optimizer, precision, memory_budget: args.memory_budget, ..Options::default().settings })
 }

@@ -9,7 +9,7 @@ use crate::exec::architecture_of;
 use crate::format::{folder_of, model_of, open_source};
 use crate::text::open_with;
 use crate::tokenizer::{SpecialText, Tokenizer};
-use crate::train::{DataReport, Dataset, Limits, Overlap, Sample, TrainConfig, hold_out};
+use crate::train::{DataReport, Dataset, Overlap, Sample, SampleLimits, TrainConfig, hold_out};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
@@ -43,7 +43,7 @@ pub(super) fn dry_run(
     let (tokenizer, template) =
         open_with(&dir, init.map(|file| (file.dir.as_path(), new_rows.is_some())), special_text)?;
     let vocab = new_rows.unwrap_or(built.config().vocab_size);
-    let limits = Limits { tokens: config.seq.min(built.config().max_positions), vocab };
+    let limits = SampleLimits { tokens: config.seq.min(built.config().max_positions), vocab };
     let all = Dataset::open(data, &tokenizer, &template, limits)?;
     let check = DataCheck::new(&all.checks, &tokenizer, &template);
     let held = config

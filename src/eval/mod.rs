@@ -1,22 +1,10 @@
 //! How well a model, with its adapters, predicts given text, and how well it answers.
 
-mod bleu;
-mod labels;
-mod likelihood;
-mod logits_file;
-mod porter;
-mod record;
-mod rouge;
-mod tasks;
-#[cfg(test)]
-mod tests;
+#[cfg(feature = "metrics")]
+mod metrics;
 
-pub use bleu::bleu;
-pub use labels::{accuracy, exact_match, macro_f1, normalized};
-pub use logits_file::save_logits;
-pub use record::{Ask, Expected, Record, Records, read_records};
-pub use rouge::{Rouge, rouge};
-pub use tasks::{LabelBy, Metric, TaskOptions, TaskReport, metrics_for, run_tasks};
+#[cfg(feature = "metrics")]
+pub use metrics::*;
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::Pool;

@@ -1,7 +1,9 @@
 //! The decode loop: prompt in, tokens out, with the cache reused across turns.
 
+mod filter;
 mod sampler;
 
+pub use filter::{LogitFilter, TokenBias};
 pub use sampler::{Sampler, Sampling};
 
 use crate::adapter::Adapters;

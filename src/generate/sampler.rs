@@ -1,5 +1,6 @@
 //! Choosing the next token from logits.
 
+use super::LogitFilter;
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::Rng;
 
@@ -62,12 +63,42 @@ impl Sampler {
         Self { settings, rng }
     }
 
-    /// The next token, given the logits (which are changed) and the context so far.
+    /// The next token, given the logits (which are changed) and the context so far. A token with a logit of `-inf` is
+    /// never chosen.
     ///
     /// # Errors
-    /// A logit is not a finite number: the weights or an adapter are broken.
+    /// A logit is NaN or `inf`: the weights, an adapter or a filter are broken. All are `-inf`: filters left no token.
     pub fn sample(&mut self, logits: &mut [f32], context: &[u32]) -> Result<u32> {
         self.penalize(logits, context);
+        self.choose(logits)
+    }
+
+    /// As [`Sampler::sample`], with `filters` applied in their order after the repetition penalty. They hear of the
+    /// choice by [`LogitFilter::accept`] when it is the caller's turn to accept it.
+    ///
+    /// # Errors
+    /// As there; a filter refuses to go on.
+    pub fn sample_filtered(
+        &mut self,
+        logits: &mut [f32],
+        context: &[u32],
+        filters: &mut [&mut dyn LogitFilter],
+    ) -> Result<u32> {
+        self.penalize(logits, context);
+        if filters.is_empty() {
+            return self.choose(logits);
+        }
+        // Told apart from what filters make of it.
+        check(logits)?;
+        filters.iter_mut().try_for_each(|filter| filter.apply(logits, context))?;
+        if let Some(at) = logits.iter().position(|&l| broken(l)) {
+            let message = format!("expected numbers or `-inf`, got `{}` from a filter; mend the filter", logits[at]);
+            return Err(Error::new(ErrorCode::Config, format!("logits: token {at}"), message));
+        }
+        self.choose(logits)
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         let best = argmax(logits)?;
         if self.settings.temperature == 0.0 {
             return Ok(best as u32);
@@ -127,22 +158,37 @@ impl Sampler {
     }
 }
 
+/// Whether no model that works gives this logit. `-inf` is a token that must not come.
+fn broken(logit: f32) -> bool {
+    logit.is_nan() || logit == f32::INFINITY
+}
+
+fn check(logits: &[f32]) -> Result<()> {
+    let Some(at) = logits.iter().position(|&l| broken(l)) else { return Ok(()) };
+    let message = format!(
+        "expected finite numbers, got `{}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
+         `--precision exact`, detach the adapter, or use another copy of the model",
+        logits[at]
+    );
+    Err(Error::new(ErrorCode::Diverged, format!("logits: token {at}"), message))
+}
+
 /// Index of the first of the largest.
 fn argmax(logits: &[f32]) -> Result<usize> {
-    if let Some(at) = logits.iter().position(|l| !l.is_finite()) {
-        let message = format!(
-            "expected finite numbers, got `{}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
-             `--precision exact`, detach the adapter, or use another copy of the model",
-            logits[at]
-        );
-        return Err(Error::new(ErrorCode::Diverged, format!("logits: token {at}"), message));
-    }
+    check(logits)?;
     let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-    Ok(best.map_or(0, |(i, _)| i))
+    match best {
+        Some((at, &logit)) if logit > f32::NEG_INFINITY => Ok(at),
+        _ => {
+            let message = "expected a token that may come next, got `-inf` for every one; have the filters leave one";
+            Err(Error::new(ErrorCode::Config, "logits", message))
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::TokenBias;
     use super::*;
 
     fn draw(settings: Sampling, logits: &[f32], n: u64) -> Vec<u32> {
@@ -204,8 +250,36 @@ mod tests {
     }
 
     #[test]
-    fn broken_logits_are_an_error() {
-        let error = Sampler::new(Sampling::default()).sample(&mut [f32::NAN, f32::NAN], &[]).unwrap_err();
-        assert_eq!(error.code(), ErrorCode::Diverged);
+    fn broken_logits_are_errors_and_masked_ones_are_not_chosen() {
+        const NONE: f32 = f32::NEG_INFINITY;
+        let hot = Sampling { temperature: 50.0, repetition_penalty: 1.3, ..Default::default() };
+        for (settings, seen) in [(Sampling::default(), vec![]), (hot, vec![0, 1, 2])] {
+            let sample = |logits: &[f32]| {
+                let code = |e: Error| e.code();
+                Sampler::new(settings.clone()).sample(&mut logits.to_vec(), &seen).map_err(code)
+            };
+            assert_eq!(sample(&[f32::NAN, 0.0]), Err(ErrorCode::Diverged));
+            assert_eq!(sample(&[0.0, f32::INFINITY]), Err(ErrorCode::Diverged));
+            assert_eq!(sample(&[NONE, NONE]), Err(ErrorCode::Config));
+            assert_eq!(sample(&[NONE, -3e30, NONE]), Ok(1));
+        }
+        for k in [0, 3] {
+            let even = Sampling { temperature: 1.0, top_k: k, ..Default::default() };
+            assert!(draw(even, &[0.0, NONE, 0.0], 200).iter().all(|&id| id != 1));
+        }
+    }
+
+    #[test]
+    fn filters_mask_and_bias_and_a_broken_one_is_told() {
+        let sample = |filters: &mut [&mut dyn LogitFilter]| {
+            let mut sampler = Sampler::new(Sampling::default());
+            sampler.sample_filtered(&mut [3.0, 2.0, 1.0], &[], filters)
+        };
+        let (mut without, mut more) = (TokenBias::new([(0, f32::NEG_INFINITY), (99, 1.0)]), TokenBias::new([(2, 1.5)]));
+        assert_eq!(sample(&mut []).unwrap(), 0);
+        assert_eq!(sample(&mut [&mut without]).unwrap(), 1);
+        assert_eq!(sample(&mut [&mut without, &mut more]).unwrap(), 2);
+        let error = sample(&mut [&mut TokenBias::new([(1, f32::NAN)])]).unwrap_err();
+        assert_eq!((error.code(), error.item()), (ErrorCode::Config, "token 1"));
     }
 }

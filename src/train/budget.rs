@@ -2,7 +2,7 @@
 
 use super::plan::{MemoryPlan, Work};
 use super::step::Layout;
-use super::{Optimizer, Precision, TrainConfig};
+use super::{Optimizer, TrainConfig, TrainPrecision};
 use crate::error::{Error, ErrorCode, Result};
 
 /// Share by which a process may end up above its plan: what allocators and thread stacks add.
@@ -19,7 +19,7 @@ fn needed(plan: &MemoryPlan) -> u64 {
 /// # Errors
 /// The budget is too small whatever is given up; the smallest that would do is named.
 pub(super) fn choose(work: &Work, config: &TrainConfig) -> Result<(MemoryPlan, TrainConfig)> {
-    let first = Layout::fast(config.precision == Precision::Bf16);
+    let first = Layout::fast(config.precision == TrainPrecision::Bf16);
     let Some(megabytes) = config.memory_budget else {
         return Ok((work.plan(config, work.largest, first)?, config.clone()));
     };

@@ -20,14 +20,14 @@ pub enum Schedule {
 /// Arithmetic of training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Precision {
+pub enum TrainPrecision {
     /// f32 everywhere.
     Exact,
     /// bf16 products where the CPU has fast ones, f32 elsewhere; layer inputs rest in 16 bits.
     Bf16,
 }
 
-impl Precision {
+impl TrainPrecision {
     /// Of the products with weights.
     pub(super) fn arithmetic(self) -> Arithmetic {
         match self {
@@ -110,7 +110,7 @@ pub struct TrainConfig {
     /// Write the adapter of the evaluation with the lowest held-out loss instead of the last one.
     pub keep_best: bool,
     /// Arithmetic.
-    pub precision: Precision,
+    pub precision: TrainPrecision,
     /// Anonymous memory that the whole process may hold, in MB: more is recomputed until it fits.
     pub memory_budget: Option<u64>,
 }
@@ -187,7 +187,7 @@ impl Default for TrainConfig {
             max_forgetting: None,
             patience: 0,
             keep_best: false,
-            precision: Precision::Bf16,
+            precision: TrainPrecision::Bf16,
             memory_budget: None,
         }
     }

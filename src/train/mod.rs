@@ -25,9 +25,9 @@ mod step;
 pub use crate::data::Unused;
 pub use batches::{BatchReport, Batches, largest_micro_batch};
 pub use checkpoint::has_checkpoint;
-pub use config::{Optimizer, Precision, Schedule, TrainConfig};
+pub use config::{Optimizer, Schedule, TrainConfig, TrainPrecision};
 pub use control::{Directive, Policy, TrainHandle};
-pub use data::{Checks, Dataset, Limits, Mask, Sample, SplitRecord, Splits};
+pub use data::{Checks, Dataset, Mask, Sample, SampleLimits, SplitRecord, Splits};
 pub use hold_out::{Evaluation, Overlap, general_text, hold_out};
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
@@ -35,6 +35,7 @@ pub use plan::MemoryPlan;
 pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
+#[cfg(feature = "bench")]
 pub(crate) use setup::fresh_modules;
 #[cfg(feature = "cli")]
 pub(crate) use setup::target_modules;

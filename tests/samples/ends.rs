@@ -4,7 +4,7 @@ use super::{byte_tokenizer, chat_file, line};
 use crate::common::check_all;
 use pocketlora::chat::{ChatTemplate, Message};
 use pocketlora::tokenizer::{SpecialText, Tokenizer};
-use pocketlora::train::{Dataset, Limits};
+use pocketlora::train::{Dataset, SampleLimits};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -44,7 +44,7 @@ fn model_with(dir: &Path, prefixed: bool, special: SpecialText, files: &[(&str, 
 fn learned(dir: &Path, (tokenizer, template): &(Tokenizer, ChatTemplate), record: &str) -> Result<String, String> {
     let path = dir.join("one.jsonl");
     fs::write(&path, record).unwrap();
-    let limits = Limits { tokens: 4096, vocab: 1000 };
+    let limits = SampleLimits { tokens: 4096, vocab: 1000 };
     let data = Dataset::open(&path, tokenizer, template, limits).map_err(|e| e.to_string())?;
     let mut out = String::new();
     for sample in &data.samples {
@@ -217,7 +217,7 @@ fn special_tokens_in_messages_are_text_and_in_texts_are_not() {
             model_with(dir.path(), true, *special, &[("tokenizer_config.json", config.clone())]);
         let path = dir.path().join("one.jsonl");
         fs::write(&path, record).unwrap();
-        let data = Dataset::open(&path, &tokenizer, &template, Limits { tokens: 999, vocab: 999 }).unwrap();
+        let data = Dataset::open(&path, &tokenizer, &template, SampleLimits { tokens: 999, vocab: 999 }).unwrap();
         let found = data.samples[0].ids.iter().filter(|&&id| id >= 256).count();
         if found == *expected { Ok(()) } else { Err(format!("{special:?} {record}: {found}, expected {expected}")) }
     });
@@ -358,7 +358,7 @@ fn what_a_template_leaves_out_is_not_lost_without_a_word() {
         let (tokenizer, chat) = model(dir.path(), true, &[("tokenizer_config.json", config(template))]);
         let path = dir.path().join("one.jsonl");
         fs::write(&path, record.to_string()).unwrap();
-        let found = Dataset::open(&path, &tokenizer, &chat, Limits { tokens: 999, vocab: 999 });
+        let found = Dataset::open(&path, &tokenizer, &chat, SampleLimits { tokens: 999, vocab: 999 });
         let found = found.map(|data| {
             let left_out: Vec<String> = data.checks.left_out.into_iter().collect();
             (left_out.join(" "), data.checks.shortened)

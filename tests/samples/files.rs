@@ -356,7 +356,7 @@ fn a_folder_is_measured_by_what_is_held_out_in_it() {
         let bytes = |file: &str| file.ends_with("parquet").then_some(&b"PAR1\0"[..]);
         let root =
             folder(&reader, &format!("measured {name}"), &files.iter().map(|f| (*f, bytes(f))).collect::<Vec<_>>());
-        let limits = pocketlora::train::Limits { tokens: 4096, vocab: 1000 };
+        let limits = pocketlora::train::SampleLimits { tokens: 4096, vocab: 1000 };
         let data = pocketlora::train::Dataset::open_held_out(&root, &reader.tokenizer, &reader.template, limits);
         let (data, expected) = match (data, expected) {
             (Ok(data), Ok(expected)) => (data, expected),

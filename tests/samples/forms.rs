@@ -3,7 +3,7 @@
 use super::Reader;
 use crate::common::check_all;
 use pocketlora::ErrorCode;
-use pocketlora::train::{Dataset, Limits};
+use pocketlora::train::{Dataset, SampleLimits};
 use std::fs;
 
 fn reader() -> Reader {
@@ -176,7 +176,7 @@ fn ids_without_an_embedding_are_refused_with_their_line() {
     let path = reader.path("a.jsonl");
     fs::write(&path, "{\"text\": \"abc\"}\n{\"text\": \"abc<s>\"}\n").unwrap();
     let error =
-        Dataset::open(&path, &reader.tokenizer, &reader.template, Limits { tokens: 99, vocab: 256 }).unwrap_err();
+        Dataset::open(&path, &reader.tokenizer, &reader.template, SampleLimits { tokens: 99, vocab: 256 }).unwrap_err();
     assert_eq!(error.code(), ErrorCode::Data);
     let message = error.to_string();
     // This tokenizer's special tokens come after the 256 bytes; the first line ends with one, too.

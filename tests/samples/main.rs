@@ -14,7 +14,7 @@ mod splits;
 
 use pocketlora::chat::ChatTemplate;
 use pocketlora::tokenizer::Tokenizer;
-use pocketlora::train::{Dataset, Limits, Sample};
+use pocketlora::train::{Dataset, Sample, SampleLimits};
 use serde_json::json;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -56,7 +56,7 @@ impl Reader {
     }
 
     fn open(&self, path: &Path, seq: usize) -> pocketlora::Result<Dataset> {
-        Dataset::open(path, &self.tokenizer, &self.template, Limits { tokens: seq, vocab: 1000 })
+        Dataset::open(path, &self.tokenizer, &self.template, SampleLimits { tokens: seq, vocab: 1000 })
     }
 
     /// Reads `bytes` as a file of that name.

@@ -4,7 +4,7 @@ use crate::common::{convert, golden, open_exact, tiny_chat_model};
 use pocketlora::Session;
 use pocketlora::adapter::AdapterFile;
 use pocketlora::format::Target;
-use pocketlora::train::{Dataset, Mask, Observer, Precision, Sample, StepReport, TrainConfig};
+use pocketlora::train::{Dataset, Mask, Observer, Sample, StepReport, TrainConfig, TrainPrecision};
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -30,8 +30,14 @@ fn sample(n: usize, salt: usize) -> Sample {
 
 /// Loss sum and gradients of the loss sum, in f32 arithmetic.
 fn pass(session: &Session, dir: &Path, samples: Vec<Sample>) -> (f64, Vec<Vec<f64>>) {
-    let config =
-        TrainConfig { packing: true, batch: 1, seq: 256, clip: 0.0, precision: Precision::Exact, ..Default::default() };
+    let config = TrainConfig {
+        packing: true,
+        batch: 1,
+        seq: 256,
+        clip: 0.0,
+        precision: TrainPrecision::Exact,
+        ..Default::default()
+    };
     let init = AdapterFile::open(&golden("adapters/lora")).unwrap();
     let data = Dataset::new("made", samples);
     let mut trainer = session.trainer(config, data, None, Some(&init), &dir.join("out")).unwrap();

@@ -3,7 +3,7 @@
 use super::{byte_tokenizer, chat_file};
 use pocketlora::chat::ChatTemplate;
 use pocketlora::tokenizer::Tokenizer;
-use pocketlora::train::{Dataset, Limits, Sample};
+use pocketlora::train::{Dataset, Sample, SampleLimits};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -245,7 +245,7 @@ fn what_is_learned_decodes_to_the_answers_and_their_ends() {
                 fs::write(&path, json!({ "messages": messages }).to_string()).unwrap();
                 let answers: Vec<&str> =
                     turns.iter().filter(|(role, _)| *role == "assistant").map(|(_, c)| c.as_str()).collect();
-                let limits = Limits { tokens: 4096, vocab: 2000 };
+                let limits = SampleLimits { tokens: 4096, vocab: 2000 };
                 let result = Dataset::open(&path, &tokenizer, &chat, limits)
                     .map_err(|e| e.to_string())
                     .and_then(|data| check(&tokenizer, &data.samples, &answers));

@@ -2,7 +2,7 @@
 
 use super::record::Record;
 use super::split::{self, Coded, Splits};
-use super::{Checks, Limits, Sample, data_error};
+use super::{Checks, Sample, SampleLimits, data_error};
 use crate::chat::{ChatTemplate, Message, Rendering};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -29,7 +29,7 @@ pub(super) struct Encoder<'a> {
 }
 
 impl<'a> Encoder<'a> {
-    pub fn new(tokenizer: &'a Tokenizer, template: &'a ChatTemplate, limits: Limits) -> Result<Self> {
+    pub fn new(tokenizer: &'a Tokenizer, template: &'a ChatTemplate, limits: SampleLimits) -> Result<Self> {
         let prefix = tokenizer.prefix_ids().to_vec();
         let least = prefix.len() + 2;
         if limits.tokens < least {

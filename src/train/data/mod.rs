@@ -36,7 +36,7 @@ impl Sample {
 
 /// What a model can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct SampleLimits {
     /// Longest sample, in tokens.
     pub tokens: usize,
     /// Ids below this one have an embedding.
@@ -96,7 +96,7 @@ impl Dataset {
     /// # Errors
     /// A file is missing, empty, of a form that is not read or broken, or a record has none of the forms or nothing to
     /// learn, is refused by the chat template, or has tokens that the model does not know.
-    pub fn open(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, limits: Limits) -> Result<Self> {
+    pub fn open(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, limits: SampleLimits) -> Result<Self> {
         Self::read(path, Purpose::Learn, tokenizer, template, limits)
     }
 
@@ -105,7 +105,12 @@ impl Dataset {
     ///
     /// # Errors
     /// As [`Dataset::open`].
-    pub fn open_held_out(path: &Path, tokenizer: &Tokenizer, template: &ChatTemplate, limits: Limits) -> Result<Self> {
+    pub fn open_held_out(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        limits: SampleLimits,
+    ) -> Result<Self> {
         Self::read(path, Purpose::Evaluate, tokenizer, template, limits)
     }
 
@@ -114,7 +119,7 @@ impl Dataset {
         purpose: Purpose,
         tokenizer: &Tokenizer,
         template: &ChatTemplate,
-        limits: Limits,
+        limits: SampleLimits,
     ) -> Result<Self> {
         let mut encoder = Encoder::new(tokenizer, template, limits)?;
         let (mut samples, mut splits, mut split_records) = (Vec::new(), Splits::default(), Vec::new());

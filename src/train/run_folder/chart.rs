@@ -1,6 +1,6 @@
 //! Losses over steps, and the learning rate below them, as an SVG for light and dark pages.
 
-use super::log::Curves;
+use super::curves::Curves;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 

@@ -1,7 +1,10 @@
 //! What a run leaves beside its adapter: `log.jsonl`, a line for each step; `loss.svg`, the same as a picture; and
 //! `train.toml`, the settings that were in force.
 
+#[cfg(feature = "charts")]
 mod chart;
+#[cfg(feature = "charts")]
+mod curves;
 mod journal;
 mod log;
 
@@ -14,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 /// Names in the output folder.
 const LOG: &str = "log.jsonl";
+#[cfg(feature = "charts")]
 const CHART: &str = "loss.svg";
 /// Name of the settings in a run's output folder.
 pub const SETTINGS: &str = "train.toml";
@@ -46,15 +50,25 @@ impl RunFolder {
         log::append(&self.dir.join(LOG), line)
     }
 
-    /// Draws what the log holds.
+    /// Draws what the log holds; without the feature `charts` nothing is drawn.
     ///
     /// # Errors
     /// The log cannot be read or the picture not written.
+    #[cfg(feature = "charts")]
     pub fn draw(&self) -> Result<()> {
-        let curves = log::curves(&self.dir.join(LOG))?;
+        let curves = curves::curves(&self.dir.join(LOG))?;
         let path = self.dir.join(CHART);
         let svg = chart::svg(&curves).map_err(|e| Error::format(&path, "picture", "curves that can be drawn", e))?;
         crate::format::write_bytes(&path, svg.as_bytes())
+    }
+
+    /// Draws nothing: the feature `charts` is off.
+    ///
+    /// # Errors
+    /// None.
+    #[cfg(not(feature = "charts"))]
+    pub fn draw(&self) -> Result<()> {
+        Ok(())
     }
 }
 
@@ -108,6 +122,7 @@ mod tests {
         assert_eq!(read, config);
     }
 
+    #[cfg(feature = "charts")]
     #[test]
     fn the_picture_names_its_curves_and_is_small_however_long_the_run() {
         let dir = tempfile::tempdir().unwrap();

@@ -30,7 +30,7 @@ struct Labels {
 }
 
 fn oracle() -> Oracle {
-    serde_json::from_str(include_str!("../../tests/data/metrics.json")).unwrap()
+    serde_json::from_str(include_str!("../../../tests/data/metrics.json")).unwrap()
 }
 
 /// Sums of logarithms are rounded differently by other programs; nothing else may differ.
