@@ -13,7 +13,7 @@ pub(crate) struct Keys<'a>(pub(crate) &'a Map<String, Value>);
 
 impl<'a> Keys<'a> {
     /// Whether the key is there, if only as `null`: some keys have a default that `null` turns off.
-    pub(crate) fn has(&self, key: &str) -> bool {
+    fn has(&self, key: &str) -> bool {
         self.0.contains_key(key)
     }
 
@@ -73,6 +73,20 @@ impl<'a> Keys<'a> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let size = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=MAX_SIZE).contains(n));
         size.map(Some).ok_or_else(|| ConfigError::new(key, format!("a whole number from 1 to {MAX_SIZE}"), value))
+    }
+
+    /// As [`Keys::optional_size`], with a default for an absent key that `null` turns off.
+    pub(crate) fn size_or(&self, key: &str, default: Option<usize>) -> Result<Option<usize>, ConfigError> {
+        if self.has(key) { self.optional_size(key) } else { Ok(default) }
+    }
+
+    /// A number from 0 to below 1.
+    pub(crate) fn share(&self, key: &str, default: f64) -> Result<f32, ConfigError> {
+        let value = self.number(key, default)?;
+        if (0.0..1.0).contains(&value) {
+            return Ok(value as f32);
+        }
+        Err(ConfigError::new(key, "a number from 0 to 1", value))
     }
 
     pub(crate) fn count(&self, key: &str) -> Result<usize, ConfigError> {

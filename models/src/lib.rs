@@ -13,11 +13,16 @@ mod mistral;
 mod params;
 mod qwen2;
 mod rope;
+#[cfg(test)]
+mod testing;
+mod windows;
 
 pub use config::{Config, ConfigError};
 pub use exec::{AttentionShape, Exec, Linear, Param, RopeTable, Tensor};
 pub use params::{ParamSpec, Role};
 pub use rope::Rope;
+
+use keys::Keys;
 
 /// A decoder-only language model: embedding, layers, head. Executors may run a layer more than once.
 pub trait Model: Send + Sync {
@@ -42,14 +47,22 @@ pub trait Model: Send + Sync {
     fn head(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor;
 }
 
-type Build = fn(Config) -> Box<dyn Model>;
+/// A kind of model: its name, what it reads of a config, and how it is made.
+pub(crate) struct Family {
+    /// `model_type`, as `config.json` spells it.
+    pub(crate) model_type: &'static str,
+    /// Keys of the table in `known.rs` that the family reads itself, or that have no meaning in it.
+    pub(crate) honoured: &'static [&'static str],
+    /// The model that the keys describe.
+    pub(crate) build: fn(&Keys<'_>) -> Result<Box<dyn Model>, ConfigError>,
+}
 
-/// `model_type` values that [`build`] knows, with the function that makes the model.
-const FAMILIES: &[(&str, Build)] = &[("llama", llama::build), ("mistral", mistral::build), ("qwen2", qwen2::build)];
+/// All that [`build`] knows.
+const FAMILIES: &[Family] = &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY];
 
 /// Names of the supported families, as `config.json` spells them.
 pub fn families() -> impl Iterator<Item = &'static str> {
-    FAMILIES.iter().map(|(name, _)| *name)
+    FAMILIES.iter().map(|family| family.model_type)
 }
 
 /// The model that a Hugging Face `config.json` describes.
@@ -63,7 +76,9 @@ pub fn build(config: &serde_json::Map<String, serde_json::Value>) -> Result<Box<
         Some(serde_json::Value::String(name)) => name,
         other => return Err(ConfigError::new("model_type", known(), other.unwrap_or(&serde_json::Value::Null))),
     };
-    let family = FAMILIES.iter().find(|(name, _)| name == model_type);
-    let (_, build) = family.ok_or_else(|| ConfigError::unsupported("model_type", known(), model_type))?;
-    Ok(build(Config::parse(config)?))
+    let family = FAMILIES.iter().find(|family| family.model_type == model_type);
+    let family = family.ok_or_else(|| ConfigError::unsupported("model_type", known(), model_type))?;
+    let keys = Keys(config);
+    known::check(&keys, family.model_type, family.honoured)?;
+    (family.build)(&keys)
 }

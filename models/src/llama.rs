@@ -1,24 +1,32 @@
 //! Llama (Touvron et al. 2023): pre-norm decoder with grouped-query attention, RoPE and SwiGLU.
 
-use crate::Model;
-use crate::config::Config;
+use crate::config::{Config, ConfigError, Defaults};
 use crate::exec::{AttentionShape, Exec, Linear, Param, RopeTable, Tensor};
+use crate::keys::Keys;
 use crate::params::{ParamList, ParamSpec, Role};
-use crate::rope::Rope;
+use crate::rope::{Rope, RopeKeys};
+use crate::windows::WindowKeys;
+use crate::{Family, Model};
+
+pub(crate) const FAMILY: Family = Family { model_type: "llama", honoured: &["attention_bias", "mlp_bias"], build };
 
 /// How families of the Llama kind differ from it.
+#[derive(Default)]
 pub(crate) struct Variant {
     /// q, k, v have biases.
-    pub qkv_bias: bool,
+    pub(crate) qkv_bias: bool,
     /// o has a bias.
-    pub o_bias: bool,
+    pub(crate) o_bias: bool,
     /// gate, up, down have biases.
-    pub mlp_bias: bool,
+    pub(crate) mlp_bias: bool,
+    /// Sliding window of each layer, in tokens; a layer without one sees all.
+    pub(crate) windows: Vec<Option<usize>>,
 }
 
 /// A model of the Llama kind.
 pub(crate) struct Llama {
     config: Config,
+    norm_eps: f32,
     params: Vec<ParamSpec>,
     ropes: [Rope; 1],
     embed_tokens: Param,
@@ -40,31 +48,44 @@ struct Layer {
     down: Linear,
 }
 
-/// Llama proper.
-pub(crate) fn build(config: Config) -> Box<dyn Model> {
-    let variant = Variant { qkv_bias: config.attention_bias, o_bias: config.attention_bias, mlp_bias: config.mlp_bias };
-    Box::new(Llama::new(config, &variant))
+fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
+    let config = Config::read(keys, &Defaults { positions: 2048, ..Defaults::default() })?;
+    let attention_bias = keys.flag("attention_bias", false)?;
+    let variant = Variant {
+        qkv_bias: attention_bias,
+        o_bias: attention_bias,
+        mlp_bias: keys.flag("mlp_bias", false)?,
+        windows: no_windows(keys, &config)?,
+    };
+    Ok(Box::new(Llama::new(keys, config, &variant)?))
+}
+
+/// No layer has a window; a key for one, which transformers would not heed, was meant for another family.
+fn no_windows(keys: &Keys<'_>, config: &Config) -> Result<Vec<Option<usize>>, ConfigError> {
+    let given = WindowKeys::read(keys, None, true)?;
+    // A window as long as the context hides nothing.
+    if let Some(window) = given.window.filter(|&window| given.on && window < config.max_positions) {
+        return Err(ConfigError::unsupported("sliding_window", "none, for Llama has no window (Mistral has)", window));
+    }
+    given.same(keys, config.layers, None)
 }
 
 impl Llama {
-    pub(crate) fn new(config: Config, variant: &Variant) -> Self {
+    pub(crate) fn new(keys: &Keys<'_>, config: Config, variant: &Variant) -> Result<Self, ConfigError> {
         let mut p = ParamList::default();
         let embed_tokens = p.table("model.embed_tokens", config.vocab_size, config.hidden_size, Role::Embedding);
-        let layers = (0..config.layers).map(|i| Layer::new(&mut p, &config, variant, i)).collect();
+        let ffn = keys.size("intermediate_size")?;
+        let layers = (0..config.layers).map(|i| Layer::new(&mut p, &config, ffn, variant, i)).collect();
         let norm = p.norm("model.norm", config.hidden_size);
-        let head = if config.tied_head {
-            embed_tokens
-        } else {
-            p.table("lm_head", config.vocab_size, config.hidden_size, Role::Head)
-        };
-        let ropes = [config.rope.clone()];
-        let lm_head = Linear { weight: head, bias: None };
-        Self { config, params: p.0, ropes, embed_tokens, layers, norm, lm_head }
+        let lm_head = p.head(&config, embed_tokens);
+        let norm_eps = keys.share("rms_norm_eps", 1e-6)?;
+        let ropes = [RopeKeys::of(&config).read(keys)?];
+        Ok(Self { config, norm_eps, params: p.0, ropes, embed_tokens, layers, norm, lm_head })
     }
 }
 
 impl Layer {
-    fn new(p: &mut ParamList, c: &Config, variant: &Variant, i: usize) -> Self {
+    fn new(p: &mut ParamList, c: &Config, ffn: usize, variant: &Variant, i: usize) -> Self {
         let at = format!("model.layers.{i}");
         let (q_width, kv_width) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let attention = AttentionShape {
@@ -72,7 +93,7 @@ impl Layer {
             kv_heads: c.kv_heads,
             head_dim: c.head_dim,
             scale: (c.head_dim as f32).sqrt().recip(),
-            window: c.windows[i],
+            window: variant.windows[i],
         };
         Self {
             input_norm: p.norm(&format!("{at}.input_layernorm"), c.hidden_size),
@@ -82,9 +103,9 @@ impl Layer {
             o: p.linear(&format!("{at}.self_attn.o_proj"), c.hidden_size, q_width, variant.o_bias),
             attention,
             post_attention_norm: p.norm(&format!("{at}.post_attention_layernorm"), c.hidden_size),
-            gate: p.linear(&format!("{at}.mlp.gate_proj"), c.intermediate_size, c.hidden_size, variant.mlp_bias),
-            up: p.linear(&format!("{at}.mlp.up_proj"), c.intermediate_size, c.hidden_size, variant.mlp_bias),
-            down: p.linear(&format!("{at}.mlp.down_proj"), c.hidden_size, c.intermediate_size, variant.mlp_bias),
+            gate: p.linear(&format!("{at}.mlp.gate_proj"), ffn, c.hidden_size, variant.mlp_bias),
+            up: p.linear(&format!("{at}.mlp.up_proj"), ffn, c.hidden_size, variant.mlp_bias),
+            down: p.linear(&format!("{at}.mlp.down_proj"), c.hidden_size, ffn, variant.mlp_bias),
         }
     }
 }
@@ -111,7 +132,7 @@ impl Model for Llama {
     }
 
     fn layer(&self, ex: &mut dyn Exec, index: usize, x: Tensor) -> Tensor {
-        let (l, eps, rope) = (&self.layers[index], self.config.rms_norm_eps, RopeTable(0));
+        let (l, eps, rope) = (&self.layers[index], self.norm_eps, RopeTable(0));
 
         let h = ex.rms_norm(l.input_norm, eps, x);
         let [q, k, v] = ex.linear_group([l.q, l.k, l.v], h);
@@ -128,7 +149,7 @@ impl Model for Llama {
     }
 
     fn norm(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor {
-        ex.rms_norm(self.norm, self.config.rms_norm_eps, x)
+        ex.rms_norm(self.norm, self.norm_eps, x)
     }
 
     fn plain_head(&self) -> Option<Linear> {
@@ -138,5 +159,39 @@ impl Model for Llama {
     fn head(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor {
         let h = self.norm(ex, x);
         ex.linear(self.lm_head, h)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::{config, refused_key};
+    use serde_json::json;
+
+    #[test]
+    fn no_layer_has_a_window() {
+        let full = "full_attention";
+        for change in [
+            json!({}),
+            json!({"sliding_window": null}),
+            json!({"sliding_window": 512}),
+            json!({"layer_types": [full, full, full]}),
+        ] {
+            assert_eq!(refused_key("llama", &change), None, "{change}");
+        }
+        for (change, key) in [
+            (json!({"sliding_window": 16}), "sliding_window"),
+            (json!({"layer_types": [full, full, "sliding_attention"]}), "layer_types"),
+            (json!({"layer_types": [full, full]}), "layer_types"),
+            (json!({"rotary_dim": 32}), "rotary_dim"),
+            (json!({"qkv_bias": true}), "qkv_bias"),
+        ] {
+            assert_eq!(refused_key("llama", &change).as_deref(), Some(key), "{change}");
+        }
+        assert_eq!(refused_key("llama", &json!({"rotary_dim": 2})), None);
+    }
+
+    #[test]
+    fn a_file_without_key_value_heads_has_as_many_as_heads() {
+        assert_eq!(crate::build(&config("llama", &json!({}))).unwrap().config().kv_heads, 32);
     }
 }

@@ -1,5 +1,6 @@
 //! The list of a model's parameters under the checkpoint's names.
 
+use crate::config::Config;
 use crate::exec::{Linear, Param};
 
 /// What a parameter is for; it decides how it is stored and whether an adapter may attach.
@@ -56,5 +57,15 @@ impl ParamList {
         let weight = self.push(format!("{module}.weight"), vec![out, input], Role::Linear);
         let bias = bias.then(|| self.push(format!("{module}.bias"), vec![out], Role::Vector));
         Linear { weight, bias }
+    }
+
+    /// The last product: with the embedding's table where they are tied, else with a table of its own.
+    pub(crate) fn head(&mut self, config: &Config, embedding: Param) -> Linear {
+        let weight = if config.tied_head {
+            embedding
+        } else {
+            self.table("lm_head", config.vocab_size, config.hidden_size, Role::Head)
+        };
+        Linear { weight, bias: None }
     }
 }

@@ -1,0 +1,184 @@
+//! How `config.json` stretches the frequencies of a rotary embedding for long contexts.
+
+use super::RopeKeys;
+use crate::config::ConfigError;
+use crate::keys::Keys;
+use std::f64::consts::TAU;
+
+/// Kinds of scaling, as `rope_type` spells them, and the keys that each reads beside [`COMMON`].
+const KINDS: &[(&str, &[&str])] = &[
+    ("default", &[]),
+    ("linear", &["factor"]),
+    ("dynamic", &["factor"]),
+    (
+        "yarn",
+        &[
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ],
+    ),
+    ("llama3", &["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"]),
+];
+/// Keys of every kind. Only `finetuned`, a remark of early YaRN files, has no effect.
+const COMMON: &[&str] = &["rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"];
+
+/// A kind of scaling with its numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Scaling {
+    Default,
+    /// All angles divided by the factor.
+    Linear(f64),
+    /// Long waves divided, short ones kept, a smooth step between (Llama 3.1).
+    Llama3 {
+        factor: f64,
+        low: f64,
+        high: f64,
+        original: f64,
+    },
+    /// Pairs of many turns kept, of few turns divided, a ramp over the pairs between (Peng et al. 2023).
+    Yarn {
+        factor: f64,
+        /// First pair and end of the ramp.
+        ramp: (f64, f64),
+        attention_factor: f64,
+    },
+}
+
+/// The scaling's keys and what their meaning depends on.
+pub(super) struct Parameters<'a> {
+    /// The object that describes the scaling.
+    pub(super) rope: Keys<'a>,
+    /// The whole config.
+    pub(super) config: &'a Keys<'a>,
+    /// What the family says of its rotary keys.
+    pub(super) family: &'a RopeKeys,
+    pub(super) theta: f64,
+    /// Dimensions of a head that turn.
+    pub(super) turned: usize,
+}
+
+impl Parameters<'_> {
+    /// A number that must be there, unless there is a default.
+    fn positive(&self, key: &str, default: Option<f64>) -> Result<f64, ConfigError> {
+        let value = match default {
+            Some(default) => self.rope.number(key, default)?,
+            None => self.rope.required_number(key)?,
+        };
+        if (1e-6..1e12).contains(&value) {
+            Ok(value)
+        } else {
+            Err(ConfigError::new(key, "a number from 1e-6 to 1e12", value))
+        }
+    }
+
+    /// The kind, once every key is known to have a meaning in it.
+    fn kind(&self) -> Result<&str, ConfigError> {
+        let (new, old) = (self.rope.text("rope_type")?, self.rope.text("type")?);
+        if let (Some(new), Some(old)) = (new, old)
+            && new != old
+        {
+            return Err(ConfigError::new("type", format!("`{new}`, as `rope_type` says"), old));
+        }
+        let kind = new.or(old).unwrap_or("default");
+        let Some((_, keys)) = KINDS.iter().find(|(name, _)| *name == kind) else {
+            let known: Vec<_> = KINDS.iter().map(|(name, _)| format!("`{name}`")).collect();
+            return Err(ConfigError::unsupported("rope_type", format!("one of {}", known.join(", ")), kind));
+        };
+        let unknown = |key: &&str| ![COMMON, keys, self.family.unused].iter().any(|known| known.contains(key));
+        if let Some(key) = self.rope.names().find(unknown) {
+            return Err(ConfigError::unsupported(
+                key,
+                format!("no such key in `{kind}` RoPE scaling"),
+                &self.rope.0[key],
+            ));
+        }
+        Ok(kind)
+    }
+
+    /// Context before the scaling. As in transformers, a key beside the scaling's object goes first.
+    fn original(&self) -> Result<f64, ConfigError> {
+        let key = "original_max_position_embeddings";
+        match self.config.optional_size(key)? {
+            Some(outside) => Ok(outside as f64),
+            None => self.positive(key, Some(self.family.positions as f64)),
+        }
+    }
+}
+
+impl Scaling {
+    /// Reads the scaling.
+    pub(super) fn read(p: &Parameters<'_>) -> Result<Self, ConfigError> {
+        match p.kind()? {
+            "linear" => Ok(Self::Linear(p.positive("factor", None)?)),
+            // Dynamic NTK changes the base only past the trained context, where our context ends.
+            "dynamic" => p.positive("factor", None).map(|_| Self::Default),
+            "llama3" => {
+                let (low, high) = (p.positive("low_freq_factor", None)?, p.positive("high_freq_factor", None)?);
+                if low >= high {
+                    return Err(ConfigError::new("high_freq_factor", format!("more than low_freq_factor {low}"), high));
+                }
+                Ok(Self::Llama3 { factor: p.positive("factor", None)?, low, high, original: p.original()? })
+            }
+            "yarn" => Self::yarn(p),
+            _ => Ok(Self::Default),
+        }
+    }
+
+    /// transformers' `_compute_yarn_parameters`, line by line.
+    fn yarn(p: &Parameters<'_>) -> Result<Self, ConfigError> {
+        let original = p.original()?;
+        let factor = p.positive("factor", Some(p.family.positions as f64 / original))?;
+        let (fast, slow) = (p.positive("beta_fast", Some(32.0))?, p.positive("beta_slow", Some(1.0))?);
+        if fast < slow {
+            return Err(ConfigError::new("beta_fast", format!("at least beta_slow {slow}"), fast));
+        }
+        let scale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
+        let given = |key: &str| p.rope.number(key, 0.0);
+        let attention_factor = match (given("mscale")?, given("mscale_all_dim")?) {
+            _ if p.rope.get("attention_factor").is_some() => p.positive("attention_factor", None)?,
+            (0.0, 0.0) => scale(1.0),
+            (0.0, _) => return Err(ConfigError::new("mscale", "a number beside `mscale_all_dim`", "nothing")),
+            (_, 0.0) => return Err(ConfigError::new("mscale_all_dim", "a number beside `mscale`", "nothing")),
+            (m, all) => scale(m) / scale(all),
+        };
+        // Too small or too large a product overflows where angles are multiplied.
+        if !(1e-6..1e6).contains(&attention_factor) {
+            return Err(ConfigError::new("attention_factor", "a number from 1e-6 to 1e6", attention_factor));
+        }
+        let dim = p.turned as f64;
+        let pair_of = |turns: f64| dim * (original / (turns * TAU)).ln() / (2.0 * p.theta.ln());
+        let (mut low, mut high) = (pair_of(fast), pair_of(slow));
+        if p.rope.flag("truncate", true)? {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        (low, high) = (low.max(0.0), high.min(dim - 1.0));
+        // A ramp without length would be a division by zero.
+        let ramp = (low, if low == high { high + 0.001 } else { high });
+        Ok(Self::Yarn { factor, ramp, attention_factor })
+    }
+
+    /// Angle per position of pair `i`, whose unscaled one is `1 / period`.
+    pub(super) fn apply(self, i: usize, period: f32) -> f32 {
+        let freq = f64::from(1.0 / period);
+        match self {
+            Self::Default => freq as f32,
+            Self::Linear(factor) => (freq / factor) as f32,
+            Self::Llama3 { factor, low, high, original } => {
+                let waves = original * freq / TAU; // full turns within the original context
+                let keep = ((waves - low) / (high - low)).clamp(0.0, 1.0);
+                (freq * keep + freq / factor * (1.0 - keep)) as f32
+            }
+            Self::Yarn { factor, ramp: (low, high), .. } => {
+                // In f32, as transformers has it.
+                let keep = 1.0 - ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+                1.0 / (factor as f32 * period) * (1.0 - keep) + 1.0 / period * keep
+            }
+        }
+    }
+}
