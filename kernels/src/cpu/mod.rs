@@ -44,6 +44,7 @@ mod split;
 mod table;
 mod team;
 mod tile;
+mod turns;
 
 pub use adamw8::Codes;
 pub use buffer::Buffer;

@@ -6,9 +6,14 @@
 //! still reads its share of the weights as one stream.
 //!
 //! Which thread computes a task never changes the result: tasks are cut by shapes alone.
+//!
+//! A team works on one job at a time. Callers from several threads take turns, job by job, and each job gets all
+//! threads (`turns.rs`). Only a job that begins inside a task of another may have to run on its own thread alone: it
+//! takes the team if nobody has it and never waits, for the team that it would wait for may be waiting for it.
 
+use super::turns::Turns;
 use std::any::Any;
-use std::cell::UnsafeCell;
+use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -27,8 +32,12 @@ const NUMBER: u64 = 1 << 32;
 pub(crate) struct Team {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// Held by the thread whose op has the team; another thread's op runs on its own thread alone meanwhile.
-    busy: Mutex<()>,
+    turns: Turns,
+}
+
+thread_local! {
+    /// Whether this thread works on a task, of whatever team.
+    static IN_A_TASK: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Work on task number `i`.
@@ -90,7 +99,7 @@ impl Team {
         };
         let workers: Vec<_> = (1..threads).map_while(spawn).collect();
         shared.active.store(workers.len() + 1, Ordering::Relaxed);
-        Self { shared, workers, busy: Mutex::new(()) }
+        Self { shared, workers, turns: Turns::default() }
     }
 
     /// Threads there are.
@@ -121,12 +130,22 @@ impl Team {
         work()
     }
 
-    /// Calls `work` once for each number below `tasks`, on all threads.
+    /// Calls `work` once for each number below `tasks`, on all threads, and returns when all calls have. While another
+    /// thread's job has the team, it waits for its turn; inside a task it goes on alone instead.
+    ///
+    /// # Panics
+    /// With the panic of a task, after all threads have left the job. Tasks that nobody had begun are left out if
+    /// every thread that came has panicked. The team stays as it was.
     pub fn run(&self, tasks: usize, work: &Work) {
         let threads = self.active().min(tasks);
-        // A team in use means a nested op or another session's: both go on alone.
-        let busy = if threads > 1 && tasks < u32::MAX as usize { self.busy.try_lock().ok() } else { None };
-        if busy.is_none() {
+        let turn = if threads < 2 || tasks >= u32::MAX as usize {
+            None
+        } else if IN_A_TASK.get() {
+            self.turns.try_now()
+        } else {
+            Some(self.turns.wait())
+        };
+        if turn.is_none() {
             return (0..tasks).for_each(work);
         }
         let shared = &*self.shared;
@@ -134,9 +153,9 @@ impl Team {
             let range = if i < threads { (tasks * i / threads, tasks * (i + 1) / threads) } else { (0, 0) };
             share.0.store(((range.0 as u64) << 32) | range.1 as u64, Ordering::Relaxed);
         }
-        // SAFETY: the state is not open and nobody is joined since `finish` of the job before, and `busy` keeps other
+        // SAFETY: the state is not open and nobody is joined since `finish` of the job before, and `turn` keeps other
         // callers out, so nobody reads `job`. What it points to outlives its use: `Finish` closes the state and waits
-        // for all that joined before this function is left, by return or by panic.
+        // for all that joined before this function is left.
         #[allow(unsafe_code, reason = "the job's lifetime is held by `Finish` instead of the type")]
         unsafe {
             *shared.job.get() = Some(std::mem::transmute::<&Work<'_>, &'static Work<'static>>(work));
@@ -148,10 +167,12 @@ impl Team {
             drop(lock(&shared.sleep));
             shared.wake.notify_all();
         }
+        let nested = IN_A_TASK.replace(true);
         shared.work_through(0, work);
+        IN_A_TASK.set(nested);
         drop(finish);
         let panic = lock(&shared.panic).take();
-        drop(busy);
+        drop(turn);
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
@@ -200,6 +221,7 @@ impl Drop for Finish<'_> {
 impl Shared {
     /// What thread number `me` does all its life.
     fn serve(&self, me: usize) {
+        IN_A_TASK.set(true);
         let mut seen = 0;
         while let Some(number) = self.next_job(me, seen) {
             seen = number;
@@ -207,10 +229,8 @@ impl Shared {
             // leaves again, below.
             #[allow(unsafe_code, reason = "see `Sync for Shared`")]
             let job = unsafe { *self.job.get() };
-            if let Some(work) = job
-                && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work_through(me, work)))
-            {
-                lock(&self.panic).get_or_insert(panic);
+            if let Some(work) = job {
+                self.work_through(me, work);
             }
             let left = self.state.fetch_sub(1, Ordering::SeqCst) & JOINED;
             if left == 1 && self.caller_sleeps.load(Ordering::SeqCst) {
@@ -252,15 +272,22 @@ impl Shared {
         }
     }
 
-    /// The own share from the front, then the others' from the back, the largest first.
+    /// The own share from the front, then the others' from the back, the largest first. Stops at a panic and keeps the
+    /// first one of a job.
     fn work_through(&self, me: usize, work: &Work) {
-        while let Some(task) = self.shares[me].first() {
-            work(task);
-        }
-        while let Some(share) = self.shares.iter().max_by_key(|share| share.left()).filter(|share| share.left() > 0) {
-            if let Some(task) = share.last() {
+        let work_through = || {
+            while let Some(task) = self.shares[me].first() {
                 work(task);
             }
+            while let Some(share) = self.shares.iter().max_by_key(|share| share.left()).filter(|share| share.left() > 0)
+            {
+                if let Some(task) = share.last() {
+                    work(task);
+                }
+            }
+        };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(work_through)) {
+            lock(&self.panic).get_or_insert(panic);
         }
     }
 }
@@ -295,72 +322,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_task_runs_once_whatever_the_threads() {
-        let (most, times) = if cfg!(miri) { (30, 4) } else { (1000, 50) };
-        for threads in [1, 2, 5] {
-            let team = Team::new(threads);
-            for tasks in [0, 1, 2, 7, most] {
-                let counts: Vec<AtomicU32> = (0..tasks).map(|_| AtomicU32::new(0)).collect();
-                team.keep_awake(|| {
-                    for _ in 0..times {
-                        team.run(tasks, &|i| {
-                            counts[i].fetch_add(1, Ordering::Relaxed);
-                        });
-                    }
-                });
-                assert!(
-                    counts.iter().all(|c| c.load(Ordering::Relaxed) == times),
-                    "{tasks} tasks on {threads} threads"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn sleeping_threads_wake_and_idle_ones_do_not_hold_up() {
-        let team = Team::new(3);
-        for active in [3, 1, 2, 3] {
-            team.set_active(active);
-            std::thread::sleep(std::time::Duration::from_millis(5));
-            let sum = AtomicUsize::new(0);
-            team.run(100, &|i| {
-                sum.fetch_add(i, Ordering::Relaxed);
-            });
-            assert_eq!(sum.load(Ordering::Relaxed), 4950);
-        }
-    }
-
-    #[test]
-    fn nested_and_concurrent_jobs_finish() {
-        let team = Team::new(2);
-        let (sum, times) = (AtomicUsize::new(0), if cfg!(miri) { 10 } else { 200 });
-        let add = |n| {
-            sum.fetch_add(n, Ordering::Relaxed);
-        };
-        std::thread::scope(|s| {
-            for _ in 0..3 {
-                s.spawn(|| (0..times).for_each(|_| team.run(4, &|_| team.run(4, &|_| add(1)))));
-            }
-        });
-        assert_eq!(sum.load(Ordering::Relaxed), 3 * times * 16);
-    }
-
-    #[test]
-    fn a_panic_reaches_the_caller_and_the_team_works_on() {
-        let team = Team::new(2);
-        for task in [0, 99] {
-            let result = catch_unwind(AssertUnwindSafe(|| team.run(100, &|i| assert!(i != task, "task {i}"))));
-            let message = result.unwrap_err();
-            assert!(message.downcast_ref::<String>().unwrap().contains(&format!("task {task}")));
-        }
-        let sum = AtomicUsize::new(0);
-        team.run(10, &|_| {
-            sum.fetch_add(1, Ordering::Relaxed);
-        });
-        assert_eq!(sum.load(Ordering::Relaxed), 10);
-    }
-}
+mod tests;
