@@ -21,10 +21,11 @@ pub fn map(path: &Path) -> Result<Bytes> {
     if len == 0 {
         return Err(Error::format(path, "file", "at least one byte", "an empty file"));
     }
-    #[allow(unsafe_code)] // one of the five places where unsafe lives
-    // SAFETY: the map is read-only and private to this process. Pocketlora never writes to a file in place: every
-    // file it produces is written beside and renamed, so a mapped inode keeps its bytes. A foreign program that
-    // truncates the file meanwhile is outside what any user of a mapping can guard against; SECURITY.md says so.
+    #[allow(unsafe_code)] // one of the six places where unsafe lives
+    // SAFETY: nothing is written through the map, which is read-only. It is shared with the file: who changes the file
+    // in place changes these bytes, and who cuts it short takes them away. Pocketlora does neither: it writes each file
+    // beside and renames it, so a mapped file keeps its bytes. No user of a map can guard against other programs that
+    // do, private maps would not either; SECURITY.md says so.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
     // A wish, which older systems do not know for files.
     #[cfg(target_os = "linux")]
@@ -53,7 +54,7 @@ pub(crate) const LARGE_PAGE: usize = 2 << 20;
 /// for other allocators (Android's scudo, Apple's) give pages back by themselves.
 pub(crate) fn release_freed() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    #[allow(unsafe_code)] // one of the five places where unsafe lives
+    #[allow(unsafe_code)] // one of the six places where unsafe lives
     // SAFETY: `malloc_trim` takes no pointer and touches only pages that the allocator itself knows to be free; it may be
     // called from any thread (malloc_trim(3), MT-Safe).
     unsafe {
