@@ -244,7 +244,7 @@ impl Session {
     /// What is odd about `file` on this base.
     fn doubts(&self, file: &AdapterFile) -> Result<Vec<String>> {
         let mut doubts = file.doubts(self.base.model.as_ref())?;
-        if let Some(named) = file.config.base.as_deref().filter(|named| is_another(named, &self.base_name)) {
+        if let Some(named) = file.base.as_deref().filter(|named| is_another(named, &self.base_name)) {
             doubts.push(format!("it names `{named}` as its base, and this is `{}`", self.base_name));
         }
         doubts.iter_mut().for_each(|doubt| *doubt = format!("`{}`: {doubt}", file.dir.display()));

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{convert, real_gguf};
-use pocketlora::adapter::{AdapterFile, HostTensor, LoraConfig, LoraModule};
+use pocketlora::adapter::{AdapterFile, HostTensor, Lora, Method};
 use pocketlora::format::Target;
 use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
 use pocketlora::{Options, Session};
@@ -48,17 +48,17 @@ fn samples(curve: &Curve) -> Dataset {
 
 /// The script's matrices: A from a hash of the index, in values that f16 holds; B zero.
 fn start(session: &Session, curve: &Curve) -> AdapterFile {
-    let config = LoraConfig::new(curve.rank, curve.alpha);
     let value = |i: u64| (((i * 2_654_435_761) >> 16) % 2048) as f32 / 1024.0 / 16.0 - 1.0 / 16.0;
     let linears = session.base().model.params().iter().filter(|p| p.role == Role::Linear);
-    let module = |p: &pocketlora_models::ParamSpec| {
+    let tensors = linears.flat_map(|p| {
         let (out, input) = (p.shape[0], p.shape[1]);
         let a = (0..(curve.rank * input) as u64).map(value).collect();
-        let a = HostTensor { shape: [curve.rank, input], data: a };
-        let b = HostTensor { shape: [out, curve.rank], data: vec![0.0; out * curve.rank] };
-        LoraModule::new(p.module().to_owned(), a, b, &config)
-    };
-    AdapterFile::new(PathBuf::new(), config.clone(), linears.map(module).collect())
+        let a = HostTensor { shape: vec![curve.rank, input], data: a };
+        let b = HostTensor { shape: vec![out, curve.rank], data: vec![0.0; out * curve.rank] };
+        [("lora_A.weight", a), ("lora_B.weight", b)].map(|(part, t)| (format!("{}.{part}", p.module()), t))
+    });
+    let method = Method::Lora(Lora::new(curve.rank, curve.alpha));
+    AdapterFile::new(PathBuf::new(), method, tensors.collect())
 }
 
 struct Quiet;

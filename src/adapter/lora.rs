@@ -1,141 +1,282 @@
 //! LoRA (Hu et al. 2021): `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]`, `B` `[out, r]`, `s = alpha / r`, or
 //! `alpha / sqrt(r)` for rsLoRA (Kalajdzievski 2023).
 
-use super::{Adapter, Context, LoraModule, TensorSpec};
-use crate::error::Result;
-use pocketlora_kernels::{Backend, LowRank, WorkType};
+use super::low_rank::LowRankTerm;
+use super::method::{AdapterMethod, Group, Settings, target_layers};
+use super::peft::{CONFIG, Found, KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, number};
+use super::tensor::{Stored, TensorSpec};
+use super::{Built, Loader};
+use crate::error::{Error, Result};
+use crate::rng::{Rng, mix};
+use Use::{Default as OnlyDefault, Honoured, NoEffect};
+use pocketlora_kernels::Backend;
+use pocketlora_models::{Model, Param};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
 
-/// One LoRA on one linear layer.
-pub struct Lora<B: Backend> {
-    a: B::Matrix,
-    b: B::Matrix,
-    scale: f32,
+/// Bound on ranks: far beyond any use, and small enough that hostile files cannot ask for absurd work.
+const MAX_RANK: usize = 1 << 16;
+/// Stream of random numbers for fresh matrices.
+const INIT: u64 = 1;
+/// Initializations that leave the base as it is: what they began with is in the file.
+const PLAIN_INIT: &[&str] = &["gaussian", "eva", "orthogonal", "mica", "true", "false"];
+
+/// Every key of PEFT's LoRA configs (0.21) and of programs that write such files: what is done with it, and what to do
+/// instead where that is not enough.
+const KEYS: &[KeyUse] = &[
+    ("alora_invocation_tokens", OnlyDefault, "it works behind its invocation only: use it with PEFT"),
+    ("alpha_pattern", Honoured, ""),
+    ("arrow_config", OnlyDefault, "use the adapters that it routes between one at a time"),
+    ("bias", Honoured, ""),
+    ("corda_config", NoEffect, ""), // how it began: `init_lora_weights` tells whether that changed the base
+    ("enable_lora", OnlyDefault, MERGE),
+    ("ensure_weight_tying", Honoured, ""),
+    ("eva_config", NoEffect, ""),
+    ("exclude_modules", Honoured, ""),
+    ("fan_in_fan_out", OnlyDefault, "linear layers of the supported families are not transposed: set it to `false`"),
+    ("init_lora_weights", Honoured, ""),
+    ("kasa_config", OnlyDefault, "it changed the base as well: merge it with PEFT's `merge_and_unload`"),
+    ("layer_replication", OnlyDefault, RETRAIN),
+    ("layers_pattern", Honoured, ""),
+    ("layers_to_transform", Honoured, ""),
+    ("loftq_config", NoEffect, ""),
+    ("lora_alpha", Honoured, ""),
+    ("lora_bias", OnlyDefault, MERGE),
+    ("lora_dropout", Honoured, ""),
+    ("lora_dtype", NoEffect, ""),
+    ("lora_ga_config", NoEffect, ""),
+    ("lorap_emb_lr", NoEffect, ""),
+    ("lorap_lr_ratio", NoEffect, ""),
+    ("megatron_config", OnlyDefault, "export the adapter from Megatron as a plain one"),
+    ("megatron_core", NoEffect, ""),
+    ("merge_weights", NoEffect, ""),
+    ("monteclora_config", OnlyDefault, MERGE),
+    ("qalora_group_size", NoEffect, ""), // of `use_qalora`
+    ("r", Honoured, ""),
+    ("rank_pattern", Honoured, ""),
+    ("target_modules", Honoured, ""),
+    ("target_parameters", OnlyDefault, MERGE),
+    ("trainable_token_indices", Honoured, ""),
+    ("use_bdlora", OnlyDefault, MERGE),
+    ("use_dora", OnlyDefault, MERGE),
+    ("use_merged_linear", OnlyDefault, MERGE),
+    ("use_qa_lora", OnlyDefault, MERGE),
+    ("use_qalora", OnlyDefault, MERGE),
+    ("use_rslora", Honoured, ""),
+    ("velora_config", OnlyDefault, MERGE),
+];
+
+/// Settings of plain LoRA and rsLoRA.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Lora {
+    /// Rank (`r`).
+    pub rank: usize,
+    /// `lora_alpha`.
+    pub alpha: f64,
+    /// The scale is `alpha / sqrt(r)` instead of `alpha / r`.
+    pub rslora: bool,
+    /// Dropout of the input in training.
+    pub dropout: f64,
+    /// Exceptions to the rank: regular expressions for the end of a module's path, as PEFT has them.
+    pub rank_pattern: Vec<(String, f64)>,
+    /// Exceptions to alpha.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Suffixes of the adapted modules.
+    pub targets: Vec<String>,
+    /// What the patterns say of modules for which it is not the usual: rank and factor on `B A`.
+    exceptions: BTreeMap<String, (usize, f32)>,
 }
 
-impl<B: Backend> Lora<B> {
-    /// Puts the matrices of a module on the device, with its scale multiplied by `factor`.
-    ///
-    /// # Errors
-    /// Out of memory.
-    pub fn load(backend: &B, module: &LoraModule, factor: f32, dtype: WorkType) -> Result<Self> {
-        let put = |tensor: &super::HostTensor| -> Result<B::Matrix> {
-            let mut matrix = backend.work_matrix(tensor.shape[0], tensor.shape[1], dtype)?;
-            if dtype == WorkType::F32 {
-                backend.with_values(&mut matrix, &mut |values| backend.write(values, &tensor.data));
-            } else {
-                let mut master = backend.buffer(tensor.data.len())?;
-                backend.write(&mut master, &tensor.data);
-                backend.set_matrix(&mut matrix, &master);
+impl Lora {
+    /// A plain LoRA of one rank and alpha, without dropout, exceptions or names.
+    #[must_use]
+    pub fn new(rank: usize, alpha: f64) -> Self {
+        Self {
+            rank,
+            alpha,
+            rslora: false,
+            dropout: 0.0,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            targets: Vec::new(),
+            exceptions: BTreeMap::new(),
+        }
+    }
+
+    /// Factor on `B A`, for a layer whose rank and alpha are given.
+    fn factor(&self, rank: usize, alpha: f64) -> f32 {
+        let divisor = if self.rslora { (rank as f64).sqrt() } else { rank as f64 };
+        (alpha / divisor) as f32
+    }
+
+    /// Rank and factor on `B A` of the module at the path `module`.
+    #[must_use]
+    pub fn of_module(&self, module: &str) -> (usize, f32) {
+        let usual = || (self.rank, self.factor(self.rank, self.alpha));
+        self.exceptions.get(module).copied().unwrap_or_else(usual)
+    }
+}
+
+impl AdapterMethod for Lora {
+    const PEFT_TYPE: &'static str = "LORA";
+    const NAME: &'static str = "LoRA";
+    const KEYS: &'static [KeyUse] = KEYS;
+    const PARTS: &'static [&'static str] = &["lora_A.weight", "lora_B.weight"];
+    const STORED: Stored = Stored::F16;
+    const SETTINGS: &'static [&'static str] = &["rank", "alpha", "rslora", "targets"];
+    const IN_TRAINING: &'static [&'static str] = &["dropout", "lora-plus-ratio"];
+
+    fn read(keys: &Keys<'_>) -> Result<Self> {
+        let rank = keys.get("r").and_then(Value::as_u64).and_then(|r| usize::try_from(r).ok());
+        let rank =
+            rank.filter(|r| (1..=MAX_RANK).contains(r)).ok_or_else(|| keys.wrong("r", "a rank from 1 to 65536"))?;
+        let rank_pattern = keys.patterns("rank_pattern")?;
+        if rank_pattern.iter().any(|(_, r)| r.fract() != 0.0 || *r > MAX_RANK as f64) {
+            return Err(keys.wrong("rank_pattern", "an object of ranks from 1 to 65536"));
+        }
+        let dropout = keys.number("lora_dropout", Some(0.0))?;
+        if !(0.0..1.0).contains(&dropout) {
+            return Err(keys.wrong("lora_dropout", "a share from 0 to below 1"));
+        }
+        check_init(keys)?;
+        Ok(Self {
+            rank,
+            alpha: keys.number("lora_alpha", None)?,
+            rslora: keys.flag("use_rslora")?,
+            dropout,
+            rank_pattern,
+            alpha_pattern: keys.patterns("alpha_pattern")?,
+            targets: Vec::new(),
+            exceptions: BTreeMap::new(),
+        })
+    }
+
+    fn check(&mut self, path: &Path, found: &[Found]) -> Result<Vec<String>> {
+        let (ranks, alphas) = (Patterns::new(path, &self.rank_pattern)?, Patterns::new(path, &self.alpha_pattern)?);
+        let names: Vec<[&str; 2]> = found.iter().map(Found::names).collect();
+        let mut warnings = Vec::new();
+        for (key, patterns) in [("rank_pattern", &ranks), ("alpha_pattern", &alphas)] {
+            let idle = patterns.idle(&names)?;
+            warnings.extend(idle.iter().map(|pattern| format!("`{pattern}` in `{key}` matches no adapted layer")));
+        }
+        let mut exceptions = BTreeMap::new();
+        for module in found {
+            let rank = ranks.value_for(module.names())?.map_or(self.rank, |r| r as usize);
+            let factor = self.factor(rank, alphas.value_for(module.names())?.unwrap_or(self.alpha));
+            let [a, b] = &module.shapes[..] else { unreachable!("a shape for each of `PARTS`") };
+            if a[0] != rank || b[1] != rank {
+                let item = format!("module `{}`", module.path);
+                let got = format!("A `{a:?}` and B `{b:?}`");
+                return Err(Error::format(path, item, format!("rank {rank} from {CONFIG}"), got));
             }
-            Ok(matrix)
+            if (rank, factor) != self.of_module(&module.path) {
+                exceptions.insert(module.path.clone(), (rank, factor));
+            }
+        }
+        self.exceptions = exceptions;
+        Ok(warnings)
+    }
+
+    fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
+        let layers = target_layers(model.params(), &settings.targets)?;
+        let last = |p: &Param| model.params()[p.0 as usize].module().rsplit('.').next().map(str::to_owned);
+        let mut targets: Vec<String> = layers.iter().filter_map(last).collect();
+        targets.sort_unstable();
+        targets.dedup();
+        let (rslora, dropout) = (settings.rslora, settings.dropout);
+        Ok((Self { rslora, dropout, targets, ..Self::new(settings.rank, settings.alpha) }, layers))
+    }
+
+    fn shapes(&self, module: &str, [out, input]: [usize; 2]) -> Vec<Vec<usize>> {
+        let (rank, _) = self.of_module(module);
+        vec![vec![rank, input], vec![out, rank]]
+    }
+
+    /// A uniform in `±1/sqrt(in)` (PEFT's Kaiming-uniform with a = sqrt 5), B zero.
+    fn start(&self, spec: &TensorSpec, part: usize, module: usize, seed: u64) -> Vec<f32> {
+        if part == 1 {
+            return vec![0.0; spec.values()];
+        }
+        let mut rng = Rng::new(mix(mix(seed, INIT), module as u64));
+        let bound = (spec.shape[1] as f32).sqrt().recip();
+        (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
+    }
+
+    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<Built<B>> {
+        let (a, b) = (load.matrix("lora_A.weight")?, load.matrix("lora_B.weight")?);
+        let (_, scale) = self.of_module(module);
+        Ok(Box::new(LowRankTerm::new(a, b, scale * factor)))
+    }
+
+    fn group(&self, name: &str, settings: &Settings) -> Group {
+        let is_b = name.ends_with("lora_B.weight");
+        Group { rate: if is_b { settings.lora_plus_ratio } else { 1.0 }, decays: true }
+    }
+
+    fn settings(&self, settings: Settings) -> Settings {
+        let Self { rank, alpha, rslora, dropout, .. } = *self;
+        Settings { rank, alpha, rslora, dropout, targets: self.targets.clone(), ..settings }
+    }
+
+    fn set_in_training(&mut self, settings: &Settings) {
+        self.dropout = settings.dropout;
+    }
+
+    fn targets(&self) -> &[String] {
+        &self.targets
+    }
+
+    fn set_targets(&mut self, targets: Vec<String>) {
+        self.targets = targets;
+    }
+
+    fn write(&self, adapted: &[String]) -> Map<String, Value> {
+        // PEFT takes no module from the file that this list does not name.
+        let named = |module: &&String| {
+            self.targets
+                .iter()
+                .any(|end| module.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
         };
-        Ok(Self { a: put(&module.a)?, b: put(&module.b)?, scale: module.scale * factor })
+        let targets: Vec<&String> = self.targets.iter().chain(adapted.iter().filter(|m| !named(m))).collect();
+        let object = |patterns: &[(String, f64)]| -> Value {
+            patterns.iter().map(|(key, v)| (key.clone(), number(*v))).collect::<Map<_, _>>().into()
+        };
+        let config = json!({
+            "alpha_pattern": object(&self.alpha_pattern),
+            "bias": "none",
+            "fan_in_fan_out": false,
+            "init_lora_weights": true,
+            "layers_pattern": null,
+            "layers_to_transform": null,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "r": self.rank,
+            "rank_pattern": object(&self.rank_pattern),
+            "target_modules": targets,
+            "use_dora": false,
+            "use_rslora": self.rslora,
+        });
+        config.as_object().cloned().unwrap_or_default()
     }
 
-    /// Zeros of `rank` on a linear layer `[out, input]`, to count what an adapter takes.
-    ///
-    /// # Errors
-    /// Out of memory.
-    pub fn zeros(backend: &B, rank: usize, [out, input]: [usize; 2]) -> Result<Self> {
-        let matrix = |rows, cols| backend.work_matrix(rows, cols, WorkType::F32);
-        Ok(Self { a: matrix(rank, input)?, b: matrix(out, rank)?, scale: 1.0 })
-    }
-
-    /// `s x Aᵀ` `[T, r]`, with `x` after dropout.
-    fn low(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<B::Buffer> {
-        let (rank, input) = cx.backend.shape(&self.a);
-        let mut h = cx.pool.take(cx.backend, cx.backend.len(x) / input * rank)?;
-        cx.backend.matmul(cx.arithmetic, &self.a, x, &mut h, false);
-        cx.backend.scale(self.scale, &mut h);
-        Ok(h)
-    }
-
-    /// `x` after dropout in a buffer of its own, or `None` where nothing drops.
-    fn dropped(cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<Option<B::Buffer>> {
-        let Some(dropout) = cx.dropout else { return Ok(None) };
-        let mut y = cx.pool.take(cx.backend, cx.backend.len(x))?;
-        cx.backend.dropout(dropout.p, dropout.key, dropout.first, x, &mut y);
-        Ok(Some(y))
+    fn describe(&self) -> (String, Map<String, Value>) {
+        let name = if self.rslora { "rsLoRA" } else { Self::NAME };
+        let text = format!("{name} of rank {}, alpha {}", self.rank, self.alpha);
+        let keys = json!({"rank": self.rank, "alpha": self.alpha, "rslora": self.rslora});
+        (text, keys.as_object().cloned().unwrap_or_default())
     }
 }
 
-impl<B: Backend> Adapter<B> for Lora<B> {
-    fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()> {
-        let dropped = Self::dropped(cx, x)?;
-        let h = self.low(cx, dropped.as_ref().unwrap_or(x))?;
-        cx.backend.matmul(cx.arithmetic, &self.b, &h, y, true);
-        cx.pool.put(cx.backend, h);
-        if let Some(buffer) = dropped {
-            cx.pool.put(cx.backend, buffer);
+/// Some initializations took away from the base what they put into the adapter.
+fn check_init(keys: &Keys<'_>) -> Result<()> {
+    match keys.get("init_lora_weights") {
+        None | Some(Value::Bool(_)) => Ok(()),
+        Some(Value::String(init)) if PLAIN_INIT.contains(&init.to_lowercase().as_str()) => Ok(()),
+        Some(Value::String(init)) => {
+            let what = format!("`init_lora_weights: {init}`, which may have changed the base weights,");
+            Err(Error::unsupported(keys.path, what, "save it with PEFT's conversion to plain LoRA"))
         }
-        Ok(())
-    }
-
-    fn low_rank(&self) -> Option<LowRank<'_, B>> {
-        Some(LowRank { a: &self.a, b: &self.b, scale: self.scale })
-    }
-
-    fn backward(
-        &self,
-        cx: &mut Context<'_, B>,
-        x: &B::Buffer,
-        dy: &B::Buffer,
-        grads: &mut [B::Buffer],
-    ) -> Result<B::Buffer> {
-        let (backend, [da, db]) = (cx.backend, grads) else {
-            unreachable!("the tape hands over one gradient for each of `tensors`")
-        };
-        let (rank, input) = backend.shape(&self.a);
-        let tokens = backend.len(x) / input;
-        let dropped = Self::dropped(cx, x)?;
-        let x = dropped.as_ref().unwrap_or(x);
-
-        // y += h Bᵀ with h = s x Aᵀ, recomputed rather than kept: it is r wide and costs next to nothing.
-        let h = self.low(cx, x)?;
-        backend.matmul_vjp_w(tokens, dy, &h, db);
-        cx.pool.put(backend, h);
-
-        let mut dh = cx.pool.take(backend, tokens * rank)?;
-        backend.matmul_vjp_x(cx.arithmetic, &self.b, dy, &mut dh, false);
-        backend.scale(self.scale, &mut dh);
-        backend.matmul_vjp_w(tokens, &dh, x, da);
-        if let Some(buffer) = dropped {
-            cx.pool.put(backend, buffer);
-        }
-        Ok(dh)
-    }
-
-    fn backward_x(&self, cx: &mut Context<'_, B>, dh: &B::Buffer, dx: &mut B::Buffer) -> Result<()> {
-        let backend = cx.backend;
-        let Some(dropout) = cx.dropout else {
-            backend.matmul_vjp_x(cx.arithmetic, &self.a, dh, dx, true);
-            return Ok(());
-        };
-        let mut part = cx.pool.take(backend, backend.len(dx))?;
-        let mut masked = cx.pool.take(backend, backend.len(dx))?;
-        backend.matmul_vjp_x(cx.arithmetic, &self.a, dh, &mut part, false);
-        backend.dropout(dropout.p, dropout.key, dropout.first, &part, &mut masked);
-        backend.add_assign(&masked, dx);
-        cx.pool.put(backend, part);
-        cx.pool.put(backend, masked);
-        Ok(())
-    }
-
-    fn tensors(&self, backend: &B) -> Vec<TensorSpec> {
-        let spec = |name, matrix| {
-            let (rows, cols) = backend.shape(matrix);
-            TensorSpec { name, shape: [rows, cols] }
-        };
-        vec![spec("lora_A.weight", &self.a), spec("lora_B.weight", &self.b)]
-    }
-
-    fn update(&mut self, backend: &B, work: &mut dyn FnMut(usize, &mut B::Buffer)) {
-        for (i, matrix) in [&mut self.a, &mut self.b].into_iter().enumerate() {
-            backend.with_values(matrix, &mut |values| work(i, values));
-        }
-    }
-
-    fn read(&self, backend: &B, index: usize, out: &mut [f32]) -> Result<()> {
-        Ok(backend.read_matrix([&self.a, &self.b][index], out)?)
+        Some(_) => Err(keys.wrong("init_lora_weights", "true, false or a name")),
     }
 }

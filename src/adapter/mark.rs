@@ -42,9 +42,9 @@ pub(crate) fn of<B: Backend>(base: &Base<B>) -> Result<String> {
 /// # Errors
 /// It was; as [`of`].
 pub(crate) fn check<B: Backend>(base: &Base<B>, file: &AdapterFile) -> Result<()> {
-    let Some(mark) = &file.config.base_mark else { return Ok(()) };
+    let Some(mark) = &file.base_mark else { return Ok(()) };
     let Some(other) = differs(mark, base)? else { return Ok(()) };
-    let name = file.config.base.as_ref().map_or(String::new(), |name| format!(" (`{name}`)"));
+    let name = file.base.as_ref().map_or(String::new(), |name| format!(" (`{name}`)"));
     let message =
         format!("expected the base{name} that the adapter was trained on, {other}; give that model with `-m`");
     Err(Error::new(ErrorCode::AdapterMismatch, format!("`{}`", file.dir.display()), message))

@@ -1,16 +1,15 @@
 //! Prompts and decoding, on token ids.
 
 use super::{Figure, Options, Progress, check};
-use crate::adapter::{AdapterFile, Adapters, LoraConfig};
+use crate::adapter::{AdapterFile, Adapters, Lora, Method};
 use crate::error::Result;
 use crate::exec::Base;
 use crate::generate::Context;
 use crate::memory::Peak;
 use crate::rng::Rng;
 use crate::session::Session;
-use crate::train::fresh_modules;
 use pocketlora_kernels::{Backend, Cpu, WorkType};
-use pocketlora_models::{ParamSpec, Role};
+use pocketlora_models::{Param, Role};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -108,15 +107,17 @@ pub(super) fn prefill(
 
 /// A LoRA on every linear layer, with both factors random, for zeros might be skipped some day.
 fn random_adapter(base: &Base<Cpu>) -> Result<Adapters<Cpu>> {
-    let linears: Vec<&ParamSpec> = base.model.params().iter().filter(|p| p.role == Role::Linear).collect();
-    let config = LoraConfig::new(RANK, RANK as f64);
-    let mut modules = fresh_modules(&linears, &config, 0);
-    for (i, module) in modules.iter_mut().enumerate() {
+    let (model, method) = (base.model.as_ref(), Method::Lora(Lora::new(RANK, RANK as f64)));
+    let specs = method.tensors(model, |p: Param| model.params()[p.0 as usize].role == Role::Linear)?;
+    let mut tensors = method.fresh(&specs, 0);
+    let b = specs.iter().filter(|spec| spec.name.ends_with("lora_B.weight"));
+    for (i, spec) in b.enumerate() {
         let mut rng = Rng::new(i as u64);
-        module.b.data.fill_with(|| (rng.unit() - 0.5) * 1e-3);
+        let tensor = tensors.get_mut(&spec.name).expect("each has its values");
+        tensor.data.fill_with(|| (rng.unit() - 0.5) * 1e-3);
     }
     let mut adapters = Adapters::none(base);
-    let file = AdapterFile::new(PathBuf::new(), config, modules);
+    let file = AdapterFile::new(PathBuf::new(), method, tensors);
     adapters.attach(base, &file, 1.0, WorkType::F16)?;
     Ok(adapters)
 }

@@ -2,7 +2,7 @@
 
 use super::args::{megabytes, print_json};
 use super::{model, names};
-use crate::adapter::AdapterFile;
+use crate::adapter::{AdapterFile, Stored};
 use crate::error::Result;
 use crate::exec::architecture_of;
 use crate::format::{model_of, open_source};
@@ -61,29 +61,33 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
 fn adapter(path: &Path, as_json: bool) -> Result<()> {
     let file = AdapterFile::open(path)?;
-    let parameters: usize = file.modules.iter().map(|m| m.a.data.len() + m.b.data.len()).sum();
-    let c = &file.config;
+    let (parameters, modules) = (file.values(), file.modules().count());
+    let (described, keys) = file.method.describe();
+    let (targets, half) = (file.method.targets(), file.method.kind().stored() == Stored::F16);
     let replaced: Vec<String> = file.replaced.names().collect();
     if as_json {
-        print_json(&json!({
-            "path": path, "method": "lora", "rank": c.rank, "alpha": c.alpha, "rslora": c.rslora,
-            "targets": c.targets, "modules": file.modules.len(), "parameters": parameters, "base": c.base,
-            "replaces": replaced, "warnings": file.warnings,
-        }));
+        let mut report = json!({"path": path, "method": file.method.kind()});
+        let rest = json!({
+            "targets": targets, "modules": modules, "parameters": parameters, "base": file.base, "replaces": replaced,
+            "warnings": file.warnings,
+        });
+        let rest = rest.as_object().cloned().unwrap_or_default();
+        keys.into_iter().chain(rest).for_each(|(key, value)| report[key] = value);
+        print_json(&report);
         return Ok(());
     }
     println!("{}", path.display());
-    println!("  {} of rank {}, alpha {}", if c.rslora { "rsLoRA" } else { "LoRA" }, c.rank, c.alpha);
+    println!("  {described}");
+    let (bytes, kind) = if half { (2, "f16") } else { (4, "f32") };
     println!(
-        "  {} modules ({}), {parameters} parameters, {} in f16",
-        file.modules.len(),
-        c.targets.join(", "),
-        megabytes(parameters as u64 * 2)
+        "  {modules} modules ({}), {parameters} parameters, {} in {kind}",
+        targets.join(", "),
+        megabytes(parameters as u64 * bytes)
     );
     if !replaced.is_empty() {
         println!("  in place of the base's: {}", replaced.join(", "));
     }
-    println!("  base: {}", c.base.as_deref().unwrap_or("not said"));
+    println!("  base: {}", file.base.as_deref().unwrap_or("not said"));
     file.warnings.iter().for_each(|warning| println!("  note: {warning}"));
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use super::args::megabytes;
 use super::{interrupt, names, progress, pull, shell};
+use crate::adapter::target_layers;
 use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::foreign::{no_tokenizer, no_tokenizer_inside};
@@ -10,7 +11,6 @@ use crate::format::{
     Checkpoint, Existing, Progress, Source, Target, folder_of, is_gguf, model_of, open_source, quantize,
 };
 use crate::hub::{self, Copy, Hub, Kind, Making};
-use crate::train::target_modules;
 use indicatif::ProgressBar;
 use std::fs;
 use std::ops::ControlFlow;
@@ -120,7 +120,7 @@ pub(super) fn check_targets(model: &str, targets: &[String]) -> Result<()> {
     // What is wrong with the model is said where it is opened.
     let Ok(source) = open_source(&path) else { return Ok(()) };
     let Ok(built) = pocketlora_models::build(source.config()) else { return Ok(()) };
-    target_modules(built.params(), targets).map(|_| ())
+    target_layers(built.params(), targets).map(|_| ())
 }
 
 /// Whether the model in the folder `dir` is an NF4 copy that was made at first use.

@@ -1,5 +1,6 @@
 //! Settings of a training run: the keys of `train.toml` and the flags of `pocketlora train`.
 
+use crate::adapter::{Kind, Settings};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Arithmetic, MOMENT_BLOCK};
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,9 @@ impl TrainPrecision {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct TrainConfig {
+    /// Method of the adapter.
+    #[serde(skip_serializing_if = "is_default")]
+    pub method: Kind,
     /// Rank of the adapter.
     pub rank: usize,
     /// LoRA's alpha; twice the rank unless given.
@@ -115,6 +119,11 @@ pub struct TrainConfig {
     pub memory_budget: Option<u64>,
 }
 
+/// What is as usual is not written, so that settings which came later leave earlier runs' checkpoints as they were.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 /// Optimizers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -155,6 +164,7 @@ impl Optimizer {
 impl Default for TrainConfig {
     fn default() -> Self {
         Self {
+            method: Kind::Lora,
             rank: 8,
             alpha: None,
             targets: vec!["all".to_owned()],
@@ -198,6 +208,26 @@ impl TrainConfig {
     #[must_use]
     pub fn alpha(&self) -> f64 {
         self.alpha.unwrap_or(2.0 * self.rank as f64)
+    }
+
+    /// What an adapter's method reads of them.
+    #[must_use]
+    pub fn adapter(&self) -> Settings {
+        Settings {
+            rank: self.rank,
+            alpha: self.alpha(),
+            rslora: self.rslora,
+            // The number that somebody typed: an f32 widened as it is has digits of its own.
+            dropout: self.dropout.to_string().parse().unwrap_or(f64::from(self.dropout)),
+            targets: self.targets.clone(),
+            lora_plus_ratio: self.lora_plus_ratio,
+        }
+    }
+
+    /// These with what an adapter has decided.
+    pub(super) fn with_adapter_settings(self, theirs: Settings) -> Self {
+        let Settings { rank, alpha, rslora, targets, .. } = theirs;
+        Self { rank, alpha: Some(alpha), rslora, targets, ..self }
     }
 
     /// The optimizer's second beta.

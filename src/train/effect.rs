@@ -4,6 +4,9 @@ use super::TrainConfig;
 use super::config::Optimizer;
 use crate::error::{Error, ErrorCode, Result};
 
+/// Settings that some methods of adapters read, and others do not.
+const ADAPTER: [&str; 6] = ["rank", "alpha", "rslora", "targets", "dropout", "lora-plus-ratio"];
+
 impl TrainConfig {
     /// Whether the setting `name`, one of those in [`TrainConfig::check_effect`], differs from its default.
     pub(super) fn is_changed(&self, name: &str) -> bool {
@@ -14,6 +17,7 @@ impl TrainConfig {
             "beta2" => self.beta2 != usual.beta2,
             "eps" => self.eps != usual.eps,
             "epochs" => self.epochs != usual.epochs,
+            key if ADAPTER.contains(&key) => self.adapter().shown(key) != usual.adapter().shown(key),
             _ => false,
         }
     }
@@ -40,6 +44,13 @@ impl TrainConfig {
                 );
                 return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
             }
+        }
+        for name in ADAPTER.iter().filter(|name| given(name) && !self.method.reads(name)) {
+            let message = format!(
+                "expected a method that has it, got `{}` as the `method`; leave one of the two out",
+                self.method.name()
+            );
+            return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
         }
         match self.steps {
             Some(steps) if given("epochs") => {

@@ -1,24 +1,21 @@
 //! Going on from an adapter: what it decides, and what may be said beside it.
 
 use super::TrainConfig;
-use super::setup::target_modules;
-use crate::adapter::AdapterFile;
+use crate::adapter::{AdapterFile, layer_at, target_layers};
 use crate::error::{Error, ErrorCode, Result};
-use pocketlora_models::ParamSpec;
+use pocketlora_models::Model;
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::fmt::Display;
 
 impl TrainConfig {
-    /// These settings as they are in force for a run that starts from `file`: rank, alpha, layers and the kind of scale are
-    /// the adapter's. Dropout is its own as well unless it is given here, for it belongs to training. `given` tells for the
+    /// These settings as they are in force for a run that starts from `file`: its method and what that decides, such as rank
+    /// and layers, are the adapter's. Dropout is its own as well unless it is given here, for it belongs to training. `given` tells for the
     /// key of a setting whether somebody chose it.
     ///
     /// # Errors
     /// A given setting contradicts the adapter.
-    pub fn with_adapter(self, params: &[ParamSpec], file: &AdapterFile, given: &dyn Fn(&str) -> bool) -> Result<Self> {
-        let theirs = &file.config;
-        let agree = |key: &str, same: bool, own: &dyn Display, its: &dyn Display| {
+    pub fn with_adapter(self, model: &dyn Model, file: &AdapterFile, given: &dyn Fn(&str) -> bool) -> Result<Self> {
+        let agree = |key: &str, same: bool, own: &str, its: &str| {
             if same || !given(key) {
                 return Ok(());
             }
@@ -29,36 +26,36 @@ impl TrainConfig {
             );
             Err(Error::new(ErrorCode::Config, format!("setting `{key}`"), message))
         };
-        agree("rank", self.rank == theirs.rank, &self.rank, &theirs.rank)?;
-        agree("alpha", self.alpha() == theirs.alpha, &self.alpha(), &theirs.alpha)?;
-        agree("rslora", self.rslora == theirs.rslora, &self.rslora, &theirs.rslora)?;
-        let same = given("targets") && self.names_layers_of(params, file)?;
-        agree("targets", same, &self.targets.join(","), &theirs.targets.join(","))?;
-        Ok(Self {
-            rank: theirs.rank,
-            alpha: Some(theirs.alpha),
-            targets: theirs.targets.clone(),
-            rslora: theirs.rslora,
-            dropout: if given("dropout") { self.dropout } else { theirs.dropout as f32 },
-            ..self
-        })
+        let (own, kind) = (self.adapter(), file.method.kind());
+        agree("method", self.method == kind, self.method.name(), kind.name())?;
+        let theirs = file.method.settings(own.clone());
+        for key in kind.decides() {
+            let (mine, its) = (own.shown(key), theirs.shown(key));
+            let same = mine == its || *key == "targets" && given(key) && self.names_layers_of(model, file)?;
+            agree(key, same, &mine, &its)?;
+        }
+        let dropout = if given("dropout") { self.dropout } else { theirs.dropout as f32 };
+        let config = Self { method: kind, dropout, ..self.with_adapter_settings(theirs) };
+        config.check_effect(given)?;
+        Ok(config)
     }
 
     /// As [`TrainConfig::with_adapter`], for settings of which nobody knows who chose them: those that are not the defaults
     /// were given.
-    pub(super) fn of_adapter(self, params: &[ParamSpec], file: &AdapterFile) -> Result<Self> {
+    pub(super) fn of_adapter(self, model: &dyn Model, file: &AdapterFile) -> Result<Self> {
         let values = |config: &Self| serde_json::to_value(config).unwrap_or_default();
         let (own, default) = (values(&self), values(&Self::default()));
-        self.with_adapter(params, file, &|key| own.get(key).unwrap_or(&Value::Null) != &default[key])
+        self.with_adapter(model, file, &|key| own.get(key).unwrap_or(&Value::Null) != &default[key])
     }
 
     /// Whether the targets are the layers that the adapter has, however they are named.
-    fn names_layers_of(&self, params: &[ParamSpec], file: &AdapterFile) -> Result<bool> {
+    fn names_layers_of(&self, model: &dyn Model, file: &AdapterFile) -> Result<bool> {
         let names = |list: &[String]| list.iter().cloned().collect::<BTreeSet<_>>();
-        if names(&self.targets) == names(&file.config.targets) {
+        if names(&self.targets) == names(file.method.targets()) {
             return Ok(true);
         }
-        let named: BTreeSet<&str> = target_modules(params, &self.targets)?.into_iter().map(ParamSpec::module).collect();
-        Ok(named == file.modules.iter().map(|m| m.path.as_str()).collect())
+        let named: BTreeSet<u32> = target_layers(model.params(), &self.targets)?.into_iter().map(|p| p.0).collect();
+        let there = file.modules().map(|path| layer_at(model, path).map(|p| p.0));
+        Ok(there.collect::<Option<BTreeSet<u32>>>() == Some(named))
     }
 }

@@ -1,4 +1,4 @@
-//! Training of LoRA adapters on a frozen base.
+//! Training of adapters on a frozen base.
 
 mod batches;
 mod best;
@@ -35,13 +35,9 @@ pub use plan::MemoryPlan;
 pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
-#[cfg(feature = "bench")]
-pub(crate) use setup::fresh_modules;
-#[cfg(feature = "cli")]
-pub(crate) use setup::target_modules;
 pub use step::{Layout, MicroBatch, Watch, micro_step};
 
-use crate::adapter::{Adapters, Dropout, LoraConfig, Replacements};
+use crate::adapter::{AdapterFile, Adapters, Dropout};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
@@ -71,9 +67,9 @@ pub struct Trainer<B: Backend> {
     /// What tells forgetting.
     general: Option<Dataset>,
     out: PathBuf,
-    lora: LoraConfig,
-    /// Weights that the adapter of the start brought along: they stay as they are, and are written again.
-    kept: Replacements,
+    /// The adapter in training without its tensors. Weights that the adapter of the start brought along are in it: they
+    /// stay as they are, and are written again.
+    file: AdapterFile,
     adapters: Adapters<B>,
     tensors: Vec<Trained<B>>,
     grads: Gradients<B>,
@@ -116,7 +112,7 @@ impl<B: Backend> Trainer<B> {
     /// Trained values.
     #[must_use]
     pub fn trained_parameters(&self) -> usize {
-        self.tensors.iter().map(|t| t.shape[0] * t.shape[1]).sum()
+        self.tensors.iter().map(|t| t.spec.values()).sum()
     }
 
     /// Memory at the fullest moments of the steps so far.
@@ -133,7 +129,7 @@ impl<B: Backend> Trainer<B> {
         let read = |(t, grad): (&Trained<B>, &B::Buffer)| {
             let mut host = vec![0.0; self.base.backend.len(grad)];
             self.base.backend.read(grad, &mut host)?;
-            Ok((t.name.clone(), host))
+            Ok((t.spec.name.clone(), host))
         };
         self.tensors.iter().zip(&self.grads.tensors).map(read).collect()
     }
@@ -249,11 +245,9 @@ impl<B: Backend> Trainer<B> {
         self.clip(grad_norm);
         let lr = self.config.lr_at(number, self.facts.total_steps);
         let Self { base, config, adapters, grads, tensors, .. } = self;
-        for (param, adapter) in adapters.iter_mut() {
-            let Some(range) = grads.ranges[param.0 as usize].clone() else { continue };
-            adapter.update(&base.backend, &mut |part, master| {
-                let (t, grad) = (&mut tensors[range.start + part], &grads.tensors[range.start + part]);
-                t.state.step(&base.backend, config, lr * t.rate, number, grad, master);
+        for (Trained { group, id, moments, .. }, grad) in tensors.iter_mut().zip(&grads.tensors) {
+            adapters.update(&base.backend, *id, &mut |master| {
+                moments.step(&base.backend, config, *group, lr, number, grad, master);
             });
         }
         self.facts.step = number;
@@ -347,8 +341,8 @@ impl<B: Backend> Trainer<B> {
             let (passing, kept) = (floats(self.plan.layer_workspace), floats(self.plan.layer_inputs));
             self.pool.reserve(&self.base.backend, passing, kept)?;
         }
-        let Self { base, adapters, tensors, grads, pool, peak, lora, kept, out, handle, policy, held, .. } = self;
-        let adapters = &*adapters;
+        let Self { base, adapters, tensors, grads, pool, peak, file, handle, policy, held, .. } = self;
+        let (adapters, file) = (&*adapters, &*file);
         let (base, tensors) = (&*base, &*tensors);
         let mut others = || match policy {
             _ if !observer.keep_going() => Directive::Stop,
@@ -356,8 +350,7 @@ impl<B: Backend> Trainer<B> {
             None => Directive::Run,
         };
         let mut keep_going = || {
-            let (go, pause) =
-                handle.ask(&mut others, &|| saving::snapshot(&base.backend, adapters, tensors, lora, kept, out));
+            let (go, pause) = handle.ask(&mut others, &|| saving::snapshot(&base.backend, adapters, tensors, file));
             *held += pause;
             go
         };

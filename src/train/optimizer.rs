@@ -1,12 +1,13 @@
 //! What the optimizer keeps of each tensor in training, and its step.
 
 use super::config::{Optimizer, TrainConfig};
+use crate::adapter::Group;
 use crate::error::Result;
 use pocketlora_kernels::{AdamW, Backend, Lion, MOMENT_BLOCK, Sgd};
 use safetensors::Dtype;
 
 /// Moments of one tensor; zeros before the first step.
-pub(super) enum State<B: Backend> {
+pub(super) enum Moments<B: Backend> {
     /// SGD without momentum.
     None,
     /// SGD with momentum, Lion.
@@ -17,10 +18,10 @@ pub(super) enum State<B: Backend> {
     Coded(B::Codes, B::Codes),
 }
 
-/// A part of a state as a checkpoint holds it: a prefix for the tensor's name, type and length.
+/// A part of the moments as a checkpoint holds it: a prefix for the tensor's name, type and length.
 pub(super) type Part = (&'static str, Dtype, usize);
 
-impl<B: Backend> State<B> {
+impl<B: Backend> Moments<B> {
     /// For a tensor of `len` values.
     ///
     /// # Errors
@@ -34,17 +35,19 @@ impl<B: Backend> State<B> {
         })
     }
 
-    /// Moves `master` along `grad` in step `number` (1-based) with learning rate `lr`.
+    /// Moves `master`, a tensor of `group`, along `grad` in step `number` (1-based) with learning rate `lr`.
     pub fn step(
         &mut self,
         backend: &B,
         config: &TrainConfig,
+        group: Group,
         lr: f32,
         number: u64,
         grad: &B::Buffer,
         master: &mut B::Buffer,
     ) {
-        let weight_decay = config.weight_decay;
+        let lr = lr * group.rate;
+        let weight_decay = if group.decays { config.weight_decay } else { 0.0 };
         let (beta1, beta2) = (config.beta1, config.beta2());
         let adamw = AdamW { lr, beta1, beta2, eps: config.eps, weight_decay, step: number as u32 };
         let sgd = Sgd { lr, momentum: config.momentum, weight_decay };
@@ -59,7 +62,7 @@ impl<B: Backend> State<B> {
         }
     }
 
-    /// The parts of a state of `len` values.
+    /// The parts of moments for `len` values.
     pub fn layout(&self, len: usize) -> Vec<Part> {
         let blocks = len.div_ceil(MOMENT_BLOCK);
         match self {
@@ -75,7 +78,7 @@ impl<B: Backend> State<B> {
         }
     }
 
-    /// The bytes of the parts, in the order of [`State::layout`].
+    /// The bytes of the parts, in the order of [`Moments::layout`].
     ///
     /// # Errors
     /// Device lost.

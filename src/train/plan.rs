@@ -3,15 +3,16 @@
 //! The largest micro-batch is passed through the code that trains, on a backend that only counts ([`Counted`]), and then
 //! the longest sample that is evaluated: what they take is what the run will take, for the calls are the same.
 
+use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};
 use super::{Optimizer, TrainConfig};
-use crate::adapter::{Adapters, Dropout, Lora};
+use crate::adapter::{Adapters, Dropout, Method, TensorSpec};
 use crate::error::Result;
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
-use pocketlora_kernels::{Backend, Counted};
-use pocketlora_models::{Model, Param};
+use pocketlora_kernels::Counted;
+use pocketlora_models::Model;
 use serde::Serialize;
 use std::sync::Arc;
 
@@ -86,8 +87,9 @@ impl MemoryPlan {
 pub(super) struct Work {
     pub model: Arc<dyn Model>,
     pub threads: usize,
-    /// Adapted layers: weight, rank, `[out, in]`.
-    pub adapted: Vec<(Param, usize, [usize; 2])>,
+    /// What is trained, and its tensors.
+    pub method: Method,
+    pub specs: Vec<TensorSpec>,
     /// Lengths of the samples, the longest first.
     pub lengths: Vec<usize>,
     /// Tokens of the largest micro-batch.
@@ -102,7 +104,7 @@ pub(super) struct Work {
 impl Work {
     /// Trained values.
     pub fn values(&self) -> usize {
-        self.adapted.iter().map(|(_, rank, [out, input])| rank * (out + input)).sum()
+        self.specs.iter().map(TensorSpec::values).sum()
     }
 
     /// Samples that take as much as any pass of at most `most` tokens: the longest, and what is left for others.
@@ -126,15 +128,8 @@ impl Work {
     pub fn plan(&self, config: &TrainConfig, pass_tokens: usize, layout: Layout) -> Result<MemoryPlan> {
         let base = Base::<Counted>::counted(Counted::new(self.threads), Arc::clone(&self.model))?;
         let mut adapters = Adapters::none(&base);
-        let mut grads = Gradients { ranges: vec![None; self.model.params().len()], tensors: Vec::new() };
-        for (param, rank, shape) in &self.adapted {
-            adapters.push(*param, Box::new(Lora::zeros(&base.backend, *rank, *shape)?));
-            let start = grads.tensors.len();
-            grads.ranges[param.0 as usize] = Some(start..start + 2);
-            for len in [rank * shape[1], rank * shape[0]] {
-                grads.tensors.push(base.backend.buffer(len)?);
-            }
-        }
+        adapters.attach_zeros(&base, &self.method, &self.specs)?;
+        let mut grads = gradients(&base, &adapters)?;
         let lengths = self.fullest(pass_tokens);
         let tokens: usize = lengths.iter().sum();
         let micro = MicroBatch::of_lengths(lengths, tokens);

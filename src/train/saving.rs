@@ -5,7 +5,7 @@ use super::checkpoint::{self, Loaded};
 use super::optimizer::{bytes_of, floats};
 use super::setup::Trained;
 use super::{Observer, Trainer};
-use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule, Replacements};
+use crate::adapter::{AdapterFile, Adapters, HostTensor};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
 use pocketlora_kernels::Backend;
@@ -56,19 +56,12 @@ impl<B: Backend> Trainer<B> {
         let Loaded { facts, file, warning } = checkpoint::load(&self.out, &self.facts, &self.entries())?;
         let backend = &self.base.backend;
         for t in &mut self.tensors {
-            let (param, index) = t.place;
-            let part = |prefix: &str| file.get(&format!("{prefix}.{}", t.name)).map(|tensor| &tensor.bytes[..]);
+            let part = |prefix: &str| file.get(&format!("{prefix}.{}", t.spec.name)).map(|tensor| &tensor.bytes[..]);
             let values = floats(part("param")?);
-            if let Some(adapter) = self.adapters.on_mut(param).first_mut() {
-                adapter.update(backend, &mut |i, master| {
-                    if i == index {
-                        backend.write(master, &values);
-                    }
-                });
-            }
-            let layout = t.state.layout(values.len());
+            self.adapters.update(backend, t.id, &mut |master| backend.write(master, &values));
+            let layout = t.moments.layout(values.len());
             let parts: Vec<&[u8]> = layout.iter().map(|(prefix, ..)| part(prefix)).collect::<Result<_>>()?;
-            t.state.write(backend, &parts);
+            t.moments.write(backend, &parts);
         }
         // A damaged newest one must not become the previous one, in place of a sound one.
         self.saved = warning.is_none();
@@ -87,9 +80,9 @@ impl<B: Backend> Trainer<B> {
     fn entries(&self) -> Vec<Entry> {
         let mut entries = Vec::new();
         for t in &self.tensors {
-            let entry = |prefix: &str, dtype, shape| Entry { name: format!("{prefix}.{}", t.name), dtype, shape };
-            entries.push(entry("param", Dtype::F32, t.shape.to_vec()));
-            let layout = t.state.layout(t.shape[0] * t.shape[1]);
+            let entry = |prefix: &str, dtype, shape| Entry { name: format!("{prefix}.{}", t.spec.name), dtype, shape };
+            entries.push(entry("param", Dtype::F32, t.spec.shape.clone()));
+            let layout = t.moments.layout(t.spec.values());
             entries.extend(layout.into_iter().map(|(prefix, dtype, len)| entry(prefix, dtype, vec![len])));
         }
         entries
@@ -105,10 +98,10 @@ impl<B: Backend> Trainer<B> {
         let backend = &base.backend;
         checkpoint::save(&self.out, &self.facts, self.saved, entries, |sink| {
             for t in &*tensors {
-                sink.put(&format!("param.{}", t.name), &bytes_of(&master(backend, adapters, t)?))?;
-                let layout = t.state.layout(t.shape[0] * t.shape[1]);
-                for ((prefix, ..), bytes) in layout.iter().zip(t.state.read(backend)?) {
-                    sink.put(&format!("{prefix}.{}", t.name), &bytes)?;
+                sink.put(&format!("param.{}", t.spec.name), &bytes_of(&adapters.read(backend, t.id)?))?;
+                let layout = t.moments.layout(t.spec.values());
+                for ((prefix, ..), bytes) in layout.iter().zip(t.moments.read(backend)?) {
+                    sink.put(&format!("{prefix}.{}", t.spec.name), &bytes)?;
                 }
             }
             peak.sample();
@@ -160,7 +153,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// A value does not fit f16.
     pub fn snapshot(&self) -> Result<AdapterFile> {
-        snapshot(&self.base.backend, &self.adapters, &self.tensors, &self.lora, &self.kept, &self.out)
+        snapshot(&self.base.backend, &self.adapters, &self.tensors, &self.file)
     }
 
     /// Writes the adapter as it is now.
@@ -174,11 +167,11 @@ impl<B: Backend> Trainer<B> {
     /// Writes it to another folder, one tensor at a time, for it comes beside all else that the run holds.
     pub(super) fn write_adapter(&mut self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-        let Self { base, adapters, tensors, lora, kept, peak, .. } = self;
-        let shapes = tensors.iter().map(|t| (t.name.clone(), t.shape)).collect();
-        AdapterFile::save_by(dir, lora, kept, shapes, |put| {
+        let Self { base, adapters, tensors, file, peak, .. } = self;
+        let shapes = tensors.iter().map(|t| (t.spec.name.clone(), t.spec.shape.clone())).collect();
+        file.save_by(dir, shapes, |put| {
             for t in &*tensors {
-                put(&t.name, &master(&base.backend, adapters, t)?)?;
+                put(&t.spec.name, &adapters.read(&base.backend, t.id)?)?;
             }
             peak.sample();
             Ok(())
@@ -186,33 +179,20 @@ impl<B: Backend> Trainer<B> {
     }
 }
 
-/// The adapter that `tensors` are, as if it had come from the folder `dir`.
+/// The adapter that `tensors` are; `file` is the same without its tensors.
 pub(super) fn snapshot<B: Backend>(
     backend: &B,
     adapters: &Adapters<B>,
     tensors: &[Trained<B>],
-    lora: &LoraConfig,
-    kept: &Replacements,
-    dir: &Path,
+    file: &AdapterFile,
 ) -> Result<AdapterFile> {
-    let host = |t: &Trained<B>| -> Result<HostTensor> {
-        let tensor = HostTensor { shape: t.shape, data: master(backend, adapters, t)? };
-        tensor.rounded(&t.name)
-    };
-    let module = |pair: &[Trained<B>]| {
-        let path = pair[0].name.trim_end_matches(".lora_A.weight").to_owned();
-        Ok(LoraModule { path, a: host(&pair[0])?, b: host(&pair[1])?, scale: pair[0].scale })
-    };
-    let modules = tensors.chunks_exact(2).map(module).collect::<Result<_>>()?;
-    Ok(AdapterFile::new(dir.to_owned(), lora.clone(), modules).with(kept.clone()))
-}
-
-/// The values of a tensor in training.
-fn master<B: Backend>(backend: &B, adapters: &Adapters<B>, t: &Trained<B>) -> Result<Vec<f32>> {
-    let (param, part) = t.place;
-    let mut values = vec![0.0; t.shape[0] * t.shape[1]];
-    adapters.on(param)[0].read(backend, part, &mut values)?;
-    Ok(values)
+    let mut file = file.clone();
+    let stored = file.method.kind().stored();
+    for Trained { spec, id, .. } in tensors {
+        let tensor = HostTensor { shape: spec.shape.clone(), data: adapters.read(backend, *id)? };
+        file.tensors.insert(spec.name.clone(), tensor.rounded(stored, &spec.name)?);
+    }
+    Ok(file)
 }
 
 /// Takes away what runs that were killed have left half-written in their output folder.

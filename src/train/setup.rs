@@ -1,4 +1,4 @@
-//! What a run starts from: the layers it adapts, their fresh matrices, and the tensors that it moves.
+//! What a run starts from: its adapter, fresh or another run's, and the tensors that it moves.
 
 use super::best::Candidates;
 use super::budget::choose;
@@ -6,37 +6,29 @@ use super::checkpoint::RunFacts;
 use super::control::TrainHandle;
 use super::hold_out::Overlap;
 use super::lock::FolderLock;
-use super::optimizer::State;
+use super::optimizer::Moments;
 use super::plan::Work;
 use super::saving::sweep_folder;
 use super::{Batches, Dataset, Sample, TrainConfig, Trainer, largest_micro_batch};
-use crate::adapter::{AdapterFile, Adapters, HostTensor, LoraConfig, LoraModule, Replaced, mark};
+use crate::adapter::{AdapterFile, Adapters, Group, Method, Replaced, Settings, TensorId, TensorSpec, layer_at, mark};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
 use crate::memory::{Peak, anonymous_bytes};
-use crate::rng::{Rng, mix};
+use crate::rng::mix;
 use pocketlora_kernels::{Backend, WorkType};
-use pocketlora_models::{Param, ParamSpec, Role};
-use std::collections::HashMap;
+use pocketlora_models::Param;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Stream of random numbers for fresh matrices.
-const INIT: u64 = 1;
-
 /// A tensor in training.
 pub(super) struct Trained<B: Backend> {
-    pub name: String,
-    pub shape: [usize; 2],
-    /// Factor of its module on `B A`.
-    pub scale: f32,
-    /// Its learning rate over the run's: LoRA+ has B learn faster.
-    pub rate: f32,
-    /// The linear layer's weight and the number of the tensor among its adapter's, which holds the values.
-    pub place: (Param, usize),
-    pub state: State<B>,
+    pub spec: TensorSpec,
+    pub group: Group,
+    /// Where its values are.
+    pub id: TensorId,
+    pub moments: Moments<B>,
 }
 
 /// Whether `name` is that of a copy in the model cache, which earlier versions gave to adapters as their base.
@@ -61,92 +53,44 @@ fn check_data<B: Backend>(base: &Base<B>, replaced: &Replaced<B>, data: &Dataset
     Ok(())
 }
 
-/// Linear layers that `targets` name.
-pub(crate) fn target_modules<'m>(params: &'m [ParamSpec], targets: &[String]) -> Result<Vec<&'m ParamSpec>> {
-    let linears = || params.iter().filter(|p| p.role == Role::Linear);
-    let named = |p: &ParamSpec, target: &str| {
-        target == "all" || p.module() == target || p.module().ends_with(&format!(".{target}"))
-    };
-    for target in targets {
-        if !linears().any(|p| named(p, target)) {
-            let mut known: Vec<&str> = linears().filter_map(|p| p.module().rsplit('.').next()).collect();
-            known.sort_unstable();
-            known.dedup();
-            return Err(Error::config("targets", format!("`all` or some of `{}`", known.join("`, `")), target));
-        }
-    }
-    Ok(linears().filter(|p| targets.iter().any(|t| named(p, t))).collect())
-}
-
-/// Fresh LoRA matrices: A uniform in `±1/sqrt(in)` (PEFT's Kaiming-uniform with a = sqrt 5), B zero.
-pub(crate) fn fresh_modules(modules: &[&ParamSpec], lora: &LoraConfig, seed: u64) -> Vec<LoraModule> {
-    let rank = lora.rank;
-    let one = |(i, spec): (usize, &&ParamSpec)| {
-        let (out, input) = (spec.shape[0], spec.shape[1]);
-        let mut rng = Rng::new(mix(mix(seed, INIT), i as u64));
-        let bound = (input as f32).sqrt().recip();
-        let a = (0..rank * input).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect();
-        let a = HostTensor { shape: [rank, input], data: a };
-        let b = HostTensor { shape: [out, rank], data: vec![0.0; out * rank] };
-        LoraModule::new(spec.module().to_owned(), a, b, lora)
-    };
-    modules.iter().enumerate().map(one).collect()
-}
-
-/// Moments and gradients for every tensor of the attached adapters, in the order of the base's parameters.
+/// Moments and gradients for every tensor of the attached adapters.
 pub(super) fn trained_tensors<B: Backend>(
     base: &Base<B>,
-    adapters: &mut Adapters<B>,
-    scales: &HashMap<String, f32>,
+    adapters: &Adapters<B>,
+    method: &Method,
+    settings: &Settings,
     config: &TrainConfig,
 ) -> Result<(Vec<Trained<B>>, Gradients<B>)> {
     let backend = &base.backend;
-    let params = base.model.params();
     let mut tensors = Vec::new();
-    let mut grads = Gradients { ranges: vec![None; params.len()], tensors: Vec::new() };
-    for (param, adapter) in adapters.iter_mut() {
-        let path = module_path(&params[param.0 as usize]);
-        let start = tensors.len();
-        for (part, spec) in adapter.tensors(backend).into_iter().enumerate() {
-            let len = spec.shape[0] * spec.shape[1];
-            tensors.push(Trained {
-                name: format!("{path}.{}", spec.name),
-                shape: spec.shape,
-                scale: scales[path],
-                rate: if spec.name.starts_with("lora_B") { config.lora_plus_ratio } else { 1.0 },
-                place: (param, part),
-                state: State::new(backend, config, len)?,
-            });
-            grads.tensors.push(backend.buffer(len)?);
-        }
-        grads.ranges[param.0 as usize] = Some(start..tensors.len());
+    for (id, _, spec) in adapters.tensors() {
+        let group = method.group(&spec.name, settings);
+        let moments = Moments::new(backend, config, spec.values())?;
+        tensors.push(Trained { spec: spec.clone(), group, id, moments });
     }
-    Ok((tensors, grads))
+    Ok((tensors, gradients(base, adapters)?))
 }
 
-/// The module that an adapter names; a tied head is the embedding's parameter, but not its module.
-fn module_path(spec: &ParamSpec) -> &str {
-    if spec.role == Role::Embedding { "lm_head" } else { spec.module() }
+/// A gradient for every tensor of the attached adapters.
+pub(super) fn gradients<B: Backend>(base: &Base<B>, adapters: &Adapters<B>) -> Result<Gradients<B>> {
+    let mut grads = Gradients { ranges: vec![None; base.model.params().len()], tensors: Vec::new() };
+    for (_, param, spec) in adapters.tensors() {
+        let at = grads.tensors.len();
+        grads.ranges[param.0 as usize].get_or_insert(at..at).end = at + 1;
+        grads.tensors.push(base.backend.buffer(spec.values())?);
+    }
+    Ok(grads)
 }
 
-/// What a run on `data` that is evaluated on `eval_data` takes memory for: a fresh adapter of `targets`, or one like
-/// `init`.
+/// What a run on `data` that is evaluated on `eval_data` takes memory for: an adapter of `method` with tensors `specs`.
 fn work<B: Backend>(
     base: &Base<B>,
-    targets: &[&ParamSpec],
+    method: &Method,
+    specs: Vec<TensorSpec>,
     config: &TrainConfig,
-    init: Option<&AdapterFile>,
     data: &Dataset,
     eval_data: Option<&Dataset>,
 ) -> Work {
-    let adapted = |(i, spec): (usize, &ParamSpec)| {
-        let rank = match init {
-            Some(file) => file.modules.iter().find(|m| m.path == module_path(spec))?.a.shape[0],
-            None => targets.iter().any(|target| target.name == spec.name).then_some(config.rank)?,
-        };
-        Some((Param(i as u32), rank, [spec.shape[0], spec.shape[1]]))
-    };
-    let matrices = base.model.params().iter().enumerate().filter(|(_, spec)| spec.shape.len() == 2);
     let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
     lengths.sort_unstable_by(|a, b| b.cmp(a));
     // What is free but not given back would be counted as held, and then be taken once more.
@@ -154,7 +98,8 @@ fn work<B: Backend>(
     Work {
         model: Arc::clone(&base.model),
         threads: base.backend.threads(),
-        adapted: matrices.filter_map(adapted).collect(),
+        method: method.clone(),
+        specs,
         lengths,
         largest: largest_micro_batch(data, config),
         evaluated: eval_data.map_or(0, Dataset::longest),
@@ -198,44 +143,31 @@ impl<B: Backend> Trainer<B> {
         let mut batches = Batches::new(&data, &config)?;
         let total_steps = batches.total_steps();
         let (config, too_warm) = config.fitted_to(total_steps);
-        let params = base.model.params();
-        let (config, targets) = match init {
-            Some(file) => (config.of_adapter(params, file)?, Vec::new()),
-            None => {
-                let targets = target_modules(params, &config.targets)?;
-                (config, targets)
+        let model = base.model.as_ref();
+        let config = init.map_or(Ok(config.clone()), |file| config.of_adapter(model, file))?;
+        let settings = config.adapter();
+        let (method, layers) = match init {
+            Some(file) => {
+                let mut method = file.method.clone();
+                method.set_in_training(&settings);
+                let at = |path: &str| layer_at(model, path);
+                (method, file.modules().filter_map(at).collect())
             }
+            None => config.method.begin(&settings, model)?,
         };
+        let specs = method.tensors(model, |p: Param| layers.contains(&p))?;
         let eval_overlap = eval_data.as_ref().map(|held| Overlap::of(&data, held));
         let learned_too = eval_overlap.and_then(|overlap| overlap.warning(&eval_data.as_ref()?.path));
-        let (plan, config) = choose(&work(&base, &targets, &config, init, &data, eval_data.as_ref()), &config)?;
-        let mut names: Vec<String> =
-            targets.iter().filter_map(|p| p.module().rsplit('.').next().map(str::to_owned)).collect();
-        names.sort_unstable();
-        names.dedup();
-        let dropout = decimal(config.dropout);
+        let (plan, config) = choose(&work(&base, &method, specs.clone(), &config, &data, eval_data.as_ref()), &config)?;
         let doubts = init.map_or(Ok(Vec::new()), |file| file.doubts(base.model.as_ref()))?;
         let doubt = |message| {
             let place = init.map_or_else(String::new, |file| format!("`{}`", file.dir.display()));
             Error::new(ErrorCode::AdapterMismatch, place, message)
         };
-        let mut lora = match init {
-            Some(file) => {
-                let base = file.config.base.clone().filter(|name| !is_copy(name)).or(base_name);
-                LoraConfig { dropout, base, ..file.config.clone() }
-            }
-            None => LoraConfig {
-                rslora: config.rslora,
-                dropout,
-                targets: names,
-                base: base_name,
-                ..LoraConfig::new(config.rank, config.alpha())
-            },
-        };
-        lora.base_mark = Some(mark::of(&base)?);
-        let modules = match init {
-            Some(file) => file.modules.clone(),
-            None => fresh_modules(&targets, &lora, config.seed),
+        let named = init.and_then(|file| file.base.clone()).filter(|name| !is_copy(name)).or(base_name);
+        let tensors = match init {
+            Some(file) => file.tensors.clone(),
+            None => method.fresh(&specs, config.seed),
         };
         let facts = RunFacts {
             step: 0,
@@ -247,13 +179,13 @@ impl<B: Backend> Trainer<B> {
             candidates: Candidates::default(),
             start: None,
         };
-        let file = AdapterFile::new(out.to_owned(), lora.clone(), modules).with(kept.clone());
-        let scales = file.modules.iter().map(|m| (m.path.clone(), m.scale)).collect();
+        let mut file = AdapterFile::new(out.to_owned(), method, tensors).with(kept);
+        (file.base, file.base_mark) = (named, Some(mark::of(&base)?));
         let mut adapters = Adapters::none(&base);
         adapters.attach(&base, &file, 1.0, WorkType::F32)?;
-        // What follows may take its place.
-        drop(file);
-        let (tensors, grads) = trained_tensors(&base, &mut adapters, &scales, &config)?;
+        // What follows may take their place.
+        file.tensors.clear();
+        let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
         std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         let lock = FolderLock::take(out)?;
         sweep_folder(out);
@@ -267,8 +199,7 @@ impl<B: Backend> Trainer<B> {
             eval_data,
             general: None,
             out: out.to_owned(),
-            lora,
-            kept,
+            file,
             adapters,
             tensors,
             grads,
@@ -286,14 +217,9 @@ impl<B: Backend> Trainer<B> {
     }
 }
 
-/// The number that somebody typed: an f32 widened as it is has digits of its own.
-fn decimal(value: f32) -> f64 {
-    value.to_string().parse().unwrap_or(f64::from(value))
-}
-
 /// A number that changes when any value does.
 pub(super) fn fingerprint(file: &AdapterFile) -> u64 {
-    let values = file.modules.iter().flat_map(|m| m.a.data.iter().chain(&m.b.data));
+    let values = file.tensors.values().flat_map(|t| &t.data);
     let hash = values.fold(1, |hash, v| mix(hash, u64::from(v.to_bits())));
     // Of a whole embedding, the start and the length tell enough.
     let kept = file.replaced.whole.iter().flat_map(|w| {

@@ -1,185 +1,79 @@
-//! `adapter_config.json`: one table says of every key what is done with it.
+//! `adapter_config.json`: tables say of every key what is done with it, one of the keys that all methods have and one of
+//! each method.
 
+use super::Replacements;
 use super::targets::Targets;
-use super::{Replacements, number};
+use crate::adapter::method::{Kind, Method};
 use crate::error::{Error, Result};
+use Use::{Default as OnlyDefault, Honoured, NoEffect};
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
-
-/// Bound on ranks: far beyond any use, and small enough that hostile files cannot ask for absurd work.
-const MAX_RANK: usize = 1 << 16;
 
 /// What is done with a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Use {
-    /// Read below, or by [`Targets`].
+pub(in crate::adapter) enum Use {
+    /// Read below, by [`Targets`] or by the method.
     Honoured,
     /// Nothing that is computed here depends on it.
     NoEffect,
     /// Anything but its default asks for what is not done here; nothing, `false` and empty ones are defaults, too.
     Default,
 }
-use Use::{Default as OnlyDefault, Honoured, NoEffect};
 
-const MERGE: &str = "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
-const RETRAIN: &str = "train it anew without that, or use it with PEFT";
+/// A key, what is done with it, and what to do instead where that is not enough.
+pub(in crate::adapter) type KeyUse = (&'static str, Use, &'static str);
 
-/// Every key of PEFT's LoRA configs (0.21) and of programs that write such files: what is done with it, and what to do
-/// instead where that is not enough.
-const KEYS: &[(&str, Use, &str)] = &[
-    ("alora_invocation_tokens", OnlyDefault, "it works behind its invocation only: use it with PEFT"),
-    ("alpha_pattern", Honoured, ""),
-    ("arrow_config", OnlyDefault, "use the adapters that it routes between one at a time"),
+pub(in crate::adapter) const MERGE: &str =
+    "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
+pub(in crate::adapter) const RETRAIN: &str = "train it anew without that, or use it with PEFT";
+
+/// The keys that the configs of all methods have, with those that other programs add.
+const COMMON: &[KeyUse] = &[
     ("auto_mapping", Honoured, ""),
     ("base_model_name_or_path", Honoured, ""),
-    ("bias", Honoured, ""),
-    ("corda_config", NoEffect, ""), // how it began: `init_lora_weights` tells whether that changed the base
-    ("enable_lora", OnlyDefault, MERGE),
-    ("ensure_weight_tying", Honoured, ""),
-    ("eva_config", NoEffect, ""),
-    ("exclude_modules", Honoured, ""),
-    ("fan_in_fan_out", OnlyDefault, "linear layers of the supported families are not transposed: set it to `false`"),
     ("inference_mode", NoEffect, ""),
-    ("init_lora_weights", Honoured, ""),
-    ("kasa_config", OnlyDefault, "it changed the base as well: merge it with PEFT's `merge_and_unload`"),
-    ("layer_replication", OnlyDefault, RETRAIN),
-    ("layers_pattern", Honoured, ""),
-    ("layers_to_transform", Honoured, ""),
-    ("loftq_config", NoEffect, ""),
-    ("lora_alpha", Honoured, ""),
-    ("lora_bias", OnlyDefault, MERGE),
-    ("lora_dropout", Honoured, ""),
-    ("lora_dtype", NoEffect, ""),
-    ("lora_ga_config", NoEffect, ""),
-    ("lorap_emb_lr", NoEffect, ""),
-    ("lorap_lr_ratio", NoEffect, ""),
-    ("megatron_config", OnlyDefault, "export the adapter from Megatron as a plain one"),
-    ("megatron_core", NoEffect, ""),
-    ("merge_weights", NoEffect, ""),
     ("modules_to_save", Honoured, ""),
-    ("monteclora_config", OnlyDefault, MERGE),
     ("peft_type", Honoured, ""),
     ("peft_version", NoEffect, ""),
-    ("qalora_group_size", NoEffect, ""), // of `use_qalora`
-    ("r", Honoured, ""),
-    ("rank_pattern", Honoured, ""),
     ("revision", NoEffect, ""),
     ("runtime_config", NoEffect, ""),
-    ("target_modules", Honoured, ""),
-    ("target_parameters", OnlyDefault, MERGE),
     ("task_type", Honoured, ""),
-    ("trainable_token_indices", Honoured, ""),
-    ("use_bdlora", OnlyDefault, MERGE),
-    ("use_dora", OnlyDefault, MERGE),
-    ("use_merged_linear", OnlyDefault, MERGE),
-    ("use_qa_lora", OnlyDefault, MERGE),
-    ("use_qalora", OnlyDefault, MERGE),
-    ("use_rslora", Honoured, ""),
-    ("velora_config", OnlyDefault, MERGE),
 ];
 
-/// Initializations that leave the base as it is: what they began with is in the file.
-const PLAIN_INIT: &[&str] = &["gaussian", "eva", "orthogonal", "mica", "true", "false"];
-
-/// The parts of `adapter_config.json` that matter to plain LoRA and rsLoRA.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoraConfig {
-    /// Rank (`r`).
-    pub rank: usize,
-    /// `lora_alpha`.
-    pub alpha: f64,
-    /// The scale is `alpha / sqrt(r)` instead of `alpha / r`.
-    pub rslora: bool,
-    /// Dropout of the input in training.
-    pub dropout: f64,
-    /// Exceptions to the rank: regular expressions for the end of a module's path, as PEFT has them.
-    pub rank_pattern: Vec<(String, f64)>,
-    /// Exceptions to alpha.
-    pub alpha_pattern: Vec<(String, f64)>,
-    /// Suffixes of the adapted modules.
-    pub targets: Vec<String>,
-    /// The base model's name or path, as a hint for people.
-    pub base: Option<String>,
-    /// A mark of the base by its embedding, in the metadata of the file with the weights.
-    pub base_mark: Option<String>,
-}
-
-impl LoraConfig {
-    /// A plain LoRA of one rank and alpha, without dropout, exceptions or names.
-    #[must_use]
-    pub fn new(rank: usize, alpha: f64) -> Self {
-        Self {
-            rank,
-            alpha,
-            rslora: false,
-            dropout: 0.0,
-            rank_pattern: Vec::new(),
-            alpha_pattern: Vec::new(),
-            targets: Vec::new(),
-            base: None,
-            base_mark: None,
-        }
+/// `adapter_config.json` of `file` if it adapts the modules `adapted`, keys sorted as PEFT writes them.
+pub(super) fn json(method: &Method, base: Option<&str>, replaced: &Replacements, adapted: &[String]) -> Value {
+    let mut copies: Vec<&str> = replaced.whole.iter().filter(|w| w.copy).map(|w| w.module.as_str()).collect();
+    copies.dedup();
+    let rows: Map<String, Value> = replaced.rows.iter().map(|r| (r.module.clone(), json!(r.ids))).collect();
+    let common = [
+        ("auto_mapping", Value::Null),
+        ("base_model_name_or_path", json!(base)),
+        ("inference_mode", json!(true)),
+        ("modules_to_save", if copies.is_empty() { Value::Null } else { json!(copies) }),
+        ("peft_type", json!(method.kind().peft_type())),
+        ("revision", Value::Null),
+        ("task_type", json!("CAUSAL_LM")),
+    ];
+    let common = common.into_iter().map(|(key, value)| (key.to_owned(), value));
+    let sorted: BTreeMap<String, Value> = common.chain(method.write(adapted)).collect();
+    let mut config: Map<String, Value> = sorted.into_iter().collect();
+    // Older versions of PEFT do not know these two.
+    if replaced.ties_copies {
+        config.insert("ensure_weight_tying".to_owned(), true.into());
     }
-
-    /// Factor on `B A`, for a layer whose rank and alpha are given.
-    pub(super) fn scale(&self, rank: usize, alpha: f64) -> f32 {
-        let divisor = if self.rslora { (rank as f64).sqrt() } else { rank as f64 };
-        (alpha / divisor) as f32
+    if !rows.is_empty() {
+        config.insert("trainable_token_indices".to_owned(), rows.into());
     }
-
-    /// `adapter_config.json` of a file that adapts the modules `adapted` and holds `replaced`, keys sorted as PEFT writes
-    /// them.
-    pub(super) fn json(&self, replaced: &Replacements, adapted: &[String]) -> Value {
-        // PEFT takes no module from the file that this list does not name.
-        let named = |module: &&String| {
-            self.targets
-                .iter()
-                .any(|end| module.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
-        };
-        let targets: Vec<&String> = self.targets.iter().chain(adapted.iter().filter(|m| !named(m))).collect();
-        let mut copies: Vec<&str> = replaced.whole.iter().filter(|w| w.copy).map(|w| w.module.as_str()).collect();
-        copies.dedup();
-        let rows: Map<String, Value> = replaced.rows.iter().map(|r| (r.module.clone(), json!(r.ids))).collect();
-        let object = |patterns: &[(String, f64)]| -> Value {
-            patterns.iter().map(|(key, v)| (key.clone(), number(*v))).collect::<Map<_, _>>().into()
-        };
-        let mut config = json!({
-            "alpha_pattern": object(&self.alpha_pattern),
-            "auto_mapping": null,
-            "base_model_name_or_path": self.base,
-            "bias": "none",
-            "fan_in_fan_out": false,
-            "inference_mode": true,
-            "init_lora_weights": true,
-            "layers_pattern": null,
-            "layers_to_transform": null,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "modules_to_save": if copies.is_empty() { Value::Null } else { json!(copies) },
-            "peft_type": "LORA",
-            "r": self.rank,
-            "rank_pattern": object(&self.rank_pattern),
-            "revision": null,
-            "target_modules": targets,
-            "task_type": "CAUSAL_LM",
-            "use_dora": false,
-            "use_rslora": self.rslora,
-        });
-        // Older versions of PEFT do not know these two.
-        if replaced.ties_copies {
-            config["ensure_weight_tying"] = true.into();
-        }
-        if !rows.is_empty() {
-            config["trainable_token_indices"] = rows.into();
-        }
-        config
-    }
+    config.into()
 }
 
 /// A config as it was read.
 #[derive(Debug)]
 pub(super) struct Parsed {
-    pub config: LoraConfig,
+    pub method: Method,
+    /// The base model's name or path.
+    pub base: Option<String>,
     /// Which layers it adapts.
     pub targets: Targets,
     /// Modules of which the file has a whole copy.
@@ -201,38 +95,17 @@ pub(super) struct Parsed {
 /// # Errors
 /// It asks for what is not done here, or a value is out of range.
 pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
-    let keys = Keys { path, json };
-    match keys.get("peft_type").and_then(Value::as_str) {
-        Some("LORA") => {}
-        Some(other) => {
+    let mut keys = Keys { path, json, own: &[] };
+    let kind = match keys.get("peft_type").and_then(Value::as_str) {
+        Some(name) => Kind::of_peft(name).ok_or_else(|| {
             let next = "export it as plain LoRA, or merge it into its base";
-            return Err(Error::unsupported(path, format!("adapter method `{other}`"), next));
-        }
+            Error::unsupported(path, format!("adapter method `{name}`"), next)
+        })?,
         None => return Err(keys.wrong("peft_type", "the name of an adapter method")),
-    }
-    keys.check_table()?;
-    let rank = keys.get("r").and_then(Value::as_u64).and_then(|r| usize::try_from(r).ok());
-    let rank = rank.filter(|r| (1..=MAX_RANK).contains(r)).ok_or_else(|| keys.wrong("r", "a rank from 1 to 65536"))?;
-    let rank_pattern = keys.patterns("rank_pattern")?;
-    if rank_pattern.iter().any(|(_, r)| r.fract() != 0.0 || *r > MAX_RANK as f64) {
-        return Err(keys.wrong("rank_pattern", "an object of ranks from 1 to 65536"));
-    }
-    let dropout = keys.number("lora_dropout", Some(0.0))?;
-    if !(0.0..1.0).contains(&dropout) {
-        return Err(keys.wrong("lora_dropout", "a share from 0 to below 1"));
-    }
-    let config = LoraConfig {
-        rank,
-        alpha: keys.number("lora_alpha", None)?,
-        rslora: keys.flag("use_rslora")?,
-        dropout,
-        rank_pattern,
-        alpha_pattern: keys.patterns("alpha_pattern")?,
-        targets: Vec::new(),
-        base: keys.text("base_model_name_or_path")?,
-        base_mark: None,
     };
-    keys.check_init()?;
+    keys.own = kind.keys();
+    keys.check_table()?;
+    let method = kind.read(&keys)?;
     // Trained biases lie in the file under their own names and are used by them.
     let biases = match keys.text("bias")?.as_deref() {
         None | Some("none") => false,
@@ -244,7 +117,8 @@ pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
         warnings.push(format!("the adapter was trained for the task `{task}`, not for writing text"));
     }
     Ok(Parsed {
-        config,
+        method,
+        base: keys.text("base_model_name_or_path")?,
         targets: Targets::new(&keys)?,
         modules_to_save: keys.list("modules_to_save")?,
         ties_copies: keys.flag("ensure_weight_tying")?,
@@ -256,18 +130,26 @@ pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
 }
 
 /// A config's keys, with what is said where one is wrong.
-pub(super) struct Keys<'a> {
+pub(in crate::adapter) struct Keys<'a> {
     pub path: &'a Path,
     json: &'a Map<String, Value>,
+    /// The method's table.
+    own: &'static [KeyUse],
 }
 
 impl Keys<'_> {
-    pub(super) fn get(&self, key: &str) -> Option<&Value> {
-        debug_assert!(KEYS.iter().any(|(k, how, _)| *k == key && *how == Honoured), "`{key}` is in no table");
+    /// The value of `key` if there is one. Of a method that does not have the key, there is none.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        let used = self.find(key)?;
+        debug_assert!(used == Honoured, "`{key}` is read, and its table says `{used:?}`");
         self.json.get(key).filter(|v| !v.is_null())
     }
 
-    pub(super) fn wrong(&self, key: &str, expected: &str) -> Error {
+    fn find(&self, key: &str) -> Option<Use> {
+        self.own.iter().chain(COMMON).find(|(k, ..)| *k == key).map(|(_, used, _)| *used)
+    }
+
+    pub fn wrong(&self, key: &str, expected: &str) -> Error {
         let got = self.get(key).map_or_else(|| "nothing".to_owned(), |v| format!("`{v}`"));
         Error::format(self.path, format!("key `{key}`"), expected, got)
     }
@@ -275,7 +157,7 @@ impl Keys<'_> {
     /// Every key is in the table, and has its default where that is all there is; of others, nothing is asked.
     fn check_table(&self) -> Result<()> {
         for (key, value) in self.json.iter().filter(|(_, v)| asks(v)) {
-            let next = match KEYS.iter().find(|(k, ..)| k == key) {
+            let next = match self.own.iter().chain(COMMON).find(|(k, ..)| k == key) {
                 Some((_, OnlyDefault, next)) => next,
                 Some((_, Honoured | NoEffect, _)) => continue,
                 None => "remove the key if you know that it changes nothing, or merge the adapter with PEFT",
@@ -287,29 +169,16 @@ impl Keys<'_> {
         Ok(())
     }
 
-    /// Some initializations took away from the base what they put into the adapter.
-    fn check_init(&self) -> Result<()> {
-        match self.get("init_lora_weights") {
-            None | Some(Value::Bool(_)) => Ok(()),
-            Some(Value::String(init)) if PLAIN_INIT.contains(&init.to_lowercase().as_str()) => Ok(()),
-            Some(Value::String(init)) => {
-                let what = format!("`init_lora_weights: {init}`, which may have changed the base weights,");
-                Err(Error::unsupported(self.path, what, "save it with PEFT's conversion to plain LoRA"))
-            }
-            Some(_) => Err(self.wrong("init_lora_weights", "true, false or a name")),
-        }
-    }
-
-    fn flag(&self, key: &str) -> Result<bool> {
+    pub fn flag(&self, key: &str) -> Result<bool> {
         self.get(key).map_or(Ok(false), |v| v.as_bool().ok_or_else(|| self.wrong(key, "true or false")))
     }
 
-    fn text(&self, key: &str) -> Result<Option<String>> {
+    pub fn text(&self, key: &str) -> Result<Option<String>> {
         let text = |v: &Value| v.as_str().map(str::to_owned).ok_or_else(|| self.wrong(key, "a text"));
         self.get(key).map(text).transpose()
     }
 
-    fn number(&self, key: &str, default: Option<f64>) -> Result<f64> {
+    pub fn number(&self, key: &str, default: Option<f64>) -> Result<f64> {
         match self.get(key) {
             None => default.ok_or_else(|| self.wrong(key, "a number")),
             Some(v) => v.as_f64().filter(|n| n.is_finite()).ok_or_else(|| self.wrong(key, "a finite number")),
@@ -317,7 +186,7 @@ impl Keys<'_> {
     }
 
     /// A list of names; one alone is a list, too.
-    pub(super) fn list(&self, key: &str) -> Result<Vec<String>> {
+    pub fn list(&self, key: &str) -> Result<Vec<String>> {
         let name = |v: &Value| v.as_str().map(str::to_owned);
         let names = match self.get(key) {
             None => Some(Vec::new()),
@@ -327,7 +196,7 @@ impl Keys<'_> {
         names.ok_or_else(|| self.wrong(key, "a list of names"))
     }
 
-    fn patterns(&self, key: &str) -> Result<Vec<(String, f64)>> {
+    pub fn patterns(&self, key: &str) -> Result<Vec<(String, f64)>> {
         let Some(value) = self.get(key) else { return Ok(Vec::new()) };
         let map = value.as_object().ok_or_else(|| self.wrong(key, "an object of numbers"))?;
         let number = |v: &Value| v.as_f64().filter(|n| n.is_finite() && *n > 0.0);
@@ -371,13 +240,13 @@ fn asks(value: &Value) -> bool {
 }
 
 /// The value of the first pattern that matches `module`: PEFT reads keys as regular expressions for the end of a path.
-pub(super) struct Patterns<'a> {
+pub(in crate::adapter) struct Patterns<'a> {
     compiled: Vec<(fancy_regex::Regex, &'a str, f64)>,
     path: &'a Path,
 }
 
 impl<'a> Patterns<'a> {
-    pub(super) fn new(path: &'a Path, patterns: &'a [(String, f64)]) -> Result<Self> {
+    pub fn new(path: &'a Path, patterns: &'a [(String, f64)]) -> Result<Self> {
         let one = |(key, value): &'a (String, f64)| {
             Ok((regex(path, key, &format!(r"^(?:.*\.)?(?:{key})$"))?, key.as_str(), *value))
         };
@@ -385,7 +254,7 @@ impl<'a> Patterns<'a> {
     }
 
     /// Keys that match none of `modules`, each with all its names.
-    pub(super) fn idle(&self, modules: &[[&str; 2]]) -> Result<Vec<&'a str>> {
+    pub fn idle(&self, modules: &[[&str; 2]]) -> Result<Vec<&'a str>> {
         let mut idle = Vec::new();
         for (regex, key, _) in &self.compiled {
             let found: Vec<bool> =
@@ -398,7 +267,7 @@ impl<'a> Patterns<'a> {
     }
 
     /// Of the first pattern that matches one of `names`, which are names of one module.
-    pub(super) fn value_for(&self, names: [&str; 2]) -> Result<Option<f64>> {
+    pub fn value_for(&self, names: [&str; 2]) -> Result<Option<f64>> {
         for (regex, key, value) in &self.compiled {
             if matches_any(self.path, regex, key, names)? {
                 return Ok(Some(*value));
@@ -431,17 +300,22 @@ pub(super) fn matches_any(path: &Path, regex: &fancy_regex::Regex, key: &str, na
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::Lora;
 
     fn parse_with(changes: &Value) -> Result<Parsed> {
-        let mut json = LoraConfig::new(4, 8.0).json(&Replacements::default(), &[]);
-        let map = json.as_object_mut().unwrap();
+        let mut config = json(&Method::Lora(Lora::new(4, 8.0)), None, &Replacements::default(), &[]);
+        let map = config.as_object_mut().unwrap();
         map.extend(changes.as_object().unwrap().clone());
         parse(Path::new("adapter_config.json"), map)
     }
 
     #[test]
-    fn the_table_is_sorted_and_has_each_key_once() {
-        assert!(KEYS.windows(2).all(|w| w[0].0 < w[1].0));
+    fn the_common_table_is_sorted_and_no_method_has_its_keys_again() {
+        assert!(COMMON.windows(2).all(|w| w[0].0 < w[1].0));
+        for kind in Kind::ALL {
+            let again = kind.keys().iter().find(|(key, ..)| COMMON.iter().any(|(common, ..)| common == key));
+            assert_eq!(again, None, "{}", kind.name());
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Names of tensors in adapter files: what wrappers of a training program left in them, and what the rest means.
 
+use crate::adapter::method::Kind;
 use crate::error::{Error, Result};
 use std::path::Path;
 
@@ -16,10 +17,10 @@ const PARTS: &[&str] = &["layers", "embed_tokens", "norm"];
 /// What a tensor is to its module.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Part {
-    /// `lora_A.weight`.
-    A,
-    /// `lora_B.weight`.
-    B,
+    /// One of the method's own, by its place among the method's parts.
+    Own(usize),
+    /// One of the method's own that belongs to no module.
+    Shared(&'static str),
     /// A whole `weight` or `bias` that PEFT loads into the base, where tied layers see it, too.
     InPlace(&'static str),
     /// A whole `weight` or `bias` of a copy of the module, which tied layers do not see (`modules_to_save`).
@@ -41,22 +42,24 @@ pub(super) struct Key {
     pub adapter: Option<String>,
 }
 
-/// Takes `name` of the file at `path` apart.
+/// Takes `name` of the file at `path`, an adapter of the method `kind`, apart.
 ///
 /// # Errors
 /// It is of another method, another program or another part of a model.
-pub(super) fn parse(path: &Path, name: &str) -> Result<Key> {
+pub(super) fn parse(path: &Path, name: &str, kind: Kind) -> Result<Key> {
+    if let Some(shared) = kind.shared().iter().find(|shared| **shared == name) {
+        return Ok(Key { module: String::new(), written: String::new(), part: Part::Shared(shared), adapter: None });
+    }
     let mut segments: Vec<&str> = name.split('.').filter(|s| !WRAPPERS.contains(s)).collect();
     while segments.starts_with(&["base_model", "model"]) {
         segments.drain(..2);
     }
-    let split = segments.iter().position(|s| s.starts_with("lora_") || OWN.contains(s));
+    let begins = |s: &str| kind.parts().iter().any(|part| part.split('.').next() == Some(s));
+    let split = segments.iter().position(|s| s.starts_with("lora_") || OWN.contains(s) || begins(s));
     let (module, rest) = segments.split_at(split.unwrap_or(segments.len().saturating_sub(1)));
+    let own = kind.parts().iter().enumerate().find_map(|(i, part)| Some((Part::Own(i), is_part(rest, part)?)));
     let (part, adapter) = match *rest {
-        ["lora_A", "weight"] => (Part::A, None),
-        ["lora_B", "weight"] => (Part::B, None),
-        ["lora_A", adapter, "weight"] => (Part::A, Some(adapter)),
-        ["lora_B", adapter, "weight"] => (Part::B, Some(adapter)),
+        _ if own.is_some() => own.expect("asked just now"),
         ["weight"] => (Part::InPlace("weight"), None),
         ["bias"] => (Part::InPlace("bias"), None),
         ["base_layer" | "original_module", "weight"] => (Part::InPlace("weight"), None),
@@ -74,6 +77,16 @@ pub(super) fn parse(path: &Path, name: &str) -> Result<Key> {
     }
     let written = module.join(".");
     Ok(Key { module: canonical(module), written, part, adapter: adapter.map(str::to_owned) })
+}
+
+/// Whether the end `rest` of a name is `part`, and the adapter's name in it: it stands behind the first segment.
+fn is_part<'n>(rest: &[&'n str], part: &str) -> Option<Option<&'n str>> {
+    let part: Vec<&str> = part.split('.').collect();
+    match rest {
+        rest if *rest == part => Some(None),
+        [first, adapter, tail @ ..] if *first == part[0] && *tail == part[1..] => Some(Some(adapter)),
+        _ => None,
+    }
 }
 
 /// First segments of what PEFT keeps below a module, beside those that begin with `lora_`.
@@ -135,8 +148,8 @@ mod tests {
             ),
         ];
         for (name, adapter) in cases {
-            let key = parse(Path::new("x"), &name).unwrap_or_else(|e| panic!("{name}: {e}"));
-            assert_eq!((key.module.as_str(), key.part, key.adapter.as_deref()), (q, Part::A, adapter), "{name}");
+            let key = parse(Path::new("x"), &name, Kind::Lora).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!((key.module.as_str(), key.part, key.adapter.as_deref()), (q, Part::Own(0), adapter), "{name}");
         }
     }
 
@@ -165,10 +178,10 @@ mod tests {
             (
                 "base_model.model.model.vision_tower.layers.0.q_proj.lora_A.weight",
                 "model.vision_tower.layers.0.q_proj",
-                Part::A,
+                Part::Own(0),
             ),
         ] {
-            let key = parse(Path::new("x"), name).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let key = parse(Path::new("x"), name, Kind::Lora).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert_eq!((key.module.as_str(), key.part), (module, part), "{name}");
         }
     }
@@ -184,7 +197,7 @@ mod tests {
             ("model.layers.0.self_attn.q_proj.lora_a", "mlx"),
             ("base_model.model.model.layers.0.self_attn.q_proj.hada_w1_a", "hada_w1_a"),
         ] {
-            let error = parse(Path::new("x"), name).unwrap_err().to_string();
+            let error = parse(Path::new("x"), name, Kind::Lora).unwrap_err().to_string();
             assert!(error.contains(said), "{name}: {error}");
         }
     }

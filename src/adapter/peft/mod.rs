@@ -6,9 +6,12 @@ mod keys;
 mod targets;
 mod tensors;
 
-pub use config::LoraConfig;
-pub use tensors::{HostTensor, LoraModule, Replacements, Rows, WholeTensor};
+pub(super) use config::{KeyUse, Keys, MERGE, Patterns, RETRAIN, Use};
+pub(super) use tensors::Found;
+pub use tensors::{Replacements, Rows, WholeTensor};
 
+use super::method::{Kind, Method};
+use super::tensor::{Stored, Tensors};
 use crate::error::{Error, Result};
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::{Entry, Staged, Writer, sweep, sync_dir};
@@ -20,9 +23,9 @@ use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use targets::Targets;
-use tensors::{BASE_MARK, halves};
+use tensors::BASE_MARK;
 
-const CONFIG: &str = "adapter_config.json";
+pub(super) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 
 /// Takes a tensor by its name, for a file.
@@ -33,10 +36,14 @@ pub(crate) type Put<'a> = dyn FnMut(&str, &[f32]) -> Result<()> + 'a;
 pub struct AdapterFile {
     /// Where it came from.
     pub dir: PathBuf,
-    /// Its settings.
-    pub config: LoraConfig,
-    /// Its matrices, by module.
-    pub modules: Vec<LoraModule>,
+    /// What it does with a base, and its settings.
+    pub method: Method,
+    /// The base model's name or path, as a hint for people.
+    pub base: Option<String>,
+    /// A mark of the base by its embedding, in the metadata of the file with the tensors.
+    pub base_mark: Option<String>,
+    /// Its tensors.
+    pub tensors: Tensors,
     /// What stands in for weights of the base.
     pub replaced: Replacements,
     /// What the user should know though it stops nothing.
@@ -48,13 +55,15 @@ pub struct AdapterFile {
 }
 
 impl AdapterFile {
-    /// An adapter of plain LoRA matrices, for the folder `dir`.
+    /// An adapter that was made in memory, for the folder `dir`.
     #[must_use]
-    pub fn new(dir: PathBuf, config: LoraConfig, modules: Vec<LoraModule>) -> Self {
+    pub fn new(dir: PathBuf, method: Method, tensors: Tensors) -> Self {
         Self {
             dir,
-            config,
-            modules,
+            method,
+            base: None,
+            base_mark: None,
+            tensors,
             replaced: Replacements::default(),
             warnings: Vec::new(),
             base_class: None,
@@ -62,7 +71,7 @@ impl AdapterFile {
         }
     }
 
-    /// The same with `replaced` beside the matrices.
+    /// The same with `replaced` beside the tensors.
     #[must_use]
     pub fn with(self, replaced: Replacements) -> Self {
         Self { replaced, ..self }
@@ -71,27 +80,28 @@ impl AdapterFile {
     /// Reads a PEFT directory.
     ///
     /// # Errors
-    /// A file is missing, broken or contradicts the other, or the adapter's method is not LoRA or rsLoRA.
+    /// A file is missing, broken or contradicts the other, or the adapter's method is none of [`Method`].
     pub fn open(dir: &Path) -> Result<Self> {
         foreign::check_files(dir)?;
         let path = dir.join(CONFIG);
         let json = crate::format::foreign::read_object(&path)?;
         foreign::check_config(&path, &json)?;
         let mut parsed = config::parse(&path, &json)?;
-        let contents = tensors::read(&dir.join(WEIGHTS), &parsed)?;
+        let contents = tensors::read(&dir.join(WEIGHTS), &mut parsed)?;
         if parsed.biases && !contents.replaced.whole.iter().any(|w| w.kind == "bias") {
             parsed.warnings.push("`bias` says that biases were trained, but the file has none".to_owned());
         }
         parsed.warnings.extend(contents.warnings);
-        parsed.config.base_mark = contents.base_mark;
-        parsed.config.targets = match parsed.targets.suffixes() {
+        parsed.method.set_targets(match parsed.targets.suffixes() {
             Some(suffixes) => suffixes.to_vec(),
-            None => contents.modules.iter().map(|m| m.path.clone()).collect(),
-        };
+            None => contents.adapted,
+        });
         Ok(Self {
             dir: dir.to_owned(),
-            config: parsed.config,
-            modules: contents.modules,
+            method: parsed.method,
+            base: parsed.base,
+            base_mark: contents.base_mark,
+            tensors: contents.tensors,
             replaced: contents.replaced,
             warnings: parsed.warnings,
             base_class: parsed.base_class,
@@ -117,6 +127,18 @@ impl AdapterFile {
         self.replaced.whole.iter().find(is_vocabulary)?.tensor.shape.first().copied()
     }
 
+    /// Paths of the modules that it has tensors for, in the order of their names.
+    pub fn modules(&self) -> impl Iterator<Item = &str> {
+        let first = self.method.kind().parts().first().copied().unwrap_or_default();
+        self.tensors.keys().filter_map(move |name| name.strip_suffix(first)?.strip_suffix('.'))
+    }
+
+    /// How many values it has.
+    #[must_use]
+    pub fn values(&self) -> usize {
+        self.tensors.values().map(|t| t.data.len()).sum()
+    }
+
     /// What is odd about it on `model`, though nothing that stops it from working.
     pub(crate) fn doubts(&self, model: &dyn Model) -> Result<Vec<String>> {
         let mut doubts = self.warnings.clone();
@@ -128,7 +150,7 @@ impl AdapterFile {
         if let Some(first) = unfilled.first() {
             let count = unfilled.len();
             doubts.push(format!(
-                "`target_modules` names {count} layers for which the adapter has no matrices, such as `{first}`; they \
+                "`target_modules` names {count} layers for which the adapter has no tensors, such as `{first}`; they \
                  work as in the base"
             ));
         }
@@ -141,7 +163,7 @@ impl AdapterFile {
         let mut unfilled = Vec::new();
         for param in params.iter().filter(|p| matches!(p.role, Role::Linear)) {
             let module = param.module();
-            if named.names([module; 2])? && !self.modules.iter().any(|m| m.path == module) {
+            if named.names([module; 2])? && !self.modules().any(|path| path == module) {
                 unfilled.push(module);
             }
         }
@@ -168,65 +190,59 @@ impl AdapterFile {
         [CONFIG, WEIGHTS].iter().for_each(|name| sweep(&dir.join(name)));
     }
 
-    /// Writes the directory's two files, the matrices in f16. Both are on the disk before either gets its name. A kill at
-    /// any moment leaves the old adapter, the new one, or none where its config differs from the old one's: then the old
-    /// config goes first, so that no adapter of two halves is ever there.
+    /// Writes the directory's two files. Both are on the disk before either gets its name. A kill at any moment leaves the
+    /// old adapter, the new one, or none where its config differs from the old one's: then the old config goes first, so
+    /// that no adapter of two halves is ever there.
     ///
     /// # Errors
-    /// A value is not finite in f16, or the files cannot be written.
+    /// A value is not finite in the type that the method's tensors are saved in, or the files cannot be written.
     pub fn save(&self) -> Result<()> {
-        let name = |m: &LoraModule, part: &str| format!("{}.{part}.weight", m.path);
-        let pair = |m| [(name(m, "lora_A"), &m.a), (name(m, "lora_B"), &m.b)];
-        let tensors = || self.modules.iter().flat_map(pair);
-        let shapes = tensors().map(|(name, t)| (name, t.shape)).collect();
-        let fill = |put: &mut Put<'_>| tensors().try_for_each(|(name, t)| put(&name, &t.data));
-        Self::save_by(&self.dir, &self.config, &self.replaced, shapes, fill)
+        let shapes = self.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
+        self.save_by(&self.dir, shapes, |put| self.tensors.iter().try_for_each(|(name, t)| put(name, &t.data)))
     }
 
-    /// As [`AdapterFile::save`], with tensors of `shapes` (module path, `.lora_A.weight` or `.lora_B.weight`) that `fill`
-    /// hands over one at a time, in any order: no more than one of them is held in f16. `replaced` goes along as it is.
+    /// As [`AdapterFile::save`], to the folder `dir`, with tensors of `shapes` in place of its own, which `fill` hands over
+    /// one at a time, in any order: no more than one of them is held as the file has it.
     ///
     /// # Errors
     /// As there, and those of `fill`.
     pub(crate) fn save_by(
+        &self,
         dir: &Path,
-        config: &LoraConfig,
-        replaced: &Replacements,
-        shapes: Vec<(String, [usize; 2])>,
+        shapes: Vec<(String, Vec<usize>)>,
         fill: impl FnOnce(&mut Put<'_>) -> Result<()>,
     ) -> Result<()> {
-        let path = dir.join(WEIGHTS);
-        let adapted: Vec<String> =
-            shapes.iter().filter_map(|(name, _)| name.strip_suffix(".lora_A.weight").map(str::to_owned)).collect();
-        let kept = replaced.tensors(&adapted);
+        let (path, kind) = (dir.join(WEIGHTS), self.method.kind());
+        let adapted = adapted(kind, &shapes);
+        let kept = self.replaced.tensors(&adapted);
         let weights = Staged::write(&path, |file| {
             let failed = |e| Error::io("write", &path, e);
-            let entry = |(name, shape): (String, [usize; 2])| Entry {
-                name: format!("{PREFIX}{name}"),
-                dtype: Dtype::F16,
-                shape: shape.to_vec(),
+            let dtype = match kind.stored() {
+                Stored::F16 => Dtype::F16,
+                Stored::F32 => Dtype::F32,
             };
+            let entry = |(name, shape): (String, Vec<usize>)| Entry { name: written(kind, &name), dtype, shape };
             let kept_entry = |(name, tensor): &(String, Tensor)| Entry {
                 name: format!("{PREFIX}{name}"),
                 dtype: tensor.dtype,
                 shape: tensor.shape.clone(),
             };
             let entries = shapes.into_iter().map(entry).chain(kept.iter().map(kept_entry)).collect();
-            let metadata = match &config.base_mark {
+            let metadata = match &self.base_mark {
                 Some(mark) => json!({ "format": "pt", BASE_MARK: mark }),
                 None => json!({ "format": "pt" }),
             };
             let mut writer = Writer::new(BufWriter::new(file), metadata, entries, Vec::new());
             fill(&mut |name, values| {
-                let raw: Vec<u8> = halves(values, name)?.iter().flat_map(|v| v.to_le_bytes()).collect();
-                writer.write(&format!("{PREFIX}{name}"), 0, &raw).map_err(failed)
+                writer.write(&written(kind, name), 0, &kind.stored().bytes(values, name)?).map_err(failed)
             })?;
             for (name, tensor) in &kept {
                 writer.write(&format!("{PREFIX}{name}"), 0, &tensor.bytes).map_err(failed)?;
             }
             writer.finish().map(|_| ()).map_err(failed)
         })?;
-        let mut text = serde_json::to_vec_pretty(&config.json(replaced, &adapted)).expect("a JSON value serializes");
+        let config = config::json(&self.method, self.base.as_deref(), &self.replaced, &adapted);
+        let mut text = serde_json::to_vec_pretty(&config).expect("a JSON value serializes");
         text.push(b'\n');
         Self::commit(dir, weights, &text)
     }
@@ -263,6 +279,17 @@ impl AdapterFile {
     }
 }
 
+/// Paths of the modules that tensors of `shapes` adapt, in their order.
+fn adapted(kind: Kind, shapes: &[(String, Vec<usize>)]) -> Vec<String> {
+    let Some(first) = kind.parts().first() else { return Vec::new() };
+    shapes.iter().filter_map(|(name, _)| Some(name.strip_suffix(first)?.strip_suffix('.')?.to_owned())).collect()
+}
+
+/// The name of a tensor in the file: what belongs to no module has no prefix.
+fn written(kind: Kind, name: &str) -> String {
+    if kind.shared().contains(&name) { name.to_owned() } else { format!("{PREFIX}{name}") }
+}
+
 /// Whether a class such as `Qwen2ForCausalLM` is one of `family`, such as `qwen2`.
 fn is_of_family(class: &str, family: &str) -> bool {
     let plain = |text: &str| text.replace(['_', '-'], "").to_ascii_lowercase();
@@ -272,6 +299,6 @@ fn is_of_family(class: &str, family: &str) -> bool {
 }
 
 /// A whole number as such: PEFT takes ranks for sizes.
-fn number(value: f64) -> Value {
+pub(super) fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value < 1e15 { json!(value as u64) } else { json!(value) }
 }

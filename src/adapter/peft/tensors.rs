@@ -1,86 +1,15 @@
-//! What an adapter's weights file holds: pairs of LoRA matrices, and whole weights that stand in for the base's.
+//! What an adapter's weights file holds: the method's tensors, and whole weights that stand in for the base's.
 
-use super::config::{Parsed, Patterns};
+use super::CONFIG;
+use super::config::Parsed;
 use super::keys::{Key, Part, parse};
-use super::{CONFIG, LoraConfig};
+use crate::adapter::tensor::{HostTensor, Tensors};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::widen;
-use half::f16;
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-
-/// A small matrix on the host.
-#[derive(Clone, Debug, PartialEq)]
-pub struct HostTensor {
-    /// Rows and columns.
-    pub shape: [usize; 2],
-    /// Row-major values.
-    pub data: Vec<f32>,
-}
-
-impl HostTensor {
-    /// The values as an adapter's file holds them; `name` is for the error.
-    ///
-    /// # Errors
-    /// A value is not finite in f16.
-    pub fn rounded(mut self, name: &str) -> Result<Self> {
-        let halves = halves(&self.data, name)?;
-        self.data.iter_mut().zip(halves).for_each(|(v, half)| *v = half.to_f32());
-        Ok(self)
-    }
-}
-
-/// `values` in f16; `name` is for the error.
-pub(super) fn halves(values: &[f32], name: &str) -> Result<Vec<f16>> {
-    let halves: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
-    match halves.iter().position(|v| !v.is_finite()) {
-        None => Ok(halves),
-        Some(at) => {
-            let message = format!("value {at} is `{}`, which f16 cannot hold; lower the learning rate", values[at]);
-            Err(Error::new(ErrorCode::Diverged, format!("tensor `{name}`"), message))
-        }
-    }
-}
-
-/// LoRA matrices of one linear layer.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoraModule {
-    /// Path of the layer in the base model, such as `model.layers.0.self_attn.q_proj`.
-    pub path: String,
-    /// `[r, in]`.
-    pub a: HostTensor,
-    /// `[out, r]`.
-    pub b: HostTensor,
-    /// Factor on `B A`.
-    pub scale: f32,
-}
-
-impl LoraModule {
-    /// A module with the scale that `config` gives it.
-    pub fn new(path: String, a: HostTensor, b: HostTensor, config: &LoraConfig) -> Self {
-        Self { path, a, b, scale: config.scale(config.rank, config.alpha) }
-    }
-
-    /// Checks that the matrices fit a layer of shape `(out, in)`.
-    ///
-    /// # Errors
-    /// They belong to another base.
-    pub fn check_shape(&self, dir: &Path, (out, input): (usize, usize)) -> Result<()> {
-        let got = (self.b.shape[0], self.a.shape[1]);
-        if got == (out, input) {
-            return Ok(());
-        }
-        let message = format!(
-            "expected matrices for a layer `[{out}, {input}]`, got `[{}, {}]`; use the base that the adapter was \
-             trained on",
-            got.0, got.1
-        );
-        let place = format!("`{}`: module `{}`", dir.display(), self.path);
-        Err(Error::new(ErrorCode::AdapterMismatch, place, message))
-    }
-}
 
 /// A weight that stands in for one of the base while the adapter is attached. Its bytes lie in the mapped file.
 #[derive(Clone, Debug)]
@@ -152,12 +81,32 @@ impl Replacements {
 
 /// All that is in the file.
 pub(super) struct Contents {
-    pub modules: Vec<LoraModule>,
+    pub tensors: Tensors,
+    /// Paths of the adapted modules.
+    pub adapted: Vec<String>,
     pub replaced: Replacements,
     /// The file's free metadata about the base.
     pub base_mark: Option<String>,
     /// What of the config has no effect.
     pub warnings: Vec<String>,
+}
+
+/// A module for which the file has tensors of the method: what the method checks.
+#[derive(Debug)]
+pub(in crate::adapter) struct Found {
+    /// Path of the module in the base model.
+    pub path: String,
+    /// The path as the training program had it.
+    pub written: String,
+    /// Shapes of its parts, in the method's order.
+    pub shapes: Vec<Vec<usize>>,
+}
+
+impl Found {
+    /// Both paths: a pattern may match either.
+    pub fn names(&self) -> [&str; 2] {
+        [&self.path, &self.written]
+    }
 }
 
 /// Where the mark of the base's weights lies in the metadata.
@@ -167,21 +116,24 @@ pub(super) const BASE_MARK: &str = "pocketlora.base";
 ///
 /// # Errors
 /// The file is broken, contradicts its config, or holds what is not supported.
-pub(super) fn read(path: &Path, parsed: &Parsed) -> Result<Contents> {
+pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
     let file = TensorFile::open(path)?;
-    let mut halves: BTreeMap<String, (String, [Option<HostTensor>; 2])> = BTreeMap::new();
+    let kind = parsed.method.kind();
+    let mut own: BTreeMap<String, (String, Vec<Option<HostTensor>>)> = BTreeMap::new();
+    let mut tensors = Tensors::new();
     let mut whole: BTreeMap<(String, &'static str, bool), Tensor> = BTreeMap::new();
     let mut rows = BTreeMap::new();
     let mut adapters = BTreeSet::new();
     for (name, tensor) in file.tensors() {
-        let Key { module, written, part, adapter } = parse(path, name)?;
+        let Key { module, written, part, adapter } = parse(path, name, kind)?;
         adapters.extend(adapter);
         let again = match part {
-            Part::A | Part::B => {
+            Part::Own(part) => {
                 let value = host_tensor(path, name, tensor)?;
-                let (_, pair) = halves.entry(module).or_insert((written, [None, None]));
-                pair[usize::from(part == Part::B)].replace(value).is_some()
+                let (_, parts) = own.entry(module).or_insert((written, vec![None; kind.parts().len()]));
+                parts[part].replace(value).is_some()
             }
+            Part::Shared(name) => tensors.insert(name.to_owned(), host_tensor(path, name, tensor)?).is_some(),
             Part::InPlace(kind) => {
                 let copy = is_saved(&parsed.modules_to_save, [&module, &written]);
                 if !copy {
@@ -202,8 +154,12 @@ pub(super) fn read(path: &Path, parsed: &Parsed) -> Result<Contents> {
         let next = "save each of them to a folder of its own with PEFT's `save_pretrained`";
         return Err(Error::unsupported(path, format!("a file with the adapters `{names}`"), next));
     }
-    if halves.is_empty() && whole.is_empty() && rows.is_empty() {
-        return Err(Error::format(path, "tensors", "LoRA matrices", "none"));
+    let missing = kind.shared().iter().find(|name| !tensors.contains_key(**name));
+    if let Some(missing) = missing {
+        return Err(Error::format(path, format!("tensor `{missing}`"), "it to be there", "none"));
+    }
+    if own.is_empty() && tensors.is_empty() && whole.is_empty() && rows.is_empty() {
+        return Err(Error::format(path, "tensors", format!("those of a {}", kind.name()), "none"));
     }
     let whole: Vec<_> =
         whole.into_iter().map(|((module, kind, copy), tensor)| WholeTensor { module, kind, copy, tensor }).collect();
@@ -214,34 +170,32 @@ pub(super) fn read(path: &Path, parsed: &Parsed) -> Result<Contents> {
             return Err(Error::format(path, item, "its weights in the file", "none"));
         }
     }
-    let config = &parsed.config;
-    let (ranks, alphas) = (Patterns::new(path, &config.rank_pattern)?, Patterns::new(path, &config.alpha_pattern)?);
-    let names: Vec<[&str; 2]> =
-        halves.iter().map(|(module, (written, _))| [module.as_str(), written.as_str()]).collect();
-    let mut warnings = Vec::new();
-    for (key, patterns) in [("rank_pattern", &ranks), ("alpha_pattern", &alphas)] {
-        let idle = patterns.idle(&names)?;
-        warnings.extend(idle.iter().map(|pattern| format!("`{pattern}` in `{key}` matches no adapted layer")));
+    let mut found = Vec::with_capacity(own.len());
+    for (module, (written, parts)) in own {
+        let mut shapes = Vec::with_capacity(parts.len());
+        for (part, value) in kind.parts().iter().zip(parts) {
+            let missing = || Error::format(path, format!("module `{module}`"), format!("`{part}`"), "none");
+            let value = value.ok_or_else(missing)?;
+            shapes.push(value.shape.clone());
+            tensors.insert(format!("{module}.{part}"), value);
+        }
+        found.push(Found { path: module, written, shapes });
     }
-    let join = |(module, (written, pair)): (String, (String, [Option<HostTensor>; 2]))| {
-        let names = [module.as_str(), written.as_str()];
-        if !parsed.targets.names(names)? {
+    let warnings = parsed.method.check(path, &found)?;
+    for module in &found {
+        if !parsed.targets.names(module.names())? {
             let message = format!(
-                "its LoRA matrices are in the file, but the keys of {CONFIG} that choose layers (`target_modules` and \
-                 those beside it) leave it out; correct them, or save the adapter again with PEFT"
+                "its tensors are in the file, but the keys of {CONFIG} that choose layers (`target_modules` and those \
+                 beside it) leave it out; correct them, or save the adapter again with PEFT"
             );
-            let place = format!("`{}`: module `{written}`", path.display());
+            let place = format!("`{}`: module `{}`", path.display(), module.written);
             return Err(Error::new(ErrorCode::Format, place, message));
         }
-        let rank = ranks.value_for(names)?.map_or(config.rank, |r| r as usize);
-        let scale = config.scale(rank, alphas.value_for(names)?.unwrap_or(config.alpha));
-        let [a, b] = self::pair(path, rank, &module, pair)?;
-        Ok(LoraModule { path: module, a, b, scale })
-    };
-    let modules = halves.into_iter().map(join).collect::<Result<_>>()?;
+    }
+    let adapted = found.into_iter().map(|module| module.path).collect();
     let rows = rows_of(path, &parsed.rows, rows)?;
     let replaced = Replacements { whole, rows, ties_copies: parsed.ties_copies };
-    Ok(Contents { modules, replaced, base_mark: file.metadata().get(BASE_MARK).cloned(), warnings })
+    Ok(Contents { tensors, adapted, replaced, base_mark: file.metadata().get(BASE_MARK).cloned(), warnings })
 }
 
 /// Refuses a whole tensor of a module that the config says nothing of: PEFT loads the embedding, the head and norms as
@@ -298,31 +252,18 @@ fn rows_of(path: &Path, ids: &[(String, Vec<u32>)], mut rows: BTreeMap<String, H
     }
 }
 
-/// Both halves of a module, of the rank that the config gives it.
-fn pair(path: &Path, rank: usize, module: &str, pair: [Option<HostTensor>; 2]) -> Result<[HostTensor; 2]> {
-    let missing = |half| Error::format(path, format!("module `{module}`"), format!("`{half}.weight`"), "none");
-    let [a, b] = pair;
-    let a = a.ok_or_else(|| missing("lora_A"))?;
-    let b = b.ok_or_else(|| missing("lora_B"))?;
-    if a.shape[0] != rank || b.shape[1] != rank {
-        let got = format!("A `{:?}` and B `{:?}`", a.shape, b.shape);
-        return Err(Error::format(path, format!("module `{module}`"), format!("rank {rank} from {CONFIG}"), got));
-    }
-    Ok([a, b])
-}
-
-/// Widens a float matrix to f32 and refuses values that would poison every result.
+/// Widens a float tensor to f32 and refuses values that would poison every result.
 fn host_tensor(path: &Path, name: &str, tensor: &Tensor) -> Result<HostTensor> {
     let item = || format!("tensor `{name}`");
-    let [rows, cols] = tensor.shape[..] else {
+    if tensor.shape.len() != 2 {
         return Err(Error::format(path, item(), "two dimensions", format!("`{:?}`", tensor.shape)));
-    };
+    }
     let float =
         tensor.float_type().ok_or_else(|| Error::format(path, item(), "F32, F16 or BF16", tensor.describe()))?;
-    let mut data = vec![0.0; rows * cols];
+    let mut data = vec![0.0; tensor.shape.iter().product()];
     widen(float, &tensor.bytes, &mut data);
     if let Some(at) = data.iter().position(|v| !v.is_finite()) {
         return Err(Error::format(path, format!("{} value {at}", item()), "a finite number", data[at]));
     }
-    Ok(HostTensor { shape: [rows, cols], data })
+    Ok(HostTensor { shape: tensor.shape.clone(), data })
 }

@@ -140,8 +140,8 @@ fn fit(
     let Chosen { mut config, given } = chosen;
     if let Some(file) = &mut init {
         // Before the data is read: here it is known what somebody chose, be it the default.
-        config = config.with_adapter(session.base().model.params(), file, &|key| given.contains(key))?;
-        file.config.dropout = f64::from(config.dropout);
+        config = config.with_adapter(session.base().model.as_ref(), file, &|key| given.contains(key))?;
+        file.method.set_in_training(&config.adapter());
     }
     let material = read(session, &config, init.as_ref(), args)?;
     let mut trainer = session.trainer_of(config, material, init.as_ref(), args.out())?;

@@ -19,6 +19,10 @@ pub(super) struct Chosen {
 #[derive(clap::Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Settings {
+    /// Method of the adapter: lora. [default: lora]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    method: Option<String>,
     /// Rank of the adapter. [default: 8]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
