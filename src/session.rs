@@ -117,7 +117,7 @@ impl Session {
         let base = Arc::new(base);
         Ok(Self {
             adapters: Adapters::none(&base),
-            context: Context::new(&base, numbers),
+            context: Context::new(&base, numbers)?,
             base,
             base_name: options.base_name.clone().unwrap_or_else(|| dir.to_string_lossy().into_owned()),
             dir,

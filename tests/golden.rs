@@ -5,6 +5,7 @@ mod common;
 use common::{check_all, convert, golden, ids, logits, max_diff, open_exact, tensors};
 use pocketlora::Session;
 use pocketlora::adapter::AdapterFile;
+use pocketlora::exec::infer::{Logits, Sequence, Step, Workspace};
 use pocketlora::format::Target;
 use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
 use serde_json::json;
@@ -154,12 +155,17 @@ fn a_cache_filled_in_pieces_gives_the_same_logits() {
     let ids = ids(&tensors(&golden("tiny_variants_logits.safetensors"))["ids"]);
     let whole = logits(&session, &ids);
     let vocab = base.model.config().vocab_size;
-    let mut state = pocketlora::exec::infer::State::new(base, session.numbers());
+    let mut sequence = Sequence::new(base, session.numbers().cache).unwrap();
+    let mut work = Workspace::new(session.numbers().arithmetic);
     let mut row = 0;
     for piece in [&ids[..5], &ids[5..6], &ids[6..17], &ids[17..]] {
-        let hidden = base.forward(session.adapters(), &mut state, piece).unwrap();
-        let rows: Vec<u32> = (0..piece.len() as u32).collect();
-        let part = base.logits(session.adapters(), &mut state, &hidden, &rows).unwrap();
+        let step = Step { sequence: &mut sequence, ids: piece, adapters: session.adapters(), logits: 0..piece.len() };
+        let mut part = Vec::new();
+        let mut take = |logits: Logits| {
+            part.extend(logits.values);
+            Ok(())
+        };
+        base.forward(&mut work, &mut [step], &mut || true, &mut take).unwrap();
         expect_close("piece", &part, &whole[row * vocab..(row + piece.len()) * vocab], 1e-4).unwrap();
         row += piece.len();
     }

@@ -10,6 +10,7 @@ mod keys;
 mod known;
 mod llama;
 mod mistral;
+mod op;
 mod params;
 mod qwen2;
 mod rope;
@@ -18,7 +19,8 @@ mod testing;
 mod windows;
 
 pub use config::{Config, ConfigError};
-pub use exec::{AttentionShape, Exec, Linear, Param, RopeTable, Tensor};
+pub use exec::Exec;
+pub use op::{Activation, AttentionShape, Linear, Norm, Op, Param, RopeTable, StateId, StateSpec, Value, Width};
 pub use params::{ParamSpec, Role};
 pub use rope::Rope;
 
@@ -32,19 +34,21 @@ pub trait Model: Send + Sync {
     fn params(&self) -> &[ParamSpec];
     /// Rotary tables in use; a [`RopeTable`] is an index into this list.
     fn ropes(&self) -> &[Rope];
+    /// What layers remember of earlier tokens; a [`StateId`] is an index into this list.
+    fn states(&self) -> &[StateSpec];
     /// The weight of the last product, `[V, C]`; the embedding's where they are tied.
     fn head_param(&self) -> Param;
     /// Token embeddings `[T, C]` of the executor's current tokens.
-    fn embed(&self, ex: &mut dyn Exec) -> Tensor;
+    fn embed(&self, ex: &mut dyn Exec) -> Value;
     /// Layer number `index` applied to `x` `[T, C]`.
-    fn layer(&self, ex: &mut dyn Exec, index: usize, x: Tensor) -> Tensor;
+    fn layer(&self, ex: &mut dyn Exec, index: usize, x: Value) -> Value;
     /// The last norm of hidden states `x` `[T, C]`, as [`Model::head`] takes it first.
-    fn norm(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor;
+    fn norm(&self, ex: &mut dyn Exec, x: Value) -> Value;
     /// The layer that makes logits of what [`Model::norm`] returns, if it is all that does: an executor may then compute
     /// what follows from logits without holding them. `None` where a family does more to them.
     fn plain_head(&self) -> Option<Linear>;
     /// Logits `[T, V]` of hidden states `x` `[T, C]`.
-    fn head(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor;
+    fn head(&self, ex: &mut dyn Exec, x: Value) -> Value;
 }
 
 /// A kind of model: its name, what it reads of a config, and how it is made.

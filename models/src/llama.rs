@@ -1,8 +1,9 @@
 //! Llama (Touvron et al. 2023): pre-norm decoder with grouped-query attention, RoPE and SwiGLU.
 
 use crate::config::{Config, ConfigError, Defaults};
-use crate::exec::{AttentionShape, Exec, Linear, Param, RopeTable, Tensor};
+use crate::exec::Exec;
 use crate::keys::Keys;
+use crate::op::{AttentionShape, Linear, Norm, Param, RopeTable, StateId, StateSpec, Value};
 use crate::params::{ParamList, ParamSpec, Role};
 use crate::rope::{Rope, RopeKeys};
 use crate::windows::WindowKeys;
@@ -26,23 +27,23 @@ pub(crate) struct Variant {
 /// A model of the Llama kind.
 pub(crate) struct Llama {
     config: Config,
-    norm_eps: f32,
     params: Vec<ParamSpec>,
     ropes: [Rope; 1],
+    states: Vec<StateSpec>,
     embed_tokens: Param,
     layers: Vec<Layer>,
-    norm: Param,
+    norm: Norm,
     lm_head: Linear,
 }
 
 struct Layer {
-    input_norm: Param,
+    input_norm: Norm,
     q: Linear,
     k: Linear,
     v: Linear,
     o: Linear,
     attention: AttentionShape,
-    post_attention_norm: Param,
+    post_attention_norm: Norm,
     gate: Linear,
     up: Linear,
     down: Linear,
@@ -74,18 +75,19 @@ impl Llama {
     pub(crate) fn new(keys: &Keys<'_>, config: Config, variant: &Variant) -> Result<Self, ConfigError> {
         let mut p = ParamList::default();
         let embed_tokens = p.table("model.embed_tokens", config.vocab_size, config.hidden_size, Role::Embedding);
-        let ffn = keys.size("intermediate_size")?;
-        let layers = (0..config.layers).map(|i| Layer::new(&mut p, &config, ffn, variant, i)).collect();
-        let norm = p.norm("model.norm", config.hidden_size);
+        let (ffn, eps) = (keys.size("intermediate_size")?, keys.share("rms_norm_eps", 1e-6)?);
+        let layers = (0..config.layers).map(|i| Layer::new(&mut p, &config, ffn, eps, variant, i)).collect();
+        let norm = p.rms_norm("model.norm", config.hidden_size, eps);
         let lm_head = p.head(&config, embed_tokens);
-        let norm_eps = keys.share("rms_norm_eps", 1e-6)?;
         let ropes = [RopeKeys::of(&config).read(keys)?];
-        Ok(Self { config, norm_eps, params: p.0, ropes, embed_tokens, layers, norm, lm_head })
+        let (kv_heads, head_dim) = (config.kv_heads, config.head_dim);
+        let states = variant.windows.iter().map(|&window| StateSpec::Kv { kv_heads, head_dim, window }).collect();
+        Ok(Self { config, params: p.0, ropes, states, embed_tokens, layers, norm, lm_head })
     }
 }
 
 impl Layer {
-    fn new(p: &mut ParamList, c: &Config, ffn: usize, variant: &Variant, i: usize) -> Self {
+    fn new(p: &mut ParamList, c: &Config, ffn: usize, eps: f32, variant: &Variant, i: usize) -> Self {
         let at = format!("model.layers.{i}");
         let (q_width, kv_width) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let attention = AttentionShape {
@@ -96,13 +98,13 @@ impl Layer {
             window: variant.windows[i],
         };
         Self {
-            input_norm: p.norm(&format!("{at}.input_layernorm"), c.hidden_size),
+            input_norm: p.rms_norm(&format!("{at}.input_layernorm"), c.hidden_size, eps),
             q: p.linear(&format!("{at}.self_attn.q_proj"), q_width, c.hidden_size, variant.qkv_bias),
             k: p.linear(&format!("{at}.self_attn.k_proj"), kv_width, c.hidden_size, variant.qkv_bias),
             v: p.linear(&format!("{at}.self_attn.v_proj"), kv_width, c.hidden_size, variant.qkv_bias),
             o: p.linear(&format!("{at}.self_attn.o_proj"), c.hidden_size, q_width, variant.o_bias),
             attention,
-            post_attention_norm: p.norm(&format!("{at}.post_attention_layernorm"), c.hidden_size),
+            post_attention_norm: p.rms_norm(&format!("{at}.post_attention_layernorm"), c.hidden_size, eps),
             gate: p.linear(&format!("{at}.mlp.gate_proj"), ffn, c.hidden_size, variant.mlp_bias),
             up: p.linear(&format!("{at}.mlp.up_proj"), ffn, c.hidden_size, variant.mlp_bias),
             down: p.linear(&format!("{at}.mlp.down_proj"), c.hidden_size, ffn, variant.mlp_bias),
@@ -123,40 +125,44 @@ impl Model for Llama {
         &self.ropes
     }
 
+    fn states(&self) -> &[StateSpec] {
+        &self.states
+    }
+
     fn head_param(&self) -> Param {
         self.lm_head.weight
     }
 
-    fn embed(&self, ex: &mut dyn Exec) -> Tensor {
+    fn embed(&self, ex: &mut dyn Exec) -> Value {
         ex.embed(self.embed_tokens)
     }
 
-    fn layer(&self, ex: &mut dyn Exec, index: usize, x: Tensor) -> Tensor {
-        let (l, eps, rope) = (&self.layers[index], self.norm_eps, RopeTable(0));
+    fn layer(&self, ex: &mut dyn Exec, index: usize, x: Value) -> Value {
+        let (l, state, rope) = (&self.layers[index], StateId(index as u16), RopeTable(0));
 
-        let h = ex.rms_norm(l.input_norm, eps, x);
+        let h = ex.rms_norm(l.input_norm, x);
         let [q, k, v] = ex.linear_group([l.q, l.k, l.v], h);
         let (q, k) = (ex.rope(rope, l.attention.heads, q), ex.rope(rope, l.attention.kv_heads, k));
-        let a = ex.attention(index, &l.attention, q, k, v);
+        let a = ex.attention(state, l.attention, q, k, v);
         let o = ex.linear(l.o, a);
         let x = ex.add(x, o);
 
-        let h = ex.rms_norm(l.post_attention_norm, eps, x);
+        let h = ex.rms_norm(l.post_attention_norm, x);
         let [gate, up] = ex.linear_group([l.gate, l.up], h);
         let h = ex.swiglu(gate, up);
         let down = ex.linear(l.down, h);
         ex.add(x, down)
     }
 
-    fn norm(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor {
-        ex.rms_norm(self.norm, self.norm_eps, x)
+    fn norm(&self, ex: &mut dyn Exec, x: Value) -> Value {
+        ex.rms_norm(self.norm, x)
     }
 
     fn plain_head(&self) -> Option<Linear> {
         Some(self.lm_head)
     }
 
-    fn head(&self, ex: &mut dyn Exec, x: Tensor) -> Tensor {
+    fn head(&self, ex: &mut dyn Exec, x: Value) -> Value {
         let h = self.norm(ex, x);
         ex.linear(self.lm_head, h)
     }

@@ -1,7 +1,7 @@
 //! The list of a model's parameters under the checkpoint's names.
 
 use crate::config::Config;
-use crate::exec::{Linear, Param};
+use crate::op::{Linear, Norm, Param};
 
 /// What a parameter is for; it decides how it is stored and whether an adapter may attach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,13 +49,18 @@ impl ParamList {
         self.push(format!("{module}.weight"), vec![rows, cols], role)
     }
 
-    pub(crate) fn norm(&mut self, module: &str, width: usize) -> Param {
-        self.push(format!("{module}.weight"), vec![width], Role::Vector)
+    pub(crate) fn vector(&mut self, name: String, width: usize) -> Param {
+        self.push(name, vec![width], Role::Vector)
+    }
+
+    pub(crate) fn rms_norm(&mut self, module: &str, width: usize, eps: f32) -> Norm {
+        let weight = self.vector(format!("{module}.weight"), width);
+        Norm { weight: Some(weight), width, eps, plus_one: false }
     }
 
     pub(crate) fn linear(&mut self, module: &str, out: usize, input: usize, bias: bool) -> Linear {
         let weight = self.push(format!("{module}.weight"), vec![out, input], Role::Linear);
-        let bias = bias.then(|| self.push(format!("{module}.bias"), vec![out], Role::Vector));
+        let bias = bias.then(|| self.vector(format!("{module}.bias"), out));
         Linear { weight, bias }
     }
 

@@ -37,6 +37,12 @@ impl<B: Backend> Clone for Replaced<B> {
 }
 
 impl<B: Backend> Replaced<B> {
+    /// Whether all weights are the base's.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.owners.is_empty()
+    }
+
     /// What tokens are looked up in, if it is not the base's.
     pub fn table(&self) -> Option<&B::Matrix> {
         self.table.as_deref()

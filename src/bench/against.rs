@@ -203,7 +203,7 @@ fn whole(
     let (plain, threads) = (Adapters::none(base), base.backend.threads());
     let ids = infer::tokens(base, options.decode.max(options.prefill));
     let (prompt, answer) = (&ids[..options.prefill], &ids[..options.decode]);
-    let mut context = Context::new(base, session.numbers());
+    let mut context = Context::new(base, session.numbers())?;
     let open = |file: &PathBuf| Llama::open(file, ids.len(), threads);
     let mut theirs: Vec<Llama> = files.iter().map(open).collect::<Result<_>>()?;
 

@@ -38,7 +38,7 @@ pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progr
     let base = session.base();
     let plain = Adapters::none(base);
     let ids = tokens(base, options.decode.max(options.prefill));
-    let mut context = Context::new(base, session.numbers());
+    let mut context = Context::new(base, session.numbers())?;
     let mut decode = |adapters: &Adapters<Cpu>| decode(base, adapters, &mut context, &ids[..options.decode]);
 
     // Warm-up, which brings the weights into memory; and what decoding holds, before anything else is held.

@@ -8,14 +8,11 @@ pub use metrics::*;
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::Pool;
-use crate::exec::infer::{PREFILL_CHUNK, State};
+use crate::exec::infer::{PREFILL_CHUNK, Sequence, Step, Workspace};
 use crate::memory::Peak;
 use crate::session::Session;
 use crate::train::{Dataset, Layout, MicroBatch, Watch, micro_step};
 use pocketlora_kernels::Backend;
-
-/// Rows of logits held at once.
-const LOGIT_ROWS: usize = 32;
 
 /// Losses over a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -80,19 +77,19 @@ pub fn logits_of(
         return Err(Error::new(ErrorCode::Data, "text", message));
     }
     base.backend.scope(|| {
-        let mut state = State::new(base, session.numbers());
+        let mut sequence = Sequence::new(base, session.numbers().cache)?;
+        let mut work = Workspace::new(session.numbers().arithmetic);
+        let vocab = base.vocabulary(adapters.replaced());
         let mut row = 0;
         for chunk in ids.chunks(PREFILL_CHUNK) {
-            let hidden = base.forward(adapters, &mut state, chunk)?;
-            let rows: Vec<u32> = (0..chunk.len() as u32).collect();
-            for rows in rows.chunks(LOGIT_ROWS) {
-                let logits = base.logits(adapters, &mut state, &hidden, rows)?;
-                for one in logits.chunks_exact(base.vocabulary(adapters.replaced())) {
+            let step = Step { sequence: &mut sequence, ids: chunk, adapters, logits: 0..chunk.len() };
+            base.forward(&mut work, &mut [step], &mut || true, &mut |logits| {
+                for one in logits.values.chunks_exact(vocab) {
                     on_row(row, one)?;
                     row += 1;
                 }
-            }
-            base.recycle(&mut state, hidden);
+                Ok(())
+            })?;
             if !progress(chunk.len()) {
                 return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));
             }

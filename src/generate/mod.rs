@@ -9,7 +9,7 @@ pub use sampler::{Sampler, Sampling};
 use crate::adapter::Adapters;
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::Base;
-use crate::exec::infer::{Numbers, PREFILL_CHUNK, State};
+use crate::exec::infer::{Numbers, PREFILL_CHUNK, Sequence, Step, Workspace};
 use pocketlora_kernels::Backend;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -74,20 +74,24 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 /// A text that grows by prompts and answers; its keys and values are kept, so that a chat's next turn costs only its
 /// new tokens.
 pub struct Context<B: Backend> {
-    state: State<B>,
+    sequence: Sequence<B>,
+    work: Workspace<B>,
     ids: Vec<u32>,
 }
 
 impl<B: Backend> Context<B> {
     /// An empty context.
-    pub fn new(base: &Base<B>, numbers: Numbers) -> Self {
-        Self { state: State::new(base, numbers), ids: Vec::new() }
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(base: &Base<B>, numbers: Numbers) -> Result<Self> {
+        let (sequence, work) = (Sequence::new(base, numbers.cache)?, Workspace::new(numbers.arithmetic));
+        Ok(Self { sequence, work, ids: Vec::new() })
     }
 
     /// Forgets everything, as when another adapter changes what the kept keys should have been.
     pub fn clear(&mut self, base: &Base<B>) {
-        self.state.truncate(base, 0);
-        self.ids.clear();
+        self.rewind(base, 0);
     }
 
     /// Continues `prompt` by up to `max_tokens` tokens. `on_token` sees each and may stop the answer.
@@ -117,8 +121,7 @@ impl<B: Backend> Context<B> {
         let start = Instant::now();
         // The last prompt token is always run again: its logits choose the first new token.
         let kept = self.ids.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
-        self.state.truncate(base, kept);
-        self.ids.truncate(kept);
+        let kept = self.rewind(base, kept);
         let prefilled = prompt.len() - kept;
         let mut logits = self.advance(base, adapters, &prompt[kept..])?;
 
@@ -152,6 +155,13 @@ impl<B: Backend> Context<B> {
         Ok(Generated { ids, prompt_tokens: prompt.len(), prefilled, prefill, decode, finish })
     }
 
+    /// Keeps the first `to` tokens, or fewer where the model cannot go back so far; returns how many.
+    fn rewind(&mut self, base: &Base<B>, to: usize) -> usize {
+        let kept = self.sequence.rewind(base, to);
+        self.ids.truncate(kept);
+        kept
+    }
+
     /// Runs `ids` after what is held and returns the logits after the last of them: for code that picks tokens itself.
     ///
     /// # Errors
@@ -160,11 +170,16 @@ impl<B: Backend> Context<B> {
         let mut logits = Vec::new();
         let last_chunk = ids.len().div_ceil(PREFILL_CHUNK).saturating_sub(1);
         for (i, chunk) in ids.chunks(PREFILL_CHUNK).enumerate() {
-            let hidden = base.forward(adapters, &mut self.state, chunk)?;
-            if i == last_chunk {
-                logits = base.logits(adapters, &mut self.state, &hidden, &[chunk.len() as u32 - 1])?;
+            let wanted = if i == last_chunk { chunk.len() - 1..chunk.len() } else { 0..0 };
+            let step = Step { sequence: &mut self.sequence, ids: chunk, adapters, logits: wanted };
+            let result = base.forward(&mut self.work, &mut [step], &mut || true, &mut |made| {
+                logits = made.values;
+                Ok(())
+            });
+            if let Err(e) = result {
+                self.ids.truncate(self.sequence.len());
+                return Err(e);
             }
-            base.recycle(&mut self.state, hidden);
             self.ids.extend_from_slice(chunk);
         }
         Ok(logits)

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::exec::Pool;
 use crate::exec::train::{Gradients, Pass};
 use pocketlora_kernels::Backend;
-use pocketlora_models::Tensor;
+use pocketlora_models::Value;
 
 /// Rows of logits held at once where they must be made: `[64, V]`, not `[T, V]`.
 const LOGIT_ROWS: usize = 64;
@@ -66,7 +66,7 @@ fn rows_loss<B: Backend>(
     let mut losses = pool.take(backend, targets.len())?;
     let Some(head) = pass.plain_head() else {
         let mut tape = pass.tape(Some(h), true, pool);
-        let y = model.head(&mut tape, Tensor(0));
+        let y = model.head(&mut tape, Value(0));
         backend.cross_entropy(targets, scale, tape.value(y)?, &mut losses);
         watch.peak.sample();
         let dh = match grads {
@@ -87,7 +87,7 @@ fn rows_loss<B: Backend>(
         None => None,
     };
     let mut tape = pass.tape(Some(h), true, pool);
-    let y = model.norm(&mut tape, Tensor(0));
+    let y = model.norm(&mut tape, Value(0));
     let normed = tape.value(y)?;
     let arithmetic = pass.arithmetic();
     backend.linear_cross_entropy(arithmetic, head, targets, scale, normed, &mut losses, dy.as_mut())?;

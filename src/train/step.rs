@@ -7,7 +7,7 @@ use crate::exec::train::{Batch, Gradients, Pass};
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
 use pocketlora_kernels::{Arithmetic, Backend, narrow_width};
-use pocketlora_models::Tensor;
+use pocketlora_models::Value;
 use serde::{Serialize, Serializer};
 
 /// Samples laid end to end with the rows whose next token is learned.
@@ -186,7 +186,7 @@ pub fn micro_step<B: Backend>(
             watch.check()?;
             let x = inputs.restore(layer, pool, watch)?;
             let mut tape = pass.tape(Some(x), layer > 0, pool);
-            let y = base.model.layer(&mut tape, layer, Tensor(0));
+            let y = base.model.layer(&mut tape, layer, Value(0));
             match tape.backward_by(y, dx, grads, layout.part, &mut || watch.peak.sample())? {
                 Some(next) => dx = next,
                 None => {
@@ -219,7 +219,7 @@ impl<B: Backend> Inputs<'_, B> {
     /// Layer number `layer` applied to `x`.
     fn forward(&self, layer: usize, x: B::Buffer, pool: &mut Pool<B>) -> Result<B::Buffer> {
         let mut tape = self.pass.tape(Some(x), false, pool);
-        let y = self.pass.base().model.layer(&mut tape, layer, Tensor(0));
+        let y = self.pass.base().model.layer(&mut tape, layer, Value(0));
         tape.into_value_by(y, self.layout.part)
     }
 

@@ -1,8 +1,8 @@
 //! How likely a model finds a text after another.
 
-use super::{LOGIT_ROWS, nll};
+use super::nll;
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::infer::{PREFILL_CHUNK, State};
+use crate::exec::infer::{PREFILL_CHUNK, Sequence, Step, Workspace};
 use crate::session::Session;
 use pocketlora_kernels::{Backend, Cpu};
 use std::ops::Range;
@@ -10,15 +10,18 @@ use std::ops::Range;
 /// Scores continuations; what the texts share at their beginning is run once.
 pub(super) struct Likelihood<'s> {
     session: &'s Session,
-    state: State<Cpu>,
+    sequence: Sequence<Cpu>,
+    work: Workspace<Cpu>,
     held: Vec<u32>,
     /// Tokens run.
     pub tokens: usize,
 }
 
 impl<'s> Likelihood<'s> {
-    pub fn new(session: &'s Session) -> Self {
-        Self { session, state: State::new(session.base(), session.numbers()), held: Vec::new(), tokens: 0 }
+    pub fn new(session: &'s Session) -> Result<Self> {
+        let numbers = session.numbers();
+        let sequence = Sequence::new(session.base(), numbers.cache)?;
+        Ok(Self { session, sequence, work: Workspace::new(numbers.arithmetic), held: Vec::new(), tokens: 0 })
     }
 
     /// Log-likelihood (natural) of the tokens of `text` that reach beyond its first `given` bytes. A token across the
@@ -54,22 +57,20 @@ impl<'s> Likelihood<'s> {
         base.check_ids(adapters.replaced(), ids)?;
         // The token before the first that counts is always run: its logits are needed.
         let kept = self.held.iter().zip(&ids[..from - 1]).take_while(|(a, b)| a == b).count();
-        self.state.truncate(base, kept);
+        let kept = self.sequence.rewind(base, kept);
         self.held.truncate(kept);
         let mut sum = 0.0;
         base.backend.scope(|| {
             let mut start = kept;
             for chunk in ids[kept..ids.len() - 1].chunks(PREFILL_CHUNK) {
-                let hidden = base.forward(adapters, &mut self.state, chunk)?;
-                let rows: Vec<u32> =
-                    (0..chunk.len()).filter(|row| start + row + 1 >= from).map(|row| row as u32).collect();
-                for rows in rows.chunks(LOGIT_ROWS) {
-                    let logits = base.logits(adapters, &mut self.state, &hidden, rows)?;
-                    for (row, logits) in rows.iter().zip(logits.chunks_exact(vocab)) {
-                        sum -= nll(logits, ids[start + *row as usize + 1] as usize);
+                let wanted = from.saturating_sub(start + 1).min(chunk.len())..chunk.len();
+                let step = Step { sequence: &mut self.sequence, ids: chunk, adapters, logits: wanted };
+                base.forward(&mut self.work, &mut [step], &mut || true, &mut |made| {
+                    for ((_, row), logits) in made.places.iter().zip(made.values.chunks_exact(vocab)) {
+                        sum -= nll(logits, ids[start + row + 1] as usize);
                     }
-                }
-                base.recycle(&mut self.state, hidden);
+                    Ok(())
+                })?;
                 start += chunk.len();
             }
             Ok::<_, Error>(())

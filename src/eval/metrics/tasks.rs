@@ -176,7 +176,7 @@ fn choices(
     report: &mut TaskReport,
     progress: &mut (dyn FnMut(usize) -> bool + Send),
 ) -> Result<()> {
-    let mut model = Likelihood::new(session);
+    let mut model = Likelihood::new(session)?;
     let (mut by_sum, mut by_length, mut right) = (Vec::new(), Vec::new(), Vec::new());
     for record in records {
         let Expected::Choice { choices, answer } = &record.expected else { continue };
@@ -209,7 +209,7 @@ fn labels(
             let mut set = right.clone();
             set.sort();
             set.dedup();
-            let mut model = Likelihood::new(session);
+            let mut model = Likelihood::new(session)?;
             for record in records {
                 let found = likelihoods(&mut model, session, record, &set, progress).map_err(|e| in_line(e, record))?;
                 predicted.push(set[argmax(found)].clone());

@@ -1,0 +1,230 @@
+//! What a family may ask of an executor: operations as data.
+//!
+//! An operation names the values that it reads; the executor numbers the values that it writes. Values are activations
+//! `[T, width]`, one row for each token. What forward and backward need to know of an operation, such as which values
+//! they read, is said here and nowhere else.
+
+/// A value of the running computation: activations `[T, width]`, owned by the executor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Value(pub u32);
+
+/// A parameter: an index into [`crate::Model::params`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Param(pub u32);
+
+/// A rotary table: an index into [`crate::Model::ropes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RopeTable(pub u8);
+
+/// What a layer remembers of earlier tokens: an index into [`crate::Model::states`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StateId(pub u16);
+
+/// What a state holds. Layers may share one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateSpec {
+    /// Keys and values of the tokens so far.
+    Kv {
+        /// Key/value heads.
+        kv_heads: usize,
+        /// Width of a head.
+        head_dim: usize,
+        /// Only the last `window` tokens are seen again; `None` keeps all.
+        window: Option<usize>,
+    },
+    /// The last `taps - 1` inputs of a convolution along the text, `[taps - 1, channels]`.
+    Conv {
+        /// Width of a row.
+        channels: usize,
+        /// Rows that one output sees, its own included.
+        taps: usize,
+    },
+    /// A matrix `[key, value]` for each head, as linear attention keeps it.
+    Matrix {
+        /// Heads.
+        heads: usize,
+        /// Width of a key.
+        key: usize,
+        /// Width of a value.
+        value: usize,
+    },
+}
+
+/// A linear layer `y = x Wᵀ + b`; adapters attach to these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Linear {
+    /// `[out, in]`.
+    pub weight: Param,
+    /// `[out]`, if the layer has one.
+    pub bias: Option<Param>,
+}
+
+/// A root-mean-square norm (Zhang & Sennrich 2019) of each `width` neighbouring elements of a row: `x / rms(x) * w`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norm {
+    /// `[width]`; without one nothing is multiplied.
+    pub weight: Option<Param>,
+    /// Elements that are normed together: the row's width, or that of a head.
+    pub width: usize,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// The file holds `w - 1`.
+    pub plus_one: bool,
+}
+
+/// Shape and masking of an attention layer. Attention is always causal.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads, each shared by `heads / kv_heads` query heads (Ainslie et al. 2023).
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor on the scores before the softmax.
+    pub scale: f32,
+    /// A token sees the last `window` tokens, itself included; `None` sees all.
+    pub window: Option<usize>,
+}
+
+/// What a gate is put through before it multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x sigmoid(x)`.
+    Silu,
+    /// GELU in its tanh form (Hendrycks & Gimpel 2016).
+    GeluTanh,
+}
+
+/// An operation with the values it reads. What it writes is `[T, ..]` as [`Op::outputs`] says.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// Rows of `table` `[V, C]` for the current tokens.
+    Embed {
+        /// The embedding.
+        table: Param,
+    },
+    /// `y = x Wᵀ + b`, plus whatever adapters are attached, for each of `layers`, which read the same `x`.
+    Linears {
+        /// One output for each.
+        layers: Vec<Linear>,
+        /// `[T, in]`.
+        x: Value,
+    },
+    /// See [`Norm`].
+    Norm {
+        /// Which one.
+        norm: Norm,
+        /// What is normed.
+        x: Value,
+    },
+    /// Rotary position embedding (Su et al. 2021) of `heads` heads: their first elements, as many as the table turns.
+    Rope {
+        /// Its angles.
+        table: RopeTable,
+        /// Heads in a row of `x`.
+        heads: usize,
+        /// `[T, heads * D]`.
+        x: Value,
+    },
+    /// Causal attention over the earlier tokens of each sequence, which `state` keeps.
+    Attention {
+        /// Heads, scale, window.
+        shape: AttentionShape,
+        /// A [`StateSpec::Kv`].
+        state: StateId,
+        /// Queries `[T, heads * D]`.
+        q: Value,
+        /// Keys `[T, kv_heads * D]`.
+        k: Value,
+        /// Values, as wide as the keys.
+        v: Value,
+    },
+    /// `activation(gate) * up` (Shazeer 2020).
+    Gate {
+        /// Of the gate.
+        activation: Activation,
+        /// `[T, F]`.
+        gate: Value,
+        /// `[T, F]`.
+        up: Value,
+    },
+    /// `factor * x`.
+    Scale {
+        /// The factor.
+        factor: f32,
+        /// Any value.
+        x: Value,
+    },
+    /// `a + b`.
+    Add {
+        /// A term.
+        a: Value,
+        /// As wide as `a`.
+        b: Value,
+    },
+}
+
+/// Width of a value that an operation writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Width {
+    /// As wide as another value.
+    Like(Value),
+    /// The rows of a weight `[rows, cols]`.
+    Rows(Param),
+    /// Its columns.
+    Cols(Param),
+    /// So many floats.
+    Of(usize),
+}
+
+impl Op {
+    /// The values that forward reads.
+    #[must_use]
+    pub fn reads(&self) -> Vec<Value> {
+        match *self {
+            Self::Embed { .. } => Vec::new(),
+            Self::Linears { x, .. } | Self::Norm { x, .. } | Self::Rope { x, .. } | Self::Scale { x, .. } => vec![x],
+            Self::Attention { q, k, v, .. } => vec![q, k, v],
+            Self::Gate { gate, up, .. } => vec![gate, up],
+            Self::Add { a, b } => vec![a, b],
+        }
+    }
+
+    /// The width of each value that it writes. Values that only backward reads come last and lead to no other operation.
+    #[must_use]
+    pub fn outputs(&self) -> Vec<Width> {
+        match self {
+            Self::Embed { table } => vec![Width::Cols(*table)],
+            Self::Linears { layers, .. } => layers.iter().map(|layer| Width::Rows(layer.weight)).collect(),
+            // The second one is the log-sum-exp of each head's scores.
+            Self::Attention { shape, q, .. } => vec![Width::Like(*q), Width::Of(shape.heads)],
+            Self::Norm { x, .. } | Self::Rope { x, .. } | Self::Scale { x, .. } => vec![Width::Like(*x)],
+            Self::Gate { gate: like, .. } | Self::Add { a: like, .. } => vec![Width::Like(*like)],
+        }
+    }
+
+    /// The values that backward reads, of an operation whose first output is `y`. A linear layer without an adapter in
+    /// training reads none: the base is frozen.
+    #[must_use]
+    pub fn keeps(&self, y: Value) -> Vec<Value> {
+        match *self {
+            Self::Embed { .. } | Self::Rope { .. } | Self::Scale { .. } | Self::Add { .. } => Vec::new(),
+            Self::Linears { x, .. } | Self::Norm { x, .. } => vec![x],
+            Self::Attention { q, k, v, .. } => vec![q, k, v, y, Value(y.0 + 1)],
+            Self::Gate { gate, up, .. } => vec![gate, up],
+        }
+    }
+
+    /// Whether its output costs so little that it is computed again for backward rather than kept.
+    #[must_use]
+    pub fn is_cheap(&self) -> bool {
+        matches!(self, Self::Norm { .. } | Self::Gate { .. } | Self::Scale { .. })
+    }
+
+    /// Whether rows of its output depend on the same rows of its inputs alone, wherever they are in a text.
+    #[must_use]
+    pub fn is_row_wise(&self) -> bool {
+        !matches!(self, Self::Embed { .. } | Self::Attention { .. } | Self::Rope { .. })
+    }
+}

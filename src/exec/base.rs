@@ -1,0 +1,175 @@
+//! The frozen base: a model's architecture with its weights on a device.
+
+use super::{Pool, architecture, fit};
+use crate::adapter::Replaced;
+use crate::error::{Error, ErrorCode, Result};
+use crate::format::Checkpoint;
+use pocketlora_kernels::{Arithmetic, Backend, Counted, Cpu, MatrixSource, WorkType};
+use pocketlora_models::{Model, Param, ParamSpec, Role};
+use std::sync::Arc;
+
+/// A model's architecture with its frozen weights on a device; shared by everything that runs it.
+pub struct Base<B: Backend> {
+    /// The device.
+    pub backend: B,
+    /// The architecture.
+    pub model: Arc<dyn Model>,
+    weights: Vec<Stored<B>>,
+    /// The head in 8 bits, for [`Arithmetic::Int8`].
+    int8_head: Option<B::Matrix>,
+}
+
+enum Stored<B: Backend> {
+    Matrix(B::Matrix),
+    Vector(B::Buffer),
+}
+
+impl<B: Backend> Base<B> {
+    /// Builds the architecture that the checkpoint's `config.json` names and maps its weights.
+    ///
+    /// # Errors
+    /// The family is unknown, or a tensor is missing or does not have the shape that the config asks for.
+    pub fn load(backend: B, checkpoint: &Checkpoint) -> Result<Self> {
+        let model = architecture(checkpoint)?;
+        let mut weights = Vec::with_capacity(model.params().len());
+        for spec in model.params() {
+            let wrong_shape = |got: &[usize]| Err(fit::wrong_shape(checkpoint.dir(), spec, got));
+            weights.push(match spec.role {
+                Role::Vector => {
+                    let values = checkpoint.vector(&spec.name)?;
+                    if values.len() != spec.shape[0] {
+                        return wrong_shape(&[values.len()]);
+                    }
+                    let mut buffer = backend.buffer(values.len())?;
+                    backend.write(&mut buffer, &values);
+                    Stored::Vector(buffer)
+                }
+                Role::Embedding | Role::Linear | Role::Head => {
+                    let source = checkpoint.matrix(&spec.name)?;
+                    if spec.shape != [source.rows, source.cols] {
+                        return wrong_shape(&[source.rows, source.cols]);
+                    }
+                    let matrix = backend.matrix(source).map_err(|e| {
+                        let place = format!("`{}`: tensor `{}`", checkpoint.dir().display(), spec.name);
+                        let message = "its parts contradict each other; quantize the model again, or fetch it again";
+                        Error::new(Error::from(e).code(), place, message)
+                    })?;
+                    Stored::Matrix(matrix)
+                }
+            });
+        }
+        Ok(Self { backend, model: model.into(), weights, int8_head: None })
+    }
+
+    /// The shapes of `model` without its weights, to count what work on it takes.
+    pub(crate) fn counted(backend: Counted, model: Arc<dyn Model>) -> Result<Base<Counted>> {
+        let weight = |spec: &ParamSpec| {
+            Ok(match spec.shape[..] {
+                [rows, cols] => Stored::Matrix(backend.work_matrix(rows, cols, WorkType::F32)?),
+                _ => Stored::Vector(backend.buffer(spec.shape[0])?),
+            })
+        };
+        let weights = model.params().iter().map(weight).collect::<Result<_>>()?;
+        Ok(Base { backend, model, weights, int8_head: None })
+    }
+
+    /// Gives the head a copy in 8 bits for products in [`Arithmetic::Int8`].
+    ///
+    /// # Errors
+    /// It does not have the head's shape.
+    pub fn set_int8_head(&mut self, source: MatrixSource) -> Result<()> {
+        let expected = self.backend.shape(self.matrix(self.model.head_param()));
+        if expected != (source.rows, source.cols) {
+            let message = format!("expected shape `{expected:?}`, got `{:?}`", (source.rows, source.cols));
+            return Err(Error::new(ErrorCode::Format, "head in 8 bits", message));
+        }
+        self.int8_head = Some(self.backend.matrix(source)?);
+        Ok(())
+    }
+
+    /// The matrix of `p` that products in `arithmetic` read.
+    pub(crate) fn factor(&self, p: Param, arithmetic: Arithmetic) -> &B::Matrix {
+        match &self.int8_head {
+            Some(head) if arithmetic == Arithmetic::Int8 && p == self.model.head_param() => head,
+            _ => self.matrix(p),
+        }
+    }
+
+    /// As [`Base::factor`], unless an adapter brings another.
+    pub(crate) fn factor_with<'a>(&'a self, replaced: &'a Replaced<B>, p: Param, by: Arithmetic) -> &'a B::Matrix {
+        replaced.factor(p).unwrap_or_else(|| self.factor(p, by))
+    }
+
+    /// The matrix that tokens are looked up in: `p`, unless an adapter brings another.
+    pub(crate) fn table_with<'a>(&'a self, replaced: &'a Replaced<B>, p: Param) -> &'a B::Matrix {
+        replaced.table().unwrap_or_else(|| self.matrix(p))
+    }
+
+    /// The vector `p`, unless an adapter brings another.
+    pub(super) fn vector_with<'a>(&'a self, replaced: &'a Replaced<B>, p: Param) -> &'a B::Buffer {
+        replaced.vector(p).unwrap_or_else(|| self.vector(p))
+    }
+
+    /// How many tokens it knows with what adapters bring: rows of its embedding and of its head.
+    pub fn vocabulary(&self, replaced: &Replaced<B>) -> usize {
+        self.backend.shape(self.factor_with(replaced, self.model.head_param(), Arithmetic::Exact)).0
+    }
+
+    pub(crate) fn matrix(&self, p: Param) -> &B::Matrix {
+        match &self.weights[p.0 as usize] {
+            Stored::Matrix(m) => m,
+            Stored::Vector(_) => unreachable!("`load` stores a matrix for every parameter that is not a vector"),
+        }
+    }
+
+    fn vector(&self, p: Param) -> &B::Buffer {
+        match &self.weights[p.0 as usize] {
+            Stored::Vector(v) => v,
+            Stored::Matrix(_) => unreachable!("`load` stores a buffer for every vector"),
+        }
+    }
+
+    /// Checks that `ids` are rows of the embedding; tokenizers and checkpoints do disagree in the wild.
+    pub(crate) fn check_ids(&self, replaced: &Replaced<B>, ids: &[u32]) -> Result<()> {
+        let vocab = self.vocabulary(replaced);
+        match ids.iter().position(|&id| id as usize >= vocab) {
+            None => Ok(()),
+            Some(at) => Err(Error::new(
+                ErrorCode::Data,
+                format!("token {at}"),
+                format!(
+                    "expected an id below the vocabulary's {vocab}, got `{}`; use the tokenizer of this model",
+                    ids[at]
+                ),
+            )),
+        }
+    }
+
+    /// `cos` and `sin` `[T, D / 2]` of every rotary table at `positions`, as the tables' f32 products have them.
+    pub(super) fn rope_angles(&self, positions: &[u32], pool: &mut Pool<B>) -> Result<Vec<(B::Buffer, B::Buffer)>> {
+        if positions.is_empty() {
+            return Ok(Vec::new());
+        }
+        let angles = |rope: &pocketlora_models::Rope, f: fn(f64) -> f64| -> Vec<f32> {
+            let scale = rope.attention_factor;
+            let at = |&p: &u32| rope.inv_freq.iter().map(move |&w| f(f64::from(p as f32 * w)) as f32 * scale);
+            positions.iter().flat_map(at).collect()
+        };
+        let mut load = |values: &[f32]| -> Result<B::Buffer> {
+            let mut buffer = pool.take(&self.backend, values.len())?;
+            self.backend.write(&mut buffer, values);
+            Ok(buffer)
+        };
+        self.model.ropes().iter().map(|r| Ok((load(&angles(r, f64::cos))?, load(&angles(r, f64::sin))?))).collect()
+    }
+}
+
+impl Base<Cpu> {
+    /// Measures how many threads decode fastest, with the weights of the first layer, and uses as many from then on.
+    pub fn choose_threads(&self) {
+        let params = self.model.params().iter().enumerate();
+        let first = params.filter(|(_, p)| p.role == Role::Linear && p.name.contains(".layers.0."));
+        let weights: Vec<_> = first.map(|(i, _)| self.matrix(Param(i as u32))).collect();
+        self.backend.choose_threads(&weights);
+    }
+}

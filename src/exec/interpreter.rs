@@ -1,0 +1,175 @@
+//! Values of a pass, and what operations do with them.
+
+use super::pass::Pass;
+use super::sequence::State;
+use super::{Pool, ops};
+use crate::error::Result;
+use pocketlora_kernels::{Arithmetic, Backend};
+use pocketlora_models::{Op, Value, Width};
+use std::ops::Range;
+
+/// Where a value is held.
+pub(super) struct Slot<B: Backend> {
+    /// None before it is computed, and when nobody needs it any more.
+    pub data: Option<B::Buffer>,
+    pub grad: Option<B::Buffer>,
+    pub needs_grad: bool,
+    /// Floats of a row; there is one for each token.
+    pub width: usize,
+}
+
+/// The tensors of the adapter in training: which belong to which linear layer, and their gradients.
+pub struct Gradients<B: Backend> {
+    /// For each parameter of the base, its adapter's range in `tensors`.
+    pub ranges: Vec<Option<Range<usize>>>,
+    /// One gradient for each trained tensor.
+    pub tensors: Vec<B::Buffer>,
+}
+
+/// Runs operations on the values of a pass: the one place where both executors have that done.
+pub(super) struct Interpreter<'p, B: Backend> {
+    pub pass: &'p Pass<'p, B>,
+    pub pool: &'p mut Pool<B>,
+    pub slots: Vec<Slot<B>>,
+    /// Tokens of the batch that it runs.
+    pub rows: Range<usize>,
+    /// What the sequences of the batch remember, one list for each of them. None in training, where all that a sequence
+    /// sees is in the batch.
+    pub states: Vec<Vec<State<B>>>,
+}
+
+impl<'p, B: Backend> Interpreter<'p, B> {
+    /// Without values, or with `input` `[T, C]` as the first.
+    pub fn new(pass: &'p Pass<'p, B>, input: Option<B::Buffer>, needs_grad: bool, pool: &'p mut Pool<B>) -> Self {
+        let width = pass.base.model.config().hidden_size;
+        let tokens = input.as_ref().map_or(pass.batch.ids.len(), |input| pass.base.backend.len(input) / width);
+        let slots = input.map(|buffer| Slot { data: Some(buffer), grad: None, needs_grad, width });
+        Self { pass, pool, slots: slots.into_iter().collect(), rows: 0..tokens, states: Vec::new() }
+    }
+
+    pub fn backend(&self) -> &'p B {
+        &self.pass.base.backend
+    }
+
+    /// Adds slots for what `op` writes; returns the first.
+    pub fn declare(&mut self, op: &Op) -> Value {
+        let first = Value(self.slots.len() as u32);
+        let needs_grad = op.reads().iter().any(|t| self.needs(*t));
+        for (i, width) in op.outputs().into_iter().enumerate() {
+            let shape = |p| self.backend().shape(self.pass.factor(p, Arithmetic::Exact));
+            let width = match width {
+                Width::Like(t) => self.slots[t.0 as usize].width,
+                Width::Rows(p) => shape(p).0,
+                Width::Cols(p) => shape(p).1,
+                Width::Of(width) => width,
+            };
+            let needs_grad = needs_grad || self.is_adapted(op, i);
+            self.slots.push(Slot { data: None, grad: None, needs_grad, width });
+        }
+        first
+    }
+
+    /// Whether an adapter is on what computes output number `i` of `op`.
+    fn is_adapted(&self, op: &Op, i: usize) -> bool {
+        matches!(op, Op::Linears { layers, .. } if !self.pass.adapters().on(layers[i].weight).is_empty())
+    }
+
+    /// The values that backward through `op`, whose first output is `y`, reads.
+    pub fn keeps(&self, op: &Op, y: Value) -> Vec<Value> {
+        match op {
+            Op::Linears { layers, .. } if !(0..layers.len()).any(|i| self.is_adapted(op, i)) => Vec::new(),
+            _ => op.keeps(y),
+        }
+    }
+
+    /// Computes what `op` writes, from `y` on.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn run(&mut self, op: &Op, y: Value) -> Result<()> {
+        ops::run(self, op, y)
+    }
+
+    pub fn needs(&self, t: Value) -> bool {
+        self.slots[t.0 as usize].needs_grad
+    }
+
+    pub fn data(&self, t: Value) -> &B::Buffer {
+        self.slots[t.0 as usize].data.as_ref().expect("an operation runs after those whose values it reads")
+    }
+
+    pub fn set(&mut self, t: Value, data: B::Buffer) {
+        self.slots[t.0 as usize].data = Some(data);
+    }
+
+    /// Takes the data of `t`, which nobody reads any more.
+    pub fn take(&mut self, t: Value) -> B::Buffer {
+        self.slots[t.0 as usize].data.take().expect("an operation runs after those whose values it reads")
+    }
+
+    /// Frees the value `t`.
+    pub fn free(&mut self, t: Value) {
+        if let Some(buffer) = self.slots[t.0 as usize].data.take() {
+            self.put(buffer);
+        }
+    }
+
+    /// Floats of the value `t`.
+    pub fn len(&self, t: Value) -> usize {
+        self.slots[t.0 as usize].width * self.rows.len()
+    }
+
+    /// A buffer of `len` values, which holds anything.
+    pub fn buffer(&mut self, len: usize) -> Result<B::Buffer> {
+        self.pool.take(self.backend(), len)
+    }
+
+    /// As many buffers as long as the values `of`.
+    pub fn like<const N: usize>(&mut self, of: [Value; N]) -> Result<[B::Buffer; N]> {
+        let mut made = Vec::with_capacity(N);
+        for t in of {
+            made.push(self.buffer(self.len(t))?);
+        }
+        Ok(made.try_into().unwrap_or_else(|_| unreachable!("one buffer for each of the N values")))
+    }
+
+    pub fn put(&mut self, buffer: B::Buffer) {
+        self.pool.put(self.backend(), buffer);
+    }
+
+    /// The gradient of `t` so far, to be added to, and whether it holds anything yet.
+    pub fn take_grad(&mut self, t: Value) -> Result<(B::Buffer, bool)> {
+        match self.slots[t.0 as usize].grad.take() {
+            Some(grad) => Ok((grad, true)),
+            None => Ok((self.buffer(self.len(t))?, false)),
+        }
+    }
+
+    pub fn set_grad(&mut self, t: Value, grad: B::Buffer) {
+        self.slots[t.0 as usize].grad = Some(grad);
+    }
+
+    /// Adds `part` to the gradient of `t` and recycles it.
+    pub fn add_grad(&mut self, t: Value, part: B::Buffer) {
+        let backend = self.backend();
+        let slot = &mut self.slots[t.0 as usize];
+        match &mut slot.grad {
+            _ if !slot.needs_grad => self.pool.put(backend, part),
+            Some(grad) => {
+                backend.add_assign(&part, grad);
+                self.pool.put(backend, part);
+            }
+            none => *none = Some(part),
+        }
+    }
+
+    /// Recycles all values.
+    pub fn recycle(&mut self) {
+        let backend = self.backend();
+        for slot in self.slots.drain(..) {
+            for buffer in [slot.data, slot.grad].into_iter().flatten() {
+                self.pool.put(backend, buffer);
+            }
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! `y[t, :] = table[ids[t], :]`. Its backward does nothing, for the embedding is frozen.
+
+use super::Interpreter;
+use crate::error::Result;
+use pocketlora_kernels::Backend;
+use pocketlora_models::{Param, Value};
+
+pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, table: Param, y: Value) -> Result<()> {
+    let pass = it.pass;
+    let mut out = it.buffer(it.len(y))?;
+    let table = pass.base.table_with(pass.adapters().replaced(), table);
+    it.backend().embed(table, &pass.batch.ids, &mut out);
+    it.set(y, out);
+    Ok(())
+}

@@ -1,0 +1,145 @@
+//! What one pass over a batch of tokens works on.
+
+use super::interpreter::Interpreter;
+use super::{Base, Pool, Tape};
+use crate::adapter::{Adapters, Dropout};
+use crate::error::Result;
+use pocketlora_kernels::{Arithmetic, Backend};
+use pocketlora_models::Param;
+use std::ops::Range;
+
+/// Token sequences laid end to end: no padding, and none sees another.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// All tokens.
+    pub ids: Vec<u32>,
+    /// Tokens of each sequence; they sum to the number of tokens.
+    pub segments: Vec<usize>,
+}
+
+impl Batch {
+    /// Position of each token within its sequence, of which `before` tokens were run earlier.
+    fn positions(&self, before: impl IntoIterator<Item = usize>) -> Vec<u32> {
+        self.segments.iter().zip(before).flat_map(|(&n, start)| start as u32..(start + n) as u32).collect()
+    }
+}
+
+/// Rows of a pass that have the same adapters.
+pub(super) struct Part<'a, B: Backend> {
+    pub rows: Range<usize>,
+    pub adapters: &'a Adapters<B>,
+}
+
+/// What one pass works on, shared by all of its layers.
+pub struct Pass<'a, B: Backend> {
+    pub(super) base: &'a Base<B>,
+    /// They cover all rows, in order; there is at least one. None of several brings weights in place of the base's.
+    pub(super) parts: Vec<Part<'a, B>>,
+    pub(super) batch: &'a Batch,
+    /// `cos` and `sin` `[T, D / 2]` of each rotary table.
+    pub(super) angles: Vec<(B::Buffer, B::Buffer)>,
+    pub(super) dropout: Option<Dropout>,
+    pub(super) arithmetic: Arithmetic,
+}
+
+impl<'a, B: Backend> Pass<'a, B> {
+    /// Prepares a training pass over `batch`, whose sequences begin in it.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, out of memory.
+    pub fn new(
+        base: &'a Base<B>,
+        adapters: &'a Adapters<B>,
+        batch: &'a Batch,
+        dropout: Option<Dropout>,
+        arithmetic: Arithmetic,
+        pool: &mut Pool<B>,
+    ) -> Result<Self> {
+        let parts = vec![Part { rows: 0..batch.ids.len(), adapters }];
+        let pass = Self { dropout, ..Self::after(base, parts, batch, std::iter::repeat(0), arithmetic, pool)? };
+        Ok(pass)
+    }
+
+    /// Prepares a pass over `batch`, of whose sequences so many tokens were run `before`.
+    ///
+    /// # Errors
+    /// As [`Pass::new`].
+    pub(super) fn after(
+        base: &'a Base<B>,
+        parts: Vec<Part<'a, B>>,
+        batch: &'a Batch,
+        before: impl IntoIterator<Item = usize>,
+        arithmetic: Arithmetic,
+        pool: &mut Pool<B>,
+    ) -> Result<Self> {
+        for part in &parts {
+            let ids = batch.ids.get(part.rows.clone()).unwrap_or_default();
+            base.check_ids(part.adapters.replaced(), ids)?;
+        }
+        let angles = base.rope_angles(&batch.positions(before), pool)?;
+        Ok(Self { base, parts, batch, angles, dropout: None, arithmetic })
+    }
+
+    /// What the pass runs on.
+    #[must_use]
+    pub fn base(&self) -> &'a Base<B> {
+        self.base
+    }
+
+    /// Tokens of the batch.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.batch.ids.len()
+    }
+
+    /// The adapters whose weights stand in for the base's: those of all rows, for only passes of one part have such.
+    pub(super) fn adapters(&self) -> &'a Adapters<B> {
+        self.parts[0].adapters
+    }
+
+    /// The head's weight, if the last norm's output times it is all there is to logits, and no adapter adds to them.
+    #[must_use]
+    pub fn plain_head(&self) -> Option<&'a B::Matrix> {
+        let head = self.base.model.plain_head().filter(|head| head.bias.is_none())?;
+        let plain = self.parts.iter().all(|part| part.adapters.on(head.weight).is_empty());
+        plain.then(|| self.factor(head.weight, Arithmetic::Exact))
+    }
+
+    /// The matrix of `p` that products in `arithmetic` read: the base's, unless an adapter brings another.
+    pub(super) fn factor(&self, p: Param, arithmetic: Arithmetic) -> &'a B::Matrix {
+        self.base.factor_with(self.adapters().replaced(), p, arithmetic)
+    }
+
+    /// The vector `p`, unless an adapter brings another.
+    pub(super) fn vector(&self, p: Param) -> &'a B::Buffer {
+        self.base.vector_with(self.adapters().replaced(), p)
+    }
+
+    /// Arithmetic of the products.
+    #[must_use]
+    pub fn arithmetic(&self) -> Arithmetic {
+        self.arithmetic
+    }
+
+    /// Hands the pass's buffers back.
+    pub fn finish(self, pool: &mut Pool<B>) {
+        for (cos, sin) in self.angles {
+            pool.put(&self.base.backend, cos);
+            pool.put(&self.base.backend, sin);
+        }
+    }
+
+    /// An empty tape, whose first value will be `input` if there is one: a row for each token of the batch, or for some.
+    pub fn tape<'p>(&'p self, input: Option<B::Buffer>, needs_grad: bool, pool: &'p mut Pool<B>) -> Tape<'p, B> {
+        Tape::new(Interpreter::new(self, input, needs_grad, pool))
+    }
+
+    /// Each layer drops by a stream of its own; `first` is the position of the input's first token.
+    pub(super) fn layer_dropout(&self, weight: Param, first: usize) -> Option<Dropout> {
+        let (_, width) = self.base.backend.shape(self.base.matrix(weight));
+        self.dropout.map(|d| {
+            let key = crate::rng::mix(d.key, u64::from(weight.0));
+            Dropout { key, first: (d.first + first as u64) * width as u64, ..d }
+        })
+    }
+}

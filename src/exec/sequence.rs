@@ -1,0 +1,130 @@
+//! A text that grows, with what each layer remembers of it.
+
+use super::Base;
+use crate::error::Result;
+use pocketlora_kernels::{Backend, CacheType};
+use pocketlora_models::StateSpec;
+
+/// Snapshots that a sequence keeps; the oldest goes first.
+const SNAPSHOTS: usize = 2;
+
+/// One of a model's states, see [`StateSpec`].
+pub(super) enum State<B: Backend> {
+    /// Keys and values. They can be cut back by themselves.
+    Kv(B::Cache),
+    /// The last inputs of a convolution `[taps - 1, channels]`, zero before the first.
+    Conv(B::Buffer),
+    /// Matrices `[heads, key, value]`, zero before the first token.
+    Matrix(B::Buffer),
+}
+
+impl<B: Backend> State<B> {
+    fn new(base: &Base<B>, spec: &StateSpec, dtype: CacheType) -> Result<Self> {
+        let backend = &base.backend;
+        Ok(match *spec {
+            StateSpec::Kv { kv_heads, head_dim, .. } => Self::Kv(backend.cache(kv_heads, head_dim, dtype)),
+            StateSpec::Conv { channels, taps } => Self::Conv(backend.buffer(channels * (taps - 1))?),
+            StateSpec::Matrix { heads, key, value } => Self::Matrix(backend.buffer(heads * key * value)?),
+        })
+    }
+
+    /// What must be copied to come back to it later.
+    fn buffer(&mut self) -> Option<&mut B::Buffer> {
+        match self {
+            Self::Kv(_) => None,
+            Self::Conv(buffer) | Self::Matrix(buffer) => Some(buffer),
+        }
+    }
+}
+
+/// Copies of the states that cannot be cut back, as they were after `len` tokens.
+struct Snapshot<B: Backend> {
+    len: usize,
+    copies: Vec<B::Buffer>,
+}
+
+/// A text that grows by steps. It owns what each layer remembers of it.
+pub struct Sequence<B: Backend> {
+    pub(super) states: Vec<State<B>>,
+    pub(super) len: usize,
+    snapshots: Vec<Snapshot<B>>,
+}
+
+impl<B: Backend> Sequence<B> {
+    /// An empty sequence for `base`, with keys and values kept as `dtype`.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(base: &Base<B>, dtype: CacheType) -> Result<Self> {
+        let states = base.model.states().iter().map(|spec| State::new(base, spec, dtype)).collect::<Result<_>>()?;
+        Ok(Self { states, len: 0, snapshots: Vec::new() })
+    }
+
+    /// Tokens held.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no token is held.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether some of its states can be cut back only to a snapshot, or to nothing.
+    pub fn needs_snapshots(&mut self) -> bool {
+        self.states.iter_mut().any(|state| state.buffer().is_some())
+    }
+
+    /// Remembers the present length as one that [`Sequence::rewind`] can come back to. Costs nothing where all states can
+    /// be cut back.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn snapshot(&mut self, base: &Base<B>) -> Result<()> {
+        if !self.needs_snapshots() || self.snapshots.iter().any(|snapshot| snapshot.len == self.len) {
+            return Ok(());
+        }
+        // Its memory serves again.
+        let mut copies = if self.snapshots.len() < SNAPSHOTS { Vec::new() } else { self.snapshots.remove(0).copies };
+        for (i, state) in self.states.iter_mut().filter_map(State::buffer).enumerate() {
+            if copies.len() <= i {
+                copies.push(base.backend.buffer(base.backend.len(state))?);
+            }
+            base.backend.copy(state, &mut copies[i]);
+        }
+        self.snapshots.push(Snapshot { len: self.len, copies });
+        Ok(())
+    }
+
+    /// Keeps the first tokens, as when a chat's history was edited: `to` of them or, where some state cannot be cut back
+    /// so far, fewer. Returns how many are kept.
+    pub fn rewind(&mut self, base: &Base<B>, to: usize) -> usize {
+        let backend = &base.backend;
+        if to >= self.len {
+            return self.len;
+        }
+        let reached = if self.needs_snapshots() {
+            self.snapshots.retain(|snapshot| snapshot.len <= to);
+            let latest = self.snapshots.iter().max_by_key(|snapshot| snapshot.len);
+            let mut copies = latest.map(|snapshot| snapshot.copies.iter());
+            for state in self.states.iter_mut().filter_map(State::buffer) {
+                match copies.as_mut().and_then(Iterator::next) {
+                    Some(copy) => backend.copy(copy, state),
+                    None => backend.zero(state),
+                }
+            }
+            latest.map_or(0, |snapshot| snapshot.len)
+        } else {
+            to
+        };
+        for state in &mut self.states {
+            if let State::Kv(cache) = state {
+                backend.cache_truncate(cache, reached);
+            }
+        }
+        self.len = reached;
+        reached
+    }
+}
