@@ -2,8 +2,10 @@
 //! that it takes back what was freed.
 //!
 //! Weights are asked for in large pages. A token reads all of them, and to find each 4 KiB of them anew costs a core up to
-//! half of its rate. On Linux a file comes in large pages if its map asks for them, the file system has them (ext4 from
-//! Linux 6.16 on, XFS), its pages are not in the cache already, and they are first asked for from front to back.
+//! half of its rate: one core of a Zen 4 read 36 GB/s from large pages and 20 GB/s from small ones. On Linux a file comes in
+//! large pages if its map asks for them, the file system has them (ext4 from Linux 6.16 on, XFS), its pages are not in the
+//! cache already, and they are first asked for from front to back. For this reason a large file that was just written is
+//! dropped from the cache when it is on the disk (`format/atomic.rs`).
 
 use crate::error::{Error, Result};
 use bytes::Bytes;

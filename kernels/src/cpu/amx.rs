@@ -1,4 +1,9 @@
 //! Whether this processor has AMX and the system lets this process use it.
+//!
+//! AMX has a table of its own, named `amx`, because it works differently: AVX-512 prepares the operands, and one block of
+//! assembly (`bf16/amx.rs`) multiplies 32 tokens by a panel's 32 lanes. The compiler does not know the tile registers, so
+//! no tile is used outside that block. Linux enables tiles for a process that asks; this is done when tables are listed.
+//! Where Linux refuses, the best table is `avx512`.
 
 #![allow(unsafe_code, reason = "asks processor and system by instruction and system call")]
 

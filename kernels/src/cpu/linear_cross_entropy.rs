@@ -3,7 +3,11 @@
 //! For rows `x[N, C]` and the head `W[V, C]`, a band of `W` at a time: `l = x Wᵀ`, then as in blockwise attention
 //! `m' = max(m, max l)`, `O = e^(m - m') O + e^(l - m') W`, `Z = e^(m - m') Z + sum e^(l - m')`. In the end
 //! `loss = m + log Z - l[target]` (natural log) and `dx = scale (O / Z - W[target])`. Nothing is kept for backward,
-//! for the gradient is there at once. Bands and their order depend on shapes alone.
+//! for the gradient is there at once. Bands and their order depend on shapes alone. Both products of a band find it in
+//! cache.
+//!
+//! `W[target]` is taken off at the end, rounded as the products rounded it: a row that predicts its target with certainty
+//! has a gradient of exactly zero.
 
 use super::Cpu;
 use super::buffer::Buffer;

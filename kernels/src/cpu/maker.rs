@@ -1,4 +1,7 @@
 //! What depends on a processor's maker, not on a feature that can be asked for.
+//!
+//! There are three such choices: how far ahead of its use a weight is asked for, by which kind of prefetch, and whether
+//! AVX-512 multiplies in bf16. Every other choice follows from features.
 
 use std::arch::x86_64::__cpuid;
 use std::sync::LazyLock;

@@ -2,7 +2,9 @@
 //!
 //! A row is its unit `u`, a power of two, then pairs of f16 with `x = u h`. The unit brings the row's largest element to
 //! `[2^14, 2^15)`, so that nothing overflows however large a few elements are, and elements down to `2^-28` of the largest
-//! keep all 11 bits of an f16's mantissa. A NaN or an infinity is carried.
+//! keep all 11 bits of an f16's mantissa; a bf16 has 8. A NaN or an infinity is carried.
+//!
+//! Training keeps layer inputs so until backward; the forward pass itself goes on in f32.
 
 use super::loops::reduce;
 use super::split::run;

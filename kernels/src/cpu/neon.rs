@@ -1,5 +1,9 @@
 //! What the NEON kernels share, and the instructions that have no stable intrinsic yet: each in a function of its own
 //! that holds nothing else.
+//!
+//! All extensions of NEON belong to the one table named `neon`, as all of AVX-512 belong to `avx512`: nobody wants to
+//! choose among extensions, and CI runs the tests on emulated processors with each of them. Kernels that differ in one such
+//! instruction are written once, as a macro, because a generic function cannot have other target features for each use.
 
 #![allow(unsafe_code, reason = "instructions without stable intrinsics, vector loads")]
 

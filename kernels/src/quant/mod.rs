@@ -4,6 +4,10 @@
 //! and one of 16 codes an element (QLoRA, Dettmers et al. 2023, <https://arxiv.org/abs/2305.14314>). Double
 //! quantization then stores the absmax themselves in 8 bits: 4.127 bits a weight in all.
 //!
+//! The CPU inference of bitsandbytes rounds block scales to bf16 in memory, so its logits are up to 0.04 away (of a tiny
+//! model) from those of the weights that it dequantizes to. The dequantized weights are the definition here; its training
+//! uses them, too.
+//!
 //! Encoding lives here once. Decoding here is the plain definition, for files and tests; the fast ones are in `cpu/`.
 
 mod decode;

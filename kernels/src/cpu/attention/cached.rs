@@ -3,6 +3,9 @@
 //! A few rows of queries multiply by the tiles of the cache as they are, many by tiles widened to f32 first. Where one
 //! token or a few leave less tasks than a CPU may have cores, the keys are cut into parts whose outputs are put together
 //! afterwards (Dao et al. 2023): parts that depend on the lengths alone, in their order.
+//!
+//! While the kernel multiplies by a tile it asks memory for its head's next tile. A tile is too short a stream for the
+//! processor to read ahead by itself.
 
 use super::super::Cpu;
 use super::super::cache::Cache;

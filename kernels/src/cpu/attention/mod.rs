@@ -6,7 +6,8 @@
 //! Forward keeps `y` and `lse`; backward computes `p = e^(s - lse)` again.
 //!
 //! All products have the form `axpy`, whose sums stay in vectors until they are done. Scores come out of it when keys are
-//! turned, `[D, KEYS]`: the cache holds them so, elsewhere a block is turned once for many queries.
+//! turned, `[D, KEYS]`: the cache holds them so, elsewhere a block is turned once for many queries. No sum runs across a
+//! vector's lanes, and one kernel reads keys and values alike, in the type in which they are kept.
 
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx2;

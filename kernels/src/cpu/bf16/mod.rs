@@ -1,7 +1,8 @@
 //! Products of operands rounded to bf16 with sums in f32, for CPUs that have an instruction for it.
 //!
 //! The weight's rows are decoded to bf16 a panel at a time and arranged so that each lane is one output: `pack` for `X Wᵀ`
-//! makes lanes of rows, for `dY W` lanes of columns. The panel stays in cache for all tokens.
+//! makes lanes of rows, for `dY W` lanes of columns. The panel stays in cache for all tokens. Weights of 4 and 16 bits go
+//! to their panel without f32 in memory: a block's 16 values fill a register twice and are looked up 32 at a time.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;

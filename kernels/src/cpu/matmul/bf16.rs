@@ -1,4 +1,9 @@
 //! Products of many tokens in bf16.
+//!
+//! A low-rank adapter adds `(x Aᵀ) Bᵀ` to `x Wᵀ`. The values of `h = x Aᵀ` stand beside those of `x` in the same rows, and
+//! the columns of `B` behind those of `W` in the same panel. So one product computes both, `[x h] [W B]ᵀ`, and outputs are
+//! written once. Backward by `x` is one product in the same way, `dx = [dy dh] [W A]`. `x Aᵀ` itself is computed in f32: it
+//! has few outputs, for which rounding `x` would cost more than it saves.
 
 use super::super::Cpu;
 use super::super::bf16::{Bf16, Bf16Rows, Rounded, padded};

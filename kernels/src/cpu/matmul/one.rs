@@ -17,7 +17,7 @@ pub(super) const TASK: usize = 32 * 1024;
 const FEW: usize = 32;
 
 /// Activations of one token in the forms that kernels want. They are made before threads come to the work: to wait for
-/// the first of them to make one would be a system call.
+/// the first of them to make one would be a system call, which cost a sixth of decoding on two threads.
 pub(super) struct OneToken<'a> {
     x: &'a [f32],
     arithmetic: Arithmetic,

@@ -2,7 +2,8 @@
 //!
 //! Where both sides have 8 bits, signs move to the other side: no pair of products exceeds 2 * 127 * 127. Panels of NF4,
 //! which the products of many tokens are made of, have codes of 7 bits instead, 64 too large: then signs cost nothing,
-//! and what is too much is taken off as with `dpbusd`.
+//! and what is too much is taken off as with `dpbusd`. This saves a quarter of the instructions. The weights are then off
+//! by 0.95 % of their norm where 8 bits would be off by 0.59 %; NF4 itself is off by 9 %.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]

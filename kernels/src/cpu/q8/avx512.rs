@@ -1,5 +1,7 @@
 //! 8-bit products with AVX-512 VNNI: weights 128 too large, so that they are unsigned as `dpbusd` wants its first
-//! operand; what that adds too much is taken off again. Codes are looked up with VBMI.
+//! operand; what that adds too much depends on the activations alone and is taken off once a row. Codes are looked up with
+//! VBMI. With one token, two blocks are taken at once, for which the activations lie in pairs of blocks. Short rows lie one
+//! behind the other in memory and are walked that way, by loops whose length is known at compile time.
 
 #![allow(unsafe_code, reason = "vector loads and stores")]
 #![allow(clippy::needless_range_loop, reason = "loops over registers read like the tile when they count")]

@@ -1,6 +1,7 @@
 //! Thin matrices in 8 bits: the down-projections `A[r, K]` and up-projections `B[O, r]` of adapters, for one token.
 //!
-//! Rows lie in tiles. A tile has some columns of each row, then as many again, and the scales at its end: one stream to
+//! Rows lie in tiles: of `A` eight rows, with eight columns of each side by side, and of `B` 32 rows, with four columns of
+//! each. A tile has some columns of each row, then as many again, and the scales at its end: one stream to
 //! read, and a row for each lane or two, for sums across a vector are what would take longest with rows so short or so few.
 //!
 //! `B[o, i] ≈ s[o] q[o, i]` and `h[i] ≈ u[i / 8] p[i]` with codes in -127..=127, so `y[o] += s[o] sum_g u[g] (sum_i p[i]
