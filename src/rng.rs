@@ -1,5 +1,6 @@
 //! A counted random stream: value number `i` of a key is a function of both, so a run can be resumed anywhere and
-//! gives the same numbers whatever the thread count or library version.
+//! gives the same numbers whatever the thread count or library version. The order of samples depends on the seed and the
+//! epoch alone, dropout on the seed, the step and the layer: a checkpoint needs no state of a generator.
 
 pub use pocketlora_kernels::mix;
 

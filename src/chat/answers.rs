@@ -1,4 +1,6 @@
 //! Where the assistant's words are in a rendered conversation, whatever the template.
+//!
+//! They are never found by a search for the markers that a template prints: the text of a message may look like one.
 
 use super::{ChatTemplate, Message, on_deep_stack, plain};
 use crate::error::{Error, ErrorCode, Result};

@@ -1,4 +1,7 @@
 //! Keeping to a memory budget: what is given up for it, cheapest first.
+//!
+//! Each setting that might do is checked by a plan of its own ([`super::plan`]). All of them but moments in 8 bits leave
+//! gradients as they are, up to the order of sums in f32 and to which kept inputs are rounded to 16 bits.
 
 use super::plan::{MemoryPlan, Work};
 use super::step::Layout;

@@ -2,6 +2,9 @@
 //!
 //! The largest micro-batch is passed through the code that trains, on a backend that only counts ([`Counted`]), and then
 //! the longest sample that is evaluated: what they take is what the run will take, for the calls are the same.
+//!
+//! Freed memory goes back to the system before the plan is made (`mmap.rs`). Without that, what the tokenizer left behind
+//! would count as held, and the run would take as much again from the system.
 
 use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};

@@ -1,4 +1,7 @@
 //! Records to samples: rendered, tokenized as one text, masked, and split where they are too long.
+//!
+//! A token is learned if at least one byte of it belongs to an answer. Places of tokens are taken before the last step of
+//! the tokenizer, which may cut spaces off them.
 
 use super::record::Record;
 use super::split::{self, Coded, Splits};
