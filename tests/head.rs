@@ -5,7 +5,7 @@ mod common;
 use common::values_of;
 use half::f16;
 use pocketlora::format::{Checkpoint, int8_head};
-use pocketlora_kernels::{Backend, Cpu, MatrixSource};
+use pocketlora_kernels::{Backend, Cpu, MatrixSource, Memory};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use std::fs;

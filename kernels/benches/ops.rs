@@ -10,8 +10,8 @@ use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use pocketlora_kernels::cpu::{Buffer, Cpu, Matrix, Table};
 use pocketlora_kernels::{
-    Absmax, Arithmetic, Attention, Backend, CacheType, FloatType, LowRank, MatrixData, MatrixSource, Nf4Source,
-    Product, WorkType,
+    ALL_ROWS, Absmax, Activation, Arithmetic, Attention, Backend, CacheType, Call, FloatType, LowRank, MatrixData,
+    MatrixSource, Memory, Nf4Source, Product, WorkType,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -81,9 +81,10 @@ fn nf4_matmul(bencher: Bencher<'_, '_>, case: &Case) {
 fn nf4_matmul_vjp_x(bencher: Bencher<'_, '_>, case: &Case) {
     let cpu = cpu(case.table);
     let (w, dy, mut dx) = (nf4(&cpu, case), noise(&cpu, case.t * case.o), noise(&cpu, case.t * case.k));
-    bencher
-        .counter(ItemsCount::new(2 * case.t * case.o * case.k))
-        .bench_local(|| cpu.matmul_vjp_x(case.arithmetic, &w, &dy, &mut dx, false));
+    bencher.counter(ItemsCount::new(2 * case.t * case.o * case.k)).bench_local(|| {
+        cpu.run(Call::MatmulVjpX { arithmetic: case.arithmetic, terms: &[(&w, &dy)], dx: &mut dx, accumulate: false })
+            .unwrap()
+    });
 }
 
 #[divan::bench(args = cases(&[Exact], &[1, 64], &[(1536, 576), (16384, 576)]))]
@@ -111,18 +112,17 @@ fn nf4_matvec_adapted(bencher: Bencher<'_, '_>, case: &Case) {
     let (w, a, b) = (nf4(&cpu, case), work(&cpu, 16, k), work(&cpu, o, 16));
     let (x, mut y) = (noise(&cpu, k), noise(&cpu, o));
     bencher.counter(ItemsCount::new(2 * o * k)).bench_local(|| {
-        let low_rank = vec![LowRank { a: &a, b: &b, scale: 1.0 }];
-        cpu.matmul_group(arithmetic, &x, &mut [Product { w: &w, low_rank, y: &mut y }])
+        let low_rank = vec![LowRank { a: &a, b: &b, scale: 1.0, rows: ALL_ROWS }];
+        cpu.run(Call::MatmulGroup { arithmetic, x: &x, products: &mut [Product { w: &w, low_rank, y: &mut y }] })
     });
 }
 
 fn product(bencher: Bencher<'_, '_>, case: &Case, weight: impl Fn(&Cpu, &Case) -> Matrix) {
     let cpu = cpu(case.table);
     let (w, x, mut y) = (weight(&cpu, case), noise(&cpu, case.t * case.k), noise(&cpu, case.t * case.o));
-    bencher
-        .counter(ItemsCount::new(2 * case.t * case.o * case.k))
-        .counter(BytesCount::new(w.bytes()))
-        .bench_local(|| cpu.matmul(case.arithmetic, &w, &x, &mut y, false));
+    bencher.counter(ItemsCount::new(2 * case.t * case.o * case.k)).counter(BytesCount::new(w.bytes())).bench_local(
+        || cpu.run(Call::Matmul { arithmetic: case.arithmetic, w: &w, x: &x, y: &mut y, accumulate: false }).unwrap(),
+    );
 }
 
 /// A layer `[1536, 576]`'s adapter of rank 8.
@@ -132,8 +132,8 @@ fn lora(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     let (a, b) = (work(&cpu, 8, 576), work(&cpu, 1536, 8));
     let (x, mut h, mut y) = (noise(&cpu, t * 576), noise(&cpu, t * 8), noise(&cpu, t * 1536));
     bencher.counter(ItemsCount::new(2 * t * 8 * (576 + 1536))).bench_local(|| {
-        cpu.matmul(Exact, &a, &x, &mut h, false);
-        cpu.matmul(Exact, &b, &h, &mut y, true);
+        cpu.run(Call::Matmul { arithmetic: Exact, w: &a, x: &x, y: &mut h, accumulate: false }).unwrap();
+        cpu.run(Call::Matmul { arithmetic: Exact, w: &b, x: &h, y: &mut y, accumulate: true }).unwrap();
     });
 }
 
@@ -145,10 +145,10 @@ fn lora_vjp(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     let (mut dh, mut dx) = (noise(&cpu, t * 8), noise(&cpu, t * 576));
     let (mut da, mut db) = (noise(&cpu, 8 * 576), noise(&cpu, 1536 * 8));
     bencher.counter(ItemsCount::new(4 * t * 8 * (576 + 1536))).bench_local(|| {
-        cpu.matmul_vjp_x(Exact, &b, &y, &mut dh, false);
-        cpu.matmul_vjp_x(Exact, &a, &dh, &mut dx, true);
-        cpu.matmul_vjp_w(*t, &y, &h, &mut db);
-        cpu.matmul_vjp_w(*t, &dh, &x, &mut da);
+        cpu.run(Call::MatmulVjpX { arithmetic: Exact, terms: &[(&b, &y)], dx: &mut dh, accumulate: false }).unwrap();
+        cpu.run(Call::MatmulVjpX { arithmetic: Exact, terms: &[(&a, &dh)], dx: &mut dx, accumulate: true }).unwrap();
+        cpu.run(Call::MatmulVjpW { tokens: *t, dy: &y, x: &h, dw: &mut db }).unwrap();
+        cpu.run(Call::MatmulVjpW { tokens: *t, dy: &dh, x: &x, dw: &mut da }).unwrap();
     });
 }
 
@@ -160,9 +160,10 @@ fn attention(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     let cpu = cpu(table);
     let (q, k, v) = (noise(&cpu, t * 576), noise(&cpu, t * 192), noise(&cpu, t * 192));
     let (mut y, mut lse) = (noise(&cpu, t * 576), noise(&cpu, t * 9));
-    bencher
-        .counter(ItemsCount::new(2 * t * t * 576))
-        .bench_local(|| cpu.attention(&HEADS, &[*t], &q, &k, &v, &mut y, &mut lse));
+    bencher.counter(ItemsCount::new(2 * t * t * 576)).bench_local(|| {
+        cpu.run(Call::Attention { spec: &HEADS, segments: &[*t], q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse })
+            .unwrap()
+    });
 }
 
 /// Half of T x T scores, five products.
@@ -173,7 +174,20 @@ fn attention_vjp(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     let [k, v, mut dk, mut dv] = [0; 4].map(|_| noise(&cpu, t * 192));
     let lse = noise(&cpu, t * 9);
     bencher.counter(ItemsCount::new(5 * t * t * 576)).bench_local(|| {
-        cpu.attention_vjp(&HEADS, &[*t], &q, &k, &v, &y, &lse, &dy, &mut dq, &mut dk, &mut dv);
+        cpu.run(Call::AttentionVjp {
+            spec: &HEADS,
+            segments: &[*t],
+            q: &q,
+            k: &k,
+            v: &v,
+            y: &y,
+            lse: &lse,
+            dy: &dy,
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+        })
+        .unwrap();
     });
 }
 
@@ -181,26 +195,33 @@ fn attention_vjp(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
 #[divan::bench(args = light(&[1024]))]
 fn attention_cached(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     let cpu = cpu(table);
-    let mut cache = cpu.cache(HEADS.kv_heads, HEADS.head_dim, CacheType::F16);
-    cpu.cache_append(&mut cache, &noise(&cpu, t * 192), &noise(&cpu, t * 192)).unwrap();
+    let mut cache = cpu.cache(HEADS.kv_heads, HEADS.head_dim, CacheType::F16, None);
+    let (k, v) = (noise(&cpu, t * 192), noise(&cpu, t * 192));
+    cpu.run(Call::CacheAppend { cache: &mut cache, k: &k, v: &v, rows: 0..*t }).unwrap();
     let (q, mut y) = (noise(&cpu, 576), noise(&cpu, 576));
-    bencher.counter(BytesCount::new(cache.bytes())).bench_local(|| cpu.attention_cached(&HEADS, &q, &cache, &mut y));
+    bencher.counter(BytesCount::new(cache.bytes())).bench_local(|| {
+        cpu.run(Call::AttentionCached { spec: &HEADS, q: &q, cache: &cache, y: &mut y, rows: 0..1 }).unwrap();
+    });
 }
 
 #[divan::bench(args = light(&[256]))]
 fn swiglu(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     let cpu = cpu(table);
     let (gate, up, mut y) = (noise(&cpu, t * 1536), noise(&cpu, t * 1536), noise(&cpu, t * 1536));
-    bencher.counter(ItemsCount::new(t * 1536)).bench_local(|| cpu.swiglu(&gate, &up, &mut y));
+    bencher
+        .counter(ItemsCount::new(t * 1536))
+        .bench_local(|| cpu.run(Call::Gate { activation: Activation::Silu, gate: &gate, up: &up, y: &mut y }).unwrap());
 }
 
 #[divan::bench(args = light(&[16]))]
 fn cross_entropy(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     let cpu = cpu(table);
-    let (targets, mut logits, mut losses) = (vec![7; *t], noise(&cpu, t * 49152), noise(&cpu, *t));
-    bencher
-        .counter(ItemsCount::new(t * 49152))
-        .bench_local(|| cpu.cross_entropy(&targets, 1.0, &mut logits, &mut losses));
+    let (targets, weights, mut logits, mut losses) =
+        (vec![7; *t], vec![1.0; *t], noise(&cpu, t * 49152), noise(&cpu, *t));
+    bencher.counter(ItemsCount::new(t * 49152)).bench_local(|| {
+        cpu.run(Call::CrossEntropy { targets: &targets, weights: &weights, logits: &mut logits, losses: &mut losses })
+            .unwrap()
+    });
 }
 
 fn cpu(table: &'static Table) -> Cpu {

@@ -1,26 +1,34 @@
 //! Numbers: the NF4 codec, the [`Backend`] trait and the devices behind it: the CPU, and Vulkan as an experiment.
 //!
-//! This crate knows no file and no model. See `backend.rs` for the list of operations.
+//! This crate knows no file and no model. See `call.rs` for the list of operations.
 #![deny(unsafe_code)]
 
 mod backend;
+mod call;
 mod counted;
+mod double;
 mod error;
 mod matrix;
+mod memory;
 mod random;
+mod settings;
 
 pub mod cpu;
 pub mod quant;
 #[cfg(feature = "vulkan")]
 pub mod vulkan;
 
-pub use backend::{
-    AdamW, Arithmetic, Attention, Backend, CacheType, Lion, LowRank, MOMENT_BLOCK, Product, Sgd, WorkType, narrow_width,
-};
+pub use backend::Backend;
+pub use call::{ALL_ROWS, Access, Call, LowRank, Product};
 pub use counted::{Count, Counted};
 pub use cpu::Cpu;
+pub use double::doubles;
 pub use error::Error;
 pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};
+pub use memory::{Lends, Memory};
 pub use random::mix;
+pub use settings::{
+    Activation, AdamW, Arithmetic, Attention, CacheType, Lion, MOMENT_BLOCK, Sgd, WorkType, narrow_width,
+};
 #[cfg(feature = "vulkan")]
 pub use vulkan::Vulkan;

@@ -2,7 +2,7 @@
 
 use super::{Adapter, Context};
 use crate::error::Result;
-use pocketlora_kernels::{Backend, LowRank};
+use pocketlora_kernels::{ALL_ROWS, Backend, LowRank};
 
 /// A low-rank term on one linear layer.
 pub struct LowRankTerm<B: Backend> {
@@ -48,7 +48,7 @@ impl<B: Backend> Adapter<B> for LowRankTerm<B> {
     }
 
     fn low_rank(&self) -> Option<LowRank<'_, B>> {
-        Some(LowRank { a: &self.a, b: &self.b, scale: self.scale })
+        Some(LowRank { a: &self.a, b: &self.b, scale: self.scale, rows: ALL_ROWS })
     }
 
     fn backward(

@@ -10,7 +10,7 @@ use crate::exec::infer::PREFILL_CHUNK;
 use crate::session::Session;
 use pocketlora_kernels::cpu::limits::Limits;
 use pocketlora_kernels::cpu::{Buffer, Matrix};
-use pocketlora_kernels::{Arithmetic, Attention, Backend, Cpu};
+use pocketlora_kernels::{Arithmetic, Attention, Backend, Cpu, Memory};
 use pocketlora_models::{Param, Role};
 use serde::Serialize;
 use std::time::Instant;
@@ -232,9 +232,11 @@ fn loss(bench: &mut Bench<'_, '_>) -> Result<()> {
     };
     let (x, mut dx, mut losses) = (noise(backend, t * width)?, noise(backend, t * width)?, noise(backend, t)?);
     let targets: Vec<u32> = (0..t).map(|i| (i * 37 % vocab) as u32).collect();
+    let weights = vec![1.0; t];
     let mut failed = None;
     bench.time(facts, 1, &mut |_| {
-        let done = backend.linear_cross_entropy(Arithmetic::Bf16, head, &targets, 1.0, &x, &mut losses, Some(&mut dx));
+        let done =
+            backend.linear_cross_entropy(Arithmetic::Bf16, head, &targets, &weights, &x, &mut losses, Some(&mut dx));
         failed = failed.take().or(done.err());
     })?;
     failed.map_or(Ok(()), |e| Err(e.into()))
@@ -270,12 +272,12 @@ fn attention(session: &Session, bench: &mut Bench<'_, '_>) -> Result<()> {
     })?;
 
     let dtype = session.numbers().cache;
-    let mut cache = backend.cache(kv_heads, head_dim, dtype);
-    backend.cache_append(&mut cache, &k, &v)?;
+    let mut cache = backend.cache(kv_heads, head_dim, dtype, None);
+    backend.cache_append(&mut cache, &k, &v, 0..t)?;
     let (q, mut y) = (buffer(wide)?, buffer(wide)?);
     let bytes = cache.bytes();
     bench.time(facts("attention_cached", format!("T=1 of {t}"), true, bytes, 4 * t * wide), 1, &mut |_| {
-        backend.attention_cached(&spec, &q, &cache, &mut y);
+        backend.attention_cached(&spec, &q, &cache, &mut y, 0..1);
     })
 }
 

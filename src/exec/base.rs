@@ -4,7 +4,7 @@ use super::{Pool, architecture, fit};
 use crate::adapter::Replaced;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
-use pocketlora_kernels::{Arithmetic, Backend, Counted, Cpu, MatrixSource, WorkType};
+use pocketlora_kernels::{Arithmetic, Backend, Counted, Cpu, MatrixSource, Memory, WorkType};
 use pocketlora_models::{Model, Param, ParamSpec, Role};
 use std::sync::Arc;
 

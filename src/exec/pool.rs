@@ -122,11 +122,12 @@ impl<B: Backend> Region<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pocketlora_kernels::{Counted, Cpu};
+    use pocketlora_kernels::cpu::Table;
+    use pocketlora_kernels::{Counted, Cpu, Memory};
 
     #[test]
     fn what_is_counted_fits_what_is_reserved() {
-        let (counted, cpu) = (Counted::new(1), Cpu::new(1));
+        let (counted, cpu) = (Counted::new(Table::best(), 1), Cpu::new(1));
         let (mut plan, mut pool) = (Pool::<Counted>::default(), Pool::<Cpu>::default());
         plan.reserve(&counted, 1, 0).unwrap();
         let script = |apply: &mut dyn FnMut(usize, Option<usize>)| {

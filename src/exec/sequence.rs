@@ -22,7 +22,7 @@ impl<B: Backend> State<B> {
     fn new(base: &Base<B>, spec: &StateSpec, dtype: CacheType) -> Result<Self> {
         let backend = &base.backend;
         Ok(match *spec {
-            StateSpec::Kv { kv_heads, head_dim, .. } => Self::Kv(backend.cache(kv_heads, head_dim, dtype)),
+            StateSpec::Kv { kv_heads, head_dim, window } => Self::Kv(backend.cache(kv_heads, head_dim, dtype, window)),
             StateSpec::Conv { channels, taps } => Self::Conv(backend.buffer(channels * (taps - 1))?),
             StateSpec::Matrix { heads, key, value } => Self::Matrix(backend.buffer(heads * key * value)?),
         })
@@ -119,10 +119,17 @@ impl<B: Backend> Sequence<B> {
         } else {
             to
         };
-        for state in &mut self.states {
-            if let State::Kv(cache) = state {
-                backend.cache_truncate(cache, reached);
+        let mut reached = reached;
+        // A cache with a window may have dropped what the next token sees, and keeps nothing then; the others follow.
+        for _ in 0..2 {
+            for state in &mut self.states {
+                if let State::Kv(cache) = state {
+                    reached = backend.cache_rewind(cache, reached);
+                }
             }
+        }
+        if reached == 0 {
+            self.states.iter_mut().filter_map(State::buffer).for_each(|state| backend.zero(state));
         }
         self.len = reached;
         reached

@@ -67,7 +67,7 @@ fn rows_loss<B: Backend>(
     let Some(head) = pass.plain_head() else {
         let mut tape = pass.tape(Some(h), true, pool);
         let y = model.head(&mut tape, Value(0));
-        backend.cross_entropy(targets, scale, tape.value(y)?, &mut losses);
+        backend.cross_entropy(targets, &vec![scale; targets.len()], tape.value(y)?, &mut losses);
         watch.peak.sample();
         let dh = match grads {
             Some(grads) => {
@@ -90,7 +90,15 @@ fn rows_loss<B: Backend>(
     let y = model.norm(&mut tape, Value(0));
     let normed = tape.value(y)?;
     let arithmetic = pass.arithmetic();
-    backend.linear_cross_entropy(arithmetic, head, targets, scale, normed, &mut losses, dy.as_mut())?;
+    backend.linear_cross_entropy(
+        arithmetic,
+        head,
+        targets,
+        &vec![scale; targets.len()],
+        normed,
+        &mut losses,
+        dy.as_mut(),
+    )?;
     watch.peak.sample();
     let dh = match (dy, grads) {
         (Some(dy), Some(grads)) => tape.backward(y, dy, grads)?,

@@ -15,6 +15,7 @@ use crate::exec::train::Gradients;
 use crate::exec::{Base, Pool};
 use crate::memory::Peak;
 use pocketlora_kernels::Counted;
+use pocketlora_kernels::cpu::Table;
 use pocketlora_models::Model;
 use serde::Serialize;
 use std::sync::Arc;
@@ -89,6 +90,8 @@ impl MemoryPlan {
 /// What a run is made of, as far as its memory depends on it.
 pub(super) struct Work {
     pub model: Arc<dyn Model>,
+    /// Kernels and threads that it runs on.
+    pub table: &'static Table,
     pub threads: usize,
     /// What is trained, and its tensors.
     pub method: Method,
@@ -129,7 +132,7 @@ impl Work {
     /// # Errors
     /// An id outside the vocabulary, which there is none of.
     pub fn plan(&self, config: &TrainConfig, pass_tokens: usize, layout: Layout) -> Result<MemoryPlan> {
-        let base = Base::<Counted>::counted(Counted::new(self.threads), Arc::clone(&self.model))?;
+        let base = Base::<Counted>::counted(Counted::new(self.table, self.threads), Arc::clone(&self.model))?;
         let mut adapters = Adapters::none(&base);
         adapters.attach_zeros(&base, &self.method, &self.specs)?;
         let mut grads = gradients(&base, &adapters)?;

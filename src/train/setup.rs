@@ -97,6 +97,7 @@ fn work<B: Backend>(
     crate::mmap::release_freed();
     Work {
         model: Arc::clone(&base.model),
+        table: base.backend.table(),
         threads: base.backend.threads(),
         method: method.clone(),
         specs,

@@ -196,7 +196,7 @@ pub fn tiny_training(dir: &Path, lines: usize) -> (PathBuf, PathBuf) {
 
 /// The values of a buffer.
 pub fn values_of(cpu: &pocketlora_kernels::Cpu, buffer: &pocketlora_kernels::cpu::Buffer) -> Vec<f32> {
-    use pocketlora_kernels::Backend as _;
+    use pocketlora_kernels::Memory as _;
     let mut values = vec![0.0; cpu.len(buffer)];
     cpu.read(buffer, &mut values).unwrap();
     values

@@ -43,7 +43,7 @@ impl Buffer {
         }
     }
 
-    /// See [`crate::Backend::cut`].
+    /// See [`crate::Memory::cut`].
     pub(crate) fn cut(self, len: usize) -> Result<(Self, Option<Self>), Self> {
         match self.0 {
             Values::Part { mut bytes, .. } if len * size_of::<f32>() <= bytes.len() => {
@@ -57,7 +57,7 @@ impl Buffer {
         }
     }
 
-    /// See [`crate::Backend::join`].
+    /// See [`crate::Memory::join`].
     pub(crate) fn join(self, second: Self) -> Result<Self, (Self, Self)> {
         match (self.0, second.0) {
             // Regions are never neighbours, for each is followed by what its alignment left over.

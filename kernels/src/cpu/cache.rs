@@ -15,6 +15,7 @@ use crate::quant::nearest_f32;
 use crate::{CacheType, Error, FloatType};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+use std::ops::Range;
 
 /// Tokens of a block: with 64-wide heads in f16, its two tiles are 16 KiB.
 pub(crate) const BLOCK: usize = 64;
@@ -130,10 +131,12 @@ impl Cache {
         self.window.map_or(0, |window| (at + 1).saturating_sub(window))
     }
 
-    pub(crate) fn append(&mut self, light: &Light, k: &[f32], v: &[f32]) -> Result<(), Error> {
+    /// Appends some rows of `k` and `v`.
+    pub(crate) fn append(&mut self, light: &Light, k: &[f32], v: &[f32], rows: Range<usize>) -> Result<(), Error> {
         let width = self.width().max(1);
         assert!(k.len() == v.len() && k.len().is_multiple_of(width));
-        let tokens = k.len() / width;
+        let (tokens, rows) = (rows.len(), rows.start * width..rows.end * width);
+        let (k, v) = (&k[rows.clone()], &v[rows]);
         self.drop_unseen();
         self.make_room((self.len + tokens).div_ceil(BLOCK) - self.dropped)?;
         let mut row = reserve(self.head_dim * size(self.dtype))?;
@@ -339,7 +342,7 @@ mod tests {
     fn cache(dtype: CacheType, tokens: usize) -> Cache {
         let mut cache = Cache::new(3, WIDTH, dtype, None);
         for _ in 0..tokens {
-            cache.append(Table::best().light(), &[1.0; 3 * WIDTH], &[2.0; 3 * WIDTH]).unwrap();
+            cache.append(Table::best().light(), &[1.0; 3 * WIDTH], &[2.0; 3 * WIDTH], 0..1).unwrap();
         }
         cache
     }

@@ -7,6 +7,7 @@
 use super::Cpu;
 use super::exp::exp;
 use super::split::{parts, parts2};
+use crate::Activation;
 
 /// `2 sqrt(2 / pi)`, and the cubic term's factor.
 const GELU: (f32, f32) = (1.595_769_2, 0.044_715);
@@ -14,44 +15,51 @@ const GELU: (f32, f32) = (1.595_769_2, 0.044_715);
 /// and make a NaN of `inf * 0`.
 const GELU_RANGE: f32 = 12.0;
 
-/// Which activation.
-#[derive(Clone, Copy)]
-pub(crate) enum Gate {
-    Silu,
-    Gelu,
-}
-
 /// `y` from `gate` and `up`, all of one length.
-pub(crate) fn forward(cpu: &Cpu, kind: Gate, gate: &[f32], up: &[f32], y: &mut [f32]) {
+pub(crate) fn forward(cpu: &Cpu, kind: Activation, gate: &[f32], up: &[f32], y: &mut [f32]) {
     assert!(gate.len() == y.len() && up.len() == y.len());
     let light = cpu.table.light();
     parts(&cpu.team, y, 1, |at, y| {
         let (gate, up) = (&gate[at..][..y.len()], &up[at..][..y.len()]);
         match kind {
-            Gate::Silu => light.swiglu(gate, up, y),
-            Gate::Gelu => light.geglu(gate, up, y),
+            Activation::Silu => light.swiglu(gate, up, y),
+            Activation::GeluTanh => light.geglu(gate, up, y),
         }
     });
 }
 
 /// `dup = dy act(gate)`, `dgate = dy up act'(gate)`.
-pub(crate) fn vjp(cpu: &Cpu, kind: Gate, gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+pub(crate) fn vjp(
+    cpu: &Cpu,
+    kind: Activation,
+    gate: &[f32],
+    up: &[f32],
+    dy: &[f32],
+    dgate: &mut [f32],
+    dup: &mut [f32],
+) {
     assert!(gate.len() == dup.len() && up.len() == dup.len() && dy.len() == dup.len());
     let light = cpu.table.light();
     parts2(&cpu.team, dgate, dup, |at, dgate, dup| {
         let [gate, up, dy] = [gate, up, dy].map(|x| &x[at..][..dup.len()]);
         match kind {
-            Gate::Silu => light.swiglu_vjp(gate, up, dy, dgate, dup),
-            Gate::Gelu => light.geglu_vjp(gate, up, dy, dgate, dup),
+            Activation::Silu => light.swiglu_vjp(gate, up, dy, dgate, dup),
+            Activation::GeluTanh => light.geglu_vjp(gate, up, dy, dgate, dup),
         }
     });
 }
 
-/// [`vjp`] of SiLU where `gate` and `up` become their gradients.
-pub(crate) fn vjp_in_place(cpu: &Cpu, dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
+/// [`vjp`] where `gate` and `up` become their gradients.
+pub(crate) fn vjp_in_place(cpu: &Cpu, kind: Activation, dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
     assert!(gate.len() == dy.len() && up.len() == dy.len());
     let light = cpu.table.light();
-    parts2(&cpu.team, gate, up, |at, gate, up| light.swiglu_vjp_in_place(&dy[at..][..up.len()], gate, up));
+    parts2(&cpu.team, gate, up, |at, gate, up| {
+        let dy = &dy[at..][..up.len()];
+        match kind {
+            Activation::Silu => light.swiglu_vjp_in_place(dy, gate, up),
+            Activation::GeluTanh => light.geglu_vjp_in_place(dy, gate, up),
+        }
+    });
 }
 
 /// [`forward`] on one thread.
@@ -81,13 +89,13 @@ pub(super) fn slope<const FMA: bool, const IS_GELU: bool>(
 
 /// [`vjp_in_place`] on one thread.
 #[inline(always)]
-pub(super) fn slope_in_place<const FMA: bool>(dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
+pub(super) fn slope_in_place<const FMA: bool, const IS_GELU: bool>(dy: &[f32], gate: &mut [f32], up: &mut [f32]) {
     let n = dy.len();
     assert!(gate.len() == n && up.len() == n);
     let (gate, up, dy) = (&mut gate[..n], &mut up[..n], &dy[..n]);
     for i in 0..n {
         let (g, u) = (gate[i], up[i]);
-        let (s, gz) = logistic::<FMA, false>(g);
+        let (s, gz) = logistic::<FMA, IS_GELU>(g);
         up[i] = dy[i] * g * s;
         gate[i] = dy[i] * u * s * (1.0 + gz * (1.0 - s));
     }

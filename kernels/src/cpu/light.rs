@@ -67,17 +67,19 @@ light! {
     /// Adds the gradient of such rows to `dx`.
     fn rms_norm_vjp(w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) = rms_norm::vjp_rows;
     /// Turns the heads of one token, back if `sign` is -1.
-    fn rope(sign: f32, cos: &[f32], sin: &[f32], x: &[f32], y: &mut [f32]) = rope::token;
+    fn rope(head_dim: usize, sign: f32, cos: &[f32], sin: &[f32], x: &[f32], y: &mut [f32]) = rope::token;
     /// `y = silu(gate) up`.
     fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) = gated::value::<FMA, false>;
     /// Its gradients by `gate` and by `up`.
     fn swiglu_vjp(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) = gated::slope::<FMA, false>;
     /// The same gradients in the place of `gate` and `up`.
-    fn swiglu_vjp_in_place(dy: &[f32], gate: &mut [f32], up: &mut [f32]) = gated::slope_in_place::<FMA>;
+    fn swiglu_vjp_in_place(dy: &[f32], gate: &mut [f32], up: &mut [f32]) = gated::slope_in_place::<FMA, false>;
     /// `y = gelu(gate) up`.
     fn geglu(gate: &[f32], up: &[f32], y: &mut [f32]) = gated::value::<FMA, true>;
     /// Its gradients by `gate` and by `up`.
     fn geglu_vjp(gate: &[f32], up: &[f32], dy: &[f32], dgate: &mut [f32], dup: &mut [f32]) = gated::slope::<FMA, true>;
+    /// The same gradients in the place of `gate` and `up`.
+    fn geglu_vjp_in_place(dy: &[f32], gate: &mut [f32], up: &mut [f32]) = gated::slope_in_place::<FMA, true>;
     /// Largest element, `-inf` of an empty row. A NaN may be skipped: [`Light::exp_sum`] carries it.
     fn largest(x: &[f32]) -> f32 = softmax::largest;
     /// `x = e^(x - shift)`; returns the sum.

@@ -2,26 +2,27 @@
 //!
 //! For rows `x[N, C]` and the head `W[V, C]`, a band of `W` at a time: `l = x Wᵀ`, then as in blockwise attention
 //! `m' = max(m, max l)`, `O = e^(m - m') O + e^(l - m') W`, `Z = e^(m - m') Z + sum e^(l - m')`. In the end
-//! `loss = m + log Z - l[target]` (natural log) and `dx = scale (O / Z - W[target])`. Nothing is kept for backward,
+//! `loss = m + log Z - l[target]` (natural log) and `dx = weight (O / Z - W[target])`. Nothing is kept for backward,
 //! for the gradient is there at once. Bands and their order depend on shapes alone. Both products of a band find it in
 //! cache.
 //!
 //! `W[target]` is taken off at the end, rounded as the products rounded it: a row that predicts its target with certainty
 //! has a gradient of exactly zero.
 
-use super::Cpu;
 use super::buffer::Buffer;
 use super::elementwise::{scale_part, zero};
 use super::light::Light;
 use super::loops::update;
-use super::matmul::{forward_band, takes_bf16, vjp_x_band};
+use super::matmul::{forward_band, scratch, takes_bf16, vjp_x_band};
 use super::matrix::Matrix;
 use super::split::{run as run_tasks, with_scratch};
+use super::table::Table;
+use super::{Cost, Cpu};
 use crate::{Arithmetic, Error};
 use half::bf16;
 
 /// Rows of `W` in a band: sums long enough to pay for reading and writing `O`, logits few enough for a cache.
-pub(crate) const BAND: usize = 512;
+const BAND: usize = 512;
 /// Rows of a task between the products.
 const ROWS: usize = 16;
 
@@ -36,26 +37,32 @@ struct Row {
     picked: f32,
 }
 
-/// Bytes taken beside the arguments, for rows of `width` and `vocab` logits: a band's logits in f32, and the larger
-/// operand of the two products in bf16.
-pub(crate) fn bytes(rows: usize, width: usize, vocab: usize) -> usize {
+/// What [`run`] takes for so many rows with a head `[V, C]`: a band's logits in f32, the larger operand of the two products
+/// in bf16, and the products' scratch.
+pub(crate) fn cost(table: &Table, arithmetic: Arithmetic, rows: usize, (vocab, width): (usize, usize)) -> Cost {
     let band = BAND.min(vocab);
-    rows * (size_of::<f32>() * band + size_of::<u16>() * band.max(width) + size_of::<Row>())
+    let passing = rows * (size_of::<f32>() * band + size_of::<u16>() * band.max(width) + size_of::<Row>());
+    Cost { passing, ..scratch(table, arithmetic, rows, (band, width), 0) }
 }
 
-/// See [`crate::Backend::linear_cross_entropy`].
+/// See [`crate::Call::LinearCrossEntropy`].
 pub(crate) fn run(
     cpu: &Cpu,
     arithmetic: Arithmetic,
     w: &Matrix,
     targets: &[u32],
-    factor: f32,
+    weights: &[f32],
     x: &[f32],
     losses: &mut [f32],
     mut dx: Option<&mut [f32]>,
 ) -> Result<(), Error> {
     let ((vocab, width), n) = (w.shape(), targets.len());
-    assert!(x.len() == n * width && losses.len() == n && dx.as_ref().is_none_or(|dx| dx.len() == x.len()));
+    assert!(
+        x.len() == n * width
+            && losses.len() == n
+            && weights.len() == n
+            && dx.as_ref().is_none_or(|dx| dx.len() == x.len())
+    );
     assert!(targets.iter().all(|target| (*target as usize) < vocab), "target beyond the head's `{vocab}` rows");
     if n == 0 {
         return Ok(());
@@ -79,7 +86,7 @@ pub(crate) fn run(
         *loss = (row.sum.ln() + f64::from(row.max) - f64::from(row.picked)) as f32;
     }
     if let Some(dx) = dx {
-        finish(cpu, bf16, w, targets, factor, &rows, dx);
+        finish(cpu, bf16, w, targets, weights, &rows, dx);
     }
     Ok(())
 }
@@ -126,15 +133,16 @@ impl Row {
 }
 
 /// From `O` to the gradient.
-fn finish(cpu: &Cpu, bf16: bool, w: &Matrix, targets: &[u32], factor: f32, rows: &[Row], dx: &mut [f32]) {
+fn finish(cpu: &Cpu, bf16: bool, w: &Matrix, targets: &[u32], weights: &[f32], rows: &[Row], dx: &mut [f32]) {
     let width = dx.len() / rows.len();
     if width == 0 {
         return;
     }
-    let blocks = dx.chunks_mut(ROWS * width).zip(rows.chunks(ROWS)).zip(targets.chunks(ROWS)).collect();
-    run_tasks(&cpu.team, blocks, false, |((dx, rows), targets)| {
+    let wanted = targets.chunks(ROWS).zip(weights.chunks(ROWS));
+    let blocks = dx.chunks_mut(ROWS * width).zip(rows.chunks(ROWS)).zip(wanted).collect();
+    run_tasks(&cpu.team, blocks, false, |((dx, rows), (targets, weights))| {
         with_scratch(width, |picked| {
-            for ((dx, row), target) in dx.chunks_exact_mut(width).zip(rows).zip(targets) {
+            for ((dx, row), (target, weight)) in dx.chunks_exact_mut(width).zip(rows).zip(targets.iter().zip(weights)) {
                 w.decode(cpu.table, *target as usize, 0, width, picked);
                 if bf16 {
                     // As the products have it, or of a sure target, where both terms are nearly the same, its rounding
@@ -142,7 +150,7 @@ fn finish(cpu: &Cpu, bf16: bool, w: &Matrix, targets: &[u32], factor: f32, rows:
                     picked.iter_mut().for_each(|w| *w = bf16::from_f32(*w).to_f32());
                 }
                 let share = (1.0 / row.sum) as f32;
-                update(dx, [picked], |o, [w]| factor * (o * share - w));
+                update(dx, [picked], |o, [w]| weight * (o * share - w));
             }
         });
     });

@@ -15,6 +15,7 @@ mod avx512;
 mod bf16;
 mod buffer;
 mod cache;
+mod cost;
 mod cross_entropy;
 mod dense;
 mod elementwise;
@@ -29,6 +30,7 @@ mod loops;
 mod maker;
 mod matmul;
 mod matrix;
+mod memory;
 mod narrow;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -52,8 +54,9 @@ pub use cache::Cache;
 pub use matrix::Matrix;
 pub use table::{Isa, Table};
 
-use crate::{AdamW, Arithmetic, Attention, Backend, CacheType, Error, Lion, MatrixSource, Product, Sgd, WorkType};
-use gated::Gate;
+use crate::{Arithmetic, Backend, Call, Error, Memory, double};
+pub(crate) use cost::Cost;
+use rms_norm::Factors;
 use shelf::Shelf;
 use team::Team;
 
@@ -126,15 +129,68 @@ impl Cpu {
     }
 }
 
-pub(crate) use attention::{bytes as attention_bytes, vjp_scratch as attention_vjp_scratch};
-pub(crate) use linear_cross_entropy::{BAND, bytes as linear_cross_entropy_bytes};
-pub(crate) use matmul::{Scratch, bytes as matmul_bytes, scratch as matmul_scratch, vjp_w_scratch};
-
 impl Backend for Cpu {
-    type Buffer = Buffer;
-    type Matrix = Matrix;
-    type Cache = Cache;
-    type Codes = Codes;
+    fn run(&self, call: Call<'_, Self>) -> Result<(), Error> {
+        let (team, light) = (&self.team, self.table.light());
+        match call {
+            Call::Embed { table, ids, y } => rows::embed(self, table, ids, y),
+            Call::GatherRows { x, rows, y } => rows::gather(team, x, rows, y),
+            Call::ScatterAddRows { x, rows, y } => rows::scatter_add(x, rows, y),
+            Call::Matmul { arithmetic, w, x, y, accumulate } => matmul::forward(self, arithmetic, w, x, y, accumulate),
+            Call::MatmulGroup { arithmetic, x, products } => matmul::group(self, arithmetic, x, products)?,
+            Call::MatmulVjpX { arithmetic, terms, dx, accumulate } => {
+                matmul::vjp_x(self, arithmetic, terms, dx, accumulate);
+            }
+            Call::MatmulVjpW { tokens, dy, x, dw } => matmul::vjp_w(self, tokens, dy, x, dw),
+            Call::AddBias { bias, y } => elementwise::add_bias(team, bias, y),
+            Call::Add { a, b, y } => elementwise::add(team, a, b, y),
+            Call::AddAssign { x, y } => elementwise::add_assign(team, x, y),
+            Call::Scale { factor, x } => elementwise::scale(team, factor, x),
+            Call::Dropout { p, key, first, x, y } => elementwise::dropout(team, p, key, first, x, y),
+            Call::Copy { x, y } => elementwise::copy(team, x, y),
+            Call::Narrow { width, x, y } => narrow::pack(team, width, x, y),
+            Call::Widen { width, x, y } => narrow::unpack(team, width, x, y),
+            Call::Zero { x } => elementwise::zero(team, x),
+            Call::RmsNorm { width, w, plus_one, eps, x, y } => {
+                rms_norm::forward(self, Factors { width, w: w.map(|w| &w[..]), plus_one }, eps, x, y);
+            }
+            Call::RmsNormVjpX { width, w, plus_one, eps, x, dy, dx } => {
+                rms_norm::vjp_x(self, Factors { width, w: w.map(|w| &w[..]), plus_one }, eps, x, dy, dx);
+            }
+            Call::Rope { heads, head_dim, cos, sin, x, inverse, y } => {
+                rope::forward(self, heads, head_dim, cos, sin, x, inverse, y);
+            }
+            Call::Gate { activation, gate, up, y } => gated::forward(self, activation, gate, up, y),
+            Call::GateVjp { activation, gate, up, dy, dgate, dup } => {
+                gated::vjp(self, activation, gate, up, dy, dgate, dup);
+            }
+            Call::GateVjpInPlace { activation, dy, gate, up } => gated::vjp_in_place(self, activation, dy, gate, up),
+            Call::Attention { spec, segments, q, k, v, y, lse } => {
+                attention::forward(self, spec, segments, q, k, v, y, lse);
+            }
+            Call::AttentionVjp { spec, segments, q, k, v, y, lse, dy, dq, dk, dv } => {
+                attention::vjp(self, spec, segments, q, k, v, y, lse, dy, dq, dk, dv);
+            }
+            Call::CacheAppend { cache, k, v, rows } => cache.append(light, k, v, rows)?,
+            Call::AttentionCached { spec, q, cache, y, rows } => {
+                attention::forward_cached(self, spec, q, cache, y, rows);
+            }
+            Call::CrossEntropy { targets, weights, logits, losses } => {
+                cross_entropy::forward_vjp(self, targets, weights, logits, losses);
+            }
+            Call::LinearCrossEntropy { arithmetic, w, targets, weights, x, losses, dx } => {
+                let dx = dx.map(|dx| &mut **dx);
+                linear_cross_entropy::run(self, arithmetic, w, targets, weights, x, losses, dx)?;
+            }
+            Call::Sum { x, at, y } => double::add_double(x.iter().map(|x| f64::from(*x)).sum(), at, y),
+            Call::SumSquares { x, at, y } => double::add_double(adamw::sum_squares(team, x), at, y),
+            Call::AdamW { step, grad, param, m, v } => adamw::step(self, step, grad, param, m, v),
+            Call::AdamW8 { step, grad, param, m, v } => adamw8::step(self, step, grad, param, m, v),
+            Call::Sgd { step, grad, param, m } => sgd::sgd(self, step, grad, param, m.map(|m| &mut **m)),
+            Call::Lion { step, grad, param, m } => sgd::lion(self, step, grad, param, m),
+        }
+        Ok(())
+    }
 
     fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         self.team.keep_awake(work)
@@ -144,296 +200,25 @@ impl Backend for Cpu {
         self.team.threads()
     }
 
-    fn buffer(&self, len: usize) -> Result<Buffer, Error> {
-        Buffer::zeros(len)
+    fn table(&self) -> &'static Table {
+        self.table
     }
+}
 
-    fn len(&self, buffer: &Buffer) -> usize {
-        buffer.len()
-    }
-
-    fn region(&self, len: usize) -> Result<Buffer, Error> {
-        Buffer::region(len)
-    }
-
-    fn capacity(&self, buffer: &Buffer) -> usize {
-        buffer.capacity()
-    }
-
-    fn cut(&self, buffer: Buffer, len: usize) -> Result<(Buffer, Option<Buffer>), Buffer> {
-        buffer.cut(len)
-    }
-
-    fn join(&self, first: Buffer, second: Buffer) -> Result<Buffer, (Buffer, Buffer)> {
-        first.join(second)
-    }
-
-    fn address(&self, buffer: &Buffer) -> usize {
-        buffer.as_ptr().addr()
-    }
-
-    fn write(&self, dst: &mut Buffer, src: &[f32]) {
-        dst.copy_from_slice(src);
-    }
-
-    fn read(&self, src: &Buffer, dst: &mut [f32]) -> Result<(), Error> {
-        dst.copy_from_slice(src);
-        Ok(())
-    }
-
-    fn matrix(&self, source: MatrixSource) -> Result<Matrix, Error> {
-        Matrix::new(source)
-    }
-
-    fn work_matrix(&self, rows: usize, cols: usize, dtype: WorkType) -> Result<Matrix, Error> {
-        Matrix::zeros(rows, cols, dtype)
-    }
-
-    fn set_matrix(&self, dst: &mut Matrix, master: &Buffer) {
-        dst.set(master);
-    }
-
-    fn with_values(&self, matrix: &mut Matrix, work: &mut dyn FnMut(&mut Buffer)) {
-        work(matrix.values_mut());
-    }
-
-    fn read_matrix(&self, matrix: &Matrix, dst: &mut [f32]) -> Result<(), Error> {
-        dst.copy_from_slice(matrix.values());
-        Ok(())
-    }
-
-    fn shape(&self, matrix: &Matrix) -> (usize, usize) {
-        matrix.shape()
-    }
-
-    fn embed(&self, table: &Matrix, ids: &[u32], y: &mut Buffer) {
-        rows::embed(self, table, ids, y);
-    }
-
-    fn gather_rows(&self, x: &Buffer, rows: &[u32], y: &mut Buffer) {
-        rows::gather(&self.team, x, rows, y);
-    }
-
-    fn scatter_add_rows(&self, x: &Buffer, rows: &[u32], y: &mut Buffer) {
-        rows::scatter_add(x, rows, y);
-    }
-
-    fn matmul(&self, arithmetic: Arithmetic, w: &Matrix, x: &Buffer, y: &mut Buffer, accumulate: bool) {
-        matmul::forward(self, arithmetic, w, x, y, accumulate);
-    }
-
-    fn matmul_group(
-        &self,
-        arithmetic: Arithmetic,
-        x: &Buffer,
-        products: &mut [Product<'_, Self>],
-    ) -> Result<(), Error> {
-        matmul::group(self, arithmetic, x, products)
-    }
-
-    fn matmul_vjp_x(&self, arithmetic: Arithmetic, w: &Matrix, dy: &Buffer, dx: &mut Buffer, accumulate: bool) {
-        matmul::vjp_x(self, arithmetic, &[(w, dy)], dx, accumulate);
-    }
-
-    fn matmul_vjp_x_sum(
-        &self,
-        arithmetic: Arithmetic,
-        terms: &[(&Matrix, &Buffer)],
-        dx: &mut Buffer,
-        accumulate: bool,
-    ) {
-        let terms: Vec<(&Matrix, &[f32])> = terms.iter().map(|(w, dy)| (*w, &dy[..])).collect();
-        matmul::vjp_x(self, arithmetic, &terms, dx, accumulate);
-    }
-
-    fn matmul_vjp_w(&self, tokens: usize, dy: &Buffer, x: &Buffer, dw: &mut Buffer) {
-        matmul::vjp_w(self, tokens, dy, x, dw);
-    }
-
-    fn add_bias(&self, bias: &Buffer, y: &mut Buffer) {
-        elementwise::add_bias(&self.team, bias, y);
-    }
-
-    fn add(&self, a: &Buffer, b: &Buffer, y: &mut Buffer) {
-        elementwise::add(&self.team, a, b, y);
-    }
-
-    fn add_assign(&self, x: &Buffer, y: &mut Buffer) {
-        elementwise::add_assign(&self.team, x, y);
-    }
-
-    fn scale(&self, factor: f32, x: &mut Buffer) {
-        elementwise::scale(&self.team, factor, x);
-    }
-
-    fn dropout(&self, p: f32, key: u64, first: u64, x: &Buffer, y: &mut Buffer) {
-        elementwise::dropout(&self.team, p, key, first, x, y);
-    }
-
-    fn copy(&self, x: &Buffer, y: &mut Buffer) {
-        elementwise::copy(&self.team, x, y);
-    }
-
-    fn narrow(&self, width: usize, x: &Buffer, y: &mut Buffer) {
-        narrow::pack(&self.team, width, x, y);
-    }
-
-    fn widen(&self, width: usize, x: &Buffer, y: &mut Buffer) {
-        narrow::unpack(&self.team, width, x, y);
-    }
-
-    fn zero(&self, x: &mut Buffer) {
-        elementwise::zero(&self.team, x);
-    }
-
-    fn rms_norm(&self, w: &Buffer, eps: f32, x: &Buffer, y: &mut Buffer) {
-        rms_norm::forward(self, w, eps, x, y);
-    }
-
-    fn rms_norm_vjp_x(&self, w: &Buffer, eps: f32, x: &Buffer, dy: &Buffer, dx: &mut Buffer) {
-        rms_norm::vjp_x(self, w, eps, x, dy, dx);
-    }
-
-    fn rope(
-        &self,
-        heads: usize,
-        head_dim: usize,
-        cos: &Buffer,
-        sin: &Buffer,
-        x: &Buffer,
-        inverse: bool,
-        y: &mut Buffer,
-    ) {
-        rope::forward(self, heads, head_dim, cos, sin, x, inverse, y);
-    }
-
-    fn geglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
-        gated::forward(self, Gate::Gelu, gate, up, y);
-    }
-
-    fn geglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
-        gated::vjp(self, Gate::Gelu, gate, up, dy, dgate, dup);
-    }
-
-    fn swiglu(&self, gate: &Buffer, up: &Buffer, y: &mut Buffer) {
-        gated::forward(self, Gate::Silu, gate, up, y);
-    }
-
-    fn swiglu_vjp(&self, gate: &Buffer, up: &Buffer, dy: &Buffer, dgate: &mut Buffer, dup: &mut Buffer) {
-        gated::vjp(self, Gate::Silu, gate, up, dy, dgate, dup);
-    }
-
-    fn swiglu_vjp_in_place(&self, dy: &Buffer, gate: &mut Buffer, up: &mut Buffer) {
-        gated::vjp_in_place(self, dy, gate, up);
-    }
-
-    fn attention(
-        &self,
-        spec: &Attention,
-        segments: &[usize],
-        q: &Buffer,
-        k: &Buffer,
-        v: &Buffer,
-        y: &mut Buffer,
-        lse: &mut Buffer,
-    ) {
-        attention::forward(self, spec, segments, q, k, v, y, lse);
-    }
-
-    fn attention_vjp(
-        &self,
-        spec: &Attention,
-        segments: &[usize],
-        q: &Buffer,
-        k: &Buffer,
-        v: &Buffer,
-        y: &Buffer,
-        lse: &Buffer,
-        dy: &Buffer,
-        dq: &mut Buffer,
-        dk: &mut Buffer,
-        dv: &mut Buffer,
-    ) {
-        attention::vjp(self, spec, segments, q, k, v, y, lse, dy, dq, dk, dv);
-    }
-
-    fn cache(&self, kv_heads: usize, head_dim: usize, dtype: CacheType) -> Cache {
-        Cache::new(kv_heads, head_dim, dtype, None)
-    }
-
-    fn cache_len(&self, cache: &Cache) -> usize {
-        cache.len()
-    }
-
-    fn cache_append(&self, cache: &mut Cache, k: &Buffer, v: &Buffer) -> Result<(), Error> {
-        cache.append(self.table.light(), k, v)
-    }
-
-    fn cache_truncate(&self, cache: &mut Cache, len: usize) {
-        assert_eq!(cache.rewind(len), len);
-    }
-
-    fn attention_cached(&self, spec: &Attention, q: &Buffer, cache: &Cache, y: &mut Buffer) {
-        attention::forward_cached(self, spec, q, cache, y);
-    }
-
-    fn cross_entropy(&self, targets: &[u32], scale: f32, logits: &mut Buffer, losses: &mut Buffer) {
-        cross_entropy::forward_vjp(self, targets, scale, logits, losses);
-    }
-
-    fn linear_cross_entropy(
-        &self,
-        arithmetic: Arithmetic,
-        w: &Matrix,
-        targets: &[u32],
-        scale: f32,
-        x: &Buffer,
-        losses: &mut Buffer,
-        dx: Option<&mut Buffer>,
-    ) -> Result<(), Error> {
-        linear_cross_entropy::run(self, arithmetic, w, targets, scale, x, losses, dx.map(|dx| &mut **dx))
-    }
-
-    fn linear_cross_entropy_bytes(&self, rows: usize, width: usize, vocab: usize) -> usize {
-        linear_cross_entropy::bytes(rows, width, vocab)
-    }
-
-    fn sum_squares(&self, x: &Buffer) -> Result<f64, Error> {
-        Ok(adamw::sum_squares(&self.team, x))
-    }
-
-    fn adamw(&self, step: &AdamW, grad: &Buffer, param: &mut Buffer, m: &mut Buffer, v: &mut Buffer) {
-        adamw::step(self, step, grad, param, m, v);
-    }
-
-    fn sgd(&self, step: &Sgd, grad: &Buffer, param: &mut Buffer, m: Option<&mut Buffer>) {
-        sgd::sgd(self, step, grad, param, m.map(|m| &mut **m));
-    }
-
-    fn lion(&self, step: &Lion, grad: &Buffer, param: &mut Buffer, m: &mut Buffer) {
-        sgd::lion(self, step, grad, param, m);
-    }
-
-    fn codes(&self, len: usize, signed: bool) -> Result<Codes, Error> {
-        Codes::zeros(len, signed)
-    }
-
-    fn codes_len(&self, codes: &Codes) -> usize {
-        codes.codes.len()
-    }
-
-    fn read_codes(&self, src: &Codes, codes: &mut [u8], absmax: &mut [f32]) -> Result<(), Error> {
-        codes.copy_from_slice(&src.codes);
-        absmax.copy_from_slice(&src.absmax);
-        Ok(())
-    }
-
-    fn write_codes(&self, dst: &mut Codes, codes: &[u8], absmax: &[f32]) {
-        dst.codes.copy_from_slice(codes);
-        dst.absmax.copy_from_slice(absmax);
-    }
-
-    fn adamw8(&self, step: &AdamW, grad: &Buffer, param: &mut Buffer, m: &mut Codes, v: &mut Codes) {
-        adamw8::step(self, step, grad, param, m, v);
+/// What `call` takes beside its arguments where [`Cpu`] runs it with the kernels of `table`.
+pub(crate) fn cost<M: Memory>(table: &Table, memory: &M, call: &Call<'_, M>) -> Cost {
+    match call {
+        Call::Matmul { arithmetic, w, x, .. } => matmul::cost(table, *arithmetic, memory.len(x), memory.shape(w)),
+        Call::MatmulGroup { arithmetic, x, products } => {
+            matmul::group_cost(table, memory, *arithmetic, memory.len(x), products)
+        }
+        Call::MatmulVjpX { arithmetic, terms, .. } => matmul::vjp_x_cost(table, memory, *arithmetic, terms),
+        Call::MatmulVjpW { tokens, dy, x, .. } => matmul::vjp_w_cost(*tokens, memory.len(dy), memory.len(x)),
+        Call::Attention { spec, segments, .. } => attention::cost(spec, segments),
+        Call::AttentionVjp { spec, segments, .. } => attention::vjp_cost(spec, segments),
+        Call::LinearCrossEntropy { w, targets, arithmetic, .. } => {
+            linear_cross_entropy::cost(table, *arithmetic, targets.len(), memory.shape(w))
+        }
+        _ => Cost::default(),
     }
 }

@@ -18,7 +18,7 @@ const ROWS: usize = 16;
 /// Elements that are scaled at a time.
 const CHUNK: usize = 64;
 
-/// See [`crate::Backend::narrow`].
+/// See [`crate::Call::Narrow`].
 pub(crate) fn pack(team: &Team, width: usize, x: &[f32], y: &mut [f32]) {
     each(team, width, y, x.len(), |at, y| pack_row(&x[at * width..][..width], y));
 }
@@ -42,7 +42,7 @@ fn unit(largest: f32) -> f32 {
     f32::from_bits(((exponent.clamp(-126, 112) + 127) as u32) << 23)
 }
 
-/// See [`crate::Backend::widen`].
+/// See [`crate::Call::Widen`].
 pub(crate) fn unpack(team: &Team, width: usize, x: &[f32], y: &mut [f32]) {
     let packed = narrow_width(width);
     assert!(width > 0 && y.len().is_multiple_of(width) && x.len() == y.len() / width * packed);

@@ -1,32 +1,65 @@
 //! Root mean square norm (Zhang & Sennrich 2019).
 //!
-//! `y = r x w` with `r = 1 / sqrt(mean(x²) + eps)`, over rows of `C`. Forward keeps nothing: backward computes
+//! `y = r x w` with `r = 1 / sqrt(mean(x²) + eps)`, over rows of `C`; factors `w` may be stored less one, or absent. Forward keeps nothing: backward computes
 //! `r` again, which is cheaper than to store it.
 
 use super::Cpu;
 use super::loops::{map, sum, update};
-use super::split::parts;
+use super::split::{parts, with_scratch};
+
+/// What rows of `width` are multiplied by.
+#[derive(Clone, Copy)]
+pub(crate) struct Factors<'a> {
+    pub width: usize,
+    /// None: by one.
+    pub w: Option<&'a [f32]>,
+    /// By one more than `w`.
+    pub plus_one: bool,
+}
+
+impl Factors<'_> {
+    /// Lends the factors themselves. To make them takes a row's time.
+    fn with(self, work: impl FnOnce(&[f32])) {
+        match self.w {
+            Some(w) if !self.plus_one => work(w),
+            w => with_scratch(self.width, |factors| {
+                match w {
+                    Some(w) => map([w], factors, |[w]| 1.0 + w),
+                    None => factors.fill(1.0),
+                }
+                work(factors);
+            }),
+        }
+    }
+
+    /// Asserts that all are whole rows; whether there are any.
+    fn fit(self, x: &[f32], y: &[f32]) -> bool {
+        assert!(self.w.is_none_or(|w| w.len() == self.width));
+        assert!(x.len() == y.len() && (x.is_empty() || x.len().is_multiple_of(self.width)));
+        !x.is_empty()
+    }
+}
 
 /// `y[T, C]` from `x[T, C]` and `w[C]`.
-pub(crate) fn forward(cpu: &Cpu, w: &[f32], eps: f32, x: &[f32], y: &mut [f32]) {
-    let width = width(w, x, y);
-    if width == 0 {
-        return;
+pub(crate) fn forward(cpu: &Cpu, factors: Factors<'_>, eps: f32, x: &[f32], y: &mut [f32]) {
+    if factors.fit(x, y) {
+        factors.with(|w| {
+            parts(&cpu.team, y, w.len(), |at, y| cpu.table.light().rms_norm(w, eps, &x[at..][..y.len()], y));
+        });
     }
-    parts(&cpu.team, y, width, |at, y| cpu.table.light().rms_norm(w, eps, &x[at..][..y.len()], y));
 }
 
 /// `dx += r (dy w) - x r³ mean(dy w x)`.
-pub(crate) fn vjp_x(cpu: &Cpu, w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) {
-    let width = width(w, x, dx);
+pub(crate) fn vjp_x(cpu: &Cpu, factors: Factors<'_>, eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) {
     assert_eq!(dy.len(), dx.len());
-    if width == 0 {
-        return;
+    if factors.fit(x, dx) {
+        factors.with(|w| {
+            parts(&cpu.team, dx, w.len(), |at, dx| {
+                let n = dx.len();
+                cpu.table.light().rms_norm_vjp(w, eps, &x[at..][..n], &dy[at..][..n], dx);
+            });
+        });
     }
-    parts(&cpu.team, dx, width, |at, dx| {
-        let n = dx.len();
-        cpu.table.light().rms_norm_vjp(w, eps, &x[at..][..n], &dy[at..][..n], dx);
-    });
 }
 
 /// [`forward`] on one thread.
@@ -53,9 +86,4 @@ pub(super) fn vjp_rows(w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (sum([x], |[x]| x * x) / x.len() as f32 + eps).sqrt()
-}
-
-fn width(w: &[f32], x: &[f32], y: &[f32]) -> usize {
-    assert!(x.len() == y.len() && (x.is_empty() || x.len().is_multiple_of(w.len())));
-    w.len()
 }

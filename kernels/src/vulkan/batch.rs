@@ -4,7 +4,7 @@
 
 use super::device::Device;
 use super::memory::Memory;
-use super::pipeline::{BINDINGS, Pipelines, Shader};
+use super::pipeline::{BINDINGS, Job, Pipelines};
 use ash::prelude::VkResult;
 use ash::vk;
 use std::sync::Arc;
@@ -82,23 +82,25 @@ impl Batch {
         unsafe { self.device.raw.cmd_pipeline_barrier(self.commands, before, after, flags, &memory, &[], &[]) };
     }
 
-    /// The shader must stay within its buffers for these constants.
+    /// Has some work groups do a job; panics if a buffer is too short for it.
     pub fn dispatch(
         &mut self,
         pipelines: &Pipelines,
-        shader: Shader,
+        job: &Job,
         buffers: [&Arc<Memory>; BINDINGS],
-        constants: &[u32],
         groups: u32,
     ) -> VkResult<()> {
+        let long_enough = buffers.iter().zip(job.words()).all(|(memory, words)| words <= memory.size / 4);
+        assert!(long_enough, "a buffer is too short for {job:?}");
         let raw = &self.device.raw;
         let layouts = [pipelines.set_layout];
         let info = vk::DescriptorSetAllocateInfo::default().descriptor_pool(self.sets).set_layouts(&layouts);
         let infos = buffers.map(|m| [vk::DescriptorBufferInfo { buffer: m.buffer, offset: m.offset, range: m.size }]);
-        let constants: Vec<u8> = constants.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let constants: Vec<u8> = job.constants().iter().flat_map(|word| word.to_ne_bytes()).collect();
         let compute = vk::PipelineBindPoint::COMPUTE;
         // SAFETY: the pool has room for `DISPATCHES` sets; ranges lie within their buffers and are aligned, and `keep`
-        // holds them until the work is done. Constants fit the layout's range.
+        // holds them until the work is done. Constants fit the layout's range. With these constants the shader stays within
+        // the words that the assertion above asked for.
         unsafe {
             let set = raw.allocate_descriptor_sets(&info)?[0];
             let writes: [_; BINDINGS] = std::array::from_fn(|i| {
@@ -109,7 +111,7 @@ impl Batch {
                     .buffer_info(&infos[i])
             });
             raw.update_descriptor_sets(&writes, &[]);
-            raw.cmd_bind_pipeline(self.commands, compute, pipelines.get(shader));
+            raw.cmd_bind_pipeline(self.commands, compute, pipelines.get(job.shader()));
             raw.cmd_bind_descriptor_sets(self.commands, compute, pipelines.layout, 0, &[set], &[]);
             let stage = vk::ShaderStageFlags::COMPUTE;
             raw.cmd_push_constants(self.commands, pipelines.layout, stage, 0, &constants);

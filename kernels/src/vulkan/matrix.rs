@@ -5,7 +5,7 @@
 
 use super::device::Limits;
 use super::memory::{Heap, Memory};
-use crate::{Absmax, Backend, Cpu, Error, FloatType, MatrixData, MatrixSource, Nf4Source, cpu};
+use crate::{Absmax, Cpu, Error, FloatType, MatrixData, MatrixSource, Memory as _, Nf4Source, cpu};
 use bytes::Bytes;
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ pub struct Matrix {
 /// A 4-bit weight as the shaders read it.
 pub(super) struct Blocks {
     pub memory: Arc<Memory>,
-    /// From `packed_at` on, as `shaders/shared/nf4.glsl` has them.
-    pub constants: [u32; 7],
+    /// Constants from `packed_at` on, as `shaders/shared/nf4.glsl` has them.
+    pub places: [u32; 7],
 }
 
 impl Matrix {
@@ -40,7 +40,7 @@ impl Matrix {
         }
         let (memory, copy) = layout.copy(heap, nf4)?;
         let host = cpu.matrix(MatrixSource { rows, cols, data: MatrixData::Nf4(copy) })?;
-        Ok(Self { host, blocks: Some(Blocks { memory, constants: layout.constants }), values: None })
+        Ok(Self { host, blocks: Some(Blocks { memory, places: layout.places }), values: None })
     }
 }
 
@@ -50,7 +50,7 @@ struct Layout {
     scales_at: usize,
     packed_at: usize,
     words: usize,
-    constants: [u32; 7],
+    places: [u32; 7],
 }
 
 impl Layout {
@@ -74,8 +74,8 @@ impl Layout {
         };
         // Casts are exact for what fits `Limits::range`, and nothing else is used.
         let [packed, scales, nested] = [packed_at, scales_at, nested_at].map(|at| at as u32);
-        let constants = [packed, scales, nested, nf4.block.trailing_zeros(), nested_block, dtype, offset.to_bits()];
-        Self { nested_at, scales_at, packed_at, words, constants }
+        let places = [packed, scales, nested, nf4.block.trailing_zeros(), nested_block, dtype, offset.to_bits()];
+        Self { nested_at, scales_at, packed_at, words, places }
     }
 
     fn bytes(&self) -> usize {

@@ -86,11 +86,6 @@ impl Vulkan {
     pub fn validation(&self) -> Option<Arc<Validation>> {
         self.device.validation()
     }
-
-    /// Waits until the CPU may read `reads` and write `writes` in place.
-    fn host(&self, reads: &[&Buffer], writes: &[&Buffer]) {
-        self.recorder.settle(reads.iter().map(|buffer| &*buffer.memory), writes.iter().map(|buffer| &*buffer.memory));
-    }
 }
 
 /// Names the step that failed.

@@ -27,6 +27,71 @@ pub(super) enum Shader {
     RmsNorm,
 }
 
+/// A shader with its constants, from which follows how much of its buffers it touches.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Job {
+    /// Of so many elements; to add to the output if `in_place`.
+    Add {
+        len: u32,
+        in_place: bool,
+    },
+    /// A product with one token; places of the weight's parts as in [`super::matrix::Blocks`].
+    Nf4Matvec {
+        rows: u32,
+        cols: u32,
+        accumulate: bool,
+        places: [u32; 7],
+    },
+    RmsNorm {
+        rows: u32,
+        width: u32,
+        eps: f32,
+    },
+}
+
+impl Job {
+    pub fn shader(&self) -> Shader {
+        match self {
+            Self::Add { .. } => Shader::Add,
+            Self::Nf4Matvec { .. } => Shader::Nf4Matvec,
+            Self::RmsNorm { .. } => Shader::RmsNorm,
+        }
+    }
+
+    /// As the shader declares them.
+    pub fn constants(&self) -> Vec<u32> {
+        match *self {
+            Self::Add { len, in_place } => vec![len, u32::from(in_place)],
+            Self::Nf4Matvec { rows, cols, accumulate, places } => {
+                [&[rows, cols, u32::from(accumulate)][..], &places].concat()
+            }
+            Self::RmsNorm { rows, width, eps } => vec![rows, width, eps.to_bits()],
+        }
+    }
+
+    /// Words of 32 bits that it may touch of each buffer, counted from the first.
+    pub fn words(&self) -> [u64; BINDINGS] {
+        match *self {
+            Self::Add { len, .. } => [u64::from(len); BINDINGS],
+            Self::Nf4Matvec { rows, cols, places, .. } => {
+                let elements = u64::from(rows) * u64::from(cols);
+                let [packed_at, scales_at, nested_at, block_log2, nested_block, ..] = places.map(u64::from);
+                let blocks = elements.div_ceil(1 << block_log2);
+                let (map, scales, nested) = match nested_block {
+                    0 => (0, blocks, 0),
+                    nested => (256, blocks.div_ceil(4), blocks.div_ceil(nested)),
+                };
+                let parts = [16 + map, nested_at + nested, scales_at + scales, packed_at + elements.div_ceil(8)];
+                [parts.into_iter().max().unwrap_or(0), u64::from(cols), u64::from(rows)]
+            }
+            Self::RmsNorm { rows, width, .. } => {
+                let all = u64::from(rows) * u64::from(width);
+                [u64::from(width), all, all]
+            }
+        }
+    }
+}
+
 /// Compiled by `.ci/run shaders`, which also checks that they are what the sources say.
 const CODE: [&[u8]; 3] = [
     include_bytes!("../../shaders/add.spv"),

@@ -9,8 +9,8 @@
 use super::batch::Batch;
 use super::device::Device;
 use super::memory::Memory;
-use super::pipeline::{BINDINGS, Pipelines, Shader};
-use crate::Error;
+use super::pipeline::{BINDINGS, Job, Pipelines};
+use crate::{Access, Error};
 use ash::prelude::VkResult;
 use ash::vk;
 use std::collections::VecDeque;
@@ -63,10 +63,10 @@ impl Recorder {
         self.lock().waits
     }
 
-    /// The shader must stay within its buffers for these constants; it writes the last buffer.
-    pub fn dispatch(&self, shader: Shader, buffers: [&Arc<Memory>; BINDINGS], constants: &[u32], groups: u32) {
+    /// Records a job, which writes the last buffer; panics if a buffer is too short for it.
+    pub fn dispatch(&self, job: &Job, buffers: [&Arc<Memory>; BINDINGS], groups: u32) {
         let [inputs @ .., output] = buffers;
-        self.record(&inputs, output, |batch| batch.dispatch(&self.pipelines, shader, buffers, constants, groups));
+        self.record(&inputs, output, |batch| batch.dispatch(&self.pipelines, job, buffers, groups));
     }
 
     /// Zeros all of `memory`.
@@ -86,12 +86,14 @@ impl Recorder {
         }
     }
 
-    /// Waits until the host may read `reads` and write `writes`. It need not wait for work that does not touch them.
-    pub fn settle<'a>(&self, reads: impl Iterator<Item = &'a Memory>, writes: impl Iterator<Item = &'a Memory>) {
+    /// Waits until the host may access all that `visit` shows in the way it says. Work that does not touch it goes on.
+    pub fn settle(&self, visit: impl FnOnce(&mut dyn FnMut(&Memory, Access))) {
         let state = &mut *self.lock();
-        let read = reads.map(|memory| memory.written.load(Relaxed));
-        let written = writes.map(|memory| memory.written.load(Relaxed).max(memory.read.load(Relaxed)));
-        let until = read.chain(written).max().unwrap_or(0);
+        let mut until = 0;
+        visit(&mut |memory, access| {
+            let read = if access == Access::Write { memory.read.load(Relaxed) } else { 0 };
+            until = until.max(memory.written.load(Relaxed)).max(read);
+        });
         if state.lost.is_none()
             && let Err(error) = state.wait_for(until)
         {
@@ -208,7 +210,7 @@ impl Drop for Recorder {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Backend, Error, Vulkan};
+    use crate::{Backend, Call, Error, Memory, Vulkan};
     use ash::vk;
     use std::io::Write as _;
 
@@ -224,17 +226,16 @@ mod tests {
         };
         let x = device.buffer(3).unwrap();
         let mut y = device.buffer(3).unwrap();
-        device.add_assign(&x, &mut y);
+        device.run(Call::AddAssign { x: &x, y: &mut y }).unwrap();
         device.recorder.record(&[&x.memory], &y.memory, |_| Err(vk::Result::ERROR_DEVICE_LOST));
-        // Operations go on without an error and without effect on the device.
-        device.add_assign(&x, &mut y);
-        device.scale(2.0, &mut y);
-        device.zero(&mut y);
+        // Calls go on without an error and without effect on the device.
+        device.run(Call::AddAssign { x: &x, y: &mut y }).unwrap();
+        device.run(Call::Scale { factor: 2.0, x: &mut y }).unwrap();
+        device.run(Call::Zero { x: &mut y }).unwrap();
         assert_eq!(device.recorded(), 1);
         for _ in 0..2 {
             let read = device.read(&y, &mut [0.0; 3]);
             assert!(matches!(&read, Err(Error::Device(why)) if why.contains("lost")), "{read:?}");
         }
-        assert!(matches!(device.sum_squares(&x), Err(Error::Device(_))));
     }
 }

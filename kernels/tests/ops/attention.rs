@@ -2,7 +2,7 @@
 
 use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, poisoned, read, wide};
 use super::oracle;
-use pocketlora_kernels::{Attention, Backend, CacheType};
+use pocketlora_kernels::{Attention, Backend, CacheType, Call, Memory};
 
 type Case = (usize, usize, usize, Option<usize>, &'static [usize]);
 
@@ -56,8 +56,21 @@ fn attention_and_its_gradients_meet_the_oracle() {
             let [mut y, mut dq] = [0; 2].map(|_| poisoned(cpu, t * heads * d));
             let [mut dk, mut dv] = [0; 2].map(|_| poisoned(cpu, t * kv_heads * d));
             let mut lse = poisoned(cpu, t * heads);
-            cpu.attention(&spec, segments, &q, &k, &v, &mut y, &mut lse);
-            cpu.attention_vjp(&spec, segments, &q, &k, &v, &y, &lse, &dy, &mut dq, &mut dk, &mut dv);
+            cpu.run(Call::Attention { spec: &spec, segments, q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse }).unwrap();
+            cpu.run(Call::AttentionVjp {
+                spec: &spec,
+                segments,
+                q: &q,
+                k: &k,
+                v: &v,
+                y: &y,
+                lse: &lse,
+                dy: &dy,
+                dq: &mut dq,
+                dk: &mut dk,
+                dv: &mut dv,
+            })
+            .unwrap();
             [y, lse, dq, dk, dv].map(|b| read(cpu, &b)).into()
         });
     }
@@ -123,18 +136,27 @@ fn attention_over_a_cache_meets_the_oracle() {
             let expected = [Expected::new(y, vec![16.0 * EPS; new * heads * d])];
             case!(report, &format!("attention_cached {dtype:?} {spec:?} {new} of {keys}"), &expected, |cpu| {
                 let width = kv_heads * d;
-                let mut cache = cpu.cache(spec.kv_heads, spec.head_dim, dtype);
+                let mut cache = cpu.cache(spec.kv_heads, spec.head_dim, dtype, spec.window);
                 // Appended in two parts, with a wrong token that is taken back between them.
-                let half = keys / 2 * width;
-                cpu.cache_append(&mut cache, &buffer(cpu, &k[..half]), &buffer(cpu, &v[..half])).unwrap();
+                let half = keys / 2;
+                let [all_k, all_v] = [&k, &v].map(|x| buffer(cpu, x));
+                cpu.run(Call::CacheAppend { cache: &mut cache, k: &all_k, v: &all_v, rows: 0..half }).unwrap();
                 let wrong = poisoned(cpu, width);
-                cpu.cache_append(&mut cache, &wrong, &wrong).unwrap();
-                cpu.cache_truncate(&mut cache, keys / 2);
-                cpu.cache_append(&mut cache, &buffer(cpu, &k[half..]), &buffer(cpu, &v[half..])).unwrap();
+                cpu.run(Call::CacheAppend { cache: &mut cache, k: &wrong, v: &wrong, rows: 0..1 }).unwrap();
+                assert_eq!(cpu.cache_rewind(&mut cache, half), half);
+                cpu.run(Call::CacheAppend { cache: &mut cache, k: &all_k, v: &all_v, rows: half..keys }).unwrap();
                 assert_eq!(cpu.cache_len(&cache), keys);
-                let mut y = poisoned(cpu, q.len());
-                cpu.attention_cached(&spec, &buffer(cpu, &q), &cache, &mut y);
-                vec![read(cpu, &y)]
+                // Between rows of other sequences, which stay as they are.
+                let others = vec![f32::NAN; 2 * heads * d];
+                let batch = buffer(cpu, &[&others, &q[..], &others[..heads * d]].concat());
+                let mut y = buffer(cpu, &vec![7.0; q.len() + 3 * heads * d]);
+                cpu.run(Call::AttentionCached { spec: &spec, q: &batch, cache: &cache, y: &mut y, rows: 2..2 + new })
+                    .unwrap();
+                let y = read(cpu, &y);
+                let (before, y) = y.split_at(2 * heads * d);
+                let (y, after) = y.split_at(q.len());
+                assert!(before.iter().chain(after).all(|y| *y == 7.0), "rows of other sequences were written");
+                vec![y.to_vec()]
             });
         }
     }
@@ -154,7 +176,8 @@ fn large_scores_stay_finite_and_nan_is_carried() {
     case!(report, "attention of large scores", &[Expected::new(y, vec![2000.0 * EPS; t * 8])], |cpu| {
         let [q, k, v] = [&large, &k, &v].map(|x| buffer(cpu, x));
         let (mut y, mut lse) = (poisoned(cpu, t * 8), poisoned(cpu, t));
-        cpu.attention(&spec, &[t], &q, &k, &v, &mut y, &mut lse);
+        cpu.run(Call::Attention { spec: &spec, segments: &[t], q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse })
+            .unwrap();
         vec![read(cpu, &y)]
     });
     let mut broken = q.clone();
@@ -164,7 +187,8 @@ fn large_scores_stay_finite_and_nan_is_carried() {
     case!(report, "attention with a NaN query", &[Expected::new(y, vec![16.0 * EPS; t * 8])], |cpu| {
         let [q, k, v] = [&broken, &k, &v].map(|x| buffer(cpu, x));
         let (mut y, mut lse) = (poisoned(cpu, t * 8), poisoned(cpu, t));
-        cpu.attention(&spec, &[t], &q, &k, &v, &mut y, &mut lse);
+        cpu.run(Call::Attention { spec: &spec, segments: &[t], q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse })
+            .unwrap();
         vec![read(cpu, &y)]
     });
 }
@@ -206,10 +230,12 @@ fn a_nan_in_the_cache_is_carried() {
             }
             let expected = [Expected::new(y, vec![32.0 * EPS; 2 * d])];
             case!(report, &format!("attention_cached {dtype:?} with {broken} on side {side}"), &expected, |cpu| {
-                let mut cache = cpu.cache(2, d, dtype);
-                cpu.cache_append(&mut cache, &buffer(cpu, &k), &buffer(cpu, &v)).unwrap();
+                let mut cache = cpu.cache(2, d, dtype, None);
+                let [k, v, q] = [&k, &v, &q].map(|x| buffer(cpu, x));
+                let rows = 0..cpu.len(&k) / (2 * d);
+                cpu.run(Call::CacheAppend { cache: &mut cache, k: &k, v: &v, rows }).unwrap();
                 let mut y = poisoned(cpu, 2 * d);
-                cpu.attention_cached(&spec, &buffer(cpu, &q), &cache, &mut y);
+                cpu.run(Call::AttentionCached { spec: &spec, q: &q, cache: &cache, y: &mut y, rows: 0..1 }).unwrap();
                 vec![read(cpu, &y)]
             });
         }

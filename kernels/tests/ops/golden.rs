@@ -3,7 +3,7 @@
 use super::harness::{Expected, Report, affordable, case, poisoned, read};
 use bytes::Bytes;
 use half::{bf16, f16};
-use pocketlora_kernels::{Absmax, Backend, FloatType, MatrixData, MatrixSource, Nf4Source};
+use pocketlora_kernels::{Absmax, Backend, Call, FloatType, MatrixData, MatrixSource, Memory, Nf4Source};
 use safetensors::{Dtype, SafeTensors};
 
 const FILE: &[u8] = include_bytes!("../data/nf4_small.safetensors");
@@ -60,7 +60,7 @@ fn dequantized_weights_are_those_of_bitsandbytes() {
             let ids: Vec<u32> = (0..rows as u32).collect();
             case!(report, &format!("{case}.{variant}"), &expected, |cpu| {
                 let mut y = poisoned(cpu, rows * cols);
-                cpu.embed(&cpu.matrix(source.clone()).unwrap(), &ids, &mut y);
+                cpu.run(Call::Embed { table: &cpu.matrix(source.clone()).unwrap(), ids: &ids, y: &mut y }).unwrap();
                 vec![read(cpu, &y)]
             });
         }

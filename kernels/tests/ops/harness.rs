@@ -1,7 +1,7 @@
 //! Runs a case on every device, table and thread count and reports all failures at once.
 
-use pocketlora_kernels::Backend;
 use pocketlora_kernels::cpu::{Cpu, Isa, Table};
+use pocketlora_kernels::{Backend, Call, doubles};
 use std::sync::LazyLock;
 
 /// Unit in the last place of 1 in f32.
@@ -181,6 +181,18 @@ pub fn read<B: Backend>(device: &B, buffer: &B::Buffer) -> Vec<f32> {
     let mut values = vec![0.0; device.len(buffer)];
     device.read(buffer, &mut values).unwrap();
     values
+}
+
+/// The sum of squares of `x`, by the device.
+pub fn sum_squares<B: Backend>(device: &B, x: &B::Buffer) -> f64 {
+    let mut y = buffer(device, &[0.0; 4]);
+    // Twice, for it adds to what is there, and to nothing else.
+    for _ in 0..2 {
+        device.run(Call::SumSquares { x, at: 1, y: &mut y }).unwrap();
+    }
+    let [other, twice] = doubles(&read(device, &y))[..] else { panic!("two numbers") };
+    assert_eq!(other, 0.0);
+    twice / 2.0
 }
 
 /// Numbers that look random and are the same everywhere (SplitMix64, Steele et al. 2014).

@@ -3,7 +3,7 @@
 use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, poisoned, read, wide};
 use super::oracle;
 use super::weights::{self, Kind};
-use pocketlora_kernels::{Arithmetic, Backend, FloatType, MatrixSource};
+use pocketlora_kernels::{Arithmetic, Backend, Call, FloatType, MatrixSource, Memory};
 
 const KINDS: [Kind; 4] = [
     Kind::Dense(FloatType::F16),
@@ -25,15 +25,19 @@ const SHAPES: &[[usize; 3]] = &[
     [70, 90, 64],
 ];
 
-/// Factor of the loss.
-const SCALE: f32 = 0.25;
+/// Weights of the rows, in turn.
+fn weights_of(n: usize) -> Vec<f32> {
+    [0.25, 1.5, -0.5, 0.0].into_iter().cycle().take(n).collect()
+}
 
-/// Losses, and gradients by `x` of [`SCALE`] times each, with the sums of absolute values that bounds follow from.
-fn definition(x: &[f64], w: &[f64], targets: &[u32], width: usize) -> [Vec<f64>; 4] {
+/// Losses, and gradients by `x` of their sum with `weights`, with the sums of absolute values that bounds follow from.
+fn definition(x: &[f64], w: &[f64], targets: &[u32], weights: &[f32], width: usize) -> [Vec<f64>; 4] {
     let (logits, sizes) = oracle::matmul(x, w, width);
     let vocab = w.len() / width;
     let [mut losses, mut gradients, mut logit_sizes, mut sums] = [const { Vec::new() }; 4];
-    for ((l, size), target) in logits.chunks(vocab).zip(sizes.chunks(vocab)).zip(targets) {
+    for ((l, size), (target, weight)) in
+        logits.chunks(vocab).zip(sizes.chunks(vocab)).zip(targets.iter().zip(wide(weights)))
+    {
         let (p, target) = (oracle::softmax(l), *target as usize);
         losses.push(-p[target].ln());
         logit_sizes.push(size.iter().fold(0.0_f64, |m, s| m.max(*s)));
@@ -41,8 +45,8 @@ fn definition(x: &[f64], w: &[f64], targets: &[u32], width: usize) -> [Vec<f64>;
             let column = || w.iter().skip(c).step_by(width);
             let mean: f64 = p.iter().zip(column()).map(|(p, w)| p * w).sum();
             let sum: f64 = p.iter().zip(column()).map(|(p, w)| p * w.abs()).sum();
-            gradients.push(f64::from(SCALE) * (mean - w[target * width + c]));
-            sums.push(f64::from(SCALE) * (sum + w[target * width + c].abs()));
+            gradients.push(weight * (mean - w[target * width + c]));
+            sums.push(weight.abs() * (sum + w[target * width + c].abs()));
         }
     }
     [losses, gradients, logit_sizes, sums]
@@ -58,9 +62,21 @@ fn run<B: Backend>(
 ) -> Vec<Vec<f32>> {
     let (w, x) = (device.matrix(source.clone()).unwrap(), buffer(device, x));
     let [mut losses, mut alone] = [0; 2].map(|_| poisoned(device, targets.len()));
-    let mut dx = poisoned(device, device.len(&x));
-    device.linear_cross_entropy(arithmetic, &w, targets, SCALE, &x, &mut losses, Some(&mut dx)).unwrap();
-    device.linear_cross_entropy(arithmetic, &w, targets, SCALE, &x, &mut alone, None).unwrap();
+    let (mut dx, weights) = (poisoned(device, device.len(&x)), &weights_of(targets.len()));
+    device
+        .run(Call::LinearCrossEntropy {
+            arithmetic,
+            w: &w,
+            targets,
+            weights,
+            x: &x,
+            losses: &mut losses,
+            dx: Some(&mut dx),
+        })
+        .unwrap();
+    device
+        .run(Call::LinearCrossEntropy { arithmetic, w: &w, targets, weights, x: &x, losses: &mut alone, dx: None })
+        .unwrap();
     [losses, alone, dx].map(|b| read(device, &b)).into()
 }
 
@@ -78,7 +94,7 @@ fn linear_cross_entropy_meets_the_oracle() {
             // Logits of some +-10, so that maxima and their places matter.
             let x: Vec<f32> = random.vector(n * width).iter().map(|x| x * 8.0).collect();
             let targets: Vec<u32> = (0..n).map(|_| (random.bits() % vocab as u64) as u32).collect();
-            let [losses, gradients, sizes, sums] = definition(&wide(&x), &wide(&w), &targets, width);
+            let [losses, gradients, sizes, sums] = definition(&wide(&x), &wide(&w), &targets, &weights_of(n), width);
             // A logit's error: a rounding of each operand, and of the sum. A loss has two of them, a probability the same
             // error in proportion; the products' own roundings come on top.
             let error = |size: f64| 2.0 * rounding * size + EPS * (width as f64 / 8.0 + 16.0) * (size + 1.0);
@@ -129,7 +145,7 @@ fn linear_cross_entropy_carries_the_special_values() {
     // Beyond the first rows, the others must not notice.
     let good: Vec<f32> = Random(64).vector(9 * width);
     let targets = [1029, 0, 511, 512, 700, 3, 4, 5, 6, 7];
-    let [losses, gradients, ..] = definition(&wide(&good), &wide(&w), &targets[1..], width);
+    let [losses, gradients, ..] = definition(&wide(&good), &wide(&w), &targets[1..], &weights_of(10)[1..], width);
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let x = [&[bad; 8][..], &good].concat();
         let expected = [
@@ -160,7 +176,17 @@ fn linear_cross_entropy_carries_the_special_values() {
     case!(report, "linear_cross_entropy with impossible tokens", &[losses], |device| {
         let w = device.matrix(column.clone()).unwrap();
         let (x, mut losses) = (buffer(device, &[1.0; 3]), poisoned(device, 3));
-        device.linear_cross_entropy(Arithmetic::Exact, &w, &[520, 1029, 3], SCALE, &x, &mut losses, None).unwrap();
+        device
+            .run(Call::LinearCrossEntropy {
+                arithmetic: Arithmetic::Exact,
+                w: &w,
+                targets: &[520, 1029, 3],
+                weights: &[1.0; 3],
+                x: &x,
+                losses: &mut losses,
+                dx: None,
+            })
+            .unwrap();
         vec![read(device, &losses)]
     });
 }
@@ -172,5 +198,13 @@ fn a_target_beyond_the_head_is_a_bug() {
     let (source, _) = weights::random(&mut Random(65), KINDS[0], 4, 8);
     let w = cpu.matrix(source).unwrap();
     let [x, mut losses] = [8, 1].map(|n| cpu.buffer(n).unwrap());
-    let _ = cpu.linear_cross_entropy(Arithmetic::Exact, &w, &[4], 1.0, &x, &mut losses, None);
+    let _ = cpu.run(Call::LinearCrossEntropy {
+        arithmetic: Arithmetic::Exact,
+        w: &w,
+        targets: &[4],
+        weights: &[1.0],
+        x: &x,
+        losses: &mut losses,
+        dx: None,
+    });
 }

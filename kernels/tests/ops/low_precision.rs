@@ -7,7 +7,8 @@ use bytes::Bytes;
 use pocketlora_kernels::cpu::Isa;
 use pocketlora_kernels::quant::encode_int8;
 use pocketlora_kernels::{
-    Absmax, Arithmetic, Backend, FloatType, LowRank, MatrixData, MatrixSource, Nf4Source, Product, WorkType,
+    ALL_ROWS, Absmax, Arithmetic, Backend, Call, FloatType, LowRank, MatrixData, MatrixSource, Memory, Nf4Source,
+    Product, WorkType,
 };
 
 /// Weights with a fast path in 8 bits.
@@ -71,7 +72,15 @@ fn coarse(nf4: &Nf4Source, n: usize, levels: f64) -> Vec<f64> {
 
 fn int8_product<B: Backend>(device: &B, source: &MatrixSource, x: &[f32], len: usize) -> Vec<Vec<f32>> {
     let mut y = poisoned(device, len);
-    device.matmul(Arithmetic::Int8, &device.matrix(source.clone()).unwrap(), &buffer(device, x), &mut y, false);
+    device
+        .run(Call::Matmul {
+            arithmetic: Arithmetic::Int8,
+            w: &device.matrix(source.clone()).unwrap(),
+            x: &buffer(device, x),
+            y: &mut y,
+            accumulate: false,
+        })
+        .unwrap();
     vec![read(device, &y)]
 }
 
@@ -136,7 +145,14 @@ fn weights_without_a_path_in_8_bits_are_multiplied_exactly() {
         let bounds = size.iter().map(|size| EPS * (k as f64 / 8.0 + 16.0) * (size + 1.0)).collect();
         case!(report, &format!("matmul int8 {kind:?} T={t} O={o} K={k}"), &[Expected::new(y, bounds)], |cpu| {
             let mut y = poisoned(cpu, t * o);
-            cpu.matmul(Arithmetic::Int8, &cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &x), &mut y, false);
+            cpu.run(Call::Matmul {
+                arithmetic: Arithmetic::Int8,
+                w: &cpu.matrix(source.clone()).unwrap(),
+                x: &buffer(cpu, &x),
+                y: &mut y,
+                accumulate: false,
+            })
+            .unwrap();
             vec![read(cpu, &y)]
         });
     }
@@ -181,9 +197,22 @@ fn matrices_in_8_bits_meet_their_definition() {
         case!(report, &format!("int8 matrix T={t} O={o} K={k}"), &expected, |cpu| {
             let w = cpu.matrix(source.clone()).unwrap();
             let (mut y, mut e, mut dx) = (poisoned(cpu, t * o), poisoned(cpu, o * k), poisoned(cpu, t * k));
-            cpu.matmul(Arithmetic::Int8, &w, &buffer(cpu, &x), &mut y, false);
-            cpu.embed(&w, &ids, &mut e);
-            cpu.matmul_vjp_x(Arithmetic::Exact, &w, &buffer(cpu, &dy), &mut dx, false);
+            cpu.run(Call::Matmul {
+                arithmetic: Arithmetic::Int8,
+                w: &w,
+                x: &buffer(cpu, &x),
+                y: &mut y,
+                accumulate: false,
+            })
+            .unwrap();
+            cpu.run(Call::Embed { table: &w, ids: &ids, y: &mut e }).unwrap();
+            cpu.run(Call::MatmulVjpX {
+                arithmetic: Arithmetic::Exact,
+                terms: &[(&w, &buffer(cpu, &dy))],
+                dx: &mut dx,
+                accumulate: false,
+            })
+            .unwrap();
             vec![read(cpu, &y), read(cpu, &e), read(cpu, &dx)]
         });
     }
@@ -222,7 +251,14 @@ fn the_largest_codes_do_not_overflow() {
                     |cpu| {
                         let mut y = poisoned(cpu, t * o);
                         let w = cpu.matrix(source.clone()).unwrap();
-                        cpu.matmul(Arithmetic::Int8, &w, &buffer(cpu, &x), &mut y, false);
+                        cpu.run(Call::Matmul {
+                            arithmetic: Arithmetic::Int8,
+                            w: &w,
+                            x: &buffer(cpu, &x),
+                            y: &mut y,
+                            accumulate: false,
+                        })
+                        .unwrap();
                         vec![read(cpu, &y)]
                     },
                 );
@@ -284,8 +320,21 @@ fn products_in_bf16_err_by_no_more_than_their_rounding() {
             case!(report, &format!("matmul bf16 {kind:?} T={t} O={o} K={k}"), &expected, |cpu| {
                 let w = cpu.matrix(source.clone()).unwrap();
                 let (mut y, mut dx) = (poisoned(cpu, t * o), buffer(cpu, &vec![1.0; t * k]));
-                cpu.matmul(Arithmetic::Bf16, &w, &buffer(cpu, &x), &mut y, false);
-                cpu.matmul_vjp_x(Arithmetic::Bf16, &w, &buffer(cpu, &dy), &mut dx, true);
+                cpu.run(Call::Matmul {
+                    arithmetic: Arithmetic::Bf16,
+                    w: &w,
+                    x: &buffer(cpu, &x),
+                    y: &mut y,
+                    accumulate: false,
+                })
+                .unwrap();
+                cpu.run(Call::MatmulVjpX {
+                    arithmetic: Arithmetic::Bf16,
+                    terms: &[(&w, &buffer(cpu, &dy))],
+                    dx: &mut dx,
+                    accumulate: true,
+                })
+                .unwrap();
                 vec![read(cpu, &y), read(cpu, &dx)]
             });
         }
@@ -350,11 +399,14 @@ fn grouped_products_with_adapters_equal_the_single_ones() {
                     .iter()
                     .zip(&mut ys)
                     .map(|((w, adapters), y)| {
-                        let low_rank = adapters.iter().map(|(a, b, scale)| LowRank { a, b, scale: *scale }).collect();
+                        let low_rank = adapters
+                            .iter()
+                            .map(|(a, b, scale)| LowRank { a, b, scale: *scale, rows: ALL_ROWS })
+                            .collect();
                         Product { w, low_rank, y }
                     })
                     .collect();
-                cpu.matmul_group(arithmetic, &buffer(cpu, &x), &mut products).unwrap();
+                cpu.run(Call::MatmulGroup { arithmetic, x: &buffer(cpu, &x), products: &mut products }).unwrap();
                 ys.iter().map(|y| read(cpu, y)).collect()
             });
         }
@@ -428,9 +480,10 @@ fn adapters_beside_products_in_8_bits_err_by_no_more_than_their_rounding() {
                 let (w, x) = (cpu.matrix(source.clone()).unwrap(), buffer(cpu, &x));
                 let mut y = poisoned(cpu, o);
                 for pass in 0..2 {
-                    let low_rank = vec![LowRank { a: &a, b: &b, scale }];
+                    let low_rank = vec![LowRank { a: &a, b: &b, scale, rows: ALL_ROWS }];
                     let mut products = [Product { w: &w, low_rank, y: &mut y }];
-                    cpu.matmul_group(Arithmetic::Int8, &x, &mut products).unwrap();
+                    cpu.run(Call::MatmulGroup { arithmetic: Arithmetic::Int8, x: &x, products: &mut products })
+                        .unwrap();
                     if pass == 0 {
                         cpu.set_matrix(&mut a, &a_values);
                         cpu.set_matrix(&mut b, &b_values);
@@ -453,7 +506,14 @@ fn a_codebook_that_is_not_finite_has_no_path_in_8_bits() {
     nf4.absmax = Absmax::Plain(Bytes::from(1.0_f32.to_le_bytes().repeat(4)));
     case!(report, "infinite codebook", &[Expected::new(vec![f64::INFINITY; 4], vec![0.0; 4])], |cpu| {
         let mut y = poisoned(cpu, 4);
-        cpu.matmul(Arithmetic::Int8, &cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &[1.0; 64]), &mut y, false);
+        cpu.run(Call::Matmul {
+            arithmetic: Arithmetic::Int8,
+            w: &cpu.matrix(source.clone()).unwrap(),
+            x: &buffer(cpu, &[1.0; 64]),
+            y: &mut y,
+            accumulate: false,
+        })
+        .unwrap();
         vec![read(cpu, &y)]
     });
 }
@@ -490,8 +550,8 @@ fn a_sum_of_gradients_by_x_equals_the_single_ones() {
                     terms.iter().map(|(w, dy)| (cpu.matrix(w.clone()).unwrap(), buffer(cpu, dy))).collect();
                 let held: Vec<_> = held.iter().map(|(w, dy)| (w, dy)).collect();
                 let (mut added, mut dx) = (buffer(cpu, &vec![1.0; t * k]), poisoned(cpu, t * k));
-                cpu.matmul_vjp_x_sum(arithmetic, &held, &mut added, true);
-                cpu.matmul_vjp_x_sum(arithmetic, &held, &mut dx, false);
+                cpu.run(Call::MatmulVjpX { arithmetic, terms: &held, dx: &mut added, accumulate: true }).unwrap();
+                cpu.run(Call::MatmulVjpX { arithmetic, terms: &held, dx: &mut dx, accumulate: false }).unwrap();
                 vec![read(cpu, &added), read(cpu, &dx)]
             });
         }

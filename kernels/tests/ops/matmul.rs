@@ -3,7 +3,7 @@
 use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, poisoned, read, wide};
 use super::oracle;
 use super::weights::{self, KINDS, Kind};
-use pocketlora_kernels::{Arithmetic, Backend, FloatType, WorkType};
+use pocketlora_kernels::{Arithmetic, Backend, Call, FloatType, Memory, WorkType};
 
 /// `[T, O, K]`, some of them large enough for several threads: the matrix-vector paths, tails of every tile, blocks that run over row ends, odd rows, several
 /// panels and tasks, thin adapters, nothing at all.
@@ -69,11 +69,25 @@ fn matmul_and_its_gradients_meet_the_oracle() {
                 assert_eq!(cpu.shape(&w), (o, k));
                 let (x, dy) = (buffer(cpu, &x), buffer(cpu, &dy));
                 let (mut y, mut dx) = (poisoned(cpu, t * o), poisoned(cpu, t * k));
-                cpu.matmul(Arithmetic::Exact, &w, &x, &mut y, false);
-                cpu.matmul_vjp_x(Arithmetic::Exact, &w, &dy, &mut dx, false);
+                cpu.run(Call::Matmul { arithmetic: Arithmetic::Exact, w: &w, x: &x, y: &mut y, accumulate: false })
+                    .unwrap();
+                cpu.run(Call::MatmulVjpX {
+                    arithmetic: Arithmetic::Exact,
+                    terms: &[(&w, &dy)],
+                    dx: &mut dx,
+                    accumulate: false,
+                })
+                .unwrap();
                 let (mut y1, mut dx1) = (buffer(cpu, &vec![1.0; t * o]), buffer(cpu, &vec![1.0; t * k]));
-                cpu.matmul(Arithmetic::Exact, &w, &x, &mut y1, true);
-                cpu.matmul_vjp_x(Arithmetic::Exact, &w, &dy, &mut dx1, true);
+                cpu.run(Call::Matmul { arithmetic: Arithmetic::Exact, w: &w, x: &x, y: &mut y1, accumulate: true })
+                    .unwrap();
+                cpu.run(Call::MatmulVjpX {
+                    arithmetic: Arithmetic::Exact,
+                    terms: &[(&w, &dy)],
+                    dx: &mut dx1,
+                    accumulate: true,
+                })
+                .unwrap();
                 [y, y1, dx, dx1].map(|b| read(cpu, &b)).into()
             });
         }
@@ -100,7 +114,7 @@ fn the_gradient_by_the_weight_meets_the_oracle() {
         let expected = [Expected::new(dw, bounds(&size, t))];
         case!(report, &format!("matmul_vjp_w T={t} O={o} K={k}"), &expected, |cpu| {
             let mut dw = buffer(cpu, &vec![-2.0; o * k]);
-            cpu.matmul_vjp_w(t, &buffer(cpu, &dy), &buffer(cpu, &x), &mut dw);
+            cpu.run(Call::MatmulVjpW { tokens: t, dy: &buffer(cpu, &dy), x: &buffer(cpu, &x), dw: &mut dw }).unwrap();
             vec![read(cpu, &dw)]
         });
     }
@@ -121,7 +135,7 @@ fn embed_returns_the_exact_values_of_every_kind() {
             let expected = [Expected::new(values.clone(), vec![0.0; values.len()])];
             case!(report, &format!("embed {kind:?} [{rows}, {cols}]"), &expected, |cpu| {
                 let mut y = poisoned(cpu, ids.len() * cols);
-                cpu.embed(&cpu.matrix(source.clone()).unwrap(), &ids, &mut y);
+                cpu.run(Call::Embed { table: &cpu.matrix(source.clone()).unwrap(), ids: &ids, y: &mut y }).unwrap();
                 vec![read(cpu, &y)]
             });
         }
@@ -152,7 +166,14 @@ fn work_matrices_hold_the_rounded_master() {
                     let mut w = cpu.work_matrix(rows, cols, dtype).unwrap();
                     cpu.set_matrix(&mut w, &buffer(cpu, &master));
                     let mut y = poisoned(cpu, t * rows);
-                    cpu.matmul(Arithmetic::Exact, &w, &buffer(cpu, &x), &mut y, false);
+                    cpu.run(Call::Matmul {
+                        arithmetic: Arithmetic::Exact,
+                        w: &w,
+                        x: &buffer(cpu, &x),
+                        y: &mut y,
+                        accumulate: false,
+                    })
+                    .unwrap();
                     vec![read(cpu, &y)]
                 },
             );
@@ -175,7 +196,14 @@ fn nan_and_infinity_are_carried() {
             let (y, size) = oracle::matmul(&wide(&x), &wide(&w), 64);
             case!(report, &format!("special values {kind:?} T={t}"), &[Expected::new(y, bounds(&size, 64))], |cpu| {
                 let mut y = poisoned(cpu, t * 6);
-                cpu.matmul(Arithmetic::Exact, &cpu.matrix(source.clone()).unwrap(), &buffer(cpu, &x), &mut y, false);
+                cpu.run(Call::Matmul {
+                    arithmetic: Arithmetic::Exact,
+                    w: &cpu.matrix(source.clone()).unwrap(),
+                    x: &buffer(cpu, &x),
+                    y: &mut y,
+                    accumulate: false,
+                })
+                .unwrap();
                 vec![read(cpu, &y)]
             });
         }

@@ -1,8 +1,8 @@
 //! Optimizers against their definitions in f64, and the 8-bit one against bitsandbytes (`data/adamw8.py`).
 
-use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, read, wide};
+use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, read, sum_squares, wide};
 use pocketlora_kernels::quant::{dynamic_map, unsigned_dynamic_map};
-use pocketlora_kernels::{AdamW, Backend, Lion, Sgd};
+use pocketlora_kernels::{AdamW, Backend, Call, Lion, Sgd};
 use safetensors::SafeTensors;
 
 const GOLDEN: &[u8] = include_bytes!("../data/adamw8.safetensors");
@@ -36,7 +36,7 @@ fn adamw_meets_the_oracle_over_ten_steps() {
         let expected = [p, m, v].map(|x| Expected::norm(x, 64.0 * EPS));
         case!(report, &format!("adamw of {n}"), &expected, |cpu| {
             let (mut p, mut m, mut v) = (buffer(cpu, &start), buffer(cpu, &vec![0.0; n]), buffer(cpu, &vec![0.0; n]));
-            assert!((cpu.sum_squares(&p).unwrap() - square).abs() <= 1e-12 * square);
+            assert!((sum_squares(cpu, &p) - square).abs() <= 1e-12 * square);
             for (step, grad) in (1..).zip(&grads) {
                 let settings = AdamW {
                     lr: lr as f32,
@@ -46,7 +46,8 @@ fn adamw_meets_the_oracle_over_ten_steps() {
                     weight_decay: decay as f32,
                     step,
                 };
-                cpu.adamw(&settings, &buffer(cpu, grad), &mut p, &mut m, &mut v);
+                cpu.run(Call::AdamW { step: &settings, grad: &buffer(cpu, grad), param: &mut p, m: &mut m, v: &mut v })
+                    .unwrap();
             }
             [p, m, v].map(|b| read(cpu, &b)).into()
         });
@@ -85,9 +86,9 @@ fn sgd_and_lion_meet_their_definitions_over_ten_steps() {
             let [mut m, mut along] = [(); 2].map(|()| buffer(cpu, &vec![0.0; n]));
             for grad in &grads {
                 let grad = buffer(cpu, grad);
-                cpu.sgd(&sgd(0.0), &grad, &mut plain, None);
-                cpu.sgd(&sgd(momentum), &grad, &mut heavy, Some(&mut m));
-                cpu.lion(&lion, &grad, &mut signed, &mut along);
+                cpu.run(Call::Sgd { step: &sgd(0.0), grad: &grad, param: &mut plain, m: None }).unwrap();
+                cpu.run(Call::Sgd { step: &sgd(momentum), grad: &grad, param: &mut heavy, m: Some(&mut m) }).unwrap();
+                cpu.run(Call::Lion { step: &lion, grad: &grad, param: &mut signed, m: &mut along }).unwrap();
             }
             [plain, heavy, m, signed, along].map(|b| read(cpu, &b)).into()
         });
@@ -102,7 +103,7 @@ fn lion_leaves_alone_what_has_no_gradient() {
     let expected = [Expected::new(vec![3.0; 10], vec![0.0; 10])];
     case!(report, "lion at rest", &expected, |cpu| {
         let (mut param, mut m) = (buffer(cpu, &[3.0; 10]), buffer(cpu, &[0.0; 10]));
-        cpu.lion(&lion, &buffer(cpu, &[0.0; 10]), &mut param, &mut m);
+        cpu.run(Call::Lion { step: &lion, grad: &buffer(cpu, &[0.0; 10]), param: &mut param, m: &mut m }).unwrap();
         vec![read(cpu, &param)]
     });
 }
@@ -190,13 +191,27 @@ fn adamw_in_8_bits_meets_its_definition() {
                 let cpu = pocketlora_kernels::Cpu::new(1);
                 let mut p = buffer(&cpu, &param);
                 let (mut m, mut v) = (moments[0].on(&cpu, true), moments[1].on(&cpu, false));
-                cpu.adamw8(&settings, &buffer(&cpu, &grad), &mut p, &mut m, &mut v);
+                cpu.run(Call::AdamW8 {
+                    step: &settings,
+                    grad: &buffer(&cpu, &grad),
+                    param: &mut p,
+                    m: &mut m,
+                    v: &mut v,
+                })
+                .unwrap();
                 (read(&cpu, &p), [moments[0].read(&cpu, &m), moments[1].read(&cpu, &v)])
             };
             case!(report, &format!("adamw8 of {n}, step {step}"), &expected, |cpu| {
                 let mut p = buffer(cpu, &param);
                 let (mut m, mut v) = (moments[0].on(cpu, true), moments[1].on(cpu, false));
-                cpu.adamw8(&settings, &buffer(cpu, &grad), &mut p, &mut m, &mut v);
+                cpu.run(Call::AdamW8 {
+                    step: &settings,
+                    grad: &buffer(cpu, &grad),
+                    param: &mut p,
+                    m: &mut m,
+                    v: &mut v,
+                })
+                .unwrap();
                 let narrow = |x: Vec<f64>| x.iter().map(|x| *x as f32).collect();
                 let [m, v] = [moments[0].read(cpu, &m).decode(&maps[0]), moments[1].read(cpu, &v).decode(&maps[1])];
                 vec![read(cpu, &p), narrow(m), narrow(v)]
@@ -229,7 +244,14 @@ fn adamw_in_8_bits_does_what_bitsandbytes_does() {
         let settings =
             AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01, step: step as u32 + 1 };
         let (mut p, mut first, mut second) = (buffer(&cpu, &param), m.on(&cpu, true), v.on(&cpu, false));
-        cpu.adamw8(&settings, &buffer(&cpu, grad), &mut p, &mut first, &mut second);
+        cpu.run(Call::AdamW8 {
+            step: &settings,
+            grad: &buffer(&cpu, grad),
+            param: &mut p,
+            m: &mut first,
+            v: &mut second,
+        })
+        .unwrap();
         let (got, expected) = (read(&cpu, &p), floats(&format!("param.{step}")));
         for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
             assert!((got - expected).abs() <= 4e-7 * expected.abs().max(1.0), "step {step} [{i}]: {got}, {expected}");

@@ -1,10 +1,12 @@
 //! Refusals: parts that contradict a shape, memory that is not there, instruction sets that are not here.
 
-use super::harness::Random;
+use super::harness::{Random, sum_squares};
 use super::weights::{self, KINDS};
 use bytes::Bytes;
 use pocketlora_kernels::cpu::{Cpu, Table};
-use pocketlora_kernels::{Absmax, Backend, Error, FloatType, MatrixData, MatrixSource, Nf4Source, WorkType};
+use pocketlora_kernels::{
+    Absmax, Backend, Call, Error, FloatType, MatrixData, MatrixSource, Memory, Nf4Source, WorkType,
+};
 use std::sync::Arc;
 
 #[test]
@@ -72,7 +74,7 @@ fn an_instruction_set_that_is_not_here_is_an_error() {
 fn a_token_id_beyond_the_embedding_is_a_bug() {
     let cpu = Cpu::new(1);
     let (source, _) = weights::random(&mut Random(32), KINDS[0], 4, 8);
-    cpu.embed(&cpu.matrix(source).unwrap(), &[4], &mut cpu.buffer(8).unwrap());
+    cpu.run(Call::Embed { table: &cpu.matrix(source).unwrap(), ids: &[4], y: &mut cpu.buffer(8).unwrap() }).unwrap();
 }
 
 #[test]
@@ -82,8 +84,8 @@ fn ops_work_outside_a_scope() {
     assert_eq!(cpu.threads(), 2);
     let mut x = cpu.buffer(100_000).unwrap();
     cpu.write(&mut x, &vec![1.0; 100_000]);
-    cpu.scale(2.0, &mut x);
-    assert_eq!(cpu.sum_squares(&x).unwrap(), 400_000.0);
+    cpu.run(Call::Scale { factor: 2.0, x: &mut x }).unwrap();
+    assert_eq!(sum_squares(&cpu, &x), 400_000.0);
 }
 
 #[test]

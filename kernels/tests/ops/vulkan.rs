@@ -3,7 +3,9 @@
 use super::harness::{EPS, Expected, Random, Report, buffer, case, new_vulkan, poisoned, read, wide};
 use super::oracle;
 use super::weights::{self, KINDS};
-use pocketlora_kernels::{Absmax, Arithmetic, Backend, Error, FloatType, MatrixData, MatrixSource, Nf4Source, Vulkan};
+use pocketlora_kernels::{
+    Absmax, Arithmetic, Backend, Call, Error, FloatType, MatrixData, MatrixSource, Memory, Nf4Source, Vulkan,
+};
 
 /// Runs `test` on a device of its own, whose counters nobody else moves, and destroys it; asks the validation layers
 /// afterwards whether all was well, if they are on.
@@ -43,17 +45,26 @@ impl Block {
             // Dropped before the device gets to it, as the inputs below are.
             let w = device.matrix(self.weights[w].0.clone()).unwrap();
             let mut y = poisoned(device, device.shape(&w).0);
-            device.matmul(Arithmetic::Exact, &w, x, &mut y, false);
+            device.run(Call::Matmul { arithmetic: Arithmetic::Exact, w: &w, x, y: &mut y, accumulate: false }).unwrap();
             y
         };
         let add = |a: &B::Buffer, b: &B::Buffer| {
             let mut y = poisoned(device, device.len(a));
-            device.add(a, b, &mut y);
+            device.run(Call::Add { a, b, y: &mut y }).unwrap();
             y
         };
         let norm = |w: usize, x: &B::Buffer| {
             let mut y = poisoned(device, C);
-            device.rms_norm(&buffer(device, &self.norms[w]), 1e-5, x, &mut y);
+            device
+                .run(Call::RmsNorm {
+                    width: device.len(&buffer(device, &self.norms[w])),
+                    w: Some(&buffer(device, &self.norms[w])),
+                    plus_one: false,
+                    eps: 1e-5,
+                    x,
+                    y: &mut y,
+                })
+                .unwrap();
             y
         };
         let x = buffer(device, x);
@@ -105,18 +116,18 @@ fn only_what_touches_recorded_work_waits() {
     alone(|device| {
         let mut a = buffer(device, &[1.0, 2.0]);
         let mut y = poisoned(device, 2);
-        device.add(&a, &a, &mut y);
+        device.run(Call::Add { a: &a, b: &a, y: &mut y }).unwrap();
         assert_eq!(read(device, &a), [1.0, 2.0]);
         assert_eq!(device.waits(), 0, "reading what the device reads");
         device.write(&mut a, &[5.0, 6.0]);
         assert_eq!(device.waits(), 1, "writing what the device reads");
         assert_eq!(read(device, &y), [2.0, 4.0], "and it read the old values");
         assert_eq!(device.waits(), 1, "reading what is done");
-        device.add_assign(&a, &mut y);
-        device.scale(0.5, &mut a);
+        device.run(Call::AddAssign { x: &a, y: &mut y }).unwrap();
+        device.run(Call::Scale { factor: 0.5, x: &mut a }).unwrap();
         assert_eq!(device.waits(), 2, "an operation without a shader on what the device reads");
-        device.add_assign(&a, &mut y);
-        device.scale(2.0, &mut y);
+        device.run(Call::AddAssign { x: &a, y: &mut y }).unwrap();
+        device.run(Call::Scale { factor: 2.0, x: &mut y }).unwrap();
         assert_eq!(device.waits(), 3, "the same on what the device writes");
         assert_eq!((read(device, &y), device.recorded()), (vec![19.0, 26.0], 3));
     });
@@ -130,22 +141,22 @@ fn dependent_work_is_done_in_order() {
         let n = 1000;
         let one = buffer(device, &vec![1.0; n]);
         let (mut x, mut y) = (poisoned(device, n), poisoned(device, n));
-        device.zero(&mut x);
-        device.zero(&mut y);
+        device.run(Call::Zero { x: &mut x }).unwrap();
+        device.run(Call::Zero { x: &mut y }).unwrap();
         let mut want = [0.0_f32, 0.0];
         for step in 0..2000 {
             let mut sum = poisoned(device, n);
-            device.add(&x, &y, &mut sum);
-            device.zero(&mut x);
+            device.run(Call::Add { a: &x, b: &y, y: &mut sum }).unwrap();
+            device.run(Call::Zero { x: &mut x }).unwrap();
             if step % 16 == 0 {
                 want = [0.0, 1.0];
-                device.zero(&mut y);
-                device.add_assign(&one, &mut y);
+                device.run(Call::Zero { x: &mut y }).unwrap();
+                device.run(Call::AddAssign { x: &one, y: &mut y }).unwrap();
             } else {
                 want = [want[1], want[0] + want[1]];
-                device.add_assign(&y, &mut x);
-                device.zero(&mut y);
-                device.add_assign(&sum, &mut y);
+                device.run(Call::AddAssign { x: &y, y: &mut x }).unwrap();
+                device.run(Call::Zero { x: &mut y }).unwrap();
+                device.run(Call::AddAssign { x: &sum, y: &mut y }).unwrap();
             }
         }
         assert_eq!([&x, &y].map(|buffer| read(device, buffer)), want.map(|want| vec![want; n]));
@@ -161,7 +172,7 @@ fn threads_record_at_the_same_time() {
                     let x = buffer(device, &[thread as f32; 100]);
                     let mut y = buffer(device, &[0.0; 100]);
                     for round in 1..=300 {
-                        device.add_assign(&x, &mut y);
+                        device.run(Call::AddAssign { x: &x, y: &mut y }).unwrap();
                         if round % 100 == 0 {
                             assert_eq!(read(device, &y), [(thread * round) as f32; 100]);
                         }
@@ -198,7 +209,7 @@ fn memory_is_given_back_and_handed_out_once() {
     // A buffer may outlive what made it.
     let Some(device) = new_vulkan() else { return };
     let mut y = device.buffer(8).unwrap();
-    device.add_assign(&buffer(&device, &[1.0; 8]), &mut y);
+    device.run(Call::AddAssign { x: &buffer(&device, &[1.0; 8]), y: &mut y }).unwrap();
     drop(device);
     drop(y);
 }
@@ -222,17 +233,34 @@ fn sizes_beyond_a_dispatch_and_beyond_a_shader_are_right() {
         let (source, w) = weights::random(&mut random, KINDS[3], rows, 8);
         let x = random.vector(8);
         let mut y = poisoned(device, rows);
-        device.matmul(Arithmetic::Exact, &device.matrix(source).unwrap(), &buffer(device, &x), &mut y, false);
+        device
+            .run(Call::Matmul {
+                arithmetic: Arithmetic::Exact,
+                w: &device.matrix(source).unwrap(),
+                x: &buffer(device, &x),
+                y: &mut y,
+                accumulate: false,
+            })
+            .unwrap();
         let want = oracle::matmul(&wide(&x), &wide(&w), 8).0;
         assert!(read(device, &y).iter().zip(want).all(|(y, want)| (f64::from(*y) - want).abs() < 64.0 * EPS));
         let column = random.vector(rows);
-        device.rms_norm(&buffer(device, &[0.5]), 0.0, &buffer(device, &column), &mut y);
+        device
+            .run(Call::RmsNorm {
+                width: device.len(&buffer(device, &[0.5])),
+                w: Some(&buffer(device, &[0.5])),
+                plus_one: false,
+                eps: 0.0,
+                x: &buffer(device, &column),
+                y: &mut y,
+            })
+            .unwrap();
         // Of a single element, a norm is its sign.
         assert!(read(device, &y).iter().zip(&column).all(|(y, x)| (y - 0.5 * x.signum()).abs() < 1e-6));
         // 5 million elements are more groups again; 128 MiB and a bit are more than the poorest device's shaders see.
         for len in [5_000_000, (32 << 20) + 1] {
             let mut y = buffer(device, &vec![1.5; len]);
-            device.add_assign(&buffer(device, &vec![2.0; len]), &mut y);
+            device.run(Call::AddAssign { x: &buffer(device, &vec![2.0; len]), y: &mut y }).unwrap();
             assert!(read(device, &y).iter().all(|y| *y == 3.5), "{len}");
         }
     });
@@ -260,7 +288,15 @@ fn the_shader_dequantizes_to_the_same_bits() {
             source.decode(0, &mut want);
             let w = device.matrix(MatrixSource { rows, cols: 1, data: MatrixData::Nf4(source) }).unwrap();
             let mut y = poisoned(device, rows);
-            device.matmul(Arithmetic::Exact, &w, &buffer(device, &[1.0]), &mut y, false);
+            device
+                .run(Call::Matmul {
+                    arithmetic: Arithmetic::Exact,
+                    w: &w,
+                    x: &buffer(device, &[1.0]),
+                    y: &mut y,
+                    accumulate: false,
+                })
+                .unwrap();
             for (i, (y, want)) in read(device, &y).iter().zip(&want).enumerate() {
                 // The sum over a work group adds zeros, which takes the sign off a zero; f32's subnormals may be lost.
                 let same = y == want || y.is_nan() && want.is_nan() || want.is_subnormal() && *y == 0.0;

@@ -66,49 +66,18 @@ fn over_caches<B: Backend>(
         State::Kv(cache) => cache,
         _ => unreachable!("attention names a state of keys and values"),
     });
-    let mut made = Ok(());
-    if let [_] = segments[..] {
-        for cache in caches {
-            made = backend.cache_append(cache, it.data(k), it.data(v)).map_err(Into::into);
-            if made.is_ok() {
-                backend.attention_cached(&spec, it.data(q), cache, out);
-            }
+    let (mut made, mut start) = (Ok(()), 0);
+    for (cache, tokens) in caches.zip(segments) {
+        let rows = start..start + tokens;
+        start = rows.end;
+        made = backend.cache_append(cache, it.data(k), it.data(v), rows.clone());
+        if made.is_err() {
+            break;
         }
-    } else {
-        backend.zero(out);
-        let mut start = 0;
-        for (cache, &tokens) in caches.zip(segments) {
-            let rows: Vec<u32> = (start..start + tokens as u32).collect();
-            start += tokens as u32;
-            made = made.and_then(|()| one_of_many(it, &spec, &rows, [q, k, v], cache, out));
-        }
+        backend.attention_cached(&spec, it.data(q), cache, out, rows);
     }
     it.states = states;
-    made
-}
-
-/// As [`over_caches`] for the rows of one sequence among others.
-fn one_of_many<B: Backend>(
-    it: &mut Interpreter<'_, B>,
-    spec: &Attention,
-    rows: &[u32],
-    [q, k, v]: [Value; 3],
-    cache: &mut B::Cache,
-    out: &mut B::Buffer,
-) -> Result<()> {
-    let backend = it.backend();
-    let mut own = Vec::with_capacity(3);
-    for t in [q, k, v] {
-        let mut part = it.buffer(it.slots[t.0 as usize].width * rows.len())?;
-        backend.gather_rows(it.data(t), rows, &mut part);
-        own.push(part);
-    }
-    backend.cache_append(cache, &own[1], &own[2])?;
-    let mut y = it.buffer(backend.len(&own[0]))?;
-    backend.attention_cached(spec, &own[0], cache, &mut y);
-    backend.scatter_add_rows(&y, rows, out);
-    own.into_iter().chain([y]).for_each(|buffer| it.put(buffer));
-    Ok(())
+    Ok(made?)
 }
 
 /// The kernels' form of a model's attention shape.

@@ -6,12 +6,11 @@
 //! get their gradients from it directly; for those of earlier stretches it has memory of its own that is added to them in
 //! order at the end, at most [`STRETCHES`] times the keys and values. Stretches depend on the lengths alone.
 
-use super::super::Cpu;
 use super::super::elementwise::{add_part, zero};
-use super::super::matmul::Scratch as Kept;
 use super::super::split::{parts, run, with_scratch};
 use super::super::table::Table;
 use super::super::tile::{Coefficients, Rows};
+use super::super::{Cost, Cpu};
 use super::{KEYS, Shape, clip, columns, turn, visible};
 use crate::Attention;
 use std::ops::Range;
@@ -67,7 +66,7 @@ struct Inputs<'a> {
     dy: &'a [f32],
 }
 
-/// See [`crate::Backend::attention_vjp`].
+/// See [`crate::Call::AttentionVjp`].
 pub(crate) fn vjp(
     cpu: &Cpu,
     spec: &Attention,
@@ -102,12 +101,18 @@ pub(crate) fn vjp(
     }
 }
 
-/// Scratch that threads keep after [`vjp`].
-pub(crate) fn scratch(spec: &Attention, segments: &[usize]) -> Kept {
-    let shape = Shape::new(spec);
-    let longest = stretches(spec, segments).iter().map(|stretch| stretch.tokens.len()).max().unwrap_or(0);
-    let floats = task_scratch(&shape, longest);
-    Kept { bytes: [floats * size_of::<f32>(), 0], all: !is_small(&shape, segments.iter().sum()) }
+/// What [`vjp`] takes: gradients of earlier keys, and the scratch of its tasks.
+pub(crate) fn cost(spec: &Attention, segments: &[usize]) -> Cost {
+    let (shape, stretches) = (Shape::new(spec), stretches(spec, segments));
+    let tokens: usize = segments.iter().sum();
+    let longest = stretches.iter().map(|stretch| stretch.tokens.len()).max().unwrap_or(0);
+    let earlier: usize = stretches.iter().map(Stretch::earlier).sum();
+    let slices = tokens * spec.heads + 2 * (tokens + earlier) * spec.kv_heads;
+    let spare = 2 * shape.kv_heads * earlier * shape.head_dim;
+    Cost {
+        passing: spare * size_of::<f32>() + slices * size_of::<&mut [f32]>(),
+        ..Cost::scratch(task_scratch(&shape, longest), 0, is_small(&shape, tokens))
+    }
 }
 
 /// Floats of scratch of a task of so many tokens.
@@ -118,15 +123,6 @@ fn task_scratch(shape: &Shape, tokens: usize) -> usize {
 /// Whether one thread does it all.
 fn is_small(shape: &Shape, tokens: usize) -> bool {
     tokens * tokens * shape.q_width < 64 * 1024
-}
-
-/// Bytes of memory that [`vjp`] takes, scratch of its threads left out.
-pub(super) fn bytes(spec: &Attention, segments: &[usize]) -> usize {
-    let (shape, stretches) = (Shape::new(spec), stretches(spec, segments));
-    let earlier: usize = stretches.iter().map(Stretch::earlier).sum();
-    let tokens: usize = segments.iter().sum();
-    let slices = tokens * spec.heads + 2 * (tokens + earlier) * spec.kv_heads;
-    2 * shape.kv_heads * earlier * shape.head_dim * size_of::<f32>() + slices * size_of::<&mut [f32]>()
 }
 
 /// Cuts segments into stretches of about the same work.

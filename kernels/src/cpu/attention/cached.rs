@@ -36,10 +36,12 @@ struct Task<'a> {
     states: Option<&'a mut [State]>,
 }
 
-/// See [`crate::Backend::attention_cached`].
-pub(crate) fn forward(cpu: &Cpu, spec: &Attention, q: &[f32], cache: &Cache, y: &mut [f32]) {
+/// See [`crate::Call::AttentionCached`].
+pub(crate) fn forward(cpu: &Cpu, spec: &Attention, q: &[f32], cache: &Cache, y: &mut [f32], rows: Range<usize>) {
     let shape = Shape::new(spec);
     assert!(q.len() == y.len() && q.len().is_multiple_of(shape.q_width) && cache.width() == shape.kv_width);
+    let rows = rows.start * shape.q_width..rows.end * shape.q_width;
+    let (q, y) = (&q[rows.clone()], &mut y[rows]);
     let tokens = q.len() / shape.q_width;
     assert!(tokens <= cache.len());
     if tokens == 0 {
@@ -227,9 +229,9 @@ mod tests {
             let (k, v, q) =
                 (rows(tokens, WIDTH, seed), rows(tokens, WIDTH, seed + 5), rows(tokens, 2 * WIDTH, seed + 9));
             let outputs = [&mut self.all, &mut self.windowed].map(|cache| {
-                cache.append(self.cpu.table.light(), &k, &v).unwrap();
+                cache.append(self.cpu.table.light(), &k, &v, 0..tokens).unwrap();
                 let mut y = vec![f32::NAN; q.len()];
-                forward(&self.cpu, &self.spec, &q, cache, &mut y);
+                forward(&self.cpu, &self.spec, &q, cache, &mut y, 0..tokens);
                 y
             });
             assert_eq!(outputs[0], outputs[1], "window {:?} at {}", self.spec.window, self.all.len());

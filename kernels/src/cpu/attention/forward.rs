@@ -1,8 +1,8 @@
 //! Forward over whole segments.
 
-use super::super::Cpu;
 use super::super::split::{chunks, run};
 use super::super::tile::Rows;
+use super::super::{Cost, Cpu};
 use super::online::OnlineSoftmax;
 use super::{KEYS, Shape, columns, turn, visible};
 use crate::Attention;
@@ -18,7 +18,7 @@ struct Task<'a> {
     lse: Vec<&'a mut f32>,
 }
 
-/// See [`crate::Backend::attention`].
+/// See [`crate::Call::Attention`].
 pub(crate) fn forward(
     cpu: &Cpu,
     spec: &Attention,
@@ -67,6 +67,14 @@ pub(crate) fn forward(
             *lse = state.lse();
         }
     });
+}
+
+/// What [`forward`] takes: turned keys, and the slices of outputs that tasks own.
+pub(crate) fn cost(spec: &Attention, segments: &[usize]) -> Cost {
+    let (shape, tokens) = (Shape::new(spec), segments.iter().sum::<usize>());
+    let blocks: usize = segments.iter().map(|len| len.div_ceil(KEYS)).sum();
+    let rows = tokens * spec.heads * (size_of::<&mut [f32]>() + size_of::<&mut f32>());
+    Cost { passing: blocks * shape.kv_heads * shape.turned() * size_of::<f32>() + rows, ..Cost::default() }
 }
 
 /// The keys in blocks of a segment and head, turned: once here instead of once for each block of queries.

@@ -21,9 +21,9 @@ pub(super) mod neon;
 mod online;
 pub(super) mod portable;
 
-pub(crate) use backward::vjp;
+pub(crate) use backward::{cost as vjp_cost, vjp};
 pub(crate) use cached::forward as forward_cached;
-pub(crate) use forward::forward;
+pub(crate) use forward::{cost, forward};
 
 use super::cache::BLOCK as KEYS;
 use super::lanes::{LANES, load, store};
@@ -85,18 +85,6 @@ impl Shape {
         (QUERIES / self.group).max(8)
     }
 }
-
-/// Bytes that [`forward`] and [`vjp`] take beside their arguments and threads' scratch: turned keys and the slices of
-/// outputs that tasks own; for gradients those of earlier keys.
-pub(crate) fn bytes(spec: &Attention, segments: &[usize]) -> (usize, usize) {
-    let (shape, tokens) = (Shape::new(spec), segments.iter().sum::<usize>());
-    let blocks: usize = segments.iter().map(|len| len.div_ceil(KEYS)).sum();
-    let rows = tokens * spec.heads * (size_of::<&mut [f32]>() + size_of::<&mut f32>());
-    let forward = blocks * shape.kv_heads * shape.turned() * size_of::<f32>() + rows;
-    (forward, backward::bytes(spec, segments))
-}
-
-pub(crate) use backward::scratch as vjp_scratch;
 
 /// Keys that the query at position `t` sees.
 fn visible(spec: &Attention, t: usize) -> Range<usize> {

@@ -97,7 +97,7 @@ pub(super) fn forward(cpu: &Cpu, w: Band<'_>, x: &[f32], y: &mut [f32], accumula
     });
 }
 
-/// See [`crate::Backend::matmul_group`]. `x` is rounded once for all; what an adapter's way down makes of it lies beside it,
+/// See [`crate::Call::MatmulGroup`]. `x` is rounded once for all; what an adapter's way down makes of it lies beside it,
 /// so that the way up is but more terms of the same sums.
 pub(super) fn group(cpu: &Cpu, x: &[f32], products: &mut [Product<'_, Cpu>]) -> Result<(), Error> {
     let Some(first) = products.first() else { return Ok(()) };
@@ -109,7 +109,7 @@ pub(super) fn group(cpu: &Cpu, x: &[f32], products: &mut [Product<'_, Cpu>]) -> 
         rounded.set(cpu, 0, x, k);
         for Product { w, low_rank, y } in products {
             let (mut weights, mut col) = (vec![w.whole()], padded(k));
-            for LowRank { a, b, scale: factor } in low_rank.iter().filter(|l| l.a.shape().0 > 0) {
+            for LowRank { a, b, scale: factor, .. } in low_rank.iter().filter(|l| l.a.shape().0 > 0) {
                 let (rank, _) = a.shape();
                 let mut h = Buffer::zeros(tokens * rank)?;
                 if exact::is_narrow(a.whole()) {

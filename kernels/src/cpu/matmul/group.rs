@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 /// Rows of a down-projection in a task: what one of them computes is rounded with one unit.
 const DOWN_ROWS: usize = GROUP;
 
-/// See [`crate::Backend::matmul_group`].
+/// See [`crate::Call::MatmulGroup`].
 pub(crate) fn group(
     cpu: &Cpu,
     arithmetic: Arithmetic,
@@ -27,13 +27,17 @@ pub(crate) fn group(
 ) -> Result<(), Error> {
     let Some(first) = products.first() else { return Ok(()) };
     let (_, k) = first.w.shape();
-    assert!(products.iter().all(|p| p.w.shape().1 == k && (k == 0 || x.len() / k * p.w.shape().0 == p.y.len())));
+    let tokens = x.len().checked_div(k).unwrap_or(0);
+    assert!(products.iter().all(|p| p.w.shape().1 == k && (k == 0 || tokens * p.w.shape().0 == p.y.len())));
+    if products.iter().flat_map(|p| &p.low_rank).any(|term| term.rows_of(tokens) != (0..tokens)) {
+        return by_rows(cpu, arithmetic, x, products);
+    }
     let dense = |m: &Matrix| matches!(m.elements(), Elements::Dense(..));
     let fusible = products.iter().flat_map(|p| &p.low_rank).all(|l| dense(l.a) && dense(l.b));
     if k > 0 && x.len() == k && fusible {
         return one_token(cpu, arithmetic, x, products);
     }
-    if arithmetic == Arithmetic::Bf16 && super::takes_bf16(cpu, x.len().checked_div(k).unwrap_or(0), k) {
+    if arithmetic == Arithmetic::Bf16 && super::takes_bf16(cpu, tokens, k) {
         return super::bf16::group(cpu, x, products);
     }
     // Activations are rounded once for all.
@@ -44,14 +48,37 @@ pub(crate) fn group(
             Some(x) if q8::fits(w) => q8::forward(cpu, w, x, y, false),
             _ => forward(cpu, arithmetic, w, x, y, false),
         }
-        for LowRank { a, b, scale } in low_rank {
-            let tokens = x.len().checked_div(k).unwrap_or(0);
-            let mut h = Buffer::zeros(tokens * a.shape().0)?;
-            forward(cpu, arithmetic, a, x, &mut h, false);
-            super::super::elementwise::scale(&cpu.team, *scale, &mut h);
-            forward(cpu, arithmetic, b, &h, y, true);
+        for term in &*low_rank {
+            add_term(cpu, arithmetic, term, x, y)?;
         }
     }
+    Ok(())
+}
+
+/// Products of a batch whose rows do not all have the same terms: the weights multiply all rows at once, then every term
+/// its own.
+fn by_rows(cpu: &Cpu, arithmetic: Arithmetic, x: &Buffer, products: &mut [Product<'_, Cpu>]) -> Result<(), Error> {
+    let mut alone = Vec::with_capacity(products.len());
+    alone.extend(products.iter_mut().map(|p| Product { w: p.w, low_rank: Vec::new(), y: &mut *p.y }));
+    group(cpu, arithmetic, x, &mut alone)?;
+    for Product { low_rank, y, .. } in products {
+        for term in &*low_rank {
+            add_term(cpu, arithmetic, term, x, y)?;
+        }
+    }
+    Ok(())
+}
+
+/// Adds a low-rank term to its rows of `y`.
+fn add_term(cpu: &Cpu, arithmetic: Arithmetic, term: &LowRank<'_, Cpu>, x: &[f32], y: &mut [f32]) -> Result<(), Error> {
+    let LowRank { a, b, scale, .. } = term;
+    let (rank, k) = a.shape();
+    let rows = term.rows_of(x.len().checked_div(k).unwrap_or(0));
+    let (o, _) = b.shape();
+    let mut h = Buffer::zeros(rows.len() * rank)?;
+    forward(cpu, arithmetic, a, &x[rows.start * k..rows.end * k], &mut h, false);
+    super::super::elementwise::scale(&cpu.team, *scale, &mut h);
+    forward(cpu, arithmetic, b, &h, &mut y[rows.start * o..rows.end * o], true);
     Ok(())
 }
 
@@ -115,7 +142,7 @@ impl<'a> Downs<'a> {
     }
 
     fn push(&mut self, cpu: &Cpu, term: &LowRank<'a, Cpu>) -> Result<(), Error> {
-        let LowRank { a, b, scale } = *term;
+        let LowRank { a, b, scale, .. } = *term;
         let eight = match self.x.q8() {
             Some(_) => a.down(cpu)?.zip(b.up(cpu)?),
             None => None,

@@ -8,12 +8,13 @@ mod q8;
 
 pub(crate) use group::group;
 
-use super::Cpu;
 use super::bf16::Bf16;
+use super::buffer::Buffer;
 use super::matrix::{Band, Elements, Matrix};
 use super::q8::Q8;
 use super::table::Table;
-use crate::Arithmetic;
+use super::{Cost, Cpu};
+use crate::{Arithmetic, Memory, Product};
 use one::OneToken;
 
 use bf16::TASKS;
@@ -23,44 +24,93 @@ const SMALL: usize = 128 * 1024;
 /// Tokens from which rounding and arranging operands for bf16 pays.
 const BF16_TOKENS: usize = 8;
 
-/// Bytes of scratch that threads keep for products.
-#[derive(Clone, Copy)]
-pub(crate) struct Scratch {
-    /// In f32 and in bf16.
-    pub bytes: [usize; 2],
-    /// Other threads than the caller's keep as much.
-    pub all: bool,
-}
-
 /// The kernels of products of so many tokens in bf16, where that is asked for and worth it.
 fn bf16_kernels(table: &Table, arithmetic: Arithmetic, tokens: usize) -> Option<&Bf16> {
     table.bf16().filter(|_| arithmetic == Arithmetic::Bf16 && tokens >= BF16_TOKENS)
 }
 
-/// Bytes of activations of so many tokens and `widths` rounded to bf16, which the thread that starts products keeps, and
-/// of the slices of rows that their tasks own.
-pub(crate) fn bytes(arithmetic: Arithmetic, tokens: usize, widths: impl Iterator<Item = usize>) -> (usize, usize) {
-    let rounded = match bf16_kernels(Table::best(), arithmetic, tokens) {
-        Some(_) => tokens * widths.map(super::bf16::padded).sum::<usize>() * size_of::<u16>(),
-        None => 0,
-    };
-    (rounded, TASKS * tokens * size_of::<&mut [f32]>())
-}
-
-/// What the products of `tokens` with a weight `[O, K]` take on this CPU, forward and by `X`, with adapters of ranks
-/// `beside` in all.
-pub(crate) fn scratch(arithmetic: Arithmetic, tokens: usize, (o, k): (usize, usize), beside: usize) -> Scratch {
-    let table = Table::best();
+/// Of the products of `tokens` with a weight `[O, K]`, forward and by `X`, with adapters of ranks `beside` in all.
+pub(crate) fn scratch(
+    table: &Table,
+    arithmetic: Arithmetic,
+    tokens: usize,
+    (o, k): (usize, usize),
+    beside: usize,
+) -> Cost {
     let (floats, halves) = match bf16_kernels(table, arithmetic, tokens) {
         Some(kernels) => (exact::narrow_scratch(o, k), bf16::scratch(kernels, o, k, beside)),
         None => (exact::scratch(table, tokens, o, k), 0),
     };
-    Scratch { bytes: [size_of::<f32>() * floats, size_of::<u16>() * halves], all: tokens * o * k >= SMALL }
+    Cost::scratch(floats, halves, tokens * o * k < SMALL)
 }
 
-/// What the gradient by a weight `[O, K]` takes.
-pub(crate) fn vjp_w_scratch(o: usize, k: usize) -> Scratch {
-    Scratch { bytes: [size_of::<f32>() * exact::vjp_w_scratch(o, k), 0], all: false }
+/// Of a product of `tokens` of which `width` values are multiplied with a weight, with adapters of `ranks` beside it:
+/// scratch, activations rounded to bf16, and the slices of rows that tasks own.
+fn product_cost(
+    table: &Table,
+    arithmetic: Arithmetic,
+    tokens: usize,
+    width: usize,
+    shape: (usize, usize),
+    ranks: &[usize],
+) -> Cost {
+    let rounded = match bf16_kernels(table, arithmetic, tokens) {
+        Some(_) => tokens * [&[width], ranks].concat().into_iter().map(super::bf16::padded).sum::<usize>(),
+        None => 0,
+    };
+    Cost {
+        passing: TASKS * tokens * size_of::<&mut [f32]>(),
+        rounded: rounded * size_of::<u16>(),
+        ..scratch(table, arithmetic, tokens, shape, ranks.iter().sum())
+    }
+}
+
+/// What [`forward`] takes for `len` values of `x`.
+pub(crate) fn cost(table: &Table, arithmetic: Arithmetic, len: usize, shape: (usize, usize)) -> Cost {
+    product_cost(table, arithmetic, len / shape.1.max(1), shape.1, shape, &[])
+}
+
+/// What [`group()`] takes for `len` values of `x`.
+pub(crate) fn group_cost<M: Memory>(
+    table: &Table,
+    memory: &M,
+    arithmetic: Arithmetic,
+    len: usize,
+    products: &[Product<'_, M>],
+) -> Cost {
+    let mut cost = Cost::default();
+    for Product { w, low_rank, .. } in products {
+        let shape = memory.shape(w);
+        let tokens = len / shape.1.max(1);
+        let ranks: Vec<usize> = low_rank.iter().map(|term| memory.shape(term.a).0).collect();
+        cost = cost.then(product_cost(table, arithmetic, tokens, shape.1, shape, &ranks));
+        for (term, rank) in low_rank.iter().zip(ranks) {
+            let rows = term.rows_of(tokens).len();
+            let down = scratch(table, arithmetic, rows, memory.shape(term.a), 0);
+            let passing = rows * (rank * size_of::<f32>() + TASKS * size_of::<&mut [f32]>());
+            cost = cost.then(Cost { passing, ..down });
+        }
+    }
+    cost
+}
+
+/// What [`vjp_x`] takes.
+pub(crate) fn vjp_x_cost<M: Memory>(
+    table: &Table,
+    memory: &M,
+    arithmetic: Arithmetic,
+    terms: &[(&M::Matrix, &M::Buffer)],
+) -> Cost {
+    let Some(((w, dy), more)) = terms.split_first() else { return Cost::default() };
+    let (o, k) = memory.shape(w);
+    let ranks: Vec<usize> = more.iter().map(|(a, _)| memory.shape(a).0).collect();
+    product_cost(table, arithmetic, memory.len(dy) / o.max(1), o, (o, k), &ranks)
+}
+
+/// What [`vjp_w`] takes for `dy` and `x` of such lengths.
+pub(crate) fn vjp_w_cost(tokens: usize, dy: usize, x: usize) -> Cost {
+    let tokens = tokens.max(1);
+    Cost::scratch(exact::vjp_w_scratch(dy / tokens, x / tokens), 0, true)
 }
 
 /// `y[T, O] = x[T, K] Wᵀ`, added to `y` if `accumulate`.
@@ -96,14 +146,14 @@ pub(crate) fn vjp_x_band(cpu: &Cpu, bf16: bool, w: Band<'_>, dy: &[f32], dx: &mu
     product(cpu, &[(w, dy)], dx, true);
 }
 
-/// See [`crate::Backend::matmul_vjp_x_sum`].
-pub(crate) fn vjp_x(cpu: &Cpu, arithmetic: Arithmetic, terms: &[(&Matrix, &[f32])], dx: &mut [f32], accumulate: bool) {
+/// See [`crate::Call::MatmulVjpX`].
+pub(crate) fn vjp_x(cpu: &Cpu, arithmetic: Arithmetic, terms: &[(&Matrix, &Buffer)], dx: &mut [f32], accumulate: bool) {
     let mut bands = Vec::with_capacity(terms.len());
     let mut bf16 = arithmetic == Arithmetic::Bf16;
     for (w, dy) in terms {
         let (o, k) = w.shape();
         bf16 &= takes_bf16(cpu, tokens(dx, k, dy, o), 1);
-        bands.extend((o > 0).then(|| (w.whole(), *dy)));
+        bands.extend((o > 0).then(|| (w.whole(), &dy[..])));
     }
     if bf16 && !bands.is_empty() {
         bf16::vjp_x(cpu, &bands, dx, accumulate);

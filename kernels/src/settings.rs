@@ -1,0 +1,109 @@
+//! Settings of calls: which arithmetic, which shape, which step of an optimizer.
+
+/// Arithmetic of the products with weights. Results are f32 in all of them. A device that lacks one takes a more exact
+/// one instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Arithmetic {
+    /// f32 products and sums, of the weights' exact values.
+    #[default]
+    Exact,
+    /// Products of operands rounded to bf16, summed in f32; f32 where the device has no such instruction.
+    Bf16,
+    /// Products of activations rounded to 8 bits per 64 elements with 8-bit codes of the weight, summed exactly within
+    /// such a block. For weights in 4 or 8 bits whose rows are whole blocks; exact for all others.
+    Int8,
+}
+
+/// Number type of a key/value cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheType {
+    /// 4 bytes an element, no rounding.
+    F32,
+    /// 2 bytes an element.
+    F16,
+    /// 1 byte an element and a scale for each head's row.
+    I8,
+}
+
+/// Number type of a small trainable matrix as forward and backward see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkType {
+    /// The f32 master itself.
+    F32,
+    /// The master rounded to f16, as the adapter file will hold it.
+    F16,
+}
+
+/// The activation of a gate. Both have the form `act(g) = g s` with a logistic function `s`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `g / (1 + e^-g)` (Elfwing et al. 2017, also called swish).
+    Silu,
+    /// The tanh form of GELU (Hendrycks & Gimpel 2016).
+    GeluTanh,
+}
+
+/// Shape and masking of one attention call.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Query heads (`H`), a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Key/value heads (`G`).
+    pub kv_heads: usize,
+    /// Width of one head (`D`).
+    pub head_dim: usize,
+    /// Factor on the scores before the softmax, usually `1 / sqrt(D)`.
+    pub scale: f32,
+    /// A query sees the last `window` keys, itself included; `None` sees all before it.
+    pub window: Option<usize>,
+}
+
+/// AdamW's settings for one step (Loshchilov & Hutter 2019, decoupled decay, as torch.optim.AdamW).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// 1-based number of this step, for bias correction.
+    pub step: u32,
+}
+
+/// SGD's settings for one step, with decoupled decay.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sgd {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// What is kept of the moment.
+    pub momentum: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+}
+
+/// Lion's settings for one step (Chen et al. 2023).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Lion {
+    /// Learning rate of this step.
+    pub lr: f32,
+    /// Share of the moment in the update.
+    pub beta1: f32,
+    /// Decay of the moment.
+    pub beta2: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+}
+
+/// Elements of a moment in 8 bits that share an absmax.
+pub const MOMENT_BLOCK: usize = 256;
+
+/// Values that a row of `width` takes when packed by [`crate::Call::Narrow`]: its unit, and pairs.
+#[must_use]
+pub const fn narrow_width(width: usize) -> usize {
+    1 + width.div_ceil(2)
+}
