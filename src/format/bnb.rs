@@ -89,13 +89,13 @@ pub(super) fn from_torch_name(name: &str) -> Option<FloatType> {
 }
 
 /// What reads the tensors of one weight: where it lies, for messages, and a lookup of whole names.
-pub(super) struct Weight<'a> {
+pub(super) struct FourBit<'a> {
     pub path: &'a Path,
     pub name: &'a str,
     pub find: &'a dyn Fn(&str) -> Option<&'a Tensor>,
 }
 
-impl<'a> Weight<'a> {
+impl<'a> FourBit<'a> {
     fn companion(&self, ending: &str) -> Option<&'a Tensor> {
         (self.find)(&format!("{}{ending}", self.name))
     }

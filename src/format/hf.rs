@@ -1,6 +1,6 @@
 //! A Hugging Face model directory, mapped: `config.json` beside one safetensors file or several with an index.
 
-use super::bnb::{self, Weight};
+use super::bnb::{self, FourBit};
 use super::safetensors::{Tensor, TensorFile, missing};
 use super::{foreign, place, widen};
 use crate::error::{Error, ErrorCode, Result};
@@ -156,7 +156,7 @@ impl Checkpoint {
     pub fn matrix(&self, name: &str) -> Result<MatrixSource> {
         let tensor = self.tensor(name)?;
         if self.is_quantized(name) {
-            let weight = Weight { path: self.path_of(name), name, find: &|key| self.find(key) };
+            let weight = FourBit { path: self.path_of(name), name, find: &|key| self.find(key) };
             return weight.read(tensor);
         }
         match tensor.shape[..] {
@@ -192,7 +192,7 @@ impl Checkpoint {
     /// Whether bitsandbytes' companions lie beside the weight called `name`.
     #[must_use]
     pub fn is_quantized(&self, name: &str) -> bool {
-        Weight { path: &self.dir, name, find: &|key| self.find(key) }.is_quantized()
+        FourBit { path: &self.dir, name, find: &|key| self.find(key) }.is_quantized()
     }
 
     /// The float type of `tensor`, or why its elements cannot be used.

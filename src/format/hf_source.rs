@@ -60,11 +60,11 @@ pub(crate) fn sidecar_names(dir: &Path) -> Result<Vec<String>> {
 pub struct HfSource {
     checkpoint: Checkpoint,
     tensors: Vec<TensorMeta>,
-    data: Vec<Stored>,
+    data: Vec<Data>,
 }
 
 #[derive(Debug)]
-enum Stored {
+enum Data {
     Dense(FloatType, Bytes),
     FourBit(Nf4Source),
 }
@@ -90,10 +90,10 @@ impl HfSource {
                 let matrix = checkpoint.matrix(name)?;
                 let MatrixData::Nf4(data) = matrix.data else { unreachable!("a quantized matrix is read as one") };
                 let dtype = if data.code == NF4 { "NF4" } else { "FP4" };
-                (Stored::FourBit(data), vec![matrix.rows, matrix.cols], dtype.to_owned())
+                (Data::FourBit(data), vec![matrix.rows, matrix.cols], dtype.to_owned())
             } else {
                 let float = checkpoint.float_type(name, tensor)?;
-                (Stored::Dense(float, tensor.bytes.clone()), tensor.shape.clone(), format!("{:?}", tensor.dtype))
+                (Data::Dense(float, tensor.bytes.clone()), tensor.shape.clone(), format!("{:?}", tensor.dtype))
             };
             let address = tensor.bytes.as_ptr().addr();
             all.push((address, TensorMeta { name: name.to_owned(), shape, dtype }, stored));
@@ -119,11 +119,11 @@ impl Source for HfSource {
         let cols: usize = if shape.len() < 2 { shape.iter().product() } else { shape[1..].iter().product() };
         assert_eq!(out.len(), rows.len() * cols, "elements of {rows:?} of `{}`", self.tensors[index].name);
         match &self.data[index] {
-            Stored::Dense(float, bytes) => {
+            Data::Dense(float, bytes) => {
                 let size = cols * float.size();
                 widen(*float, &bytes[rows.start * size..rows.end * size], out);
             }
-            Stored::FourBit(data) => data.decode(rows.start * cols, out),
+            Data::FourBit(data) => data.decode(rows.start * cols, out),
         }
         Ok(())
     }

@@ -6,7 +6,7 @@
 
 use super::lock::{Lock, Mode};
 use super::name;
-use super::origin::{FILE, Origin, State};
+use super::origin::{FILE, Fingerprints, Origin};
 use super::{Hub, stopped};
 use crate::check_import;
 use crate::error::{Error, Result};
@@ -66,9 +66,9 @@ impl Hub {
     /// As [`quantize`]; the cache cannot be written; `Cancelled`: `watch` said `Break`.
     pub fn quantized(&self, source: &Path, name: &str, watch: &mut Watch<'_>) -> Result<Copy> {
         let full = source.canonicalize().map_err(|e| Error::io("find", source, e))?;
-        let state = State::of(&full)?;
+        let fingerprints = Fingerprints::of(&full)?;
         let folder = self.copies();
-        let dir = folder.join(format!("{}-nf4-{}", label(&full), state.key(&full)));
+        let dir = folder.join(format!("{}-nf4-{}", label(&full), fingerprints.key(&full)));
         if !is_whole(&dir) {
             // Of a model that could not run nothing is left, not even a folder.
             check_import(open_source(&full)?.as_ref(), &full)?;
@@ -96,7 +96,7 @@ impl Hub {
             let own = Lock::take(&at, Mode::Exclusive, &mut || tell(watch, Making::Waiting))?;
             // Whoever had the lock before may have made it.
             if !is_whole(&dir) {
-                if let Err(e) = self.make(&full, name, &state, &dir, watch) {
+                if let Err(e) = self.make(&full, name, &fingerprints, &dir, watch) {
                     own.dissolve();
                     return Err(e);
                 }
@@ -111,7 +111,14 @@ impl Hub {
     }
 
     /// Makes the copy `dir`, whose exclusive lock the caller holds.
-    fn make(&self, full: &Path, name: &str, state: &State, dir: &Path, watch: &mut Watch<'_>) -> Result<()> {
+    fn make(
+        &self,
+        full: &Path,
+        name: &str,
+        fingerprints: &Fingerprints,
+        dir: &Path,
+        watch: &mut Watch<'_>,
+    ) -> Result<()> {
         sweep(dir);
         if dir.exists() {
             // What is left of a damaged copy. It has a name of ours, and all of it can be made again.
@@ -119,7 +126,7 @@ impl Hub {
             fs::rename(dir, &aside).map_err(|e| Error::io("remove", dir, e))?;
             fs::remove_dir_all(&aside).map_err(|e| Error::io("remove", &aside, e))?;
         }
-        let source = WithOrigin { inner: open_source(full)?, origin: Origin::new(name, full, state.clone()) };
+        let source = WithOrigin { inner: open_source(full)?, origin: Origin::new(name, full, fingerprints.clone()) };
         if let Some((older, lock)) = self.with_same_weights(&source.origin)
             && holds(&older, &source)
         {
@@ -139,7 +146,8 @@ impl Hub {
     /// Another copy of the same model, whose weights are what would be made now, held.
     fn with_same_weights(&self, wanted: &Origin) -> Option<(PathBuf, Lock)> {
         let same = |dir: &PathBuf| {
-            Origin::of(dir).is_some_and(|o| o.path == wanted.path && o.state.weights == wanted.state.weights)
+            Origin::of(dir)
+                .is_some_and(|o| o.path == wanted.path && o.fingerprints.weights == wanted.fingerprints.weights)
         };
         let mut dirs = fs::read_dir(self.copies()).ok()?.flatten().map(|entry| entry.path()).filter(same);
         dirs.find_map(|dir| {

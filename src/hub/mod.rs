@@ -82,7 +82,7 @@ pub enum Stage {
 }
 
 /// Who is told, and may stop the pull.
-pub type Progress<'a> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'a;
+pub type OnEvent<'a> = dyn FnMut(Event<'_>) -> ControlFlow<()> + 'a;
 
 /// A model in the cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -204,7 +204,7 @@ impl Hub {
     /// # Errors
     /// `Config`: no such name. `Network`: every source failed; the message has the reason of each. `Io`: the cache
     /// cannot be written. `Unsupported`: its config says that it cannot run; no weights are fetched then. `Cancelled`: `progress` said `Break`.
-    pub fn pull(&self, name: &str, progress: &mut Progress<'_>) -> Result<PathBuf> {
+    pub fn pull(&self, name: &str, progress: &mut OnEvent<'_>) -> Result<PathBuf> {
         self.pull_manifest(&Manifest::find(name)?, progress)
     }
 
@@ -212,7 +212,7 @@ impl Hub {
     ///
     /// # Errors
     /// As there; `Format` if a name in the manifest cannot be a file's name.
-    pub fn pull_manifest(&self, manifest: &Manifest, progress: &mut Progress<'_>) -> Result<PathBuf> {
+    pub fn pull_manifest(&self, manifest: &Manifest, progress: &mut OnEvent<'_>) -> Result<PathBuf> {
         manifest.check()?;
         let name = manifest.name.as_str();
         let folder = self.folder(name).ok_or_else(|| Error::config("model", "a plain name", name))?;
@@ -285,7 +285,7 @@ impl Hub {
 ///
 /// # Errors
 /// As there.
-pub fn pull(name: &str, progress: &mut Progress<'_>) -> Result<PathBuf> {
+pub fn pull(name: &str, progress: &mut OnEvent<'_>) -> Result<PathBuf> {
     Hub::from_env()?.pull(name, progress)
 }
 
@@ -342,7 +342,7 @@ fn set(variable: &str) -> Option<OsString> {
     env::var_os(variable).filter(|v| !v.is_empty())
 }
 
-fn tell(progress: &mut Progress<'_>, event: Event<'_>) -> Result<()> {
+fn tell(progress: &mut OnEvent<'_>, event: Event<'_>) -> Result<()> {
     match progress(event) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => {

@@ -23,7 +23,7 @@ const START: usize = 1 << 16;
 
 /// Fingerprints of all that a copy depends on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct State {
+pub struct Fingerprints {
     /// Of what the weights and the config of a copy are made from, and of the way of making them.
     pub weights: String,
     /// Of what its texts are made from: tokenizer, templates, generation settings.
@@ -41,7 +41,7 @@ pub struct Origin {
     pub revision: Option<String>,
     /// What it held.
     #[serde(flatten)]
-    pub state: State,
+    pub fingerprints: Fingerprints,
     /// The program that made the copy.
     pub made_by: String,
     /// When, in seconds since 1970.
@@ -53,12 +53,12 @@ pub struct Origin {
 
 impl Origin {
     /// The origin of a copy that is made now of the model at `path`, links followed.
-    pub fn new(name: &str, path: &Path, state: State) -> Self {
+    pub fn new(name: &str, path: &Path, fingerprints: Fingerprints) -> Self {
         Self {
             name: name.to_owned(),
             path: path.to_string_lossy().into_owned(),
             revision: commit_of(path),
-            state,
+            fingerprints,
             made_by: concat!("pocketlora ", env!("CARGO_PKG_VERSION")).to_owned(),
             made: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             files: BTreeMap::new(),
@@ -83,16 +83,16 @@ impl Origin {
         if !path.exists() {
             return Some("its model is gone");
         }
-        match State::of(path) {
-            Ok(now) if now == self.state => None,
+        match Fingerprints::of(path) {
+            Ok(now) if now == self.fingerprints => None,
             _ if self.made_by != concat!("pocketlora ", env!("CARGO_PKG_VERSION")) => Some("made by another version"),
             _ => Some("its model has changed"),
         }
     }
 }
 
-impl State {
-    /// The state of the model at `path`: a Hugging Face directory, a `.gguf` file, or another file of weights with its
+impl Fingerprints {
+    /// The fingerprints of the model at `path`: a Hugging Face directory, a `.gguf` file, or another file of weights with its
     /// `config.json` beside it.
     ///
     /// # Errors
@@ -118,7 +118,7 @@ impl State {
         Ok(Self { weights: hex(weights), texts: hex(texts) })
     }
 
-    /// A short name for the state of the model at `path`.
+    /// A short name for the fingerprints of the model at `path`.
     pub fn key(&self, path: &Path) -> String {
         let mut hash = Sha256::new();
         for part in [path.as_os_str().as_encoded_bytes(), self.weights.as_bytes(), self.texts.as_bytes()] {
@@ -220,27 +220,27 @@ mod tests {
         let all = || weights.iter().chain(&index).chain(&texts);
         all().for_each(|name| fs::write(dir.join(name), "one").unwrap());
         fs::write(dir.join("README.md"), "one").unwrap();
-        let mut before = State::of(dir).unwrap();
-        assert_eq!(State::of(dir).unwrap(), before);
+        let mut before = Fingerprints::of(dir).unwrap();
+        assert_eq!(Fingerprints::of(dir).unwrap(), before);
         for name in all() {
             let path = dir.join(name);
             let changed = fs::metadata(&path).unwrap().modified().unwrap();
             fs::write(&path, "two").unwrap();
             // Of the same size and as old as before: the content alone tells.
             File::options().write(true).open(&path).unwrap().set_modified(changed).unwrap();
-            let after = State::of(dir).unwrap();
+            let after = Fingerprints::of(dir).unwrap();
             assert_eq!(after.weights == before.weights, texts.contains(name), "{name}: weights");
             assert_eq!(after.texts != before.texts, texts.contains(name), "{name}: texts");
             before = after;
         }
         for name in texts {
             fs::remove_file(dir.join(name)).unwrap();
-            let after = State::of(dir).unwrap();
+            let after = Fingerprints::of(dir).unwrap();
             assert_ne!(after.texts, before.texts, "{name}: gone");
             before = after;
         }
         fs::write(dir.join("README.md"), "two").unwrap();
-        assert_eq!(State::of(dir).unwrap(), before);
+        assert_eq!(Fingerprints::of(dir).unwrap(), before);
         assert_ne!(before.key(dir), before.key(temp.path().parent().unwrap()));
     }
 }

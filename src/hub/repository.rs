@@ -5,7 +5,7 @@
 //! waits for the reports decides: silence beyond a limit counts as a dead network.
 
 use super::record::{Entry, sha256, wrong_checksum};
-use super::{Event, Fetched, Hub, Progress, Repository, Stage, TICK, name, tell};
+use super::{Event, Fetched, Hub, OnEvent, Repository, Stage, TICK, name, tell};
 use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::architecture_of;
@@ -50,7 +50,7 @@ const TRIES: usize = 3;
 ///
 /// # Errors
 /// `Network`: no answer, a refusal, a missing file, a wrong checksum. `Io`: the disk is full. `Cancelled`.
-pub(super) fn fetch(hub: &Hub, source: &Repository, progress: &mut Progress<'_>) -> Result<Fetched> {
+pub(super) fn fetch(hub: &Hub, source: &Repository, progress: &mut OnEvent<'_>) -> Result<Fetched> {
     if let Some(endpoint) = hub.endpoint.as_ref().filter(|e| !e.starts_with("http://") && !e.starts_with("https://")) {
         return Err(Error::config("HF_ENDPOINT", "an address that starts with `http://` or `https://`", endpoint));
     }

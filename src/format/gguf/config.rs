@@ -254,7 +254,7 @@ fn refuse_other_kinds(meta: &Metadata) -> Result<()> {
 /// Rows of the embedding, checked against what metadata says about the vocabulary.
 fn vocabulary(keys: &Keys<'_>, file: &Container) -> Result<usize> {
     let embedding = file.tensors.iter().find(|t| t.name == EMBEDDING);
-    let Some(rows) = embedding.map(super::container::Tensor::rows) else {
+    let Some(rows) = embedding.map(super::container::GgufTensor::rows) else {
         let item = format_args!("tensor `{EMBEDDING}`");
         return Err(Error::format(keys.meta.path(), item, "a tensor", "none"));
     };

@@ -17,7 +17,7 @@ const DEFAULT_ALIGNMENT: usize = 32;
 
 /// One entry of the tensor directory.
 #[derive(Clone, Debug)]
-pub struct Tensor {
+pub struct GgufTensor {
     /// GGUF name, such as `blk.0.attn_q.weight`.
     pub name: String,
     /// Row-major shape: the file's dimensions, which start with the fastest, reversed.
@@ -28,7 +28,7 @@ pub struct Tensor {
     data: Range<usize>,
 }
 
-impl Tensor {
+impl GgufTensor {
     /// Values in a row: the last dimension.
     #[must_use]
     pub fn columns(&self) -> usize {
@@ -59,7 +59,7 @@ pub struct Container {
     /// The key-value pairs.
     pub metadata: Metadata,
     /// The tensors, in the order of the directory.
-    pub tensors: Vec<Tensor>,
+    pub tensors: Vec<GgufTensor>,
 }
 
 impl Container {
@@ -97,7 +97,7 @@ impl Container {
     ///
     /// # Panics
     /// `rows` or the length of `out` does not fit the tensor's shape, or the tensor is another file's.
-    pub fn read_rows(&self, tensor: &Tensor, rows: Range<usize>, out: &mut [f32]) {
+    pub fn read_rows(&self, tensor: &GgufTensor, rows: Range<usize>, out: &mut [f32]) {
         assert!(
             rows.start <= rows.end && rows.end <= tensor.rows() && out.len() == rows.len() * tensor.columns(),
             "rows {rows:?} of `{}` {:?} into {} values",
@@ -141,7 +141,7 @@ fn alignment(metadata: &Metadata) -> Result<usize> {
 }
 
 /// Reads one entry. Its data range is still relative to the data section.
-fn read_tensor(cursor: &mut Cursor<'_>, path: &Path, place: std::fmt::Arguments<'_>) -> Result<Tensor> {
+fn read_tensor(cursor: &mut Cursor<'_>, path: &Path, place: std::fmt::Arguments<'_>) -> Result<GgufTensor> {
     let name = cursor.string(&place)?;
     let item = format!("tensor `{name}`");
     let dims = cursor.u32(&item)?;
@@ -182,11 +182,11 @@ fn read_tensor(cursor: &mut Cursor<'_>, path: &Path, place: std::fmt::Arguments<
             format_args!("shape {shape:?} at offset {offset}"),
         ));
     };
-    Ok(Tensor { name: name.to_owned(), shape, dtype, data })
+    Ok(GgufTensor { name: name.to_owned(), shape, dtype, data })
 }
 
 /// Turns offsets into the data section into offsets into the file and checks that all lie in it, apart from each other.
-fn place(tensors: &mut [Tensor], header: usize, alignment: usize, len: usize, path: &Path) -> Result<()> {
+fn place(tensors: &mut [GgufTensor], header: usize, alignment: usize, len: usize, path: &Path) -> Result<()> {
     let start = header.checked_next_multiple_of(alignment).unwrap_or(usize::MAX);
     for t in tensors.iter_mut() {
         if t.data.start % alignment != 0 {
@@ -199,7 +199,7 @@ fn place(tensors: &mut [Tensor], header: usize, alignment: usize, len: usize, pa
         };
         t.data = start + t.data.start..end;
     }
-    let mut order: Vec<&Tensor> = tensors.iter().collect();
+    let mut order: Vec<&GgufTensor> = tensors.iter().collect();
     order.sort_by_key(|t| t.data.start);
     for pair in order.windows(2) {
         if pair[1].data.start < pair[0].data.end {

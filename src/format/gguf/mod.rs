@@ -14,7 +14,7 @@ mod sidecars;
 mod tokenizer;
 mod value;
 
-pub use container::{Container, Tensor};
+pub use container::{Container, GgufTensor};
 pub use dequant::GgmlType;
 pub use value::{Array, Kind, Metadata, Value};
 
@@ -32,7 +32,7 @@ pub struct Gguf {
     path: PathBuf,
     file: Container,
     config: Map<String, serde_json::Value>,
-    weights: Vec<names::Weight>,
+    weights: Vec<names::FoundWeight>,
     /// The weights' descriptions again, for [`Source::tensors`] hands out a slice.
     tensors: Vec<TensorMeta>,
 }

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 /// One weight of the model: its Hugging Face description and where it comes from.
 #[derive(Clone, Debug)]
-pub(super) struct Weight {
+pub(super) struct FoundWeight {
     pub(super) meta: TensorMeta,
     /// Number of its tensor in the directory.
     pub(super) tensor: usize,
@@ -91,7 +91,7 @@ fn expected(gguf: &str, hyper: &Hyper) -> bool {
 ///
 /// # Errors
 /// A tensor is missing, has another shape than metadata says, or has no place in the model.
-pub(super) fn weights(file: &Container, hyper: &Hyper) -> Result<Vec<Weight>> {
+pub(super) fn weights(file: &Container, hyper: &Hyper) -> Result<Vec<FoundWeight>> {
     let mut found = Vec::new();
     for (index, tensor) in file.tensors.iter().enumerate() {
         if tensor.name != rope::FREQS {
@@ -104,7 +104,7 @@ pub(super) fn weights(file: &Container, hyper: &Hyper) -> Result<Vec<Weight>> {
 }
 
 /// Finds the place of tensor number `index` and checks its shape.
-fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<Weight> {
+fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<FoundWeight> {
     let meta = &file.metadata;
     let tensor = &file.tensors[index];
     let in_layer = tensor.name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).and_then(|(n, rest)| {
@@ -137,7 +137,7 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<Weight> {
         return Err(Error::format(meta.path(), item, want, got));
     }
     let permuted = slot.rotary && hyper.family != Family::Qwen2;
-    Ok(Weight {
+    Ok(FoundWeight {
         meta: TensorMeta { name, shape, dtype: tensor.dtype.to_string() },
         tensor: index,
         interleaved: permuted.then_some(hyper.head_dim),
@@ -145,7 +145,7 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<Weight> {
 }
 
 /// Checks that no weight is missing. A hostile layer count ends at the first layer without tensors.
-fn complete(file: &Container, hyper: &Hyper, found: &[Weight]) -> Result<()> {
+fn complete(file: &Container, hyper: &Hyper, found: &[FoundWeight]) -> Result<()> {
     let names: HashSet<&str> = found.iter().map(|w| file.tensors[w.tensor].name.as_str()).collect();
     let check = |name: &str| {
         if names.contains(name) {

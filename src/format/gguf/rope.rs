@@ -1,6 +1,6 @@
 //! RoPE scaling: what GGUF metadata and the `rope_freqs.weight` tensor say, in Hugging Face's terms.
 
-use super::container::{Container, Tensor};
+use super::container::{Container, GgufTensor};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::f64::consts::TAU;
@@ -94,7 +94,7 @@ impl Scaling {
     /// Recognizes the divisors that the converter computes for Llama 3, or none.
     fn from_divisors(
         file: &Container,
-        freqs: &Tensor,
+        freqs: &GgufTensor,
         head_dim: usize,
         theta: f64,
         original_context: usize,
