@@ -3,7 +3,7 @@
 #![allow(unsafe_code, reason = "calls into the Vulkan driver")]
 
 use super::device::Device;
-use super::memory::Memory;
+use super::memory::Span;
 use super::pipeline::{BINDINGS, Job, Pipelines};
 use ash::prelude::VkResult;
 use ash::vk;
@@ -13,18 +13,18 @@ use std::sync::Arc;
 pub(super) const DISPATCHES: usize = 128;
 
 /// Recorded by one thread at a time, then submitted, then used again.
-pub(super) struct Batch {
+pub(super) struct Commands {
     device: Arc<Device>,
     pool: vk::CommandPool,
     commands: vk::CommandBuffer,
     sets: vk::DescriptorPool,
     pub fence: vk::Fence,
     /// All that the commands refer to: a buffer that is dropped meanwhile stays until the device is done.
-    keep: Vec<Arc<Memory>>,
+    keep: Vec<Arc<Span>>,
     dispatches: usize,
 }
 
-impl Batch {
+impl Commands {
     pub fn new(device: &Arc<Device>) -> VkResult<Self> {
         let mut batch = Self {
             device: Arc::clone(device),
@@ -87,7 +87,7 @@ impl Batch {
         &mut self,
         pipelines: &Pipelines,
         job: &Job,
-        buffers: [&Arc<Memory>; BINDINGS],
+        buffers: [&Arc<Span>; BINDINGS],
         groups: u32,
     ) -> VkResult<()> {
         let long_enough = buffers.iter().zip(job.words()).all(|(memory, words)| words <= memory.size / 4);
@@ -123,7 +123,7 @@ impl Batch {
     }
 
     /// Zeros all of `memory`.
-    pub fn zero(&mut self, memory: &Arc<Memory>) {
+    pub fn zero(&mut self, memory: &Arc<Span>) {
         // SAFETY: the range lies within its buffer and is a multiple of four; `keep` holds it until the work is done.
         unsafe { self.device.raw.cmd_fill_buffer(self.commands, memory.buffer, memory.offset, memory.size, 0) };
         self.keep.push(Arc::clone(memory));
@@ -171,7 +171,7 @@ impl Batch {
     }
 }
 
-impl Drop for Batch {
+impl Drop for Commands {
     fn drop(&mut self) {
         // SAFETY: the recorder waited for the device. Null handles are ignored; command buffers go with their pool.
         unsafe {

@@ -2,14 +2,14 @@
 
 #![allow(unsafe_code, reason = "slices of memory that the driver maps")]
 
-use super::memory::{Heap, Memory};
+use super::memory::{Heap, Span};
 use crate::{Error, cpu};
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 /// An f32 array that host and device share.
 pub struct Buffer {
-    pub(super) memory: Arc<Memory>,
+    pub(super) memory: Arc<Span>,
     /// The same memory for operations on the host. Only to be touched after [`super::Vulkan::host`] waited for the
     /// device.
     pub(super) host: cpu::Buffer,
@@ -26,7 +26,7 @@ impl Buffer {
 
 /// The host's view; there is one of each buffer.
 struct Mapped {
-    memory: Arc<Memory>,
+    memory: Arc<Span>,
     len: usize,
 }
 

@@ -16,13 +16,13 @@ pub(super) struct Device {
     pub queue: vk::Queue,
     pub family: u32,
     pub name: String,
-    pub limits: Limits,
+    pub limits: DeviceLimits,
     /// Destroyed after the device, hence last.
     instance: Instance,
 }
 
 /// What a device can do, as far as we ask.
-pub(super) struct Limits {
+pub(super) struct DeviceLimits {
     /// Bytes to which the start of a storage buffer must be aligned, a power of two.
     pub alignment: u64,
     /// Bytes of a storage buffer that a shader can see, 128 MiB at least.
@@ -41,7 +41,7 @@ struct Candidate {
     family: u32,
     kind: vk::PhysicalDeviceType,
     name: String,
-    limits: Limits,
+    limits: DeviceLimits,
 }
 
 impl Device {
@@ -100,7 +100,7 @@ fn candidate(instance: &ash::Instance, raw: vk::PhysicalDevice) -> Option<Candid
     // SAFETY: as above.
     unsafe { instance.get_physical_device_properties2(raw, &mut more) };
     let kind = properties.device_type;
-    let limits = Limits {
+    let limits = DeviceLimits {
         // A cache line at least, so that neighbours do not share one.
         alignment: properties.limits.min_storage_buffer_offset_alignment.max(64),
         range: properties.limits.max_storage_buffer_range.into(),

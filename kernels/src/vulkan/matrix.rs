@@ -3,8 +3,8 @@
 
 #![allow(unsafe_code, reason = "slices of memory that the driver maps")]
 
-use super::device::Limits;
-use super::memory::{Heap, Memory};
+use super::device::DeviceLimits;
+use super::memory::{Heap, Span};
 use crate::{Absmax, Cpu, Error, FloatType, MatrixData, MatrixSource, Memory as _, Nf4Source, cpu};
 use bytes::Bytes;
 use std::ops::Range;
@@ -15,18 +15,18 @@ pub struct Matrix {
     pub(super) host: cpu::Matrix,
     pub(super) blocks: Option<Blocks>,
     /// Memory of a matrix that is its own master.
-    pub(super) values: Option<Arc<Memory>>,
+    pub(super) values: Option<Arc<Span>>,
 }
 
 /// A 4-bit weight as the shaders read it.
 pub(super) struct Blocks {
-    pub memory: Arc<Memory>,
+    pub memory: Arc<Span>,
     /// Constants from `packed_at` on, as `shaders/shared/nf4.glsl` has them.
     pub places: [u32; 7],
 }
 
 impl Matrix {
-    pub(super) fn new(cpu: &Cpu, heap: &Arc<Heap>, limits: &Limits, source: MatrixSource) -> Result<Self, Error> {
+    pub(super) fn new(cpu: &Cpu, heap: &Arc<Heap>, limits: &DeviceLimits, source: MatrixSource) -> Result<Self, Error> {
         // The parts fit the shape after this.
         let host = cpu.matrix(source.clone())?;
         let MatrixSource { rows, cols, data: MatrixData::Nf4(nf4) } = source else {
@@ -72,7 +72,7 @@ impl Layout {
             FloatType::F16 => 1,
             FloatType::BF16 => 2,
         };
-        // Casts are exact for what fits `Limits::range`, and nothing else is used.
+        // Casts are exact for what fits `DeviceLimits::range`, and nothing else is used.
         let [packed, scales, nested] = [packed_at, scales_at, nested_at].map(|at| at as u32);
         let places = [packed, scales, nested, nf4.block.trailing_zeros(), nested_block, dtype, offset.to_bits()];
         Self { nested_at, scales_at, packed_at, words, places }
@@ -83,7 +83,7 @@ impl Layout {
     }
 
     /// The parts in memory of the device, and the same weight with its large parts there.
-    fn copy(&self, heap: &Arc<Heap>, nf4: Nf4Source) -> Result<(Arc<Memory>, Nf4Source), Error> {
+    fn copy(&self, heap: &Arc<Heap>, nf4: Nf4Source) -> Result<(Arc<Span>, Nf4Source), Error> {
         let mut memory = heap.zeros(self.bytes())?;
         let bytes = memory.bytes_mut();
         write(bytes, 0, &nf4.code);
@@ -121,7 +121,7 @@ fn write(bytes: &mut [u8], word: usize, values: &[f32]) {
 
 /// Bytes of a frozen weight.
 struct Part {
-    memory: Arc<Memory>,
+    memory: Arc<Span>,
     range: Range<usize>,
 }
 

@@ -38,7 +38,7 @@ struct Chunk {
 unsafe impl Send for Chunk {}
 
 /// A range that is free again when this is dropped. Recorded work holds it by `Arc`.
-pub(super) struct Memory {
+pub(super) struct Span {
     heap: Arc<Heap>,
     pub buffer: vk::Buffer,
     pub offset: u64,
@@ -53,9 +53,9 @@ pub(super) struct Memory {
 
 // SAFETY: `address` is memory of the driver that belongs to no thread. Shared access never writes through it;
 // `bytes_mut` and `Mapped` (`buffer.rs`), which do, are exclusive.
-unsafe impl Send for Memory {}
+unsafe impl Send for Span {}
 // SAFETY: as above.
-unsafe impl Sync for Memory {}
+unsafe impl Sync for Span {}
 
 impl Heap {
     pub fn new(device: Arc<Device>) -> Arc<Self> {
@@ -63,7 +63,7 @@ impl Heap {
     }
 
     /// `bytes` of zeros.
-    pub fn zeros(self: &Arc<Self>, bytes: usize) -> Result<Memory, Error> {
+    pub fn zeros(self: &Arc<Self>, bytes: usize) -> Result<Span, Error> {
         let refused = Error::OutOfMemory { bytes };
         let limits = &self.device.limits;
         // An empty range is no range to Vulkan.
@@ -86,7 +86,7 @@ impl Heap {
         };
         let read = AtomicU64::new(0);
         let written = AtomicU64::new(0);
-        let mut memory = Memory { heap: Arc::clone(self), buffer, offset, size, address, read, written };
+        let mut memory = Span { heap: Arc::clone(self), buffer, offset, size, address, read, written };
         memory.bytes_mut().fill(0);
         Ok(memory)
     }
@@ -186,7 +186,7 @@ impl Drop for Chunk {
     }
 }
 
-impl Memory {
+impl Span {
     /// The first byte, aligned to a cache line.
     pub fn address(&self) -> NonNull<u8> {
         self.address
@@ -200,7 +200,7 @@ impl Memory {
     }
 }
 
-impl Drop for Memory {
+impl Drop for Span {
     fn drop(&mut self) {
         self.heap.release(self.buffer, self.offset, self.size);
     }

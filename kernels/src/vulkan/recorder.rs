@@ -1,14 +1,14 @@
 //! What the device was told to do and how far it is.
 //!
-//! Time is counted in epochs: between two of them lies a barrier. Every [`Memory`] knows the epochs in which it is last
+//! Time is counted in epochs: between two of them lies a barrier. Every [`Span`] knows the epochs in which it is last
 //! read and written, from which follows whether the next dispatch needs a barrier before it and whether the host has to
 //! wait for the device. Dispatches of one epoch may run at the same time.
 
 #![allow(unsafe_code, reason = "one wait for the device when this is dropped")]
 
-use super::batch::Batch;
+use super::batch::Commands;
 use super::device::Device;
-use super::memory::Memory;
+use super::memory::Span;
 use super::pipeline::{BINDINGS, Job, Pipelines};
 use crate::{Access, Error};
 use ash::prelude::VkResult;
@@ -24,19 +24,19 @@ const IN_FLIGHT: usize = 8;
 pub(super) struct Recorder {
     device: Arc<Device>,
     pipelines: Pipelines,
-    state: Mutex<State>,
+    timeline: Mutex<Timeline>,
 }
 
 #[derive(Default)]
-struct State {
+struct Timeline {
     /// Number of the current epoch; 0 is before all work.
     epoch: u64,
     /// The last epoch that the device is done with.
     done: u64,
-    open: Option<Batch>,
+    open: Option<Commands>,
     /// Submitted batches with their last epochs, the oldest first.
-    flying: VecDeque<(u64, Batch)>,
-    idle: Vec<Batch>,
+    flying: VecDeque<(u64, Commands)>,
+    idle: Vec<Commands>,
     /// Why the device can do no more. Operations cannot fail, so this waits for the next read.
     lost: Option<String>,
     recorded: u64,
@@ -46,11 +46,11 @@ struct State {
 impl Recorder {
     pub fn new(device: &Arc<Device>) -> Result<Self, Error> {
         let pipelines = Pipelines::new(device)?;
-        Ok(Self { device: Arc::clone(device), pipelines, state: Mutex::default() })
+        Ok(Self { device: Arc::clone(device), pipelines, timeline: Mutex::default() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Timeline> {
+        self.timeline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Operations recorded so far.
@@ -64,40 +64,40 @@ impl Recorder {
     }
 
     /// Records a job, which writes the last buffer; panics if a buffer is too short for it.
-    pub fn dispatch(&self, job: &Job, buffers: [&Arc<Memory>; BINDINGS], groups: u32) {
+    pub fn dispatch(&self, job: &Job, buffers: [&Arc<Span>; BINDINGS], groups: u32) {
         let [inputs @ .., output] = buffers;
         self.record(&inputs, output, |batch| batch.dispatch(&self.pipelines, job, buffers, groups));
     }
 
     /// Zeros all of `memory`.
-    pub fn zero(&self, memory: &Arc<Memory>) {
+    pub fn zero(&self, memory: &Arc<Span>) {
         self.record(&[], memory, |batch| {
             batch.zero(memory);
             Ok(())
         });
     }
 
-    fn record(&self, inputs: &[&Arc<Memory>], output: &Memory, work: impl FnOnce(&mut Batch) -> VkResult<()>) {
-        let state = &mut *self.lock();
-        if state.lost.is_none()
-            && let Err(error) = state.record(&self.device, inputs, output, work)
+    fn record(&self, inputs: &[&Arc<Span>], output: &Span, work: impl FnOnce(&mut Commands) -> VkResult<()>) {
+        let timeline = &mut *self.lock();
+        if timeline.lost.is_none()
+            && let Err(error) = timeline.record(&self.device, inputs, output, work)
         {
-            self.lose(state, error);
+            self.lose(timeline, error);
         }
     }
 
     /// Waits until the host may access all that `visit` shows in the way it says. Work that does not touch it goes on.
-    pub fn settle(&self, visit: impl FnOnce(&mut dyn FnMut(&Memory, Access))) {
-        let state = &mut *self.lock();
+    pub fn settle(&self, visit: impl FnOnce(&mut dyn FnMut(&Span, Access))) {
+        let timeline = &mut *self.lock();
         let mut until = 0;
         visit(&mut |memory, access| {
             let read = if access == Access::Write { memory.read.load(Relaxed) } else { 0 };
             until = until.max(memory.written.load(Relaxed)).max(read);
         });
-        if state.lost.is_none()
-            && let Err(error) = state.wait_for(until)
+        if timeline.lost.is_none()
+            && let Err(error) = timeline.wait_for(until)
         {
-            self.lose(state, error);
+            self.lose(timeline, error);
         }
     }
 
@@ -106,8 +106,8 @@ impl Recorder {
         self.lock().lost.clone().map_or(Ok(()), |why| Err(Error::Device(why)))
     }
 
-    fn lose(&self, state: &mut State, why: vk::Result) {
-        state.lost = Some(format!("vulkan: {why}"));
+    fn lose(&self, timeline: &mut Timeline, why: vk::Result) {
+        timeline.lost = Some(format!("vulkan: {why}"));
         // Nobody waits from now on, so what still runs must end before the host uses its memory.
         self.wait_idle();
     }
@@ -119,13 +119,13 @@ impl Recorder {
     }
 }
 
-impl State {
+impl Timeline {
     fn record(
         &mut self,
         device: &Arc<Device>,
-        inputs: &[&Arc<Memory>],
-        output: &Memory,
-        work: impl FnOnce(&mut Batch) -> VkResult<()>,
+        inputs: &[&Arc<Span>],
+        output: &Span,
+        work: impl FnOnce(&mut Commands) -> VkResult<()>,
     ) -> VkResult<()> {
         if self.open.is_none() {
             let mut batch = self.ready(device)?;
@@ -161,7 +161,7 @@ impl State {
     }
 
     /// A batch to record into.
-    fn ready(&mut self, device: &Arc<Device>) -> VkResult<Batch> {
+    fn ready(&mut self, device: &Arc<Device>) -> VkResult<Commands> {
         while let Some((_, batch)) = self.flying.front() {
             if self.flying.len() >= IN_FLIGHT {
                 self.waits += 1;
@@ -171,7 +171,7 @@ impl State {
             }
             self.retire()?;
         }
-        self.idle.pop().map_or_else(|| Batch::new(device), Ok)
+        self.idle.pop().map_or_else(|| Commands::new(device), Ok)
     }
 
     /// Takes back the oldest batch, which is done.

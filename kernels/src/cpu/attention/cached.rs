@@ -12,7 +12,7 @@ use super::super::cache::Cache;
 use super::super::loops::update;
 use super::super::split::{run, with_scratch};
 use super::super::tile::Rows;
-use super::online::{OnlineSoftmax, State};
+use super::online::{OnlineSoftmax, SoFar};
 use super::{KEYS, Shape, columns, visible};
 use crate::Attention;
 use std::ops::Range;
@@ -33,7 +33,7 @@ struct Task<'a> {
     /// Blocks of the cache.
     blocks: Range<usize>,
     y: Vec<&'a mut [f32]>,
-    states: Option<&'a mut [State]>,
+    so_far: Option<&'a mut [SoFar]>,
 }
 
 /// See [`crate::Call::AttentionCached`].
@@ -61,35 +61,35 @@ pub(crate) fn forward(cpu: &Cpu, spec: &Attention, q: &[f32], cache: &Cache, y: 
     }
     let rows = tokens * spec.heads;
     let mut outputs = vec![0.0; parts * y.len()];
-    let mut states = vec![State::START; parts * rows];
+    let mut so_far = vec![SoFar::START; parts * rows];
     let mut all = Vec::with_capacity(parts * shape.kv_heads);
     let group = tokens * shape.group;
-    for (i, (y, states)) in outputs.chunks_exact_mut(y.len()).zip(states.chunks_exact_mut(rows)).enumerate() {
+    for (i, (y, so_far)) in outputs.chunks_exact_mut(y.len()).zip(so_far.chunks_exact_mut(rows)).enumerate() {
         let first = blocks.start + i * length;
         let mut part = tasks(&shape, tokens, first..blocks.end.min(first + length), y);
-        for (task, states) in part.iter_mut().zip(states.chunks_exact_mut(group)) {
-            task.states = Some(states);
+        for (task, so_far) in part.iter_mut().zip(so_far.chunks_exact_mut(group)) {
+            task.so_far = Some(so_far);
         }
         all.append(&mut part);
     }
     run(&cpu.team, all, small, |task| queries.part(task));
     for (i, y) in y.chunks_exact_mut(shape.head_dim).enumerate() {
-        // States lie as tasks have them: by group, then token.
+        // They lie as tasks have them: by group, then token.
         let (t, head) = (i / spec.heads, i % spec.heads);
-        let state = head / shape.group * group + t * shape.group + head % shape.group;
-        let states = states.iter().skip(state).step_by(rows);
-        combine(states, outputs.chunks_exact(shape.head_dim).skip(i).step_by(rows), y);
+        let row = head / shape.group * group + t * shape.group + head % shape.group;
+        let so_far = so_far.iter().skip(row).step_by(rows);
+        combine(so_far, outputs.chunks_exact(shape.head_dim).skip(i).step_by(rows), y);
     }
 }
 
 /// `y = sum_i e^(max_i - m) y_i / sum_i e^(max_i - m) sum_i` over the parts `i`, with `m` the largest `max_i`.
-fn combine<'a>(states: impl Iterator<Item = &'a State> + Clone, parts: impl Iterator<Item = &'a [f32]>, y: &mut [f32]) {
-    let max = states.clone().fold(f32::NEG_INFINITY, |max, state| max.max(state.max));
-    let weight = |state: &State| if state.max == max { 1.0 } else { f64::from(state.max - max).exp() };
-    let sum: f64 = states.clone().map(|state| weight(state) * state.sum).sum();
+fn combine<'a>(so_far: impl Iterator<Item = &'a SoFar> + Clone, parts: impl Iterator<Item = &'a [f32]>, y: &mut [f32]) {
+    let max = so_far.clone().fold(f32::NEG_INFINITY, |max, row| max.max(row.max));
+    let weight = |row: &SoFar| if row.max == max { 1.0 } else { f64::from(row.max - max).exp() };
+    let sum: f64 = so_far.clone().map(|row| weight(row) * row.sum).sum();
     y.fill(0.0);
-    for (state, part) in states.zip(parts) {
-        let factor = (weight(state) / sum) as f32;
+    for (row, part) in so_far.zip(parts) {
+        let factor = (weight(row) / sum) as f32;
         update(y, [part], |y, [part]| y + factor * part);
     }
 }
@@ -102,7 +102,7 @@ fn tasks<'a>(shape: &Shape, tokens: usize, blocks: Range<usize>, y: &'a mut [f32
         let rows = block.min(tokens - token) * shape.group;
         tasks.extend((0..shape.kv_heads).map(|kv_head| {
             let y = Vec::with_capacity(rows);
-            Task { token, kv_head, blocks: blocks.clone(), y, states: None }
+            Task { token, kv_head, blocks: blocks.clone(), y, so_far: None }
         }));
     }
     for (i, y) in y.chunks_exact_mut(shape.head_dim).enumerate() {
@@ -147,8 +147,8 @@ impl Queries<'_> {
                 }
             });
         }
-        match task.states {
-            Some(states) => states.iter_mut().zip(softmax.states()).for_each(|(to, state)| *to = state),
+        match task.so_far {
+            Some(so_far) => so_far.iter_mut().zip(softmax.so_far()).for_each(|(to, from)| *to = from),
             None => softmax.finish(&mut task.y),
         }
     }

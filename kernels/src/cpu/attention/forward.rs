@@ -63,8 +63,8 @@ pub(crate) fn forward(
             );
         }
         softmax.finish(&mut task.y);
-        for (state, lse) in softmax.states().zip(task.lse) {
-            *lse = state.lse();
+        for (row, lse) in softmax.so_far().zip(task.lse) {
+            *lse = row.lse();
         }
     });
 }

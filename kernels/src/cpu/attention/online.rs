@@ -24,17 +24,17 @@ pub(super) struct OnlineSoftmax<'a> {
 struct Row {
     /// Keys that it sees.
     visible: Range<usize>,
-    state: State,
+    so_far: SoFar,
 }
 
 /// What is known of a row beside its output, which still lacks the division by `sum`.
 #[derive(Clone, Copy)]
-pub(super) struct State {
+pub(super) struct SoFar {
     pub max: f32,
     pub sum: f64,
 }
 
-impl State {
+impl SoFar {
     /// Before any key.
     pub const START: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 
@@ -74,7 +74,7 @@ impl<'a> OnlineSoftmax<'a> {
     pub fn push(&mut self, q: &[f32], scale: f32, visible: Range<usize>) {
         assert_eq!(q.len(), self.head_dim);
         self.queries.extend(q.iter().map(|q| q * scale));
-        self.rows.push(Row { visible, state: State::START });
+        self.rows.push(Row { visible, so_far: SoFar::START });
     }
 
     /// Keys that any row sees.
@@ -110,11 +110,11 @@ impl<'a> OnlineSoftmax<'a> {
                 // Their exponentials are zeros, so that whole rows can be worked on.
                 scores[..seen.start].fill(f32::NEG_INFINITY);
                 scores[seen.end..].fill(f32::NEG_INFINITY);
-                *max = row.state.max;
+                *max = row.so_far.max;
             }
             self.light.softmax_steps(scores, max, sums);
             for (i, (row, y)) in rows.iter_mut().zip(y).enumerate() {
-                row.state.add(max[i], sums[i], y);
+                row.so_far.add(max[i], sums[i], y);
                 if let Some([_, values]) = factors {
                     let seen = clip(&row.visible, first, count);
                     update(&mut scores[i][seen.clone()], [&values[seen]], |p, [factor]| p * factor);
@@ -125,14 +125,14 @@ impl<'a> OnlineSoftmax<'a> {
     }
 
     /// What is known of the rows.
-    pub fn states(&self) -> impl Iterator<Item = State> {
-        self.rows.iter().map(|row| row.state)
+    pub fn so_far(&self) -> impl Iterator<Item = SoFar> {
+        self.rows.iter().map(|row| row.so_far)
     }
 
     /// Divides the outputs by their sums.
     pub fn finish(&self, y: &mut [&mut [f32]]) {
-        for (y, state) in y.iter_mut().zip(self.states()) {
-            scale_part((1.0 / state.sum) as f32, y);
+        for (y, so_far) in y.iter_mut().zip(self.so_far()) {
+            scale_part((1.0 / so_far.sum) as f32, y);
         }
     }
 }
