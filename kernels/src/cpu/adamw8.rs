@@ -17,12 +17,12 @@ use std::sync::LazyLock;
 pub(crate) const BLOCK: usize = crate::MOMENT_BLOCK;
 
 /// The values of the codes, and the borders between them.
-pub(crate) struct Map {
+pub(crate) struct DynamicMap {
     values: [f32; 256],
     midpoints: [f32; 255],
 }
 
-impl Map {
+impl DynamicMap {
     fn new(values: [f32; 256]) -> Self {
         Self { values, midpoints: std::array::from_fn(|i| (values[i] + values[i + 1]) / 2.0) }
     }
@@ -41,15 +41,15 @@ impl Map {
     }
 }
 
-static SIGNED: LazyLock<Map> = LazyLock::new(|| Map::new(dynamic_map()));
-static UNSIGNED: LazyLock<Map> = LazyLock::new(|| Map::new(unsigned_dynamic_map()));
+static SIGNED: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::new(dynamic_map()));
+static UNSIGNED: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::new(unsigned_dynamic_map()));
 
 /// An array in 8 bits, zeros at first.
 pub struct Codes {
     pub(super) codes: Vec<u8>,
     /// One for each block.
     pub(super) absmax: Vec<f32>,
-    map: &'static Map,
+    map: &'static DynamicMap,
 }
 
 impl Codes {
@@ -71,7 +71,7 @@ impl Codes {
 pub(crate) struct Blocks<'a> {
     codes: &'a mut [u8],
     absmax: &'a mut [f32],
-    map: &'static Map,
+    map: &'static DynamicMap,
 }
 
 impl Blocks<'_> {

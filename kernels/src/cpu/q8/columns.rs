@@ -41,7 +41,7 @@ pub(super) type Octet = Part<GROUP, OCTET>;
 pub(super) type Scales<const N: usize> = [[u8; 2]; N];
 
 /// See the module's text; `N` rows make a tile, with `W` columns side by side.
-pub(crate) struct Columns<const N: usize, const W: usize> {
+pub(crate) struct Thin<const N: usize, const W: usize> {
     /// Tile after tile, each on whole cache lines. Rows and columns past the end are zero.
     tiles: Bytes,
     /// Parts of a tile.
@@ -49,11 +49,11 @@ pub(crate) struct Columns<const N: usize, const W: usize> {
 }
 
 /// A down-projection.
-pub(crate) type Down = Columns<GROUP, OCTET>;
+pub(crate) type Down = Thin<GROUP, OCTET>;
 /// An up-projection.
-pub(crate) type Up = Columns<TILE, QUAD>;
+pub(crate) type Up = Thin<TILE, QUAD>;
 
-impl<const N: usize, const W: usize> Columns<N, W> {
+impl<const N: usize, const W: usize> Thin<N, W> {
     /// Rounds `w` of rows of `cols`.
     pub fn new(shelf: &Shelf, w: &[f32], cols: usize) -> Result<Self, Error> {
         let parts = cols.div_ceil(W);
