@@ -69,8 +69,14 @@ impl Observer for Quiet {
     }
 }
 
-/// Trains as the script did and returns the largest difference of a step's loss, as a share of the reference's.
-fn worst_step(session: &Session, curve: &Curve, precision: TrainPrecision) -> (f64, usize) {
+/// Trains as the script did for so many steps; no loss may be off by more than `bound`, as a share of the reference's.
+fn follows_the_reference(precision: TrainPrecision, steps: usize, bound: f64) {
+    let Some(gguf) = real_gguf() else { return };
+    let curve: Curve = serde_json::from_slice(&fs::read(data_file("peft_curve.json")).unwrap()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    convert(&gguf, &model, Target::Nf4);
+    let session = Session::open(&model, &Options { threads: 2, ..Options::default() }).unwrap();
     let config = TrainConfig {
         lr: curve.lr,
         schedule: Schedule::Constant,
@@ -82,11 +88,9 @@ fn worst_step(session: &Session, curve: &Curve, precision: TrainPrecision) -> (f
         precision,
         ..TrainConfig::default()
     };
-    let out = tempfile::tempdir().unwrap();
-    let init = start(session, curve);
-    let mut trainer = session.trainer(config, samples(curve), None, Some(&init), out.path()).unwrap();
-    let mut worst = (0.0, 0);
-    for (i, expected) in curve.steps.iter().enumerate() {
+    let init = start(&session, &curve);
+    let mut trainer = session.trainer(config, samples(&curve), None, Some(&init), &dir.path().join("out")).unwrap();
+    for (i, expected) in curve.steps[..steps].iter().enumerate() {
         let report = trainer.step(&mut Quiet).unwrap();
         assert_eq!(
             report.tokens,
@@ -94,26 +98,21 @@ fn worst_step(session: &Session, curve: &Curve, precision: TrainPrecision) -> (f
             "step {}: another sample; `first_epoch` in the script is old",
             i + 1
         );
-        let off = (report.loss / expected.loss - 1.0).abs();
-        assert!(off.is_finite(), "step {}: loss {}", i + 1, report.loss);
-        worst = if off > worst.0 { (off, i + 1) } else { worst };
+        let off = report.loss / expected.loss - 1.0;
+        println!("{precision:?} step {}: {:+.4} %", i + 1, off * 100.0);
+        // Of a NaN, too.
+        assert!(off.abs() <= bound, "{precision:?}: step {} is {off:+} off, bound {bound}", i + 1);
     }
-    worst
 }
+
+// Adam divides small gradients by their own size, so that differences in rounding grow from step to step.
 
 #[test]
 fn fifty_steps_have_the_losses_of_peft_on_bitsandbytes() {
-    let Some(gguf) = real_gguf() else { return };
-    let curve: Curve = serde_json::from_slice(&fs::read(data_file("peft_curve.json")).unwrap()).unwrap();
-    assert_eq!(curve.steps.len(), 50);
-    let dir = tempfile::tempdir().unwrap();
-    let model = dir.path().join("model");
-    convert(&gguf, &model, Target::Nf4);
-    let session = Session::open(&model, &Options { threads: 2, ..Options::default() }).unwrap();
-    // Adam divides small gradients by their own size, so that differences in rounding grow from step to step.
-    for (precision, bound) in [(TrainPrecision::Exact, 0.002), (TrainPrecision::Bf16, 0.01)] {
-        let (off, step) = worst_step(&session, &curve, precision);
-        println!("{precision:?}: at most {:.4} %, at step {step}", off * 100.0);
-        assert!(off <= bound, "{precision:?}: step {step} is {:.3} % off, bound {} %", off * 100.0, bound * 100.0);
-    }
+    follows_the_reference(TrainPrecision::Exact, 50, 0.002);
+}
+
+#[test]
+fn twenty_steps_in_bf16_have_nearly_the_losses_of_peft_on_bitsandbytes() {
+    follows_the_reference(TrainPrecision::Bf16, 20, 0.004);
 }

@@ -38,7 +38,7 @@ fn runs_killed_at_random_moments_end_in_the_same_bytes() {
     let (whole, older, out) = (f.out("whole"), f.out("older"), f.out("killed"));
     finish(start(&f, &older, &["--rank", "2", "--steps", "2"]));
     let begin = Instant::now();
-    finish(start(&f, &whole, &["--epochs", "4"]));
+    finish(start(&f, &whole, &["--epochs", "2"]));
     let length = begin.elapsed();
 
     let mut random = 0x5eed_u64;
@@ -56,7 +56,7 @@ fn runs_killed_at_random_moments_end_in_the_same_bytes() {
                 fs::copy(older.join(file), out.join(file)).unwrap();
             }
         }
-        let mut child = start(&f, &out, &[if fresh { "--overwrite" } else { "--resume" }, "--epochs", "4"]);
+        let mut child = start(&f, &out, &[if fresh { "--overwrite" } else { "--resume" }, "--epochs", "2"]);
         if kills < KILLS {
             thread::sleep(wait());
         }
