@@ -8,7 +8,7 @@ default:
 demo *ARGS:
     cargo run --release -- demo {{ ARGS }}
 
-# Everything that CI checks, in its order.
+# Everything that CI checks, two steps at a time; or the named steps, one after the other.
 ci *STEPS:
     .ci/run {{ STEPS }}
 
@@ -32,15 +32,15 @@ model:
 test *ARGS:
     cargo test --workspace --release {{ ARGS }}
 
-# The kernels' tests without this processor's own instructions.
+# The library's tests and goldens without this processor's own instructions.
 portable:
     .ci/run portable
 
-# The kernels under Miri, an interpreter that finds undefined behaviour and races. Takes minutes.
+# Team, buffers and codecs under Miri, an interpreter that finds undefined behaviour and races. Takes minutes.
 miri:
     .ci/run miri
 
-# The kernels' tests on a Vulkan device as well; a software driver will do.
+# The kernels' tests on a Vulkan device; a software driver will do.
 vulkan:
     .ci/run vulkan
 
@@ -60,11 +60,11 @@ ops *ARGS:
 ggml:
     .ci/run ggml
 
-# Build for 64-bit ARM and run the kernels' tests on three emulated processors.
+# Run the kernels' tests on three emulated 64-bit ARM processors.
 aarch64:
     .ci/run aarch64
 
-# Static libraries for Android and iOS.
+# Lints of the library for Android and iOS, and a static library.
 phones:
     .ci/run phones
 

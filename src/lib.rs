@@ -24,7 +24,6 @@
 #![deny(unsafe_code)]
 
 pub mod adapter;
-pub mod base;
 #[cfg(feature = "bench")]
 pub mod bench;
 pub mod chat;

@@ -1,9 +1,8 @@
 //! What one pass over a batch of tokens works on.
 
-use super::Tape;
 use super::interpreter::Interpreter;
+use super::{Base, Pool, Tape};
 use crate::adapter::{Adapters, Dropout};
-use crate::base::{Base, Pool};
 use crate::error::Result;
 use pocketlora_kernels::{Arithmetic, Backend};
 use pocketlora_models::Param;
@@ -57,10 +56,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         pool: &mut Pool<B>,
     ) -> Result<Self> {
         let parts = vec![Part { rows: 0..batch.ids.len(), adapters }];
-        let pass = Self {
-            dropout,
-            ..Self::after(base, parts, batch, std::iter::repeat(adapters.virtual_tokens()), arithmetic, pool)?
-        };
+        let pass = Self { dropout, ..Self::after(base, parts, batch, std::iter::repeat(0), arithmetic, pool)? };
         Ok(pass)
     }
 
@@ -78,7 +74,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) -> Result<Self> {
         for part in &parts {
             let ids = batch.ids.get(part.rows.clone()).unwrap_or_default();
-            part.adapters.replaced().check_ids(base, ids)?;
+            base.check_ids(part.adapters.replaced(), ids)?;
         }
         let angles = base.rope_angles(&batch.positions(before), pool)?;
         Ok(Self { base, parts, batch, angles, dropout: None, arithmetic })
@@ -111,12 +107,12 @@ impl<'a, B: Backend> Pass<'a, B> {
 
     /// The matrix of `p` that products in `arithmetic` read: the base's, unless an adapter brings another.
     pub(super) fn factor(&self, p: Param, arithmetic: Arithmetic) -> &'a B::Matrix {
-        self.adapters().replaced().factor(self.base, p, arithmetic)
+        self.base.factor_with(self.adapters().replaced(), p, arithmetic)
     }
 
     /// The vector `p`, unless an adapter brings another.
     pub(super) fn vector(&self, p: Param) -> &'a B::Buffer {
-        self.adapters().replaced().vector(self.base, p)
+        self.base.vector_with(self.adapters().replaced(), p)
     }
 
     /// Arithmetic of the products.

@@ -9,8 +9,19 @@ pub const EPS: f64 = f32::EPSILON as f64;
 
 /// One CPU per table, with one and with two threads.
 static CPUS: LazyLock<Vec<[Cpu; 2]>> = LazyLock::new(|| {
-    Table::available().iter().map(|table| [1, 2].map(|threads| Cpu::with_table(threads, table))).collect()
+    let tables = Table::available().iter().filter(|table| tested(table.isa().name()));
+    tables.map(|table| [1, 2].map(|threads| Cpu::with_table(threads, table))).collect()
 });
+
+/// Instruction sets and devices that `POCKETLORA_TEST_ON` names, separated by commas; all where it is not set. What was
+/// tested elsewhere need not be tested again.
+pub fn test_on() -> Option<Vec<String>> {
+    std::env::var("POCKETLORA_TEST_ON").ok().map(|list| list.split(',').map(|item| item.trim().to_owned()).collect())
+}
+
+fn tested(name: &str) -> bool {
+    test_on().is_none_or(|list| list.iter().any(|item| item == name))
+}
 
 /// Expected values and how far off each may be.
 pub struct Expected {
@@ -86,7 +97,8 @@ impl Report {
         expected: &[Expected],
         compute: impl Fn(&pocketlora_kernels::Vulkan) -> Vec<Vec<f32>> + Sync,
     ) {
-        static VULKAN: LazyLock<Option<pocketlora_kernels::Vulkan>> = LazyLock::new(new_vulkan);
+        static VULKAN: LazyLock<Option<pocketlora_kernels::Vulkan>> =
+            LazyLock::new(|| if tested("vulkan") { new_vulkan() } else { None });
         let Some(device) = &*VULKAN else { return };
         let outputs = [device.scope(|| compute(device)), device.scope(|| compute(device))];
         self.outputs(&format!("{name} @vulkan"), expected, outputs, "at first, then");

@@ -16,6 +16,18 @@ fn portable_comes_first_and_the_best_last() {
     }
 }
 
+/// A name that is written wrong would have nothing tested.
+#[test]
+fn there_is_what_the_tests_are_restricted_to() {
+    for name in crate::harness::test_on().unwrap_or_default() {
+        if name == "vulkan" {
+            assert!(cfg!(feature = "vulkan"), "POCKETLORA_TEST_ON has `vulkan`, but the tests lack that feature");
+        } else if let Err(why) = Table::by_name(&name) {
+            panic!("POCKETLORA_TEST_ON has `{name}`, but {why}");
+        }
+    }
+}
+
 /// `POCKETLORA_REQUIRE=neon` wants that table, `neon=dotprod+i8mm` wants it to use exactly these features.
 #[test]
 fn required_instruction_sets_are_here() {
