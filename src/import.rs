@@ -1,7 +1,7 @@
 //! Whether a model in another form is worth converting: asked before any work, so that nothing is made that cannot run.
 
+use crate::base::check_source;
 use crate::error::{Error, Result};
-use crate::exec::check_source;
 use crate::format::Source;
 use crate::session::open_text;
 use crate::tokenizer::SpecialText;

@@ -24,6 +24,7 @@
 #![deny(unsafe_code)]
 
 pub mod adapter;
+pub mod base;
 #[cfg(feature = "bench")]
 pub mod bench;
 pub mod chat;

@@ -1,10 +1,10 @@
 //! The facade that every front end uses: open a model, attach adapters, generate, train, evaluate.
 
 use crate::adapter::{AdapterFile, Adapters};
+use crate::base::{Base, architecture};
 use crate::chat::{ChatTemplate, Message};
 use crate::error::{Error, Result};
 use crate::exec::infer::Numbers;
-use crate::exec::{Base, architecture};
 use crate::format::foreign::no_tokenizer;
 use crate::format::{Checkpoint, int8_head};
 use crate::generate::{Context, Generated, Sampling};
@@ -145,7 +145,7 @@ impl Session {
         if self.tokenizer.is_none() {
             (self.tokenizer, self.text_bytes) = measured(|| open_text(&self.dir, self.special_text))?;
             for (dir, _) in self.attached.clone() {
-                let own = self.own_text(&dir, self.adapters.replaced().table().is_some())?;
+                let own = self.own_text(&dir, self.adapters.replaced().has_table())?;
                 self.own = own.or(self.own.take());
             }
         }
@@ -254,7 +254,7 @@ impl Session {
     /// How many tokens there are with what attached adapters bring: rows of the embedding and of the head.
     #[must_use]
     pub fn vocabulary(&self) -> usize {
-        self.base.vocabulary(self.adapters.replaced())
+        self.adapters.replaced().vocabulary(&self.base)
     }
 
     /// The model's folder.
@@ -323,7 +323,7 @@ impl Session {
     /// `ids`, if this model has an embedding for each; tokenizers of other models have others.
     fn checked(&self, ids: Vec<u32>) -> Result<Vec<u32>> {
         let place = self.dir.join("tokenizer.json");
-        self.base.check_ids(self.adapters.replaced(), &ids).map_err(|e| e.at(format!("`{}`", place.display())))?;
+        self.adapters.replaced().check_ids(&self.base, &ids).map_err(|e| e.at(format!("`{}`", place.display())))?;
         Ok(ids)
     }
 

@@ -1,11 +1,12 @@
 //! LoRA (Hu et al. 2021): `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]`, `B` `[out, r]`, `s = alpha / r`, or
 //! `alpha / sqrt(r)` for rsLoRA (Kalajdzievski 2023).
 
+use super::form::LayerForm;
+use super::held::Loader;
 use super::low_rank::LowRankTerm;
-use super::method::{AdapterMethod, Group, Settings, target_layers};
+use super::method::{AdapterMethod, Group, Settings, last_parts, target_layers, with_unnamed};
 use super::peft::{CONFIG, Found, KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, number};
 use super::tensor::{Stored, TensorSpec};
-use super::{Built, Loader};
 use crate::error::{Error, Result};
 use crate::rng::{Rng, mix};
 use Use::{Default as OnlyDefault, Honoured, NoEffect};
@@ -124,6 +125,7 @@ impl AdapterMethod for Lora {
     const KEYS: &'static [KeyUse] = KEYS;
     const PARTS: &'static [&'static str] = &["lora_A.weight", "lora_B.weight"];
     const STORED: Stored = Stored::F16;
+    const HAS_STRENGTH: bool = true;
     const SETTINGS: &'static [&'static str] = &["rank", "alpha", "rslora", "targets"];
     const IN_TRAINING: &'static [&'static str] = &["dropout", "lora-plus-ratio"];
 
@@ -180,10 +182,7 @@ impl AdapterMethod for Lora {
 
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
         let layers = target_layers(model.params(), &settings.targets)?;
-        let last = |p: &Param| model.params()[p.0 as usize].module().rsplit('.').next().map(str::to_owned);
-        let mut targets: Vec<String> = layers.iter().filter_map(last).collect();
-        targets.sort_unstable();
-        targets.dedup();
+        let targets = last_parts(model, &layers);
         let (rslora, dropout) = (settings.rslora, settings.dropout);
         Ok((Self { rslora, dropout, targets, ..Self::new(settings.rank, settings.alpha) }, layers))
     }
@@ -203,10 +202,9 @@ impl AdapterMethod for Lora {
         (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
     }
 
-    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<Built<B>> {
+    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<LayerForm<B>> {
         let (a, b) = (load.matrix("lora_A.weight")?, load.matrix("lora_B.weight")?);
-        let (_, scale) = self.of_module(module);
-        Ok(Box::new(LowRankTerm::new(a, b, scale * factor)))
+        Ok(LayerForm::Term(Box::new(LowRankTerm { a, b, factor: self.of_module(module).1 * factor })))
     }
 
     fn group(&self, name: &str, settings: &Settings) -> Group {
@@ -232,13 +230,7 @@ impl AdapterMethod for Lora {
     }
 
     fn write(&self, adapted: &[String]) -> Map<String, Value> {
-        // PEFT takes no module from the file that this list does not name.
-        let named = |module: &&String| {
-            self.targets
-                .iter()
-                .any(|end| module.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
-        };
-        let targets: Vec<&String> = self.targets.iter().chain(adapted.iter().filter(|m| !named(m))).collect();
+        let targets = with_unnamed(&self.targets, adapted);
         let object = |patterns: &[(String, f64)]| -> Value {
             patterns.iter().map(|(key, v)| (key.clone(), number(*v))).collect::<Map<_, _>>().into()
         };

@@ -1,33 +1,31 @@
 //! A low-rank term on a linear layer: `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]` and `B` `[out, r]`.
 
-use super::{Adapter, Context};
+use super::form::{Context, Gradients, LowRankFactors, Term};
+use super::held::{Held, TensorId};
 use crate::error::Result;
-use pocketlora_kernels::{ALL_ROWS, Backend, LowRank};
+use pocketlora_kernels::Backend;
 
 /// A low-rank term on one linear layer.
-pub struct LowRankTerm<B: Backend> {
-    a: B::Matrix,
-    b: B::Matrix,
-    scale: f32,
+pub(super) struct LowRankTerm {
+    pub a: TensorId,
+    pub b: TensorId,
+    /// `s`.
+    pub factor: f32,
 }
 
-impl<B: Backend> LowRankTerm<B> {
-    /// `s (x Aᵀ) Bᵀ`.
-    pub fn new(a: B::Matrix, b: B::Matrix, scale: f32) -> Self {
-        Self { a, b, scale }
-    }
-
+impl LowRankTerm {
     /// `s x Aᵀ` `[T, r]`, with `x` after dropout.
-    fn low(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<B::Buffer> {
-        let (rank, input) = cx.backend.shape(&self.a);
+    fn low<B: Backend>(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<B::Buffer> {
+        let a = cx.held.matrix(self.a);
+        let (rank, input) = cx.backend.shape(a);
         let mut h = cx.pool.take(cx.backend, cx.backend.len(x) / input * rank)?;
-        cx.backend.matmul(cx.arithmetic, &self.a, x, &mut h, false);
-        cx.backend.scale(self.scale, &mut h);
+        cx.backend.matmul(cx.arithmetic, a, x, &mut h, false);
+        cx.backend.scale(self.factor, &mut h);
         Ok(h)
     }
 
     /// `x` after dropout in a buffer of its own, or `None` where nothing drops.
-    fn dropped(cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<Option<B::Buffer>> {
+    fn dropped<B: Backend>(cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<Option<B::Buffer>> {
         let Some(dropout) = cx.dropout else { return Ok(None) };
         let mut y = cx.pool.take(cx.backend, cx.backend.len(x))?;
         cx.backend.dropout(dropout.p, dropout.key, dropout.first, x, &mut y);
@@ -35,11 +33,11 @@ impl<B: Backend> LowRankTerm<B> {
     }
 }
 
-impl<B: Backend> Adapter<B> for LowRankTerm<B> {
+impl<B: Backend> Term<B> for LowRankTerm {
     fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()> {
         let dropped = Self::dropped(cx, x)?;
         let h = self.low(cx, dropped.as_ref().unwrap_or(x))?;
-        cx.backend.matmul(cx.arithmetic, &self.b, &h, y, true);
+        cx.backend.matmul(cx.arithmetic, cx.held.matrix(self.b), &h, y, true);
         cx.pool.put(cx.backend, h);
         if let Some(buffer) = dropped {
             cx.pool.put(cx.backend, buffer);
@@ -47,8 +45,8 @@ impl<B: Backend> Adapter<B> for LowRankTerm<B> {
         Ok(())
     }
 
-    fn low_rank(&self) -> Option<LowRank<'_, B>> {
-        Some(LowRank { a: &self.a, b: &self.b, scale: self.scale, rows: ALL_ROWS })
+    fn low_rank<'a>(&self, held: &'a Held<B>) -> Option<LowRankFactors<'a, B>> {
+        Some(LowRankFactors { a: held.matrix(self.a), b: held.matrix(self.b), factor: self.factor })
     }
 
     fn backward(
@@ -56,25 +54,27 @@ impl<B: Backend> Adapter<B> for LowRankTerm<B> {
         cx: &mut Context<'_, B>,
         x: &B::Buffer,
         dy: &B::Buffer,
-        grads: &mut [B::Buffer],
+        grads: &mut Gradients<B>,
     ) -> Result<B::Buffer> {
-        let (backend, [da, db]) = (cx.backend, grads) else {
-            unreachable!("the tape hands over one gradient for each of `tensors`")
-        };
-        let (rank, input) = backend.shape(&self.a);
+        let (backend, held) = (cx.backend, cx.held);
+        let (rank, input) = backend.shape(held.matrix(self.a));
         let tokens = backend.len(x) / input;
         let dropped = Self::dropped(cx, x)?;
         let x = dropped.as_ref().unwrap_or(x);
 
         // y += h Bᵀ with h = s x Aᵀ, recomputed rather than kept: it is r wide and costs next to nothing.
-        let h = self.low(cx, x)?;
-        backend.matmul_vjp_w(tokens, dy, &h, db);
-        cx.pool.put(backend, h);
+        if let Some(db) = grads.of(self.b) {
+            let h = self.low(cx, x)?;
+            backend.matmul_vjp_w(tokens, dy, &h, db);
+            cx.pool.put(backend, h);
+        }
 
         let mut dh = cx.pool.take(backend, tokens * rank)?;
-        backend.matmul_vjp_x(cx.arithmetic, &self.b, dy, &mut dh, false);
-        backend.scale(self.scale, &mut dh);
-        backend.matmul_vjp_w(tokens, &dh, x, da);
+        backend.matmul_vjp_x(cx.arithmetic, held.matrix(self.b), dy, &mut dh, false);
+        backend.scale(self.factor, &mut dh);
+        if let Some(da) = grads.of(self.a) {
+            backend.matmul_vjp_w(tokens, &dh, x, da);
+        }
         if let Some(buffer) = dropped {
             cx.pool.put(backend, buffer);
         }
@@ -84,26 +84,16 @@ impl<B: Backend> Adapter<B> for LowRankTerm<B> {
     fn backward_x(&self, cx: &mut Context<'_, B>, dh: &B::Buffer, dx: &mut B::Buffer) -> Result<()> {
         let backend = cx.backend;
         let Some(dropout) = cx.dropout else {
-            backend.matmul_vjp_x(cx.arithmetic, &self.a, dh, dx, true);
+            backend.matmul_vjp_x(cx.arithmetic, cx.held.matrix(self.a), dh, dx, true);
             return Ok(());
         };
         let mut part = cx.pool.take(backend, backend.len(dx))?;
         let mut masked = cx.pool.take(backend, backend.len(dx))?;
-        backend.matmul_vjp_x(cx.arithmetic, &self.a, dh, &mut part, false);
+        backend.matmul_vjp_x(cx.arithmetic, cx.held.matrix(self.a), dh, &mut part, false);
         backend.dropout(dropout.p, dropout.key, dropout.first, &part, &mut masked);
         backend.add_assign(&masked, dx);
         cx.pool.put(backend, part);
         cx.pool.put(backend, masked);
         Ok(())
-    }
-
-    fn update(&mut self, backend: &B, work: &mut dyn FnMut(usize, &mut B::Buffer)) {
-        for (i, matrix) in [&mut self.a, &mut self.b].into_iter().enumerate() {
-            backend.with_values(matrix, &mut |values| work(i, values));
-        }
-    }
-
-    fn read(&self, backend: &B, index: usize, out: &mut [f32]) -> Result<()> {
-        Ok(backend.read_matrix([&self.a, &self.b][index], out)?)
     }
 }

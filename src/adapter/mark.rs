@@ -3,8 +3,8 @@
 //! another model has nothing to do with it.
 
 use super::AdapterFile;
+use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::Base;
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Param, Role};
 use serde::{Deserialize, Serialize};

@@ -1,14 +1,18 @@
 //! What an adapter method is to the rest of the program: one trait, which a method's file implements, and the enum of
 //! all methods. Files, training, checkpoints and the memory plan know a method by this trait alone.
 
+use super::form::{LayerForm, Prefix};
+use super::held::Loader;
 use super::peft::{Found, KeyUse, Keys};
 use super::tensor::{Stored, TensorSpec};
-use super::{Built, Loader};
 use crate::error::{Error, Result};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param, ParamSpec, Role};
 use serde_json::{Map, Value};
 use std::path::Path;
+
+/// As a target: the layers that PEFT adapts by default with the method, in the model's family.
+pub(crate) const AUTO: &str = "auto";
 
 /// What somebody asks of a fresh adapter, whatever its method; each method reads some of it ([`Method::settings`]).
 #[derive(Clone, Debug, PartialEq)]
@@ -21,8 +25,13 @@ pub struct Settings {
     pub rslora: bool,
     /// Dropout of the adapters' input in training.
     pub dropout: f64,
-    /// Ends of the paths of layers; `all` for every linear layer of the decoder.
+    /// Ends of the paths of layers; `all` for every linear layer of the decoder, [`AUTO`] for those that PEFT takes by
+    /// default.
     pub targets: Vec<String>,
+    /// Those of them of which IA3 scales the input; none for PEFT's choice.
+    pub feedforward_modules: Vec<String>,
+    /// Virtual tokens of a prefix.
+    pub num_virtual_tokens: usize,
     /// The learning rate of B over that of A (LoRA+).
     pub lora_plus_ratio: f32,
 }
@@ -37,6 +46,8 @@ impl Settings {
             "rslora" => self.rslora.to_string(),
             "dropout" => self.dropout.to_string(),
             "targets" => self.targets.join(","),
+            "feedforward-modules" => self.feedforward_modules.join(","),
+            "num-virtual-tokens" => self.num_virtual_tokens.to_string(),
             "lora-plus-ratio" => self.lora_plus_ratio.to_string(),
             _ => unreachable!("`{key}` is no setting of an adapter"),
         }
@@ -67,6 +78,10 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     const SHARED: &'static [&'static str] = &[];
     /// In what type its tensors are saved.
     const STORED: Stored;
+    /// Whether its effect can be multiplied.
+    const HAS_STRENGTH: bool = false;
+    /// Whether several of it can work together.
+    const ADDS_UP: bool = true;
     /// Keys of a run's settings that shape it, in the order in which they are compared with an adapter to start from.
     const SETTINGS: &'static [&'static str];
     /// Keys of a run's settings that it reads while it trains, which no adapter decides.
@@ -109,8 +124,21 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     /// effect.
     ///
     /// # Errors
-    /// It has no strength that could be multiplied, out of memory.
-    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<Built<B>>;
+    /// Out of memory.
+    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<LayerForm<B>>;
+
+    /// What it does in the attention of all layers, with tensors of its own that belong to no module.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn in_attention<B: Backend>(&self, _load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {
+        Ok(None)
+    }
+
+    /// Why an adapter of it cannot be trained further, if it cannot.
+    fn is_final(&self) -> Option<&'static str> {
+        None
+    }
 
     /// How the tensor `name` is moved in training.
     fn group(&self, _name: &str, _settings: &Settings) -> Group {
@@ -190,6 +218,16 @@ macro_rules! methods {
                 match self { $(Self::$name => $name::SHARED),+ }
             }
 
+            /// See [`AdapterMethod::HAS_STRENGTH`].
+            pub(super) fn has_strength(self) -> bool {
+                match self { $(Self::$name => $name::HAS_STRENGTH),+ }
+            }
+
+            /// See [`AdapterMethod::ADDS_UP`].
+            pub(super) fn adds_up(self) -> bool {
+                match self { $(Self::$name => $name::ADDS_UP),+ }
+            }
+
             /// In what type its tensors are saved.
             #[must_use]
             pub fn stored(self) -> Stored {
@@ -251,8 +289,17 @@ macro_rules! methods {
                 module: &str,
                 load: &mut Loader<'_, B>,
                 factor: f32,
-            ) -> Result<Built<B>> {
+            ) -> Result<LayerForm<B>> {
                 match self { $(Self::$name(m) => m.on_layer(module, load, factor)),+ }
+            }
+
+            pub(super) fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {
+                match self { $(Self::$name(m) => m.in_attention(load)),+ }
+            }
+
+            /// Why an adapter of it cannot be trained further, if it cannot.
+            pub(crate) fn is_final(&self) -> Option<&'static str> {
+                match self { $(Self::$name(m) => m.is_final()),+ }
             }
 
             /// How the tensor `name` is moved in training.
@@ -307,11 +354,24 @@ macro_rules! methods {
     };
 }
 
+use super::ia3::Ia3;
 use super::lora::Lora;
+use super::prefix_tuning::PrefixTuning;
 
 methods! {
     /// Low-rank terms on linear layers.
     Lora,
+    /// Scaled activations.
+    Ia3,
+    /// Keys and values before those of each text.
+    PrefixTuning,
+}
+
+impl Kind {
+    /// The path of the module that the tensor `name` adapts, if `name` is its first one.
+    pub(super) fn module_of(self, name: &str) -> Option<&str> {
+        name.strip_suffix(self.parts().first()?)?.strip_suffix('.')
+    }
 }
 
 impl Default for Kind {
@@ -355,6 +415,25 @@ pub(crate) fn target_layers(params: &[ParamSpec], targets: &[String]) -> Result<
     }
     let chosen = |p: &ParamSpec| p.role == Role::Linear && targets.iter().any(|t| named(p, t));
     Ok(params.iter().zip(0..).filter(|(p, _)| chosen(p)).map(|(_, i)| Param(i)).collect())
+}
+
+/// The last parts of the paths of `layers`, each once.
+pub(super) fn last_parts(model: &dyn Model, layers: &[Param]) -> Vec<String> {
+    let last = |p: &Param| model.params()[p.0 as usize].module().rsplit('.').next().map(str::to_owned);
+    let mut parts: Vec<String> = layers.iter().filter_map(last).collect();
+    parts.sort_unstable();
+    parts.dedup();
+    parts
+}
+
+/// `targets` and those of the modules `adapted` that they do not name: PEFT takes no other module from a file.
+pub(super) fn with_unnamed<'a>(targets: &'a [String], adapted: &'a [String]) -> Vec<&'a String> {
+    let named = |module: &&String| {
+        targets
+            .iter()
+            .any(|end| module.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
+    };
+    targets.iter().chain(adapted.iter().filter(|m| !named(m))).collect()
 }
 
 impl Method {

@@ -1,12 +1,13 @@
 //! Weights that come with an adapter and stand in for the base's while it is attached: an embedding and a head of more
 //! rows, trained copies of modules, biases. They are mapped from the adapter's file, as the base's are from its own.
 
-use super::{AdapterFile, WholeTensor, foreign_module};
+use super::attach::foreign_module;
+use super::{AdapterFile, WholeTensor};
+use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::Base;
 use crate::format::widen;
 use bytes::Bytes;
-use pocketlora_kernels::{Backend, MatrixData, MatrixSource};
+use pocketlora_kernels::{Arithmetic, Backend, MatrixData, MatrixSource};
 use pocketlora_models::{Param, ParamSpec, Role};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -43,19 +44,51 @@ impl<B: Backend> Replaced<B> {
         self.owners.is_empty()
     }
 
-    /// What tokens are looked up in, if it is not the base's.
-    pub fn table(&self) -> Option<&B::Matrix> {
-        self.table.as_deref()
+    /// What tokens are looked up in: `p` of `base`, unless there is another.
+    pub fn table<'a>(&'a self, base: &'a Base<B>, p: Param) -> &'a B::Matrix {
+        self.table.as_deref().unwrap_or_else(|| base.matrix(p))
     }
 
-    /// What `p` is multiplied with, if it is not the base's.
-    pub fn factor(&self, p: Param) -> Option<&B::Matrix> {
-        self.factors.get(&p.0).map(Arc::as_ref)
+    /// Whether there is another embedding than the base's.
+    #[must_use]
+    pub fn has_table(&self) -> bool {
+        self.table.is_some()
     }
 
-    /// The vector in the place of `p`, if it is not the base's.
-    pub fn vector(&self, p: Param) -> Option<&B::Buffer> {
-        self.vectors.get(&p.0).map(Arc::as_ref)
+    /// What products in `arithmetic` read for `p`: the matrix of `base`, unless there is another.
+    pub fn factor<'a>(&'a self, base: &'a Base<B>, p: Param, arithmetic: Arithmetic) -> &'a B::Matrix {
+        self.factors.get(&p.0).map_or_else(|| base.factor(p, arithmetic), Arc::as_ref)
+    }
+
+    /// The shape `[out, in]` of what `p` is multiplied with.
+    pub(super) fn shape(&self, base: &Base<B>, p: Param) -> [usize; 2] {
+        base.backend.shape(self.factor(base, p, Arithmetic::Exact)).into()
+    }
+
+    /// The vector `p` of `base`, unless there is another.
+    pub fn vector<'a>(&'a self, base: &'a Base<B>, p: Param) -> &'a B::Buffer {
+        self.vectors.get(&p.0).map_or_else(|| base.vector(p), Arc::as_ref)
+    }
+
+    /// How many tokens `base` knows with these: rows of its embedding and of its head.
+    pub fn vocabulary(&self, base: &Base<B>) -> usize {
+        self.shape(base, base.model.head_param())[0]
+    }
+
+    /// Checks that `ids` are rows of the embedding; tokenizers and checkpoints do disagree in the wild.
+    pub(crate) fn check_ids(&self, base: &Base<B>, ids: &[u32]) -> Result<()> {
+        let vocab = self.vocabulary(base);
+        match ids.iter().position(|&id| id as usize >= vocab) {
+            None => Ok(()),
+            Some(at) => Err(Error::new(
+                ErrorCode::Data,
+                format!("token {at}"),
+                format!(
+                    "expected an id below the vocabulary's {vocab}, got `{}`; use the tokenizer of this model",
+                    ids[at]
+                ),
+            )),
+        }
     }
 
     /// Bytes of mapped files that it holds on to.
@@ -93,8 +126,8 @@ impl<B: Backend> Replaced<B> {
         let params = base.model.params().iter();
         let embedding = params.zip(0..).find(|(p, _)| p.role == Role::Embedding).map(|(_, i)| Param(i));
         let head = base.model.head_param();
-        let (table, _) = base.backend.shape(base.table_with(&all, embedding.unwrap_or(head)));
-        let head = base.vocabulary(&all);
+        let (table, _) = base.backend.shape(all.table(base, embedding.unwrap_or(head)));
+        let head = all.vocabulary(base);
         if table != head {
             let message = format!(
                 "expected an embedding and a head of the same vocabulary, got {table} and {head} rows; save the adapter \

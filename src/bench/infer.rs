@@ -2,8 +2,8 @@
 
 use super::{Figure, Options, Progress, check};
 use crate::adapter::{AdapterFile, Adapters, Lora, Method};
+use crate::base::Base;
 use crate::error::Result;
-use crate::exec::Base;
 use crate::generate::Context;
 use crate::memory::Peak;
 use crate::rng::Rng;

@@ -4,8 +4,8 @@
 //! cache they come from memory. One more kernel is one more line in [`PRODUCTS`] or one more row in [`attention`].
 
 use super::{Figure, Options, Progress, check};
+use crate::base::Base;
 use crate::error::Result;
-use crate::exec::Base;
 use crate::exec::infer::PREFILL_CHUNK;
 use crate::session::Session;
 use pocketlora_kernels::cpu::limits::Limits;

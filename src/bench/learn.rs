@@ -2,8 +2,8 @@
 //! gradient is due.
 
 use super::{Figure, Options, Progress, check, infer};
+use crate::base::Base;
 use crate::error::{Error, Result};
-use crate::exec::Base;
 use crate::memory::Peak;
 use crate::session::Session;
 use crate::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig, Trainer};

@@ -3,8 +3,8 @@
 //! On a device that only records work the times are those of recording.
 
 use super::{Options, Progress, Sessions, learn};
+use crate::base::Base;
 use crate::error::Result;
-use crate::exec::Base;
 use crate::format::Checkpoint;
 use crate::train::Trainer;
 use pocketlora_kernels::cpu::{Cpu, Table};

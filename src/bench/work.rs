@@ -1,6 +1,6 @@
 //! What a model asks of a machine for each token: bytes to read, multiplications and additions to do.
 
-use crate::exec::Base;
+use crate::base::Base;
 use pocketlora_kernels::{Arithmetic, Cpu, Memory};
 use pocketlora_models::{Param, Role};
 use serde::Serialize;

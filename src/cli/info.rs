@@ -3,8 +3,8 @@
 use super::args::{megabytes, print_json};
 use super::{model, names};
 use crate::adapter::{AdapterFile, Stored};
+use crate::base::architecture_of;
 use crate::error::Result;
-use crate::exec::architecture_of;
 use crate::format::{model_of, open_source};
 use serde_json::json;
 use std::collections::BTreeMap;

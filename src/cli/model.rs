@@ -2,7 +2,7 @@
 
 use super::args::megabytes;
 use super::{interrupt, names, progress, pull, shell};
-use crate::adapter::target_layers;
+use crate::adapter::{AUTO, target_layers};
 use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::foreign::{no_tokenizer, no_tokenizer_inside};
@@ -116,7 +116,9 @@ pub(super) fn check_text(model: &str) -> Result<()> {
 
 /// Refuses names of layers that the model does not have, before any work is done for it.
 pub(super) fn check_targets(model: &str, targets: &[String]) -> Result<()> {
-    let Some(path) = present(model).filter(|_| targets.iter().any(|target| target != "all")) else { return Ok(()) };
+    let Some(path) = present(model).filter(|_| targets.iter().any(|target| target != "all" && target != AUTO)) else {
+        return Ok(());
+    };
     // What is wrong with the model is said where it is opened.
     let Ok(source) = open_source(&path) else { return Ok(()) };
     let Ok(built) = pocketlora_models::build(source.config()) else { return Ok(()) };

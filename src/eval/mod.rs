@@ -6,8 +6,8 @@ mod metrics;
 #[cfg(feature = "metrics")]
 pub use metrics::*;
 
+use crate::base::Pool;
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::Pool;
 use crate::exec::infer::{PREFILL_CHUNK, Sequence, Step, Workspace};
 use crate::memory::Peak;
 use crate::session::Session;
@@ -79,7 +79,7 @@ pub fn logits_of(
     base.backend.scope(|| {
         let mut sequence = Sequence::new(base, session.numbers().cache)?;
         let mut work = Workspace::new(session.numbers().arithmetic);
-        let vocab = base.vocabulary(adapters.replaced());
+        let vocab = adapters.replaced().vocabulary(base);
         let mut row = 0;
         for chunk in ids.chunks(PREFILL_CHUNK) {
             let step = Step { sequence: &mut sequence, ids: chunk, adapters, logits: 0..chunk.len() };

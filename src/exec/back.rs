@@ -3,10 +3,10 @@
 //! The base is frozen, so a linear layer's backward is the gradient of its input plus whatever its adapters need. Values
 //! are freed with the last operation that reads them, and gradients take their places where they can.
 
-use super::interpreter::Gradients;
 use super::lives::{self, Recorded};
 use super::ops;
 use super::tape::Tape;
+use crate::adapter::Gradients;
 use crate::error::Result;
 use pocketlora_kernels::Backend;
 use pocketlora_models::Value;

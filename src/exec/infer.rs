@@ -3,8 +3,8 @@
 use super::interpreter::Interpreter;
 use super::pass::{Batch, Part, Pass};
 pub use super::sequence::Sequence;
-use super::{Base, Pool};
 use crate::adapter::Adapters;
+use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Arithmetic, Backend, CacheType};
 use pocketlora_models::{Exec, Op, Value};
@@ -76,6 +76,9 @@ impl<B: Backend> Base<B> {
         keep_going: &mut dyn FnMut() -> bool,
         on_logits: &mut dyn FnMut(Logits) -> Result<()>,
     ) -> Result<()> {
+        for step in &mut *steps {
+            step.sequence.begin(self, step.adapters)?;
+        }
         let starts: Vec<usize> = steps.iter().map(|step| step.sequence.len).collect();
         // Rows whose adapters bring other weights in place of the base's cannot share a product.
         let together = |a: &Step<'_, B>, b: &Step<'_, B>| {
@@ -119,7 +122,8 @@ impl<B: Backend> Base<B> {
         }
         let adapters: Vec<&Adapters<B>> = steps.iter().map(|step| step.adapters).collect();
         let parts = parts(adapters.iter().copied().zip(batch.segments.iter().copied()));
-        let starts: Vec<usize> = steps.iter().map(|step| step.sequence.len).collect();
+        let position = |step: &Step<'_, B>| step.adapters.virtual_tokens() + step.sequence.len;
+        let starts: Vec<usize> = steps.iter().map(position).collect();
         let pass = Pass::after(self, parts, &batch, starts, work.arithmetic, &mut work.pool)?;
 
         let mut run = Infer { it: Interpreter::new(&pass, None, false, &mut work.pool), error: None };

@@ -1,8 +1,9 @@
 //! Values of a pass, and what operations do with them.
 
+use super::ops;
 use super::pass::Pass;
 use super::sequence::State;
-use super::{Pool, ops};
+use crate::base::Pool;
 use crate::error::Result;
 use pocketlora_kernels::{Arithmetic, Backend};
 use pocketlora_models::{Op, Value, Width};
@@ -16,14 +17,6 @@ pub(super) struct Slot<B: Backend> {
     pub needs_grad: bool,
     /// Floats of a row; there is one for each token.
     pub width: usize,
-}
-
-/// The tensors of the adapter in training: which belong to which linear layer, and their gradients.
-pub struct Gradients<B: Backend> {
-    /// For each parameter of the base, its adapter's range in `tensors`.
-    pub ranges: Vec<Option<Range<usize>>>,
-    /// One gradient for each trained tensor.
-    pub tensors: Vec<B::Buffer>,
 }
 
 /// Runs operations on the values of a pass: the one place where both executors have that done.
@@ -71,7 +64,11 @@ impl<'p, B: Backend> Interpreter<'p, B> {
 
     /// Whether an adapter is on what computes output number `i` of `op`.
     fn is_adapted(&self, op: &Op, i: usize) -> bool {
-        matches!(op, Op::Linears { layers, .. } if !self.pass.adapters().on(layers[i].weight).is_empty())
+        match op {
+            Op::Linears { layers, .. } => !self.pass.adapters().on(layers[i].weight).is_empty(),
+            Op::Attention { .. } => i == 0 && self.pass.adapters().prefix().is_some(),
+            _ => false,
+        }
     }
 
     /// The values that backward through `op`, whose first output is `y`, reads.

@@ -4,14 +4,11 @@
 //! forward and backward. Both have them run by one [`interpreter`], which has one file for each operation in [`ops`].
 
 mod back;
-mod base;
-mod fit;
 pub mod infer;
 mod interpreter;
 mod lives;
 mod ops;
 mod pass;
-mod pool;
 mod sequence;
 mod tape;
 
@@ -20,14 +17,8 @@ mod tape;
 /// A [`Tape`] holds one layer (or the head) at a time: training keeps some layers' inputs, runs each layer again when its
 /// gradient is due, and drops the tape.
 pub mod train {
-    pub use super::interpreter::Gradients;
     pub use super::pass::{Batch, Pass};
     pub use super::tape::Tape;
 }
 
-pub use base::Base;
-#[cfg(feature = "hub")]
-pub(crate) use fit::architecture_of;
-pub(crate) use fit::{architecture, check_source};
-pub use pool::Pool;
 use tape::Tape;

@@ -1,8 +1,9 @@
 //! What one pass over a batch of tokens works on.
 
+use super::Tape;
 use super::interpreter::Interpreter;
-use super::{Base, Pool, Tape};
 use crate::adapter::{Adapters, Dropout};
+use crate::base::{Base, Pool};
 use crate::error::Result;
 use pocketlora_kernels::{Arithmetic, Backend};
 use pocketlora_models::Param;
@@ -56,7 +57,10 @@ impl<'a, B: Backend> Pass<'a, B> {
         pool: &mut Pool<B>,
     ) -> Result<Self> {
         let parts = vec![Part { rows: 0..batch.ids.len(), adapters }];
-        let pass = Self { dropout, ..Self::after(base, parts, batch, std::iter::repeat(0), arithmetic, pool)? };
+        let pass = Self {
+            dropout,
+            ..Self::after(base, parts, batch, std::iter::repeat(adapters.virtual_tokens()), arithmetic, pool)?
+        };
         Ok(pass)
     }
 
@@ -74,7 +78,7 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) -> Result<Self> {
         for part in &parts {
             let ids = batch.ids.get(part.rows.clone()).unwrap_or_default();
-            base.check_ids(part.adapters.replaced(), ids)?;
+            part.adapters.replaced().check_ids(base, ids)?;
         }
         let angles = base.rope_angles(&batch.positions(before), pool)?;
         Ok(Self { base, parts, batch, angles, dropout: None, arithmetic })
@@ -107,12 +111,12 @@ impl<'a, B: Backend> Pass<'a, B> {
 
     /// The matrix of `p` that products in `arithmetic` read: the base's, unless an adapter brings another.
     pub(super) fn factor(&self, p: Param, arithmetic: Arithmetic) -> &'a B::Matrix {
-        self.base.factor_with(self.adapters().replaced(), p, arithmetic)
+        self.adapters().replaced().factor(self.base, p, arithmetic)
     }
 
     /// The vector `p`, unless an adapter brings another.
     pub(super) fn vector(&self, p: Param) -> &'a B::Buffer {
-        self.base.vector_with(self.adapters().replaced(), p)
+        self.adapters().replaced().vector(self.base, p)
     }
 
     /// Arithmetic of the products.

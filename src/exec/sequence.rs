@@ -1,7 +1,8 @@
 //! A text that grows, with what each layer remembers of it.
 
-use super::Base;
-use crate::error::Result;
+use crate::adapter::{Adapters, Prefix};
+use crate::base::Base;
+use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Backend, CacheType};
 use pocketlora_models::StateSpec;
 
@@ -47,6 +48,8 @@ struct Snapshot<B: Backend> {
 pub struct Sequence<B: Backend> {
     pub(super) states: Vec<State<B>>,
     pub(super) len: usize,
+    /// The virtual tokens before its own: they are in its caches, and are not counted.
+    prefix: Option<Prefix>,
     snapshots: Vec<Snapshot<B>>,
 }
 
@@ -57,7 +60,7 @@ impl<B: Backend> Sequence<B> {
     /// Out of memory.
     pub fn new(base: &Base<B>, dtype: CacheType) -> Result<Self> {
         let states = base.model.states().iter().map(|spec| State::new(base, spec, dtype)).collect::<Result<_>>()?;
-        Ok(Self { states, len: 0, snapshots: Vec::new() })
+        Ok(Self { states, len: 0, prefix: None, snapshots: Vec::new() })
     }
 
     /// Tokens held.
@@ -70,6 +73,59 @@ impl<B: Backend> Sequence<B> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Puts the virtual tokens of `adapters` before the first token.
+    ///
+    /// # Errors
+    /// The sequence was begun with others, out of memory.
+    pub(super) fn begin(&mut self, base: &Base<B>, adapters: &Adapters<B>) -> Result<()> {
+        let same = match (&self.prefix, adapters.prefix()) {
+            (Some(own), Some(prefix)) => own.is(prefix),
+            (own, prefix) => own.is_none() && prefix.is_none(),
+        };
+        if same {
+            return Ok(());
+        }
+        if self.len > 0 {
+            let message = "expected the virtual tokens that it was begun with, got an adapter without them or with others; \
+                           begin a new text for another adapter";
+            return Err(Error::new(ErrorCode::Config, "sequence", message));
+        }
+        self.clear(base);
+        let Some(prefix) = adapters.prefix() else { return Ok(()) };
+        let put = self.put_before(base, adapters, prefix);
+        match put {
+            Ok(()) => self.prefix = Some(prefix.clone()),
+            Err(_) => self.clear(base),
+        }
+        put
+    }
+
+    /// Leaves nothing in the caches.
+    fn clear(&mut self, base: &Base<B>) {
+        for state in &mut self.states {
+            if let State::Kv(cache) = state {
+                base.backend.cache_rewind(cache, 0);
+            }
+        }
+        self.prefix = None;
+    }
+
+    fn put_before(&mut self, base: &Base<B>, adapters: &Adapters<B>, prefix: &Prefix) -> Result<()> {
+        let backend = &base.backend;
+        for (layer, state) in self.states.iter_mut().enumerate() {
+            let State::Kv(cache) = state else { continue };
+            let StateSpec::Kv { kv_heads, head_dim, .. } = base.model.states()[layer] else { continue };
+            let part = |part| -> Result<B::Buffer> {
+                let mut rows = backend.buffer(prefix.tokens * kv_heads * head_dim)?;
+                backend.gather_rows(adapters.held().buffer(prefix.tensor()), &prefix.rows(layer, part), &mut rows);
+                Ok(rows)
+            };
+            let (keys, values) = (part(0)?, part(1)?);
+            backend.cache_append(cache, &keys, &values, 0..prefix.tokens)?;
+        }
+        Ok(())
     }
 
     /// Whether some of its states can be cut back only to a snapshot, or to nothing.
@@ -119,17 +175,21 @@ impl<B: Backend> Sequence<B> {
         } else {
             to
         };
+        let virtual_tokens = self.prefix.as_ref().map_or(0, |prefix| prefix.tokens);
         let mut reached = reached;
         // A cache with a window may have dropped what the next token sees, and keeps nothing then; the others follow.
         for _ in 0..2 {
             for state in &mut self.states {
                 if let State::Kv(cache) = state {
-                    reached = backend.cache_rewind(cache, reached);
+                    let rows = if reached == 0 { 0 } else { virtual_tokens + reached };
+                    reached = backend.cache_rewind(cache, rows).saturating_sub(virtual_tokens);
                 }
             }
         }
         if reached == 0 {
             self.states.iter_mut().filter_map(State::buffer).for_each(|state| backend.zero(state));
+            // The next first token may come with another adapter.
+            self.prefix = None;
         }
         self.len = reached;
         reached

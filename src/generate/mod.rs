@@ -7,8 +7,8 @@ pub use filter::{LogitFilter, TokenBias};
 pub use sampler::{Sampler, Sampling};
 
 use crate::adapter::Adapters;
+use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::Base;
 use crate::exec::infer::{Numbers, PREFILL_CHUNK, Sequence, Step, Workspace};
 use pocketlora_kernels::Backend;
 use std::ops::ControlFlow;

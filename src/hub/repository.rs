@@ -7,8 +7,8 @@
 use super::record::{Entry, sha256, wrong_checksum};
 use super::{Event, Fetched, Hub, OnEvent, Repository, Stage, TICK, name, tell};
 use crate::adapter::AdapterFile;
+use crate::base::architecture_of;
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::architecture_of;
 use crate::format::foreign::{check_config, read_object};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};

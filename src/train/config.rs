@@ -49,8 +49,15 @@ pub struct TrainConfig {
     pub rank: usize,
     /// LoRA's alpha; twice the rank unless given.
     pub alpha: Option<f64>,
-    /// Last path parts of the linear layers to adapt; `all` means every linear layer of the decoder.
+    /// Last path parts of the linear layers to adapt; `all` means every linear layer of the decoder, `auto` those that PEFT
+    /// adapts by default with IA3 in the model's family.
     pub targets: Vec<String>,
+    /// Those of them whose input IA3 scales instead of their output; where none are given, PEFT's choice.
+    #[serde(alias = "feedforward_modules", skip_serializing_if = "Vec::is_empty")]
+    pub feedforward_modules: Vec<String>,
+    /// Virtual tokens of a prefix; 20 unless given.
+    #[serde(alias = "num_virtual_tokens", skip_serializing_if = "Option::is_none")]
+    pub num_virtual_tokens: Option<usize>,
     /// Dropout of the adapters' input.
     pub dropout: f32,
     /// Scale by `alpha / sqrt(rank)`.
@@ -168,6 +175,8 @@ impl Default for TrainConfig {
             rank: 8,
             alpha: None,
             targets: vec!["all".to_owned()],
+            feedforward_modules: Vec::new(),
+            num_virtual_tokens: None,
             dropout: 0.0,
             rslora: false,
             lr: 2e-4,
@@ -220,14 +229,18 @@ impl TrainConfig {
             // The number that somebody typed: an f32 widened as it is has digits of its own.
             dropout: self.dropout.to_string().parse().unwrap_or(f64::from(self.dropout)),
             targets: self.targets.clone(),
+            feedforward_modules: self.feedforward_modules.clone(),
+            num_virtual_tokens: self.num_virtual_tokens.unwrap_or(20),
             lora_plus_ratio: self.lora_plus_ratio,
         }
     }
 
     /// These with what an adapter has decided.
-    pub(super) fn with_adapter_settings(self, theirs: Settings) -> Self {
-        let Settings { rank, alpha, rslora, targets, .. } = theirs;
-        Self { rank, alpha: Some(alpha), rslora, targets, ..self }
+    pub(super) fn of_method(self, method: Kind, theirs: Settings) -> Self {
+        let Settings { rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens: tokens, .. } = theirs;
+        let num_virtual_tokens = (method == Kind::PrefixTuning).then_some(tokens);
+        let alpha = Some(alpha);
+        Self { method, rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens, ..self }
     }
 
     /// The optimizer's second beta.
@@ -252,6 +265,7 @@ impl TrainConfig {
             check(name, value, range.contains(&value), &format!("a whole number from 1 to {max}"))
         };
         whole("rank", self.rank, 4096)?;
+        whole("num-virtual-tokens", self.num_virtual_tokens.unwrap_or(1), 65_536)?;
         whole("epochs", self.epochs, 1_000_000)?;
         whole("batch", self.batch, 65_536)?;
         whole("accumulate", self.accumulate, 65_536)?;

@@ -5,7 +5,8 @@ use super::config::Optimizer;
 use crate::error::{Error, ErrorCode, Result};
 
 /// Settings that some methods of adapters read, and others do not.
-const ADAPTER: [&str; 6] = ["rank", "alpha", "rslora", "targets", "dropout", "lora-plus-ratio"];
+const ADAPTER: [&str; 8] =
+    ["rank", "alpha", "rslora", "targets", "feedforward-modules", "num-virtual-tokens", "dropout", "lora-plus-ratio"];
 
 impl TrainConfig {
     /// Whether the setting `name`, one of those in [`TrainConfig::check_effect`], differs from its default.

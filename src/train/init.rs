@@ -35,7 +35,7 @@ impl TrainConfig {
             agree(key, same, &mine, &its)?;
         }
         let dropout = if given("dropout") { self.dropout } else { theirs.dropout as f32 };
-        let config = Self { method: kind, dropout, ..self.with_adapter_settings(theirs) };
+        let config = Self { dropout, ..self.of_method(kind, theirs) };
         config.check_effect(given)?;
         Ok(config)
     }

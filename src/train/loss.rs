@@ -1,9 +1,10 @@
 //! The loss of a micro-batch and its gradient by the last layer's output.
 
 use super::step::{MicroBatch, Watch};
+use crate::adapter::Gradients;
+use crate::base::Pool;
 use crate::error::Result;
-use crate::exec::Pool;
-use crate::exec::train::{Gradients, Pass};
+use crate::exec::train::Pass;
 use pocketlora_kernels::Backend;
 use pocketlora_models::Value;
 

@@ -37,10 +37,9 @@ use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
 pub use step::{Layout, MicroBatch, Watch, micro_step};
 
-use crate::adapter::{AdapterFile, Adapters, Dropout};
+use crate::adapter::{AdapterFile, Adapters, Dropout, Gradients};
+use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::train::Gradients;
-use crate::exec::{Base, Pool};
 use crate::memory::Peak;
 use crate::rng::mix;
 use checkpoint::RunFacts;
@@ -246,7 +245,7 @@ impl<B: Backend> Trainer<B> {
         let lr = self.config.lr_at(number, self.facts.total_steps);
         let Self { base, config, adapters, grads, tensors, .. } = self;
         for (Trained { group, id, moments, .. }, grad) in tensors.iter_mut().zip(&grads.tensors) {
-            adapters.update(&base.backend, *id, &mut |master| {
+            adapters.held_mut().update(&base.backend, *id, &mut |master| {
                 moments.step(&base.backend, config, *group, lr, number, grad, master);
             });
         }

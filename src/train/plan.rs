@@ -9,10 +9,9 @@
 use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};
 use super::{Optimizer, TrainConfig};
-use crate::adapter::{Adapters, Dropout, Method, TensorSpec};
+use crate::adapter::{Adapters, Dropout, Gradients, Method, TensorSpec};
+use crate::base::{Base, Pool};
 use crate::error::Result;
-use crate::exec::train::Gradients;
-use crate::exec::{Base, Pool};
 use crate::memory::Peak;
 use pocketlora_kernels::Counted;
 use pocketlora_kernels::cpu::Table;

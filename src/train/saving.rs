@@ -58,7 +58,7 @@ impl<B: Backend> Trainer<B> {
         for t in &mut self.tensors {
             let part = |prefix: &str| file.get(&format!("{prefix}.{}", t.spec.name)).map(|tensor| &tensor.bytes[..]);
             let values = floats(part("param")?);
-            self.adapters.update(backend, t.id, &mut |master| backend.write(master, &values));
+            self.adapters.held_mut().update(backend, t.id, &mut |master| backend.write(master, &values));
             let layout = t.moments.layout(values.len());
             let parts: Vec<&[u8]> = layout.iter().map(|(prefix, ..)| part(prefix)).collect::<Result<_>>()?;
             t.moments.write(backend, &parts);
@@ -98,7 +98,7 @@ impl<B: Backend> Trainer<B> {
         let backend = &base.backend;
         checkpoint::save(&self.out, &self.facts, self.saved, entries, |sink| {
             for t in &*tensors {
-                sink.put(&format!("param.{}", t.spec.name), &bytes_of(&adapters.read(backend, t.id)?))?;
+                sink.put(&format!("param.{}", t.spec.name), &bytes_of(&adapters.held().read(backend, t.id)?))?;
                 let layout = t.moments.layout(t.spec.values());
                 for ((prefix, ..), bytes) in layout.iter().zip(t.moments.read(backend)?) {
                     sink.put(&format!("{prefix}.{}", t.spec.name), &bytes)?;
@@ -171,7 +171,7 @@ impl<B: Backend> Trainer<B> {
         let shapes = tensors.iter().map(|t| (t.spec.name.clone(), t.spec.shape.clone())).collect();
         file.save_by(dir, shapes, |put| {
             for t in &*tensors {
-                put(&t.spec.name, &adapters.read(&base.backend, t.id)?)?;
+                put(&t.spec.name, &adapters.held().read(&base.backend, t.id)?)?;
             }
             peak.sample();
             Ok(())
@@ -189,7 +189,7 @@ pub(super) fn snapshot<B: Backend>(
     let mut file = file.clone();
     let stored = file.method.kind().stored();
     for Trained { spec, id, .. } in tensors {
-        let tensor = HostTensor { shape: spec.shape.clone(), data: adapters.read(backend, *id)? };
+        let tensor = HostTensor { shape: spec.shape.clone(), data: adapters.held().read(backend, *id)? };
         file.tensors.insert(spec.name.clone(), tensor.rounded(stored, &spec.name)?);
     }
     Ok(file)

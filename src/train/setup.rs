@@ -10,10 +10,11 @@ use super::optimizer::Moments;
 use super::plan::Work;
 use super::saving::sweep_folder;
 use super::{Batches, Dataset, Sample, TrainConfig, Trainer, largest_micro_batch};
-use crate::adapter::{AdapterFile, Adapters, Group, Method, Replaced, Settings, TensorId, TensorSpec, layer_at, mark};
+use crate::adapter::{
+    AdapterFile, Adapters, Gradients, Group, Method, Replaced, Settings, TensorId, TensorSpec, layer_at, mark,
+};
+use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::train::Gradients;
-use crate::exec::{Base, Pool};
 use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::mix;
 use pocketlora_kernels::{Backend, WorkType};
@@ -41,7 +42,7 @@ fn is_copy(name: &str) -> bool {
 fn check_data<B: Backend>(base: &Base<B>, replaced: &Replaced<B>, data: &Dataset) -> Result<()> {
     let place = |what: &dyn std::fmt::Display| format!("`{}`: {what}", data.path.display());
     for (i, sample) in data.samples.iter().enumerate() {
-        base.check_ids(replaced, &sample.ids).map_err(|e| e.at(place(&format_args!("sample {}", i + 1))))?;
+        replaced.check_ids(base, &sample.ids).map_err(|e| e.at(place(&format_args!("sample {}", i + 1))))?;
     }
     if data.samples.iter().map(Sample::trained_tokens).sum::<usize>() == 0 {
         let message = format!(
@@ -63,7 +64,7 @@ pub(super) fn trained_tensors<B: Backend>(
 ) -> Result<(Vec<Trained<B>>, Gradients<B>)> {
     let backend = &base.backend;
     let mut tensors = Vec::new();
-    for (id, _, spec) in adapters.tensors() {
+    for (id, spec) in adapters.held().specs() {
         let group = method.group(&spec.name, settings);
         let moments = Moments::new(backend, config, spec.values())?;
         tensors.push(Trained { spec: spec.clone(), group, id, moments });
@@ -73,13 +74,8 @@ pub(super) fn trained_tensors<B: Backend>(
 
 /// A gradient for every tensor of the attached adapters.
 pub(super) fn gradients<B: Backend>(base: &Base<B>, adapters: &Adapters<B>) -> Result<Gradients<B>> {
-    let mut grads = Gradients { ranges: vec![None; base.model.params().len()], tensors: Vec::new() };
-    for (_, param, spec) in adapters.tensors() {
-        let at = grads.tensors.len();
-        grads.ranges[param.0 as usize].get_or_insert(at..at).end = at + 1;
-        grads.tensors.push(base.backend.buffer(spec.values())?);
-    }
-    Ok(grads)
+    let one = |(_, spec): (TensorId, &TensorSpec)| Ok(base.backend.buffer(spec.values())?);
+    Ok(Gradients { tensors: adapters.held().specs().map(one).collect::<Result<_>>()? })
 }
 
 /// What a run on `data` that is evaluated on `eval_data` takes memory for: an adapter of `method` with tensors `specs`.
@@ -156,7 +152,16 @@ impl<B: Backend> Trainer<B> {
             }
             None => config.method.begin(&settings, model)?,
         };
-        let specs = method.tensors(model, |p: Param| layers.contains(&p))?;
+        let place = |file: &AdapterFile| format!("`{}`", file.dir.display());
+        if let (Some(file), Some(why)) = (init, method.is_final()) {
+            let message = format!("it cannot be trained on, for {why}; begin a new one without `--init`");
+            return Err(Error::new(ErrorCode::Unsupported, place(file), message));
+        }
+        let specs = method.tensors(model, |p: Param| layers.contains(&p));
+        let specs = specs.map_err(|e| match init {
+            Some(file) => e.at(place(file)),
+            None => e,
+        })?;
         let eval_overlap = eval_data.as_ref().map(|held| Overlap::of(&data, held));
         let learned_too = eval_overlap.and_then(|overlap| overlap.warning(&eval_data.as_ref()?.path));
         let (plan, config) = choose(&work(&base, &method, specs.clone(), &config, &data, eval_data.as_ref()), &config)?;

@@ -1,10 +1,10 @@
 //! Forward, loss and backward of one micro-batch, one layer at a time.
 
 use super::{data::Sample, loss};
-use crate::adapter::{Adapters, Dropout};
+use crate::adapter::{Adapters, Dropout, Gradients};
+use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::train::{Batch, Gradients, Pass};
-use crate::exec::{Base, Pool};
+use crate::exec::train::{Batch, Pass};
 use crate::memory::Peak;
 use pocketlora_kernels::{Arithmetic, Backend, narrow_width};
 use pocketlora_models::Value;

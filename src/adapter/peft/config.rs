@@ -278,7 +278,7 @@ impl<'a> Patterns<'a> {
 }
 
 /// The regular expression `full`, made of the pattern `key` of the config at `path`.
-pub(super) fn regex(path: &Path, key: &str, full: &str) -> Result<fancy_regex::Regex> {
+pub(in crate::adapter) fn regex(path: &Path, key: &str, full: &str) -> Result<fancy_regex::Regex> {
     fancy_regex::Regex::new(full)
         .map_err(|e| Error::format(path, format!("pattern `{key}`"), "a regular expression", &e))
 }
@@ -287,7 +287,12 @@ pub(super) fn regex(path: &Path, key: &str, full: &str) -> Result<fancy_regex::R
 ///
 /// # Errors
 /// The search takes longer than any pattern of use.
-pub(super) fn matches_any(path: &Path, regex: &fancy_regex::Regex, key: &str, names: [&str; 2]) -> Result<bool> {
+pub(in crate::adapter) fn matches_any(
+    path: &Path,
+    regex: &fancy_regex::Regex,
+    key: &str,
+    names: [&str; 2],
+) -> Result<bool> {
     for name in names {
         let found = regex.is_match(name);
         if found.map_err(|e| Error::format(path, format!("pattern `{key}`"), "one that can be matched", &e))? {

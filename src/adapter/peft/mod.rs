@@ -6,7 +6,7 @@ mod keys;
 mod targets;
 mod tensors;
 
-pub(super) use config::{KeyUse, Keys, MERGE, Patterns, RETRAIN, Use};
+pub(super) use config::{KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, matches_any, regex};
 pub(super) use tensors::Found;
 pub use tensors::{Replacements, Rows, WholeTensor};
 
@@ -129,8 +129,7 @@ impl AdapterFile {
 
     /// Paths of the modules that it has tensors for, in the order of their names.
     pub fn modules(&self) -> impl Iterator<Item = &str> {
-        let first = self.method.kind().parts().first().copied().unwrap_or_default();
-        self.tensors.keys().filter_map(move |name| name.strip_suffix(first)?.strip_suffix('.'))
+        self.tensors.keys().filter_map(|name| self.method.kind().module_of(name))
     }
 
     /// How many values it has.
@@ -281,8 +280,7 @@ impl AdapterFile {
 
 /// Paths of the modules that tensors of `shapes` adapt, in their order.
 fn adapted(kind: Kind, shapes: &[(String, Vec<usize>)]) -> Vec<String> {
-    let Some(first) = kind.parts().first() else { return Vec::new() };
-    shapes.iter().filter_map(|(name, _)| Some(name.strip_suffix(first)?.strip_suffix('.')?.to_owned())).collect()
+    shapes.iter().filter_map(|(name, _)| kind.module_of(name).map(str::to_owned)).collect()
 }
 
 /// The name of a tensor in the file: what belongs to no module has no prefix.

@@ -1,5 +1,6 @@
 //! Settings of a run: flags over a file.
 
+use crate::adapter::{AUTO, Kind};
 use crate::cli::names;
 use crate::error::{Error, ErrorCode, Result};
 use crate::train::TrainConfig;
@@ -19,7 +20,8 @@ pub(super) struct Chosen {
 #[derive(clap::Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Settings {
-    /// Method of the adapter: lora. [default: lora]
+    /// Method of the adapter: lora, ia3 (scaled activations) or prefix-tuning (keys and values before each text).
+    /// [default: lora]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<String>,
@@ -31,10 +33,18 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     alpha: Option<f64>,
-    /// Linear layers to adapt, such as q_proj,v_proj. [default: all]
+    /// Linear layers to adapt, such as q_proj,v_proj. [default: all; with ia3, PEFT's choice]
     #[arg(long, value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]
     targets: Option<Vec<String>>,
+    /// Those of the targets whose input ia3 scales instead of their output. [default: PEFT's choice]
+    #[arg(long, value_delimiter = ',')]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    feedforward_modules: Option<Vec<String>>,
+    /// Virtual tokens of prefix-tuning. [default: 20]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    num_virtual_tokens: Option<usize>,
     /// Dropout of the adapters' input. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -177,6 +187,10 @@ impl Settings {
         let typed: BTreeSet<String> = flags.keys().cloned().collect();
         lay(&mut table, flags);
         let given = table.keys().cloned().collect();
+        let method = table.get("method").and_then(|method| method.clone().try_into::<Kind>().ok()).unwrap_or_default();
+        if method != Kind::Lora && method.reads("targets") {
+            table.entry("targets").or_insert_with(|| vec![AUTO].into());
+        }
         let config: TrainConfig = toml::Value::Table(table).try_into().map_err(|e| bad_settings(None, &e))?;
         config.validate()?;
         // A file that a run wrote holds all settings. What of them is as usual was chosen by nobody.
@@ -190,6 +204,8 @@ impl Settings {
 fn read(path: &Path) -> Result<toml::Table> {
     let text = fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
     let parsed: toml::Table = text.parse().map_err(|e: toml::de::Error| bad_settings(Some(path), &e))?;
+    // As PEFT writes names, too.
+    let parsed: toml::Table = parsed.into_iter().map(|(key, value)| (key.replace('_', "-"), value)).collect();
     // Checked by itself first, so that a typing error in the file is reported as the file's.
     toml::Value::Table(parsed.clone()).try_into::<TrainConfig>().map_err(|e| bad_settings(Some(path), &e))?;
     Ok(parsed)

@@ -45,7 +45,7 @@ impl<'s> Likelihood<'s> {
     /// Log-likelihood of `ids[from..]` after `ids[..from]`.
     fn of_ids(&mut self, ids: &[u32], from: usize) -> Result<f64> {
         let (base, adapters) = (self.session.base(), self.session.adapters());
-        let (limit, vocab) = (base.model.config().max_positions, base.vocabulary(adapters.replaced()));
+        let (limit, vocab) = (base.model.config().max_positions, adapters.replaced().vocabulary(base));
         if ids.len() > limit {
             let message = format!("expected at most the context's {limit} tokens, got `{}`; shorten it", ids.len());
             return Err(Error::new(ErrorCode::Data, "text", message));
@@ -54,7 +54,7 @@ impl<'s> Likelihood<'s> {
             let message = "expected a choice of at least one token after the prompt, got none; give it text";
             return Err(Error::new(ErrorCode::Data, "text", message));
         }
-        base.check_ids(adapters.replaced(), ids)?;
+        adapters.replaced().check_ids(base, ids)?;
         // The token before the first that counts is always run: its logits are needed.
         let kept = self.held.iter().zip(&ids[..from - 1]).take_while(|(a, b)| a == b).count();
         let kept = self.sequence.rewind(base, kept);

@@ -1,6 +1,7 @@
-//! `y = softmax(scale q kᵀ) v` over the earlier tokens of the same sequence.
+//! `y = softmax(scale q kᵀ) v` over the earlier tokens of the same sequence, and over an adapter's virtual ones before them.
 
-use super::Interpreter;
+use super::{Gradients, Interpreter};
+use crate::adapter::Prefix;
 use crate::error::Result;
 use crate::exec::sequence::State;
 use pocketlora_kernels::{Attention, Backend};
@@ -13,6 +14,10 @@ pub(super) fn run<B: Backend>(
     [q, k, v]: [Value; 3],
     y: Value,
 ) -> Result<()> {
+    let prefix = it.pass.adapters().prefix();
+    if let Some(prefix) = prefix.filter(|_| it.states.is_empty()) {
+        return run_behind(it, prefix, shape, state, [q, k, v], y);
+    }
     let mut out = it.buffer(it.len(y))?;
     if it.states.is_empty() {
         let lse = log_sum_exp(y);
@@ -31,10 +36,15 @@ pub(super) fn run<B: Backend>(
 pub(super) fn back<B: Backend>(
     it: &mut Interpreter<'_, B>,
     shape: &AttentionShape,
+    state: StateId,
     [q, k, v]: [Value; 3],
     y: Value,
     dy: B::Buffer,
+    grads: &mut Gradients<B>,
 ) -> Result<()> {
+    if let Some(prefix) = it.pass.adapters().prefix() {
+        return back_behind(it, prefix, shape, state, [q, k, v], y, dy, grads);
+    }
     let [mut dq, mut dk, mut dv] = it.like([q, k, v])?;
     // y = softmax(scale q kᵀ) v
     let segments = &it.pass.batch.segments;
@@ -42,6 +52,160 @@ pub(super) fn back<B: Backend>(
     it.backend().attention_vjp(&spec(shape), segments, vq, vk, vv, vy, sums, &dy, &mut dq, &mut dk, &mut dv);
     it.put(dy);
     for (t, grad) in [(q, dq), (k, dk), (v, dv)] {
+        it.add_grad(t, grad);
+    }
+    Ok(())
+}
+
+/// Rows of sequences that begin with virtual tokens. Kernels want as many queries as keys, so a virtual token has a query
+/// as well, all zeros, whose output nobody reads and whose gradient is zero.
+struct Behind {
+    /// Tokens of each sequence with its virtual ones.
+    segments: Vec<usize>,
+    /// Rows of the virtual tokens, sequence by sequence.
+    before: Vec<u32>,
+    /// Rows of the sequences' own tokens.
+    own: Vec<u32>,
+}
+
+impl Behind {
+    fn new(prefix: &Prefix, segments: &[usize]) -> Self {
+        let (mut before, mut own, mut at) = (Vec::new(), Vec::new(), 0);
+        for &tokens in segments {
+            let first = at + prefix.tokens as u32;
+            before.extend(at..first);
+            at = first + tokens as u32;
+            own.extend(first..at);
+        }
+        Self { segments: segments.iter().map(|tokens| prefix.tokens + tokens).collect(), before, own }
+    }
+
+    fn rows(&self) -> usize {
+        self.before.len() + self.own.len()
+    }
+
+    /// `t` behind rows of zeros for the virtual tokens.
+    fn spread<B: Backend>(&self, it: &mut Interpreter<'_, B>, t: &B::Buffer) -> Result<B::Buffer> {
+        let backend = it.backend();
+        let width = backend.len(t) / self.own.len();
+        let mut all = it.buffer(self.rows() * width)?;
+        backend.zero(&mut all);
+        backend.scatter_add_rows(t, &self.own, &mut all);
+        Ok(all)
+    }
+
+    /// The value `t` behind the prefix's keys (`part` 0) or values (`part` 1) of a layer.
+    fn join<B: Backend>(
+        &self,
+        it: &mut Interpreter<'_, B>,
+        prefix: &Prefix,
+        (layer, part): (usize, usize),
+        t: Value,
+    ) -> Result<B::Buffer> {
+        let backend = it.backend();
+        let mut all = spread(it, self, t)?;
+        let width = backend.len(&all) / self.rows();
+        let mut rows = it.buffer(self.before.len() * width)?;
+        let of_each = prefix.rows(layer, part).repeat(self.segments.len());
+        let held = it.pass.adapters().held();
+        backend.gather_rows(held.buffer(prefix.tensor()), &of_each, &mut rows);
+        backend.scatter_add_rows(&rows, &self.before, &mut all);
+        it.put(rows);
+        Ok(all)
+    }
+
+    /// The rows of the sequences' own tokens.
+    fn own<B: Backend>(&self, it: &mut Interpreter<'_, B>, all: B::Buffer) -> Result<B::Buffer> {
+        let backend = it.backend();
+        let width = backend.len(&all) / self.rows();
+        let mut own = it.buffer(self.own.len() * width)?;
+        backend.gather_rows(&all, &self.own, &mut own);
+        it.put(all);
+        Ok(own)
+    }
+}
+
+/// As [`Behind::spread`], of a value.
+fn spread<B: Backend>(it: &mut Interpreter<'_, B>, behind: &Behind, t: Value) -> Result<B::Buffer> {
+    let data = it.take(t);
+    let all = behind.spread(it, &data);
+    it.set(t, data);
+    all
+}
+
+/// Forward over whole sequences behind the virtual tokens of `prefix`.
+fn run_behind<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    prefix: &Prefix,
+    shape: &AttentionShape,
+    state: StateId,
+    [q, k, v]: [Value; 3],
+    y: Value,
+) -> Result<()> {
+    let (backend, behind) = (it.backend(), Behind::new(prefix, &it.pass.batch.segments));
+    let layer = usize::from(state.0);
+    let (queries, keys) = (spread(it, &behind, q)?, behind.join(it, prefix, (layer, 0), k)?);
+    let values = behind.join(it, prefix, (layer, 1), v)?;
+    let mut out = it.buffer(backend.len(&queries))?;
+    let mut sums = it.buffer(behind.rows() * shape.heads)?;
+    // y = softmax(scale q [p k]ᵀ) [p v]
+    backend.attention(&spec(shape), &behind.segments, &queries, &keys, &values, &mut out, &mut sums);
+    [queries, keys, values].into_iter().for_each(|buffer| it.put(buffer));
+    let (out, sums) = (behind.own(it, out)?, behind.own(it, sums)?);
+    it.set(y, out);
+    it.set(log_sum_exp(y), sums);
+    Ok(())
+}
+
+/// Its gradient. The prefix gets the sum of what all sequences pass on to it.
+fn back_behind<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    prefix: &Prefix,
+    shape: &AttentionShape,
+    state: StateId,
+    [q, k, v]: [Value; 3],
+    y: Value,
+    dy: B::Buffer,
+    grads: &mut Gradients<B>,
+) -> Result<()> {
+    let (backend, behind) = (it.backend(), Behind::new(prefix, &it.pass.batch.segments));
+    let layer = usize::from(state.0);
+    let (queries, keys) = (spread(it, &behind, q)?, behind.join(it, prefix, (layer, 0), k)?);
+    let values = behind.join(it, prefix, (layer, 1), v)?;
+    let (out, sums) = (spread(it, &behind, y)?, spread(it, &behind, log_sum_exp(y))?);
+    let dout = behind.spread(it, &dy)?;
+    it.put(dy);
+    let (mut dq, mut dk) = (it.buffer(backend.len(&queries))?, it.buffer(backend.len(&keys))?);
+    let mut dv = it.buffer(backend.len(&values))?;
+    // y = softmax(scale q [p k]ᵀ) [p v]
+    backend.attention_vjp(
+        &spec(shape),
+        &behind.segments,
+        &queries,
+        &keys,
+        &values,
+        &out,
+        &sums,
+        &dout,
+        &mut dq,
+        &mut dk,
+        &mut dv,
+    );
+    [queries, keys, values, out, sums, dout].into_iter().for_each(|buffer| it.put(buffer));
+    if let Some(dp) = grads.of(prefix.tensor()) {
+        let width = backend.len(&dk) / behind.rows();
+        let mut rows = it.buffer(prefix.tokens * width)?;
+        for (part, all) in [&dk, &dv].into_iter().enumerate() {
+            let to = prefix.rows(layer, part);
+            for from in behind.before.chunks(prefix.tokens) {
+                backend.gather_rows(all, from, &mut rows);
+                backend.scatter_add_rows(&rows, &to, dp);
+            }
+        }
+        it.put(rows);
+    }
+    for (t, all) in [(q, dq), (k, dk), (v, dv)] {
+        let grad = behind.own(it, all)?;
         it.add_grad(t, grad);
     }
     Ok(())

@@ -8,7 +8,7 @@ use pocketlora_models::{Param, Value};
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, table: Param, y: Value) -> Result<()> {
     let pass = it.pass;
     let mut out = it.buffer(it.len(y))?;
-    let table = pass.base.table_with(pass.adapters().replaced(), table);
+    let table = pass.adapters().replaced().table(pass.base, table);
     it.backend().embed(table, &pass.batch.ids, &mut out);
     it.set(y, out);
     Ok(())

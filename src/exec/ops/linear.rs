@@ -1,84 +1,198 @@
-//! `y = x Wᵀ + adapters(x) + b` for each of a group of layers that read the same `x`.
+//! `y = g(f(x) Wᵀ + terms(f(x)) + b)` for each of a group of layers that read the same `x`. Adapters bring `f`, `g` and
+//! the terms ([`crate::adapter::form`]); without them it is `y = x Wᵀ + b`.
 
 use super::{Gradients, Interpreter};
 use crate::adapter::Context;
+use crate::adapter::form::{Change, LowRankFactors, OnLayer};
 use crate::error::Result;
 use crate::exec::pass::Part;
-use pocketlora_kernels::{Backend, Product};
+use pocketlora_kernels::{ALL_ROWS, Backend, LowRank, Product};
 use pocketlora_models::{Linear, Param, Value};
 
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, layers: &[Linear], x: Value, y: Value) -> Result<()> {
+    let parts = &it.pass.parts;
+    let reads = |layer: &Linear| parts.iter().any(|part| !part.adapters.on(layer.weight).inputs.is_empty());
+    // Layers whose input no adapter changes share one product.
+    let (changed, plain): (Vec<usize>, Vec<usize>) = (0..layers.len()).partition(|&i| reads(&layers[i]));
+    let group: Vec<(usize, Linear)> = plain.into_iter().map(|i| (i, layers[i])).collect();
+    if !group.is_empty() {
+        let input = it.take(x);
+        let made = products(it, &group, &input, y);
+        it.set(x, input);
+        made?;
+    }
+    for i in changed {
+        let layer = layers[i];
+        // x' = f(x)
+        let input = it.take(x);
+        let width = it.slots[x.0 as usize].width;
+        let read = change_parts(it, &input, width, |part| &part.adapters.on(layer.weight).inputs);
+        it.set(x, input);
+        let read = read?.expect("an adapter changes it");
+        products(it, &[(i, layer)], &read, y)?;
+        it.put(read);
+    }
+    Ok(())
+}
+
+/// Outputs number `i` of a group of layers that read the same `x`.
+fn products<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    layers: &[(usize, Linear)],
+    x: &B::Buffer,
+    y: Value,
+) -> Result<()> {
     let (pass, backend, first) = (it.pass, it.backend(), it.rows.start);
     let mut ys = Vec::with_capacity(layers.len());
-    for i in 0..layers.len() {
-        ys.push(it.buffer(it.len(output(y, i)))?);
+    for (i, _) in layers {
+        ys.push(it.buffer(it.len(output(y, *i)))?);
     }
     // Low-rank terms go along with the product, unless their input is another because some of it is dropped.
     let fused = |weight: Param| {
-        let [Part { adapters, .. }] = &pass.parts[..] else { return None };
-        let on = adapters.on(weight);
-        let low_rank = on.iter().all(|adapter| adapter.low_rank().is_some());
-        (low_rank && pass.layer_dropout(weight, first).is_none()).then_some(on)
+        let mut all = Vec::new();
+        for Part { adapters, rows } in &pass.parts {
+            let rows = if pass.parts.len() == 1 { ALL_ROWS } else { rows.clone() };
+            for term in &adapters.on(weight).terms {
+                let LowRankFactors { a, b, factor } = term.low_rank(adapters.held())?;
+                all.push(LowRank { a, b, scale: factor, rows: rows.clone() });
+            }
+        }
+        pass.layer_dropout(weight, first).is_none().then_some(all)
     };
     // y = x Wᵀ + s (x Aᵀ) Bᵀ
-    let product = |(layer, y): (&Linear, _)| {
-        let terms = fused(layer.weight).unwrap_or_default();
-        let low_rank = terms.iter().filter_map(|adapter| adapter.low_rank()).collect();
-        Product { w: pass.factor(layer.weight, pass.arithmetic), low_rank, y }
+    let product = |((_, layer), y): (&(usize, Linear), _)| Product {
+        w: pass.factor(layer.weight, pass.arithmetic),
+        low_rank: fused(layer.weight).unwrap_or_default(),
+        y,
     };
     let mut products: Vec<_> = layers.iter().zip(&mut ys).map(product).collect();
-    backend.matmul_group(pass.arithmetic, it.data(x), &mut products)?;
+    backend.matmul_group(pass.arithmetic, x, &mut products)?;
     drop(products);
-    for (i, (layer, mut data)) in layers.iter().zip(ys).enumerate() {
+    for ((i, layer), mut data) in layers.iter().zip(ys) {
         if fused(layer.weight).is_none() {
             for part in &pass.parts {
-                adapt(it, part, layer.weight, x, &mut data)?;
+                add_terms(it, part, layer.weight, x, &mut data)?;
             }
         }
         if let Some(bias) = layer.bias {
             // y += b
             backend.add_bias(pass.vector(bias), &mut data);
         }
-        it.set(output(y, i), data);
+        // y = g(y)
+        let width = it.slots[output(y, *i).0 as usize].width;
+        if let Some(changed) = change_parts(it, &data, width, |part| &part.adapters.on(layer.weight).outputs)? {
+            it.put(std::mem::replace(&mut data, changed));
+        }
+        it.set(output(y, *i), data);
     }
     Ok(())
 }
 
-/// Adds what the adapters of `part` on the layer of `weight` make of its rows of `x` to those of `y`.
-fn adapt<B: Backend>(
+/// Adds what the terms of `part` on the layer of `weight` make of its rows of `x` to those of `y`.
+fn add_terms<B: Backend>(
     it: &mut Interpreter<'_, B>,
     part: &Part<'_, B>,
     weight: Param,
-    x: Value,
+    x: &B::Buffer,
     y: &mut B::Buffer,
 ) -> Result<()> {
     let (pass, backend) = (it.pass, it.backend());
-    let adapters = part.adapters.on(weight);
-    let dropout = pass.layer_dropout(weight, it.rows.start);
-    let slot = &it.slots[x.0 as usize];
-    let input = slot.data.as_ref().expect("an operation runs after those whose values it reads");
-    let mut cx = Context { backend, pool: &mut *it.pool, arithmetic: pass.arithmetic, dropout };
+    let terms = &part.adapters.on(weight).terms;
+    let mut cx = context(it, part, weight);
     if pass.parts.len() == 1 {
-        return adapters.iter().try_for_each(|adapter| adapter.apply(&mut cx, input, y));
+        return terms.iter().try_for_each(|term| term.apply(&mut cx, x, y));
     }
-    if adapters.is_empty() {
+    if terms.is_empty() {
         return Ok(());
     }
-    let (out, _) = backend.shape(pass.factor(weight, pass.arithmetic));
+    let (out, input) = backend.shape(pass.factor(weight, pass.arithmetic));
     let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
-    let mut own = cx.pool.take(backend, rows.len() * slot.width)?;
+    let mut own = cx.pool.take(backend, rows.len() * input)?;
     let mut added = cx.pool.take(backend, rows.len() * out)?;
-    backend.gather_rows(input, &rows, &mut own);
+    backend.gather_rows(x, &rows, &mut own);
     backend.zero(&mut added);
-    for adapter in adapters {
-        adapter.apply(&mut cx, &own, &mut added)?;
+    for term in terms {
+        term.apply(&mut cx, &own, &mut added)?;
     }
     backend.scatter_add_rows(&added, &rows, y);
     [own, added].into_iter().for_each(|buffer| cx.pool.put(backend, buffer));
     Ok(())
 }
 
-/// Only a layer's first adapter is in training; others attached beside it pass gradients on.
+/// `x` `[T, width]` with the rows of each part changed as `changes` says, or `None` where no row is.
+fn change_parts<'p, B: Backend>(
+    it: &mut Interpreter<'p, B>,
+    x: &B::Buffer,
+    width: usize,
+    changes: impl Fn(&'p Part<'p, B>) -> &'p [Box<dyn Change<B>>],
+) -> Result<Option<B::Buffer>> {
+    let (pass, backend) = (it.pass, it.backend());
+    if let [part] = &pass.parts[..] {
+        let mut cx = context(it, part, Param(0));
+        return chain(&mut cx, changes(part), x);
+    }
+    if pass.parts.iter().all(|part| changes(part).is_empty()) {
+        return Ok(None);
+    }
+    let mut all = it.buffer(backend.len(x))?;
+    backend.zero(&mut all);
+    for part in &pass.parts {
+        let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
+        let mut own = it.buffer(rows.len() * width)?;
+        backend.gather_rows(x, &rows, &mut own);
+        let changed = chain(&mut context(it, part, Param(0)), changes(part), &own)?;
+        backend.scatter_add_rows(changed.as_ref().unwrap_or(&own), &rows, &mut all);
+        changed.into_iter().chain([own]).for_each(|buffer| it.put(buffer));
+    }
+    Ok(Some(all))
+}
+
+/// `x` through one change after the other; `None` where there is none.
+fn chain<B: Backend>(
+    cx: &mut Context<'_, B>,
+    changes: &[Box<dyn Change<B>>],
+    x: &B::Buffer,
+) -> Result<Option<B::Buffer>> {
+    let mut last = None;
+    for change in changes {
+        let mut y = cx.pool.take(cx.backend, cx.backend.len(x))?;
+        change.apply(cx, last.as_ref().unwrap_or(x), &mut y)?;
+        if let Some(before) = last.replace(y) {
+            cx.pool.put(cx.backend, before);
+        }
+    }
+    Ok(last)
+}
+
+/// The gradient `dy` of what `changes` make of `x` becomes that of `x`; adds to the gradients of their tensors. Only where
+/// one of those is in training is `x` asked for: the inputs of later changes are computed again from it.
+fn back_through<B: Backend>(
+    cx: &mut Context<'_, B>,
+    changes: &[Box<dyn Change<B>>],
+    x: Option<&B::Buffer>,
+    dy: &mut B::Buffer,
+    grads: &mut Gradients<B>,
+) -> Result<()> {
+    for (i, change) in changes.iter().enumerate().rev() {
+        let learns = change.learns(grads);
+        let before = if learns { chain(cx, &changes[..i], x.expect("what learns is given its input"))? } else { None };
+        let input = before.as_ref().or(x).filter(|_| learns);
+        let mut dx = cx.pool.take(cx.backend, cx.backend.len(dy))?;
+        change.backward(cx, input, dy, &mut dx, grads)?;
+        cx.pool.put(cx.backend, std::mem::replace(dy, dx));
+        before.into_iter().for_each(|buffer| cx.pool.put(cx.backend, buffer));
+    }
+    Ok(())
+}
+
+/// What forms of `part` on the layer of `weight` compute with.
+fn context<'a, B: Backend>(it: &'a mut Interpreter<'_, B>, part: &Part<'a, B>, weight: Param) -> Context<'a, B> {
+    let (pass, backend) = (it.pass, it.backend());
+    let dropout = pass.dropout.and_then(|_| pass.layer_dropout(weight, it.rows.start));
+    Context { backend, pool: &mut *it.pool, held: part.adapters.held(), arithmetic: pass.arithmetic, dropout }
+}
+
+/// Backward of the layers of a group, the last one first. A pass that learns has one part.
 pub(super) fn back<B: Backend>(
     it: &mut Interpreter<'_, B>,
     layers: &[Linear],
@@ -87,49 +201,119 @@ pub(super) fn back<B: Backend>(
     dying: &[Value],
     grads: &mut Gradients<B>,
 ) -> Result<()> {
-    let (pass, backend, first) = (it.pass, it.backend(), it.rows.start);
-    let adapters = pass.adapters();
+    let pass = it.pass;
+    let [part] = &pass.parts[..] else { unreachable!("a pass that learns has one part") };
     let mut given = Vec::with_capacity(layers.len());
+    // Where a layer's own input learns, `x` is needed to the end.
+    let mut x_learns = false;
     for (i, layer) in layers.iter().enumerate().rev() {
-        let Some(dy) = it.slots[output(y, i).0 as usize].grad.take() else { continue };
-        let dropout = pass.layer_dropout(layer.weight, first);
-        let mut carried = Vec::new();
-        for adapter in adapters.on(layer.weight).iter().map(Box::as_ref) {
-            let Some(range) = grads.ranges[layer.weight.0 as usize].clone() else { continue };
-            let input = it.slots[x.0 as usize].data.as_ref().expect("kept for backward");
-            let mut cx = Context { backend, pool: &mut *it.pool, arithmetic: pass.arithmetic, dropout };
-            carried.push((adapter, adapter.backward(&mut cx, input, &dy, &mut grads.tensors[range])?));
+        let Some(mut dy) = it.slots[output(y, i).0 as usize].grad.take() else { continue };
+        let on = part.adapters.on(layer.weight);
+        x_learns |= on.inputs.iter().any(|change| change.learns(grads));
+        if !on.outputs.is_empty() {
+            // y = g(u) with u = x' Wᵀ + terms + b
+            let learns = on.outputs.iter().any(|change| change.learns(grads));
+            let u = if learns { Some(unchanged(it, part, *layer, x)?) } else { None };
+            back_through(&mut context(it, part, layer.weight), &on.outputs, u.as_ref(), &mut dy, grads)?;
+            u.into_iter().for_each(|buffer| it.put(buffer));
         }
-        given.push((layer, dropout, dy, carried));
+        let mut carried = Vec::with_capacity(on.terms.len());
+        if !on.terms.is_empty() {
+            let input = it.take(x);
+            let mut cx = context(it, part, layer.weight);
+            let read = chain(&mut cx, &on.inputs, &input)?;
+            for term in &on.terms {
+                carried.push(term.backward(&mut cx, read.as_ref().unwrap_or(&input), &dy, grads)?);
+            }
+            read.into_iter().for_each(|buffer| it.put(buffer));
+            it.set(x, input);
+        }
+        given.push((layer, dy, carried));
     }
     // Its gradient may take its place.
-    if dying.contains(&x) {
+    let dies = dying.contains(&x);
+    if dies && !x_learns {
         it.free(x);
     }
-    for (layer, dropout, dy, carried) in given {
-        let mut dx = None;
-        if it.needs(x) {
-            let (mut buffer, started) = it.take_grad(x)?;
-            // y = x Wᵀ + s (x Aᵀ) Bᵀ, so dx = dy W + dh A. What was dropped in part is not taken along.
-            let mut terms = vec![(pass.factor(layer.weight, Default::default()), &dy)];
-            if dropout.is_none() {
-                terms.extend(carried.iter().filter_map(|(adapter, dh)| Some((adapter.low_rank()?.a, dh))));
-            }
-            backend.matmul_vjp_x_sum(pass.arithmetic, &terms, &mut buffer, started);
-            dx = Some(buffer);
-        }
-        for (adapter, dh) in carried {
-            if let Some(dx) = &mut dx
-                && (dropout.is_some() || adapter.low_rank().is_none())
-            {
-                let mut cx = Context { backend, pool: &mut *it.pool, arithmetic: pass.arithmetic, dropout };
-                adapter.backward_x(&mut cx, &dh, dx)?;
-            }
-            it.put(dh);
-        }
-        it.slots[x.0 as usize].grad = dx;
-        it.put(dy);
+    for (layer, dy, carried) in given {
+        back_product(it, part, *layer, x, dy, carried, grads)?;
     }
+    if dies && x_learns {
+        it.free(x);
+    }
+    Ok(())
+}
+
+/// `x' Wᵀ + terms + b` of a layer once more, before adapters change it.
+fn unchanged<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    part: &Part<'_, B>,
+    layer: Linear,
+    x: Value,
+) -> Result<B::Buffer> {
+    let (pass, backend) = (it.pass, it.backend());
+    let on = part.adapters.on(layer.weight);
+    let weight = pass.factor(layer.weight, pass.arithmetic);
+    let mut u = it.buffer(backend.shape(weight).0 * it.rows.len())?;
+    let input = it.take(x);
+    let mut cx = context(it, part, layer.weight);
+    let read = chain(&mut cx, &on.inputs, &input)?;
+    let x_read = read.as_ref().unwrap_or(&input);
+    backend.matmul(pass.arithmetic, weight, x_read, &mut u, false);
+    for term in &on.terms {
+        term.apply(&mut cx, x_read, &mut u)?;
+    }
+    read.into_iter().for_each(|buffer| it.put(buffer));
+    it.set(x, input);
+    if let Some(bias) = layer.bias {
+        backend.add_bias(pass.vector(bias), &mut u);
+    }
+    Ok(u)
+}
+
+/// What a layer passes on to `x`, given the gradient `dy` of its product and what its terms carry.
+fn back_product<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    part: &Part<'_, B>,
+    layer: Linear,
+    x: Value,
+    dy: B::Buffer,
+    carried: Vec<B::Buffer>,
+    grads: &mut Gradients<B>,
+) -> Result<()> {
+    let (pass, backend) = (it.pass, it.backend());
+    let on: &OnLayer<B> = part.adapters.on(layer.weight);
+    let learns = on.inputs.iter().any(|change| change.learns(grads));
+    let dropout = pass.layer_dropout(layer.weight, it.rows.start);
+    if it.needs(x) || learns {
+        // A changed input has a gradient of its own.
+        let (mut dx, started) = if on.inputs.is_empty() { it.take_grad(x)? } else { (it.buffer(it.len(x))?, false) };
+        // y = x Wᵀ + s (x Aᵀ) Bᵀ, so dx = dy W + dh A. What was dropped in part is not taken along.
+        let held = part.adapters.held();
+        let mut terms = vec![(pass.factor(layer.weight, Default::default()), &dy)];
+        if dropout.is_none() {
+            let low_rank = on.terms.iter().zip(&carried);
+            terms.extend(low_rank.filter_map(|(term, dh)| Some((term.low_rank(held)?.a, dh))));
+        }
+        backend.matmul_vjp_x_sum(pass.arithmetic, &terms, &mut dx, started);
+        for (term, dh) in on.terms.iter().zip(&carried) {
+            if dropout.is_some() || term.low_rank(held).is_none() {
+                term.backward_x(&mut context(it, part, layer.weight), dh, &mut dx)?;
+            }
+        }
+        if on.inputs.is_empty() {
+            it.set_grad(x, dx);
+        } else {
+            // x' = f(x)
+            let input = learns.then(|| it.take(x));
+            back_through(&mut context(it, part, layer.weight), &on.inputs, input.as_ref(), &mut dx, grads)?;
+            if let Some(input) = input {
+                it.set(x, input);
+            }
+            it.add_grad(x, dx);
+        }
+    }
+    carried.into_iter().chain([dy]).for_each(|buffer| it.put(buffer));
     Ok(())
 }
 

@@ -9,7 +9,8 @@ mod norm;
 mod rope;
 mod scale;
 
-use super::interpreter::{Gradients, Interpreter};
+use super::interpreter::Interpreter;
+use crate::adapter::Gradients;
 use crate::error::Result;
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Op, Value};
@@ -55,7 +56,7 @@ pub(super) fn back<B: Backend>(
         }
         Op::Norm { norm, x } => norm::back(it, norm, *x, dy),
         Op::Rope { table, heads, x } => rope::back(it, *table, *heads, *x, dy),
-        Op::Attention { shape, q, k, v, .. } => attention::back(it, shape, [*q, *k, *v], y, dy),
+        Op::Attention { shape, state, q, k, v } => attention::back(it, shape, *state, [*q, *k, *v], y, dy, grads),
         Op::Gate { activation, gate, up } => gate::back(it, *activation, *gate, *up, dy, dying),
         Op::Scale { factor, x } => scale::back(it, *factor, *x, dy),
         Op::Add { a, b } => add::back(it, *a, *b, dy),

@@ -1,7 +1,14 @@
-//! The frozen base: a model's architecture with its weights on a device.
+//! The frozen base: a model's architecture with its weights on a device, and the memory that work on it takes. Adapters
+//! and executors both know it, and it knows neither.
 
-use super::{Pool, architecture, fit};
-use crate::adapter::Replaced;
+mod fit;
+mod pool;
+
+#[cfg(feature = "hub")]
+pub(crate) use fit::architecture_of;
+pub(crate) use fit::{architecture, check_source};
+pub use pool::Pool;
+
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
 use pocketlora_kernels::{Arithmetic, Backend, Counted, Cpu, MatrixSource, Memory, WorkType};
@@ -95,26 +102,6 @@ impl<B: Backend> Base<B> {
         }
     }
 
-    /// As [`Base::factor`], unless an adapter brings another.
-    pub(crate) fn factor_with<'a>(&'a self, replaced: &'a Replaced<B>, p: Param, by: Arithmetic) -> &'a B::Matrix {
-        replaced.factor(p).unwrap_or_else(|| self.factor(p, by))
-    }
-
-    /// The matrix that tokens are looked up in: `p`, unless an adapter brings another.
-    pub(crate) fn table_with<'a>(&'a self, replaced: &'a Replaced<B>, p: Param) -> &'a B::Matrix {
-        replaced.table().unwrap_or_else(|| self.matrix(p))
-    }
-
-    /// The vector `p`, unless an adapter brings another.
-    pub(super) fn vector_with<'a>(&'a self, replaced: &'a Replaced<B>, p: Param) -> &'a B::Buffer {
-        replaced.vector(p).unwrap_or_else(|| self.vector(p))
-    }
-
-    /// How many tokens it knows with what adapters bring: rows of its embedding and of its head.
-    pub fn vocabulary(&self, replaced: &Replaced<B>) -> usize {
-        self.backend.shape(self.factor_with(replaced, self.model.head_param(), Arithmetic::Exact)).0
-    }
-
     pub(crate) fn matrix(&self, p: Param) -> &B::Matrix {
         match &self.weights[p.0 as usize] {
             Stored::Matrix(m) => m,
@@ -122,31 +109,15 @@ impl<B: Backend> Base<B> {
         }
     }
 
-    fn vector(&self, p: Param) -> &B::Buffer {
+    pub(crate) fn vector(&self, p: Param) -> &B::Buffer {
         match &self.weights[p.0 as usize] {
             Stored::Vector(v) => v,
             Stored::Matrix(_) => unreachable!("`load` stores a buffer for every vector"),
         }
     }
 
-    /// Checks that `ids` are rows of the embedding; tokenizers and checkpoints do disagree in the wild.
-    pub(crate) fn check_ids(&self, replaced: &Replaced<B>, ids: &[u32]) -> Result<()> {
-        let vocab = self.vocabulary(replaced);
-        match ids.iter().position(|&id| id as usize >= vocab) {
-            None => Ok(()),
-            Some(at) => Err(Error::new(
-                ErrorCode::Data,
-                format!("token {at}"),
-                format!(
-                    "expected an id below the vocabulary's {vocab}, got `{}`; use the tokenizer of this model",
-                    ids[at]
-                ),
-            )),
-        }
-    }
-
     /// `cos` and `sin` `[T, D / 2]` of every rotary table at `positions`, as the tables' f32 products have them.
-    pub(super) fn rope_angles(&self, positions: &[u32], pool: &mut Pool<B>) -> Result<Vec<(B::Buffer, B::Buffer)>> {
+    pub(crate) fn rope_angles(&self, positions: &[u32], pool: &mut Pool<B>) -> Result<Vec<(B::Buffer, B::Buffer)>> {
         if positions.is_empty() {
             return Ok(Vec::new());
         }

@@ -1,0 +1,186 @@
+//! The adapters attached to a model: what they do at each of its places.
+
+use super::form::{OnLayer, Prefix};
+use super::held::{Held, Loader, Values};
+use super::method::layer_at;
+use super::{AdapterFile, Kind, Method, Replaced, TensorSpec, mark};
+use crate::base::Base;
+use crate::error::{Error, ErrorCode, Result};
+use pocketlora_kernels::{Backend, WorkType};
+use pocketlora_models::Param;
+use std::path::{Path, PathBuf};
+
+/// The adapters attached to a model. Several of one method work together, in the order in which they were attached.
+pub struct Adapters<B: Backend> {
+    held: Held<B>,
+    by_param: Vec<OnLayer<B>>,
+    prefix: Option<Prefix>,
+    /// Weights that they bring with them, in place of the base's.
+    replaced: Replaced<B>,
+    /// The first one.
+    first: Option<(PathBuf, Kind)>,
+}
+
+impl<B: Backend> Adapters<B> {
+    /// None.
+    pub fn none(base: &Base<B>) -> Self {
+        let by_param = base.model.params().iter().map(|_| OnLayer::default()).collect();
+        Self { held: Held::default(), by_param, prefix: None, replaced: Replaced::default(), first: None }
+    }
+
+    /// What they do on the linear layer with weight `p`.
+    pub fn on(&self, p: Param) -> &OnLayer<B> {
+        &self.by_param[p.0 as usize]
+    }
+
+    /// Keys and values that come before those of each sequence's own tokens, if an adapter has such.
+    #[must_use]
+    pub fn prefix(&self) -> Option<&Prefix> {
+        self.prefix.as_ref()
+    }
+
+    /// Virtual tokens before a sequence's own.
+    #[must_use]
+    pub fn virtual_tokens(&self) -> usize {
+        self.prefix.as_ref().map_or(0, |prefix| prefix.tokens)
+    }
+
+    /// What stands in for weights of the base.
+    #[must_use]
+    pub fn replaced(&self) -> &Replaced<B> {
+        &self.replaced
+    }
+
+    /// Their tensors.
+    #[must_use]
+    pub fn held(&self) -> &Held<B> {
+        &self.held
+    }
+
+    /// Their tensors, to be trained.
+    pub fn held_mut(&mut self) -> &mut Held<B> {
+        &mut self.held
+    }
+
+    /// Attaches what `file` does with its effect multiplied by `factor`, and puts the weights that come with it in place of
+    /// the base's.
+    ///
+    /// # Errors
+    /// A module or shape that this base does not have; a weight that another adapter brings, too, or a factor where
+    /// there is nothing to multiply; another method than that of the adapters there are. All is as it was then.
+    pub fn attach(&mut self, base: &Base<B>, file: &AdapterFile, factor: f32, dtype: WorkType) -> Result<()> {
+        mark::check(base, file)?;
+        let place = || format!("`{}`", file.dir.display());
+        let mismatch = |message: String| Error::new(ErrorCode::AdapterMismatch, place(), message);
+        let kind = file.method.kind();
+        if let Some((dir, first)) = self.first.as_ref().filter(|(_, first)| *first != kind) {
+            return Err(mismatch(format!(
+                "expected an adapter of the method {}, as the attached `{}` is, got {}; methods do not work together: \
+                 attach one of the two",
+                first.name(),
+                dir.display(),
+                kind.name()
+            )));
+        }
+        if factor != 1.0 && !kind.has_strength() {
+            let message = format!(
+                "expected a scale of 1, got `{factor}`: what {} does has no strength; attach it without a scale",
+                kind.name()
+            );
+            return Err(Error::new(ErrorCode::Config, place(), message));
+        }
+        if self.first.is_some() && !kind.adds_up() {
+            let message = format!("expected one adapter with {}, got a second one; attach one of the two", kind.name());
+            return Err(Error::new(ErrorCode::Config, place(), message));
+        }
+        // All are built before any is attached: a mismatch in the last one must leave the model as it was.
+        let replaced = self.replaced.with(base, file, factor)?;
+        let mut at = Vec::new();
+        for module in file.modules() {
+            let param = layer_at(base.model.as_ref(), module);
+            let param = param.ok_or_else(|| foreign_module(base, &file.dir, "a linear layer", module))?;
+            check_shapes(file, module, replaced.shape(base, param))?;
+            at.push((param, module));
+        }
+        for spec in file.method.shared(base.model.as_ref()).map_err(|e| e.at(place()))? {
+            let got = file.tensors.get(&spec.name).map(|t| &t.shape);
+            if got != Some(&spec.shape) {
+                let (name, expected) = (&spec.name, &spec.shape);
+                return Err(mismatch(format!("expected `{name}` of shape `{expected:?}`, got `{got:?}`")));
+            }
+        }
+        for (i, _) in self.by_param.iter().enumerate().filter(|(_, on)| !on.is_empty()) {
+            let param = Param(i as u32);
+            if replaced.shape(base, param) != self.replaced.shape(base, param) {
+                let name = &base.model.params()[i].name;
+                let message = format!("it brings another `{name}` than an attached adapter works on; attach it first");
+                return Err(mismatch(message));
+            }
+        }
+        self.place(base, &file.method, Values::Of(&file.tensors), at, factor, dtype)?;
+        self.first.get_or_insert_with(|| (file.dir.clone(), kind));
+        self.replaced = replaced;
+        Ok(())
+    }
+
+    /// Attaches an adapter of `method` with tensors `specs`, all zeros, to count what it takes.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn attach_zeros(&mut self, base: &Base<B>, method: &Method, specs: &[TensorSpec]) -> Result<()> {
+        let modules: Vec<&str> = specs.iter().filter_map(|spec| method.kind().module_of(&spec.name)).collect();
+        let layers = modules.into_iter().filter_map(|module| Some((layer_at(base.model.as_ref(), module)?, module)));
+        self.place(base, method, Values::Zeros(specs), layers.collect(), 1.0, WorkType::F32)
+    }
+
+    /// Builds what `method` does at each of the layers `at` and elsewhere, then attaches it.
+    fn place(
+        &mut self,
+        base: &Base<B>,
+        method: &Method,
+        values: Values<'_>,
+        mut at: Vec<(Param, &str)>,
+        factor: f32,
+        dtype: WorkType,
+    ) -> Result<()> {
+        at.sort_by_key(|(param, _)| param.0);
+        let mut loader = Loader::new(&base.backend, values, dtype, &self.held);
+        let mut forms = Vec::with_capacity(at.len());
+        for (param, module) in at {
+            forms.push((param, method.on_layer(module, loader.at(module), factor)?));
+        }
+        let prefix = method.in_attention(loader.at(""))?;
+        self.prefix = prefix.or(self.prefix.take());
+        self.held.extend(loader.finish());
+        for (param, form) in forms {
+            self.by_param[param.0 as usize].push(form);
+        }
+        Ok(())
+    }
+}
+
+/// Checks that the tensors of `module` fit its layer `[out, in]`.
+fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) -> Result<()> {
+    for (part, expected) in file.method.kind().parts().iter().zip(file.method.shapes(module, layer)) {
+        let got = file.tensors.get(&format!("{module}.{part}")).map(|t| &t.shape);
+        if got != Some(&expected) {
+            let got = got.map_or_else(|| "none".to_owned(), |shape| format!("`{shape:?}`"));
+            let message = format!(
+                "expected `{part}` of shape `{expected:?}` for a layer `{layer:?}`, got {got}; use the base that the \
+                 adapter was trained on"
+            );
+            let place = format!("`{}`: module `{module}`", file.dir.display());
+            return Err(Error::new(ErrorCode::AdapterMismatch, place, message));
+        }
+    }
+    Ok(())
+}
+
+/// The error for a module that this base does not have.
+pub(super) fn foreign_module<B: Backend>(base: &Base<B>, dir: &Path, expected: &str, path: &str) -> Error {
+    let message = format!(
+        "expected {expected} of this `{}` base, got module `{path}`; use the base that the adapter was trained on",
+        base.model.config().model_type
+    );
+    Error::new(ErrorCode::AdapterMismatch, format!("`{}`", dir.display()), message)
+}
