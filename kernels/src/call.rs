@@ -7,7 +7,7 @@
 //! Shapes follow from lengths of buffers. A wrong one is a bug in the caller, which the kernel asserts at its door. What is
 //! written is overwritten, whatever it held before, unless it is said to be added to.
 
-use crate::{Activation, AdamW, Arithmetic, Attention, Lends, Lion, Memory, Sgd};
+use crate::{Activation, AdamW, Arithmetic, Attention, Columns, DeltaRule, Lends, Lion, Map, Memory, Sgd};
 use std::ops::Range;
 
 /// `scale (x Aᵀ) Bᵀ`, what a low-rank adapter adds to a product: `a` is `[r, K]`, `b` `[O, r]`.
@@ -182,7 +182,7 @@ calls! {
 
     /// `y = x / sqrt(mean(x²) + eps) * w` for each row of `width` values (Zhang & Sennrich 2019). `w` is `[width]`, its
     /// values one less than the factors if `plus_one`; without it nothing is multiplied. With the width of a head it is the
-    /// norm of each head.
+    /// norm of each head. The L2 norm `x / sqrt(sum(x²) + e)` is that with `eps = e / width`, divided by `sqrt(width)`.
     RmsNorm { width: value(usize), w: read_if, plus_one: value(bool), eps: value(f32), x: read, y: write, }
     /// `dx += ` the gradient of [`Call::RmsNorm`] by `x`; `w` is frozen.
     RmsNormVjpX {
@@ -219,6 +219,69 @@ calls! {
     /// Causal attention of as many last cached tokens as there are `rows`: those of `q` `[T, H * D]` are their queries, those
     /// of `y` are written. Other rows, which belong to other sequences of a batch, stay as they are.
     AttentionCached { spec: value(&'a Attention), q: read, cache: cache, y: write, rows: value(Range<usize>), }
+
+    /// `y = f(x)` for each element.
+    Map { kind: value(Map), x: read, y: write, }
+    /// Gradient of [`Call::Map`].
+    MapVjp { kind: value(Map), x: read, dy: read, dx: write, }
+    /// `y = a b`, element by element. `da = b dy` and `db = a dy` are calls of the same kind.
+    Multiply { a: read, b: read, y: write, }
+    /// `y[t, :] = factors[t] x[t, :]`. The gradient by `x` is of the same kind, that by the factors is [`Call::DotRows`] of `x`
+    /// and `dy`.
+    ScaleRows { factors: read, x: read, y: write, }
+    /// `y[t] = a[t, :] . b[t, :]`.
+    DotRows { a: read, b: read, y: write, }
+    /// `y[t, c] = factors[c] x[t, c]`. The gradient by `x` is of the same kind, that by the factors is [`Call::SumColumns`] of
+    /// `x` and `dy`.
+    ScaleColumns { factors: read, x: read, y: write, }
+    /// `y[c] += sum_t a[t, c] b[t, c]`, without `b` the sum of `a` alone.
+    SumColumns { a: read, b: read_if, y: write, }
+    /// `y[t, y_at.first + i] = x[t, x_at.first + i]` for `i < width`, added to it if `accumulate`. Other columns of `y` stay as
+    /// they are. With the width of a head in [`Columns::of`], `t` counts heads: that takes a part of each.
+    CopyColumns {
+        width: value(usize), x: read, x_at: value(Columns), y: write, y_at: value(Columns), accumulate: value(bool),
+    }
+
+    /// Causal convolution of each channel over the tokens of each of `segments` (lengths that sum to `T`), with `P` taps:
+    /// `y[t, c] = bias[c] + sum_j w[c, j] x[t - (P - 1) + j, c]`, where `x` is zero before its segment. `w` is `[C, P]`.
+    Conv { w: read, bias: read_if, segments: value(&'a [usize]), x: read, y: write, }
+    /// Gradient of [`Call::Conv`] by `x`; `w` is frozen.
+    ConvVjpX { w: read, segments: value(&'a [usize]), dy: read, dx: write, }
+    /// As [`Call::Conv`] for the rows `rows` of `x` alone, which go on from `state`, the `P - 1` inputs before them (zeros
+    /// before the first token). Then it holds their last ones. Other rows of `y` stay as they are.
+    ConvFrom { w: read, bias: read_if, state: write, x: read, y: write, rows: value(Range<usize>), }
+
+    /// `g = -e^rate softplus(a + bias)`, the logarithm of how much of a state is kept (Yang et al. 2024): `a` and `g` are
+    /// `[T, H]`, `rate` and `bias` `[H]`.
+    Decay { rate: read, bias: read, a: read, g: write, }
+    /// Gradient of [`Call::Decay`] by `a`; `rate` and `bias` are frozen.
+    DecayVjp { rate: read, bias: read, a: read, dg: read, da: write, }
+    /// Gated delta rule (Yang et al. 2024) inside each of `segments` (lengths that sum to `T`). Each head of values has a
+    /// state `S` `[K, V]`, which begins with zeros; for each token `S' = e^g S`, `S = S' + k (beta (v - S'ᵀ k))ᵀ`, `y = Sᵀ q`.
+    /// `q`, `k` are `[T, key_heads * K]`, `v`, `y` `[T, value_heads * V]`, `g`, `beta` `[T, value_heads]`.
+    DeltaRule {
+        spec: value(&'a DeltaRule), segments: value(&'a [usize]), q: read, k: read, v: read, g: read, beta: read, y: write,
+    }
+    /// Gradients of [`Call::DeltaRule`]: computes states again, those of a few tokens at a time.
+    DeltaRuleVjp {
+        spec: value(&'a DeltaRule), segments: value(&'a [usize]), q: read, k: read, v: read, g: read, beta: read, dy: read,
+        dq: write, dk: write, dv: write, dg: write, dbeta: write,
+    }
+    /// As [`Call::DeltaRule`] for the tokens `rows` alone, which go on from `state`, [`DeltaRule::state_len`] values; it becomes
+    /// the state after them. Other rows of `y` stay as they are.
+    DeltaRuleFrom {
+        spec: value(&'a DeltaRule), q: read, k: read, v: read, g: read, beta: read, state: write, y: write,
+        rows: value(Range<usize>),
+    }
+
+    /// Chooses the `top_k` largest of each token's `logits` `[T, E]`, of equals the first: `chosen` `[T, top_k]` are their
+    /// numbers, the largest first, `weights` their probabilities under the softmax of all logits, divided by their sum if
+    /// `normalize` (Shazeer et al. 2017).
+    Route { top_k: value(usize), normalize: value(bool), logits: read, chosen: write, weights: write, }
+    /// Gradient of [`Call::Route`]'s weights by the logits, with the choice as it was.
+    RouteVjp {
+        top_k: value(usize), normalize: value(bool), logits: read, chosen: read, dweights: read, dlogits: write,
+    }
 
     /// For each row of `logits` `[N, V]`: `losses[n] = -log softmax(logits[n])[targets[n]]` (natural log); then the row
     /// becomes the gradient of `weights[n] * losses[n]`.

@@ -28,7 +28,8 @@ pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};
 pub use memory::{Lends, Memory};
 pub use random::mix;
 pub use settings::{
-    Activation, AdamW, Arithmetic, Attention, CacheType, Lion, MOMENT_BLOCK, Sgd, WorkType, narrow_width,
+    Activation, AdamW, Arithmetic, Attention, CacheType, Columns, DeltaRule, Lion, MOMENT_BLOCK, Map, Sgd, WorkType,
+    narrow_width,
 };
 #[cfg(feature = "vulkan")]
 pub use vulkan::Vulkan;

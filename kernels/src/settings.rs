@@ -58,6 +58,50 @@ pub struct Attention {
     pub window: Option<usize>,
 }
 
+/// A function of one element, `y = f(x)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Map {
+    /// `factor x`.
+    Scale(f32),
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `cap tanh(x / cap)`: nearly `x`, but never beyond `cap` (Gemma 2).
+    Softcap(f32),
+}
+
+/// Where some columns lie in an array.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Columns {
+    /// Width of the array's rows. To take a part of each head, it is the width of a head.
+    pub of: usize,
+    /// The first of them.
+    pub first: usize,
+}
+
+/// Shape of a gated delta rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeltaRule {
+    /// Heads of queries and keys.
+    pub key_heads: usize,
+    /// Heads of values, a multiple of `key_heads`: as many neighbours share one head of keys.
+    pub value_heads: usize,
+    /// Width of a head of keys (`K`).
+    pub key_dim: usize,
+    /// Width of a head of values (`V`).
+    pub value_dim: usize,
+}
+
+impl DeltaRule {
+    /// Values of the state of one sequence: a matrix `[K, V]` for each head of values. How they lie is the device's
+    /// business; zeros are the state before the first token.
+    #[must_use]
+    pub fn state_len(&self) -> usize {
+        self.value_heads * self.key_dim * self.value_dim
+    }
+}
+
 /// AdamW's settings for one step (Loshchilov & Hutter 2019, decoupled decay, as torch.optim.AdamW).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {

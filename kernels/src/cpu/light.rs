@@ -5,6 +5,8 @@
 use super::adamw::Factors;
 use super::adamw8::Blocks;
 use super::cache::BLOCK as KEYS;
+use super::delta_rule::{Gradients, Token};
+use crate::Map;
 
 /// Makes the table of loops, a safe method for each, and its instances.
 macro_rules! light {
@@ -44,8 +46,8 @@ macro_rules! light {
         }
     };
     (@texts $fma:expr, $attribute:meta, $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
-        use super::super::{adamw, adamw8, cache, gated, rms_norm, rope, sgd, softmax};
-        use super::{Blocks, Factors, KEYS, Light};
+        use super::super::{adamw, adamw8, cache, conv, delta_rule, gated, map, rms_norm, rope, sgd, softmax};
+        use super::{Blocks, Factors, Gradients, KEYS, Light, Map, Token};
 
         /// Whether products and sums may be rounded once.
         const FMA: bool = $fma;
@@ -107,4 +109,15 @@ light! {
     fn decode_int8_keys(codes: &[u8], scales: &[f32], out: &mut [f32]) = cache::decode_int8_keys;
     /// Products of codes with the scale of their row: as many rows as `scales`.
     fn decode_int8_values(codes: &[u8], scales: &[f32], out: &mut [f32]) = cache::decode_int8_values;
+    /// See [`map::forward`].
+    fn map(kind: Map, x: &[f32], y: &mut [f32]) = map::values::<FMA>;
+    /// See [`map::vjp`].
+    fn map_vjp(kind: Map, x: &[f32], dy: &[f32], dx: &mut [f32]) = map::slopes::<FMA>;
+    /// See [`conv::row`].
+    fn conv(w: &[f32], xs: &[&[f32]], y: &mut [f32]) = conv::row::<FMA>;
+    /// See [`delta_rule::step`].
+    fn delta_step(token: Token, s: &mut [f32], r: &mut [f32], y: &mut [f32]) = delta_rule::step::<FMA>;
+    /// See [`delta_rule::back`].
+    fn delta_back(token: Token, states: [&[f32]; 2], r: &[f32], dy: &[f32], ds: &mut [f32], out: Gradients) -> [f32; 2]
+        = delta_rule::back::<FMA>;
 }

@@ -15,11 +15,16 @@ mod avx512;
 mod bf16;
 mod buffer;
 mod cache;
+mod columns;
+mod conv;
 mod cost;
 mod cross_entropy;
+mod decay;
+mod delta_rule;
 mod dense;
 mod elementwise;
 mod exp;
+mod factors;
 mod gated;
 mod lanes;
 mod light;
@@ -28,6 +33,7 @@ mod linear_cross_entropy;
 mod loops;
 #[cfg(target_arch = "x86_64")]
 mod maker;
+mod map;
 mod matmul;
 mod matrix;
 mod memory;
@@ -38,6 +44,7 @@ mod nf4;
 mod q8;
 mod rms_norm;
 mod rope;
+mod route;
 mod rows;
 mod sgd;
 mod shelf;
@@ -175,6 +182,41 @@ impl Backend for Cpu {
             Call::AttentionCached { spec, q, cache, y, rows } => {
                 attention::forward_cached(self, spec, q, cache, y, rows);
             }
+            Call::Map { kind, x, y } => map::forward(self, kind, x, y),
+            Call::MapVjp { kind, x, dy, dx } => map::vjp(self, kind, x, dy, dx),
+            Call::Multiply { a, b, y } => factors::multiply(team, a, b, y),
+            Call::ScaleRows { factors, x, y } => factors::scale_rows(team, factors, x, y),
+            Call::DotRows { a, b, y } => factors::dot_rows(self, a, b, y),
+            Call::ScaleColumns { factors, x, y } => factors::scale_columns(team, factors, x, y),
+            Call::SumColumns { a, b, y } => factors::sum_columns(team, a, b.map(|b| &b[..]), y),
+            Call::CopyColumns { width, x, x_at, y, y_at, accumulate } => {
+                columns::copy(team, width, x, x_at, y, y_at, accumulate);
+            }
+            Call::Conv { w, bias, segments, x, y } => {
+                conv::forward(self, w, bias.map(|bias| &bias[..]), segments, x, y);
+            }
+            Call::ConvVjpX { w, segments, dy, dx } => conv::vjp_x(self, w, segments, dy, dx),
+            Call::ConvFrom { w, bias, state, x, y, rows } => {
+                conv::forward_from(self, w, bias.map(|bias| &bias[..]), state, x, y, rows);
+            }
+            Call::Decay { rate, bias, a, g } => decay::forward(team, rate, bias, a, g),
+            Call::DecayVjp { rate, bias, a, dg, da } => decay::vjp(team, rate, bias, a, dg, da),
+            Call::DeltaRule { spec, segments, q, k, v, g, beta, y } => {
+                delta_rule::forward(self, delta_rule::Inputs { spec, q, k, v, g, beta }, segments, y);
+            }
+            Call::DeltaRuleVjp { spec, segments, q, k, v, g, beta, dy, dq, dk, dv, dg, dbeta } => {
+                let inputs = delta_rule::Inputs { spec, q, k, v, g, beta };
+                delta_rule::vjp(self, inputs, segments, dy, [dq, dk, dv, dg, dbeta]);
+            }
+            Call::DeltaRuleFrom { spec, q, k, v, g, beta, state, y, rows } => {
+                delta_rule::forward_from(self, delta_rule::Inputs { spec, q, k, v, g, beta }, state, y, rows);
+            }
+            Call::Route { top_k, normalize, logits, chosen, weights } => {
+                route::forward(self, top_k, normalize, logits, chosen, weights);
+            }
+            Call::RouteVjp { top_k, normalize, logits, chosen, dweights, dlogits } => {
+                route::vjp(self, top_k, normalize, logits, chosen, dweights, dlogits);
+            }
             Call::CrossEntropy { targets, weights, logits, losses } => {
                 cross_entropy::forward_vjp(self, targets, weights, logits, losses);
             }
@@ -216,6 +258,9 @@ pub(crate) fn cost<M: Memory>(table: &Table, memory: &M, call: &Call<'_, M>) -> 
         Call::MatmulVjpW { tokens, dy, x, .. } => matmul::vjp_w_cost(*tokens, memory.len(dy), memory.len(x)),
         Call::Attention { spec, segments, .. } => attention::cost(spec, segments),
         Call::AttentionVjp { spec, segments, .. } => attention::vjp_cost(spec, segments),
+        Call::Conv { segments, x, .. } | Call::ConvVjpX { segments, dy: x, .. } => conv::cost(segments, memory.len(x)),
+        Call::DeltaRule { spec, segments, .. } => delta_rule::cost(spec, segments),
+        Call::DeltaRuleVjp { spec, segments, .. } => delta_rule::vjp_cost(spec, segments),
         Call::LinearCrossEntropy { w, targets, arithmetic, .. } => {
             linear_cross_entropy::cost(table, *arithmetic, targets.len(), memory.shape(w))
         }

@@ -4,16 +4,20 @@
 //! another device: the first result must meet the oracle within its bound, the second must be the same bits.
 
 mod attention;
+mod conv;
+mod delta_rule;
 mod golden;
 mod harness;
 mod isa;
 mod light;
 mod loss;
 mod low_precision;
+mod maps;
 mod matmul;
 mod optimizers;
 mod oracle;
 mod robust;
+mod route;
 #[cfg(feature = "vulkan")]
 mod vulkan;
 mod weights;

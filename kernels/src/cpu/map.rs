@@ -1,0 +1,76 @@
+//! Functions of one element: `y[i] = f(x[i])`. Backward computes what it needs from `x` again.
+
+use super::Cpu;
+use super::exp::exp;
+use super::loops::{map, multiply_add};
+use super::split::parts;
+use crate::Map;
+
+/// `y` from `x` of the same length.
+pub(crate) fn forward(cpu: &Cpu, kind: Map, x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len());
+    parts(&cpu.team, y, 1, |at, y| cpu.table.light().map(kind, &x[at..][..y.len()], y));
+}
+
+/// `dx = dy f'(x)`.
+pub(crate) fn vjp(cpu: &Cpu, kind: Map, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+    assert!(x.len() == dx.len() && dy.len() == dx.len());
+    parts(&cpu.team, dx, 1, |at, dx| {
+        let n = dx.len();
+        cpu.table.light().map_vjp(kind, &x[at..][..n], &dy[at..][..n], dx);
+    });
+}
+
+/// [`forward`] on one thread.
+#[inline(always)]
+pub(super) fn values<const FMA: bool>(kind: Map, x: &[f32], y: &mut [f32]) {
+    match kind {
+        Map::Scale(factor) => map([x], y, |[x]| factor * x),
+        Map::Sigmoid => map([x], y, |[x]| sigmoid::<FMA>(x)),
+        Map::Silu => map([x], y, |[x]| x * sigmoid::<FMA>(x)),
+        Map::Softcap(cap) => map([x], y, |[x]| cap * tanh::<FMA>(x / cap)),
+    }
+}
+
+/// [`vjp`] on one thread.
+#[inline(always)]
+pub(super) fn slopes<const FMA: bool>(kind: Map, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+    match kind {
+        Map::Scale(factor) => map([dy], dx, |[dy]| factor * dy),
+        Map::Sigmoid => map([x, dy], dx, |[x, dy]| {
+            let s = sigmoid::<FMA>(x);
+            dy * s * (1.0 - s)
+        }),
+        Map::Silu => map([x, dy], dx, |[x, dy]| {
+            let s = sigmoid::<FMA>(x);
+            dy * s * (1.0 + x * (1.0 - s))
+        }),
+        Map::Softcap(cap) => map([x, dy], dx, |[x, dy]| {
+            let y = tanh::<FMA>(x / cap);
+            dy * (1.0 - y * y)
+        }),
+    }
+}
+
+#[inline(always)]
+fn sigmoid<const FMA: bool>(x: f32) -> f32 {
+    1.0 / (1.0 + exp::<FMA>(-x))
+}
+
+/// Below it the difference in [`tanh`] would cancel.
+const SMALL: f32 = 0.625;
+/// `(tanh(x) / x - 1) / x²` on `[-SMALL, SMALL]` in powers of `x²`, highest first: Cephes' `tanhf`.
+const TANH: [f32; 5] = [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 0.133_314_42, -0.333_332_8];
+
+/// Within 2 ulp, without branches.
+#[inline(always)]
+fn tanh<const FMA: bool>(x: f32) -> f32 {
+    let square = x * x;
+    let mut p = TANH[0];
+    for c in &TANH[1..] {
+        p = multiply_add::<FMA>(p, square, *c);
+    }
+    let near = multiply_add::<FMA>(p * square, x, x);
+    let far = 1.0 - 2.0 / (1.0 + exp::<FMA>(2.0 * x.abs()));
+    if x.abs() < SMALL { near } else { far.copysign(x) }
+}
