@@ -10,8 +10,8 @@ use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use pocketlora_kernels::cpu::{Buffer, Cpu, Matrix, Table};
 use pocketlora_kernels::{
-    ALL_ROWS, Absmax, Activation, Arithmetic, Attention, Backend, CacheType, Call, FloatType, LowRank, MatrixData,
-    MatrixSource, Memory, Nf4Source, Product, WorkType,
+    ALL_ROWS, Absmax, Activation, Arithmetic, Attention, Backend, CacheType, Call, DeltaRule, FloatType, LowRank,
+    MatrixData, MatrixSource, Memory, Nf4Source, Product, WorkType,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -202,6 +202,49 @@ fn attention_cached(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     bencher.counter(BytesCount::new(cache.bytes())).bench_local(|| {
         cpu.run(Call::AttentionCached { spec: &HEADS, q: &q, cache: &cache, y: &mut y, rows: 0..1 }).unwrap();
     });
+}
+
+/// The heads of Qwen3.5's smallest model.
+const RULE: DeltaRule = DeltaRule { key_heads: 16, value_heads: 16, key_dim: 128, value_dim: 128 };
+
+/// What a gated delta rule reads: `q`, `k`, `v`, `g`, `beta`.
+fn rule_inputs(cpu: &Cpu, t: usize) -> [Buffer; 5] {
+    [2048, 2048, 2048, 16, 16].map(|width| noise(cpu, t * width))
+}
+
+/// Three products with the state for each token.
+#[divan::bench(args = light(&[1, 256]))]
+fn delta_rule(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
+    let (cpu, spec) = (cpu(table), &RULE);
+    let (inputs, mut state, mut y) = (rule_inputs(&cpu, *t), noise(&cpu, spec.state_len()), noise(&cpu, t * 2048));
+    let [q, k, v, g, beta] = &inputs;
+    bencher.counter(ItemsCount::new(3 * t * spec.state_len())).bench_local(|| {
+        let (state, y, rows) = (&mut state, &mut y, 0..*t);
+        cpu.run(Call::DeltaRuleFrom { spec, q, k, v, g, beta, state, y, rows }).unwrap();
+    });
+}
+
+/// Three products for states that are computed again, nearly twice, and seven for gradients.
+#[divan::bench(args = light(&[256]))]
+fn delta_rule_vjp(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
+    let (cpu, spec, segments) = (cpu(table), &RULE, &[*t][..]);
+    let (inputs, mut gradients, dy) = (rule_inputs(&cpu, *t), rule_inputs(&cpu, *t), &noise(&cpu, t * 2048));
+    let [q, k, v, g, beta] = &inputs;
+    bencher.counter(ItemsCount::new(13 * t * spec.state_len())).bench_local(|| {
+        let [dq, dk, dv, dg, dbeta] = &mut gradients;
+        let call = Call::DeltaRuleVjp { spec, segments, q, k, v, g, beta, dy, dq, dk, dv, dg, dbeta };
+        cpu.run(call).unwrap();
+    });
+}
+
+/// Four taps.
+#[divan::bench(args = light(&[1, 256]))]
+fn conv(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
+    let cpu = cpu(table);
+    let (w, x, mut y) = (noise(&cpu, 4 * 2048), noise(&cpu, t * 2048), noise(&cpu, t * 2048));
+    bencher
+        .counter(ItemsCount::new(4 * t * 2048))
+        .bench_local(|| cpu.run(Call::Conv { w: &w, bias: None, segments: &[*t], x: &x, y: &mut y }).unwrap());
 }
 
 #[divan::bench(args = light(&[256]))]
