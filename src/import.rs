@@ -3,7 +3,7 @@
 use crate::base::check_source;
 use crate::error::{Error, Result};
 use crate::format::Source;
-use crate::session::open_text;
+use crate::text::open_text;
 use crate::tokenizer::SpecialText;
 use std::fs;
 use std::path::Path;

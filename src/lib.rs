@@ -1,17 +1,17 @@
 //! Pocketlora runs and fine-tunes QLoRA models on the device in your hand.
 //!
 //! A model is a Hugging Face directory whose linear layers are in bitsandbytes NF4; it is mapped and used in place. An
-//! adapter is a PEFT directory. [`Session`] is the way in:
+//! adapter is a PEFT directory. [`Engine`] is the way in:
 //!
 //! ```no_run
-//! use pocketlora::{Options, Session, chat::Message, generate::Sampling};
+//! use pocketlora::{Engine, Options};
 //! use std::{ops::ControlFlow, path::Path};
 //!
 //! # fn main() -> pocketlora::Result<()> {
-//! let mut session = Session::open(Path::new("smollm2-nf4"), &Options::default())?;
-//! session.attach(Path::new("my-adapter"), 1.0)?;
-//! let question = [Message::new("user", "What is my dog called?")];
-//! session.chat(&question, 64, &Sampling::default(), &mut |text| {
+//! let engine = Engine::open(Path::new("smollm2-nf4"), &Options::new())?;
+//! engine.attach(Path::new("my-adapter"), 1.0)?;
+//! let mut chat = engine.chat()?;
+//! chat.ask("What is my dog called?", &mut |text: &str| {
 //!     print!("{text}");
 //!     ControlFlow::Continue(())
 //! })?;
@@ -19,8 +19,10 @@
 //! # }
 //! ```
 //!
-//! Training goes through [`Session::trainer`], files through [`mod@format`] and [`adapter`]. Without default features the
-//! library is pure Rust and has no network code; `hub` adds downloads, `cli` the command line.
+//! An engine is shared by any number of chats and trainers, each on a thread of its own if wanted: `examples/app.rs` shows
+//! how. Training goes through [`Engine::trainer`], files through [`mod@format`] and [`adapter`]. Without default features
+//! the library is pure Rust and has no network code; `hub` adds downloads, `metrics`, `bench` and `charts` what their names
+//! say, `cli` the command line and all of these.
 #![deny(unsafe_code)]
 
 pub mod adapter;
@@ -32,9 +34,10 @@ pub mod chat;
 pub mod cli;
 mod clock;
 mod data;
+mod engine;
 mod error;
 pub mod eval;
-pub mod exec;
+mod exec;
 pub mod format;
 pub mod generate;
 #[cfg(feature = "hub")]
@@ -43,11 +46,44 @@ mod import;
 pub mod memory;
 mod mmap;
 mod rng;
-mod session;
 mod text;
 pub mod tokenizer;
 pub mod train;
+mod turn;
 
+pub use adapter::AdapterFile;
+pub use chat::Message;
+pub use engine::{
+    AdapterId, Answer, Attached, Cancel, Chat, Decoder, Device, Engine, Listener, Options, Precision, Reader, Trainer,
+    check_threads,
+};
 pub use error::{Error, ErrorCode, Result};
+pub use generate::{Finish, Generated, LogitFilter, Sampling, TokenBias};
 pub use import::check_import;
-pub use session::{Options, Precision, Session};
+pub use text::Text;
+pub use train::{Dataset, Material, Observer, StepReport, Summary, TrainConfig, TrainHandle, TrainPrecision};
+
+/// What this crate's own tests look into. It changes without notice.
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::adapter::Adapters;
+    pub use crate::base::{Base, Pool};
+    pub use crate::exec::infer::{Logits, Numbers, Sequence, Step, Workspace};
+    pub use crate::train::{Layout, MicroBatch, Watch, micro_step};
+
+    use crate::Engine;
+    use pocketlora_kernels::Cpu;
+    use std::sync::Arc;
+
+    /// The frozen base of an engine.
+    #[must_use]
+    pub fn base(engine: &Engine) -> &Arc<Base<Cpu>> {
+        engine.base()
+    }
+
+    /// How an engine keeps and multiplies numbers.
+    #[must_use]
+    pub fn numbers(engine: &Engine) -> Numbers {
+        engine.numbers()
+    }
+}

@@ -12,8 +12,13 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
 
-/// A tokenizer and the template that goes with it.
-pub(crate) type Text = (Tokenizer, ChatTemplate);
+/// A tokenizer and the chat template that goes with it.
+pub struct Text {
+    /// Text to ids and back.
+    pub tokenizer: Tokenizer,
+    /// A conversation as one text.
+    pub template: ChatTemplate,
+}
 
 const TOKENIZER: &str = "tokenizer.json";
 /// What an adapter's folder says about text that its base does not say.
@@ -75,7 +80,7 @@ impl Own {
         let mut tokenizer = Tokenizer::open_parts(from(self.vocabulary.is_some()), from(self.special.is_some()), base)?;
         tokenizer.special_text = special_text;
         let template = ChatTemplate::open(from(self.templates.is_some()), &mut tokenizer)?;
-        Ok((tokenizer, template))
+        Ok(Text { tokenizer, template })
     }
 
     /// Refuses to join `other`, which another adapter brings.
@@ -103,6 +108,17 @@ impl Own {
         ];
         parts.iter().filter(|(there, _)| *there).map(|(_, name)| *name).collect::<Vec<_>>().join(", ")
     }
+}
+
+/// The text of the model in `dir`, if it has one.
+///
+/// # Errors
+/// A file is broken.
+pub(crate) fn open_text(dir: &Path, special_text: SpecialText) -> Result<Option<Text>> {
+    if !dir.join(TOKENIZER).exists() {
+        return Ok(None);
+    }
+    open_with(dir, None, special_text).map(Some)
 }
 
 /// Opens the text of the model in `base`, or as the adapter in `adapter` brings it.

@@ -3,9 +3,9 @@
 mod common;
 
 use common::{golden, max_diff, open_exact};
-use pocketlora::Session;
 use pocketlora::adapter::{AdapterFile, Adapters};
-use pocketlora::exec::infer::{Logits, Sequence, Step, Workspace};
+use pocketlora::internals::{Logits, Sequence, Step, Workspace};
+use pocketlora::{Engine, internals};
 use pocketlora_kernels::{Cpu, WorkType};
 
 /// What each of four sequences gets in three rounds: prompts, and single tokens beside them.
@@ -14,8 +14,8 @@ const ROUNDS: [[usize; 4]; 3] = [[9, 5, 12, 3], [1, 7, 1, 2], [1, 1, 1, 1]];
 /// Adapters of the four sequences; one has none.
 const ADAPTERS: [Option<&str>; 4] = [Some("lora"), Some("rslora"), None, Some("lora_patterns")];
 
-fn adapters(session: &Session) -> Vec<Adapters<Cpu>> {
-    let base = session.base();
+fn adapters(engine: &Engine) -> Vec<Adapters<Cpu>> {
+    let base = internals::base(&engine);
     let one = |name: &Option<&str>| {
         let mut adapters = Adapters::none(base);
         if let Some(name) = name {
@@ -33,10 +33,10 @@ fn text(i: usize) -> Vec<u32> {
 }
 
 /// All logits of all sequences, run in `batches` of them at a time.
-fn run(session: &Session, all: &[Adapters<Cpu>], batches: &[&[usize]]) -> Vec<Vec<f32>> {
-    let base = session.base();
-    let mut work = Workspace::new(session.numbers().arithmetic);
-    let new = || Sequence::new(base, session.numbers().cache).unwrap();
+fn run(engine: &Engine, all: &[Adapters<Cpu>], batches: &[&[usize]]) -> Vec<Vec<f32>> {
+    let base = internals::base(&engine);
+    let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
+    let new = || Sequence::new(base, internals::numbers(&engine).cache).unwrap();
     let mut sequences: Vec<Option<Sequence<Cpu>>> = all.iter().map(|_| Some(new())).collect();
     let mut found = vec![Vec::new(); all.len()];
     for round in ROUNDS {
@@ -67,17 +67,17 @@ fn run(session: &Session, all: &[Adapters<Cpu>], batches: &[&[usize]]) -> Vec<Ve
 #[test]
 fn four_sequences_with_three_adapters_give_what_each_gives_apart() {
     for threads in [1, 2] {
-        let session = open_exact(&golden("tiny-llama"), threads);
-        let all = adapters(&session);
-        let together = run(&session, &all, &[&[0, 1, 2, 3]]);
-        let apart = run(&session, &all, &[&[0], &[1], &[2], &[3]]);
+        let engine = open_exact(&golden("tiny-llama"), threads);
+        let all = adapters(&engine);
+        let together = run(&engine, &all, &[&[0, 1, 2, 3]]);
+        let apart = run(&engine, &all, &[&[0], &[1], &[2], &[3]]);
         for (i, (together, apart)) in together.iter().zip(&apart).enumerate() {
             let (diff, at) = max_diff(together, apart);
             assert!(diff <= 1e-4, "sequence {i}, logit {at}: off by {diff}");
         }
         // Each adapter does something, and to its own rows.
-        let plain: Vec<_> = ADAPTERS.iter().map(|_| Adapters::none(session.base())).collect();
-        for (i, (with, without)) in together.iter().zip(run(&session, &plain, &[&[0, 1, 2, 3]])).enumerate() {
+        let plain: Vec<_> = ADAPTERS.iter().map(|_| Adapters::none(internals::base(&engine))).collect();
+        for (i, (with, without)) in together.iter().zip(run(&engine, &plain, &[&[0, 1, 2, 3]])).enumerate() {
             assert_eq!(max_diff(with, &without).0 > 0.1, ADAPTERS[i].is_some(), "sequence {i}");
         }
     }
@@ -85,10 +85,10 @@ fn four_sequences_with_three_adapters_give_what_each_gives_apart() {
 
 #[test]
 fn a_batch_that_is_stopped_leaves_its_sequences_as_they_were() {
-    let session = open_exact(&golden("tiny-llama"), 1);
-    let (base, none) = (session.base(), Adapters::none(session.base()));
-    let mut work = Workspace::new(session.numbers().arithmetic);
-    let mut sequence = Sequence::new(base, session.numbers().cache).unwrap();
+    let engine = open_exact(&golden("tiny-llama"), 1);
+    let (base, none) = (internals::base(&engine), Adapters::none(internals::base(&engine)));
+    let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
+    let mut sequence = Sequence::new(base, internals::numbers(&engine).cache).unwrap();
     let mut forward = |sequence: &mut Sequence<Cpu>, ids: &[u32], layers: usize| {
         let (mut left, mut found) = (layers, Vec::new());
         let step = Step { sequence, ids, adapters: &none, logits: ids.len() - 1..ids.len() };
@@ -107,7 +107,7 @@ fn a_batch_that_is_stopped_leaves_its_sequences_as_they_were() {
     let e = forward(&mut sequence, &[7, 8, 9], 2).unwrap_err();
     assert_eq!((e.code(), sequence.len()), (pocketlora::ErrorCode::Cancelled, 6));
     let after = forward(&mut sequence, &text(0)[6..9], usize::MAX).unwrap();
-    let mut whole = Sequence::new(base, session.numbers().cache).unwrap();
+    let mut whole = Sequence::new(base, internals::numbers(&engine).cache).unwrap();
     let expected = forward(&mut whole, &text(0)[..9], usize::MAX).unwrap();
     assert!(max_diff(&after, &expected).0 <= 1e-4);
 }

@@ -2,20 +2,18 @@
 
 mod common;
 
-use common::{logits, open_exact, tiny_chat_model};
+use common::{complete, logits, open_exact, tiny_chat_model};
 use pocketlora::eval::{
     Ask, Expected, LabelBy, Metric, Record, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
 };
-use pocketlora::generate::Sampling;
-use pocketlora::{ErrorCode, Session};
+use pocketlora::{Answer, Engine, ErrorCode, internals};
 use std::fs;
-use std::ops::ControlFlow;
 
-fn session() -> (tempfile::TempDir, Session) {
+fn engine() -> (tempfile::TempDir, Engine) {
     let dir = tempfile::tempdir().unwrap();
     let model = tiny_chat_model(dir.path());
-    let session = open_exact(&model, 1);
-    (dir, session)
+    let engine = open_exact(&model, 1);
+    (dir, engine)
 }
 
 fn record(line: usize, ask: &str, expected: Expected) -> Record {
@@ -23,9 +21,9 @@ fn record(line: usize, ask: &str, expected: Expected) -> Record {
 }
 
 /// Runs the metrics that are usual for the records, and whatever else fits.
-fn run(session: &mut Session, records: &[Record], asked: &[Metric], options: &TaskOptions) -> TaskReport {
+fn run(engine: &Engine, records: &[Record], asked: &[Metric], options: &TaskOptions) -> TaskReport {
     let metrics = metrics_for(records, asked).unwrap();
-    run_tasks(session, records, &metrics, options, &mut |_| true).unwrap()
+    run_tasks(engine, records, &metrics, options, &mut |_| true).unwrap()
 }
 
 fn score(report: &TaskReport, name: &str) -> f64 {
@@ -33,10 +31,10 @@ fn score(report: &TaskReport, name: &str) -> f64 {
 }
 
 /// Log-likelihood of `option` after `prompt`, from the logits of the whole text.
-fn likelihood(session: &Session, prompt: &str, option: &str) -> f64 {
-    let encode = |text: &str| session.tokenizer().unwrap().encode(text, true).unwrap();
+fn likelihood(engine: &Engine, prompt: &str, option: &str) -> f64 {
+    let encode = |text: &str| engine.text().unwrap().tokenizer.encode(text, true).unwrap();
     let (given, ids) = (encode(prompt).len(), encode(&format!("{prompt}{option}")));
-    let (all, vocab) = (logits(session, &ids), session.base().model.config().vocab_size);
+    let (all, vocab) = (logits(engine, &ids), internals::base(&engine).model.config().vocab_size);
     let one = |i: usize| {
         let row = &all[(i - 1) * vocab..i * vocab];
         let sum: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();
@@ -51,13 +49,13 @@ fn argmax(values: &[f64]) -> usize {
 
 #[test]
 fn the_likeliest_option_is_chosen() {
-    let (_dir, mut session) = session();
+    let (_dir, engine) = engine();
     let choices = ["x", "a longer one", "mid", "zzzz"].map(str::to_owned).to_vec();
     let prompts = ["which", "Question: is it?\nAnswer:", "1 + 1 =", "say a word:", "so", "x"];
     let (mut by_sum, mut by_length, mut records) = (Vec::new(), Vec::new(), Vec::new());
     for (i, prompt) in prompts.iter().enumerate() {
         // A space comes between a text and what continues it.
-        let found: Vec<f64> = choices.iter().map(|c| likelihood(&session, prompt, &format!(" {c}"))).collect();
+        let found: Vec<f64> = choices.iter().map(|c| likelihood(&engine, prompt, &format!(" {c}"))).collect();
         let each: Vec<f64> = found.iter().zip(&choices).map(|(l, c)| l / c.len() as f64).collect();
         by_sum.push(argmax(&found));
         by_length.push(argmax(&each));
@@ -66,7 +64,7 @@ fn the_likeliest_option_is_chosen() {
         records.push(record(i + 1, prompt, Expected::Choice { choices: choices.clone(), answer }));
     }
     assert_ne!(by_sum, by_length, "the two ways must differ for this test to tell them apart");
-    let report = run(&mut session, &records, &[], &TaskOptions::default());
+    let report = run(&engine, &records, &[], &TaskOptions::default());
     assert_eq!(score(&report, "choice"), 0.5);
     let right = (0..prompts.len()).filter(|&i| by_length[i] == (by_sum[i] + i % 2) % choices.len()).count();
     assert_eq!(score(&report, "choice_norm"), right as f64 / prompts.len() as f64);
@@ -76,10 +74,10 @@ fn the_likeliest_option_is_chosen() {
 
 #[test]
 fn labels_are_read_by_likelihood_or_by_what_is_written() {
-    let (_dir, mut session) = session();
+    let (_dir, engine) = engine();
     let prompts = ["ab", "cd", "efg"];
     let labels = ["yes", "no"].map(str::to_owned);
-    let likeliest = |p: &&str| argmax(&labels.each_ref().map(|l| likelihood(&session, p, &format!(" {l}"))));
+    let likeliest = |p: &&str| argmax(&labels.each_ref().map(|l| likelihood(&engine, p, &format!(" {l}"))));
     let mut expected: Vec<usize> = prompts.iter().map(likeliest).collect();
     expected[0] = 1 - expected[0];
     // Both labels must occur, for the set is what the file holds.
@@ -87,31 +85,29 @@ fn labels_are_read_by_likelihood_or_by_what_is_written() {
     let mut records: Vec<Record> =
         (0..3).map(|i| record(i + 1, prompts[i], Expected::Label(labels[expected[i]].clone()))).collect();
     records.push(extra);
-    let report = run(&mut session, &records, &[], &TaskOptions::default());
+    let report = run(&engine, &records, &[], &TaskOptions::default());
     assert_eq!(score(&report, "accuracy"), 0.75);
     assert!(score(&report, "f1") > 0.0 && report.answers.is_empty());
 
     let options = TaskOptions { label_by: LabelBy::Generation, max_tokens: 4, ..TaskOptions::default() };
-    let mut quiet = |_: &str| ControlFlow::Continue(());
-    let (said, _) = session.complete("ab", 4, &Sampling::default(), &mut quiet).unwrap();
+    let said = complete(&engine, "ab", 4).text;
     let first_line = said.trim().lines().next().unwrap().trim().to_owned();
     let written = [record(1, "ab", Expected::Label(first_line)), record(2, "cd", Expected::Label("never".into()))];
-    let report = run(&mut session, &written, &[Metric::Accuracy], &options);
+    let report = run(&engine, &written, &[Metric::Accuracy], &options);
     assert_eq!(report.scores, [("accuracy", 0.5)]);
     assert_eq!(report.answers[0], said.trim());
 }
 
 #[test]
 fn what_is_written_is_compared_with_the_references() {
-    let (_dir, mut session) = session();
-    let mut quiet = |_: &str| ControlFlow::Continue(());
-    let (said, made) = session.complete("hello", 12, &Sampling::default(), &mut quiet).unwrap();
+    let (_dir, engine) = engine();
+    let Answer { text: said, generated: made, .. } = complete(&engine, "hello", 12);
     let options = TaskOptions { max_tokens: 12, ..TaskOptions::default() };
     let records = [
         record(1, "hello", Expected::References(vec!["something else".into(), said.clone()])),
         record(2, "hello", Expected::References(vec!["something else".into()])),
     ];
-    let report = run(&mut session, &records, &[], &options);
+    let report = run(&engine, &records, &[], &options);
     assert_eq!(score(&report, "exact"), 0.5);
     for name in ["bleu", "rouge1", "rouge2", "rougeL"] {
         assert!(score(&report, name).is_finite(), "{name}");

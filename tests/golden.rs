@@ -3,9 +3,8 @@
 mod common;
 
 use common::{check_all, convert, golden, ids, logits, max_diff, open_exact, tensors};
-use pocketlora::Session;
+use pocketlora::Engine;
 use pocketlora::adapter::AdapterFile;
-use pocketlora::exec::infer::{Logits, Sequence, Step, Workspace};
 use pocketlora::format::Target;
 use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
 use serde_json::json;
@@ -44,8 +43,8 @@ fn every_family_gives_the_logits_of_transformers() {
     let ids = ids(&expected["ids"]);
     expected.extend(tensors(&golden("nf4_definition.safetensors")));
     check_all(["tiny-qwen2", "tiny-mistral", "tiny-mistral-bnb4"], |name| {
-        let session = open_exact(&golden(name), 1);
-        expect_close(name, &logits(&session, &ids), &expected[*name].data, 2e-4)
+        let engine = open_exact(&golden(name), 1);
+        expect_close(name, &logits(&engine, &ids), &expected[*name].data, 2e-4)
     });
 }
 
@@ -120,11 +119,11 @@ fn base_and_adapters_give_the_logits_of_peft() {
         ("lora_on_nf4", &nf4, Some("lora"), 1e-2),
     ];
     check_all(cases, |(name, dir, adapter, bound)| {
-        let mut session = open_exact(dir, 1);
+        let engine = open_exact(dir, 1);
         if let Some(adapter) = adapter {
-            session.attach(&golden("adapters").join(adapter), 1.0).unwrap();
+            engine.attach(&golden("adapters").join(adapter), 1.0).unwrap();
         }
-        expect_close(name, &logits(&session, &ids), &expected[*name].data, *bound)
+        expect_close(name, &logits(&engine, &ids), &expected[*name].data, *bound)
     });
 }
 
@@ -134,41 +133,18 @@ fn adapters_add_up_and_scale() {
     let ids = ids(&expected["ids"]);
     let lora = golden("adapters/lora");
     let with = |scales: &[f32]| {
-        let mut session = open_exact(&golden("tiny-llama"), 1);
+        let engine = open_exact(&golden("tiny-llama"), 1);
         for &scale in scales {
-            session.attach(&lora, scale).unwrap();
+            engine.attach(&lora, scale).unwrap();
         }
-        logits(&session, &ids)
+        logits(&engine, &ids)
     };
     expect_close("0.25 + 0.75", &with(&[0.25, 0.75]), &expected["lora"].data, 2e-3).unwrap();
     expect_close("1 - 1", &with(&[1.0, -1.0]), &expected["base_f32"].data, 2e-3).unwrap();
-    let mut session = open_exact(&golden("tiny-llama"), 1);
-    session.attach(&lora, 1.0).unwrap();
-    session.detach_all();
-    expect_close("detached", &logits(&session, &ids), &expected["base_f32"].data, 2e-4).unwrap();
-}
-
-#[test]
-fn a_cache_filled_in_pieces_gives_the_same_logits() {
-    let session = open_exact(&golden("tiny-mistral"), 1);
-    let base = session.base();
-    let ids = ids(&tensors(&golden("tiny_variants_logits.safetensors"))["ids"]);
-    let whole = logits(&session, &ids);
-    let vocab = base.model.config().vocab_size;
-    let mut sequence = Sequence::new(base, session.numbers().cache).unwrap();
-    let mut work = Workspace::new(session.numbers().arithmetic);
-    let mut row = 0;
-    for piece in [&ids[..5], &ids[5..6], &ids[6..17], &ids[17..]] {
-        let step = Step { sequence: &mut sequence, ids: piece, adapters: session.adapters(), logits: 0..piece.len() };
-        let mut part = Vec::new();
-        let mut take = |logits: Logits| {
-            part.extend(logits.values);
-            Ok(())
-        };
-        base.forward(&mut work, &mut [step], &mut || true, &mut take).unwrap();
-        expect_close("piece", &part, &whole[row * vocab..(row + piece.len()) * vocab], 1e-4).unwrap();
-        row += piece.len();
-    }
+    let engine = open_exact(&golden("tiny-llama"), 1);
+    engine.attach(&lora, 1.0).unwrap();
+    engine.detach_all();
+    expect_close("detached", &logits(&engine, &ids), &expected["base_f32"].data, 2e-4).unwrap();
 }
 
 /// The two sequences of the training goldens; the reference pads the second, we do not.
@@ -197,7 +173,7 @@ impl Observer for Quiet {
 }
 
 /// Ten AdamW steps from adapters/lora, as the reference ran them.
-fn train_like_peft(session: &Session, accumulate: bool, name: &str) -> Result<(), String> {
+fn train_like_peft(engine: &Engine, accumulate: bool, name: &str) -> Result<(), String> {
     let golden_run: serde_json::Value =
         serde_json::from_slice(&std::fs::read(golden("tiny_train.json")).unwrap()).unwrap();
     let expected = tensors(&golden(&format!("tiny_train_{name}.safetensors")));
@@ -216,7 +192,7 @@ fn train_like_peft(session: &Session, accumulate: bool, name: &str) -> Result<()
     };
     let out = tempfile::tempdir().unwrap();
     let init = AdapterFile::open(&golden("adapters/lora")).unwrap();
-    let mut trainer = session.trainer(config, training_data(), None, Some(&init), out.path()).unwrap();
+    let mut trainer = engine.trainer(config, training_data(), None, Some(&init), out.path()).unwrap();
     for (i, expected_loss) in losses.iter().enumerate() {
         let report = trainer.step(&mut Quiet).unwrap();
         let expected_loss = expected_loss.as_f64().unwrap();

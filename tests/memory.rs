@@ -6,7 +6,7 @@
 mod common;
 
 use pocketlora::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig, TrainPrecision};
-use pocketlora::{Options, Session};
+use pocketlora::{Engine, Options};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use std::fs;
@@ -190,7 +190,7 @@ impl Observer for Quiet {
 /// Loss and gradients of one step of four samples under a budget, and the plan that it led to. The samples are long enough
 /// that what is given up for a budget takes more than the megabyte by which budgets differ.
 fn step(model: &Path, out: &Path, memory_budget: Option<u64>) -> Option<(f64, Vec<f32>, MemoryPlan)> {
-    let session = Session::open(model, &Options { threads: 1, ..Options::default() }).unwrap();
+    let engine = Engine::open(model, &Options::new().threads(1)).unwrap();
     let sample = |n: usize| Sample {
         ids: (0..100 + 80 * n).map(|i| (7 * n + 3 * i) as u32 % 320).collect(),
         trained: (0..100 + 80 * n).map(|i| i > 5).collect(),
@@ -206,10 +206,10 @@ fn step(model: &Path, out: &Path, memory_budget: Option<u64>) -> Option<(f64, Ve
         steps: Some(1),
         ..TrainConfig::default()
     };
-    let mut trainer = session.trainer(config, data, None, None, out).ok()?;
+    let mut trainer = engine.trainer(config, data, None, None, out).ok()?;
     let report = trainer.step(&mut Quiet).unwrap();
     let gradients = trainer.gradients().unwrap().into_iter().flat_map(|(_, values)| values).collect();
-    Some((report.loss, gradients, trainer.plan(0)))
+    Some((report.loss, gradients, trainer.plan()))
 }
 
 #[test]

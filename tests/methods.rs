@@ -4,9 +4,9 @@
 mod common;
 
 use common::{check_all, golden, ids, logits, max_diff, open_exact, tensors};
-use pocketlora::Session;
+use pocketlora::{Engine, internals};
 use pocketlora::adapter::{AdapterFile, Adapters, Kind};
-use pocketlora::exec::infer::{Logits, Sequence, Step, Workspace};
+use pocketlora::internals::{Logits, Sequence, Step, Workspace};
 use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
 use pocketlora_kernels::{Cpu, WorkType};
 use serde_json::{Map, Value};
@@ -20,7 +20,7 @@ fn of(method: &str, file: &str) -> PathBuf {
     golden("methods").join(method).join(file)
 }
 
-fn base(threads: usize) -> Session {
+fn base(threads: usize) -> Engine {
     open_exact(&golden("peft/base"), threads)
 }
 
@@ -36,16 +36,16 @@ fn close(what: &str, got: &[f32], expected: &[f32], bound: f32) -> Result<(), St
 #[test]
 fn served_adapters_give_the_logits_of_peft() {
     check_all(METHODS, |method| {
-        let mut session = base(2);
-        session.attach(&of(method, ""), 1.0).unwrap();
+        let engine = base(2);
+        engine.attach(&of(method, ""), 1.0).unwrap();
         let expected = &tensors(&of(method, "logits.safetensors"))["logits"].data;
-        close(method, &logits(&session, &inputs()), expected, 1e-4)
+        close(method, &logits(&engine, &inputs()), expected, 1e-4)
     });
 }
 
 /// Logits of `ids` in `pieces`, from where `sequence` stands.
-fn run(session: &Session, adapters: &Adapters<Cpu>, sequence: &mut Sequence<Cpu>, pieces: &[&[u32]]) -> Vec<f32> {
-    let mut work = Workspace::new(session.numbers().arithmetic);
+fn run(engine: &Engine, adapters: &Adapters<Cpu>, sequence: &mut Sequence<Cpu>, pieces: &[&[u32]]) -> Vec<f32> {
+    let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
     let mut all = Vec::new();
     for ids in pieces {
         let mut take = |logits: Logits| {
@@ -53,14 +53,14 @@ fn run(session: &Session, adapters: &Adapters<Cpu>, sequence: &mut Sequence<Cpu>
             Ok(())
         };
         let step = Step { sequence: &mut *sequence, ids, adapters, logits: 0..ids.len() };
-        session.base().forward(&mut work, &mut [step], &mut || true, &mut take).unwrap();
+        internals::base(&engine).forward(&mut work, &mut [step], &mut || true, &mut take).unwrap();
     }
     all
 }
 
-fn attached(session: &Session, files: &[AdapterFile]) -> Adapters<Cpu> {
-    let mut adapters = Adapters::none(session.base());
-    files.iter().for_each(|file| adapters.attach(session.base(), file, 1.0, WorkType::F32).unwrap());
+fn attached(engine: &Engine, files: &[AdapterFile]) -> Adapters<Cpu> {
+    let mut adapters = Adapters::none(internals::base(&engine));
+    files.iter().for_each(|file| adapters.attach(internals::base(&engine), file, 1.0, WorkType::F32).unwrap());
     adapters
 }
 
@@ -68,16 +68,16 @@ fn attached(session: &Session, files: &[AdapterFile]) -> Adapters<Cpu> {
 fn a_rewound_sequence_keeps_its_adapter() {
     let ids = inputs();
     check_all(METHODS, |method| {
-        let session = base(1);
-        let adapters = attached(&session, &[AdapterFile::open(&of(method, "")).unwrap()]);
+        let engine = base(1);
+        let adapters = attached(&engine, &[AdapterFile::open(&of(method, "")).unwrap()]);
         let expected = &tensors(&of(method, "logits.safetensors"))["logits"].data;
         let vocab = expected.len() / ids.len();
-        let mut sequence = Sequence::new(session.base(), session.numbers().cache).unwrap();
-        let whole = run(&session, &adapters, &mut sequence, &[&ids[..3], &ids[3..4], &ids[4..5], &ids[5..]]);
+        let mut sequence = Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
+        let whole = run(&engine, &adapters, &mut sequence, &[&ids[..3], &ids[3..4], &ids[4..5], &ids[5..]]);
         close(&format!("{method} in pieces"), &whole, expected, 1e-4)?;
         for to in [4, 0] {
-            assert_eq!(sequence.rewind(session.base(), to), to);
-            let again = run(&session, &adapters, &mut sequence, &[&ids[to..]]);
+            assert_eq!(sequence.rewind(internals::base(&engine), to), to);
+            let again = run(&engine, &adapters, &mut sequence, &[&ids[to..]]);
             close(&format!("{method} from {to} again"), &again, &expected[to * vocab..], 1e-4)?;
             assert_eq!(sequence.len(), ids.len(), "virtual tokens are not counted");
         }
@@ -88,21 +88,21 @@ fn a_rewound_sequence_keeps_its_adapter() {
 /// A text that was begun with a prefix goes on with that one alone.
 #[test]
 fn a_prefix_is_not_changed_in_the_middle_of_a_text() {
-    let (session, ids) = (base(1), inputs());
+    let (engine, ids) = (base(1), inputs());
     let file = AdapterFile::open(&of("prefix_tuning", "")).unwrap();
-    let [first, second] = [0, 1].map(|_| attached(&session, std::slice::from_ref(&file)));
-    let none = Adapters::none(session.base());
-    let mut sequence = Sequence::new(session.base(), session.numbers().cache).unwrap();
-    run(&session, &first, &mut sequence, &[&ids[..4]]);
+    let [first, second] = [0, 1].map(|_| attached(&engine, std::slice::from_ref(&file)));
+    let none = Adapters::none(internals::base(&engine));
+    let mut sequence = Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
+    run(&engine, &first, &mut sequence, &[&ids[..4]]);
     for other in [&second, &none] {
-        let mut work = Workspace::new(session.numbers().arithmetic);
+        let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
         let step = Step { sequence: &mut sequence, ids: &ids[4..5], adapters: other, logits: 0..0 };
-        let refused = session.base().forward(&mut work, &mut [step], &mut || true, &mut |_| Ok(()));
+        let refused = internals::base(&engine).forward(&mut work, &mut [step], &mut || true, &mut |_| Ok(()));
         assert!(refused.unwrap_err().to_string().contains("virtual tokens"));
     }
     // Without tokens it is anybody's.
-    sequence.rewind(session.base(), 0);
-    let plain = run(&session, &none, &mut sequence, &[&ids]);
+    sequence.rewind(internals::base(&engine), 0);
+    let plain = run(&engine, &none, &mut sequence, &[&ids]);
     let expected = &tensors(&golden("methods/inputs.safetensors"))["logits"].data;
     close("without", &plain, expected, 1e-4).unwrap();
 }
@@ -118,17 +118,17 @@ fn ia3(value: f32) -> AdapterFile {
 
 #[test]
 fn sequences_of_a_batch_have_adapters_of_their_own() {
-    let session = base(2);
+    let engine = base(2);
     let prefix = AdapterFile::open(&of("prefix_tuning", "")).unwrap();
     let sets = [vec![ia3(0.0)], vec![], vec![ia3(1.5), ia3(-0.5)], vec![prefix], vec![ia3(0.7)]];
-    let sets: Vec<Adapters<Cpu>> = sets.iter().map(|files| attached(&session, files)).collect();
+    let sets: Vec<Adapters<Cpu>> = sets.iter().map(|files| attached(&engine, files)).collect();
     let ids = inputs();
-    let new = || Sequence::new(session.base(), session.numbers().cache).unwrap();
+    let new = || Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
     let apart: Vec<Vec<f32>> =
-        sets.iter().map(|set| run(&session, set, &mut new(), &[&ids[..9], &ids[9..10]])).collect();
+        sets.iter().map(|set| run(&engine, set, &mut new(), &[&ids[..9], &ids[9..10]])).collect();
     let mut sequences: Vec<_> = sets.iter().map(|_| new()).collect();
     let mut together: Vec<Vec<f32>> = sets.iter().map(|_| Vec::new()).collect();
-    let mut work = Workspace::new(session.numbers().arithmetic);
+    let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
     for piece in [&ids[..9], &ids[9..10]] {
         let steps = sequences.iter_mut().zip(&sets);
         let step = |(sequence, adapters)| Step { sequence, ids: piece, adapters, logits: 0..piece.len() };
@@ -140,7 +140,7 @@ fn sequences_of_a_batch_have_adapters_of_their_own() {
             }
             Ok(())
         };
-        session.base().forward(&mut work, &mut steps, &mut || true, &mut take).unwrap();
+        internals::base(&engine).forward(&mut work, &mut steps, &mut || true, &mut take).unwrap();
     }
     for (i, (together, apart)) in together.iter().zip(&apart).enumerate() {
         close(&format!("sequence {i}"), together, apart, 1e-4).unwrap();
@@ -352,21 +352,21 @@ fn what_does_not_fit_is_refused_by_name() {
     // An expression says the same as a list.
     let expressions = [("target_modules", ".*_proj".into()), (ff, ".*mlp\\.down_proj".into())];
     let file = AdapterFile::open(&changed("ia3", "expressions", &expressions)).unwrap();
-    let session = base(1);
-    let mut sequence = Sequence::new(session.base(), session.numbers().cache).unwrap();
-    let got = run(&session, &attached(&session, &[file]), &mut sequence, &[&inputs()]);
+    let engine = base(1);
+    let mut sequence = Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
+    let got = run(&engine, &attached(&engine, &[file]), &mut sequence, &[&inputs()]);
     close("expressions", &got, &tensors(&of("ia3", "logits.safetensors"))["logits"].data, 1e-4).unwrap();
 
-    let attach = |session: &mut Session, path: &Path, scale: f32| session.attach(path, scale).unwrap_err().to_string();
+    let attach = |engine: &Engine, path: &Path, scale: f32| engine.attach(path, scale).unwrap_err().to_string();
     let [scales, prefix] = METHODS.map(|method| of(method, ""));
-    let mut session = base(1);
+    let engine = base(1);
     for path in [&scales, &prefix] {
-        assert!(attach(&mut session, path, 0.5).contains("scale of 1"));
+        assert!(attach(&engine, path, 0.5).contains("scale of 1"));
         assert!(attach(&mut open_exact(&golden("tiny-llama"), 1), path, 1.0).contains("the adapter was trained on"));
     }
-    session.attach(&prefix, 1.0).unwrap();
-    assert!(attach(&mut session, &prefix, 1.0).contains("second"));
-    assert!(attach(&mut session, &scales, 1.0).contains("do not work together"));
+    engine.attach(&prefix, 1.0).unwrap();
+    assert!(attach(&engine, &prefix, 1.0).contains("second"));
+    assert!(attach(&engine, &scales, 1.0).contains("do not work together"));
 
     // In training.
     let begin = |config: TrainConfig, init: Option<&AdapterFile>| {

@@ -7,7 +7,7 @@ use common::{convert, real_gguf};
 use pocketlora::adapter::{AdapterFile, HostTensor, Lora, Method};
 use pocketlora::format::Target;
 use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
-use pocketlora::{Options, Session};
+use pocketlora::{Engine, Options, internals};
 use pocketlora_models::Role;
 use serde::Deserialize;
 use std::fs;
@@ -47,9 +47,9 @@ fn samples(curve: &Curve) -> Dataset {
 }
 
 /// The script's matrices: A from a hash of the index, in values that f16 holds; B zero.
-fn start(session: &Session, curve: &Curve) -> AdapterFile {
+fn start(engine: &Engine, curve: &Curve) -> AdapterFile {
     let value = |i: u64| (((i * 2_654_435_761) >> 16) % 2048) as f32 / 1024.0 / 16.0 - 1.0 / 16.0;
-    let linears = session.base().model.params().iter().filter(|p| p.role == Role::Linear);
+    let linears = internals::base(engine).model.params().iter().filter(|p| p.role == Role::Linear);
     let tensors = linears.flat_map(|p| {
         let (out, input) = (p.shape[0], p.shape[1]);
         let a = (0..(curve.rank * input) as u64).map(value).collect();
@@ -76,7 +76,7 @@ fn follows_the_reference(precision: TrainPrecision, steps: usize, bound: f64) {
     let dir = tempfile::tempdir().unwrap();
     let model = dir.path().join("model");
     convert(&gguf, &model, Target::Nf4);
-    let session = Session::open(&model, &Options { threads: 2, ..Options::default() }).unwrap();
+    let engine = Engine::open(&model, &Options::new().threads(2)).unwrap();
     let config = TrainConfig {
         lr: curve.lr,
         schedule: Schedule::Constant,
@@ -88,8 +88,8 @@ fn follows_the_reference(precision: TrainPrecision, steps: usize, bound: f64) {
         precision,
         ..TrainConfig::default()
     };
-    let init = start(&session, &curve);
-    let mut trainer = session.trainer(config, samples(&curve), None, Some(&init), &dir.path().join("out")).unwrap();
+    let init = start(&engine, &curve);
+    let mut trainer = engine.trainer(config, samples(&curve), None, Some(&init), &dir.path().join("out")).unwrap();
     for (i, expected) in curve.steps[..steps].iter().enumerate() {
         let report = trainer.step(&mut Quiet).unwrap();
         assert_eq!(

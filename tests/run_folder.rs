@@ -5,7 +5,7 @@ mod common;
 use common::tiny_training;
 use pocketlora::adapter::AdapterFile;
 use pocketlora::train::{LogLine, Observer, StepReport, Summary, TrainConfig};
-use pocketlora::{ErrorCode, Options, Session};
+use pocketlora::{Engine, ErrorCode, Options};
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -21,15 +21,15 @@ impl Observer for Stopper {
 
 struct Fixture {
     dir: tempfile::TempDir,
-    session: Session,
+    engine: Engine,
     data: PathBuf,
 }
 
 fn fixture() -> Fixture {
     let dir = tempfile::tempdir().unwrap();
     let (model, data) = tiny_training(dir.path(), 20);
-    let session = Session::open(&model, &Options { threads: 1, ..Options::default() }).unwrap();
-    Fixture { dir, session, data }
+    let engine = Engine::open(&model, &Options::new().threads(1)).unwrap();
+    Fixture { dir, engine, data }
 }
 
 fn config() -> TrainConfig {
@@ -51,8 +51,8 @@ impl Fixture {
     }
 
     fn train(&self, config: &TrainConfig, out: &Path, stop: Option<u64>, resume: bool) -> Summary {
-        let data = self.session.dataset(&self.data, 1024).unwrap();
-        let mut trainer = self.session.trainer(config.clone(), data, None, None, out).unwrap();
+        let data = self.engine.dataset(&self.data, 1024).unwrap();
+        let mut trainer = self.engine.trainer(config.clone(), data, None, None, out).unwrap();
         if resume {
             trainer.resume().unwrap();
         }
@@ -164,8 +164,8 @@ fn a_log_that_cannot_be_written_costs_a_warning_and_not_the_run() {
     let f = fixture();
     let out = f.out("occupied");
     fs::create_dir_all(out.join("log.jsonl")).unwrap();
-    let data = f.session.dataset(&f.data, 1024).unwrap();
-    let mut trainer = f.session.trainer(config(), data, None, None, &out).unwrap();
+    let data = f.engine.dataset(&f.data, 1024).unwrap();
+    let mut trainer = f.engine.trainer(config(), data, None, None, &out).unwrap();
     let mut observer = Warned(Vec::new());
     assert!(trainer.run(&mut observer).unwrap().done);
     assert!(observer.0.len() == 1 && observer.0[0].contains("log.jsonl"), "{:?}", observer.0);

@@ -5,7 +5,7 @@ mod common;
 use common::{check_all, golden, open_exact, tiny_training};
 use pocketlora::adapter::{AdapterFile, HostTensor, Method};
 use pocketlora::train::{Dataset, Mask, Observer, StepReport, TrainConfig, TrainPrecision};
-use pocketlora::{ErrorCode, Options, Session};
+use pocketlora::{Engine, ErrorCode, Options, internals};
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -62,8 +62,8 @@ fn fixture() -> Fixture {
 }
 
 impl Fixture {
-    fn session(&self, threads: usize) -> Session {
-        Session::open(&self.model, &Options { threads, ..Options::default() }).unwrap()
+    fn engine(&self, threads: usize) -> Engine {
+        Engine::open(&self.model, &Options::new().threads(threads)).unwrap()
     }
 
     fn out(&self, name: &str) -> PathBuf {
@@ -72,9 +72,9 @@ impl Fixture {
 
     /// Trains to the end or to where the observer stops it.
     fn train(&self, threads: usize, out: &Path, resume: bool, observer: &mut Stopper) -> bool {
-        let session = self.session(threads);
-        let data = session.dataset(&self.data, 1024).unwrap();
-        let mut trainer = session.trainer(config(), data, None, None, out).unwrap();
+        let engine = self.engine(threads);
+        let data = engine.dataset(&self.data, 1024).unwrap();
+        let mut trainer = engine.trainer(config(), data, None, None, out).unwrap();
         if resume {
             trainer.resume().unwrap();
         }
@@ -116,9 +116,9 @@ fn a_head_with_an_adapter_learns_from_the_same_losses() {
     f.train(0, &f.out("start"), false, &mut Stopper::default());
     let file = AdapterFile::open(&f.out("start")).unwrap();
     let mut with_head = AdapterFile::open(&f.out("start")).unwrap();
-    let session = f.session(0);
+    let engine = f.engine(0);
     let (vocab, width) = {
-        let config = session.base().model.config();
+        let config = internals::base(&engine).model.config();
         (config.vocab_size, config.hidden_size)
     };
     let a = HostTensor { shape: vec![4, width], data: (0..4 * width).map(|i| (i % 7) as f32 / 50.0).collect() };
@@ -126,9 +126,9 @@ fn a_head_with_an_adapter_learns_from_the_same_losses() {
     with_head.tensors.extend([("lm_head.lora_A.weight".to_owned(), a), ("lm_head.lora_B.weight".to_owned(), b)]);
     let losses = |init: &AdapterFile, name: &str| {
         let config = TrainConfig { dropout: 0.0, precision: TrainPrecision::Exact, ..config() };
-        let data = session.dataset(&f.data, 1024).unwrap();
+        let data = engine.dataset(&f.data, 1024).unwrap();
         let mut observer = Stopper::default();
-        session.trainer(config, data, None, Some(init), &f.out(name)).unwrap().run(&mut observer).unwrap();
+        engine.trainer(config, data, None, Some(init), &f.out(name)).unwrap().run(&mut observer).unwrap();
         observer.losses
     };
     let (plain, head) = (losses(&file, "plain"), losses(&with_head, "head"));
@@ -152,11 +152,11 @@ fn the_adapter_is_a_peft_directory_that_changes_the_answers() {
         serde_json::from_slice(&fs::read(out.join("adapter_config.json")).unwrap()).unwrap();
     assert_eq!((&config["peft_type"], &config["bias"]), (&"LORA".into(), &"none".into()));
 
-    let mut session = f.session(0);
-    let data = session.dataset(&f.data, 1024).unwrap();
-    let before = pocketlora::eval::score_data(&session, &data, &mut |_| true).unwrap();
-    session.attach(&out, 1.0).unwrap();
-    let after = pocketlora::eval::score_data(&session, &data, &mut |_| true).unwrap();
+    let engine = f.engine(0);
+    let data = engine.dataset(&f.data, 1024).unwrap();
+    let before = pocketlora::eval::score_data(&engine, &data, &mut |_| true).unwrap();
+    engine.attach(&out, 1.0).unwrap();
+    let after = pocketlora::eval::score_data(&engine, &data, &mut |_| true).unwrap();
     assert_eq!(before.tokens, after.tokens);
     assert!(after.nll() < before.nll() - 0.1, "{} to {}", before.nll(), after.nll());
 }
@@ -166,8 +166,8 @@ fn a_resume_with_other_settings_or_data_is_refused() {
     let f = fixture();
     let out = f.out("stopped");
     f.train(1, &out, false, &mut Stopper { after_step: Some(2), ..Stopper::default() });
-    let session = f.session(1);
-    let data = session.dataset(&f.data, 1024).unwrap();
+    let engine = f.engine(1);
+    let data = engine.dataset(&f.data, 1024).unwrap();
     let fewer = Dataset { samples: data.samples[1..].to_vec(), ..data.clone() };
     let cases = [
         (TrainConfig { lr: 1e-3, ..config() }, data.clone(), "`lr` was 0.003, is 0.001"),
@@ -175,7 +175,7 @@ fn a_resume_with_other_settings_or_data_is_refused() {
         (config(), fewer, "data changed"),
     ];
     check_all(cases, |(config, data, what)| {
-        let mut trainer = session.trainer(config.clone(), data.clone(), None, None, &out).unwrap();
+        let mut trainer = engine.trainer(config.clone(), data.clone(), None, None, &out).unwrap();
         let error = trainer.resume().unwrap_err().to_string();
         if error.contains(what) && error.contains("checkpoint.safetensors") { Ok(()) } else { Err(error) }
     });
@@ -188,9 +188,9 @@ fn a_broken_checkpoint_is_refused_wherever_it_is_cut_or_flipped() {
     f.train(1, &out, false, &mut Stopper { after_step: Some(1), ..Stopper::default() });
     let path = out.join("checkpoint.safetensors");
     let good = fs::read(&path).unwrap();
-    let session = f.session(1);
-    let data = session.dataset(&f.data, 1024).unwrap();
-    let resume = || session.trainer(config(), data.clone(), None, None, &out).unwrap().resume();
+    let engine = f.engine(1);
+    let data = engine.dataset(&f.data, 1024).unwrap();
+    let resume = || engine.trainer(config(), data.clone(), None, None, &out).unwrap().resume();
     for len in [0, 1, 7, 8, 9, 100, good.len() / 2, good.len() - 1] {
         fs::write(&path, &good[..len]).unwrap();
         assert!(resume().is_err(), "cut to {len} bytes");
@@ -208,8 +208,9 @@ fn a_broken_checkpoint_is_refused_wherever_it_is_cut_or_flipped() {
 #[test]
 fn only_what_the_assistant_says_is_learned() {
     let f = fixture();
-    let session = f.session(1);
-    let tokenizer = session.tokenizer().unwrap();
+    let engine = f.engine(1);
+    let text = engine.text().unwrap();
+    let tokenizer = &text.tokenizer;
     let line = r#"{"messages":[{"role":"user","content":"echo"},{"role":"assistant","content":"echo"},{"role":"user","content":"b"},{"role":"assistant","content":"c"}]}"#;
     let cases = [
         (line, "echo<|im_end|>c<|im_end|>"),
@@ -219,7 +220,7 @@ fn only_what_the_assistant_says_is_learned() {
     check_all(cases, |(line, expected)| {
         let path = f.out("one.jsonl");
         fs::write(&path, line).unwrap();
-        let data = session.dataset(&path, 1024).unwrap();
+        let data = engine.dataset(&path, 1024).unwrap();
         let sample = &data.samples[0];
         let learned = sample.trained.iter().map(|i| sample.ids[i]);
         let text: String = learned
@@ -236,9 +237,9 @@ fn dropped_attention_is_refused_in_training_alone() {
     let mut model: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     model["attention_dropout"] = 0.1.into();
     fs::write(&path, model.to_string()).unwrap();
-    let session = f.session(1);
-    let data = session.dataset(&f.data, 1024).unwrap();
-    let error = session.trainer(config(), data, None, None, &f.out("dropped")).err().unwrap();
+    let engine = f.engine(1);
+    let data = engine.dataset(&f.data, 1024).unwrap();
+    let error = engine.trainer(config(), data, None, None, &f.out("dropped")).err().unwrap();
     assert_eq!(error.code(), ErrorCode::Unsupported);
     assert!(error.to_string().contains("attention_dropout"), "{error}");
 }
@@ -246,7 +247,7 @@ fn dropped_attention_is_refused_in_training_alone() {
 #[test]
 fn bad_data_names_its_file_and_line() {
     let f = fixture();
-    let session = f.session(1);
+    let engine = f.engine(1);
     let good = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
     let cases = [
         (String::new(), "the file is empty"),
@@ -261,7 +262,7 @@ fn bad_data_names_its_file_and_line() {
     check_all(cases, |(text, what)| {
         let path = f.out("bad.jsonl");
         fs::write(&path, text).unwrap();
-        match session.dataset(&path, 1024) {
+        match engine.dataset(&path, 1024) {
             Ok(_) => Err(format!("accepted: {text}")),
             Err(e) if e.code() == ErrorCode::Data && e.to_string().contains("bad.jsonl") => {
                 let message = e.to_string();
@@ -272,8 +273,8 @@ fn bad_data_names_its_file_and_line() {
     });
     let path = f.out("bytes.jsonl");
     fs::write(&path, [0xff, 0xfe, b'\n']).unwrap();
-    assert!(session.dataset(&path, 1024).unwrap_err().to_string().contains("bytes.jsonl"));
-    assert_eq!(session.dataset(&f.out("none.jsonl"), 1024).unwrap_err().code(), ErrorCode::Io);
+    assert!(engine.dataset(&path, 1024).unwrap_err().to_string().contains("bytes.jsonl"));
+    assert_eq!(engine.dataset(&f.out("none.jsonl"), 1024).unwrap_err().code(), ErrorCode::Io);
 }
 
 #[test]
@@ -309,10 +310,10 @@ fn adapters_for_other_bases_or_of_other_methods_are_refused() {
         (dir.path().join("nowhere"), golden("tiny-llama"), ErrorCode::Io),
     ];
     check_all(cases, |(adapter, base, code)| {
-        let mut session = open_exact(base, 1);
-        match session.attach(adapter, 1.0) {
-            Ok(()) => Err(format!("{} was accepted", adapter.display())),
-            Err(_) if !session.attached().is_empty() => Err(format!("{} is half attached", adapter.display())),
+        let engine = open_exact(base, 1);
+        match engine.attach(adapter, 1.0) {
+            Ok(_) => Err(format!("{} was accepted", adapter.display())),
+            Err(_) if !engine.attached().is_empty() => Err(format!("{} is half attached", adapter.display())),
             Err(e) if e.code() == *code => Ok(()),
             Err(e) => Err(format!("{}: expected {code:?}, got {:?}: {e}", adapter.display(), e.code())),
         }
@@ -324,29 +325,29 @@ fn flipped_bits_in_an_adapter_never_panic() {
     let dir = tempfile::tempdir().unwrap();
     let lora = golden("adapters/rslora");
     let good = fs::read(lora.join("adapter_model.safetensors")).unwrap();
-    let mut session = open_exact(&golden("tiny-llama"), 1);
+    let engine = open_exact(&golden("tiny-llama"), 1);
     fs::copy(lora.join("adapter_config.json"), dir.path().join("adapter_config.json")).unwrap();
     let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
     for bit in (0..header * 8).step_by(5) {
         let mut bad = good.clone();
         bad[bit / 8] ^= 1 << (bit % 8);
         fs::write(dir.path().join("adapter_model.safetensors"), bad).unwrap();
-        let _ = session.attach(dir.path(), 1.0);
-        session.detach_all();
+        let _ = engine.attach(dir.path(), 1.0);
+        engine.detach_all();
     }
 }
 
 #[test]
 fn a_diverged_run_stops_with_its_checkpoint() {
     let f = fixture();
-    let session = f.session(1);
-    let data = session.dataset(&f.data, 1024).unwrap();
+    let engine = f.engine(1);
+    let data = engine.dataset(&f.data, 1024).unwrap();
     let init = AdapterFile::open(&golden("adapters/lora")).unwrap();
     let mut broken = init.clone();
     broken.tensors.first_entry().expect("it has some").get_mut().data[0] = f32::NAN;
     let out = f.out("diverged");
     let config = TrainConfig { rank: 8, ..config() };
-    let mut trainer = session.trainer(config, data, None, Some(&broken), &out).unwrap();
+    let mut trainer = engine.trainer(config, data, None, Some(&broken), &out).unwrap();
     let error = trainer.run(&mut Stopper::default()).unwrap_err();
     assert_eq!(error.code(), ErrorCode::Diverged);
     assert!(error.to_string().contains("step 1"), "{error}");
@@ -357,13 +358,13 @@ fn a_diverged_run_stops_with_its_checkpoint() {
 #[test]
 fn samples_in_one_batch_do_not_see_each_other() {
     let f = fixture();
-    let session = f.session(1);
-    let data = session.dataset(&f.data, 1024).unwrap();
+    let engine = f.engine(1);
+    let data = engine.dataset(&f.data, 1024).unwrap();
     let grads = |samples: Vec<pocketlora::train::Sample>| {
         let config = TrainConfig { rank: 8, batch: samples.len(), clip: 0.0, dropout: 0.0, ..config() };
         let data = Dataset { samples, ..data.clone() };
         let init = AdapterFile::open(&golden("adapters/lora")).unwrap();
-        let mut trainer = session.trainer(config, data, None, Some(&init), &f.out("g")).unwrap();
+        let mut trainer = engine.trainer(config, data, None, Some(&init), &f.out("g")).unwrap();
         trainer.step(&mut Stopper::default()).unwrap();
         trainer.gradients().unwrap()
     };

@@ -16,7 +16,7 @@ pub trait Backend: Memory {
     fn run(&self, call: Call<'_, Self>) -> Result<(), Error>;
 
     /// Runs `work` with this backend's threads, so that calls inside it need not wake them one by one.
-    fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R
+    fn scope<R>(&self, work: impl FnOnce() -> R) -> R
     where
         Self: Sized;
 

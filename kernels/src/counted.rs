@@ -216,7 +216,7 @@ impl Backend for Counted {
         Ok(())
     }
 
-    fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+    fn scope<R>(&self, work: impl FnOnce() -> R) -> R {
         work()
     }
 

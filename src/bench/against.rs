@@ -2,12 +2,11 @@
 
 use super::ggml::{self, Llama, Products, Quant};
 use super::kernels::{Group, groups, noise, spelled};
-use super::{Figure, Options, Progress, Sessions, check, fitted, infer};
+use super::{Engines, Figure, Options, Progress, check, fitted, infer};
 use crate::adapter::Adapters;
+use crate::engine::{self, Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::infer::PREFILL_CHUNK;
-use crate::generate::Context;
-use crate::session::{self, Session};
 use pocketlora_kernels::Backend;
 use pocketlora_kernels::cpu::{Matrix, Table};
 use serde::Serialize;
@@ -96,7 +95,7 @@ pub struct ModelRatio {
 /// This build of ggml lacks instructions that our kernels use; a model cannot be opened; out of memory; stopped.
 pub fn compare(
     dir: &Path,
-    open: &session::Options,
+    open: &engine::Options,
     options: &Options,
     files: &[PathBuf],
     progress: &mut Progress<'_>,
@@ -110,22 +109,22 @@ pub fn compare(
         );
         return Err(Error::new(ErrorCode::Device, "ggml", message));
     }
-    let sessions = Sessions { dir, open };
-    let options = &fitted(&sessions.open(1)?, options)?;
+    let engines = Engines { dir, open };
+    let options = &fitted(&engines.open(1)?, options)?;
     let (mut kernels, mut models) = (Vec::new(), Vec::new());
     for threads in &options.threads {
-        let session = sessions.open(*threads)?;
+        let engine = engines.open(*threads)?;
         if options.kernels {
             for tokens in [1, options.prefill.min(PREFILL_CHUNK)] {
-                for group in groups(session.base()) {
+                for group in groups(engine.base()) {
                     // Only the last token of a prompt meets the head.
                     if !group.head || tokens == 1 {
-                        kernels.push(product(&session, options, &group, tokens, progress)?);
+                        kernels.push(product(&engine, options, &group, tokens, progress)?);
                     }
                 }
             }
         }
-        models.extend(whole(&session, options, files, progress)?);
+        models.extend(whole(&engine, options, files, progress)?);
     }
     let (system, version) = ggml::system();
     Ok(Against { version, system, kernels, models })
@@ -133,14 +132,14 @@ pub fn compare(
 
 /// One shape at one number of tokens.
 fn product(
-    session: &Session,
+    engine: &Engine,
     options: &Options,
     group: &Group<'_>,
     tokens: usize,
     progress: &mut Progress<'_>,
 ) -> Result<KernelRatio> {
-    let (base, (o, k)) = (session.base(), group.shape);
-    let (backend, arithmetic) = (&base.backend, session.numbers().arithmetic);
+    let (base, (o, k)) = (engine.base(), group.shape);
+    let (backend, arithmetic) = (&base.backend, engine.numbers().arithmetic);
     let weights: Vec<&Matrix> = group.params.iter().map(|p| base.factor(*p, arithmetic)).collect();
     let first = weights.first().map_or("", |w| w.type_name());
     let op = if tokens == 1 { "matvec" } else { "matmul" };
@@ -191,7 +190,7 @@ fn rate(round: &mut dyn FnMut()) -> f64 {
 
 /// Whole models: ours and every file in turn, trial by trial.
 fn whole(
-    session: &Session,
+    engine: &Engine,
     options: &Options,
     files: &[PathBuf],
     progress: &mut Progress<'_>,
@@ -199,11 +198,11 @@ fn whole(
     if files.is_empty() {
         return Ok(Vec::new());
     }
-    let base = session.base();
+    let base = engine.base();
     let (plain, threads) = (Adapters::none(base), base.backend.threads());
     let ids = infer::tokens(base, options.decode.max(options.prefill));
     let (prompt, answer) = (&ids[..options.prefill], &ids[..options.decode]);
-    let mut context = Context::new(base, session.numbers())?;
+    let mut transcript = Transcript::new(base, engine.numbers())?;
     let open = |file: &PathBuf| Llama::open(file, ids.len(), threads);
     let mut theirs: Vec<Llama> = files.iter().map(open).collect::<Result<_>>()?;
 
@@ -215,8 +214,8 @@ fn whole(
         for part in 0..2 {
             sleep(CALM);
             let rate = match part {
-                0 => infer::prefill(base, &plain, &mut context, prompt)?,
-                _ => infer::decode(base, &plain, &mut context, answer)?,
+                0 => infer::prefill(engine.on(&plain), &mut transcript, prompt)?,
+                _ => infer::decode(engine.on(&plain), &mut transcript, answer)?,
             };
             our_rates[part].push(rate);
             for (llama, rates) in theirs.iter_mut().zip(&mut their_rates) {

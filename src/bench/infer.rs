@@ -3,11 +3,10 @@
 use super::{Figure, Options, Progress, check};
 use crate::adapter::{AdapterFile, Adapters, Lora, Method};
 use crate::base::Base;
+use crate::engine::{Engine, On, Transcript};
 use crate::error::Result;
-use crate::generate::Context;
 use crate::memory::Peak;
 use crate::rng::Rng;
-use crate::session::Session;
 use pocketlora_kernels::{Backend, Cpu, WorkType};
 use pocketlora_models::{Param, Role};
 use std::path::PathBuf;
@@ -18,7 +17,7 @@ const RANK: usize = 16;
 /// Seed of the tokens.
 const TOKENS: u64 = 1;
 
-/// What one session gave.
+/// What one engine gave.
 pub(super) struct Inference {
     pub prefill: Figure,
     pub decode: Figure,
@@ -34,12 +33,12 @@ pub(super) fn tokens<B: Backend>(base: &Base<B>, count: usize) -> Vec<u32> {
 }
 
 /// Measures decoding from an empty context, plain and with an adapter in turn, then prompts.
-pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progress<'_>) -> Result<Inference> {
-    let base = session.base();
+pub(super) fn measure(engine: &Engine, options: &Options, progress: &mut Progress<'_>) -> Result<Inference> {
+    let base = engine.base();
     let plain = Adapters::none(base);
     let ids = tokens(base, options.decode.max(options.prefill));
-    let mut context = Context::new(base, session.numbers())?;
-    let mut decode = |adapters: &Adapters<Cpu>| decode(base, adapters, &mut context, &ids[..options.decode]);
+    let mut transcript = Transcript::new(base, engine.numbers())?;
+    let mut decode = |adapters: &Adapters<Cpu>| decode(engine.on(adapters), &mut transcript, &ids[..options.decode]);
 
     // Warm-up, which brings the weights into memory; and what decoding holds, before anything else is held.
     check(progress, "decode, warm-up")?;
@@ -57,7 +56,7 @@ pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progr
     }
     drop(adapted);
 
-    let mut prefill = || prefill(base, &plain, &mut context, &ids[..options.prefill]);
+    let mut prefill = || prefill(engine.on(&plain), &mut transcript, &ids[..options.prefill]);
     check(progress, "prefill, warm-up")?;
     prefill()?;
     let mut prefill_rates = Vec::new();
@@ -74,35 +73,21 @@ pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progr
 }
 
 /// Tokens a second when each is run by itself and its logits are read; no sampler takes part.
-pub(super) fn decode(
-    base: &Base<Cpu>,
-    adapters: &Adapters<Cpu>,
-    context: &mut Context<Cpu>,
-    ids: &[u32],
-) -> Result<f64> {
-    context.clear(base);
-    base.backend.scope(|| {
-        let start = Instant::now();
-        for id in ids {
-            context.advance(base, adapters, &[*id])?;
-        }
-        Ok(ids.len() as f64 / start.elapsed().as_secs_f64())
-    })
+pub(super) fn decode(on: On<'_>, transcript: &mut Transcript, ids: &[u32]) -> Result<f64> {
+    transcript.keep(on.base, &[]);
+    let start = Instant::now();
+    for id in ids {
+        transcript.advance(on, &[*id], &mut || true, &mut |_| Ok(()))?;
+    }
+    Ok(ids.len() as f64 / start.elapsed().as_secs_f64())
 }
 
 /// Tokens a second of a prompt, up to the logits after its last token.
-pub(super) fn prefill(
-    base: &Base<Cpu>,
-    adapters: &Adapters<Cpu>,
-    context: &mut Context<Cpu>,
-    ids: &[u32],
-) -> Result<f64> {
-    context.clear(base);
-    base.backend.scope(|| {
-        let start = Instant::now();
-        context.advance(base, adapters, ids)?;
-        Ok(ids.len() as f64 / start.elapsed().as_secs_f64())
-    })
+pub(super) fn prefill(on: On<'_>, transcript: &mut Transcript, ids: &[u32]) -> Result<f64> {
+    transcript.keep(on.base, &[]);
+    let start = Instant::now();
+    transcript.advance(on, ids, &mut || true, &mut |_| Ok(()))?;
+    Ok(ids.len() as f64 / start.elapsed().as_secs_f64())
 }
 
 /// A LoRA on every linear layer, with both factors random, for zeros might be skipped some day.

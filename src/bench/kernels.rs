@@ -5,9 +5,9 @@
 
 use super::{Figure, Options, Progress, check};
 use crate::base::Base;
+use crate::engine::Engine;
 use crate::error::Result;
 use crate::exec::infer::PREFILL_CHUNK;
-use crate::session::Session;
 use pocketlora_kernels::cpu::limits::Limits;
 use pocketlora_kernels::cpu::{Buffer, Matrix};
 use pocketlora_kernels::{Arithmetic, Attention, Backend, Cpu, Memory};
@@ -55,8 +55,8 @@ struct Product {
 }
 
 /// What the model runs, in inference and then in training.
-fn products(session: &Session, options: &Options) -> Vec<Product> {
-    let infer = session.numbers().arithmetic;
+fn products(engine: &Engine, options: &Options) -> Vec<Product> {
+    let infer = engine.numbers().arithmetic;
     let (prompt, sequence) = (options.prefill.min(PREFILL_CHUNK), options.sequence);
     let product = |op, tokens, head, arithmetic, backward| Product { op, tokens, head, arithmetic, backward };
     vec![
@@ -75,22 +75,22 @@ pub(super) struct Group<'a> {
     pub params: Vec<Param>,
 }
 
-/// Every operation that dominates the model's time, on the threads of `session`.
+/// Every operation that dominates the model's time, on the threads of `engine`.
 pub(super) fn measure(
-    session: &Session,
+    engine: &Engine,
     options: &Options,
     limits: &Limits,
     progress: &mut Progress<'_>,
 ) -> Result<Vec<Kernel>> {
-    let mut bench = Bench { base: session.base(), options, limits, progress, kernels: Vec::new() };
+    let mut bench = Bench { base: engine.base(), options, limits, progress, kernels: Vec::new() };
     let groups = groups(bench.base);
-    for product in products(session, options) {
+    for product in products(engine, options) {
         for group in groups.iter().filter(|g| product.head.is_none_or(|head| head == g.head)) {
             bench.product(&product, group)?;
         }
     }
     loss(&mut bench)?;
-    attention(session, &mut bench)?;
+    attention(engine, &mut bench)?;
     Ok(bench.kernels)
 }
 
@@ -165,7 +165,7 @@ impl Bench<'_, '_> {
     }
 
     /// Times `call(0..count)` as a whole, as often as there are trials.
-    fn time(&mut self, facts: Facts, count: usize, call: &mut (dyn FnMut(usize) + Send)) -> Result<()> {
+    fn time(&mut self, facts: Facts, count: usize, call: &mut dyn FnMut(usize)) -> Result<()> {
         let Facts { name, shape, layers, arithmetic, reads, bytes, ops } = facts;
         let backend = &self.base.backend;
         let name = format!("{name}@{}", backend.isa().name());
@@ -243,7 +243,7 @@ fn loss(bench: &mut Bench<'_, '_>) -> Result<()> {
 }
 
 /// Attention forward and back over a training sequence, and of one token over a cached text.
-fn attention(session: &Session, bench: &mut Bench<'_, '_>) -> Result<()> {
+fn attention(engine: &Engine, bench: &mut Bench<'_, '_>) -> Result<()> {
     let (base, t) = (bench.base, bench.options.sequence);
     let (config, backend) = (base.model.config(), &base.backend);
     let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
@@ -271,7 +271,7 @@ fn attention(session: &Session, bench: &mut Bench<'_, '_>) -> Result<()> {
         backend.attention_vjp(&spec, &[t], &q, &k, &v, &y, &lse, &dy, &mut dq, &mut dk, &mut dv);
     })?;
 
-    let dtype = session.numbers().cache;
+    let dtype = engine.numbers().cache;
     let mut cache = backend.cache(kv_heads, head_dim, dtype, None);
     backend.cache_append(&mut cache, &k, &v, 0..t)?;
     let (q, mut y) = (buffer(wide)?, buffer(wide)?);

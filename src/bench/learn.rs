@@ -3,15 +3,15 @@
 
 use super::{Figure, Options, Progress, check, infer};
 use crate::base::Base;
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::memory::Peak;
-use crate::session::Session;
 use crate::train::{Dataset, MemoryPlan, Observer, Sample, StepReport, TrainConfig, Trainer};
 use pocketlora_kernels::Backend;
 use std::ops::ControlFlow;
 use tempfile::TempDir;
 
-/// What one session gave.
+/// What one engine gave.
 pub(super) struct Training {
     pub rate: Figure,
     pub peak: Peak,
@@ -60,14 +60,14 @@ pub(super) fn steps<B: Backend>(
 }
 
 /// Measures whole optimizer steps of one sequence each, the first not counted.
-pub(super) fn measure(session: &Session, options: &Options, progress: &mut Progress<'_>) -> Result<Training> {
-    let Run { config, data, out } = Run::new(session.base(), options)?;
-    let mut trainer = session.trainer(config, data, None, None, out.path())?;
+pub(super) fn measure(engine: &Engine, options: &Options, progress: &mut Progress<'_>) -> Result<Training> {
+    let Run { config, data, out } = Run::new(engine.base(), options)?;
+    let mut trainer = engine.trainer(config, data, None, None, out.path())?;
     let mut rates = Vec::new();
-    steps(&mut trainer, options, progress, &mut |report| {
+    steps(trainer.inner(), options, progress, &mut |report| {
         rates.extend(report.map(|r| r.tokens as f64 / r.time.as_secs_f64()));
     })?;
-    Ok(Training { rate: Figure::new(rates), peak: trainer.peak(), plan: trainer.plan(session.mapped_bytes()) })
+    Ok(Training { rate: Figure::new(rates), peak: trainer.peak(), plan: trainer.plan() })
 }
 
 /// The loop here stops between steps by itself.

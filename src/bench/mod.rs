@@ -29,9 +29,8 @@ pub use machine::Machine;
 pub use profile::{OpTime, Profile};
 pub use work::Work;
 
+use crate::engine::{self, Engine};
 use crate::error::{Error, ErrorCode, Result};
-use crate::session;
-use crate::session::Session;
 use crate::train::{MemoryPlan, TrainConfig};
 use pocketlora_kernels::cpu::limits;
 use serde::Serialize;
@@ -235,28 +234,28 @@ struct First {
 ///
 /// # Errors
 /// The model cannot be opened, a setting is out of range, out of memory, stopped.
-pub fn run(dir: &Path, open: &session::Options, options: &Options, progress: &mut Progress<'_>) -> Result<Report> {
-    let sessions = Sessions { dir, open };
-    let options = &fitted(&sessions.open(1)?, options)?;
+pub fn run(dir: &Path, open: &engine::Options, options: &Options, progress: &mut Progress<'_>) -> Result<Report> {
+    let engines = Engines { dir, open };
+    let options = &fitted(&engines.open(1)?, options)?;
     let mut kernels = Vec::new();
     let mut model = None;
     let mut firsts = Vec::new();
     for threads in &options.threads {
         check(progress, &format!("the machine's limits, threads: {threads}"))?;
         let limits = limits::measure(*threads, options.trials)?;
-        let session = sessions.open(*threads)?;
-        let inference = infer::measure(&session, options, progress)?;
+        let engine = engines.open(*threads)?;
+        let inference = infer::measure(&engine, options, progress)?;
         if options.kernels {
-            kernels.extend(kernels::measure(&session, options, &limits, progress)?);
+            kernels.extend(kernels::measure(&engine, options, &limits, progress)?);
         }
-        model.get_or_insert_with(|| describe(&session));
-        let backend = &session.base().backend;
+        model.get_or_insert_with(|| describe(&engine));
+        let backend = &engine.base().backend;
         firsts.push(First { threads: backend.threads(), isa: backend.isa().name(), limits, inference });
     }
     let mut trainings = Vec::new();
     for first in firsts.iter_mut() {
         let training = match options.train {
-            true => Some(learn::measure(&sessions.open(first.threads)?, options, progress)?),
+            true => Some(learn::measure(&engines.open(first.threads)?, options, progress)?),
             false => None,
         };
         trainings.push(training);
@@ -319,22 +318,22 @@ pub struct TrainRun {
 /// As [`run`].
 pub fn train(
     dir: &Path,
-    open: &session::Options,
+    open: &engine::Options,
     options: &Options,
     progress: &mut Progress<'_>,
 ) -> Result<TrainReport> {
-    let sessions = Sessions { dir, open };
-    let first = sessions.open(1)?;
+    let engines = Engines { dir, open };
+    let first = engines.open(1)?;
     let (options, model) = (&fitted(&first, options)?, describe(&first));
     drop(first);
     let mut runs = Vec::new();
     for threads in &options.threads {
-        let session = sessions.open(*threads)?;
-        let training = learn::measure(&session, options, progress)?;
-        let isa = session.base().backend.isa().name();
-        drop(session);
+        let engine = engines.open(*threads)?;
+        let training = learn::measure(&engine, options, progress)?;
+        let isa = engine.base().backend.isa().name();
+        drop(engine);
         let profile =
-            if options.profile { Some(profile::measure(&sessions, *threads, options, progress)?) } else { None };
+            if options.profile { Some(profile::measure(&engines, *threads, options, progress)?) } else { None };
         runs.push(TrainRun {
             threads: *threads,
             isa,
@@ -350,20 +349,20 @@ pub fn train(
 }
 
 /// Opens the model anew for each part, so that none inherits another's memory.
-struct Sessions<'a> {
+struct Engines<'a> {
     dir: &'a Path,
-    open: &'a session::Options,
+    open: &'a engine::Options,
 }
 
-impl Sessions<'_> {
-    fn open(&self, threads: usize) -> Result<Session> {
-        Session::open(self.dir, &session::Options { threads, ..self.open.clone() })
+impl Engines<'_> {
+    fn open(&self, threads: usize) -> Result<Engine> {
+        Engine::open(self.dir, &engine::Options { threads, ..self.open.clone() })
     }
 }
 
 /// The options with lengths that the model's context allows and threads that are numbers.
-fn fitted(session: &Session, options: &Options) -> Result<Options> {
-    let context = session.base().model.config().max_positions;
+fn fitted(engine: &Engine, options: &Options) -> Result<Options> {
+    let context = engine.context_tokens();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut fitted = options.clone();
     for threads in &mut fitted.threads {
@@ -372,7 +371,7 @@ fn fitted(session: &Session, options: &Options) -> Result<Options> {
     if fitted.trials == 0 {
         return Err(Error::config("trials", "a whole number from 1", 0));
     }
-    fitted.threads.iter().try_for_each(|threads| session::check_threads(*threads))?;
+    fitted.threads.iter().try_for_each(|threads| engine::check_threads(*threads))?;
     for (name, length) in
         [("prefill", &mut fitted.prefill), ("decode", &mut fitted.decode), ("seq", &mut fitted.sequence)]
     {
@@ -384,13 +383,13 @@ fn fitted(session: &Session, options: &Options) -> Result<Options> {
     Ok(fitted)
 }
 
-fn describe(session: &Session) -> Model {
-    let base = session.base();
+fn describe(engine: &Engine) -> Model {
+    let base = engine.base();
     Model {
-        name: session.dir().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
+        name: engine.dir().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
         model_type: base.model.config().model_type.clone(),
-        mapped_bytes: session.mapped_bytes(),
-        work: Work::of(base, session.numbers().arithmetic),
+        mapped_bytes: engine.mapped_bytes(),
+        work: Work::of(base, engine.numbers().arithmetic),
     }
 }
 

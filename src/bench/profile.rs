@@ -2,7 +2,7 @@
 //!
 //! On a device that only records work the times are those of recording.
 
-use super::{Options, Progress, Sessions, learn};
+use super::{Engines, Options, Progress, learn};
 use crate::base::Base;
 use crate::error::Result;
 use crate::format::Checkpoint;
@@ -42,14 +42,14 @@ pub struct OpTime {
     pub share: f64,
 }
 
-/// Profiles training steps of the model that `sessions` open, the first not counted.
+/// Profiles training steps of the model that `engines` open, the first not counted.
 pub(super) fn measure(
-    sessions: &Sessions<'_>,
+    engines: &Engines<'_>,
     threads: usize,
     options: &Options,
     progress: &mut Progress<'_>,
 ) -> Result<Profile> {
-    let checkpoint = Checkpoint::open(sessions.dir)?;
+    let checkpoint = Checkpoint::open(engines.dir)?;
     let backend = Profiled::new(Cpu::with_table(threads, Table::from_env()?));
     let base = Arc::new(Base::load(backend, &checkpoint)?);
     let run = learn::Run::new(&base, options)?;
@@ -141,7 +141,7 @@ impl<B: Backend> Backend for Profiled<B> {
         call.lend(|call: Call<'_, B>| self.timed(name, shape, || self.inner.run(call)))
     }
 
-    fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+    fn scope<R>(&self, work: impl FnOnce() -> R) -> R {
         self.inner.scope(work)
     }
 

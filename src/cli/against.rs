@@ -3,8 +3,8 @@
 use super::bench::new_table;
 use crate::bench::ggml::{Quant, requantize};
 use crate::bench::{Against, Options, Progress, compare, gguf};
+use crate::engine;
 use crate::error::{Error, Result};
-use crate::session;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -28,7 +28,7 @@ impl Args {
         shape: Option<&str>,
         folder: &Path,
         dir: &Path,
-        open: &session::Options,
+        open: &engine::Options,
         options: &Options,
         progress: &mut Progress<'_>,
     ) -> Result<Option<(Value, String)>> {

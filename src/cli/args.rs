@@ -2,9 +2,9 @@
 
 use super::names;
 use crate::adapter::AdapterFile;
+use crate::engine::{Attached, Engine, Options, Precision, check_threads};
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::Sampling;
-use crate::session::{Options, Precision, Session, check_threads};
 use crate::tokenizer::SpecialText;
 use clap::{Args, ValueEnum};
 
@@ -67,6 +67,9 @@ pub(super) struct ModelArgs {
     /// Keep keys and values of the text in 8 bits: half the memory, at a small cost in quality.
     #[arg(long)]
     pub int8_cache: bool,
+    /// Most tokens of one text, prompt and answer together; memory grows with it. 0 takes what the model was made for.
+    #[arg(long, default_value_t = 0, value_name = "TOKENS")]
+    pub context: usize,
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
     #[arg(long)]
     pub no_quantize: bool,
@@ -77,35 +80,41 @@ pub(super) struct ModelArgs {
 
 impl ModelArgs {
     /// Opens the model, quantizing it into the cache at first use, and attaches the adapters.
-    pub fn open(&self) -> Result<Session> {
+    pub fn open(&self) -> Result<Engine> {
         // Before the model, which may take long to make.
         check_threads(self.threads)?;
         let adapters: Vec<_> = self.adapters.iter().map(|a| names::scaled_adapter(a)).collect::<Result<_>>()?;
         adapters.iter().try_for_each(|(dir, _)| AdapterFile::open(dir).map(|_| ()))?;
         let model = super::model::resolve(&self.model, !self.no_quantize)?;
-        let mut session = Session::open(
+        let engine = Engine::open(
             &model.path,
             &Options {
                 base_name: Some(model.name),
                 threads: self.threads,
                 precision: self.precision.into(),
                 int8_cache: self.int8_cache,
+                context: self.context,
                 special_text: self.special_tokens.into(),
                 ..options()
             },
         )?;
         for (dir, scale) in &adapters {
-            session.attach(dir, *scale)?;
+            engine.attach(dir, *scale)?;
         }
-        session.warnings().iter().for_each(|warning| eprintln!("note: {warning}"));
-        Ok(session)
+        engine.attached().iter().for_each(warn);
+        Ok(engine)
     }
 
     /// As [`ModelArgs::open`], for work on text: a model without a tokenizer is refused before it is quantized.
-    pub fn open_for_text(&self) -> Result<Session> {
+    pub fn open_for_text(&self) -> Result<Engine> {
         super::model::check_text(&self.model)?;
         self.open()
     }
+}
+
+/// Says what is odd about an adapter.
+pub(super) fn warn(adapter: &Attached) {
+    adapter.warnings.iter().for_each(|warning| eprintln!("note: {warning}"));
 }
 
 /// What all commands open models with: copies that speed them up lie in the model cache.

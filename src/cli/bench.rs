@@ -3,9 +3,9 @@
 use super::args::{PrecisionArg, at_least_one, megabytes, options, print_json, stopped};
 use super::{interrupt, model, names, progress};
 use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, TrainReport, shape};
+use crate::engine;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::write_bytes;
-use crate::session;
 use crate::train::{TrainConfig, TrainPrecision};
 use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
@@ -74,10 +74,10 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    args.threads.iter().try_for_each(|&threads| session::check_threads(threads))?;
+    args.threads.iter().try_for_each(|&threads| engine::check_threads(threads))?;
     let settings = settings(args)?;
     let work = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
-    let mut open = session::Options { precision: args.precision.into(), ids_only: true, ..options() };
+    let mut open = engine::Options { precision: args.precision.into(), ids_only: true, ..options() };
     let folder = args.keep.as_deref().unwrap_or(work.path());
     let dir = match &args.shape {
         Some(name) => {

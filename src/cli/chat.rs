@@ -1,18 +1,18 @@
 //! `pocketlora chat`: a conversation at the terminal.
 
-use super::args::{ModelArgs, SamplingArgs, at_least_one};
+use super::answer::Printer;
+use super::args::{ModelArgs, SamplingArgs, at_least_one, warn};
 use super::generate::stats_line;
-use super::{interrupt, names, out, print_error};
+use super::{interrupt, names, print_error};
 use crate::chat::Message;
+use crate::engine::{self, Engine};
 use crate::error::{Error, ErrorCode, Result};
-use crate::generate::{Finish, Sampling};
+use crate::generate::Finish;
 use crate::hub::Hub;
-use crate::session::Session;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead as _, IsTerminal as _, Read as _, Seek as _, SeekFrom, Write as _};
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -23,7 +23,7 @@ const HELP: &str = "\
 /stats                print speed and memory after each answer, or stop doing so
 /help                 this text
 /quit                 leave (so does Ctrl-D)
-Ctrl-C stops an answer. A question that begins with a slash needs a space before it.";
+Ctrl-C stops an answer, also while a long text is read. A question that begins with a slash needs a space before it.";
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -43,31 +43,25 @@ pub(super) struct Args {
 }
 
 struct Chat {
-    session: Session,
-    messages: Vec<Message>,
+    engine: Engine,
+    inner: engine::Chat,
     system: Option<String>,
-    sampling: Sampling,
-    max_tokens: usize,
     stats: bool,
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
     let sampling = args.sampling.sampling(0.7, 0.9, now)?;
-    let session = args.model.open_for_text()?;
+    let engine = args.model.open_for_text()?;
     // Now rather than at every question.
     match &args.system {
-        Some(_) => session.template()?.check_system()?,
-        None => session.template()?.check()?,
+        Some(_) => engine.text()?.template.check_system()?,
+        None => engine.text()?.template.check()?,
     }
-    let mut chat = Chat {
-        session,
-        messages: Vec::new(),
-        system: args.system,
-        sampling,
-        max_tokens: args.max_tokens,
-        stats: args.stats,
-    };
+    let mut inner = engine.chat()?;
+    (inner.sampling, inner.max_tokens) = (sampling, args.max_tokens);
+    inner.set_cancel_token(interrupt::cancel());
+    let mut chat = Chat { engine, inner, system: args.system, stats: args.stats };
     chat.forget();
     eprintln!("{} is listening; /help shows the commands", args.model.model);
     let piped = !io::stdin().is_terminal();
@@ -95,12 +89,13 @@ pub(super) fn run(args: Args) -> Result<()> {
                     let _ = editor.append_history(path);
                 }
                 match line.strip_prefix('/').map(str::trim) {
-                    None => chat.answer(line.trim()),
                     Some("quit" | "exit") => break,
-                    Some(command) => {
-                        if let Err(e) = chat.command(command) {
-                            print_error("error", &e);
-                        }
+                    command => {
+                        let done = match command {
+                            None => chat.answer(line.trim()),
+                            Some(command) => chat.command(command),
+                        };
+                        done.unwrap_or_else(|e| print_error("error", &e));
                     }
                 }
             }
@@ -126,68 +121,63 @@ fn history() -> Option<PathBuf> {
 
 impl Chat {
     fn forget(&mut self) {
-        self.messages = self.system.iter().map(|s| Message::new("system", s)).collect();
+        self.inner.set_messages(self.system.iter().map(|s| Message::new("system", s)).collect());
     }
 
     /// Turns that were said, the system prompt not counted.
     fn turns(&self) -> usize {
-        self.messages.len() - self.system.iter().len()
+        self.inner.messages().len() - self.system.iter().len()
     }
 
-    /// One turn. An answer that failed or was stopped before its first word takes the question with it, so that the
-    /// template never sees two questions in a row.
-    fn answer(&mut self, question: &str) {
-        self.messages.push(Message::new("user", question));
-        match self.say() {
-            Ok(text) if text.is_empty() => drop(self.messages.pop()),
-            Ok(text) => self.messages.push(Message::new("assistant", text)),
-            Err(e) => {
-                self.messages.pop();
-                print_error("error", &e);
-            }
+    /// The answer to `question`, as it comes.
+    fn answer(&mut self, question: &str) -> Result<()> {
+        let mut turns = self.inner.messages().to_vec();
+        turns.push(Message::new("user", question));
+        let (tokens, context) = (self.inner.prompt_of(&turns)?.len(), self.engine.context_tokens());
+        if tokens >= context {
+            return Err(self.too_long(tokens, context));
         }
-    }
-
-    /// The answer to the conversation, as it comes.
-    fn say(&mut self) -> Result<String> {
-        let ids = self.session.prompt(&self.messages)?;
-        let context = self.session.context_tokens();
-        if ids.len() >= context {
-            return Err(self.too_long(ids.len(), context));
-        }
-        let answered = self.session.generate(&ids, self.max_tokens, &self.sampling, &mut |piece| {
-            print!("{piece}");
-            out::flush();
-            if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        });
+        let mut printer = Printer::new(true);
+        let answered = self.inner.ask(question, &mut printer);
+        drop(printer);
         println!();
-        let (text, done) = answered?;
-        self.sampling.seed = self.sampling.seed.wrapping_add(1);
-        match done.finish {
+        let answer = answered?;
+        match answer.generated.finish {
             Finish::Length => eprintln!(
                 "(cut after {} tokens, before its end; `go on` may continue it, `chat -n` with a larger number cuts later)",
-                self.max_tokens
+                self.inner.max_tokens
             ),
-            Finish::Context if self.turns() > 1 => {
-                eprintln!("(cut: the conversation fills the model's context of {context} tokens; /reset forgets it)");
+            Finish::Context if self.turns() > 2 => {
+                eprintln!("(cut: the conversation fills the {}; /reset forgets it)", self.context());
             }
-            Finish::Context => eprintln!("(cut: question and answer fill the model's context of {context} tokens)"),
+            Finish::Context => eprintln!("(cut: question and answer fill the {})", self.context()),
+            Finish::Cancelled if answer.text.is_empty() => eprintln!("(stopped; the question is forgotten)"),
             Finish::Stop | Finish::Cancelled => {}
         }
         if self.stats {
-            eprintln!("{}", stats_line(&done, self.session.peak_anonymous_bytes(), self.session.mapped_bytes()));
+            let (peak, mapped) = (self.engine.peak_anonymous_bytes(), self.engine.mapped_bytes());
+            eprintln!("{}", stats_line(&answer.generated, peak, mapped));
         }
-        Ok(text)
+        Ok(())
+    }
+
+    /// What is full.
+    fn context(&self) -> String {
+        let (tokens, kilobytes) = (self.engine.context_tokens(), self.engine.bytes_per_token() as f64 / 1e3);
+        match self.engine.is_context_bound() {
+            true => format!("context of {tokens} tokens; a larger `--context` takes {kilobytes:.1} kB a token"),
+            false => format!("model's context of {tokens} tokens"),
+        }
     }
 
     /// With advice that helps: what is long is the history, or else the question.
     fn too_long(&self, tokens: usize, context: usize) -> Error {
         let (what, next) = match self.turns() {
-            1 => ("question", "shorten it"),
+            0 => ("question", "shorten it"),
             _ => ("conversation with this question", "`/reset` forgets what was said, then ask again"),
         };
-        let message =
-            format!("expected fewer than the {context} tokens of the model's context, got `{tokens}`; {next}");
+        let whose = if self.engine.is_context_bound() { "that `--context` allows" } else { "of the model's context" };
+        let message = format!("expected fewer than the {context} tokens {whose}, got `{tokens}`; {next}");
         Error::new(ErrorCode::Data, what, message)
     }
 
@@ -204,21 +194,20 @@ impl Chat {
                 eprintln!("(speed and memory after each answer: {})", if self.stats { "on" } else { "off" });
             }
             ("adapter", "") => {
-                if self.session.attached().is_empty() {
+                let attached = self.engine.attached();
+                if attached.is_empty() {
                     eprintln!("(no adapter is attached)");
                 }
-                for (dir, scale) in self.session.attached() {
-                    println!("{}={scale}", dir.display());
-                }
+                attached.iter().for_each(|adapter| println!("{}={}", adapter.dir.display(), adapter.scale));
             }
             ("adapter", "none") => {
-                self.session.detach_all();
+                self.engine.detach_all();
                 eprintln!("(no adapter is attached)");
             }
             ("adapter", which) => {
-                let ((dir, scale), known) = (names::scaled_adapter(which)?, self.session.warnings().len());
-                self.session.attach(&dir, scale)?;
-                self.session.warnings()[known..].iter().for_each(|warning| eprintln!("note: {warning}"));
+                let (dir, scale) = names::scaled_adapter(which)?;
+                self.engine.attach(&dir, scale)?;
+                self.engine.attached().last().into_iter().for_each(warn);
                 eprintln!("(attached {})", dir.display());
             }
             ("save", "") => return Err(Error::config("/save", "a file name", "nothing")),
@@ -238,7 +227,7 @@ impl Chat {
             let message = "expected a question and its answer, got none yet; ask something first";
             return Err(Error::new(ErrorCode::Data, "/save", message));
         }
-        let line = serde_json::json!({ "messages": self.messages });
+        let line = serde_json::json!({ "messages": self.inner.messages() });
         let failed = |e| Error::io("write", path, e);
         let mut file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(failed)?;
         if !is_empty_or_json_lines(&mut file).map_err(failed)? {

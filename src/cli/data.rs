@@ -7,7 +7,7 @@ use crate::adapter::AdapterFile;
 use crate::base::architecture_of;
 use crate::error::Result;
 use crate::format::{folder_of, model_of, open_source};
-use crate::text::open_with;
+use crate::text::{Text, open_with};
 use crate::tokenizer::{SpecialText, Tokenizer};
 use crate::train::{DataReport, Dataset, Overlap, Sample, SampleLimits, TrainConfig, hold_out};
 use serde_json::{Value, json};
@@ -40,7 +40,7 @@ pub(super) fn dry_run(
     let built = architecture_of(source.config(), &dir)?;
     let dir = if dir.is_dir() { dir } else { folder_of(&dir) };
     let new_rows = init.and_then(AdapterFile::vocabulary);
-    let (tokenizer, template) =
+    let Text { tokenizer, template } =
         open_with(&dir, init.map(|file| (file.dir.as_path(), new_rows.is_some())), special_text)?;
     let vocab = new_rows.unwrap_or(built.config().vocab_size);
     let limits = SampleLimits { tokens: config.seq.min(built.config().max_positions), vocab };

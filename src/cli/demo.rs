@@ -4,10 +4,9 @@ use super::args::{megabytes, print_json};
 use super::train::Watcher;
 use super::{interrupt, model, progress};
 use crate::chat::Message;
+use crate::engine::{Answer, Engine, Options};
 use crate::error::{Error, ErrorCode, Result};
-use crate::generate::Sampling;
 use crate::hub::Hub;
-use crate::session::{Options, Session};
 use crate::train::{Summary, TrainConfig};
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
 use serde::Deserialize;
@@ -61,23 +60,23 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     eprintln!("1. a model of 135 million parameters");
     let model = model::resolve(model::DEFAULT, true)?;
     let options = Options { threads: args.threads, base_name: Some(model.name), ..super::args::options() };
-    let mut session = Session::open(&model.path, &options)?;
-    eprintln!("   {} of 4-bit weights, mapped from {}", megabytes(session.mapped_bytes()), model.path.display());
+    let engine = Engine::open(&model.path, &options)?;
+    eprintln!("   {} of 4-bit weights, mapped from {}", megabytes(engine.mapped_bytes()), model.path.display());
 
     let questions = questions(if args.short { SHORT_FACTS } else { usize::MAX });
     eprintln!("2. {} questions about a person it has never heard of", questions.len());
-    let (before, _) = ask(&mut session, &questions)?;
+    let (before, _) = ask(&engine, &questions)?;
 
     eprintln!("3. teaching it, on this machine");
     let home = Hub::from_env()?.home.join("demo");
-    let summary = teach(&session, &questions, &home, args)?;
+    let summary = teach(&engine, &questions, &home, args)?;
     if !summary.done {
         return Err(super::args::stopped("demo"));
     }
 
     eprintln!("4. the same questions, in words it was not taught with");
-    session.attach(&summary.adapter, 1.0)?;
-    let (after, cut) = ask(&mut session, &questions)?;
+    engine.attach(&summary.adapter, 1.0)?;
+    let (after, cut) = ask(&engine, &questions)?;
 
     let recall = |answers: &[String]| {
         let right = questions.iter().zip(answers).filter(|(q, a)| q.is_answered_by(a)).count();
@@ -91,7 +90,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
             "recall_before": known_before, "recall_after": known_after, "seconds": seconds,
             "train_seconds": summary.time.as_secs_f64(), "train_tok_s": train_rate, "facts": questions.len(), "cut": cut,
             "trained_tokens": summary.trained_tokens, "peak_anonymous_bytes": summary.peak_anonymous_bytes,
-            "mapped_bytes": session.mapped_bytes(), "adapter": summary.adapter,
+            "mapped_bytes": engine.mapped_bytes(), "adapter": summary.adapter,
         }));
     } else {
         println!("{}", table(&questions, &before, &after));
@@ -100,7 +99,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
             "{seconds:.0} s in all; training {:.0} s, {train_rate:.0} tok/s, {} anonymous memory at most, {} mapped",
             summary.time.as_secs_f64(),
             summary.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
-            megabytes(session.mapped_bytes())
+            megabytes(engine.mapped_bytes())
         );
         println!("talk to it: pocketlora chat -m {} -a demo", model::DEFAULT);
     }
@@ -123,17 +122,19 @@ fn questions(limit: usize) -> Vec<Question> {
 }
 
 /// Greedy answers, each in a conversation of its own, and how many of them were cut.
-fn ask(session: &mut Session, questions: &[Question]) -> Result<(Vec<String>, usize)> {
+fn ask(engine: &Engine, questions: &[Question]) -> Result<(Vec<String>, usize)> {
     let bar = progress::count(questions.len() as u64, "ask");
+    let mut chat = engine.chat()?;
+    chat.max_tokens = ANSWER_TOKENS;
+    chat.set_cancel_token(interrupt::cancel());
     let (mut answers, mut cut) = (Vec::with_capacity(questions.len()), 0);
     for q in questions {
         let messages = [Message::new("user", &q.question)];
-        let mut on_text = |_: &str| if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
-        let (text, done) = session.chat(&messages, ANSWER_TOKENS, &Sampling::default(), &mut on_text)?;
+        let Answer { text, generated, .. } = chat.reply(&messages, &mut |_: &str| ControlFlow::Continue(()))?;
         if interrupt::asked() {
             return Err(super::args::stopped("demo"));
         }
-        cut += usize::from(done.finish.is_cut());
+        cut += usize::from(generated.finish.is_cut());
         answers.push(text.trim().to_owned());
         bar.inc(1);
     }
@@ -142,7 +143,7 @@ fn ask(session: &mut Session, questions: &[Question]) -> Result<(Vec<String>, us
 }
 
 /// Trains on the facts that are asked about; data and adapter stay in the cache for the curious.
-fn teach(session: &Session, questions: &[Question], home: &Path, args: &Args) -> Result<Summary> {
+fn teach(engine: &Engine, questions: &[Question], home: &Path, args: &Args) -> Result<Summary> {
     fs::create_dir_all(home).map_err(|e| Error::io("create", home, e))?;
     let asked = |line: &&str| questions.iter().any(|q| line.contains(&format!("\"fact\":\"{}\"", q.fact)));
     let lines: Vec<&str> = TRAIN.lines().filter(asked).collect();
@@ -157,8 +158,8 @@ fn teach(session: &Session, questions: &[Question], home: &Path, args: &Args) ->
         save_seconds: 0,
         ..TrainConfig::default()
     };
-    let data = session.dataset(&path, config.seq)?;
-    let mut trainer = session.trainer(config, data, None, None, &home.join("adapter"))?;
+    let data = engine.dataset(&path, config.seq)?;
+    let mut trainer = engine.trainer(config, data, None, None, &home.join("adapter"))?;
     let mut watcher = Watcher::new(trainer.total_steps(), 0, false);
     let summary = trainer.run(&mut watcher);
     watcher.bar.finish_and_clear();

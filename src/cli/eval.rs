@@ -3,6 +3,7 @@
 use super::args::{ModelArgs, at_least_one, megabytes, print_json, stopped};
 use super::model::is_copy;
 use super::{interrupt, names, outputs, progress};
+use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{
     Expected, LabelBy, Metric, Record, Records, Score, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
@@ -10,7 +11,6 @@ use crate::eval::{
 };
 use crate::format::foreign;
 use crate::memory::Peak;
-use crate::session::Session;
 use crate::train::Unused;
 use serde_json::{Map, Value, json};
 use std::fs;
@@ -96,8 +96,8 @@ fn check_files(args: &Args) -> Result<()> {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     check_files(args)?;
-    let mut session = if args.what.ids.is_some() { args.model.open()? } else { args.model.open_for_text()? };
-    let copy = is_copy(session.dir());
+    let engine = if args.what.ids.is_some() { args.model.open()? } else { args.model.open_for_text()? };
+    let copy = is_copy(engine.dir());
     if copy {
         eprintln!(
             "note: these are figures of an NF4 copy of {}, made at first use; for its own weights, give `--no-quantize` \
@@ -113,17 +113,17 @@ pub(super) fn run(args: &Args) -> Result<()> {
         peak.sample();
         !interrupt::asked()
     };
-    let found = find(args, &mut session, &mut on_progress);
+    let found = find(args, &engine, &mut on_progress);
     bar.finish_and_clear();
     let found = found.map_err(|e| if e.code() == ErrorCode::Cancelled { stopped("evaluation") } else { e })?;
-    let (seconds, peak) = (start.elapsed().as_secs_f64(), peak.bytes().max(session.peak_anonymous_bytes()));
+    let (seconds, peak) = (start.elapsed().as_secs_f64(), peak.bytes().max(engine.peak_anonymous_bytes()));
     if args.json {
         let mut json = found.json();
         json.insert("weights".into(), if copy { "nf4 copy" } else { "as given" }.into());
         json.insert("seconds".into(), seconds.into());
         json.insert("tok_s".into(), (tokens as f64 / seconds).into());
         json.insert("peak_anonymous_bytes".into(), peak.into());
-        json.insert("mapped_bytes".into(), session.mapped_bytes().into());
+        json.insert("mapped_bytes".into(), engine.mapped_bytes().into());
         print_json(&json.into());
     } else {
         found.print();
@@ -134,22 +134,22 @@ pub(super) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn find(args: &Args, session: &mut Session, on_progress: &mut (dyn FnMut(usize) -> bool + Send)) -> Result<Found> {
+fn find(args: &Args, engine: &Engine, on_progress: &mut dyn FnMut(usize) -> bool) -> Result<Found> {
     let score = if let Some(path) = &args.what.text {
         let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
         let text = foreign::text(path, bytes)?;
-        let ids = session.tokenizer()?.encode(&text, true)?;
+        let ids = engine.text()?.tokenizer.encode(&text, true)?;
         let window = if args.window == 0 { ids.len() } else { args.window };
-        score_text(session, &ids, window, on_progress).map_err(|e| named(e, path))?
+        score_text(engine, &ids, window, on_progress).map_err(|e| named(e, path))?
     } else if let Some(path) = &args.what.data {
-        return find_in_data(&args.tasks, path, session, on_progress);
+        return find_in_data(&args.tasks, path, engine, on_progress);
     } else {
         let path = args.what.ids.as_deref().expect("clap requires one of the three");
         let lists = read_ids(path)?;
         let score = match &args.save_logits {
-            Some(out) => crate::eval::save_logits(session, &lists, out, on_progress),
+            Some(out) => crate::eval::save_logits(engine, &lists, out, on_progress),
             None => lists.iter().enumerate().try_fold(Score::default(), |sum, (i, ids)| {
-                let score = score_text(session, ids, ids.len(), on_progress);
+                let score = score_text(engine, ids, ids.len(), on_progress);
                 Ok(sum + score.map_err(|e| e.at(format!("array {i}")))?)
             }),
         };
@@ -161,8 +161,8 @@ fn find(args: &Args, session: &mut Session, on_progress: &mut (dyn FnMut(usize) 
 fn find_in_data(
     args: &TaskArgs,
     path: &Path,
-    session: &mut Session,
-    on_progress: &mut (dyn FnMut(usize) -> bool + Send),
+    engine: &Engine,
+    on_progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<Found> {
     // For the perplexity of training samples nothing is asked.
     let asked = &args.metrics;
@@ -171,14 +171,14 @@ fn find_in_data(
     let metrics = if only_loss { vec![Metric::Perplexity] } else { metrics_for(&records, asked)? };
     let mut found = Found { unused: Some(unused), ..Found::default() };
     if metrics.contains(&Metric::Perplexity) {
-        let data = session.held_out_dataset(path, usize::MAX)?;
-        found.score = Some(score_data(session, &data, on_progress)?);
+        let data = engine.held_out_dataset(path, usize::MAX)?;
+        found.score = Some(score_data(engine, &data, on_progress)?);
         found.unused = Some(data.unused);
     }
     if metrics.iter().any(|m| *m != Metric::Perplexity) {
         let options = TaskOptions { label_by: args.labels_by, max_tokens: args.max_tokens, stemmer: args.stemmer };
         found.records = Some(records.len());
-        found.tasks = run_tasks(session, &records, &metrics, &options, on_progress).map_err(|e| named(e, path))?;
+        found.tasks = run_tasks(engine, &records, &metrics, &options, on_progress).map_err(|e| named(e, path))?;
     }
     if let Some(out) = &args.answers {
         write_answers(out, &records, &found.tasks)?;

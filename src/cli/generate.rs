@@ -1,12 +1,13 @@
 //! `pocketlora generate`: one prompt, one answer.
 
+use super::answer::Printer;
 use super::args::{ModelArgs, SamplingArgs, at_least_one, megabytes, print_json};
-use super::{interrupt, out};
+use super::interrupt;
 use crate::chat::Message;
+use crate::engine::Answer;
 use crate::error::Result;
 use crate::generate::Finish;
 use serde_json::json;
-use std::ops::ControlFlow;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -36,27 +37,24 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let sampling = args.sampling.sampling(0.0, 1.0, 0)?;
-    let mut session = args.model.open_for_text()?;
-    let json = args.json;
-    let mut on_text = |piece: &str| {
-        if !json {
-            print!("{piece}");
-            out::flush();
-        }
-        if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    };
+    let engine = args.model.open_for_text()?;
     if args.system.is_some() {
-        session.template()?.check_system()?;
+        engine.text()?.template.check_system()?;
     }
-    let (text, done) = if args.chat {
+    let mut chat = engine.chat()?;
+    (chat.sampling, chat.max_tokens) = (sampling, args.max_tokens);
+    chat.set_cancel_token(interrupt::cancel());
+    let mut printer = Printer::new(!args.json);
+    let Answer { text, generated: done, .. } = if args.chat {
         let mut messages: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();
         messages.push(Message::new("user", &args.prompt));
-        session.chat(&messages, args.max_tokens, &sampling, &mut on_text)?
+        chat.reply(&messages, &mut printer)?
     } else {
-        session.complete(&args.prompt, args.max_tokens, &sampling, &mut on_text)?
+        chat.complete(&args.prompt, &mut printer)?
     };
-    let peak = session.peak_anonymous_bytes();
-    if json {
+    drop(printer);
+    let peak = engine.peak_anonymous_bytes();
+    if args.json {
         print_json(&json!({
             "text": text,
             "prompt_tokens": done.prompt_tokens,
@@ -66,7 +64,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             "prefill_tok_s": done.prefill_rate(),
             "decode_tok_s": done.decode_rate(),
             "peak_anonymous_bytes": peak,
-            "mapped_bytes": session.mapped_bytes(),
+            "mapped_bytes": engine.mapped_bytes(),
         }));
     } else {
         println!();
@@ -75,14 +73,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
             Finish::Context => eprintln!(
                 "(cut before its end: the model's context of {} tokens is full, {} of them the prompt's; a shorter \
                  prompt leaves more room)",
-                session.context_tokens(),
+                engine.context_tokens(),
                 done.prompt_tokens
             ),
             Finish::Stop | Finish::Cancelled => {}
         }
     }
     if args.stats {
-        eprintln!("{}", stats_line(&done, peak, session.mapped_bytes()));
+        eprintln!("{}", stats_line(&done, peak, engine.mapped_bytes()));
     }
     Ok(())
 }

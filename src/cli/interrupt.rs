@@ -3,6 +3,8 @@
 //! from some senders, such as a terminal that is closed and its shell.
 
 use super::out;
+use crate::engine::Cancel;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 const CTRL_C: i32 = 2;
@@ -12,7 +14,14 @@ static ASKED: AtomicI32 = AtomicI32::new(0);
 /// Nothing is at work that could look at a wish.
 static IDLE: AtomicBool = AtomicBool::new(false);
 
+/// The wish as chats look at it, which ask between the layers of a prompt, too.
+pub(super) fn cancel() -> Cancel {
+    static CANCEL: OnceLock<Cancel> = OnceLock::new();
+    CANCEL.get_or_init(Cancel::new).clone()
+}
+
 fn received(signal: i32) {
+    cancel().cancel();
     let first = ASKED.compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed).is_ok();
     let again = signal == CTRL_C && !first;
     if again || signal != CTRL_C && IDLE.load(Ordering::Relaxed) {
@@ -54,6 +63,9 @@ pub(super) fn asked() -> bool {
 pub(super) fn take() -> bool {
     let asked = asked();
     let _ = ASKED.compare_exchange(CTRL_C, 0, Ordering::Relaxed, Ordering::Relaxed);
+    if !self::asked() {
+        cancel().reset();
+    }
     asked
 }
 

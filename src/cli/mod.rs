@@ -10,6 +10,7 @@ mod outputs;
 
 #[cfg(feature = "ggml")]
 mod against;
+mod answer;
 mod args;
 mod bench;
 mod chat;

@@ -7,10 +7,9 @@ mod metrics;
 pub use metrics::*;
 
 use crate::base::Pool;
+use crate::engine::{Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::infer::{PREFILL_CHUNK, Sequence, Step, Workspace};
 use crate::memory::Peak;
-use crate::session::Session;
 use crate::train::{Dataset, Layout, MicroBatch, Watch, micro_step};
 use pocketlora_kernels::Backend;
 
@@ -64,38 +63,27 @@ impl std::ops::Add for Score {
 /// # Errors
 /// Too long for the context, an id outside the vocabulary, stopped.
 pub fn logits_of(
-    session: &Session,
+    engine: &Engine,
     ids: &[u32],
-    progress: &mut (dyn FnMut(usize) -> bool + Send),
-    on_row: &mut (dyn FnMut(usize, &[f32]) -> Result<()> + Send),
+    progress: &mut dyn FnMut(usize) -> bool,
+    on_row: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
 ) -> Result<()> {
-    let (base, adapters) = (session.base(), session.adapters());
-    let config = base.model.config();
-    if ids.len() > config.max_positions {
-        let message =
-            format!("expected at most the context's {} tokens, got `{}`; use windows", config.max_positions, ids.len());
+    let (set, limit) = (engine.all(), engine.context_tokens());
+    if ids.len() > limit {
+        let message = format!("expected at most the context's {limit} tokens, got `{}`; use windows", ids.len());
         return Err(Error::new(ErrorCode::Data, "text", message));
     }
-    base.backend.scope(|| {
-        let mut sequence = Sequence::new(base, session.numbers().cache)?;
-        let mut work = Workspace::new(session.numbers().arithmetic);
-        let vocab = adapters.replaced().vocabulary(base);
-        let mut row = 0;
-        for chunk in ids.chunks(PREFILL_CHUNK) {
-            let step = Step { sequence: &mut sequence, ids: chunk, adapters, logits: 0..chunk.len() };
-            base.forward(&mut work, &mut [step], &mut || true, &mut |logits| {
-                for one in logits.values.chunks_exact(vocab) {
-                    on_row(row, one)?;
-                    row += 1;
-                }
-                Ok(())
-            })?;
-            if !progress(chunk.len()) {
-                return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));
-            }
-        }
-        Ok(())
+    let mut transcript = Transcript::new(engine.base(), engine.numbers())?;
+    let mut told = 0;
+    transcript.read(engine.on(&set.adapters), ids, 0, &mut || true, on_row, &mut |done| {
+        let new = done - std::mem::replace(&mut told, done);
+        if progress(new) { Ok(()) } else { Err(stopped()) }
     })
+}
+
+/// The error of an evaluation that somebody stopped.
+fn stopped() -> Error {
+    Error::new(ErrorCode::Cancelled, "evaluation", "stopped")
 }
 
 /// Scores every token of `ids` but the first of each window of `window` tokens; windows do not overlap.
@@ -103,10 +91,10 @@ pub fn logits_of(
 /// # Errors
 /// As [`logits_of`]; fewer than two tokens, in all or in a window, a loss that is not a number.
 pub fn score_text(
-    session: &Session,
+    engine: &Engine,
     ids: &[u32],
     window: usize,
-    progress: &mut (dyn FnMut(usize) -> bool + Send),
+    progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<Score> {
     if ids.len() < 2 {
         let message = format!("expected at least two tokens, got `{}`; give a longer text", ids.len());
@@ -117,7 +105,7 @@ pub fn score_text(
     }
     let mut score = Score::default();
     for part in ids.chunks(window) {
-        logits_of(session, part, progress, &mut |row, logits| {
+        logits_of(engine, part, progress, &mut |row, logits| {
             if let Some(&next) = part.get(row + 1) {
                 score.tokens += 1;
                 score.nll_sum += nll(logits, next as usize);
@@ -132,40 +120,25 @@ pub fn score_text(
 ///
 /// # Errors
 /// An id outside the vocabulary, a loss that is not a number, stopped, out of memory.
-pub fn score_data(
-    session: &Session,
-    data: &Dataset,
-    progress: &mut (dyn FnMut(usize) -> bool + Send),
-) -> Result<Score> {
-    let base = session.base();
-    base.backend.scope(|| {
-        let (mut score, mut pool, mut peak) = (Score::default(), Pool::default(), Peak::default());
-        for sample in &data.samples {
-            let micro = MicroBatch::new([sample]);
-            let mut watch = Watch { keep_going: &mut || true, peak: &mut peak };
-            pool.clear();
-            score.nll_sum += {
-                let arithmetic = session.numbers().arithmetic;
-                micro_step(
-                    base,
-                    session.adapters(),
-                    &micro,
-                    1.0,
-                    None,
-                    arithmetic,
-                    &Layout::fast(false),
-                    None,
-                    &mut pool,
-                    &mut watch,
-                )?
-            };
-            score.tokens += micro.trained();
-            if !progress(micro.tokens()) {
-                return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));
-            }
+pub fn score_data(engine: &Engine, data: &Dataset, progress: &mut dyn FnMut(usize) -> bool) -> Result<Score> {
+    let (base, set, arithmetic) = (engine.base(), engine.all(), engine.numbers().arithmetic);
+    let (mut score, mut pool, mut peak) = (Score::default(), Pool::default(), Peak::default());
+    for sample in &data.samples {
+        let micro = MicroBatch::new([sample]);
+        let mut watch = Watch { keep_going: &mut || true, peak: &mut peak };
+        pool.clear();
+        let turn = engine.turn().take();
+        score.nll_sum += base.backend.scope(|| {
+            let (adapters, layout) = (&set.adapters, Layout::fast(false));
+            micro_step(base, adapters, &micro, 1.0, None, arithmetic, &layout, None, &mut pool, &mut watch)
+        })?;
+        drop(turn);
+        score.tokens += micro.trained();
+        if !progress(micro.tokens()) {
+            return Err(stopped());
         }
-        score.checked()
-    })
+    }
+    score.checked()
 }
 
 /// `-log softmax(logits)[target]`, in f64; NaN where a logit is not finite.

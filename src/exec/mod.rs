@@ -14,11 +14,10 @@ mod tape;
 
 /// Forward with a tape and the backward pass over it.
 ///
-/// A [`Tape`] holds one layer (or the head) at a time: training keeps some layers' inputs, runs each layer again when its
+/// A tape holds one layer (or the head) at a time: training keeps some layers' inputs, runs each layer again when its
 /// gradient is due, and drops the tape.
 pub mod train {
     pub use super::pass::{Batch, Pass};
-    pub use super::tape::Tape;
 }
 
 use tape::Tape;

@@ -88,8 +88,6 @@ impl Sampler {
         if filters.is_empty() {
             return self.choose(logits);
         }
-        // Told apart from what filters make of it.
-        check(logits)?;
         filters.iter_mut().try_for_each(|filter| filter.apply(logits, context))?;
         if let Some(at) = logits.iter().position(|&l| broken(l)) {
             let message = format!("expected numbers or `-inf`, got `{}` from a filter; mend the filter", logits[at]);
@@ -158,12 +156,17 @@ impl Sampler {
     }
 }
 
-/// Whether no model that works gives this logit. `-inf` is a token that must not come.
+/// Whether a logit is neither a number nor `-inf`, which is a token that must not come.
 fn broken(logit: f32) -> bool {
     logit.is_nan() || logit == f32::INFINITY
 }
 
-fn check(logits: &[f32]) -> Result<()> {
+/// Checks what a model gives, before filters: it masks nothing itself.
+pub(crate) fn check_finite(logits: &[f32]) -> Result<()> {
+    check(logits, |logit| !logit.is_finite())
+}
+
+fn check(logits: &[f32], broken: impl Fn(f32) -> bool) -> Result<()> {
     let Some(at) = logits.iter().position(|&l| broken(l)) else { return Ok(()) };
     let message = format!(
         "expected finite numbers, got `{}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
@@ -175,7 +178,7 @@ fn check(logits: &[f32]) -> Result<()> {
 
 /// Index of the first of the largest.
 fn argmax(logits: &[f32]) -> Result<usize> {
-    check(logits)?;
+    check(logits, broken)?;
     let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
     match best {
         Some((at, &logit)) if logit > f32::NEG_INFINITY => Ok(at),

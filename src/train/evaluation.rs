@@ -81,7 +81,8 @@ impl<B: Backend> Trainer<B> {
 
     /// Mean loss of the learned tokens of `data`.
     fn mean_loss(&mut self, data: &Dataset, observer: &mut dyn Observer) -> Result<f64> {
-        let base = Arc::clone(&self.base);
+        let (base, queue) = (Arc::clone(&self.base), self.turn.clone());
+        let _turn = queue.take();
         let loss = base.backend.scope(|| {
             let losses = data.samples.iter().map(|s| self.micro(&MicroBatch::new([s]), 1.0, None, false, observer));
             losses.sum::<Result<f64>>()

@@ -13,6 +13,7 @@ mod hold_out;
 mod init;
 mod lock;
 mod loss;
+mod material;
 mod observer;
 mod optimizer;
 mod plan;
@@ -29,12 +30,14 @@ pub use config::{Optimizer, Schedule, TrainConfig, TrainPrecision};
 pub use control::{Directive, Policy, TrainHandle};
 pub use data::{Checks, Dataset, Mask, Sample, SampleLimits, SplitRecord, Splits};
 pub use hold_out::{Evaluation, Overlap, general_text, hold_out};
+pub use material::Material;
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
 pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
+pub(crate) use setup::fingerprint;
 pub use step::{Layout, MicroBatch, Watch, micro_step};
 
 use crate::adapter::{AdapterFile, Adapters, Dropout, Gradients};
@@ -42,6 +45,7 @@ use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
 use crate::memory::Peak;
 use crate::rng::mix;
+use crate::turn::Turn;
 use checkpoint::RunFacts;
 use lock::FolderLock;
 use pocketlora_kernels::Backend;
@@ -78,6 +82,8 @@ pub struct Trainer<B: Backend> {
     plan: MemoryPlan,
     facts: RunFacts,
     peak: Peak,
+    /// The device's queue.
+    turn: Turn,
     handle: TrainHandle,
     policy: Option<Policy>,
     /// Time of pauses in the step under way.
@@ -90,6 +96,11 @@ pub struct Trainer<B: Backend> {
 }
 
 impl<B: Backend> Trainer<B> {
+    /// Shares the device with all who stand in `queue`. To be called before the run.
+    pub(crate) fn take_turns(&mut self, queue: Turn) {
+        self.turn = queue;
+    }
+
     /// Steps done.
     #[must_use]
     pub fn step_number(&self) -> u64 {
@@ -228,6 +239,8 @@ impl<B: Backend> Trainer<B> {
         let _running = self.handle.enter();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
         self.held = Duration::ZERO;
+        let queue = self.turn.clone();
+        let _turn = queue.take();
         base.backend.scope(|| self.step_in_scope(observer))
     }
 
@@ -326,7 +339,8 @@ impl<B: Backend> Trainer<B> {
         }
     }
 
-    /// Loss sum of one micro-batch, with its gradient added if `learn`.
+    /// Loss sum of one micro-batch, with its gradient added if `learn`. The turn, which the caller has, is given up between
+    /// layers: to those who wait for the device, and to what the host does there.
     fn micro(
         &mut self,
         micro: &MicroBatch,
@@ -340,7 +354,7 @@ impl<B: Backend> Trainer<B> {
             let (passing, kept) = (floats(self.plan.layer_workspace), floats(self.plan.layer_inputs));
             self.pool.reserve(&self.base.backend, passing, kept)?;
         }
-        let Self { base, adapters, tensors, grads, pool, peak, file, handle, policy, held, .. } = self;
+        let Self { base, adapters, tensors, grads, pool, peak, file, turn, handle, policy, held, .. } = self;
         let (adapters, file) = (&*adapters, &*file);
         let (base, tensors) = (&*base, &*tensors);
         let mut others = || match policy {
@@ -349,7 +363,11 @@ impl<B: Backend> Trainer<B> {
             None => Directive::Run,
         };
         let mut keep_going = || {
-            let (go, pause) = handle.ask(&mut others, &|| saving::snapshot(&base.backend, adapters, tensors, file));
+            let make = || {
+                let _turn = turn.take();
+                saving::snapshot(&base.backend, adapters, tensors, file)
+            };
+            let (go, pause) = turn.without(|| handle.ask(&mut others, &make));
             *held += pause;
             go
         };

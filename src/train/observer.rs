@@ -53,7 +53,7 @@ impl StepReport {
 }
 
 /// Who watches a run.
-pub trait Observer: Send {
+pub trait Observer {
     /// After every step; `Break` stops the run there, with a checkpoint.
     fn on_step(&mut self, report: &StepReport) -> ControlFlow<()>;
 

@@ -17,6 +17,7 @@ use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
 use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::mix;
+use crate::turn::Turn;
 use pocketlora_kernels::{Backend, WorkType};
 use pocketlora_models::Param;
 use std::path::Path;
@@ -214,6 +215,7 @@ impl<B: Backend> Trainer<B> {
             plan,
             facts,
             peak: Peak::default(),
+            turn: Turn::default(),
             handle: TrainHandle::new(),
             policy: None,
             held: Duration::ZERO,
@@ -224,7 +226,7 @@ impl<B: Backend> Trainer<B> {
 }
 
 /// A number that changes when any value does.
-pub(super) fn fingerprint(file: &AdapterFile) -> u64 {
+pub(crate) fn fingerprint(file: &AdapterFile) -> u64 {
     let values = file.tensors.values().flat_map(|t| &t.data);
     let hash = values.fold(1, |hash, v| mix(hash, u64::from(v.to_bits())));
     // Of a whole embedding, the start and the length tell enough.

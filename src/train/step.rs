@@ -99,7 +99,7 @@ impl MicroBatch {
 /// Where a pass may be told to stop, and where it measures memory.
 pub struct Watch<'a> {
     /// Asked between layers; `false` abandons the pass.
-    pub keep_going: &'a mut (dyn FnMut() -> bool + Send),
+    pub keep_going: &'a mut dyn FnMut() -> bool,
     /// Sampled where most is held.
     pub peak: &'a mut Peak,
 }

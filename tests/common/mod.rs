@@ -5,7 +5,7 @@
 pub mod command;
 
 use pocketlora::format::{Existing, Target, open_source, quantize};
-use pocketlora::{Options, Precision, Session};
+use pocketlora::{Answer, Engine, Options, Precision};
 use safetensors::SafeTensors;
 use safetensors::tensor::Dtype;
 use std::collections::BTreeMap;
@@ -96,8 +96,8 @@ pub fn ids(tensor: &Tensor) -> Vec<u32> {
 }
 
 /// Opens a model in f32 arithmetic on `threads` threads.
-pub fn open_exact(dir: &Path, threads: usize) -> Session {
-    Session::open(dir, &Options { threads, precision: Precision::Exact, ..Options::default() }).unwrap()
+pub fn open_exact(dir: &Path, threads: usize) -> Engine {
+    Engine::open(dir, &Options::new().threads(threads).precision(Precision::Exact)).unwrap()
 }
 
 /// Converts a model into `out`.
@@ -107,14 +107,26 @@ pub fn convert(source: &Path, out: &Path, to: Target) {
 }
 
 /// Logits of all tokens of a text, row after row.
-pub fn logits(session: &Session, ids: &[u32]) -> Vec<f32> {
+pub fn logits(engine: &Engine, ids: &[u32]) -> Vec<f32> {
     let mut all = Vec::new();
-    pocketlora::eval::logits_of(session, ids, &mut |_| true, &mut |_, row| {
+    pocketlora::eval::logits_of(engine, ids, &mut |_| true, &mut |_, row| {
         all.extend_from_slice(row);
         Ok(())
     })
     .unwrap();
     all
+}
+
+/// The greedy continuation of a text by at most `max_tokens` tokens.
+pub fn complete(engine: &Engine, text: &str, max_tokens: usize) -> Answer {
+    let mut chat = engine.chat().unwrap();
+    chat.max_tokens = max_tokens;
+    chat.complete(text, &mut quiet).unwrap()
+}
+
+/// Listens to nothing.
+pub fn quiet(_: &str) -> ControlFlow<()> {
+    ControlFlow::Continue(())
 }
 
 /// The largest absolute difference, with its index.

@@ -114,9 +114,9 @@ fn a_full_disk_in_training_costs_no_checkpoint_and_no_adapter() {
         let out = path(&format!("resumed-{save_every}"));
         let every = save_every.parse().unwrap();
         let config = TrainConfig { steps: Some(5), batch: 2, save_every: every, ..TrainConfig::default() };
-        let session = open(&f.model).unwrap();
-        let samples = session.dataset(&data, 1024).unwrap();
-        let mut trainer = session.trainer(config, samples, None, None, Path::new(&out)).unwrap();
+        let engine = open(&f.model).unwrap();
+        let samples = engine.dataset(&data, 1024).unwrap();
+        let mut trainer = engine.trainer(config, samples, None, None, Path::new(&out)).unwrap();
         assert!(!trainer.run(&mut StopAfter(2)).unwrap().done);
         drop(trainer);
         let resume = train(&out, save_every, &["--resume"]);

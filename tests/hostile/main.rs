@@ -8,13 +8,11 @@ mod models;
 mod sidecars;
 mod values;
 
-use common::{check_all, tiny_chat_model};
+use common::{check_all, quiet, tiny_chat_model};
 use pocketlora::chat::Message;
-use pocketlora::generate::Sampling;
-use pocketlora::{Error, ErrorCode, Options, Session};
+use pocketlora::{Chat, Engine, Error, ErrorCode, Options};
 use serde_json::{Map, Value, json};
 use std::fs;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 struct Fixture {
@@ -56,16 +54,23 @@ impl Fixture {
 
     /// Opens the model and lets it answer.
     fn answer(&self) -> Result<String, Error> {
-        answer(&mut open(&self.model)?, &[Message::new("user", "hello")])
+        answer(&mut chat(&self.model)?, &[Message::new("user", "hello")])
     }
 }
 
-fn open(dir: &Path) -> Result<Session, Error> {
-    Session::open(dir, &Options { threads: 1, ..Options::default() })
+fn open(dir: &Path) -> Result<Engine, Error> {
+    Engine::open(dir, &Options::new().threads(1))
 }
 
-fn answer(session: &mut Session, messages: &[Message]) -> Result<String, Error> {
-    session.chat(messages, 2, &Sampling::default(), &mut |_| ControlFlow::Continue(())).map(|(text, _)| text)
+/// A chat of answers of two tokens.
+fn chat(dir: &Path) -> Result<Chat, Error> {
+    let mut chat = open(dir)?.chat()?;
+    chat.max_tokens = 2;
+    Ok(chat)
+}
+
+fn answer(chat: &mut Chat, messages: &[Message]) -> Result<String, Error> {
+    chat.reply(messages, &mut quiet).map(|answer| answer.text)
 }
 
 /// Checks that `result` is an error of kind `code` whose text has all of `words`, and is not too long to read.

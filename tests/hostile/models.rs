@@ -210,8 +210,8 @@ fn a_head_beside_a_tied_embedding_is_used_unless_it_is_a_copy() {
     let config = f.json("config.json");
     assert_eq!(config["tie_word_embeddings"], true);
     let score = |path: &Path| {
-        let session = super::common::open_exact(path, 1);
-        pocketlora::eval::score_text(&session, &[5, 6, 7, 9], 512, &mut |_| true).unwrap().nll()
+        let engine = super::common::open_exact(path, 1);
+        pocketlora::eval::score_text(&engine, &[5, 6, 7, 9], 512, &mut |_| true).unwrap().nll()
     };
     let tied = score(&f.model);
 
@@ -317,7 +317,7 @@ fn a_model_opens_by_any_of_its_files() {
     let f = fixture();
     let nf4 = f.dir.path().join("nf4");
     super::common::convert(&f.model, &nf4, Target::Nf4);
-    let ask = |path: &Path| answer(&mut open(path).unwrap(), &[Message::new("user", "hello")]).unwrap();
+    let ask = |path: &Path| answer(&mut super::chat(path).unwrap(), &[Message::new("user", "hello")]).unwrap();
     for dir in [&f.model, &nf4] {
         let whole = ask(dir);
         for file in ["model.safetensors", "config.json", "tokenizer.json"] {

@@ -1,6 +1,7 @@
 //! Tokenizers, chat templates and the small files around them.
 
-use super::{answer, check_all, fixture, open, refused};
+use super::common::quiet;
+use super::{answer, chat, check_all, fixture, open, refused};
 use pocketlora::chat::Message;
 use pocketlora::{Error, ErrorCode};
 use serde_json::{Value, json};
@@ -70,9 +71,8 @@ fn flipped_bits_in_a_tokenizer_end_in_an_answer_or_an_error() {
     let good = fs::read(f.model.join("tokenizer.json")).unwrap();
     let mut next = random(7);
     let (mut answered, mut failed) = (0, 0);
-    let mut session = open(&f.model).unwrap();
     let messages = [Message::new("user", "héllo \u{1f600} 3")];
-    answer(&mut session, &messages).unwrap();
+    answer(&mut chat(&f.model).unwrap(), &messages).unwrap();
     for round in 0..3000 {
         let mut bad = good.clone();
         // The parts around the vocabulary matter most; half of all flips go there.
@@ -148,13 +148,12 @@ fn absurd_parts_of_a_tokenizer_end_in_an_answer_or_an_error() {
         ("model", json!({"type": "Unigram", "vocab": [["", 0.0], ["", 1e308], ["l", -1e308]], "unk_id": 0})),
         ("model", json!({"type": "BPE", "vocab": {}, "merges": [], "unk_token": "none", "byte_fallback": true})),
     ];
-    let sampling = pocketlora::generate::Sampling::default();
     check_all(cases, |(key, value)| {
         f.with("tokenizer.json", &original, key, Some(value));
         let start = Instant::now();
-        let result = open(&f.model).and_then(|mut session| {
-            answer(&mut session, &[Message::new("user", "hello all")])?;
-            session.complete("hello all", 2, &sampling, &mut |_| std::ops::ControlFlow::Continue(()))
+        let result = chat(&f.model).and_then(|mut chat| {
+            answer(&mut chat, &[Message::new("user", "hello all")])?;
+            chat.complete("hello all", &mut quiet)
         });
         match result {
             _ if start.elapsed() > Duration::from_secs(5) => Err(format!("{key} {value}: {:?}", start.elapsed())),
@@ -176,12 +175,11 @@ fn a_tokenizer_of_another_model_is_named() {
     f.write("tokenizer.json", Value::Object(json).to_string());
     let words = ["tokenizer.json", "expected an id below", "512", "got", "this model"];
     refused("chat", f.answer(), ErrorCode::Data, &words).unwrap();
-    let mut session = open(&f.model).unwrap();
-    let sampling = pocketlora::generate::Sampling::default();
-    let completed = session.complete("hello", 2, &sampling, &mut |_| std::ops::ControlFlow::Continue(()));
+    let engine = open(&f.model).unwrap();
+    let completed = engine.chat().unwrap().complete("hello", &mut quiet);
     refused("complete", completed, ErrorCode::Data, &words).unwrap();
     let data = super::common::tiny_chats(f.dir.path(), 2);
-    refused("dataset", session.dataset(&data, 1024), ErrorCode::Data, &["chats.jsonl", "line 1", "512"]).unwrap();
+    refused("dataset", engine.dataset(&data, 1024), ErrorCode::Data, &["chats.jsonl", "line 1", "512"]).unwrap();
 }
 
 #[test]
@@ -326,13 +324,14 @@ fn a_template_that_rewrites_earlier_turns_cannot_teach() {
         "{% for m in messages %}<|im_start|>{{ messages|length }} {{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}";
     f.write("tokenizer_config.json", json!({"chat_template": template}).to_string());
     let data = super::common::tiny_chats(f.dir.path(), 2);
-    let mut session = open(&f.model).unwrap();
-    let refusal = session.dataset(&data, 1024).map(|_| ());
+    let engine = open(&f.model).unwrap();
+    let refusal = engine.dataset(&data, 1024).map(|_| ());
     refused("train", refusal, ErrorCode::Data, &["chats.jsonl", "line 1", "turn 2", "tokenizer_config.json"]).unwrap();
     // Chatting works all the same: what the cache holds of the old text is dropped.
     let turns = [("user", "a"), ("assistant", "b"), ("user", "c")].map(|(r, c)| Message::new(r, c));
-    let first = answer(&mut session, &turns[..1]).unwrap();
-    answer(&mut session, &turns).unwrap();
-    let again: Result<String, Error> = answer(&mut session, &turns[..1]);
+    let mut chat = chat(&f.model).unwrap();
+    let first = answer(&mut chat, &turns[..1]).unwrap();
+    answer(&mut chat, &turns).unwrap();
+    let again: Result<String, Error> = answer(&mut chat, &turns[..1]);
     assert_eq!(again.unwrap(), first);
 }

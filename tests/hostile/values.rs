@@ -1,10 +1,10 @@
 //! Numbers that are none, prompts that do not fit, and ids that mean nothing.
 
+use super::common::quiet;
 use super::{Fixture, check_all, fixture, open, refused};
 use pocketlora::Error;
 use pocketlora::ErrorCode::{Data, Diverged, Format};
 use pocketlora::format::{Existing, Progress, Target, quantize};
-use pocketlora::generate::Sampling;
 use pocketlora::train::{Observer, StepReport, TrainConfig};
 use serde_json::Value;
 use std::fs;
@@ -33,10 +33,10 @@ impl Observer for Silent {
 }
 
 fn train(f: &Fixture) -> Result<(), Error> {
-    let session = open(&f.model)?;
-    let data = session.dataset(&super::common::tiny_chats(f.dir.path(), 3), 1024)?;
+    let engine = open(&f.model)?;
+    let data = engine.dataset(&super::common::tiny_chats(f.dir.path(), 3), 1024)?;
     let out = f.dir.path().join("adapter");
-    let run = session.trainer(TrainConfig::default(), data, None, None, &out)?.run(&mut Silent).map(|_| ());
+    let run = engine.trainer(TrainConfig::default(), data, None, None, &out)?.run(&mut Silent).map(|_| ());
     assert!(!out.join("adapter_model.safetensors").exists() || run.is_ok(), "an adapter of a failed run");
     run
 }
@@ -61,8 +61,8 @@ fn weights_that_are_not_numbers_are_noticed() {
         change_tensor(&path, tensor, |bytes| bytes[..2].copy_from_slice(&bits.to_le_bytes()));
         let what = format!("{what} in {tensor}");
         refused(&what, f.answer(), Diverged, &["logits", "expected", "got", "weights"])?;
-        let session = open(&f.model).map_err(|e| e.to_string())?;
-        let score = pocketlora::eval::score_text(&session, &[5, 6, 7], 512, &mut |_| true);
+        let engine = open(&f.model).map_err(|e| e.to_string())?;
+        let score = pocketlora::eval::score_text(&engine, &[5, 6, 7], 512, &mut |_| true);
         refused(&what, score, Diverged, &["loss", "expected", "weights"])?;
         refused(&what, train(&f), Diverged, &["step 1", "expected", "got"])?;
         let source = pocketlora::format::open_source(&f.model).unwrap();
@@ -92,10 +92,11 @@ fn block_scales_that_are_not_numbers_are_noticed() {
 }
 
 #[test]
-fn prompts_that_do_not_fit_are_refused_and_the_session_lives_on() {
+fn prompts_that_do_not_fit_are_refused_and_the_chat_lives_on() {
     let f = fixture();
-    let mut session = open(&f.model).unwrap();
-    let mut generate = |ids: &[u32]| session.generate(ids, 1, &Sampling::default(), &mut |_| ControlFlow::Continue(()));
+    let mut chat = open(&f.model).unwrap().chat().unwrap();
+    chat.max_tokens = 1;
+    let mut generate = |ids: &[u32]| chat.generate(ids.to_vec(), &mut quiet);
     let cases = [
         ("longer than the context", vec![5; 300], "256"),
         ("as long as the context", vec![5; 256], "256"),
@@ -103,13 +104,13 @@ fn prompts_that_do_not_fit_are_refused_and_the_session_lives_on() {
         ("beyond the vocabulary", vec![5, 6, 512], "`512`"),
         ("far beyond", vec![u32::MAX], "4294967295"),
     ];
-    let first = generate(&[5, 6]).unwrap().0;
+    let first = generate(&[5, 6]).unwrap().text;
     for (what, ids, word) in cases {
         refused(what, generate(&ids), Data, &["expected", "got", word]).unwrap();
-        assert_eq!(generate(&[5, 6]).unwrap().0, first, "after: {what}");
+        assert_eq!(generate(&[5, 6]).unwrap().text, first, "after: {what}");
     }
     assert!(generate(&[5; 255]).is_ok());
-    let mut complete = |text: &str| session.complete(text, 1, &Sampling::default(), &mut |_| ControlFlow::Continue(()));
+    let mut complete = |text: &str| chat.complete(text, &mut quiet);
     refused("empty text", complete(""), Data, &["prompt", "got none"]).unwrap();
     refused("long text", complete(&"a".repeat(10_000)), Data, &["prompt", "`10000`", "256", "shorten"]).unwrap();
 }

@@ -3,22 +3,22 @@
 use super::common::golden;
 use super::{Fixture, Notes, config, fixture, same, stop_after, weights};
 use pocketlora::adapter::{AdapterFile, Lora, Method, Stored};
-use pocketlora::train::{Summary, TrainConfig, Trainer};
-use pocketlora_kernels::Cpu;
+use pocketlora::train::{Summary, TrainConfig};
+use pocketlora::{Trainer, internals};
 use std::fs;
 use std::path::Path;
 
 /// A run that gets better at first and worse after: what is held out answers otherwise than what is learned.
-fn overfitting(f: &Fixture, change: impl Fn(&mut TrainConfig), out: &Path) -> Trainer<Cpu> {
+fn overfitting(f: &Fixture, change: impl Fn(&mut TrainConfig), out: &Path) -> Trainer {
     let held_out = f.out("held-out.jsonl");
     let learned = fs::read_to_string(&f.data).unwrap();
     fs::write(&held_out, learned.replace("it is", "I say it is not")).unwrap();
-    let session = f.session();
-    let data = session.dataset(&f.data, 1024).unwrap();
-    let eval_data = session.dataset(&held_out, 1024).unwrap();
+    let engine = f.engine();
+    let data = engine.dataset(&f.data, 1024).unwrap();
+    let eval_data = engine.dataset(&held_out, 1024).unwrap();
     let mut config = TrainConfig { lr: 2e-2, epochs: 10, eval_every: 2, save_every: 3, dropout: 0.0, ..config() };
     change(&mut config);
-    session.trainer(config, data, Some(eval_data), None, out).unwrap()
+    engine.trainer(config, data, Some(eval_data), None, out).unwrap()
 }
 
 fn lowest(notes: &Notes) -> u64 {
@@ -96,12 +96,12 @@ fn training_on_keeps_the_shape_of_a_peft_adapter() {
     let f = fixture();
     for name in ["lora", "rslora", "lora_patterns"] {
         let init = AdapterFile::open(&golden("adapters").join(name)).unwrap();
-        let session = f.session();
-        let data = session.dataset(&f.data, 1024).unwrap();
+        let engine = f.engine();
+        let data = engine.dataset(&f.data, 1024).unwrap();
         let out = f.out(name);
         // What is not said is the adapter's.
         let config = TrainConfig { rank: 8, dropout: 0.0, steps: Some(2), ..config() };
-        let mut trainer = session.trainer(config, data, None, Some(&init), &out).unwrap();
+        let mut trainer = engine.trainer(config, data, None, Some(&init), &out).unwrap();
         let mut rounded = init.clone();
         for t in rounded.tensors.values_mut() {
             *t = t.clone().rounded(Stored::F16, "t").unwrap();
@@ -136,8 +136,8 @@ fn training_on_keeps_the_shape_of_a_peft_adapter() {
 fn settings_beside_an_adapter_agree_with_it() {
     let f = fixture();
     let init = AdapterFile::open(&golden("adapters/rslora")).unwrap();
-    let session = f.session();
-    let model = session.base().model.as_ref();
+    let engine = f.engine();
+    let model = internals::base(&engine).model.as_ref();
     let list = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>();
     let theirs =
         TrainConfig { rank: 8, alpha: Some(16.0), rslora: true, targets: list(&["v_proj", "q_proj"]), ..config() };
@@ -171,10 +171,10 @@ fn settings_beside_an_adapter_agree_with_it() {
         }
     }
     let dropout = TrainConfig { rank: 8, steps: Some(1), ..config() };
-    let data = session.dataset(&f.data, 1024).unwrap();
-    let trainer = session.trainer(dropout, data.clone(), None, Some(&init), &f.out("dropout")).unwrap();
+    let data = engine.dataset(&f.data, 1024).unwrap();
+    let trainer = engine.trainer(dropout, data.clone(), None, Some(&init), &f.out("dropout")).unwrap();
     assert_eq!(lora(&trainer.snapshot().unwrap()).dropout, 0.1, "the digits that were typed");
-    let error = session.trainer(config(), data, None, Some(&init), &f.out("rank")).map(|_| ()).unwrap_err();
+    let error = engine.trainer(config(), data, None, Some(&init), &f.out("rank")).map(|_| ()).unwrap_err();
     assert!(error.to_string().contains("`rank`"), "{error}");
 }
 

@@ -1,10 +1,10 @@
 //! Runs steered from outside, and generating beside them.
 
+use super::common::complete;
 use super::{Fixture, Notes, config, fixture, weights};
 use pocketlora::adapter::AdapterFile;
-use pocketlora::generate::Sampling;
 use pocketlora::train::{Directive, Observer, StepReport, TrainConfig};
-use pocketlora::{Error, ErrorCode, Session};
+use pocketlora::{Engine, Error, ErrorCode};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -111,10 +111,10 @@ fn the_hosts_policy_is_asked_between_layers() {
     assert!(weights(&out) == whole);
 }
 
-fn answer(session: &mut Session, adapter: &AdapterFile) -> String {
-    session.detach_all();
-    session.attach_file(adapter, 1.0).unwrap();
-    session.complete("what is number 3?", 24, &Sampling::default(), &mut |_| ControlFlow::Continue(())).unwrap().0
+fn answer(engine: &Engine, adapter: &AdapterFile) -> String {
+    engine.detach_all();
+    engine.attach_file(adapter.clone(), 1.0).unwrap();
+    complete(engine, "what is number 3?", 24).text
 }
 
 /// Chat while training: the same base, mapped once, serves both.
@@ -123,13 +123,13 @@ fn snapshots_answer_as_the_saved_adapter_would() {
     let f = fixture();
     let config = TrainConfig { lr: 2e-2, ..long() };
     let whole = f.whole(&config);
-    let mut session = f.session();
-    let data = session.dataset(&f.data, 1024).unwrap();
+    let engine = f.engine();
+    let data = engine.dataset(&f.data, 1024).unwrap();
     let out = f.out("beside");
-    let mut trainer = session.trainer(config.clone(), data, None, None, &out).unwrap();
+    let mut trainer = engine.trainer(config.clone(), data, None, None, &out).unwrap();
     let handle = trainer.handle();
     assert_eq!(handle.snapshot().unwrap_err().code(), ErrorCode::Config, "nobody is at work to serve it");
-    let untrained = answer(&mut session, &trainer.snapshot().unwrap());
+    let untrained = answer(&engine, &trainer.snapshot().unwrap());
 
     let counter = Counter::default();
     let mut watcher = counter.clone();
@@ -140,32 +140,31 @@ fn snapshots_answer_as_the_saved_adapter_would() {
     // While it works.
     counter.wait_for(5);
     let early = handle.snapshot().unwrap();
-    answer(&mut session, &early);
+    answer(&engine, &early);
     // While it is paused: the snapshot is that of the last whole step.
     counter.wait_for(30);
     handle.pause();
     assert!(handle.wait_paused(PATIENCE));
     let (step, paused) = (counter.0.load(Ordering::SeqCst), handle.snapshot().unwrap());
-    let beside = answer(&mut session, &paused);
+    let beside = answer(&engine, &paused);
     assert_eq!(saved_answer(&f, &config, step), beside, "step {step}");
     assert_ne!(beside, untrained);
     handle.resume();
     let (trainer, summary) = run.join().unwrap();
     assert!(summary.done && weights(&out) == whole, "generating must not change what is learned");
-    let last = answer(&mut session, &trainer.snapshot().unwrap());
-    session.detach_all();
-    session.attach(&out, 1.0).unwrap();
-    let complete = session.complete("what is number 3?", 24, &Sampling::default(), &mut |_| ControlFlow::Continue(()));
-    assert_eq!(complete.unwrap().0, last);
+    let last = answer(&engine, &trainer.snapshot().unwrap());
+    engine.detach_all();
+    engine.attach(&out, 1.0).unwrap();
+    assert_eq!(complete(&engine, "what is number 3?", 24).text, last);
 }
 
-/// The answer of the adapter that a run up to `step` writes, read back from its files in a session of its own.
+/// The answer of the adapter that a run up to `step` writes, read back from its files in an engine of its own.
 fn saved_answer(f: &Fixture, config: &TrainConfig, step: u64) -> String {
     let out = f.out("saved");
     let mut trainer = f.trainer(config.clone(), &out);
     trainer.run(&mut super::stop_after(step)).unwrap();
     trainer.save_adapter().unwrap();
-    answer(&mut f.session(), &AdapterFile::open(&out).unwrap())
+    answer(&f.engine(), &AdapterFile::open(&out).unwrap())
 }
 
 #[test]
@@ -173,9 +172,9 @@ fn a_folder_has_one_trainer_at_a_time() {
     let f = fixture();
     let out = f.out("shared");
     let first = f.trainer(config(), &out);
-    let session = f.session();
-    let data = session.dataset(&f.data, 1024).unwrap();
-    let second = || -> Result<(), Error> { session.trainer(config(), data.clone(), None, None, &out).map(|_| ()) };
+    let engine = f.engine();
+    let data = engine.dataset(&f.data, 1024).unwrap();
+    let second = || -> Result<(), Error> { engine.trainer(config(), data.clone(), None, None, &out).map(|_| ()) };
     let error = second().unwrap_err();
     assert_eq!(error.code(), ErrorCode::Config);
     assert!(error.to_string().contains("shared") && error.to_string().contains("another trainer"), "{error}");

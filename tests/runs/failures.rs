@@ -4,7 +4,7 @@ use super::common::{check_all, golden};
 use super::{Notes, config, fixture, stop_after, weights};
 use pocketlora::adapter::AdapterFile;
 use pocketlora::train::{Dataset, Mask, Observer, StepReport, TrainConfig};
-use pocketlora::{Error, ErrorCode};
+use pocketlora::{Error, ErrorCode, internals};
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -147,9 +147,9 @@ fn a_run_that_diverges_says_where_and_keeps_its_last_checkpoint() {
 #[test]
 fn unusable_settings_and_data_are_refused_before_the_first_step() {
     let f = fixture();
-    let session = f.session();
-    let data = session.dataset(&f.data, 1024).unwrap();
-    let vocabulary = u32::try_from(session.base().model.config().vocab_size).unwrap();
+    let engine = f.engine();
+    let data = engine.dataset(&f.data, 1024).unwrap();
+    let vocabulary = u32::try_from(internals::base(&engine).model.config().vocab_size).unwrap();
     let mut strange = data.clone();
     strange.samples[4].ids[3] = vocabulary;
     let mut silent = data.clone();
@@ -175,7 +175,7 @@ fn unusable_settings_and_data_are_refused_before_the_first_step() {
     ];
     check_all(cases, |(config, data, eval_data, code, what)| {
         let out = f.out("refused");
-        match session.trainer(config.clone(), data.clone(), eval_data.clone(), None, &out) {
+        match engine.trainer(config.clone(), data.clone(), eval_data.clone(), None, &out) {
             Ok(_) => Err(format!("{what}: accepted")),
             Err(e) if e.code() == *code && e.to_string().contains(what) && !out.exists() => Ok(()),
             Err(e) => Err(format!("{what}: {e}")),
@@ -214,10 +214,10 @@ fn a_resume_lists_every_difference() {
     let out = f.out("changed");
     f.run(&config(), &out, false, &mut stop_after(2));
     let refused = |config: TrainConfig, init: Option<&Path>| {
-        let session = f.session();
-        let data = session.dataset(&f.data, 1024).unwrap();
+        let engine = f.engine();
+        let data = engine.dataset(&f.data, 1024).unwrap();
         let init = init.map(|dir| AdapterFile::open(dir).unwrap());
-        let mut trainer = session.trainer(config, data, None, init.as_ref(), &out).unwrap();
+        let mut trainer = engine.trainer(config, data, None, init.as_ref(), &out).unwrap();
         let error = trainer.resume().unwrap_err();
         assert_eq!(error.code(), ErrorCode::Config, "{error}");
         error.to_string()
@@ -229,8 +229,8 @@ fn a_resume_lists_every_difference() {
     let init = refused(TrainConfig { rank: 8, ..config() }, Some(&golden("adapters/lora")));
     assert!(init.contains("`rank` was 4, is 8") && init.contains("the initial adapter changed"), "{init}");
     // When it saves is nobody's business but the run's own.
-    let session = f.session();
-    let data = session.dataset(&f.data, 1024).unwrap();
+    let engine = f.engine();
+    let data = engine.dataset(&f.data, 1024).unwrap();
     let config = TrainConfig { save_every: 7, save_seconds: 0, ..config() };
-    session.trainer(config, data, None, None, &out).unwrap().resume().unwrap();
+    engine.trainer(config, data, None, None, &out).unwrap().resume().unwrap();
 }

@@ -12,9 +12,8 @@ mod optimizers;
 
 use common::tiny_training;
 use pocketlora::adapter::AdapterFile;
-use pocketlora::train::{Observer, StepReport, Summary, TrainConfig, Trainer};
-use pocketlora::{Error, Options, Session};
-use pocketlora_kernels::Cpu;
+use pocketlora::train::{Observer, StepReport, Summary, TrainConfig};
+use pocketlora::{Engine, Error, Options, Trainer};
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -66,14 +65,14 @@ impl Fixture {
         self.dir.path().join(name)
     }
 
-    fn session(&self) -> Session {
-        Session::open(&self.model, &Options { threads: 1, ..Options::default() }).unwrap()
+    fn engine(&self) -> Engine {
+        Engine::open(&self.model, &Options::new().threads(1)).unwrap()
     }
 
-    fn trainer(&self, config: TrainConfig, out: &Path) -> Trainer<Cpu> {
-        let session = self.session();
-        let data = session.dataset(&self.data, 1024).unwrap();
-        session.trainer(config, data, None, None, out).unwrap()
+    fn trainer(&self, config: TrainConfig, out: &Path) -> Trainer {
+        let engine = self.engine();
+        let data = engine.dataset(&self.data, 1024).unwrap();
+        engine.trainer(config, data, None, None, out).unwrap()
     }
 
     fn run(&self, config: &TrainConfig, out: &Path, resume: bool, notes: &mut Notes) -> Summary {

@@ -63,9 +63,9 @@ fn lora_plus_lets_b_learn_faster() {
             lr: 0.5,
             ..config()
         };
-        let session = f.session();
-        let data = session.dataset(&f.data, 1024).unwrap();
-        let mut trainer = session.trainer(config, data, None, Some(&init), &f.out("plus")).unwrap();
+        let engine = f.engine();
+        let data = engine.dataset(&f.data, 1024).unwrap();
+        let mut trainer = engine.trainer(config, data, None, Some(&init), &f.out("plus")).unwrap();
         trainer.step(&mut Notes::default()).unwrap();
         trainer.snapshot().unwrap()
     };

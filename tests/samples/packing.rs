@@ -1,7 +1,7 @@
 //! Samples that share a pass do not see each other.
 
 use crate::common::{convert, golden, open_exact, tiny_chat_model};
-use pocketlora::Session;
+use pocketlora::Engine;
 use pocketlora::adapter::AdapterFile;
 use pocketlora::format::Target;
 use pocketlora::train::{Dataset, Mask, Observer, Sample, StepReport, TrainConfig, TrainPrecision};
@@ -17,7 +17,7 @@ impl Observer for StopAfter {
     }
 }
 
-fn session(dir: &Path) -> Session {
+fn engine(dir: &Path) -> Engine {
     let plain = tiny_chat_model(dir);
     convert(&plain, &dir.join("nf4"), Target::Nf4);
     open_exact(&dir.join("nf4"), 1)
@@ -29,7 +29,7 @@ fn sample(n: usize, salt: usize) -> Sample {
 }
 
 /// Loss sum and gradients of the loss sum, in f32 arithmetic.
-fn pass(session: &Session, dir: &Path, samples: Vec<Sample>) -> (f64, Vec<Vec<f64>>) {
+fn pass(engine: &Engine, dir: &Path, samples: Vec<Sample>) -> (f64, Vec<Vec<f64>>) {
     let config = TrainConfig {
         packing: true,
         batch: 1,
@@ -40,7 +40,7 @@ fn pass(session: &Session, dir: &Path, samples: Vec<Sample>) -> (f64, Vec<Vec<f6
     };
     let init = AdapterFile::open(&golden("adapters/lora")).unwrap();
     let data = Dataset::new("made", samples);
-    let mut trainer = session.trainer(config, data, None, Some(&init), &dir.join("out")).unwrap();
+    let mut trainer = engine.trainer(config, data, None, Some(&init), &dir.join("out")).unwrap();
     let report = trainer.step(&mut StopAfter(0)).unwrap();
     let trained = report.trained as f64;
     let grads = trainer.gradients().unwrap();
@@ -55,10 +55,10 @@ fn norm(values: impl Iterator<Item = f64>) -> f64 {
 #[test]
 fn the_gradient_of_a_packed_pass_is_the_sum_of_its_samples_gradients() {
     let dir = tempfile::tempdir().unwrap();
-    let session = session(dir.path());
+    let engine = engine(dir.path());
     let samples: Vec<Sample> = [40, 7, 3, 65, 33].iter().zip(0..).map(|(&n, salt)| sample(n, salt)).collect();
-    let (loss, together) = pass(&session, dir.path(), samples.clone());
-    let alone: Vec<_> = samples.iter().map(|s| pass(&session, dir.path(), vec![s.clone()])).collect();
+    let (loss, together) = pass(&engine, dir.path(), samples.clone());
+    let alone: Vec<_> = samples.iter().map(|s| pass(&engine, dir.path(), vec![s.clone()])).collect();
     let sum: f64 = alone.iter().map(|a| a.0).sum();
     assert!((loss - sum).abs() <= 1e-5 * sum, "{loss} and {sum}");
     for (i, packed) in together.iter().enumerate() {
@@ -72,12 +72,12 @@ fn the_gradient_of_a_packed_pass_is_the_sum_of_its_samples_gradients() {
 #[test]
 fn a_changed_token_changes_no_other_samples_loss() {
     let dir = tempfile::tempdir().unwrap();
-    let session = session(dir.path());
+    let engine = engine(dir.path());
     // Only the middle one is learned, so that the loss is its loss.
     let silent = |n, salt| Sample { trained: Mask::default(), ..sample(n, salt) };
     let (first, middle, last) = (silent(30, 1), sample(31, 2), silent(29, 3));
     let loss =
-        |first: &Sample, last: &Sample| pass(&session, dir.path(), vec![first.clone(), middle.clone(), last.clone()]).0;
+        |first: &Sample, last: &Sample| pass(&engine, dir.path(), vec![first.clone(), middle.clone(), last.clone()]).0;
     let before = loss(&first, &last);
     for at in [0, 15, 28] {
         let change = |s: &Sample| {
@@ -89,14 +89,14 @@ fn a_changed_token_changes_no_other_samples_loss() {
     }
     let mut other = middle.clone();
     other.ids[3] = 7;
-    assert_ne!(pass(&session, dir.path(), vec![first, other, last]).0, before);
+    assert_ne!(pass(&engine, dir.path(), vec![first, other, last]).0, before);
 }
 
 /// Epochs of packed samples differ in their number of steps, so a resumed run has to find its place among them.
 #[test]
 fn a_resumed_packed_run_ends_in_the_same_bytes() {
     let dir = tempfile::tempdir().unwrap();
-    let session = session(dir.path());
+    let engine = engine(dir.path());
     let samples: Vec<Sample> = (0..23).map(|i| sample(3 + i * 5 % 19, i)).collect();
     let train = |packing, name: &str, stops: &[u64]| {
         let config = TrainConfig {
@@ -111,7 +111,7 @@ fn a_resumed_packed_run_ends_in_the_same_bytes() {
         let out = dir.path().join(format!("{name}{packing}"));
         for (i, &stop) in stops.iter().enumerate() {
             let data = Dataset::new("made", samples.clone());
-            let mut trainer = session.trainer(config.clone(), data, None, None, &out).unwrap();
+            let mut trainer = engine.trainer(config.clone(), data, None, None, &out).unwrap();
             if i > 0 {
                 trainer.resume().unwrap();
             }

@@ -234,7 +234,7 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+    fn scope<R>(&self, work: impl FnOnce() -> R) -> R {
         self.team.keep_awake(work)
     }
 

@@ -31,7 +31,7 @@ impl Backend for Vulkan {
         Ok(())
     }
 
-    fn scope<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+    fn scope<R>(&self, work: impl FnOnce() -> R) -> R {
         self.cpu.scope(work)
     }
 

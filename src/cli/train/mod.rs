@@ -12,9 +12,9 @@ use super::args::SpecialTokensArg;
 use super::data_check::DataCheck;
 use super::{data, model, names};
 use crate::adapter::AdapterFile;
+use crate::engine::{Engine, Options, check_threads};
 use crate::error::Result;
-use crate::session::{Material, Options, Session, check_threads};
-use crate::train::{DataReport, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint};
+use crate::train::{DataReport, Material, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint};
 use report::report;
 use settings::{Chosen, Settings};
 use std::path::{Path, PathBuf};
@@ -106,9 +106,9 @@ pub(super) fn run(args: &Args) -> Result<bool> {
         special_text: args.special_tokens.into(),
         ..super::args::options()
     };
-    let mut session = Session::open(&model.path, &options)?;
-    let (summary, plan, data) = fit(&mut session, chosen, init, args)?;
-    report(&summary, plan, &data, baseline, &session, args);
+    let engine = Engine::open(&model.path, &options)?;
+    let (summary, plan, data) = fit(&engine, chosen, init, args)?;
+    report(&summary, plan, &data, baseline, &engine, args);
     Ok(summary.done)
 }
 
@@ -119,20 +119,17 @@ fn own_settings(args: &Args) -> Option<PathBuf> {
 }
 
 /// Reads the data and lets the tokenizer go: training needs no text.
-fn read(session: &mut Session, config: &TrainConfig, init: Option<&AdapterFile>, args: &Args) -> Result<Material> {
-    session.load_text()?;
-    init.map_or(Ok(()), |file| session.read_as(file))?;
-    let data = session.dataset(&args.data, config.seq)?;
-    let eval_data = config.eval_data.as_ref().map(|path| session.held_out_dataset(path, config.seq)).transpose()?;
+fn read(engine: &Engine, config: &TrainConfig, init: Option<&AdapterFile>, args: &Args) -> Result<Material> {
+    let reader = engine.reader(init)?;
+    let data = reader.dataset(&args.data, config.seq)?;
+    let eval_data = config.eval_data.as_ref().map(|path| reader.held_out_dataset(path, config.seq)).transpose()?;
     data::say_unused(eval_data.as_ref());
-    DataCheck::new(&data.checks, session.tokenizer()?, session.template()?).warn();
-    let material = session.material(config, data, eval_data)?;
-    session.forget_text();
-    Ok(material)
+    DataCheck::new(&data.checks, &reader.text().tokenizer, &reader.text().template).warn();
+    reader.material(config, data, eval_data)
 }
 
 fn fit(
-    session: &mut Session,
+    engine: &Engine,
     chosen: Chosen,
     mut init: Option<AdapterFile>,
     args: &Args,
@@ -140,11 +137,11 @@ fn fit(
     let Chosen { mut config, given } = chosen;
     if let Some(file) = &mut init {
         // Before the data is read: here it is known what somebody chose, be it the default.
-        config = config.with_adapter(session.base().model.as_ref(), file, &|key| given.contains(key))?;
+        config = config.with_adapter(engine.base().model.as_ref(), file, &|key| given.contains(key))?;
         file.method.set_in_training(&config.adapter());
     }
-    let material = read(session, &config, init.as_ref(), args)?;
-    let mut trainer = session.trainer_of(config, material, init.as_ref(), args.out())?;
+    let material = read(engine, &config, init.as_ref(), args)?;
+    let mut trainer = engine.trainer_of(config, material, init.as_ref(), args.out())?;
     drop(init);
     if args.resume {
         trainer.resume()?;
@@ -153,7 +150,7 @@ fn fit(
     let report = trainer.data_report();
     eprint!("{}", data::text(&report));
     eprintln!("adapter: {} trained values", trainer.trained_parameters());
-    let plan = trainer.plan(session.mapped_bytes());
+    let plan = trainer.plan();
     eprintln!("{}", plan_text(&plan));
     let mut watcher = Watcher::new(trainer.total_steps(), trainer.step_number(), args.json);
     let summary = trainer.run(&mut watcher);

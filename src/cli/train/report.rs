@@ -4,7 +4,7 @@ use super::Args;
 use crate::cli::args::{megabytes, print_json};
 use crate::cli::out;
 use crate::cli::shell::quoted_value;
-use crate::session::Session;
+use crate::engine::Engine;
 use crate::train::{DataReport, MemoryPlan, Summary};
 use serde_json::{Value, json};
 
@@ -59,7 +59,7 @@ pub(super) fn report(
     plan: MemoryPlan,
     data: &DataReport,
     baseline: Option<u64>,
-    session: &Session,
+    engine: &Engine,
     args: &Args,
 ) {
     let rate = s.tokens as f64 / s.time.as_secs_f64();
@@ -72,7 +72,7 @@ pub(super) fn report(
             "adapter_eval_loss": s.of_adapter().held_out, "adapter_general_loss": s.of_adapter().general, "tok_s": rate,
             "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": data.batches.padded_tokens,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
-            "mapped_bytes": session.mapped_bytes(), "plan": plan, "planned_bytes": plan.anonymous(),
+            "mapped_bytes": engine.mapped_bytes(), "plan": plan, "planned_bytes": plan.anonymous(),
             "baseline_anonymous_bytes": baseline,
             "deviation_percent": s.peak_anonymous_bytes.map(|peak| plan.deviation(peak)),
             "data": data, "adapter": s.adapter,
@@ -84,7 +84,7 @@ pub(super) fn report(
             s.steps,
             s.loss,
             s.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
-            megabytes(session.mapped_bytes())
+            megabytes(engine.mapped_bytes())
         );
         let before = s.before.unwrap_or_default();
         for (name, before, after) in

@@ -1,27 +1,27 @@
 //! How likely a model finds a text after another.
 
 use super::nll;
+use crate::adapter::Adapters;
+use crate::engine::{Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
-use crate::exec::infer::{PREFILL_CHUNK, Sequence, Step, Workspace};
-use crate::session::Session;
-use pocketlora_kernels::{Backend, Cpu};
+use crate::text::Text;
+use pocketlora_kernels::Cpu;
 use std::ops::Range;
 
 /// Scores continuations; what the texts share at their beginning is run once.
-pub(super) struct Likelihood<'s> {
-    session: &'s Session,
-    sequence: Sequence<Cpu>,
-    work: Workspace<Cpu>,
-    held: Vec<u32>,
+pub(super) struct Likelihood<'a> {
+    engine: &'a Engine,
+    text: &'a Text,
+    adapters: &'a Adapters<Cpu>,
+    transcript: Transcript,
     /// Tokens run.
     pub tokens: usize,
 }
 
-impl<'s> Likelihood<'s> {
-    pub fn new(session: &'s Session) -> Result<Self> {
-        let numbers = session.numbers();
-        let sequence = Sequence::new(session.base(), numbers.cache)?;
-        Ok(Self { session, sequence, work: Workspace::new(numbers.arithmetic), held: Vec::new(), tokens: 0 })
+impl<'a> Likelihood<'a> {
+    pub fn new(engine: &'a Engine, text: &'a Text, adapters: &'a Adapters<Cpu>) -> Result<Self> {
+        let transcript = Transcript::new(engine.base(), engine.numbers())?;
+        Ok(Self { engine, text, adapters, transcript, tokens: 0 })
     }
 
     /// Log-likelihood (natural) of the tokens of `text` that reach beyond its first `given` bytes. A token across the
@@ -30,7 +30,7 @@ impl<'s> Likelihood<'s> {
     ///
     /// [`Tokenizer::encode_chat`]: crate::tokenizer::Tokenizer::encode_chat
     pub fn of(&mut self, text: &str, plain: &[Range<usize>], given: usize, chat: bool) -> Result<f64> {
-        let tokenizer = self.session.tokenizer()?;
+        let tokenizer = &self.text.tokenizer;
         let tokens = tokenizer.encode_with_offsets(text, plain)?;
         let mut ids: Vec<u32> = tokens.iter().map(|t| t.0).collect();
         let mut from = tokens.iter().filter(|t| t.1.end <= given).count();
@@ -44,8 +44,7 @@ impl<'s> Likelihood<'s> {
 
     /// Log-likelihood of `ids[from..]` after `ids[..from]`.
     fn of_ids(&mut self, ids: &[u32], from: usize) -> Result<f64> {
-        let (base, adapters) = (self.session.base(), self.session.adapters());
-        let (limit, vocab) = (base.model.config().max_positions, adapters.replaced().vocabulary(base));
+        let (base, limit) = (self.engine.base(), self.engine.context_tokens());
         if ids.len() > limit {
             let message = format!("expected at most the context's {limit} tokens, got `{}`; shorten it", ids.len());
             return Err(Error::new(ErrorCode::Data, "text", message));
@@ -54,29 +53,17 @@ impl<'s> Likelihood<'s> {
             let message = "expected a choice of at least one token after the prompt, got none; give it text";
             return Err(Error::new(ErrorCode::Data, "text", message));
         }
-        adapters.replaced().check_ids(base, ids)?;
+        self.adapters.replaced().check_ids(base, ids)?;
         // The token before the first that counts is always run: its logits are needed.
-        let kept = self.held.iter().zip(&ids[..from - 1]).take_while(|(a, b)| a == b).count();
-        let kept = self.sequence.rewind(base, kept);
-        self.held.truncate(kept);
+        let kept = self.transcript.keep(base, &ids[..from - 1]);
         let mut sum = 0.0;
-        base.backend.scope(|| {
-            let mut start = kept;
-            for chunk in ids[kept..ids.len() - 1].chunks(PREFILL_CHUNK) {
-                let wanted = from.saturating_sub(start + 1).min(chunk.len())..chunk.len();
-                let step = Step { sequence: &mut self.sequence, ids: chunk, adapters, logits: wanted };
-                base.forward(&mut self.work, &mut [step], &mut || true, &mut |made| {
-                    for ((_, row), logits) in made.places.iter().zip(made.values.chunks_exact(vocab)) {
-                        sum -= nll(logits, ids[start + row + 1] as usize);
-                    }
-                    Ok(())
-                })?;
-                start += chunk.len();
-            }
-            Ok::<_, Error>(())
-        })?;
-        self.tokens += ids.len() - 1 - kept;
-        self.held.extend(&ids[kept..ids.len() - 1]);
+        let on_logits = &mut |row, logits: &[f32]| {
+            sum -= nll(logits, ids[kept + row + 1] as usize);
+            Ok(())
+        };
+        let (on, rest) = (self.engine.on(self.adapters), &ids[kept..ids.len() - 1]);
+        self.transcript.read(on, rest, from - 1 - kept, &mut || true, on_logits, &mut |_| Ok(()))?;
+        self.tokens += rest.len();
         if sum.is_finite() {
             return Ok(sum);
         }

@@ -1,8 +1,8 @@
 //! Logits on disk, for comparison with other runtimes.
 
 use super::{Score, logits_of, nll};
+use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
-use crate::session::Session;
 use serde_json::{Map, Value, json};
 use std::io::Write;
 use std::path::Path;
@@ -13,10 +13,10 @@ use std::path::Path;
 /// # Errors
 /// As [`logits_of`]; no list or an empty one; a loss that is not a number; the file cannot be written.
 pub fn save_logits(
-    session: &Session,
+    engine: &Engine,
     lists: &[Vec<u32>],
     out: &Path,
-    progress: &mut (dyn FnMut(usize) -> bool + Send),
+    progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<Score> {
     if lists.is_empty() {
         return Err(Error::new(ErrorCode::Data, "lists", "expected at least one array of token ids, got none"));
@@ -24,7 +24,7 @@ pub fn save_logits(
     if let Some(at) = lists.iter().position(Vec::is_empty) {
         return Err(Error::new(ErrorCode::Data, format!("array {at}"), "expected at least one token id, got none"));
     }
-    let vocab = session.vocabulary();
+    let vocab = engine.vocabulary();
     let header = header(lists, vocab);
     let mut score = Score::default();
     crate::format::write_file(out, |file| {
@@ -33,7 +33,7 @@ pub fn save_logits(
         file.write_all(header.as_bytes()).map_err(failed)?;
         for (i, ids) in lists.iter().enumerate() {
             let in_array = |e: Error| if e.code() == ErrorCode::Data { e.at(format!("array {i}")) } else { e };
-            logits_of(session, ids, progress, &mut |row, logits| {
+            logits_of(engine, ids, progress, &mut |row, logits| {
                 let bytes: Vec<u8> = logits.iter().flat_map(|l| l.to_le_bytes()).collect();
                 file.write_all(&bytes).map_err(failed)?;
                 if let Some(&next) = ids.get(row + 1) {

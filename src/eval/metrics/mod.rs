@@ -18,4 +18,4 @@ pub use record::{Ask, Expected, Record, Records, read_records};
 pub use rouge::{Rouge, rouge};
 pub use tasks::{LabelBy, Metric, TaskOptions, TaskReport, metrics_for, run_tasks};
 
-use super::{Score, logits_of, nll};
+use super::{Score, logits_of, nll, stopped};

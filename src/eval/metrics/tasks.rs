@@ -5,10 +5,12 @@ use super::labels::{accuracy, exact_match, macro_f1};
 use super::likelihood::Likelihood;
 use super::record::{Ask, Expected, Record};
 use super::rouge::rouge;
+use super::stopped;
 use crate::chat::Rendered;
+use crate::engine::{Answer, Engine};
 use crate::error::{Error, ErrorCode, Result};
-use crate::generate::{Finish, Sampling};
-use crate::session::Session;
+use crate::generate::Finish;
+use crate::text::Text;
 use std::ops::ControlFlow;
 use std::time::Duration;
 
@@ -116,18 +118,18 @@ pub fn metrics_for(records: &[Record], asked: &[Metric]) -> Result<Vec<Metric>> 
 /// # Errors
 /// A record is too long for the context, logits that are not numbers, stopped, out of memory.
 pub fn run_tasks(
-    session: &mut Session,
+    engine: &Engine,
     records: &[Record],
     metrics: &[Metric],
     options: &TaskOptions,
-    progress: &mut (dyn FnMut(usize) -> bool + Send),
+    progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<TaskReport> {
     let mut report = TaskReport::default();
     match records.first().map(|r| &r.expected) {
-        Some(Expected::Choice { .. }) => choices(session, records, &mut report, progress)?,
-        Some(Expected::Label(_)) => labels(session, records, metrics, options, &mut report, progress)?,
+        Some(Expected::Choice { .. }) => choices(engine, records, &mut report, progress)?,
+        Some(Expected::Label(_)) => labels(engine, records, metrics, options, &mut report, progress)?,
         Some(Expected::References(_) | Expected::Taught(_)) => {
-            generate(session, records, options.max_tokens, &mut report, progress)?;
+            generate(engine, records, options.max_tokens, &mut report, progress)?;
             text_scores(records, metrics, options.stemmer, &mut report);
         }
         Some(Expected::Nothing) | None => {}
@@ -138,16 +140,16 @@ pub fn run_tasks(
 /// Log-likelihoods of all `options` after what `record` asks.
 fn likelihoods(
     model: &mut Likelihood<'_>,
-    session: &Session,
+    text: &Text,
     record: &Record,
     options: &[String],
-    progress: &mut (dyn FnMut(usize) -> bool + Send),
+    progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<Vec<f64>> {
     let (given, chat) = match &record.ask {
         Ask::Text(text) => (Rendered { text: text.clone(), plain: Vec::new() }, false),
-        Ask::Chat(messages) => (session.template()?.render(messages, None, true)?, true),
+        Ask::Chat(messages) => (text.template.render(messages, None, true)?, true),
     };
-    let Rendered { text: given, plain } = given;
+    let (Rendered { text: given, plain }, tokenizer) = (given, &text.tokenizer);
     let mut found = Vec::with_capacity(options.len());
     for option in options {
         let before = model.tokens;
@@ -155,10 +157,10 @@ fn likelihoods(
         let apart =
             chat || given.is_empty() || given.ends_with(char::is_whitespace) || option.starts_with(char::is_whitespace);
         let text = format!("{given}{}{option}", if apart { "" } else { " " });
-        let plain = if chat { plain.clone() } else { session.tokenizer()?.plain_in(&text) };
+        let plain = if chat { plain.clone() } else { tokenizer.plain_in(&text) };
         found.push(model.of(&text, &plain, given.len(), chat)?);
         if !progress(model.tokens - before) {
-            return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));
+            return Err(stopped());
         }
     }
     Ok(found)
@@ -171,16 +173,17 @@ fn argmax(values: impl IntoIterator<Item = f64>) -> usize {
 }
 
 fn choices(
-    session: &Session,
+    engine: &Engine,
     records: &[Record],
     report: &mut TaskReport,
-    progress: &mut (dyn FnMut(usize) -> bool + Send),
+    progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<()> {
-    let mut model = Likelihood::new(session)?;
+    let (text, set) = (engine.text()?, engine.all());
+    let mut model = Likelihood::new(engine, &text, &set.adapters)?;
     let (mut by_sum, mut by_length, mut right) = (Vec::new(), Vec::new(), Vec::new());
     for record in records {
         let Expected::Choice { choices, answer } = &record.expected else { continue };
-        let found = likelihoods(&mut model, session, record, choices, progress).map_err(|e| in_line(e, record))?;
+        let found = likelihoods(&mut model, &text, record, choices, progress).map_err(|e| in_line(e, record))?;
         by_sum.push(argmax(found.iter().copied()));
         by_length.push(argmax(found.iter().zip(choices).map(|(l, c)| l / c.chars().count() as f64)));
         right.push(*answer);
@@ -191,12 +194,12 @@ fn choices(
 }
 
 fn labels(
-    session: &mut Session,
+    engine: &Engine,
     records: &[Record],
     metrics: &[Metric],
     options: &TaskOptions,
     report: &mut TaskReport,
-    progress: &mut (dyn FnMut(usize) -> bool + Send),
+    progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<()> {
     let label = |r: &Record| match &r.expected {
         Expected::Label(label) => label.trim().to_owned(),
@@ -209,15 +212,16 @@ fn labels(
             let mut set = right.clone();
             set.sort();
             set.dedup();
-            let mut model = Likelihood::new(session)?;
+            let (text, adapters) = (engine.text()?, engine.all());
+            let mut model = Likelihood::new(engine, &text, &adapters.adapters)?;
             for record in records {
-                let found = likelihoods(&mut model, session, record, &set, progress).map_err(|e| in_line(e, record))?;
+                let found = likelihoods(&mut model, &text, record, &set, progress).map_err(|e| in_line(e, record))?;
                 predicted.push(set[argmax(found)].clone());
             }
             report.prompt_tokens = model.tokens;
         }
         LabelBy::Generation => {
-            generate(session, records, options.max_tokens, report, progress)?;
+            generate(engine, records, options.max_tokens, report, progress)?;
             let first_line = |text: &String| text.trim().lines().next().unwrap_or_default().trim().to_lowercase();
             predicted = report.answers.iter().map(first_line).collect();
             right = right.iter().map(|l| l.to_lowercase()).collect();
@@ -235,22 +239,23 @@ fn labels(
 
 /// Lets the model answer every record, always by the likeliest token.
 fn generate(
-    session: &mut Session,
+    engine: &Engine,
     records: &[Record],
     max_tokens: usize,
     report: &mut TaskReport,
-    progress: &mut (dyn FnMut(usize) -> bool + Send),
+    progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<()> {
-    let greedy = Sampling::default();
+    let mut chat = engine.chat()?;
+    chat.max_tokens = max_tokens;
     for record in records {
         let mut on_text = |_: &str| if progress(1) { ControlFlow::Continue(()) } else { ControlFlow::Break(()) };
         let answered = match &record.ask {
-            Ask::Text(text) => session.complete(text, max_tokens, &greedy, &mut on_text),
-            Ask::Chat(messages) => session.chat(messages, max_tokens, &greedy, &mut on_text),
+            Ask::Text(text) => chat.complete(text, &mut on_text),
+            Ask::Chat(messages) => chat.reply(messages, &mut on_text),
         };
-        let (text, made) = answered.map_err(|e| in_line(e, record))?;
+        let Answer { text, generated: made } = answered.map_err(|e| in_line(e, record))?;
         if made.finish == Finish::Cancelled || !progress(made.prefilled) {
-            return Err(Error::new(ErrorCode::Cancelled, "evaluation", "stopped"));
+            return Err(stopped());
         }
         report.cut += usize::from(made.finish.is_cut());
         report.prompt_tokens += made.prefilled;

@@ -1,0 +1,217 @@
+//! A conversation on an engine.
+
+use super::adapters::{AdapterId, AdapterSet};
+use super::{Cancel, Decoder, Engine, Transcript};
+use crate::chat::Message;
+use crate::error::{Error, Result};
+use crate::generate::{Generated, Sampling};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+/// Hears of an answer as it comes. Closures that take pieces of text are listeners, too.
+pub trait Listener {
+    /// A piece of the answer, of whole characters; `Break` ends the answer there.
+    fn on_text(&mut self, piece: &str) -> ControlFlow<()>;
+
+    /// So many of the prompt's `tokens` are read; those known from earlier turns are at once.
+    fn on_prompt(&mut self, done: usize, tokens: usize) {
+        let _ = (done, tokens);
+    }
+}
+
+impl<F: FnMut(&str) -> ControlFlow<()>> Listener for F {
+    fn on_text(&mut self, piece: &str) -> ControlFlow<()> {
+        self(piece)
+    }
+}
+
+/// An answer, and what it took.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Answer {
+    /// What was said.
+    pub text: String,
+    /// Tokens, times, and why it ended.
+    pub generated: Generated,
+}
+
+/// A conversation: what was said, what the model remembers of it, and how its answers are sampled. Any number of chats
+/// work on one engine, each from a thread of its own if wanted.
+pub struct Chat {
+    engine: Engine,
+    /// All that are attached if none are chosen.
+    chosen: Option<Vec<AdapterId>>,
+    /// What the transcript was read with.
+    set: Arc<AdapterSet>,
+    transcript: Transcript,
+    messages: Vec<Message>,
+    cancel: Cancel,
+    /// How tokens are chosen. [`Chat::ask`] adds one to the seed after each answer.
+    pub sampling: Sampling,
+    /// Most tokens of an answer.
+    pub max_tokens: usize,
+}
+
+impl Chat {
+    pub(super) fn new(engine: &Engine) -> Result<Self> {
+        Ok(Self {
+            engine: engine.clone(),
+            chosen: None,
+            set: engine.all(),
+            transcript: Transcript::new(engine.base(), engine.numbers())?,
+            messages: Vec::new(),
+            cancel: Cancel::new(),
+            sampling: Sampling::default(),
+            max_tokens: 512,
+        })
+    }
+
+    /// The engine it works on.
+    #[must_use]
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// What stops its answers, also while they read a prompt.
+    #[must_use]
+    pub fn cancel_token(&self) -> Cancel {
+        self.cancel.clone()
+    }
+
+    /// Has `cancel` stop its answers: one token may stop several chats.
+    pub fn set_cancel_token(&mut self, cancel: Cancel) {
+        self.cancel = cancel;
+    }
+
+    /// Uses the adapters `ids` in their order, none if empty, instead of all that are attached.
+    ///
+    /// # Errors
+    /// One is not attached, or they do not go together. Nothing changes then.
+    pub fn use_adapters(&mut self, ids: &[AdapterId]) -> Result<()> {
+        self.engine.set_of(Some(ids))?;
+        self.chosen = Some(ids.to_vec());
+        Ok(())
+    }
+
+    /// Uses all adapters that are attached, as a new chat does.
+    pub fn use_all_adapters(&mut self) {
+        self.chosen = None;
+    }
+
+    /// What was said so far.
+    #[must_use]
+    pub fn messages(&self) -> &[Message] {
+        &self.messages
+    }
+
+    /// Puts another conversation in its place: a system prompt, or one from a file. What both have in common is not read
+    /// again.
+    pub fn set_messages(&mut self, messages: Vec<Message>) {
+        self.messages = messages;
+    }
+
+    /// Says `question` and returns the answer; both are kept. A question without an answer, because of an error or because
+    /// it was stopped before the first word, is forgotten.
+    ///
+    /// # Errors
+    /// As [`Chat::reply`].
+    pub fn ask(&mut self, question: &str, listener: &mut dyn Listener) -> Result<Answer> {
+        self.messages.push(Message::new("user", question));
+        let messages = std::mem::take(&mut self.messages);
+        let answered = self.reply(&messages, listener);
+        self.messages = messages;
+        match &answered {
+            Ok(answer) if !answer.text.is_empty() => self.messages.push(Message::new("assistant", &answer.text)),
+            _ => drop(self.messages.pop()),
+        }
+        if answered.is_ok() {
+            self.sampling.seed = self.sampling.seed.wrapping_add(1);
+        }
+        answered
+    }
+
+    /// Answers `messages` in the place of the chat's own, which stay as they are.
+    ///
+    /// # Errors
+    /// As [`Chat::prompt_of`] and [`Decoder::next_token`]; the prompt fills the context.
+    pub fn reply(&mut self, messages: &[Message], listener: &mut dyn Listener) -> Result<Answer> {
+        let ids = self.prompt_of(messages)?;
+        self.generate(ids, listener)
+    }
+
+    /// Continues a text, taken as it is.
+    ///
+    /// # Errors
+    /// The model has no tokenizer; the text fills the context; as [`Decoder::next_token`].
+    pub fn complete(&mut self, text: &str, listener: &mut dyn Listener) -> Result<Answer> {
+        let set = self.current()?;
+        let ids = self.engine.text_of(&set)?.tokenizer.encode(text, true)?;
+        self.generate(self.checked(&set, ids)?, listener)
+    }
+
+    /// Continues token ids.
+    ///
+    /// # Errors
+    /// As [`Chat::decoder`] and [`Decoder::next_token`]; the model has no tokenizer.
+    pub fn generate(&mut self, ids: Vec<u32>, listener: &mut dyn Listener) -> Result<Answer> {
+        let set = self.current()?;
+        let text = self.engine.text_of(&set)?;
+        let mut decoder = self.decoder(ids)?;
+        let (mut stream, mut said) = (text.tokenizer.stream(), String::new());
+        decoder.read_prompt(&mut |done, tokens| listener.on_prompt(done, tokens))?;
+        while let Some(id) = decoder.next_token()? {
+            let piece = stream.push(id)?;
+            said.push_str(&piece);
+            if !piece.is_empty() && listener.on_text(&piece).is_break() {
+                decoder.break_off();
+            }
+        }
+        let rest = stream.finish()?;
+        if !rest.is_empty() {
+            said.push_str(&rest);
+            // It is the last piece anyway.
+            let _ = listener.on_text(&rest);
+        }
+        Ok(Answer { text: said, generated: decoder.into_generated() })
+    }
+
+    /// The token ids that ask for an answer to `messages`.
+    ///
+    /// # Errors
+    /// The model has no tokenizer; the chat template refuses the messages; a chosen adapter was detached.
+    pub fn prompt_of(&mut self, messages: &[Message]) -> Result<Vec<u32>> {
+        let set = self.current()?;
+        let text = self.engine.text_of(&set)?;
+        let prompt = text.template.render(messages, None, true)?;
+        self.checked(&set, text.tokenizer.encode_chat(&prompt.text, &prompt.plain)?)
+    }
+
+    /// Continues token ids one token at a time, with filters if wanted.
+    ///
+    /// # Errors
+    /// No ids, one outside the vocabulary, more than the context takes; a setting of the sampling is out of range; a chosen
+    /// adapter was detached.
+    pub fn decoder(&mut self, ids: Vec<u32>) -> Result<Decoder<'_>> {
+        let set = self.current()?;
+        if !Arc::ptr_eq(&set, &self.set) {
+            // What is remembered was made with other adapters.
+            self.transcript.keep(self.engine.base(), &[]);
+            self.set = Arc::clone(&set);
+        }
+        let Self { engine, transcript, cancel, sampling, max_tokens, .. } = self;
+        Decoder::new(engine, set, transcript, cancel.clone(), ids, sampling, *max_tokens)
+    }
+
+    /// The adapters that its next answer uses.
+    fn current(&self) -> Result<Arc<AdapterSet>> {
+        self.engine.set_of(self.chosen.as_deref())
+    }
+
+    /// `ids`, if this model has an embedding for each; tokenizers of other models have others.
+    fn checked(&self, set: &AdapterSet, ids: Vec<u32>) -> Result<Vec<u32>> {
+        let place = self.engine.dir().join("tokenizer.json");
+        let known = set.adapters.replaced().check_ids(self.engine.base(), &ids);
+        known.map_err(|e: Error| e.at(format!("`{}`", place.display())))?;
+        Ok(ids)
+    }
+}

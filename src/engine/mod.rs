@@ -1,0 +1,232 @@
+//! The way in for every front end: an engine holds a model, and any number of chats and trainers work on it.
+
+mod adapters;
+mod cancel;
+mod chat;
+mod decoder;
+mod options;
+mod reader;
+mod trainer;
+mod transcript;
+
+pub use adapters::{AdapterId, Attached};
+pub use cancel::Cancel;
+pub use chat::{Answer, Chat, Listener};
+pub use decoder::Decoder;
+pub use options::{Device, Options, Precision, check_threads};
+pub use reader::Reader;
+pub use trainer::Trainer;
+#[cfg(feature = "bench")]
+pub(crate) use transcript::On;
+pub(crate) use transcript::Transcript;
+
+use crate::base::{Base, architecture};
+use crate::error::Result;
+use crate::exec::infer::Numbers;
+use crate::format::foreign::no_tokenizer;
+use crate::format::{Checkpoint, int8_head};
+use crate::memory::{Peak, anonymous_bytes};
+use crate::text::{Text, open_text};
+use crate::tokenizer::SpecialText;
+use crate::turn::Turn;
+use adapters::{AdapterSet, Registry};
+use pocketlora_kernels::cpu::Table;
+use pocketlora_kernels::{Arithmetic, CacheType, Cpu};
+use pocketlora_models::StateSpec;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+
+/// An open model. Clones are of the same one, and may be used from any thread.
+///
+/// Chats ([`Engine::chat`]) and trainers ([`Engine::trainer`]) on it take turns with the device: a chat for each token and
+/// each chunk of a prompt, a trainer for each layer. So a chat answers, more slowly, while a trainer works.
+#[derive(Clone)]
+pub struct Engine(Arc<Shared>);
+
+struct Shared {
+    base: Arc<Base<Cpu>>,
+    turn: Turn,
+    dir: PathBuf,
+    base_name: String,
+    fingerprint: u64,
+    mapped_bytes: u64,
+    /// The model's own; none for work on ids only, or where there is no tokenizer.
+    text: Option<Arc<Text>>,
+    /// Anonymous bytes that a text took when it was last loaded.
+    text_bytes: AtomicU64,
+    special_text: SpecialText,
+    precision: Precision,
+    numbers: Numbers,
+    context: usize,
+    /// Threads are to be chosen by measurement, once.
+    calibration: Option<Once>,
+    adapters: Mutex<Registry>,
+    peak: Mutex<Peak>,
+}
+
+impl Engine {
+    /// Maps the Hugging Face directory `dir`, which may be given by one of its files. A model without a tokenizer opens
+    /// too, for work on token ids.
+    ///
+    /// # Errors
+    /// A file is missing, broken or of an unsupported kind; the device is not supported; a setting is out of range.
+    pub fn open(dir: &Path, options: &Options) -> Result<Self> {
+        options.device.check()?;
+        check_threads(options.threads)?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let dir = checkpoint.dir().to_owned();
+        // Nothing is read in, and no copy is made, of a model that then turns out not to run.
+        architecture(&checkpoint)?;
+        let (text, text_bytes) =
+            if options.ids_only { (None, 0) } else { measured(|| open_text(&dir, options.special_text))? };
+        checkpoint.bring_in();
+        let mut base = Base::load(Cpu::with_table(options.threads, Table::from_env()?), &checkpoint)?;
+        let numbers = options.numbers();
+        let mut mapped_bytes = checkpoint.mapped_bytes() as u64;
+        if let (Arithmetic::Int8, Some(cache)) = (numbers.arithmetic, &options.cache_dir) {
+            let name = &base.model.params()[base.model.head_param().0 as usize].name;
+            if let Some((source, bytes)) = int8_head(&checkpoint, name, cache)? {
+                base.set_int8_head(source)?;
+                mapped_bytes += bytes;
+            }
+        }
+        let made_for = base.model.config().max_positions;
+        let text = text.map(Arc::new);
+        let registry = Registry::new(&base, text.clone());
+        Ok(Self(Arc::new(Shared {
+            base: Arc::new(base),
+            turn: Turn::default(),
+            base_name: options.base_name.clone().unwrap_or_else(|| dir.to_string_lossy().into_owned()),
+            dir,
+            fingerprint: checkpoint.fingerprint(),
+            mapped_bytes,
+            text,
+            text_bytes: AtomicU64::new(text_bytes),
+            special_text: options.special_text,
+            precision: options.precision,
+            numbers,
+            context: if options.context == 0 { made_for } else { options.context.min(made_for) },
+            calibration: (options.threads == 0).then(Once::new),
+            adapters: Mutex::new(registry),
+            peak: Mutex::default(),
+        })))
+    }
+
+    /// A conversation of its own, with all attached adapters until it chooses others.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn chat(&self) -> Result<Chat> {
+        Chat::new(self)
+    }
+
+    /// The model's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.0.dir
+    }
+
+    /// Tokens of the longest text, prompt and answer together.
+    #[must_use]
+    pub fn context_tokens(&self) -> usize {
+        self.0.context
+    }
+
+    /// Whether [`Engine::context_tokens`] is less than the model was made for, by [`Options::context`].
+    #[must_use]
+    pub fn is_context_bound(&self) -> bool {
+        self.0.context < self.0.base.model.config().max_positions
+    }
+
+    /// Bytes that each token of a text takes as long as it is held. What is held grows in steps of half of it; layers with
+    /// a window stop growing when it is full.
+    #[must_use]
+    pub fn bytes_per_token(&self) -> u64 {
+        let bytes = |spec: &StateSpec| match (spec, self.0.numbers.cache) {
+            (StateSpec::Kv { kv_heads, head_dim, .. }, CacheType::F32) => 2 * kv_heads * 4 * head_dim,
+            (StateSpec::Kv { kv_heads, head_dim, .. }, CacheType::F16) => 2 * kv_heads * 2 * head_dim,
+            // With a scale for each row.
+            (StateSpec::Kv { kv_heads, head_dim, .. }, CacheType::I8) => 2 * kv_heads * (head_dim + 4),
+            (StateSpec::Conv { .. } | StateSpec::Matrix { .. }, _) => 0,
+        };
+        self.0.base.model.states().iter().map(|spec| bytes(spec) as u64).sum()
+    }
+
+    /// How many tokens there are with what attached adapters bring: rows of the embedding and of the head.
+    #[must_use]
+    pub fn vocabulary(&self) -> usize {
+        self.all().adapters.replaced().vocabulary(self.base())
+    }
+
+    /// Bytes of weights mapped from files: clean pages that the system may drop.
+    #[must_use]
+    pub fn mapped_bytes(&self) -> u64 {
+        self.0.mapped_bytes + self.all().adapters.replaced().mapped_bytes()
+    }
+
+    /// Highest anonymous memory seen at the ends of answers, in bytes.
+    #[must_use]
+    pub fn peak_anonymous_bytes(&self) -> Option<u64> {
+        lock(&self.0.peak).bytes()
+    }
+
+    /// The model's tokenizer and chat template, or those that an attached adapter brings.
+    ///
+    /// # Errors
+    /// The model has none, or it was opened for work on ids only.
+    pub fn text(&self) -> Result<Arc<Text>> {
+        self.text_of(&self.all())
+    }
+
+    fn text_of(&self, set: &AdapterSet) -> Result<Arc<Text>> {
+        set.text.clone().ok_or_else(|| no_tokenizer(&self.0.dir))
+    }
+
+    /// The frozen base, for code that drives executors itself.
+    pub(crate) fn base(&self) -> &Arc<Base<Cpu>> {
+        &self.0.base
+    }
+
+    /// The device's queue.
+    pub(crate) fn turn(&self) -> &Turn {
+        &self.0.turn
+    }
+
+    /// How numbers are kept and multiplied.
+    pub(crate) fn numbers(&self) -> Numbers {
+        self.0.numbers
+    }
+
+    /// At the first work, unless a number was given: measures how many threads serve best.
+    fn choose_threads(&self) {
+        if let Some(once) = &self.0.calibration {
+            once.call_once(|| {
+                let _turn = self.0.turn.take();
+                self.0.base.choose_threads();
+            });
+        }
+    }
+
+    /// Opens a text and notes what memory it took.
+    fn open_measured(&self, open: impl FnOnce() -> Result<Option<Text>>) -> Result<Option<Arc<Text>>> {
+        let (text, bytes) = measured(open)?;
+        if text.is_some() {
+            self.0.text_bytes.store(bytes, Ordering::Relaxed);
+        }
+        Ok(text.map(Arc::new))
+    }
+}
+
+/// What `open` gives, and the anonymous bytes that the process holds more after it; 0 where the system does not tell.
+fn measured<T>(open: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
+    let before = anonymous_bytes();
+    let opened = open()?;
+    let more = anonymous_bytes().zip(before).map_or(0, |(after, before)| after.saturating_sub(before));
+    Ok((opened, more))
+}
+
+/// What is kept here is sound after a panic elsewhere.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

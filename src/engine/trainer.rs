@@ -1,0 +1,180 @@
+//! Training on an engine.
+
+use super::Engine;
+use crate::adapter::AdapterFile;
+use crate::error::Result;
+use crate::memory::Peak;
+use crate::text::carry;
+use crate::train::{
+    self, DataReport, Dataset, Material, MemoryPlan, Observer, Policy, StepReport, Summary, TrainConfig, TrainHandle,
+};
+use pocketlora_kernels::Cpu;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// A run between two steps. Chats on the same engine answer while it works: it gives way between layers, and to all of
+/// them while it is paused.
+pub struct Trainer {
+    inner: train::Trainer<Cpu>,
+    engine: Engine,
+}
+
+impl Engine {
+    /// Prepares a run whose adapter will be written to the folder `out`, from scratch or from the adapter `init`. Attached
+    /// adapters take no part in it. See [`Material::new`] for what becomes of the data.
+    ///
+    /// # Errors
+    /// A setting is out of range, another trainer works in `out`, `init` belongs to another base, there is nothing to
+    /// learn, out of memory.
+    pub fn trainer(
+        &self,
+        config: TrainConfig,
+        data: Dataset,
+        eval_data: Option<Dataset>,
+        init: Option<&AdapterFile>,
+        out: &Path,
+    ) -> Result<Trainer> {
+        let text = self.text();
+        let tokenizer = text.as_ref().map(|text| &text.tokenizer).map_err(|_| self.0.dir.as_path());
+        let material = Material::new(&config, data, eval_data, tokenizer)?;
+        self.trainer_of(config, material, init, out)
+    }
+
+    /// As [`Engine::trainer`], when the material is there already.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn trainer_of(
+        &self,
+        config: TrainConfig,
+        material: Material,
+        init: Option<&AdapterFile>,
+        out: &Path,
+    ) -> Result<Trainer> {
+        self.choose_threads();
+        let name = Some(self.0.base_name.clone());
+        let (base, Material { data, eval_data, general }) = (Arc::clone(self.base()), material);
+        let turn = self.turn().take();
+        let mut inner = train::Trainer::new(base, self.0.fingerprint, name, config, data, eval_data, init, out)?;
+        drop(turn);
+        inner.take_turns(self.turn().clone());
+        let own = init.map(|file| self.own(file)).transpose()?.flatten();
+        carry(own.as_ref(), &self.0.dir, out)?;
+        general.into_iter().for_each(|text| inner.watch(text));
+        let text_bytes = self.0.text_bytes.load(Ordering::Relaxed);
+        inner.beside_tokenizer(self.0.text.as_ref().map_or(0, |_| text_bytes), text_bytes);
+        Ok(Trainer { inner, engine: self.clone() })
+    }
+}
+
+impl Trainer {
+    /// The run itself.
+    #[cfg(feature = "bench")]
+    pub(crate) fn inner(&mut self) -> &mut train::Trainer<Cpu> {
+        &mut self.inner
+    }
+
+    /// Steps done.
+    #[must_use]
+    pub fn step_number(&self) -> u64 {
+        self.inner.step_number()
+    }
+
+    /// Steps in all.
+    #[must_use]
+    pub fn total_steps(&self) -> u64 {
+        self.inner.total_steps()
+    }
+
+    /// What the run will hold in memory.
+    #[must_use]
+    pub fn plan(&self) -> MemoryPlan {
+        self.inner.plan(self.engine.mapped_bytes())
+    }
+
+    /// Figures of what is learned.
+    #[must_use]
+    pub fn data_report(&mut self) -> DataReport {
+        self.inner.data_report()
+    }
+
+    /// Trained values.
+    #[must_use]
+    pub fn trained_parameters(&self) -> usize {
+        self.inner.trained_parameters()
+    }
+
+    /// Memory at the fullest moments of the steps so far.
+    #[must_use]
+    pub fn peak(&self) -> Peak {
+        self.inner.peak()
+    }
+
+    /// Gradients of the last step, after clipping, under their PEFT names.
+    ///
+    /// # Errors
+    /// Device lost.
+    pub fn gradients(&self) -> Result<Vec<(String, Vec<f32>)>> {
+        self.inner.gradients()
+    }
+
+    /// A handle that pauses, resumes and stops this trainer, and asks for snapshots, from any thread.
+    #[must_use]
+    pub fn handle(&self) -> TrainHandle {
+        self.inner.handle()
+    }
+
+    /// Sets the rule that is asked between layers whether to work, pause or stop.
+    pub fn set_policy(&mut self, policy: Policy) {
+        self.inner.set_policy(policy);
+    }
+
+    /// Runs to the end, or until the observer, the policy or a handle stops it; then writes the adapter, or a checkpoint.
+    ///
+    /// # Errors
+    /// Non-finite loss or gradients (the last checkpoint is kept), files that cannot be written, out of memory.
+    pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
+        self.inner.run(observer)
+    }
+
+    /// One optimizer step. A stopped or failed one leaves the run as it was before.
+    ///
+    /// # Errors
+    /// Stopped by the observer, non-finite loss or gradients, out of memory.
+    pub fn step(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
+        self.inner.step(observer)
+    }
+
+    /// Goes on from the checkpoint in the output folder.
+    ///
+    /// # Errors
+    /// There is none, or it is of another run.
+    pub fn resume(&mut self) -> Result<()> {
+        self.inner.resume()
+    }
+
+    /// Writes a checkpoint.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn save_checkpoint(&mut self) -> Result<()> {
+        self.inner.save_checkpoint()
+    }
+
+    /// The adapter after the last whole step, as it would be written.
+    ///
+    /// # Errors
+    /// A value does not fit f16.
+    pub fn snapshot(&self) -> Result<AdapterFile> {
+        self.inner.snapshot()
+    }
+
+    /// Writes the adapter into the output folder.
+    ///
+    /// # Errors
+    /// The files cannot be written; a value does not fit f16.
+    pub fn save_adapter(&mut self) -> Result<()> {
+        self.inner.save_adapter()
+    }
+}
