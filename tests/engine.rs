@@ -353,3 +353,14 @@ fn what_apps_hold_may_move_between_threads() {
     sends::<Chat>();
     sends::<Trainer>();
 }
+
+#[path = "../examples/app.rs"]
+mod app;
+
+#[test]
+fn the_example_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = tiny_training(dir.path(), 4);
+    let [before, _, after] = app::run(&model, &data, &dir.path().join("out"), "what is number 3?").unwrap();
+    assert_ne!(before, after);
+}
