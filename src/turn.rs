@@ -26,14 +26,14 @@ struct Line {
 }
 
 /// The turn, given up when dropped.
-pub(crate) struct Held<'t>(&'t Turn);
+pub(crate) struct TurnGuard<'t>(&'t Turn);
 
 impl Turn {
     /// Waits for the turn.
     ///
     /// # Panics
     /// This thread has it: it would wait for itself.
-    pub fn take(&self) -> Held<'_> {
+    pub fn take(&self) -> TurnGuard<'_> {
         let mut line = self.line();
         assert_ne!(line.owner, Some(thread::current().id()), "a thread took its turn twice");
         let number = line.drawn;
@@ -42,7 +42,7 @@ impl Turn {
             line = self.0.moved.wait(line).unwrap_or_else(PoisonError::into_inner);
         }
         line.owner = Some(thread::current().id());
-        Held(self)
+        TurnGuard(self)
     }
 
     /// Gives the turn up while `work` runs. Those who wait come first.
@@ -72,7 +72,7 @@ impl Turn {
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for TurnGuard<'_> {
     fn drop(&mut self) {
         self.0.pass();
     }

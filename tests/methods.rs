@@ -4,10 +4,10 @@
 mod common;
 
 use common::{check_all, golden, ids, logits, max_diff, open_exact, tensors};
-use pocketlora::{Engine, internals};
 use pocketlora::adapter::{AdapterFile, Adapters, Kind};
 use pocketlora::internals::{Logits, Sequence, Step, Workspace};
 use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
+use pocketlora::{Engine, internals};
 use pocketlora_kernels::{Cpu, WorkType};
 use serde_json::{Map, Value};
 use std::fs;

@@ -27,7 +27,7 @@ pub use figure::Figure;
 pub use kernels::Kernel;
 pub use machine::Machine;
 pub use profile::{OpTime, Profile};
-pub use work::Work;
+pub use work::Demand;
 
 use crate::engine::{self, Engine};
 use crate::error::{Error, ErrorCode, Result};
@@ -84,7 +84,7 @@ pub struct Report {
     /// One for each number of threads.
     pub runs: Vec<Run>,
     /// What the machine could do, on the most threads measured.
-    pub limits: Limits,
+    pub limits: MeasuredLimits,
     /// Single operations.
     pub kernels: Vec<Kernel>,
     /// The model.
@@ -123,7 +123,7 @@ pub struct Run {
     /// Bytes a second that decoding reads, in 1e9.
     pub decode_gb_s: f64,
     /// The machine's limits on this number of threads.
-    pub limits: Limits,
+    pub limits: MeasuredLimits,
     /// The trials behind the medians.
     pub figures: Figures,
 }
@@ -186,14 +186,14 @@ pub struct Share {
 /// See [`limits::Limits`].
 #[derive(Clone, Copy, Debug, Serialize)]
 #[expect(missing_docs, reason = "as in the kernels' own struct")]
-pub struct Limits {
+pub struct MeasuredLimits {
     pub read_gb_s: f64,
     pub f32_gflops: f64,
     pub int8_gops: f64,
     pub bf16_gflops: Option<f64>,
 }
 
-impl From<limits::Limits> for Limits {
+impl From<limits::Limits> for MeasuredLimits {
     fn from(l: limits::Limits) -> Self {
         Self { read_gb_s: l.read_gb_s, f32_gflops: l.f32_gflops, int8_gops: l.int8_gops, bf16_gflops: l.bf16_gflops }
     }
@@ -210,7 +210,7 @@ pub struct Model {
     pub mapped_bytes: u64,
     /// What each token asks for.
     #[serde(flatten)]
-    pub work: Work,
+    pub work: Demand,
 }
 
 /// Numbers of tokens.
@@ -389,7 +389,7 @@ fn describe(engine: &Engine) -> Model {
         name: engine.dir().file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned()),
         model_type: base.model.config().model_type.clone(),
         mapped_bytes: engine.mapped_bytes(),
-        work: Work::of(base, engine.numbers().arithmetic),
+        work: Demand::of(base, engine.numbers().arithmetic),
     }
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 /// Counts of a model's matrices. Attention, norms and adapters are left out: they are a few percent at these lengths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Work {
+pub struct Demand {
     /// Bytes that each decoded token must read: every linear layer, and the head in the form in which it is used.
     pub bytes_per_token: u64,
     /// Weights of the linear layers.
@@ -18,10 +18,10 @@ pub struct Work {
     pub head: u64,
 }
 
-impl Work {
+impl Demand {
     pub(super) fn of(base: &Base<Cpu>, arithmetic: Arithmetic) -> Self {
         let head = base.model.head_param();
-        let mut work = Self { bytes_per_token: 0, linear: 0, last: 0, head: 0 };
+        let mut demand = Self { bytes_per_token: 0, linear: 0, last: 0, head: 0 };
         for (i, spec) in base.model.params().iter().enumerate() {
             let param = Param(i as u32);
             if spec.role != Role::Linear && param != head {
@@ -29,16 +29,16 @@ impl Work {
             }
             let matrix = base.factor(param, arithmetic);
             let (rows, cols) = base.backend.shape(matrix);
-            work.bytes_per_token += matrix.bytes() as u64;
+            demand.bytes_per_token += matrix.bytes() as u64;
             let weights = (rows * cols) as u64;
             if param == head {
-                work.head += weights;
+                demand.head += weights;
             } else {
-                work.linear += weights;
-                work.last += if spec.name.ends_with(".down_proj.weight") { weights } else { 0 };
+                demand.linear += weights;
+                demand.last += if spec.name.ends_with(".down_proj.weight") { weights } else { 0 };
             }
         }
-        work
+        demand
     }
 
     /// Operations for each token of a prompt of `tokens`, of which only the last needs the head.

@@ -1,8 +1,8 @@
 //! What the optimizer keeps of each tensor in training, and its step.
 //!
-//! An adapter's matrices in training are its f32 masters; there is no 16-bit working copy. Products in bf16 round them as
-//! they would round such a copy. The f16 of the adapter's file is made when it is saved, so a loaded adapter is the trained
-//! one to within half a unit of f16.
+//! An adapter's tensors in training are its f32 masters; there is no 16-bit working copy. Products in bf16 round them as
+//! they would round such a copy. A method that stores f16, as LoRA does, rounds when the adapter is saved. A loaded LoRA is
+//! therefore the trained one to within half a unit of f16.
 
 use super::config::{Optimizer, TrainConfig};
 use crate::adapter::Group;
