@@ -125,7 +125,7 @@ impl RopeKeys {
             return Err(ConfigError::new(key, format!("{share}, as in `rope_parameters`"), beside));
         }
         let turned = (self.head_dim as f64 * share) as usize;
-        if share > 1.0 || turned == 0 || turned % 2 != 0 {
+        if share > 1.0 || turned == 0 || !turned.is_multiple_of(2) {
             let expected = format!("a share of a head's {} dimensions that is an even number", self.head_dim);
             return Err(ConfigError::new(key, expected, share));
         }
