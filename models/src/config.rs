@@ -77,6 +77,10 @@ impl Config {
     /// The first key that is missing, of the wrong type, out of range or in contradiction with another.
     pub(crate) fn read(keys: &Keys<'_>, defaults: &Defaults) -> Result<Self, ConfigError> {
         check_class(keys)?;
+        // Switches that some families heed, and none takes for anything else.
+        for switch in ["attention_bias", "mlp_bias"] {
+            keys.flag(switch, false)?;
+        }
         let heads = keys.count("num_attention_heads")?;
         let hidden_size = keys.size("hidden_size")?;
         let kv_heads = keys.size_or("num_key_value_heads", defaults.kv_heads)?.unwrap_or(heads);

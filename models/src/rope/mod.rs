@@ -113,14 +113,15 @@ impl RopeKeys {
             let expected = format!("nothing or the whole head's {}", self.head_dim);
             return Err(ConfigError::unsupported("rotary_dim", expected, rotated));
         }
-        let beside = keys.number(key, self.partial.unwrap_or(1.0))?;
-        let share = nested.map_or(Ok(beside), |nested| nested.number(key, beside))?;
-        let Some(_) = self.partial else {
-            if share == 1.0 {
-                return Ok(self.head_dim);
-            }
-            return Err(ConfigError::unsupported(key, "1, for these families turn whole heads", share));
+        let Some(default) = self.partial else {
+            // Beside the object, `known.rs` has seen to it.
+            return match nested.map_or(Ok(1.0), |nested| nested.number(key, 1.0))? {
+                1.0 => Ok(self.head_dim),
+                share => Err(ConfigError::unsupported(key, "1, for these families turn whole heads", share)),
+            };
         };
+        let beside = keys.number(key, default)?;
+        let share = nested.map_or(Ok(beside), |nested| nested.number(key, beside))?;
         if keys.number(key, share)? != share {
             return Err(ConfigError::new(key, format!("{share}, as in `rope_parameters`"), beside));
         }
