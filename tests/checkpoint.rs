@@ -20,7 +20,7 @@ fn dense_and_quantized_weights_are_told_apart_by_tensor() {
     let q = dense.matrix(Q_PROJ).unwrap();
     assert_eq!((q.rows, q.cols), (128, 64));
     assert!(matches!(q.data, MatrixData::Dense(FloatType::BF16, ref b) if b.len() == 128 * 64 * 2));
-    assert_eq!(dense.vector("model.norm.weight").unwrap().len(), 64);
+    assert_eq!(dense.vector("model.norm.weight", 1).unwrap().0, [64]);
     assert_eq!(dense.config()["model_type"], "mistral");
 
     let four_bit = Checkpoint::open(&oracle("tiny-mistral-bnb4")).unwrap();
@@ -45,7 +45,7 @@ fn wrong_uses_name_the_file_and_the_tensor() {
     let model = Checkpoint::open(&oracle("tiny-mistral-bnb4")).unwrap();
     for error in [
         model.matrix("model.layers.9.self_attn.q_proj.weight").unwrap_err(),
-        model.vector(Q_PROJ).unwrap_err(),
+        model.vector(Q_PROJ, 1).unwrap_err(),
         model.matrix("model.norm.weight").unwrap_err(),
     ] {
         assert_eq!(error.code(), ErrorCode::Format);
@@ -301,7 +301,7 @@ fn flipped_bits_never_panic() {
             continue;
         }
         fs::write(&file, &copy).unwrap();
-        match Checkpoint::open(dir.path()).and_then(|m| Ok((m.matrix(Q_PROJ)?, m.vector("model.norm.weight")?))) {
+        match Checkpoint::open(dir.path()).and_then(|m| Ok((m.matrix(Q_PROJ)?, m.vector("model.norm.weight", 1)?.1))) {
             Ok(_) => opened += 1,
             Err(_) => refused += 1,
         }

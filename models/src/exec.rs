@@ -1,6 +1,9 @@
 //! Operations under the names that model files use.
 
-use crate::op::{Activation, AttentionShape, Linear, Norm, Op, Param, RopeTable, StateId, Value};
+use crate::op::{
+    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, StateId, Value,
+};
+use std::ops::Range;
 
 /// Runs a model's operations. Tokens, their positions and what is remembered of earlier ones belong to the executor, so
 /// one forward text serves a prompt, a decode step, a batch of sequences and training.
@@ -31,6 +34,14 @@ impl dyn Exec + '_ {
         self.run(Op::Norm { norm, x })
     }
 
+    /// `x / sqrt(sum(x²) + eps)` of each `width` neighbouring elements of a row.
+    pub fn l2_norm(&mut self, width: usize, eps: f32, x: Value) -> Value {
+        // The mean square is the sum by the width.
+        let norm = Norm { weight: None, width, eps: eps / width as f32, plus_one: false };
+        let x = self.rms_norm(norm, x);
+        self.scale((width as f32).sqrt().recip(), x)
+    }
+
     /// Rotary position embedding of `heads` heads.
     pub fn rope(&mut self, table: RopeTable, heads: usize, x: Value) -> Value {
         self.run(Op::Rope { table, heads, x })
@@ -54,6 +65,65 @@ impl dyn Exec + '_ {
     /// `factor * x`.
     pub fn scale(&mut self, factor: f32, x: Value) -> Value {
         self.run(Op::Scale { factor, x })
+    }
+
+    /// `silu(x)`.
+    pub fn silu(&mut self, x: Value) -> Value {
+        self.run(Op::Map { map: Map::Silu, x })
+    }
+
+    /// `sigmoid(x)`.
+    pub fn sigmoid(&mut self, x: Value) -> Value {
+        self.run(Op::Map { map: Map::Sigmoid, x })
+    }
+
+    /// `a * b`.
+    pub fn multiply(&mut self, a: Value, b: Value) -> Value {
+        self.run(Op::Multiply { a, b })
+    }
+
+    /// Parts of a row whose widths are `widths`, one after the other.
+    pub fn split<const N: usize>(&mut self, x: Value, widths: [usize; N]) -> [Value; N] {
+        self.split_heads(x, 1, widths)
+    }
+
+    /// As [`Self::split`] for each of `heads` heads, whose parts lie side by side in what is returned.
+    pub fn split_heads<const N: usize>(&mut self, x: Value, heads: usize, widths: [usize; N]) -> [Value; N] {
+        let (width, mut start) = (widths.iter().sum(), 0);
+        widths.map(|part| {
+            let part: Range<usize> = start..start + part;
+            start = part.end;
+            self.run(Op::Columns { x, blocks: heads, width, part })
+        })
+    }
+
+    /// See [`Conv`].
+    pub fn conv(&mut self, state: StateId, conv: Conv, x: Value) -> Value {
+        self.run(Op::Conv { conv, state, x })
+    }
+
+    /// See [`Op::Decay`].
+    pub fn decay(&mut self, rate: Param, bias: Param, a: Value) -> Value {
+        self.run(Op::Decay { rate, bias, a })
+    }
+
+    /// See [`Op::DeltaRule`]; `qkv` are its queries, keys and values.
+    pub fn delta_rule(
+        &mut self,
+        state: StateId,
+        shape: DeltaRuleShape,
+        qkv: [Value; 3],
+        g: Value,
+        beta: Value,
+    ) -> Value {
+        let [q, k, v] = qkv;
+        self.run(Op::DeltaRule { shape, state, q, k, v, g, beta })
+    }
+
+    /// See [`Op::Route`] and [`Op::Experts`].
+    pub fn mixture(&mut self, experts: &[Expert], top: usize, normalize: bool, logits: Value, x: Value) -> Value {
+        let weights = self.run(Op::Route { top, normalize, logits });
+        self.run(Op::Experts { experts: experts.to_vec(), x, weights })
     }
 
     /// `a + b`.

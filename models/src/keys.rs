@@ -80,6 +80,43 @@ impl<'a> Keys<'a> {
         if self.has(key) { self.optional_size(key) } else { Ok(default) }
     }
 
+    /// Checks that what is there is one of `names`.
+    pub(crate) fn one_of(&self, key: &str, names: &[&str]) -> Result<(), ConfigError> {
+        match self.text(key)? {
+            Some(name) if !names.contains(&name) => {
+                Err(ConfigError::unsupported(key, format!("one of `{}`", names.join("`, `")), name))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Numbers of layers.
+    pub(crate) fn indices(&self, key: &str) -> Result<Option<Vec<usize>>, ConfigError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let index = |value: &Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
+        let list = value.as_array().and_then(|list| list.iter().map(index).collect::<Option<_>>());
+        list.map(Some).ok_or_else(|| ConfigError::new(key, "a list of numbers of layers", value))
+    }
+
+    pub(crate) fn is_null(&self, key: &str) -> bool {
+        self.has(key) && self.get(key).is_none()
+    }
+
+    /// A number above 0, and not beyond all bounds.
+    pub(crate) fn positive(&self, key: &str, default: f64) -> Result<f64, ConfigError> {
+        let value = self.number(key, default)?;
+        if (1e-6..1e12).contains(&value) {
+            Ok(value)
+        } else {
+            Err(ConfigError::new(key, "a number from 1e-6 to 1e12", value))
+        }
+    }
+
+    /// As [`Keys::count`], with a default.
+    pub(crate) fn count_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
+        if self.get(key).is_none() { Ok(default) } else { self.count(key) }
+    }
+
     /// A number from 0 to below 1.
     pub(crate) fn share(&self, key: &str, default: f64) -> Result<f32, ConfigError> {
         let value = self.number(key, default)?;

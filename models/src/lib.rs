@@ -4,15 +4,24 @@
 //! quantization, adapters and gradients are the executor's concern.
 #![forbid(unsafe_code)]
 
+mod attention;
 mod config;
+mod decoder;
 mod exec;
+mod feed_forward;
+mod gemma3_text;
 mod keys;
 mod known;
+mod lfm2;
 mod llama;
 mod mistral;
 mod op;
+mod outline;
 mod params;
 mod qwen2;
+mod qwen3;
+mod qwen3_5_text;
+mod qwen3_moe;
 mod rope;
 #[cfg(test)]
 mod testing;
@@ -20,7 +29,11 @@ mod windows;
 
 pub use config::{Config, ConfigError};
 pub use exec::Exec;
-pub use op::{Activation, AttentionShape, Linear, Norm, Op, Param, RopeTable, StateId, StateSpec, Value, Width};
+pub use op::{
+    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, StateId,
+    StateSpec, Value, Width,
+};
+pub use outline::Outline;
 pub use params::{ParamSpec, Role};
 pub use rope::Rope;
 
@@ -28,27 +41,57 @@ use keys::Keys;
 
 /// A decoder-only language model: embedding, layers, head. Executors may run a layer more than once.
 pub trait Model: Send + Sync {
-    /// Sizes and constants.
-    fn config(&self) -> &Config;
-    /// All parameters; a [`Param`] is an index into this list.
-    fn params(&self) -> &[ParamSpec];
-    /// Rotary tables in use; a [`RopeTable`] is an index into this list.
-    fn ropes(&self) -> &[Rope];
-    /// What layers remember of earlier tokens; a [`StateId`] is an index into this list.
-    fn states(&self) -> &[StateSpec];
-    /// The weight of the last product, `[V, C]`; the embedding's where they are tied.
-    fn head_param(&self) -> Param;
-    /// Token embeddings `[T, C]` of the executor's current tokens.
-    fn embed(&self, ex: &mut dyn Exec) -> Value;
+    /// What the model consists of.
+    fn outline(&self) -> &Outline;
     /// Layer number `index` applied to `x` `[T, C]`.
     fn layer(&self, ex: &mut dyn Exec, index: usize, x: Value) -> Value;
+
+    /// Token embeddings `[T, C]` of the executor's current tokens.
+    fn embed(&self, ex: &mut dyn Exec) -> Value {
+        ex.embed(self.outline().embedding)
+    }
+
     /// The last norm of hidden states `x` `[T, C]`, as [`Model::head`] takes it first.
-    fn norm(&self, ex: &mut dyn Exec, x: Value) -> Value;
+    fn norm(&self, ex: &mut dyn Exec, x: Value) -> Value {
+        ex.rms_norm(self.outline().norm, x)
+    }
+
     /// The layer that makes logits of what [`Model::norm`] returns, if it is all that does: an executor may then compute
     /// what follows from logits without holding them. `None` where a family does more to them.
-    fn plain_head(&self) -> Option<Linear>;
+    fn plain_head(&self) -> Option<Linear> {
+        Some(self.outline().head)
+    }
+
     /// Logits `[T, V]` of hidden states `x` `[T, C]`.
-    fn head(&self, ex: &mut dyn Exec, x: Value) -> Value;
+    fn head(&self, ex: &mut dyn Exec, x: Value) -> Value {
+        let h = self.norm(ex, x);
+        ex.linear(self.outline().head, h)
+    }
+
+    /// Sizes and constants.
+    fn config(&self) -> &Config {
+        &self.outline().config
+    }
+
+    /// All parameters; a [`Param`] is an index into this list.
+    fn params(&self) -> &[ParamSpec] {
+        &self.outline().params
+    }
+
+    /// Rotary tables in use; a [`RopeTable`] is an index into this list.
+    fn ropes(&self) -> &[Rope] {
+        &self.outline().ropes
+    }
+
+    /// What layers remember of earlier tokens; a [`StateId`] is an index into this list.
+    fn states(&self) -> &[StateSpec] {
+        &self.outline().states
+    }
+
+    /// The weight of the last product, `[V, C]`; the embedding's where they are tied.
+    fn head_param(&self) -> Param {
+        self.outline().head.weight
+    }
 }
 
 /// A kind of model: its name, what it reads of a config, and how it is made.
@@ -62,7 +105,16 @@ pub(crate) struct Family {
 }
 
 /// All that [`build`] knows.
-const FAMILIES: &[Family] = &[llama::FAMILY, mistral::FAMILY, qwen2::FAMILY];
+const FAMILIES: &[Family] = &[
+    gemma3_text::FAMILY,
+    lfm2::FAMILY,
+    llama::FAMILY,
+    mistral::FAMILY,
+    qwen2::FAMILY,
+    qwen3::FAMILY,
+    qwen3_5_text::FAMILY,
+    qwen3_moe::FAMILY,
+];
 
 /// Names of the supported families, as `config.json` spells them.
 pub fn families() -> impl Iterator<Item = &'static str> {

@@ -1,8 +1,8 @@
-//! Mistral (Jiang et al. 2023): Llama with a sliding window in every layer.
+//! Mistral (Jiang et al. 2023): a sliding window in every layer.
 
 use crate::config::{Config, ConfigError, Defaults};
+use crate::decoder::{self, Variant};
 use crate::keys::Keys;
-use crate::llama::{Llama, Variant};
 use crate::windows::WindowKeys;
 use crate::{Family, Model};
 
@@ -11,7 +11,7 @@ pub(crate) const FAMILY: Family = Family { model_type: "mistral", honoured: &[],
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { kv_heads: Some(8), positions: 4096 * 32, ..Defaults::default() })?;
     let variant = Variant { windows: windows(keys, config.layers)?, ..Variant::default() };
-    Ok(Box::new(Llama::new(keys, config, &variant)?))
+    decoder::build(keys, config, &variant)
 }
 
 /// All layers have the window, or none has.

@@ -4,6 +4,8 @@
 //! `[T, width]`, one row for each token. What forward and backward need to know of an operation, such as which values
 //! they read, is said here and nowhere else.
 
+use std::ops::Range;
+
 /// A value of the running computation: activations `[T, width]`, owned by the executor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Value(pub u32);
@@ -96,6 +98,48 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// A function of one element.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Map {
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
+    /// `x / (1 + e^-x)`.
+    Silu,
+}
+
+/// A causal convolution of each channel by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv {
+    /// `[channels, 1, taps]`; the last tap meets the token itself.
+    pub weight: Param,
+    /// `[channels]`, if it has one.
+    pub bias: Option<Param>,
+}
+
+/// Shape of a gated delta rule (Yang et al. 2024).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeltaRuleShape {
+    /// Heads of queries and keys.
+    pub key_heads: usize,
+    /// Heads of values, each with a state of its own; neighbours share a head of keys.
+    pub value_heads: usize,
+    /// Width of a query or key.
+    pub key_dim: usize,
+    /// Width of a value.
+    pub value_dim: usize,
+}
+
+/// One expert of a mixture: a gated feed-forward part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expert {
+    /// `[F, C]`.
+    pub gate: Linear,
+    /// `[F, C]`.
+    pub up: Linear,
+    /// `[C, F]`.
+    pub down: Linear,
+}
+
 /// An operation with the values it reads. What it writes is `[T, ..]` as [`Op::outputs`] says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
@@ -156,6 +200,86 @@ pub enum Op {
         /// Any value.
         x: Value,
     },
+    /// A function of each element.
+    Map {
+        /// Which one.
+        map: Map,
+        /// Any value.
+        x: Value,
+    },
+    /// `a * b`, element by element.
+    Multiply {
+        /// A factor.
+        a: Value,
+        /// As wide as `a`.
+        b: Value,
+    },
+    /// The elements `part` of each of `blocks` equal blocks of a row, side by side.
+    Columns {
+        /// `[T, blocks * width]`.
+        x: Value,
+        /// Blocks in a row.
+        blocks: usize,
+        /// Width of a block.
+        width: usize,
+        /// Elements of each block.
+        part: Range<usize>,
+    },
+    /// See [`Conv`]; goes on after the rows that `state` keeps.
+    Conv {
+        /// Which one.
+        conv: Conv,
+        /// A [`StateSpec::Conv`].
+        state: StateId,
+        /// `[T, channels]`.
+        x: Value,
+    },
+    /// `-e^rate softplus(a + bias)`: the logarithm of how much of each head's state is kept.
+    Decay {
+        /// `[heads]`.
+        rate: Param,
+        /// `[heads]`.
+        bias: Param,
+        /// `[T, heads]`.
+        a: Value,
+    },
+    /// The gated delta rule: each head of values has a matrix `S`, and for each token `S = e^g S`,
+    /// `S = S + k (beta (v - Sᵀ k))ᵀ`, `y = Sᵀ q`.
+    DeltaRule {
+        /// Heads and their widths.
+        shape: DeltaRuleShape,
+        /// A [`StateSpec::Matrix`].
+        state: StateId,
+        /// Queries `[T, key_heads * key_dim]`.
+        q: Value,
+        /// Keys, as wide.
+        k: Value,
+        /// Values `[T, value_heads * value_dim]`.
+        v: Value,
+        /// `[T, value_heads]`, see [`Op::Decay`].
+        g: Value,
+        /// `[T, value_heads]`, from 0 to 1.
+        beta: Value,
+    },
+    /// Chooses the `top` likeliest experts of each token. Writes their weights `[T, top]`, which are the softmax of all
+    /// logits at their places, and their numbers `[T, top]`.
+    Route {
+        /// Experts for a token.
+        top: usize,
+        /// The weights of a token are divided by their sum.
+        normalize: bool,
+        /// `[T, experts]`.
+        logits: Value,
+    },
+    /// The sum of what a token's chosen experts make of it, `down(silu(gate(x)) * up(x))`, each times its weight.
+    Experts {
+        /// All of them.
+        experts: Vec<Expert>,
+        /// `[T, C]`.
+        x: Value,
+        /// What [`Op::Route`] wrote; its second output is read as well.
+        weights: Value,
+    },
     /// `a + b`.
     Add {
         /// A term.
@@ -185,9 +309,14 @@ impl Op {
         match *self {
             Self::Embed { .. } => Vec::new(),
             Self::Linears { x, .. } | Self::Norm { x, .. } | Self::Rope { x, .. } | Self::Scale { x, .. } => vec![x],
+            Self::Map { x, .. } | Self::Columns { x, .. } | Self::Conv { x, .. } => vec![x],
+            Self::Decay { a, .. } => vec![a],
+            Self::DeltaRule { q, k, v, g, beta, .. } => vec![q, k, v, g, beta],
+            Self::Route { logits, .. } => vec![logits],
+            Self::Experts { x, weights, .. } => vec![x, weights, chosen(weights)],
             Self::Attention { q, k, v, .. } => vec![q, k, v],
             Self::Gate { gate, up, .. } => vec![gate, up],
-            Self::Add { a, b } => vec![a, b],
+            Self::Add { a, b } | Self::Multiply { a, b } => vec![a, b],
         }
     }
 
@@ -200,7 +329,14 @@ impl Op {
             // The second one is the log-sum-exp of each head's scores.
             Self::Attention { shape, q, .. } => vec![Width::Like(*q), Width::Of(shape.heads)],
             Self::Norm { x, .. } | Self::Rope { x, .. } | Self::Scale { x, .. } => vec![Width::Like(*x)],
-            Self::Gate { gate: like, .. } | Self::Add { a: like, .. } => vec![Width::Like(*like)],
+            Self::Gate { gate: like, .. } | Self::Add { a: like, .. } | Self::Multiply { a: like, .. } => {
+                vec![Width::Like(*like)]
+            }
+            Self::Map { x, .. } | Self::Conv { x, .. } | Self::Experts { x, .. } => vec![Width::Like(*x)],
+            Self::Columns { blocks, part, .. } => vec![Width::Of(blocks * part.len())],
+            Self::Decay { a, .. } => vec![Width::Like(*a)],
+            Self::DeltaRule { v, .. } => vec![Width::Like(*v)],
+            Self::Route { top, .. } => vec![Width::Of(*top); 2],
         }
     }
 
@@ -213,18 +349,46 @@ impl Op {
             Self::Linears { x, .. } | Self::Norm { x, .. } => vec![x],
             Self::Attention { q, k, v, .. } => vec![q, k, v, y, Value(y.0 + 1)],
             Self::Gate { gate, up, .. } => vec![gate, up],
+            Self::Columns { .. } | Self::Conv { .. } => Vec::new(),
+            Self::Map { x, .. } => vec![x],
+            Self::Multiply { a, b } => vec![a, b],
+            Self::Decay { a, .. } => vec![a],
+            Self::DeltaRule { q, k, v, g, beta, .. } => vec![q, k, v, g, beta],
+            Self::Route { logits, .. } => vec![logits, chosen(y)],
+            Self::Experts { x, weights, .. } => vec![x, weights, chosen(weights)],
         }
     }
 
     /// Whether its output costs so little that it is computed again for backward rather than kept.
     #[must_use]
     pub fn is_cheap(&self) -> bool {
-        matches!(self, Self::Norm { .. } | Self::Gate { .. } | Self::Scale { .. })
+        matches!(
+            self,
+            Self::Norm { .. }
+                | Self::Gate { .. }
+                | Self::Scale { .. }
+                | Self::Map { .. }
+                | Self::Multiply { .. }
+                | Self::Columns { .. }
+                | Self::Decay { .. }
+        )
     }
 
     /// Whether rows of its output depend on the same rows of its inputs alone, wherever they are in a text.
     #[must_use]
     pub fn is_row_wise(&self) -> bool {
-        !matches!(self, Self::Embed { .. } | Self::Attention { .. } | Self::Rope { .. })
+        !matches!(
+            self,
+            Self::Embed { .. }
+                | Self::Attention { .. }
+                | Self::Rope { .. }
+                | Self::Conv { .. }
+                | Self::DeltaRule { .. }
+        )
     }
+}
+
+/// The second output of [`Op::Route`], of which `weights` is the first: numbers of experts, as floats.
+fn chosen(weights: Value) -> Value {
+    Value(weights.0 + 1)
 }

@@ -1,7 +1,4 @@
-//! The list of a model's parameters under the checkpoint's names.
-
-use crate::config::Config;
-use crate::op::{Linear, Norm, Param};
+//! What a parameter is.
 
 /// What a parameter is for; it decides how it is stored and whether an adapter may attach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,7 +9,9 @@ pub enum Role {
     Linear,
     /// `[V, C]` of an untied head.
     Head,
-    /// One-dimensional: norm weights and biases.
+    /// `[E, C]`, scores a layer's experts. Too small to be worth fewer bits, and a wrong choice costs much.
+    Router,
+    /// Small, and used as f32: norm weights, biases, taps of a convolution.
     Vector,
 }
 
@@ -32,45 +31,5 @@ impl ParamSpec {
     #[must_use]
     pub fn module(&self) -> &str {
         self.name.rsplit_once('.').map_or(&self.name, |(module, _)| module)
-    }
-}
-
-/// Collects parameters while a family builds itself.
-#[derive(Default)]
-pub(crate) struct ParamList(pub(crate) Vec<ParamSpec>);
-
-impl ParamList {
-    fn push(&mut self, name: String, shape: Vec<usize>, role: Role) -> Param {
-        self.0.push(ParamSpec { name, shape, role });
-        Param(u32::try_from(self.0.len() - 1).expect("config bounds the number of layers"))
-    }
-
-    pub(crate) fn table(&mut self, module: &str, rows: usize, cols: usize, role: Role) -> Param {
-        self.push(format!("{module}.weight"), vec![rows, cols], role)
-    }
-
-    pub(crate) fn vector(&mut self, name: String, width: usize) -> Param {
-        self.push(name, vec![width], Role::Vector)
-    }
-
-    pub(crate) fn rms_norm(&mut self, module: &str, width: usize, eps: f32) -> Norm {
-        let weight = self.vector(format!("{module}.weight"), width);
-        Norm { weight: Some(weight), width, eps, plus_one: false }
-    }
-
-    pub(crate) fn linear(&mut self, module: &str, out: usize, input: usize, bias: bool) -> Linear {
-        let weight = self.push(format!("{module}.weight"), vec![out, input], Role::Linear);
-        let bias = bias.then(|| self.vector(format!("{module}.bias"), out));
-        Linear { weight, bias }
-    }
-
-    /// The last product: with the embedding's table where they are tied, else with a table of its own.
-    pub(crate) fn head(&mut self, config: &Config, embedding: Param) -> Linear {
-        let weight = if config.tied_head {
-            embedding
-        } else {
-            self.table("lm_head", config.vocab_size, config.hidden_size, Role::Head)
-        };
-        Linear { weight, bias: None }
     }
 }

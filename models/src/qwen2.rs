@@ -1,8 +1,8 @@
-//! Qwen2 (Yang et al. 2024): Llama with biases on q, k and v; upper layers may slide a window.
+//! Qwen2 (Yang et al. 2024): biases on q, k and v; upper layers may slide a window.
 
 use crate::config::{Config, ConfigError, Defaults};
+use crate::decoder::{self, Variant};
 use crate::keys::Keys;
-use crate::llama::{Llama, Variant};
 use crate::windows::WindowKeys;
 use crate::{Family, Model};
 
@@ -13,7 +13,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { kv_heads: Some(32), positions: 32768, ..Defaults::default() })?;
     let windows = WindowKeys::read(keys, Some(4096), false)?.upper(keys, config.layers)?;
     let variant = Variant { qkv_bias: true, windows, ..Variant::default() };
-    Ok(Box::new(Llama::new(keys, config, &variant)?))
+    decoder::build(keys, config, &variant)
 }
 
 #[cfg(test)]

@@ -386,7 +386,7 @@ pub(crate) fn layer_at(model: &dyn Model, path: &str) -> Option<Param> {
     let is_it = |spec: &ParamSpec| match spec.role {
         Role::Linear | Role::Head => spec.module() == path,
         Role::Embedding => path == "lm_head" && model.config().tied_head,
-        Role::Vector => false,
+        Role::Vector | Role::Router => false,
     };
     model.params().iter().position(is_it).map(|i| Param(i as u32))
 }

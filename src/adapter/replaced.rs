@@ -176,7 +176,7 @@ impl<B: Backend> Replaced<B> {
         };
         self.owners.insert(key, (file.dir.clone(), tensor.bytes.clone()));
         if spec.role == Role::Vector {
-            let mut values = vec![0.0; spec.shape[0]];
+            let mut values = vec![0.0; spec.shape.iter().product()];
             widen(float, &tensor.bytes, &mut values);
             let mut buffer = base.backend.buffer(values.len())?;
             base.backend.write(&mut buffer, &values);

@@ -43,15 +43,15 @@ impl<B: Backend> Base<B> {
             let wrong_shape = |got: &[usize]| Err(fit::wrong_shape(checkpoint.dir(), spec, got));
             weights.push(match spec.role {
                 Role::Vector => {
-                    let values = checkpoint.vector(&spec.name)?;
-                    if values.len() != spec.shape[0] {
-                        return wrong_shape(&[values.len()]);
+                    let (shape, values) = checkpoint.vector(&spec.name, spec.shape.len())?;
+                    if shape != spec.shape {
+                        return wrong_shape(shape);
                     }
                     let mut buffer = backend.buffer(values.len())?;
                     backend.write(&mut buffer, &values);
                     Stored::Vector(buffer)
                 }
-                Role::Embedding | Role::Linear | Role::Head => {
+                Role::Embedding | Role::Linear | Role::Head | Role::Router => {
                     let source = checkpoint.matrix(&spec.name)?;
                     if spec.shape != [source.rows, source.cols] {
                         return wrong_shape(&[source.rows, source.cols]);
@@ -73,7 +73,7 @@ impl<B: Backend> Base<B> {
         let weight = |spec: &ParamSpec| {
             Ok(match spec.shape[..] {
                 [rows, cols] => Stored::Matrix(backend.work_matrix(rows, cols, WorkType::F32)?),
-                _ => Stored::Vector(backend.buffer(spec.shape[0])?),
+                _ => Stored::Vector(backend.buffer(spec.shape.iter().product())?),
             })
         };
         let weights = model.params().iter().map(weight).collect::<Result<_>>()?;

@@ -6,7 +6,7 @@ use super::sequence::State;
 use crate::base::Pool;
 use crate::error::Result;
 use pocketlora_kernels::{Arithmetic, Backend};
-use pocketlora_models::{Op, Value, Width};
+use pocketlora_models::{Linear, Op, Value, Width};
 use std::ops::Range;
 
 /// Where a value is held.
@@ -64,8 +64,12 @@ impl<'p, B: Backend> Interpreter<'p, B> {
 
     /// Whether an adapter is on what computes output number `i` of `op`.
     fn is_adapted(&self, op: &Op, i: usize) -> bool {
+        let adapted = |layer: &Linear| !self.pass.adapters().on(layer.weight).is_empty();
         match op {
-            Op::Linears { layers, .. } => !self.pass.adapters().on(layers[i].weight).is_empty(),
+            Op::Linears { layers, .. } => adapted(&layers[i]),
+            Op::Experts { experts, .. } => {
+                experts.iter().any(|expert| [expert.gate, expert.up, expert.down].iter().any(adapted))
+            }
             Op::Attention { .. } => i == 0 && self.pass.adapters().prefix().is_some(),
             _ => false,
         }

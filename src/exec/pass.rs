@@ -84,6 +84,15 @@ impl<'a, B: Backend> Pass<'a, B> {
         Ok(Self { base, parts, batch, angles, dropout: None, arithmetic })
     }
 
+    /// The same pass over some `rows` (ascending) of its tokens, for what each row is by itself: rotary tables stay behind.
+    pub(super) fn of_rows(&self, rows: &[u32]) -> Pass<'_, B> {
+        let at = |row: usize| rows.partition_point(|&r| (r as usize) < row);
+        let own = |part: &Part<'a, B>| Part { rows: at(part.rows.start)..at(part.rows.end), adapters: part.adapters };
+        let parts = self.parts.iter().map(own).filter(|part| !part.rows.is_empty()).collect();
+        let Self { base, batch, dropout, arithmetic, .. } = *self;
+        Pass { base, parts, batch, angles: Vec::new(), dropout, arithmetic }
+    }
+
     /// What the pass runs on.
     #[must_use]
     pub fn base(&self) -> &'a Base<B> {

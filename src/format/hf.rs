@@ -168,19 +168,24 @@ impl Checkpoint {
         }
     }
 
-    /// The vector called `name` (a norm's weight, a bias), widened to f32.
+    /// The small tensor called `name` (a norm's weight, a bias, the taps of a convolution), which is to have so many
+    /// dimensions: its shape, and its values widened to f32.
     ///
     /// # Errors
-    /// The tensor is missing or not a vector of floats.
-    pub fn vector(&self, name: &str) -> Result<Vec<f32>> {
+    /// The tensor is missing, not of floats, or of another number of dimensions.
+    pub fn vector(&self, name: &str, dimensions: usize) -> Result<(&[usize], Vec<f32>)> {
         let tensor = self.tensor(name)?;
-        if tensor.shape.len() != 1 || self.is_quantized(name) {
-            return Err(self.bad(name, "a vector of floats", tensor.describe()));
+        if tensor.shape.len() != dimensions || self.is_quantized(name) {
+            let expected = match dimensions {
+                1 => "a vector of floats".to_owned(),
+                more => format!("floats in {more} dimensions"),
+            };
+            return Err(self.bad(name, &expected, tensor.describe()));
         }
         let float = self.float_type(name, tensor)?;
-        let mut out = vec![0.0; tensor.shape[0]];
+        let mut out = vec![0.0; tensor.shape.iter().product()];
         widen(float, &tensor.bytes, &mut out);
-        Ok(out)
+        Ok((&tensor.shape, out))
     }
 
     /// Whether any weight is in bitsandbytes' 4 bits, whatever the config says.

@@ -8,6 +8,7 @@ use super::{Source, TensorMeta};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::FloatType;
 use pocketlora_kernels::quant::{BLOCK, NESTED_BLOCK};
+use pocketlora_models::Role;
 use safetensors::Dtype;
 use std::collections::HashSet;
 
@@ -86,8 +87,9 @@ impl Plan {
     /// Weights are empty, named twice or 4-bit already, one is not finite, or the caller stops.
     pub fn new(source: &dyn Source, to: Target, ticker: &mut Ticker<'_>) -> Result<Self> {
         let mut weights = Vec::new();
+        let linears = Linears::of(source);
         for (index, meta) in source.tensors().iter().enumerate() {
-            let four_bit = to == Target::Nf4 && is_linear(meta);
+            let four_bit = to == Target::Nf4 && linears.has(meta);
             if four_bit && matches!(meta.dtype.as_str(), "NF4" | "FP4") {
                 let message = "is 4-bit already; use the model as it is, or quantize its 16-bit checkpoint";
                 return Err(Error::new(ErrorCode::Unsupported, format!("tensor `{}`", meta.name), message));
@@ -154,17 +156,37 @@ fn dtype(float: FloatType) -> Dtype {
     }
 }
 
-/// The layers that bitsandbytes quantizes in the families we run: all projections inside decoder layers.
-fn is_linear(meta: &TensorMeta) -> bool {
-    meta.shape.len() == 2 && meta.name.contains("model.layers.") && meta.name.ends_with("_proj.weight")
+/// The weights that bitsandbytes quantizes: those of linear layers inside decoder layers.
+enum Linears {
+    /// Names, of a model that we run.
+    Named(HashSet<String>),
+    /// What their names look like in most others.
+    Projections,
+}
+
+impl Linears {
+    fn of(source: &dyn Source) -> Self {
+        let Ok(model) = pocketlora_models::build(source.config()) else { return Self::Projections };
+        let linears = model.params().iter().filter(|spec| spec.role == Role::Linear);
+        Self::Named(linears.map(|spec| spec.name.clone()).collect())
+    }
+
+    fn has(&self, meta: &TensorMeta) -> bool {
+        let named = match self {
+            Self::Named(names) => names.contains(&meta.name),
+            Self::Projections => meta.name.contains("model.layers.") && meta.name.ends_with("_proj.weight"),
+        };
+        named && meta.shape.len() == 2
+    }
 }
 
 /// About the bytes of an NF4 copy of `source`, without reading a weight.
 #[cfg(feature = "hub")]
 pub(crate) fn nf4_bytes(source: &dyn Source) -> u64 {
+    let linears = Linears::of(source);
     let bits = |meta: &TensorMeta| {
         let elements: f64 = meta.shape.iter().map(|&n| n as f64).product();
-        elements * if is_linear(meta) { 4.127 } else { 16.0 }
+        elements * if linears.has(meta) { 4.127 } else { 16.0 }
     };
     (source.tensors().iter().map(bits).sum::<f64>() / 8.0) as u64
 }

@@ -18,6 +18,7 @@ pub struct Rope {
 }
 
 /// Which keys describe a rotary embedding, and what a family takes for those that a file leaves out.
+#[derive(Clone, Copy)]
 pub(crate) struct RopeKeys {
     /// Width of a head.
     pub(crate) head_dim: usize,

@@ -1,10 +1,10 @@
 //! `y = softmax(scale q kᵀ) v` over the earlier tokens of the same sequence, and over an adapter's virtual ones before them.
 
-use super::{Gradients, Interpreter};
+use super::{Gradients, Interpreter, each_state};
 use crate::adapter::Prefix;
 use crate::error::Result;
 use crate::exec::sequence::State;
-use pocketlora_kernels::{Attention, Backend};
+use pocketlora_kernels::{Attention, Backend, Call};
 use pocketlora_models::{AttentionShape, StateId, Value};
 
 pub(super) fn run<B: Backend>(
@@ -224,24 +224,13 @@ fn over_caches<B: Backend>(
     [q, k, v]: [Value; 3],
     out: &mut B::Buffer,
 ) -> Result<()> {
-    let (backend, spec, segments) = (it.backend(), spec(shape), &it.pass.batch.segments);
-    let mut states = std::mem::take(&mut it.states);
-    let caches = states.iter_mut().map(|states| match &mut states[state.0 as usize] {
-        State::Kv(cache) => cache,
-        _ => unreachable!("attention names a state of keys and values"),
-    });
-    let (mut made, mut start) = (Ok(()), 0);
-    for (cache, tokens) in caches.zip(segments) {
-        let rows = start..start + tokens;
-        start = rows.end;
-        made = backend.cache_append(cache, it.data(k), it.data(v), rows.clone());
-        if made.is_err() {
-            break;
-        }
-        backend.attention_cached(&spec, it.data(q), cache, out, rows);
-    }
-    it.states = states;
-    Ok(made?)
+    let (backend, spec) = (it.backend(), &spec(shape));
+    each_state(it, state, |it, state, rows| {
+        let State::Kv(cache) = state else { unreachable!("attention names a state of keys and values") };
+        let (q, k, v) = (it.data(q), it.data(k), it.data(v));
+        backend.run(Call::CacheAppend { cache, k, v, rows: rows.clone() })?;
+        Ok(backend.run(Call::AttentionCached { spec, q, cache, y: out, rows })?)
+    })
 }
 
 /// The kernels' form of a model's attention shape.

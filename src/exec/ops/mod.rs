@@ -2,18 +2,28 @@
 
 mod add;
 mod attention;
+mod columns;
+mod conv;
+mod decay;
+mod delta_rule;
 mod embed;
+mod experts;
 mod gate;
 mod linear;
+mod map;
+mod multiply;
 mod norm;
 mod rope;
+mod route;
 mod scale;
 
 use super::interpreter::Interpreter;
+use super::sequence::State;
 use crate::adapter::Gradients;
 use crate::error::Result;
 use pocketlora_kernels::Backend;
-use pocketlora_models::{Op, Value};
+use pocketlora_models::{Op, StateId, Value};
+use std::ops::Range;
 
 /// Computes what `op` writes, from `y` on.
 ///
@@ -28,6 +38,16 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, op: &Op, y: Value) ->
         Op::Attention { shape, state, q, k, v } => attention::run(it, shape, *state, [*q, *k, *v], y),
         Op::Gate { activation, gate, up } => gate::run(it, *activation, *gate, *up, y),
         Op::Scale { factor, x } => scale::run(it, *factor, *x, y),
+        Op::Map { map, x } => map::run(it, *map, *x, y),
+        Op::Multiply { a, b } => multiply::run(it, *a, *b, y),
+        Op::Columns { x, width, part, .. } => columns::run(it, *x, *width, part, y),
+        Op::Conv { conv, state, x } => conv::run(it, conv, *state, *x, y),
+        Op::Decay { rate, bias, a } => decay::run(it, [*rate, *bias], *a, y),
+        Op::DeltaRule { shape, state, q, k, v, g, beta } => {
+            delta_rule::run(it, shape, *state, [*q, *k, *v, *g, *beta], y)
+        }
+        Op::Route { top, normalize, logits } => route::run(it, *top, *normalize, *logits, y),
+        Op::Experts { experts, x, weights } => experts::run(it, experts, *x, *weights, y),
         Op::Add { a, b } => add::run(it, *a, *b, y),
     }
 }
@@ -59,9 +79,34 @@ pub(super) fn back<B: Backend>(
         Op::Attention { shape, state, q, k, v } => attention::back(it, shape, *state, [*q, *k, *v], y, dy, grads),
         Op::Gate { activation, gate, up } => gate::back(it, *activation, *gate, *up, dy, dying),
         Op::Scale { factor, x } => scale::back(it, *factor, *x, dy),
+        Op::Map { map, x } => map::back(it, *map, *x, dy),
+        Op::Multiply { a, b } => multiply::back(it, *a, *b, dy),
+        Op::Columns { x, width, part, .. } => columns::back(it, *x, *width, part, dy),
+        Op::Conv { conv, x, .. } => conv::back(it, conv, *x, dy),
+        Op::Decay { rate, bias, a } => decay::back(it, [*rate, *bias], *a, dy),
+        Op::DeltaRule { shape, q, k, v, g, beta, .. } => delta_rule::back(it, shape, [*q, *k, *v, *g, *beta], dy),
+        Op::Route { top, normalize, logits } => route::back(it, *top, *normalize, *logits, y, dy),
+        Op::Experts { experts, x, weights } => experts::back(it, experts, *x, *weights, dy, grads),
         Op::Add { a, b } => add::back(it, *a, *b, dy),
     }
 }
 
 /// Runs an addition whose term `into` nobody reads any more in its place.
 pub(super) use add::run_in_place as add_in_place;
+
+/// Runs `work` for each sequence of the batch, with its state `id` and its rows.
+fn each_state<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    id: StateId,
+    mut work: impl FnMut(&Interpreter<'_, B>, &mut State<B>, Range<usize>) -> Result<()>,
+) -> Result<()> {
+    let mut states = std::mem::take(&mut it.states);
+    let (mut start, mut done) = (0, Ok(()));
+    for (states, tokens) in states.iter_mut().zip(&it.pass.batch.segments) {
+        let rows = start..start + tokens;
+        start = rows.end;
+        done = done.and_then(|()| work(it, &mut states[id.0 as usize], rows));
+    }
+    it.states = states;
+    done
+}

@@ -2,27 +2,29 @@
 
 use super::Interpreter;
 use crate::error::Result;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Call};
 use pocketlora_models::{Norm, Value};
 
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, norm: &Norm, x: Value, y: Value) -> Result<()> {
-    let weight = it.pass.vector(norm.weight.expect("TODO"));
+    let w = norm.weight.map(|weight| it.pass.vector(weight));
     let mut out = it.buffer(it.len(y))?;
     // y = x / rms(x) * w
-    it.backend().rms_norm(weight, norm.eps, it.data(x), &mut out);
+    let Norm { width, eps, plus_one, .. } = *norm;
+    it.backend().run(Call::RmsNorm { width, w, plus_one, eps, x: it.data(x), y: &mut out })?;
     it.set(y, out);
     Ok(())
 }
 
 pub(super) fn back<B: Backend>(it: &mut Interpreter<'_, B>, norm: &Norm, x: Value, dy: B::Buffer) -> Result<()> {
     let backend = it.backend();
-    let weight = it.pass.vector(norm.weight.expect("TODO"));
+    let w = norm.weight.map(|weight| it.pass.vector(weight));
     let (mut dx, started) = it.take_grad(x)?;
     if !started {
         backend.zero(&mut dx);
     }
     // y = x / rms(x) * w
-    backend.rms_norm_vjp_x(weight, norm.eps, it.data(x), &dy, &mut dx);
+    let Norm { width, eps, plus_one, .. } = *norm;
+    backend.run(Call::RmsNormVjpX { width, w, plus_one, eps, x: it.data(x), dy: &dy, dx: &mut dx })?;
     it.set_grad(x, dx);
     it.put(dy);
     Ok(())

@@ -14,7 +14,7 @@ pub(super) fn run<B: Backend>(
 ) -> Result<()> {
     let mut out = it.buffer(it.len(y))?;
     // y = R x
-    turn(it, table, heads, it.data(x), false, &mut out);
+    turn(it, table, (heads, head_dim(it, heads, x)), it.data(x), false, &mut out);
     it.set(y, out);
     Ok(())
 }
@@ -28,21 +28,24 @@ pub(super) fn back<B: Backend>(
 ) -> Result<()> {
     let mut dx = it.buffer(it.backend().len(&dy))?;
     // y = R x, so dx = R⁻¹ dy
-    turn(it, table, heads, &dy, true, &mut dx);
+    turn(it, table, (heads, head_dim(it, heads, x)), &dy, true, &mut dx);
     it.put(dy);
     it.add_grad(x, dx);
     Ok(())
 }
 
+fn head_dim<B: Backend>(it: &Interpreter<'_, B>, heads: usize, x: Value) -> usize {
+    it.slots[x.0 as usize].width / heads
+}
+
 fn turn<B: Backend>(
     it: &Interpreter<'_, B>,
     table: RopeTable,
-    heads: usize,
+    (heads, head_dim): (usize, usize),
     x: &B::Buffer,
     inverse: bool,
     y: &mut B::Buffer,
 ) {
     let (cos, sin) = &it.pass.angles[table.0 as usize];
-    let head_dim = 2 * it.pass.base.model.ropes()[table.0 as usize].inv_freq.len();
     it.backend().rope(heads, head_dim, cos, sin, x, inverse, y);
 }

@@ -1,0 +1,100 @@
+//! What a model consists of, and how a family declares it.
+
+use crate::config::Config;
+use crate::op::{Conv, Linear, Norm, Param, RopeTable, StateId, StateSpec};
+use crate::params::{ParamSpec, Role};
+use crate::rope::Rope;
+
+/// What a family declares of a model, for those who run it.
+pub struct Outline {
+    /// Sizes and constants.
+    pub config: Config,
+    /// All parameters; a [`Param`] is an index into this list.
+    pub params: Vec<ParamSpec>,
+    /// Rotary tables in use; a [`RopeTable`] is an index into this list.
+    pub ropes: Vec<Rope>,
+    /// What layers remember of earlier tokens; a [`StateId`] is an index into this list.
+    pub states: Vec<StateSpec>,
+    /// The embedding `[V, C]`.
+    pub embedding: Param,
+    /// The last norm.
+    pub norm: Norm,
+    /// The last product, with a weight `[V, C]`; the embedding's where they are tied.
+    pub head: Linear,
+}
+
+/// Collects what a family declares, in the order of its calls.
+pub(crate) struct Builder {
+    pub(crate) config: Config,
+    params: Vec<ParamSpec>,
+    ropes: Vec<Rope>,
+    states: Vec<StateSpec>,
+    embedding: Param,
+}
+
+impl Builder {
+    /// Begins with the embedding.
+    pub(crate) fn new(config: Config) -> Self {
+        let shape = vec![config.vocab_size, config.hidden_size];
+        let mut new = Self { config, params: Vec::new(), ropes: Vec::new(), states: Vec::new(), embedding: Param(0) };
+        new.embedding = new.param("model.embed_tokens.weight".to_owned(), shape, Role::Embedding);
+        new
+    }
+
+    /// Ends with the last norm and, where it is not the embedding, the head.
+    pub(crate) fn finish(mut self, norm: Norm) -> Outline {
+        let shape = vec![self.config.vocab_size, self.config.hidden_size];
+        let weight = match self.config.tied_head {
+            true => self.embedding,
+            false => self.param("lm_head.weight".to_owned(), shape, Role::Head),
+        };
+        let Self { config, params, ropes, states, embedding } = self;
+        Outline { config, params, ropes, states, embedding, norm, head: Linear { weight, bias: None } }
+    }
+
+    fn param(&mut self, name: String, shape: Vec<usize>, role: Role) -> Param {
+        self.params.push(ParamSpec { name, shape, role });
+        Param(number(self.params.len()))
+    }
+
+    pub(crate) fn vector(&mut self, name: String, width: usize) -> Param {
+        self.param(name, vec![width], Role::Vector)
+    }
+
+    pub(crate) fn rms_norm(&mut self, module: &str, width: usize, eps: f32) -> Norm {
+        let weight = self.vector(format!("{module}.weight"), width);
+        Norm { weight: Some(weight), width, eps, plus_one: false }
+    }
+
+    pub(crate) fn linear(&mut self, module: &str, out: usize, input: usize, bias: bool) -> Linear {
+        let weight = self.param(format!("{module}.weight"), vec![out, input], Role::Linear);
+        let bias = bias.then(|| self.vector(format!("{module}.bias"), out));
+        Linear { weight, bias }
+    }
+
+    pub(crate) fn router(&mut self, module: &str, experts: usize, input: usize) -> Linear {
+        let weight = self.param(format!("{module}.weight"), vec![experts, input], Role::Router);
+        Linear { weight, bias: None }
+    }
+
+    pub(crate) fn conv(&mut self, module: &str, channels: usize, taps: usize, bias: bool) -> (Conv, StateId) {
+        let weight = self.param(format!("{module}.weight"), vec![channels, 1, taps], Role::Vector);
+        let bias = bias.then(|| self.vector(format!("{module}.bias"), channels));
+        (Conv { weight, bias }, self.state(StateSpec::Conv { channels, taps }))
+    }
+
+    pub(crate) fn rope(&mut self, rope: Rope) -> RopeTable {
+        self.ropes.push(rope);
+        RopeTable(number(self.ropes.len()))
+    }
+
+    pub(crate) fn state(&mut self, spec: StateSpec) -> StateId {
+        self.states.push(spec);
+        StateId(number(self.states.len()))
+    }
+}
+
+/// The number of the last of so many things.
+fn number<N: TryFrom<usize>>(things: usize) -> N {
+    N::try_from(things - 1).ok().expect("config bounds the number of layers")
+}

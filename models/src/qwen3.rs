@@ -1,0 +1,18 @@
+//! Qwen3 (Yang et al. 2025): a norm of each head of q and k before they are turned; upper layers may slide a window.
+
+use crate::config::{Config, ConfigError, Defaults};
+use crate::decoder::{self, Variant};
+use crate::keys::Keys;
+use crate::windows::WindowKeys;
+use crate::{Family, Model};
+
+pub(crate) const FAMILY: Family = Family { model_type: "qwen3", honoured: &["attention_bias"], build };
+
+fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
+    let defaults = Defaults { kv_heads: Some(32), head_dim: Some(128), positions: 32768, ..Defaults::default() };
+    let config = Config::read(keys, &defaults)?;
+    let bias = keys.flag("attention_bias", false)?;
+    let windows = WindowKeys::read(keys, Some(4096), false)?.upper(keys, config.layers)?;
+    let variant = Variant { qkv_bias: bias, o_bias: bias, head_norms: true, windows, ..Variant::default() };
+    decoder::build(keys, config, &variant)
+}

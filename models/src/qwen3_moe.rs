@@ -1,0 +1,181 @@
+//! Qwen3 MoE (Yang et al. 2025): Qwen3's attention; in most layers a token goes through a few of many experts.
+
+use crate::attention::{Attention, AttentionSpec, HeadNorms};
+use crate::config::{Config, ConfigError, Defaults};
+use crate::exec::Exec;
+use crate::feed_forward::{FeedForward, PROJECTIONS};
+use crate::keys::Keys;
+use crate::op::{Expert, Linear, Norm, Value};
+use crate::outline::{Builder, Outline};
+use crate::rope::RopeKeys;
+use crate::windows::WindowKeys;
+use crate::{Family, Model};
+
+pub(crate) const FAMILY: Family =
+    Family { model_type: "qwen3_moe", honoured: &["attention_bias", "num_experts", "num_local_experts"], build };
+
+struct Qwen3Moe {
+    outline: Outline,
+    layers: Vec<Layer>,
+}
+
+struct Layer {
+    input_norm: Norm,
+    attention: Attention,
+    post_attention_norm: Norm,
+    mlp: Mlp,
+}
+
+enum Mlp {
+    Dense(FeedForward),
+    Sparse(Mixture),
+}
+
+/// Experts, and what chooses among them.
+struct Mixture {
+    router: Linear,
+    experts: Vec<Expert>,
+    top: usize,
+    normalize: bool,
+}
+
+/// The keys of the experts.
+struct MixtureKeys {
+    experts: usize,
+    width: usize,
+    top: usize,
+    normalize: bool,
+    /// Every so many layers have experts, unless listed.
+    step: usize,
+    dense: Vec<usize>,
+}
+
+impl MixtureKeys {
+    fn read(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        let (new, old) = (keys.index("num_local_experts")?, keys.index("num_experts")?);
+        if let (Some(new), Some(old)) = (new, old)
+            && new != old
+        {
+            return Err(ConfigError::new("num_experts", format!("{new}, as `num_local_experts` says"), old));
+        }
+        let experts = new.or(old).unwrap_or(128);
+        let top = keys.optional_size("num_experts_per_tok")?.unwrap_or(8);
+        if experts > 4096 {
+            return Err(ConfigError::new("num_experts", "at most 4096", experts));
+        }
+        if experts > 0 && top > experts {
+            return Err(ConfigError::new("num_experts_per_tok", format!("at most {experts}"), top));
+        }
+        Ok(Self {
+            experts,
+            top,
+            width: keys.optional_size("moe_intermediate_size")?.unwrap_or(768),
+            normalize: keys.flag("norm_topk_prob", false)?,
+            step: keys.optional_size("decoder_sparse_step")?.unwrap_or(1),
+            dense: keys.indices("mlp_only_layers")?.unwrap_or_default(),
+        })
+    }
+
+    fn has_experts(&self, layer: usize) -> bool {
+        self.experts > 0 && !self.dense.contains(&layer) && (layer + 1).is_multiple_of(self.step)
+    }
+
+    fn declare(&self, b: &mut Builder, at: &str) -> Mixture {
+        let (experts, hidden) = (self.experts, b.config.hidden_size);
+        let expert = |b: &mut Builder, e| {
+            FeedForward::new(b, &format!("{at}.experts.{e}"), PROJECTIONS, self.width, false).expert()
+        };
+        Mixture {
+            router: b.router(&format!("{at}.gate"), experts, hidden),
+            experts: (0..experts).map(|e| expert(b, e)).collect(),
+            top: self.top,
+            normalize: self.normalize,
+        }
+    }
+}
+
+fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
+    let config = Config::read(keys, &Defaults { kv_heads: Some(4), positions: 32768, ..Defaults::default() })?;
+    let (ffn, eps) = (keys.size("intermediate_size")?, keys.share("rms_norm_eps", 1e-6)?);
+    let bias = keys.flag("attention_bias", false)?;
+    let window = WindowKeys::read(keys, Some(4096), false)?;
+    let windows = window.same(keys, config.layers, window.window.filter(|_| window.on))?;
+    let rope = RopeKeys::of(&config).read(keys)?;
+    let mixture = MixtureKeys::read(keys)?;
+    let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+
+    let mut b = Builder::new(config);
+    let plain = AttentionSpec::plain(head_dim, b.rope(rope));
+    let norms = Some(HeadNorms { names: ["q_norm", "k_norm"], eps, plus_one: false });
+    let layers = windows.into_iter().enumerate().map(|(i, window)| {
+        let at = format!("model.layers.{i}");
+        let attention = AttentionSpec { window, qkv_bias: bias, o_bias: bias, norms, ..plain };
+        Layer {
+            input_norm: b.rms_norm(&format!("{at}.input_layernorm"), hidden, eps),
+            attention: Attention::new(&mut b, &format!("{at}.self_attn"), attention),
+            post_attention_norm: b.rms_norm(&format!("{at}.post_attention_layernorm"), hidden, eps),
+            mlp: match mixture.has_experts(i) {
+                true => Mlp::Sparse(mixture.declare(&mut b, &format!("{at}.mlp"))),
+                false => Mlp::Dense(FeedForward::new(&mut b, &format!("{at}.mlp"), PROJECTIONS, ffn, false)),
+            },
+        }
+    });
+    let layers = layers.collect();
+    let norm = b.rms_norm("model.norm", hidden, eps);
+    Ok(Box::new(Qwen3Moe { outline: b.finish(norm), layers }))
+}
+
+impl Model for Qwen3Moe {
+    fn outline(&self) -> &Outline {
+        &self.outline
+    }
+
+    fn layer(&self, ex: &mut dyn Exec, index: usize, x: Value) -> Value {
+        let l = &self.layers[index];
+
+        let h = ex.rms_norm(l.input_norm, x);
+        let a = l.attention.run(ex, h);
+        let x = ex.add(x, a);
+
+        let h = ex.rms_norm(l.post_attention_norm, x);
+        let h = match &l.mlp {
+            Mlp::Dense(mlp) => mlp.run(ex, h),
+            Mlp::Sparse(mlp) => {
+                let logits = ex.linear(mlp.router, h);
+                ex.mixture(&mlp.experts, mlp.top, mlp.normalize, logits, h)
+            }
+        };
+        ex.add(x, h)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{config, refused_key};
+    use serde_json::json;
+
+    #[test]
+    fn experts_are_in_the_layers_where_transformers_has_them() {
+        let sparse = |change| {
+            let config = config("qwen3_moe", &change);
+            let keys = MixtureKeys::read(&Keys(&config)).unwrap();
+            (0..4).filter(|&i| keys.has_experts(i)).collect::<Vec<_>>()
+        };
+        assert_eq!(sparse(json!({})), [0, 1, 2, 3]);
+        assert_eq!(sparse(json!({"decoder_sparse_step": 2})), [1, 3]);
+        assert_eq!(sparse(json!({"mlp_only_layers": [0, 2]})), [1, 3]);
+        assert!(sparse(json!({"num_experts": 0})).is_empty());
+    }
+
+    #[test]
+    fn contradictions_are_refused_by_name() {
+        for (change, key) in [
+            (json!({"num_experts": 4, "num_local_experts": 8}), "num_experts"),
+            (json!({"num_experts": 4, "num_experts_per_tok": 5}), "num_experts_per_tok"),
+            (json!({"mlp_only_layers": ["first"]}), "mlp_only_layers"),
+        ] {
+            assert_eq!(refused_key("qwen3_moe", &change).as_deref(), Some(key), "{change}");
+        }
+    }
+}

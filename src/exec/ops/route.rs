@@ -1,0 +1,56 @@
+//! `weights, chosen = top(softmax(logits))`: which experts a token goes to, and how much each counts.
+
+use super::Interpreter;
+use crate::error::Result;
+use pocketlora_kernels::{Backend, Call};
+use pocketlora_models::Value;
+
+pub(super) fn run<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    top_k: usize,
+    normalize: bool,
+    logits: Value,
+    y: Value,
+) -> Result<()> {
+    let numbers = chosen(y);
+    let (mut weights, mut chosen) = (it.buffer(it.len(y))?, it.buffer(it.len(numbers))?);
+    // weights, chosen = top(softmax(logits))
+    it.backend().run(Call::Route {
+        top_k,
+        normalize,
+        logits: it.data(logits),
+        chosen: &mut chosen,
+        weights: &mut weights,
+    })?;
+    it.set(y, weights);
+    it.set(numbers, chosen);
+    Ok(())
+}
+
+pub(super) fn back<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    top_k: usize,
+    normalize: bool,
+    logits: Value,
+    y: Value,
+    dweights: B::Buffer,
+) -> Result<()> {
+    let [mut dlogits] = it.like([logits])?;
+    // weights, chosen = top(softmax(logits)); the choice stays as it was
+    it.backend().run(Call::RouteVjp {
+        top_k,
+        normalize,
+        logits: it.data(logits),
+        chosen: it.data(chosen(y)),
+        dweights: &dweights,
+        dlogits: &mut dlogits,
+    })?;
+    it.put(dweights);
+    it.add_grad(logits, dlogits);
+    Ok(())
+}
+
+/// The second output: numbers of experts.
+pub(super) fn chosen(weights: Value) -> Value {
+    Value(weights.0 + 1)
+}
