@@ -87,7 +87,7 @@ impl dyn Exec + '_ {
         self.split_heads(x, 1, widths)
     }
 
-    /// As [`Self::split`] for each of `heads` heads, whose parts lie side by side in what is returned.
+    /// As `split` for each of `heads` heads, whose parts lie side by side in what is returned.
     pub fn split_heads<const N: usize>(&mut self, x: Value, heads: usize, widths: [usize; N]) -> [Value; N] {
         let (width, mut start) = (widths.iter().sum(), 0);
         widths.map(|part| {

@@ -25,7 +25,7 @@ pub struct Settings {
     pub rslora: bool,
     /// Dropout of the adapters' input in training.
     pub dropout: f64,
-    /// Ends of the paths of layers; `all` for every linear layer of the decoder, [`AUTO`] for those that PEFT takes by
+    /// Ends of the paths of layers; `all` for every linear layer of the decoder, `auto` for those that PEFT takes by
     /// default.
     pub targets: Vec<String>,
     /// Those of them of which IA3 scales the input; none for PEFT's choice.

@@ -64,7 +64,7 @@ impl<B: Backend> Base<B> {
     /// Runs `steps` together: prompts and single tokens, with the same or with different adapters. `on_logits` takes the
     /// logits that they ask for, in the order of the steps, some rows at a time. `keep_going` is asked between layers.
     ///
-    /// A step of at most [`PREFILL_CHUNK`] tokens is sensible.
+    /// A step of at most `PREFILL_CHUNK` tokens is sensible.
     ///
     /// # Errors
     /// An id outside the vocabulary, out of memory, device lost, stopped, and those of `on_logits`. Sequences are then as
