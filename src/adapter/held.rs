@@ -11,10 +11,10 @@ pub struct TensorId(pub(super) usize);
 /// A tensor of an attached adapter.
 struct Attached<B: Backend> {
     spec: TensorSpec,
-    values: Memory<B>,
+    values: AdapterTensor<B>,
 }
 
-enum Memory<B: Backend> {
+enum AdapterTensor<B: Backend> {
     /// What something is multiplied with.
     Matrix(B::Matrix),
     /// Anything else, in f32.
@@ -35,16 +35,16 @@ impl<B: Backend> Held<B> {
     /// A tensor that was loaded as a matrix.
     pub fn matrix(&self, id: TensorId) -> &B::Matrix {
         match &self.0[id.0].values {
-            Memory::Matrix(matrix) => matrix,
-            Memory::Buffer(_) => unreachable!("whoever loads a tensor knows what it is"),
+            AdapterTensor::Matrix(matrix) => matrix,
+            AdapterTensor::Buffer(_) => unreachable!("whoever loads a tensor knows what it is"),
         }
     }
 
     /// A tensor that was loaded as plain values.
     pub fn buffer(&self, id: TensorId) -> &B::Buffer {
         match &self.0[id.0].values {
-            Memory::Buffer(buffer) => buffer,
-            Memory::Matrix(_) => unreachable!("whoever loads a tensor knows what it is"),
+            AdapterTensor::Buffer(buffer) => buffer,
+            AdapterTensor::Matrix(_) => unreachable!("whoever loads a tensor knows what it is"),
         }
     }
 
@@ -56,8 +56,8 @@ impl<B: Backend> Held<B> {
     /// Lends the values of a tensor that was loaded as [`WorkType::F32`]: they are the master itself.
     pub fn update(&mut self, backend: &B, id: TensorId, work: &mut dyn FnMut(&mut B::Buffer)) {
         match &mut self.0[id.0].values {
-            Memory::Matrix(matrix) => backend.with_values(matrix, work),
-            Memory::Buffer(buffer) => work(buffer),
+            AdapterTensor::Matrix(matrix) => backend.with_values(matrix, work),
+            AdapterTensor::Buffer(buffer) => work(buffer),
         }
     }
 
@@ -69,8 +69,8 @@ impl<B: Backend> Held<B> {
         let Attached { spec, values } = &self.0[id.0];
         let mut out = vec![0.0; spec.values()];
         match values {
-            Memory::Matrix(matrix) => backend.read_matrix(matrix, &mut out)?,
-            Memory::Buffer(buffer) => backend.read(buffer, &mut out)?,
+            AdapterTensor::Matrix(matrix) => backend.read_matrix(matrix, &mut out)?,
+            AdapterTensor::Buffer(buffer) => backend.read(buffer, &mut out)?,
         }
         Ok(out)
     }
@@ -138,7 +138,7 @@ impl<'a, B: Backend> Loader<'a, B> {
                 backend.set_matrix(&mut matrix, &master);
             }
         }
-        Ok(self.push(spec, Memory::Matrix(matrix)))
+        Ok(self.push(spec, AdapterTensor::Matrix(matrix)))
     }
 
     /// The part `part` of the module, as plain values in f32.
@@ -151,7 +151,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         if let Values::Of(tensors) = self.values {
             self.backend.write(&mut buffer, &tensors[&spec.name].data);
         }
-        Ok(self.push(spec, Memory::Buffer(buffer)))
+        Ok(self.push(spec, AdapterTensor::Buffer(buffer)))
     }
 
     fn spec(&self, part: &str) -> TensorSpec {
@@ -163,7 +163,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         TensorSpec { name, shape: shape.expect("that all are there was checked before") }
     }
 
-    fn push(&mut self, spec: TensorSpec, values: Memory<B>) -> TensorId {
+    fn push(&mut self, spec: TensorSpec, values: AdapterTensor<B>) -> TensorId {
         self.loaded.push(Attached { spec, values });
         TensorId(self.before + self.loaded.len() - 1)
     }

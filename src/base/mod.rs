@@ -21,12 +21,12 @@ pub struct Base<B: Backend> {
     pub backend: B,
     /// The architecture.
     pub model: Arc<dyn Model>,
-    weights: Vec<Stored<B>>,
+    weights: Vec<BaseTensor<B>>,
     /// The head in 8 bits, for [`Arithmetic::Int8`].
     int8_head: Option<B::Matrix>,
 }
 
-enum Stored<B: Backend> {
+enum BaseTensor<B: Backend> {
     Matrix(B::Matrix),
     Vector(B::Buffer),
 }
@@ -49,7 +49,7 @@ impl<B: Backend> Base<B> {
                     }
                     let mut buffer = backend.buffer(values.len())?;
                     backend.write(&mut buffer, &values);
-                    Stored::Vector(buffer)
+                    BaseTensor::Vector(buffer)
                 }
                 Role::Embedding | Role::Linear | Role::Head | Role::Router => {
                     let source = checkpoint.matrix(&spec.name)?;
@@ -61,7 +61,7 @@ impl<B: Backend> Base<B> {
                         let message = "its parts contradict each other; quantize the model again, or fetch it again";
                         Error::new(Error::from(e).code(), place, message)
                     })?;
-                    Stored::Matrix(matrix)
+                    BaseTensor::Matrix(matrix)
                 }
             });
         }
@@ -72,8 +72,8 @@ impl<B: Backend> Base<B> {
     pub(crate) fn counted(backend: Counted, model: Arc<dyn Model>) -> Result<Base<Counted>> {
         let weight = |spec: &ParamSpec| {
             Ok(match spec.shape[..] {
-                [rows, cols] => Stored::Matrix(backend.work_matrix(rows, cols, WorkType::F32)?),
-                _ => Stored::Vector(backend.buffer(spec.shape.iter().product())?),
+                [rows, cols] => BaseTensor::Matrix(backend.work_matrix(rows, cols, WorkType::F32)?),
+                _ => BaseTensor::Vector(backend.buffer(spec.shape.iter().product())?),
             })
         };
         let weights = model.params().iter().map(weight).collect::<Result<_>>()?;
@@ -104,15 +104,15 @@ impl<B: Backend> Base<B> {
 
     pub(crate) fn matrix(&self, p: Param) -> &B::Matrix {
         match &self.weights[p.0 as usize] {
-            Stored::Matrix(m) => m,
-            Stored::Vector(_) => unreachable!("`load` stores a matrix for every parameter that is not a vector"),
+            BaseTensor::Matrix(m) => m,
+            BaseTensor::Vector(_) => unreachable!("`load` stores a matrix for every parameter that is not a vector"),
         }
     }
 
     pub(crate) fn vector(&self, p: Param) -> &B::Buffer {
         match &self.weights[p.0 as usize] {
-            Stored::Vector(v) => v,
-            Stored::Matrix(_) => unreachable!("`load` stores a buffer for every vector"),
+            BaseTensor::Vector(v) => v,
+            BaseTensor::Matrix(_) => unreachable!("`load` stores a buffer for every vector"),
         }
     }
 

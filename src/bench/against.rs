@@ -2,7 +2,7 @@
 
 use super::ggml::{self, Llama, Products, Quant};
 use super::kernels::{Group, groups, noise, spelled};
-use super::{Engines, Figure, Options, Progress, check, fitted, infer};
+use super::{Engines, Figure, OnMeasure, Options, check, fitted, infer};
 use crate::adapter::Adapters;
 use crate::engine::{self, Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
@@ -98,7 +98,7 @@ pub fn compare(
     open: &engine::Options,
     options: &Options,
     files: &[PathBuf],
-    progress: &mut Progress<'_>,
+    progress: &mut OnMeasure<'_>,
 ) -> Result<Against> {
     let missing = ggml::missing_instructions(Table::best().isa());
     if !missing.is_empty() {
@@ -136,7 +136,7 @@ fn product(
     options: &Options,
     group: &Group<'_>,
     tokens: usize,
-    progress: &mut Progress<'_>,
+    progress: &mut OnMeasure<'_>,
 ) -> Result<KernelRatio> {
     let (base, (o, k)) = (engine.base(), group.shape);
     let (backend, arithmetic) = (&base.backend, engine.numbers().arithmetic);
@@ -193,7 +193,7 @@ fn whole(
     engine: &Engine,
     options: &Options,
     files: &[PathBuf],
-    progress: &mut Progress<'_>,
+    progress: &mut OnMeasure<'_>,
 ) -> Result<Vec<ModelRatio>> {
     if files.is_empty() {
         return Ok(Vec::new());

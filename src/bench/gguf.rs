@@ -4,7 +4,7 @@
 //! noise is as good as another.
 
 use super::shape::{Synthetic, config};
-use super::{Progress, check};
+use super::{OnMeasure, check};
 use crate::error::{Error, Result};
 use crate::format::{Source, write_file};
 use half::f16;
@@ -29,7 +29,7 @@ const TENSOR_F16: u32 = 1;
 ///
 /// # Errors
 /// An unknown name, the disk refuses, stopped.
-pub fn write_shape(name: &str, folder: &Path, progress: &mut Progress<'_>) -> Result<PathBuf> {
+pub fn write_shape(name: &str, folder: &Path, progress: &mut OnMeasure<'_>) -> Result<PathBuf> {
     let source = Synthetic::new(config(name)?)?;
     let path = folder.join(format!("{name}.f16.gguf"));
     if !path.exists() {

@@ -1,6 +1,6 @@
 //! Prompts and decoding, on token ids.
 
-use super::{Figure, Options, Progress, check};
+use super::{Figure, OnMeasure, Options, check};
 use crate::adapter::{AdapterFile, Adapters, Lora, Method};
 use crate::base::Base;
 use crate::engine::{Engine, On, Transcript};
@@ -33,7 +33,7 @@ pub(super) fn tokens<B: Backend>(base: &Base<B>, count: usize) -> Vec<u32> {
 }
 
 /// Measures decoding from an empty context, plain and with an adapter in turn, then prompts.
-pub(super) fn measure(engine: &Engine, options: &Options, progress: &mut Progress<'_>) -> Result<Inference> {
+pub(super) fn measure(engine: &Engine, options: &Options, progress: &mut OnMeasure<'_>) -> Result<Inference> {
     let base = engine.base();
     let plain = Adapters::none(base);
     let ids = tokens(base, options.decode.max(options.prefill));

@@ -3,7 +3,7 @@
 //! A product's weights come from all layers in turn, as in a forward pass: where the layers together are larger than the
 //! cache they come from memory. One more kernel is one more line in [`PRODUCTS`] or one more row in [`attention`].
 
-use super::{Figure, Options, Progress, check};
+use super::{Figure, OnMeasure, Options, check};
 use crate::base::Base;
 use crate::engine::Engine;
 use crate::error::Result;
@@ -80,7 +80,7 @@ pub(super) fn measure(
     engine: &Engine,
     options: &Options,
     limits: &Limits,
-    progress: &mut Progress<'_>,
+    progress: &mut OnMeasure<'_>,
 ) -> Result<Vec<Kernel>> {
     let mut bench = Bench { base: engine.base(), options, limits, progress, kernels: Vec::new() };
     let groups = groups(bench.base);
@@ -123,7 +123,7 @@ struct Bench<'a, 'p> {
     base: &'a Base<Cpu>,
     options: &'a Options,
     limits: &'a Limits,
-    progress: &'a mut Progress<'p>,
+    progress: &'a mut OnMeasure<'p>,
     kernels: Vec<Kernel>,
 }
 

@@ -1,7 +1,7 @@
 //! Training steps: unless asked otherwise a LoRA of rank 8 on all linear layers, AdamW, each layer run again when its
 //! gradient is due.
 
-use super::{Figure, Options, Progress, check, infer};
+use super::{Figure, OnMeasure, Options, check, infer};
 use crate::base::Base;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -48,7 +48,7 @@ impl Run {
 pub(super) fn steps<B: Backend>(
     trainer: &mut Trainer<B>,
     options: &Options,
-    progress: &mut Progress<'_>,
+    progress: &mut OnMeasure<'_>,
     each: &mut dyn FnMut(Option<&StepReport>),
 ) -> Result<usize> {
     for step in 0..=options.trials {
@@ -60,7 +60,7 @@ pub(super) fn steps<B: Backend>(
 }
 
 /// Measures whole optimizer steps of one sequence each, the first not counted.
-pub(super) fn measure(engine: &Engine, options: &Options, progress: &mut Progress<'_>) -> Result<Training> {
+pub(super) fn measure(engine: &Engine, options: &Options, progress: &mut OnMeasure<'_>) -> Result<Training> {
     let Run { config, data, out } = Run::new(engine.base(), options)?;
     let mut trainer = engine.trainer(config, data, None, None, out.path())?;
     let mut rates = Vec::new();

@@ -76,7 +76,7 @@ impl Default for Options {
 }
 
 /// Hears what is being measured, and stops the work with `false`.
-pub type Progress<'a> = dyn FnMut(&str) -> bool + 'a;
+pub type OnMeasure<'a> = dyn FnMut(&str) -> bool + 'a;
 
 /// Everything that was measured.
 #[derive(Clone, Debug, Serialize)]
@@ -234,7 +234,7 @@ struct First {
 ///
 /// # Errors
 /// The model cannot be opened, a setting is out of range, out of memory, stopped.
-pub fn run(dir: &Path, open: &engine::Options, options: &Options, progress: &mut Progress<'_>) -> Result<Report> {
+pub fn run(dir: &Path, open: &engine::Options, options: &Options, progress: &mut OnMeasure<'_>) -> Result<Report> {
     let engines = Engines { dir, open };
     let options = &fitted(&engines.open(1)?, options)?;
     let mut kernels = Vec::new();
@@ -320,7 +320,7 @@ pub fn train(
     dir: &Path,
     open: &engine::Options,
     options: &Options,
-    progress: &mut Progress<'_>,
+    progress: &mut OnMeasure<'_>,
 ) -> Result<TrainReport> {
     let engines = Engines { dir, open };
     let first = engines.open(1)?;
@@ -425,6 +425,6 @@ fn sum_up(first: First, training: Option<learn::Training>, model: &Model, option
 }
 
 /// Tells what comes next and whether to go on.
-fn check(progress: &mut Progress<'_>, what: &str) -> Result<()> {
+fn check(progress: &mut OnMeasure<'_>, what: &str) -> Result<()> {
     if progress(what) { Ok(()) } else { Err(Error::new(ErrorCode::Cancelled, "bench", "stopped as asked")) }
 }

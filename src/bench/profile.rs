@@ -2,7 +2,7 @@
 //!
 //! On a device that only records work the times are those of recording.
 
-use super::{Engines, Options, Progress, learn};
+use super::{Engines, OnMeasure, Options, learn};
 use crate::base::Base;
 use crate::error::Result;
 use crate::format::Checkpoint;
@@ -47,7 +47,7 @@ pub(super) fn measure(
     engines: &Engines<'_>,
     threads: usize,
     options: &Options,
-    progress: &mut Progress<'_>,
+    progress: &mut OnMeasure<'_>,
 ) -> Result<Profile> {
     let checkpoint = Checkpoint::open(engines.dir)?;
     let backend = Profiled::new(Cpu::with_table(threads, Table::from_env()?));

@@ -2,7 +2,7 @@
 
 use super::bench::new_table;
 use crate::bench::ggml::{Quant, requantize};
-use crate::bench::{Against, Options, Progress, compare, gguf};
+use crate::bench::{Against, OnMeasure, Options, compare, gguf};
 use crate::engine;
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
@@ -30,7 +30,7 @@ impl Args {
         dir: &Path,
         open: &engine::Options,
         options: &Options,
-        progress: &mut Progress<'_>,
+        progress: &mut OnMeasure<'_>,
     ) -> Result<Option<(Value, String)>> {
         if self.against.is_none() {
             return Ok(None);
@@ -41,7 +41,7 @@ impl Args {
     }
 
     /// The GGUF files to compare with, made now where types are wanted.
-    fn files(&self, shape: Option<&str>, folder: &Path, progress: &mut Progress<'_>) -> Result<Vec<PathBuf>> {
+    fn files(&self, shape: Option<&str>, folder: &Path, progress: &mut OnMeasure<'_>) -> Result<Vec<PathBuf>> {
         if self.gguf_types.is_empty() {
             return Ok(self.gguf.clone());
         }
