@@ -5,7 +5,7 @@ mod common;
 use common::values_of;
 use half::f16;
 use pocketlora::format::{Checkpoint, int8_head};
-use pocketlora_kernels::{Backend, Cpu, MatrixSource, Memory};
+use pocketlora_kernels::{Backend, Call, Cpu, MatrixSource, Memory};
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use std::fs;
@@ -32,7 +32,7 @@ fn rows(source: MatrixSource) -> Vec<f32> {
     let cpu = Cpu::new(1);
     let ids: Vec<u32> = (0..source.rows as u32).collect();
     let mut y = cpu.buffer(source.rows * source.cols).unwrap();
-    cpu.embed(&cpu.matrix(source).unwrap(), &ids, &mut y);
+    cpu.run(Call::Embed { table: &cpu.matrix(source).unwrap(), ids: &ids, y: &mut y }).unwrap();
     values_of(&cpu, &y)
 }
 

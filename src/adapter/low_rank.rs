@@ -3,7 +3,7 @@
 use super::form::{Context, Gradients, LowRankFactors, Term};
 use super::held::{Held, TensorId};
 use crate::error::Result;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Call};
 
 /// A low-rank term on one linear layer.
 pub(super) struct LowRankTerm {
@@ -19,8 +19,8 @@ impl LowRankTerm {
         let a = cx.held.matrix(self.a);
         let (rank, input) = cx.backend.shape(a);
         let mut h = cx.pool.take(cx.backend, cx.backend.len(x) / input * rank)?;
-        cx.backend.matmul(cx.arithmetic, a, x, &mut h, false);
-        cx.backend.scale(self.factor, &mut h);
+        cx.backend.run(Call::Matmul { arithmetic: cx.arithmetic, w: a, x, y: &mut h, accumulate: false })?;
+        cx.backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
         Ok(h)
     }
 
@@ -28,7 +28,7 @@ impl LowRankTerm {
     fn dropped<B: Backend>(cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<Option<B::Buffer>> {
         let Some(dropout) = cx.dropout else { return Ok(None) };
         let mut y = cx.pool.take(cx.backend, cx.backend.len(x))?;
-        cx.backend.dropout(dropout.p, dropout.key, dropout.first, x, &mut y);
+        cx.backend.run(Call::Dropout { p: dropout.p, key: dropout.key, first: dropout.first, x, y: &mut y })?;
         Ok(Some(y))
     }
 }
@@ -37,7 +37,13 @@ impl<B: Backend> Term<B> for LowRankTerm {
     fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()> {
         let dropped = Self::dropped(cx, x)?;
         let h = self.low(cx, dropped.as_ref().unwrap_or(x))?;
-        cx.backend.matmul(cx.arithmetic, cx.held.matrix(self.b), &h, y, true);
+        cx.backend.run(Call::Matmul {
+            arithmetic: cx.arithmetic,
+            w: cx.held.matrix(self.b),
+            x: &h,
+            y,
+            accumulate: true,
+        })?;
         cx.pool.put(cx.backend, h);
         if let Some(buffer) = dropped {
             cx.pool.put(cx.backend, buffer);
@@ -65,15 +71,20 @@ impl<B: Backend> Term<B> for LowRankTerm {
         // y += h Bᵀ with h = s x Aᵀ, recomputed rather than kept: it is r wide and costs next to nothing.
         if let Some(db) = grads.of(self.b) {
             let h = self.low(cx, x)?;
-            backend.matmul_vjp_w(tokens, dy, &h, db);
+            backend.run(Call::MatmulVjpW { tokens, dy, x: &h, dw: db })?;
             cx.pool.put(backend, h);
         }
 
         let mut dh = cx.pool.take(backend, tokens * rank)?;
-        backend.matmul_vjp_x(cx.arithmetic, held.matrix(self.b), dy, &mut dh, false);
-        backend.scale(self.factor, &mut dh);
+        backend.run(Call::MatmulVjpX {
+            arithmetic: cx.arithmetic,
+            terms: &[(held.matrix(self.b), dy)],
+            dx: &mut dh,
+            accumulate: false,
+        })?;
+        backend.run(Call::Scale { factor: self.factor, x: &mut dh })?;
         if let Some(da) = grads.of(self.a) {
-            backend.matmul_vjp_w(tokens, &dh, x, da);
+            backend.run(Call::MatmulVjpW { tokens, dy: &dh, x, dw: da })?;
         }
         if let Some(buffer) = dropped {
             cx.pool.put(backend, buffer);
@@ -84,14 +95,30 @@ impl<B: Backend> Term<B> for LowRankTerm {
     fn backward_x(&self, cx: &mut Context<'_, B>, dh: &B::Buffer, dx: &mut B::Buffer) -> Result<()> {
         let backend = cx.backend;
         let Some(dropout) = cx.dropout else {
-            backend.matmul_vjp_x(cx.arithmetic, cx.held.matrix(self.a), dh, dx, true);
+            backend.run(Call::MatmulVjpX {
+                arithmetic: cx.arithmetic,
+                terms: &[(cx.held.matrix(self.a), dh)],
+                dx,
+                accumulate: true,
+            })?;
             return Ok(());
         };
         let mut part = cx.pool.take(backend, backend.len(dx))?;
         let mut masked = cx.pool.take(backend, backend.len(dx))?;
-        backend.matmul_vjp_x(cx.arithmetic, cx.held.matrix(self.a), dh, &mut part, false);
-        backend.dropout(dropout.p, dropout.key, dropout.first, &part, &mut masked);
-        backend.add_assign(&masked, dx);
+        backend.run(Call::MatmulVjpX {
+            arithmetic: cx.arithmetic,
+            terms: &[(cx.held.matrix(self.a), dh)],
+            dx: &mut part,
+            accumulate: false,
+        })?;
+        backend.run(Call::Dropout {
+            p: dropout.p,
+            key: dropout.key,
+            first: dropout.first,
+            x: &part,
+            y: &mut masked,
+        })?;
+        backend.run(Call::AddAssign { x: &masked, y: dx })?;
         cx.pool.put(backend, part);
         cx.pool.put(backend, masked);
         Ok(())

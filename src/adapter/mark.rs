@@ -5,7 +5,7 @@
 use super::AdapterFile;
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Call};
 use pocketlora_models::{Param, Role};
 use serde::{Deserialize, Serialize};
 
@@ -77,7 +77,7 @@ fn read<B: Backend>(base: &Base<B>, rows: Vec<u32>) -> Result<Mark> {
     let table = base.model.params().iter().position(|p| p.role == Role::Embedding);
     let table = Param(table.expect("every language model has an embedding") as u32);
     let mut buffer = backend.buffer(rows.len() * hidden)?;
-    backend.embed(base.matrix(table), &rows, &mut buffer);
+    backend.run(Call::Embed { table: base.matrix(table), ids: &rows, y: &mut buffer })?;
     let mut all = vec![0.0; rows.len() * hidden];
     backend.read(&buffer, &mut all)?;
     let column = |i: usize| i * hidden / SAMPLES;

@@ -7,8 +7,8 @@ use crate::adapter::Adapters;
 use crate::engine::{self, Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::infer::PREFILL_CHUNK;
-use pocketlora_kernels::Backend;
 use pocketlora_kernels::cpu::{Matrix, Table};
+use pocketlora_kernels::{Backend, Call};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -150,7 +150,13 @@ fn product(
     // As many weights in each trial as ours has layers, so that they come from memory or from cache alike.
     let count = weights.len().min(COPIES / (o * k / 2).max(1)).max(1);
     let (x, mut y) = (noise(backend, tokens * k)?, noise(backend, tokens * o)?);
-    let mut ours = || weights[..count].iter().for_each(|w| backend.matmul(arithmetic, w, &x, &mut y, false));
+    let mut ours = || {
+        weights[..count].iter().for_each(|w| {
+            backend
+                .run(Call::Matmul { arithmetic, w, x: &x, y: &mut y, accumulate: false })
+                .expect("one product takes no memory that may be short");
+        })
+    };
     let mut theirs = Vec::new();
     for quant in Quant::ALL {
         if let Some(products) = Products::new(quant, group.shape, count, tokens, backend.threads())? {

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::exec::infer::PREFILL_CHUNK;
 use pocketlora_kernels::cpu::limits::Limits;
 use pocketlora_kernels::cpu::{Buffer, Matrix};
-use pocketlora_kernels::{Arithmetic, Attention, Backend, Cpu, Memory};
+use pocketlora_kernels::{Arithmetic, Attention, Backend, Call, Cpu, Memory};
 use pocketlora_models::{Param, Role};
 use serde::Serialize;
 use std::time::Instant;
@@ -139,6 +139,9 @@ struct Facts {
     ops: f64,
 }
 
+/// A call to be timed, by its number.
+type Timed<'a> = &'a mut dyn FnMut(usize) -> std::result::Result<(), pocketlora_kernels::Error>;
+
 impl Bench<'_, '_> {
     fn product(&mut self, product: &Product, group: &Group<'_>) -> Result<()> {
         let Product { op, tokens, arithmetic, backward, .. } = *product;
@@ -158,14 +161,19 @@ impl Bench<'_, '_> {
             bytes: first.bytes() as f64,
             ops: 2.0 * (tokens * o * k) as f64,
         };
-        self.time(facts, weights.len(), &mut |i| match backward {
-            false => backend.matmul(arithmetic, weights[i], &x, &mut y, false),
-            true => backend.matmul_vjp_x(arithmetic, weights[i], &x, &mut y, false),
+        self.time(facts, weights.len(), &mut |i| {
+            let (w, accumulate) = (weights[i], false);
+            match backward {
+                false => backend.run(Call::Matmul { arithmetic, w, x: &x, y: &mut y, accumulate }),
+                true => backend.run(Call::MatmulVjpX { arithmetic, terms: &[(w, &x)], dx: &mut y, accumulate }),
+            }
         })
     }
 
     /// Times `call(0..count)` as a whole, as often as there are trials.
-    fn time(&mut self, facts: Facts, count: usize, call: &mut dyn FnMut(usize)) -> Result<()> {
+    fn time(&mut self, facts: Facts, count: usize, call: Timed<'_>) -> Result<()> {
+        let mut failed = Ok(());
+        let mut call = |i| failed = std::mem::replace(&mut failed, Ok(())).and(call(i));
         let Facts { name, shape, layers, arithmetic, reads, bytes, ops } = facts;
         let backend = &self.base.backend;
         let name = format!("{name}@{}", backend.isa().name());
@@ -181,7 +189,7 @@ impl Bench<'_, '_> {
             let mut rounds = 1;
             let mut trial = |rounds: usize| {
                 let start = Instant::now();
-                (0..rounds).for_each(|_| (0..count).for_each(&mut *call));
+                (0..rounds).for_each(|_| (0..count).for_each(&mut call));
                 start.elapsed().as_secs_f64()
             };
             while trial(rounds) < TRIAL / 10.0 {
@@ -189,6 +197,7 @@ impl Bench<'_, '_> {
             }
             (0..self.options.trials).map(|_| (rounds * count) as f64 / trial(rounds)).collect()
         });
+        failed?;
         let calls = Figure::new(rates);
         let (gb_s, rate) = (calls.median * bytes / 1e9, calls.median * ops / 1e9);
         let integer = arithmetic == Arithmetic::Int8;
@@ -233,13 +242,17 @@ fn loss(bench: &mut Bench<'_, '_>) -> Result<()> {
     let (x, mut dx, mut losses) = (noise(backend, t * width)?, noise(backend, t * width)?, noise(backend, t)?);
     let targets: Vec<u32> = (0..t).map(|i| (i * 37 % vocab) as u32).collect();
     let weights = vec![1.0; t];
-    let mut failed = None;
     bench.time(facts, 1, &mut |_| {
-        let done =
-            backend.linear_cross_entropy(Arithmetic::Bf16, head, &targets, &weights, &x, &mut losses, Some(&mut dx));
-        failed = failed.take().or(done.err());
-    })?;
-    failed.map_or(Ok(()), |e| Err(e.into()))
+        backend.run(Call::LinearCrossEntropy {
+            arithmetic: Arithmetic::Bf16,
+            w: head,
+            targets: &targets,
+            weights: &weights,
+            x: &x,
+            losses: &mut losses,
+            dx: Some(&mut dx),
+        })
+    })
 }
 
 /// Attention forward and back over a training sequence, and of one token over a cached text.
@@ -264,20 +277,32 @@ fn attention(engine: &Engine, bench: &mut Bench<'_, '_>) -> Result<()> {
     // Half of T x T scores; two products forward, five back, each a multiplication and an addition.
     let (bytes, product) = (4 * t * (2 * wide + 2 * narrow), t * t * wide);
     bench.time(facts("attention", format!("T={t}"), false, bytes, 2 * product), 1, &mut |_| {
-        backend.attention(&spec, &[t], &q, &k, &v, &mut y, &mut lse);
+        backend.run(Call::Attention { spec: &spec, segments: &[t], q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse })
     })?;
     let (mut dq, mut dk, mut dv) = (buffer(t * wide)?, buffer(t * narrow)?, buffer(t * narrow)?);
     bench.time(facts("attention_vjp", format!("T={t}"), false, 2 * bytes, 5 * product), 1, &mut |_| {
-        backend.attention_vjp(&spec, &[t], &q, &k, &v, &y, &lse, &dy, &mut dq, &mut dk, &mut dv);
+        backend.run(Call::AttentionVjp {
+            spec: &spec,
+            segments: &[t],
+            q: &q,
+            k: &k,
+            v: &v,
+            y: &y,
+            lse: &lse,
+            dy: &dy,
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+        })
     })?;
 
     let dtype = engine.numbers().cache;
     let mut cache = backend.cache(kv_heads, head_dim, dtype, None);
-    backend.cache_append(&mut cache, &k, &v, 0..t)?;
+    backend.run(Call::CacheAppend { cache: &mut cache, k: &k, v: &v, rows: 0..t })?;
     let (q, mut y) = (buffer(wide)?, buffer(wide)?);
     let bytes = cache.bytes();
     bench.time(facts("attention_cached", format!("T=1 of {t}"), true, bytes, 4 * t * wide), 1, &mut |_| {
-        backend.attention_cached(&spec, &q, &cache, &mut y, 0..1);
+        backend.run(Call::AttentionCached { spec: &spec, q: &q, cache: &cache, y: &mut y, rows: 0..1 })
     })
 }
 

@@ -10,7 +10,7 @@ use crate::base::Pool;
 use crate::engine::{Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
 use crate::memory::Peak;
-use crate::train::{Dataset, Layout, MicroBatch, Watch, micro_step};
+use crate::train::{Dataset, Layout, MicroBatch, Sums, Watch, micro_step};
 use pocketlora_kernels::Backend;
 
 /// Losses over a text.
@@ -128,10 +128,12 @@ pub fn score_data(engine: &Engine, data: &Dataset, progress: &mut dyn FnMut(usiz
         let mut watch = Watch { keep_going: &mut || true, peak: &mut peak };
         pool.clear();
         let turn = engine.turn().take();
-        score.nll_sum += base.backend.scope(|| {
-            let (adapters, layout) = (&set.adapters, Layout::fast(false));
-            micro_step(base, adapters, &micro, 1.0, None, arithmetic, &layout, None, &mut pool, &mut watch)
+        let mut sums = Sums::new(&base.backend, 1)?;
+        base.backend.scope(|| {
+            let (adapters, layout, sum) = (&set.adapters, Layout::fast(false), (&mut sums, 0));
+            micro_step(base, adapters, &micro, 1.0, None, arithmetic, &layout, None, &mut pool, sum, &mut watch)
         })?;
+        score.nll_sum += sums.read(&base.backend)?[0];
         drop(turn);
         score.tokens += micro.trained();
         if !progress(micro.tokens()) {

@@ -8,7 +8,7 @@ use super::ops;
 use super::tape::Tape;
 use crate::adapter::Gradients;
 use crate::error::Result;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Call};
 use pocketlora_models::Value;
 
 impl<B: Backend> Tape<'_, B> {
@@ -73,14 +73,14 @@ impl<B: Backend> Tape<'_, B> {
         self.forward(cut, &keep)?;
         for t in crossing.iter().copied().filter(|t| self.it.needs(*t)).collect::<Vec<_>>() {
             let mut grad = self.it.buffer(self.it.len(t))?;
-            backend.zero(&mut grad);
+            backend.run(Call::Zero { x: &mut grad })?;
             self.it.set_grad(t, grad);
         }
         let width = self.it.slots[y.0 as usize].width;
         for rows in self.parts(part) {
             let ids: Vec<u32> = rows.clone().map(|row| row as u32).collect();
             let mut part_dy = self.it.buffer(width * ids.len())?;
-            backend.gather_rows(&dy, &ids, &mut part_dy);
+            backend.run(Call::GatherRows { x: &dy, rows: &ids, y: &mut part_dy })?;
             let mut tape = self.part(cut, &crossing, rows)?;
             tape.replay()?;
             tape.it.set_grad(y, part_dy);
@@ -90,7 +90,7 @@ impl<B: Backend> Tape<'_, B> {
             tape.it.recycle();
             for (t, grad) in found {
                 if let Some(all) = &mut self.it.slots[t.0 as usize].grad {
-                    backend.scatter_add_rows(&grad, &ids, all);
+                    backend.run(Call::ScatterAddRows { x: &grad, rows: &ids, y: all })?;
                 }
                 self.it.put(grad);
             }

@@ -6,7 +6,7 @@ pub use super::sequence::Sequence;
 use crate::adapter::Adapters;
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
-use pocketlora_kernels::{Arithmetic, Backend, CacheType};
+use pocketlora_kernels::{Arithmetic, Backend, CacheType, Call};
 use pocketlora_models::{Exec, Op, Value};
 use std::ops::Range;
 
@@ -171,7 +171,7 @@ impl<B: Backend> Base<B> {
         let start = |step: usize| batch.segments[..step].iter().sum::<usize>();
         let rows: Vec<u32> = places.iter().map(|&(step, row)| (start(step) + row) as u32).collect();
         let mut x = work.pool.take(backend, rows.len() * self.model.config().hidden_size)?;
-        backend.gather_rows(hidden, &rows, &mut x);
+        backend.run(Call::GatherRows { x: hidden, rows: &rows, y: &mut x })?;
         let parts = parts(places.iter().map(|&(step, _)| (adapters[step], 1)));
         let no_tokens = Batch::default();
         let pass = Pass::after(self, parts, &no_tokens, [], work.arithmetic, &mut work.pool)?;

@@ -5,7 +5,7 @@ use super::pass::Pass;
 use super::sequence::State;
 use crate::base::Pool;
 use crate::error::Result;
-use pocketlora_kernels::{Arithmetic, Backend};
+use pocketlora_kernels::{Arithmetic, Backend, Call};
 use pocketlora_models::{Linear, Op, Value, Width};
 use std::ops::Range;
 
@@ -151,17 +151,21 @@ impl<'p, B: Backend> Interpreter<'p, B> {
     }
 
     /// Adds `part` to the gradient of `t` and recycles it.
-    pub fn add_grad(&mut self, t: Value, part: B::Buffer) {
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn add_grad(&mut self, t: Value, part: B::Buffer) -> Result<()> {
         let backend = self.backend();
         let slot = &mut self.slots[t.0 as usize];
         match &mut slot.grad {
             _ if !slot.needs_grad => self.pool.put(backend, part),
             Some(grad) => {
-                backend.add_assign(&part, grad);
+                backend.run(Call::AddAssign { x: &part, y: grad })?;
                 self.pool.put(backend, part);
             }
             none => *none = Some(part),
         }
+        Ok(())
     }
 
     /// Recycles all values.

@@ -3,9 +3,11 @@
 use crate::adapter::{Adapters, Prefix};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
-use pocketlora_kernels::{Backend, CacheType};
+use pocketlora_kernels::{Backend, CacheType, Call};
 use pocketlora_models::StateSpec;
 
+/// Why calls that only move numbers do not fail.
+const NO_MEMORY: &str = "a call that takes no memory cannot fail";
 /// Snapshots that a sequence keeps; the oldest goes first.
 const SNAPSHOTS: usize = 2;
 
@@ -119,11 +121,15 @@ impl<B: Backend> Sequence<B> {
             let StateSpec::Kv { kv_heads, head_dim, .. } = base.model.states()[layer] else { continue };
             let part = |part| -> Result<B::Buffer> {
                 let mut rows = backend.buffer(prefix.tokens * kv_heads * head_dim)?;
-                backend.gather_rows(adapters.held().buffer(prefix.tensor()), &prefix.rows(layer, part), &mut rows);
+                backend.run(Call::GatherRows {
+                    x: adapters.held().buffer(prefix.tensor()),
+                    rows: &prefix.rows(layer, part),
+                    y: &mut rows,
+                })?;
                 Ok(rows)
             };
             let (keys, values) = (part(0)?, part(1)?);
-            backend.cache_append(cache, &keys, &values, 0..prefix.tokens)?;
+            backend.run(Call::CacheAppend { cache, k: &keys, v: &values, rows: 0..prefix.tokens })?;
         }
         Ok(())
     }
@@ -148,7 +154,7 @@ impl<B: Backend> Sequence<B> {
             if copies.len() <= i {
                 copies.push(base.backend.buffer(base.backend.len(state))?);
             }
-            base.backend.copy(state, &mut copies[i]);
+            base.backend.run(Call::Copy { x: state, y: &mut copies[i] })?;
         }
         self.snapshots.push(Snapshot { len: self.len, copies });
         Ok(())
@@ -167,8 +173,8 @@ impl<B: Backend> Sequence<B> {
             let mut copies = latest.map(|snapshot| snapshot.copies.iter());
             for state in self.states.iter_mut().filter_map(State::buffer) {
                 match copies.as_mut().and_then(Iterator::next) {
-                    Some(copy) => backend.copy(copy, state),
-                    None => backend.zero(state),
+                    Some(copy) => backend.run(Call::Copy { x: copy, y: state }).expect(NO_MEMORY),
+                    None => backend.run(Call::Zero { x: state }).expect(NO_MEMORY),
                 }
             }
             latest.map_or(0, |snapshot| snapshot.len)
@@ -187,7 +193,9 @@ impl<B: Backend> Sequence<B> {
             }
         }
         if reached == 0 {
-            self.states.iter_mut().filter_map(State::buffer).for_each(|state| backend.zero(state));
+            self.states.iter_mut().filter_map(State::buffer).for_each(|state| {
+                backend.run(Call::Zero { x: state }).expect(NO_MEMORY);
+            });
             // The next first token may come with another adapter.
             self.prefix = None;
         }

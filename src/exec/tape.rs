@@ -9,7 +9,7 @@ use super::interpreter::{Interpreter, Slot};
 use super::lives::{self, Recorded};
 use super::ops;
 use crate::error::Result;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Call};
 use pocketlora_models::{Exec, Op, Value};
 use std::ops::Range;
 
@@ -85,8 +85,8 @@ impl<'p, B: Backend> Tape<'p, B> {
                 // The sum takes the place of a term that nobody reads any more.
                 Op::Add { a, b } if a != b && dying.contains(&a) => ops::add_in_place(&mut self.it, a, b, *y),
                 Op::Add { a, b } if a != b && dying.contains(&b) => ops::add_in_place(&mut self.it, b, a, *y),
-                _ => self.it.run(op, *y)?,
-            }
+                _ => self.it.run(op, *y),
+            }?;
             dying.iter().for_each(|t| self.it.free(*t));
         }
         self.done = self.done.max(end);
@@ -153,7 +153,7 @@ impl<'p, B: Backend> Tape<'p, B> {
         for t in crossing {
             let slot = &mut slots[t.0 as usize];
             let mut data = self.it.buffer(slot.width * rows.len())?;
-            backend.gather_rows(self.it.data(*t), &ids, &mut data);
+            backend.run(Call::GatherRows { x: self.it.data(*t), rows: &ids, y: &mut data })?;
             slot.data = Some(data);
         }
         let it = Interpreter { pass: self.it.pass, pool: self.it.pool, slots, rows, states: Vec::new() };
@@ -168,11 +168,11 @@ impl<'p, B: Backend> Tape<'p, B> {
         crossing.iter().for_each(|t| keep[t.0 as usize] = true);
         self.forward(cut, &keep)?;
         let mut all = self.it.buffer(self.it.len(y))?;
-        backend.zero(&mut all);
+        backend.run(Call::Zero { x: &mut all })?;
         for rows in self.parts(part) {
             let ids: Vec<u32> = rows.clone().map(|row| row as u32).collect();
             let piece = self.part(cut, &crossing, rows)?.into_value(y)?;
-            backend.scatter_add_rows(&piece, &ids, &mut all);
+            backend.run(Call::ScatterAddRows { x: &piece, rows: &ids, y: &mut all })?;
             self.it.put(piece);
         }
         self.it.set(y, all);

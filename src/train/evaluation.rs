@@ -2,6 +2,7 @@
 
 use super::best::{Candidate, FOLDER, Rule};
 use super::hold_out::Evaluation;
+use super::sums::Sums;
 use super::{Dataset, MicroBatch, Observer, Sample, Trainer};
 use crate::error::{ErrorCode, Result};
 use pocketlora_kernels::Backend;
@@ -83,11 +84,13 @@ impl<B: Backend> Trainer<B> {
     fn mean_loss(&mut self, data: &Dataset, observer: &mut dyn Observer) -> Result<f64> {
         let (base, queue) = (Arc::clone(&self.base), self.turn.clone());
         let _turn = queue.take();
-        let loss = base.backend.scope(|| {
-            let losses = data.samples.iter().map(|s| self.micro(&MicroBatch::new([s]), 1.0, None, false, observer));
-            losses.sum::<Result<f64>>()
-        });
+        let mut sums = Sums::new(&base.backend, data.samples.len())?;
+        base.backend.scope(|| {
+            let mut samples = data.samples.iter().map(|sample| MicroBatch::new([sample])).enumerate();
+            samples.try_for_each(|(i, sample)| self.micro(&sample, 1.0, None, false, (&mut sums, i), observer))
+        })?;
+        let loss: f64 = sums.read(&base.backend)?.iter().sum();
         let tokens: usize = data.samples.iter().map(Sample::trained_tokens).sum();
-        Ok(loss? / tokens as f64)
+        Ok(loss / tokens as f64)
     }
 }

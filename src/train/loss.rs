@@ -1,11 +1,12 @@
 //! The loss of a micro-batch and its gradient by the last layer's output.
 
 use super::step::{MicroBatch, Watch};
+use super::sums::Sums;
 use crate::adapter::Gradients;
 use crate::base::Pool;
 use crate::error::Result;
 use crate::exec::train::Pass;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Call};
 use pocketlora_models::Value;
 
 /// Rows of logits held at once where they must be made: `[64, V]`, not `[T, V]`.
@@ -13,8 +14,8 @@ const LOGIT_ROWS: usize = 64;
 /// Rows given at once to the loss that needs no logits; bounds its memory, and is enough to pay for reading the head.
 const LOSS_ROWS: usize = 512;
 
-/// Sum of the learned tokens' losses (natural log) over the last layer's output `x` `[T, C]`, and `scale` times its
-/// gradient by `x`, which nobody asks for without `grads`. No logits are held where the head is a product and nothing else;
+/// Adds the learned tokens' losses (natural log) over the last layer's output `x` `[T, C]` to number `at` of `sums`. Returns
+/// the gradient by `x` of `scale` times the sum of the losses times their weights, which nobody asks for without `grads`. No logits are held where the head is a product and nothing else;
 /// elsewhere they exist for learned tokens only and a chunk of them at a time. `at_once` bounds the chunk further.
 ///
 /// # Errors
@@ -27,38 +28,40 @@ pub(super) fn loss<B: Backend>(
     at_once: usize,
     mut grads: Option<&mut Gradients<B>>,
     pool: &mut Pool<B>,
+    sums: (&mut Sums<B>, usize),
     watch: &mut Watch<'_>,
-) -> Result<(f64, Option<B::Buffer>)> {
+) -> Result<Option<B::Buffer>> {
     let backend = &pass.base().backend;
     let width = pass.base().model.config().hidden_size;
     let chunk = at_once.clamp(1, if pass.plain_head().is_some() { LOSS_ROWS } else { LOGIT_ROWS });
     let mut dx = grads.is_some().then(|| pool.take(backend, backend.len(&x))).transpose()?;
-    dx.iter_mut().for_each(|dx| backend.zero(dx));
-    let mut total = 0.0;
-    for (rows, targets) in micro.rows.chunks(chunk).zip(micro.targets.chunks(chunk)) {
+    if let Some(dx) = &mut dx {
+        backend.run(Call::Zero { x: dx })?;
+    }
+    let (sums, at) = sums;
+    let weights = micro.scaled_weights(scale);
+    let targets = micro.targets.chunks(chunk).zip(weights.chunks(chunk));
+    for (rows, targets) in micro.rows.chunks(chunk).zip(targets) {
         watch.check()?;
         let mut h = pool.take(backend, rows.len() * width)?;
-        backend.gather_rows(&x, rows, &mut h);
-        let (losses, dh) = rows_loss(pass, h, targets, scale, grads.as_deref_mut(), pool, watch)?;
+        backend.run(Call::GatherRows { x: &x, rows, y: &mut h })?;
+        let (losses, dh) = rows_loss(pass, h, targets, grads.as_deref_mut(), pool, watch)?;
         if let (Some(dh), Some(dx)) = (dh, &mut dx) {
-            backend.scatter_add_rows(&dh, rows, dx);
+            backend.run(Call::ScatterAddRows { x: &dh, rows, y: dx })?;
             pool.put(backend, dh);
         }
-        let mut host = vec![0.0; rows.len()];
-        backend.read(&losses, &mut host)?;
-        total += host.iter().map(|&l| f64::from(l)).sum::<f64>();
+        sums.add(backend, at, &losses)?;
         pool.put(backend, losses);
     }
     pool.put(backend, x);
-    Ok((total, dx))
+    Ok(dx)
 }
 
-/// The losses of the rows `h`, and the gradient by `h` if there are `grads`.
+/// The losses of the rows `h`, whose targets have weights, and the gradient by `h` if there are `grads`.
 fn rows_loss<B: Backend>(
     pass: &Pass<'_, B>,
     h: B::Buffer,
-    targets: &[u32],
-    scale: f32,
+    (targets, weights): (&[u32], &[f32]),
     grads: Option<&mut Gradients<B>>,
     pool: &mut Pool<B>,
     watch: &mut Watch<'_>,
@@ -68,7 +71,7 @@ fn rows_loss<B: Backend>(
     let Some(head) = pass.plain_head() else {
         let mut tape = pass.tape(Some(h), true, pool);
         let y = model.head(&mut tape, Value(0));
-        backend.cross_entropy(targets, &vec![scale; targets.len()], tape.value(y)?, &mut losses);
+        backend.run(Call::CrossEntropy { targets, weights, logits: tape.value(y)?, losses: &mut losses })?;
         watch.peak.sample();
         let dh = match grads {
             Some(grads) => {
@@ -91,15 +94,15 @@ fn rows_loss<B: Backend>(
     let y = model.norm(&mut tape, Value(0));
     let normed = tape.value(y)?;
     let arithmetic = pass.arithmetic();
-    backend.linear_cross_entropy(
+    backend.run(Call::LinearCrossEntropy {
         arithmetic,
-        head,
+        w: head,
         targets,
-        &vec![scale; targets.len()],
-        normed,
-        &mut losses,
-        dy.as_mut(),
-    )?;
+        weights,
+        x: normed,
+        losses: &mut losses,
+        dx: dy.as_mut(),
+    })?;
     watch.peak.sample();
     let dh = match (dy, grads) {
         (Some(dy), Some(grads)) => tape.backward(y, dy, grads)?,

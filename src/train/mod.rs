@@ -22,6 +22,7 @@ mod run_folder;
 mod saving;
 mod setup;
 mod step;
+mod sums;
 
 pub use crate::data::Unused;
 pub use batches::{BatchReport, Batches, largest_micro_batch};
@@ -39,6 +40,7 @@ use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
 pub(crate) use setup::fingerprint;
 pub use step::{Layout, MicroBatch, Watch, micro_step};
+pub use sums::Sums;
 
 use crate::adapter::{AdapterFile, Adapters, Dropout, Gradients};
 use crate::base::{Base, Pool};
@@ -48,9 +50,10 @@ use crate::rng::mix;
 use crate::turn::Turn;
 use checkpoint::RunFacts;
 use lock::FolderLock;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Call};
 use saving::Pace;
 use setup::Trained;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -249,18 +252,30 @@ impl<B: Backend> Trainer<B> {
         let number = self.facts.step + 1;
         let micros = self.batches.micro_batches(&self.data, number);
         let trained: usize = micros.iter().map(MicroBatch::trained).sum();
-        let loss = self.accumulate(number, &micros, trained, observer)?;
-        let grad_norm = self.grad_norm()?;
+        let base = Arc::clone(&self.base);
+        // The squares of gradients, then the losses of passes, of which each has a sample at least. They are read together,
+        // for a device that records work stands still while it is waited for.
+        let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();
+        let mut sums = Sums::new(&base.backend, 1 + most)?;
+        let passes = self.accumulate(number, &micros, trained, &mut sums, observer)?;
+        for grad in &self.grads.tensors {
+            sums.add_squares(&base.backend, 0, grad)?;
+        }
+        let sums = sums.read(&base.backend)?;
+        let loss = mean_loss(number, &micros, &passes, &sums)?;
+        let grad_norm = sums[0].sqrt();
         if !grad_norm.is_finite() {
             return Err(diverged(number, &micros, &format!("a gradient of norm `{grad_norm}`")));
         }
-        self.clip(grad_norm);
+        self.clip(grad_norm)?;
         let lr = self.config.lr_at(number, self.facts.total_steps);
         let Self { base, config, adapters, grads, tensors, .. } = self;
         for (Trained { group, id, moments, .. }, grad) in tensors.iter_mut().zip(&grads.tensors) {
+            let mut done = Ok(());
             adapters.held_mut().update(&base.backend, *id, &mut |master| {
-                moments.step(&base.backend, config, *group, lr, number, grad, master);
+                done = moments.step(&base.backend, config, *group, lr, number, grad, master);
             });
+            done?;
         }
         self.facts.step = number;
         Ok(StepReport {
@@ -277,78 +292,84 @@ impl<B: Backend> Trainer<B> {
         })
     }
 
-    /// Mean loss over the `trained` tokens of step `number`, with its gradient in place of the last step's.
+    /// Runs the passes of step `number`: the gradient of the mean loss over its `trained` tokens in place of the last step's,
+    /// and losses in `sums`. Returns the places of each micro-batch's passes in it.
     fn accumulate(
         &mut self,
         number: u64,
         micros: &[MicroBatch],
         trained: usize,
+        sums: &mut Sums<B>,
         observer: &mut dyn Observer,
-    ) -> Result<f64> {
+    ) -> Result<Vec<Range<usize>>> {
         if trained == 0 {
             let place = format!("step {number}, {}", samples_of(micros));
             return Err(Error::new(ErrorCode::Data, place, "expected at least one token to learn, got none"));
         }
         for grad in &mut self.grads.tensors {
-            self.base.backend.zero(grad);
+            self.base.backend.run(Call::Zero { x: grad })?;
         }
-        let (mut loss, scale) = (0.0, 1.0 / trained as f32);
+        let (mut places, scale) = (Vec::with_capacity(micros.len()), 1.0 / trained as f32);
+        let mut next = 1;
         for (i, micro) in micros.iter().enumerate() {
             let dropout = (self.config.dropout > 0.0).then(|| {
                 let key = mix(mix(mix(self.config.seed, DROPOUT), number), i as u64);
                 Dropout { p: self.config.dropout, key, first: 0 }
             });
-            let part = self.passes(micro, scale, dropout, observer)?;
-            if !part.is_finite() {
-                return Err(diverged(number, std::slice::from_ref(micro), &format!("a loss of `{part}`")));
-            }
-            loss += part;
+            let first = next;
+            next = self.passes(micro, scale, dropout, (sums, first), observer)?;
+            places.push(first..next);
         }
-        Ok(loss / trained as f64)
+        Ok(places)
     }
 
-    /// Loss sum of one micro-batch in passes as large as memory was planned for, with its gradient added.
+    /// One micro-batch in passes as large as memory was planned for: adds its gradient, and the losses of each pass to a
+    /// number of `sums` from `at` on. Returns the number after the last.
     fn passes(
         &mut self,
         micro: &MicroBatch,
         scale: f32,
         mut dropout: Option<Dropout>,
+        (sums, mut at): (&mut Sums<B>, usize),
         observer: &mut dyn Observer,
-    ) -> Result<f64> {
+    ) -> Result<usize> {
         if micro.tokens() <= self.plan.pass_tokens {
-            return self.micro(micro, scale, dropout, true, observer);
+            self.micro(micro, scale, dropout, true, (sums, at), observer)?;
+            return Ok(at + 1);
         }
-        let mut loss = 0.0;
         for pass in micro.split(self.plan.pass_tokens) {
-            loss += self.micro(&pass, scale, dropout, true, observer)?;
+            self.micro(&pass, scale, dropout, true, (&mut *sums, at), observer)?;
+            at += 1;
             // However it is split, its tokens drop by one stream.
             if let Some(dropout) = &mut dropout {
                 dropout.first += pass.tokens() as u64;
             }
         }
-        Ok(loss)
+        Ok(at)
     }
 
     /// Scales gradients of a norm above the bound down to it, as `torch.nn.utils.clip_grad_norm_` does.
-    fn clip(&mut self, grad_norm: f64) {
+    fn clip(&mut self, grad_norm: f64) -> Result<()> {
         if self.config.clip > 0.0 && grad_norm > self.config.clip {
             let factor = (self.config.clip / (grad_norm + 1e-6)) as f32;
             for grad in &mut self.grads.tensors {
-                self.base.backend.scale(factor, grad);
+                self.base.backend.run(Call::Scale { factor, x: grad })?;
             }
         }
+        Ok(())
     }
 
-    /// Loss sum of one micro-batch, with its gradient added if `learn`. The turn, which the caller has, is given up between
-    /// layers: to those who wait for the device, and to what the host does there.
+    /// One pass: adds its losses to a number of `sums`, and its gradient if `learn`. The turn, which the caller has, is given
+    /// up between layers: to those who wait for the device, and to what the host does there.
     fn micro(
         &mut self,
         micro: &MicroBatch,
         scale: f32,
         dropout: Option<Dropout>,
         learn: bool,
+        sums: (&mut Sums<B>, usize),
         observer: &mut dyn Observer,
-    ) -> Result<f64> {
+    ) -> Result<()> {
         if !std::mem::replace(&mut self.ready, true) {
             let floats = |bytes: u64| bytes as usize / size_of::<f32>();
             let (passing, kept) = (floats(self.plan.layer_workspace), floats(self.plan.layer_inputs));
@@ -375,19 +396,27 @@ impl<B: Backend> Trainer<B> {
         let grads = learn.then_some(grads);
         let arithmetic = self.config.precision.arithmetic();
         let layout = &self.plan.layout;
-        let loss = micro_step(base, adapters, micro, scale, dropout, arithmetic, layout, grads, pool, &mut watch);
-        if loss.is_err() {
+        let done = micro_step(base, adapters, micro, scale, dropout, arithmetic, layout, grads, pool, sums, &mut watch);
+        if done.is_err() {
             // What the abandoned pass held is gone from it.
             self.pool.clear();
             self.ready = false;
         }
-        loss
+        done
     }
+}
 
-    fn grad_norm(&self) -> Result<f64> {
-        let squares = self.grads.tensors.iter().map(|g| self.base.backend.sum_squares(g));
-        Ok(squares.sum::<Result<f64, _>>()?.sqrt())
+/// Mean loss of the learned tokens of a step, from the losses of its micro-batches' passes.
+fn mean_loss(number: u64, micros: &[MicroBatch], passes: &[Range<usize>], sums: &[f64]) -> Result<f64> {
+    let mut loss = 0.0;
+    for (micro, passes) in micros.iter().zip(passes) {
+        let part: f64 = sums[passes.clone()].iter().sum();
+        if !part.is_finite() {
+            return Err(diverged(number, std::slice::from_ref(micro), &format!("a loss of `{part}`")));
+        }
+        loss += part;
     }
+    Ok(loss / micros.iter().map(MicroBatch::trained).sum::<usize>() as f64)
 }
 
 fn diverged(number: u64, micros: &[MicroBatch], got: &str) -> Error {

@@ -7,7 +7,7 @@
 use super::config::{Optimizer, TrainConfig};
 use crate::adapter::Group;
 use crate::error::Result;
-use pocketlora_kernels::{AdamW, Backend, Lion, MOMENT_BLOCK, Sgd};
+use pocketlora_kernels::{AdamW, Backend, Call, Lion, MOMENT_BLOCK, Sgd};
 use safetensors::Dtype;
 
 /// Moments of one tensor; zeros before the first step.
@@ -40,6 +40,9 @@ impl<B: Backend> Moments<B> {
     }
 
     /// Moves `master`, a tensor of `group`, along `grad` in step `number` (1-based) with learning rate `lr`.
+    ///
+    /// # Errors
+    /// Those of the device.
     pub fn step(
         &mut self,
         backend: &B,
@@ -49,21 +52,22 @@ impl<B: Backend> Moments<B> {
         number: u64,
         grad: &B::Buffer,
         master: &mut B::Buffer,
-    ) {
+    ) -> Result<()> {
         let lr = lr * group.rate;
         let weight_decay = if group.decays { config.weight_decay } else { 0.0 };
         let (beta1, beta2) = (config.beta1, config.beta2());
         let adamw = AdamW { lr, beta1, beta2, eps: config.eps, weight_decay, step: number as u32 };
         let sgd = Sgd { lr, momentum: config.momentum, weight_decay };
         match self {
-            Self::None => backend.sgd(&sgd, grad, master, None),
+            Self::None => backend.run(Call::Sgd { step: &sgd, grad, param: master, m: None }),
             Self::One(m) if config.optimizer == Optimizer::Lion => {
-                backend.lion(&Lion { lr, beta1, beta2, weight_decay }, grad, master, m);
+                backend.run(Call::Lion { step: &Lion { lr, beta1, beta2, weight_decay }, grad, param: master, m })
             }
-            Self::One(m) => backend.sgd(&sgd, grad, master, Some(m)),
-            Self::Two(m, v) => backend.adamw(&adamw, grad, master, m, v),
-            Self::Coded(m, v) => backend.adamw8(&adamw, grad, master, m, v),
-        }
+            Self::One(m) => backend.run(Call::Sgd { step: &sgd, grad, param: master, m: Some(m) }),
+            Self::Two(m, v) => backend.run(Call::AdamW { step: &adamw, grad, param: master, m, v }),
+            Self::Coded(m, v) => backend.run(Call::AdamW8 { step: &adamw, grad, param: master, m, v }),
+        }?;
+        Ok(())
     }
 
     /// The parts of moments for `len` values.

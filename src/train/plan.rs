@@ -8,6 +8,7 @@
 
 use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};
+use super::sums::Sums;
 use super::{Optimizer, TrainConfig};
 use crate::adapter::{Adapters, Dropout, Gradients, Method, TensorSpec};
 use crate::base::{Base, Pool};
@@ -142,9 +143,11 @@ impl Work {
         pool.reserve(&base.backend, 1, 1)?;
         let dropout = (config.dropout > 0.0).then_some(Dropout { p: config.dropout, key: 0, first: 0 });
         let arithmetic = config.precision.arithmetic();
+        let mut sums = Sums::new(&base.backend, 1)?;
         let mut pass = |micro: &MicroBatch, dropout, grads: Option<&mut Gradients<Counted>>| {
             let mut watch = Watch { keep_going: &mut || true, peak: &mut Peak::ignored() };
-            micro_step(&base, &adapters, micro, 1.0, dropout, arithmetic, &layout, grads, &mut pool, &mut watch)
+            let sums = (&mut sums, 0);
+            micro_step(&base, &adapters, micro, 1.0, dropout, arithmetic, &layout, grads, &mut pool, sums, &mut watch)
         };
         pass(&micro, dropout, Some(&mut grads))?;
         if self.evaluated > 0 {

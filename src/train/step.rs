@@ -1,12 +1,13 @@
 //! Forward, loss and backward of one micro-batch, one layer at a time.
 
+use super::sums::Sums;
 use super::{data::Sample, loss};
 use crate::adapter::{Adapters, Dropout, Gradients};
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::{Batch, Pass};
 use crate::memory::Peak;
-use pocketlora_kernels::{Arithmetic, Backend, narrow_width};
+use pocketlora_kernels::{Arithmetic, Backend, Call, narrow_width};
 use pocketlora_models::Value;
 use serde::{Serialize, Serializer};
 
@@ -19,6 +20,8 @@ pub struct MicroBatch {
     pub(super) rows: Vec<u32>,
     /// That token, for each of `rows`; one of the batch's ids, which [`Pass::new`] checks.
     pub(super) targets: Vec<u32>,
+    /// How much each of them counts, if not all count the same.
+    weights: Option<Vec<f32>>,
 }
 
 impl MicroBatch {
@@ -44,7 +47,7 @@ impl MicroBatch {
     }
 
     fn empty() -> Self {
-        Self { batch: Batch::default(), numbers: Vec::new(), rows: Vec::new(), targets: Vec::new() }
+        Self { batch: Batch::default(), numbers: Vec::new(), rows: Vec::new(), targets: Vec::new(), weights: None }
     }
 
     /// Sequences of such lengths, with the last `learned` tokens' successors to be learned: to count what they take.
@@ -52,7 +55,8 @@ impl MicroBatch {
         let tokens: usize = segments.iter().sum();
         let rows: Vec<u32> = (tokens.saturating_sub(learned)..tokens).map(|row| row as u32).collect();
         let numbers = (0..).take(segments.len()).collect();
-        Self { targets: vec![0; rows.len()], rows, numbers, batch: Batch { ids: vec![0; tokens], segments } }
+        let batch = Batch { ids: vec![0; tokens], segments };
+        Self { targets: vec![0; rows.len()], rows, numbers, batch, weights: None }
     }
 
     /// The same samples in as many passes as it takes for none to have more than `most` tokens, unless one sample has.
@@ -69,6 +73,9 @@ impl MicroBatch {
             let until = learned + self.rows[learned..].partition_point(|row| (*row as usize) < end);
             pass.rows.extend(self.rows[learned..until].iter().map(|row| row - shift as u32));
             pass.targets.extend(&self.targets[learned..until]);
+            if let Some(weights) = &self.weights {
+                pass.weights.get_or_insert_default().extend(&weights[learned..until]);
+            }
             pass.batch.ids.extend(&self.batch.ids[start..end]);
             pass.batch.segments.push(*len);
             pass.numbers.push(*number);
@@ -93,6 +100,21 @@ impl MicroBatch {
     #[must_use]
     pub fn trained(&self) -> usize {
         self.targets.len()
+    }
+
+    /// The same with a weight for each learned token, in their order: its gradient is multiplied by it. Losses are not.
+    #[must_use]
+    pub fn weighted(self, weights: Vec<f32>) -> Self {
+        assert_eq!(weights.len(), self.trained());
+        Self { weights: Some(weights), ..self }
+    }
+
+    /// Factors on the gradients of the learned tokens: `scale` times their weights.
+    pub(super) fn scaled_weights(&self, scale: f32) -> Vec<f32> {
+        match &self.weights {
+            Some(weights) => weights.iter().map(|weight| scale * weight).collect(),
+            None => vec![scale; self.trained()],
+        }
     }
 }
 
@@ -146,8 +168,8 @@ impl Layout {
     }
 }
 
-/// Sum of the losses (natural log) of the learned tokens; adds the gradient of `scale` times that sum to `grads`.
-/// Without `grads` only the loss is computed.
+/// Adds the losses (natural log) of the learned tokens to number `at` of `sums`, and to `grads` the gradient of `scale` times
+/// the sum of the losses, each times its weight. Without `grads` only the losses are computed.
 ///
 /// # Errors
 /// Out of memory, a stop, an id outside the vocabulary. The pool has lost buffers then and should be cleared.
@@ -161,8 +183,9 @@ pub fn micro_step<B: Backend>(
     layout: &Layout,
     mut grads: Option<&mut Gradients<B>>,
     pool: &mut Pool<B>,
+    sums: (&mut Sums<B>, usize),
     watch: &mut Watch<'_>,
-) -> Result<f64> {
+) -> Result<()> {
     let pass = Pass::new(base, adapters, &micro.batch, dropout, arithmetic, pool)?;
     let layers = base.model.config().layers;
     let mut inputs = Inputs { pass: &pass, layout, kept: (0..layers).map(|_| None).collect() };
@@ -177,7 +200,7 @@ pub fn micro_step<B: Backend>(
         x = inputs.forward(layer, x, pool)?;
     }
 
-    let (total, dx) = loss::loss(&pass, x, micro, scale, layout.loss_rows, grads.as_deref_mut(), pool, watch)?;
+    let dx = loss::loss(&pass, x, micro, scale, layout.loss_rows, grads.as_deref_mut(), pool, sums, watch)?;
 
     // Backward: each layer runs once more, now with its tape kept until its gradient is through,
     // and without what no gradient needs.
@@ -191,14 +214,14 @@ pub fn micro_step<B: Backend>(
                 Some(next) => dx = next,
                 None => {
                     pass.finish(pool);
-                    return Ok(total);
+                    return Ok(());
                 }
             }
         }
         pool.put(&base.backend, dx);
     }
     pass.finish(pool);
-    Ok(total)
+    Ok(())
 }
 
 /// The inputs of layers, kept or to be had again.
@@ -228,11 +251,11 @@ impl<B: Backend> Inputs<'_, B> {
         let len = backend.len(x);
         let kept = if self.layout.narrow {
             let mut kept = pool.kept().take(backend, len / width * narrow_width(width))?;
-            backend.narrow(width, x, &mut kept);
+            backend.run(Call::Narrow { width, x, y: &mut kept })?;
             kept
         } else {
             let mut kept = pool.kept().take(backend, len)?;
-            backend.copy(x, &mut kept);
+            backend.run(Call::Copy { x, y: &mut kept })?;
             kept
         };
         self.kept[layer] = Some(kept);
@@ -248,9 +271,9 @@ impl<B: Backend> Inputs<'_, B> {
                 let kept = self.kept[from].take().expect("found just now");
                 let mut x = pool.take(backend, self.pass.tokens() * width)?;
                 if self.layout.narrow {
-                    backend.widen(width, &kept, &mut x);
+                    backend.run(Call::Widen { width, x: &kept, y: &mut x })?;
                 } else {
-                    backend.copy(&kept, &mut x);
+                    backend.run(Call::Copy { x: &kept, y: &mut x })?;
                 }
                 if from == layer {
                     pool.kept().put(backend, kept);

@@ -2,7 +2,7 @@
 
 use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, poisoned, read, wide};
 use super::oracle;
-use pocketlora_kernels::{Activation, Backend, Call, Memory};
+use pocketlora_kernels::{Activation, Backend, Call};
 
 /// Lengths around a vector and around a task.
 const LENGTHS: [usize; 8] = [0, 1, 7, 8, 9, 100, 16384, 16391];
@@ -87,70 +87,84 @@ fn rows_are_gathered_and_scattered() {
     });
 }
 
+/// How the factors of a norm are stored: as they are, less one, or not at all.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Stored {
+    Whole,
+    LessOne,
+    Absent,
+}
+
 #[test]
 fn rms_norm_meets_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(23);
+    // Rows of a width: those of tokens, or of their heads.
     for (t, c) in [(0, 8), (1, 1), (1, 7), (3, 8), (5, 65), (2, 300)] {
-        if !affordable(t * c * t * c) {
-            continue;
+        for stored in [Stored::Whole, Stored::LessOne, Stored::Absent] {
+            if affordable(t * c * t * c) {
+                rms_norm(&mut report, &mut random, stored, t, c);
+            }
         }
-        let (w, x, dy) = (random.vector(c), random.vector(t * c), random.vector(t * c));
-        let (w64, x64, dy64) = (wide(&w), wide(&x), wide(&dy));
-        let eps = 1e-5_f32;
-        let y = oracle::rms_norm(&w64, f64::from(eps), &x64);
-        let dx = oracle::gradient(&x64, &dy64, |x| oracle::rms_norm(&w64, f64::from(eps), x));
-        let dx = dx.iter().map(|dx| dx + 0.5).collect();
-        // One division and a sum of c / 8 terms; differences in f64 are good to 1e-9.
-        let bound = EPS * (c as f64 / 8.0 + 16.0);
-        let expected = [Expected::relative(y, bound), Expected::norm(dx, bound + 1e-8)];
-        case!(report, &format!("rms_norm [{t}, {c}]"), &expected, |cpu| {
-            let (w, x, dy) = (buffer(cpu, &w), buffer(cpu, &x), buffer(cpu, &dy));
-            let (mut y, mut dx) = (poisoned(cpu, t * c), buffer(cpu, &vec![0.5; t * c]));
-            cpu.run(Call::RmsNorm { width: cpu.len(&w), w: Some(&w), plus_one: false, eps, x: &x, y: &mut y }).unwrap();
-            cpu.run(Call::RmsNormVjpX {
-                width: cpu.len(&w),
-                w: Some(&w),
-                plus_one: false,
-                eps,
-                x: &x,
-                dy: &dy,
-                dx: &mut dx,
-            })
-            .unwrap();
-            vec![read(cpu, &y), read(cpu, &dx)]
-        });
     }
+}
+
+fn rms_norm(report: &mut Report, random: &mut Random, stored: Stored, t: usize, c: usize) {
+    let (w, x, dy) = (random.vector(c), random.vector(t * c), random.vector(t * c));
+    let (x64, dy64) = (wide(&x), wide(&dy));
+    let factors: Vec<f64> = match stored {
+        Stored::Whole => wide(&w),
+        Stored::LessOne => wide(&w).iter().map(|w| w + 1.0).collect(),
+        Stored::Absent => vec![1.0; c],
+    };
+    let eps = 1e-5_f32;
+    let y = oracle::rms_norm(&factors, f64::from(eps), &x64);
+    let dx = oracle::gradient(&x64, &dy64, |x| oracle::rms_norm(&factors, f64::from(eps), x));
+    let dx = dx.iter().map(|dx| dx + 0.5).collect();
+    // One division and a sum of c / 8 terms; differences in f64 are good to 1e-9.
+    let bound = EPS * (c as f64 / 8.0 + 16.0);
+    let expected = [Expected::relative(y, bound), Expected::norm(dx, bound + 1e-8)];
+    case!(report, &format!("rms_norm [{t}, {c}] {stored:?}"), &expected, |cpu| {
+        let (w, x, dy) = (buffer(cpu, &w), buffer(cpu, &x), buffer(cpu, &dy));
+        let (mut y, mut dx) = (poisoned(cpu, t * c), buffer(cpu, &vec![0.5; t * c]));
+        let (w, plus_one) = ((stored != Stored::Absent).then_some(&w), stored == Stored::LessOne);
+        cpu.run(Call::RmsNorm { width: c, w, plus_one, eps, x: &x, y: &mut y }).unwrap();
+        cpu.run(Call::RmsNormVjpX { width: c, w, plus_one, eps, x: &x, dy: &dy, dx: &mut dx }).unwrap();
+        vec![read(cpu, &y), read(cpu, &dx)]
+    });
 }
 
 #[test]
 fn rope_turns_and_turns_back() {
     let mut report = Report::default();
     let mut random = Random(24);
-    for (t, heads, d) in [(1, 1, 2), (5, 3, 6), (3, 2, 64), (70, 9, 32)] {
+    // Pairs that are turned of each head: all of it, a part, nothing.
+    let shapes =
+        [(1, 1, 2, 1), (5, 3, 6, 3), (3, 2, 64, 32), (70, 9, 32, 16), (5, 3, 6, 2), (70, 2, 64, 8), (2, 2, 3, 0)];
+    for (t, heads, d, r) in shapes {
         if !affordable(t * heads * d) {
             continue;
         }
         let x = random.vector(t * heads * d);
-        let angles = random.vector(t * d / 2);
+        let angles = random.vector(t * r);
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| ((a * 9.0).cos(), (a * 9.0).sin())).unzip();
         let turn = |sign: f64| {
-            let mut y = vec![0.0; x.len()];
-            for (at, y) in y.iter_mut().enumerate() {
+            let mut y = wide(&x);
+            for (at, y) in y.iter_mut().enumerate().filter(|(at, _)| at % d < 2 * r) {
                 let (token, i) = (at / (heads * d), at % d);
-                let angle = token * d / 2 + i % (d / 2);
+                let angle = token * r + i % r;
                 let (c, s) = (f64::from(cos[angle]), sign * f64::from(sin[angle]));
-                let other = if i < d / 2 { -f64::from(x[at + d / 2]) } else { f64::from(x[at - d / 2]) };
+                let other = if i < r { -f64::from(x[at + r]) } else { f64::from(x[at - r]) };
                 *y = f64::from(x[at]) * c + other * s;
             }
             Expected::new(y, vec![4.0 * EPS; x.len()])
         };
-        case!(report, &format!("rope T={t} H={heads} D={d}"), &[turn(1.0), turn(-1.0)], |cpu| {
+        case!(report, &format!("rope T={t} H={heads} D={d} R={r}"), &[turn(1.0), turn(-1.0)], |cpu| {
             let (cos, sin, x) = (buffer(cpu, &cos), buffer(cpu, &sin), buffer(cpu, &x));
             let (mut y, mut back) = (poisoned(cpu, t * heads * d), poisoned(cpu, t * heads * d));
-            cpu.run(Call::Rope { heads, head_dim: d, cos: &cos, sin: &sin, x: &x, inverse: false, y: &mut y }).unwrap();
-            cpu.run(Call::Rope { heads, head_dim: d, cos: &cos, sin: &sin, x: &x, inverse: true, y: &mut back })
-                .unwrap();
+            for (inverse, y) in [(false, &mut y), (true, &mut back)] {
+                cpu.run(Call::Rope { heads, head_dim: d, cos: &cos, sin: &sin, x: &x, inverse, y }).unwrap();
+            }
             vec![read(cpu, &y), read(cpu, &back)]
         });
     }
@@ -238,38 +252,17 @@ fn gated_activations_carry_the_special_values() {
 fn gated<B: Backend>(cpu: &B, name: &str, inputs: [&[f32]; 3]) -> Vec<Vec<f32>> {
     let [gate, up, dy] = inputs.map(|x| buffer(cpu, x));
     let [mut y, mut dgate, mut dup] = [0; 3].map(|_| poisoned(cpu, inputs[0].len()));
-    if name == "geglu" {
-        cpu.run(Call::Gate { activation: Activation::GeluTanh, gate: &gate, up: &up, y: &mut y }).unwrap();
-        cpu.run(Call::GateVjp {
-            activation: Activation::GeluTanh,
-            gate: &gate,
-            up: &up,
-            dy: &dy,
-            dgate: &mut dgate,
-            dup: &mut dup,
-        })
-        .unwrap();
-    } else {
-        cpu.run(Call::Gate { activation: Activation::Silu, gate: &gate, up: &up, y: &mut y }).unwrap();
-        cpu.run(Call::GateVjp {
-            activation: Activation::Silu,
-            gate: &gate,
-            up: &up,
-            dy: &dy,
-            dgate: &mut dgate,
-            dup: &mut dup,
-        })
-        .unwrap();
-        let (mut in_gate, mut in_up) = (poisoned(cpu, cpu.len(&gate)), poisoned(cpu, cpu.len(&up)));
-        cpu.run(Call::Copy { x: &gate, y: &mut in_gate }).unwrap();
-        cpu.run(Call::Copy { x: &up, y: &mut in_up }).unwrap();
-        cpu.run(Call::GateVjpInPlace { activation: Activation::Silu, dy: &dy, gate: &mut in_gate, up: &mut in_up })
-            .unwrap();
-        // One NaN is as good as another.
-        let bits =
-            |buffer: &_| read(cpu, buffer).iter().map(|x| if x.is_nan() { 1 } else { x.to_bits() }).collect::<Vec<_>>();
-        assert_eq!([bits(&in_gate), bits(&in_up)], [bits(&dgate), bits(&dup)]);
-    }
+    let activation = if name == "geglu" { Activation::GeluTanh } else { Activation::Silu };
+    cpu.run(Call::Gate { activation, gate: &gate, up: &up, y: &mut y }).unwrap();
+    cpu.run(Call::GateVjp { activation, gate: &gate, up: &up, dy: &dy, dgate: &mut dgate, dup: &mut dup }).unwrap();
+    let (mut in_gate, mut in_up) = (poisoned(cpu, cpu.len(&gate)), poisoned(cpu, cpu.len(&up)));
+    cpu.run(Call::Copy { x: &gate, y: &mut in_gate }).unwrap();
+    cpu.run(Call::Copy { x: &up, y: &mut in_up }).unwrap();
+    cpu.run(Call::GateVjpInPlace { activation, dy: &dy, gate: &mut in_gate, up: &mut in_up }).unwrap();
+    // One NaN is as good as another.
+    let bits =
+        |buffer: &_| read(cpu, buffer).iter().map(|x| if x.is_nan() { 1 } else { x.to_bits() }).collect::<Vec<_>>();
+    assert_eq!([bits(&in_gate), bits(&in_up)], [bits(&dgate), bits(&dup)]);
     [y, dgate, dup].map(|b| read(cpu, &b)).into()
 }
 

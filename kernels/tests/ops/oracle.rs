@@ -1,4 +1,4 @@
-//! Naive f64 versions of the ops, straight from the formulas of `backend.rs`.
+//! Naive f64 versions of the ops, straight from the formulas of `call.rs`.
 
 use pocketlora_kernels::Attention;
 

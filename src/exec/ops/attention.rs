@@ -24,7 +24,15 @@ pub(super) fn run<B: Backend>(
         let mut sums = it.buffer(it.len(lse))?;
         // y = softmax(scale q kᵀ) v
         let segments = &it.pass.batch.segments;
-        it.backend().attention(&spec(shape), segments, it.data(q), it.data(k), it.data(v), &mut out, &mut sums);
+        it.backend().run(Call::Attention {
+            spec: &spec(shape),
+            segments,
+            q: it.data(q),
+            k: it.data(k),
+            v: it.data(v),
+            y: &mut out,
+            lse: &mut sums,
+        })?;
         it.set(lse, sums);
     } else {
         over_caches(it, shape, state, [q, k, v], &mut out)?;
@@ -49,10 +57,22 @@ pub(super) fn back<B: Backend>(
     // y = softmax(scale q kᵀ) v
     let segments = &it.pass.batch.segments;
     let (vq, vk, vv, vy, sums) = (it.data(q), it.data(k), it.data(v), it.data(y), it.data(log_sum_exp(y)));
-    it.backend().attention_vjp(&spec(shape), segments, vq, vk, vv, vy, sums, &dy, &mut dq, &mut dk, &mut dv);
+    it.backend().run(Call::AttentionVjp {
+        spec: &spec(shape),
+        segments,
+        q: vq,
+        k: vk,
+        v: vv,
+        y: vy,
+        lse: sums,
+        dy: &dy,
+        dq: &mut dq,
+        dk: &mut dk,
+        dv: &mut dv,
+    })?;
     it.put(dy);
     for (t, grad) in [(q, dq), (k, dk), (v, dv)] {
-        it.add_grad(t, grad);
+        it.add_grad(t, grad)?;
     }
     Ok(())
 }
@@ -89,8 +109,8 @@ impl Behind {
         let backend = it.backend();
         let width = backend.len(t) / self.own.len();
         let mut all = it.buffer(self.rows() * width)?;
-        backend.zero(&mut all);
-        backend.scatter_add_rows(t, &self.own, &mut all);
+        backend.run(Call::Zero { x: &mut all })?;
+        backend.run(Call::ScatterAddRows { x: t, rows: &self.own, y: &mut all })?;
         Ok(all)
     }
 
@@ -108,8 +128,8 @@ impl Behind {
         let mut rows = it.buffer(self.before.len() * width)?;
         let of_each = prefix.rows(layer, part).repeat(self.segments.len());
         let held = it.pass.adapters().held();
-        backend.gather_rows(held.buffer(prefix.tensor()), &of_each, &mut rows);
-        backend.scatter_add_rows(&rows, &self.before, &mut all);
+        backend.run(Call::GatherRows { x: held.buffer(prefix.tensor()), rows: &of_each, y: &mut rows })?;
+        backend.run(Call::ScatterAddRows { x: &rows, rows: &self.before, y: &mut all })?;
         it.put(rows);
         Ok(all)
     }
@@ -119,7 +139,7 @@ impl Behind {
         let backend = it.backend();
         let width = backend.len(&all) / self.rows();
         let mut own = it.buffer(self.own.len() * width)?;
-        backend.gather_rows(&all, &self.own, &mut own);
+        backend.run(Call::GatherRows { x: &all, rows: &self.own, y: &mut own })?;
         it.put(all);
         Ok(own)
     }
@@ -149,7 +169,15 @@ fn run_behind<B: Backend>(
     let mut out = it.buffer(backend.len(&queries))?;
     let mut sums = it.buffer(behind.rows() * shape.heads)?;
     // y = softmax(scale q [p k]ᵀ) [p v]
-    backend.attention(&spec(shape), &behind.segments, &queries, &keys, &values, &mut out, &mut sums);
+    backend.run(Call::Attention {
+        spec: &spec(shape),
+        segments: &behind.segments,
+        q: &queries,
+        k: &keys,
+        v: &values,
+        y: &mut out,
+        lse: &mut sums,
+    })?;
     [queries, keys, values].into_iter().for_each(|buffer| it.put(buffer));
     let (out, sums) = (behind.own(it, out)?, behind.own(it, sums)?);
     it.set(y, out);
@@ -178,19 +206,19 @@ fn back_behind<B: Backend>(
     let (mut dq, mut dk) = (it.buffer(backend.len(&queries))?, it.buffer(backend.len(&keys))?);
     let mut dv = it.buffer(backend.len(&values))?;
     // y = softmax(scale q [p k]ᵀ) [p v]
-    backend.attention_vjp(
-        &spec(shape),
-        &behind.segments,
-        &queries,
-        &keys,
-        &values,
-        &out,
-        &sums,
-        &dout,
-        &mut dq,
-        &mut dk,
-        &mut dv,
-    );
+    backend.run(Call::AttentionVjp {
+        spec: &spec(shape),
+        segments: &behind.segments,
+        q: &queries,
+        k: &keys,
+        v: &values,
+        y: &out,
+        lse: &sums,
+        dy: &dout,
+        dq: &mut dq,
+        dk: &mut dk,
+        dv: &mut dv,
+    })?;
     [queries, keys, values, out, sums, dout].into_iter().for_each(|buffer| it.put(buffer));
     if let Some(dp) = grads.of(prefix.tensor()) {
         let width = backend.len(&dk) / behind.rows();
@@ -198,15 +226,15 @@ fn back_behind<B: Backend>(
         for (part, all) in [&dk, &dv].into_iter().enumerate() {
             let to = prefix.rows(layer, part);
             for from in behind.before.chunks(prefix.tokens) {
-                backend.gather_rows(all, from, &mut rows);
-                backend.scatter_add_rows(&rows, &to, dp);
+                backend.run(Call::GatherRows { x: all, rows: from, y: &mut rows })?;
+                backend.run(Call::ScatterAddRows { x: &rows, rows: &to, y: dp })?;
             }
         }
         it.put(rows);
     }
     for (t, all) in [(q, dq), (k, dk), (v, dv)] {
         let grad = behind.own(it, all)?;
-        it.add_grad(t, grad);
+        it.add_grad(t, grad)?;
     }
     Ok(())
 }

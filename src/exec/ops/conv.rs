@@ -37,6 +37,5 @@ pub(super) fn back<B: Backend>(it: &mut Interpreter<'_, B>, conv: &Conv, x: Valu
     let segments = &pass.batch.segments;
     it.backend().run(Call::ConvVjpX { w: pass.vector(conv.weight), segments, dy: &dy, dx: &mut dx })?;
     it.put(dy);
-    it.add_grad(x, dx);
-    Ok(())
+    it.add_grad(x, dx)
 }

@@ -25,6 +25,5 @@ pub(super) fn back<B: Backend>(
     // g = -e^rate softplus(a + bias)
     it.backend().run(Call::DecayVjp { rate, bias, a: it.data(a), dg: &dg, da: &mut da })?;
     it.put(dg);
-    it.add_grad(a, da);
-    Ok(())
+    it.add_grad(a, da)
 }

@@ -58,7 +58,7 @@ pub(super) fn back<B: Backend>(
     })?;
     it.put(dy);
     for (t, grad) in inputs.into_iter().zip([dq, dk, dv, dg, dbeta]) {
-        it.add_grad(t, grad);
+        it.add_grad(t, grad)?;
     }
     Ok(())
 }

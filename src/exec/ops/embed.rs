@@ -2,14 +2,14 @@
 
 use super::Interpreter;
 use crate::error::Result;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Call};
 use pocketlora_models::{Param, Value};
 
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, table: Param, y: Value) -> Result<()> {
     let pass = it.pass;
     let mut out = it.buffer(it.len(y))?;
     let table = pass.adapters().replaced().table(pass.base, table);
-    it.backend().embed(table, &pass.batch.ids, &mut out);
+    it.backend().run(Call::Embed { table, ids: &pass.batch.ids, y: &mut out })?;
     it.set(y, out);
     Ok(())
 }

@@ -95,8 +95,7 @@ pub(super) fn back<B: Backend>(
     if let Some(dx) = dx {
         it.set_grad(x, dx);
     }
-    it.add_grad(weights, dweights);
-    Ok(())
+    it.add_grad(weights, dweights)
 }
 
 /// `down(silu(gate(x)) * up(x))` of the tape's first value.

@@ -2,7 +2,7 @@
 
 use super::Interpreter;
 use crate::error::Result;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{self as kernels, Backend, Call};
 use pocketlora_models::{Activation, Value};
 
 pub(super) fn run<B: Backend>(
@@ -14,10 +14,12 @@ pub(super) fn run<B: Backend>(
 ) -> Result<()> {
     let mut out = it.buffer(it.len(y))?;
     // y = activation(gate) * up
-    match activation {
-        Activation::Silu => it.backend().swiglu(it.data(gate), it.data(up), &mut out),
-        Activation::GeluTanh => it.backend().geglu(it.data(gate), it.data(up), &mut out),
-    }
+    it.backend().run(Call::Gate {
+        activation: kernel(activation),
+        gate: it.data(gate),
+        up: it.data(up),
+        y: &mut out,
+    })?;
     it.set(y, out);
     Ok(())
 }
@@ -31,22 +33,28 @@ pub(super) fn back<B: Backend>(
     dying: &[Value],
 ) -> Result<()> {
     let backend = it.backend();
-    let in_place = activation == Activation::Silu && gate != up && dying.contains(&gate) && dying.contains(&up);
+    let activation = kernel(activation);
+    let in_place = gate != up && dying.contains(&gate) && dying.contains(&up);
     // y = activation(gate) * up
     let [dgate, dup] = if in_place {
         let [mut dgate, mut dup] = [it.take(gate), it.take(up)];
-        backend.swiglu_vjp_in_place(&dy, &mut dgate, &mut dup);
+        backend.run(Call::GateVjpInPlace { activation, dy: &dy, gate: &mut dgate, up: &mut dup })?;
         [dgate, dup]
     } else {
         let [mut dgate, mut dup] = it.like([gate, up])?;
-        match activation {
-            Activation::Silu => backend.swiglu_vjp(it.data(gate), it.data(up), &dy, &mut dgate, &mut dup),
-            Activation::GeluTanh => backend.geglu_vjp(it.data(gate), it.data(up), &dy, &mut dgate, &mut dup),
-        }
+        let (gate, up) = (it.data(gate), it.data(up));
+        backend.run(Call::GateVjp { activation, gate, up, dy: &dy, dgate: &mut dgate, dup: &mut dup })?;
         [dgate, dup]
     };
     it.put(dy);
-    it.add_grad(gate, dgate);
-    it.add_grad(up, dup);
-    Ok(())
+    it.add_grad(gate, dgate)?;
+    it.add_grad(up, dup)
+}
+
+/// The kernels' name of a model's activation.
+fn kernel(activation: Activation) -> kernels::Activation {
+    match activation {
+        Activation::Silu => kernels::Activation::Silu,
+        Activation::GeluTanh => kernels::Activation::GeluTanh,
+    }
 }

@@ -6,7 +6,7 @@ use crate::adapter::Context;
 use crate::adapter::form::{Change, LowRankFactors, OnLayer};
 use crate::error::Result;
 use crate::exec::pass::Part;
-use pocketlora_kernels::{ALL_ROWS, Backend, LowRank, Product};
+use pocketlora_kernels::{ALL_ROWS, Backend, Call, LowRank, Product};
 use pocketlora_models::{Linear, Param, Value};
 
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, layers: &[Linear], x: Value, y: Value) -> Result<()> {
@@ -66,8 +66,7 @@ fn products<B: Backend>(
         y,
     };
     let mut products: Vec<_> = layers.iter().zip(&mut ys).map(product).collect();
-    backend.matmul_group(pass.arithmetic, x, &mut products)?;
-    drop(products);
+    backend.run(Call::MatmulGroup { arithmetic: pass.arithmetic, x, products: &mut products })?;
     for ((i, layer), mut data) in layers.iter().zip(ys) {
         if fused(layer.weight).is_none() {
             for part in &pass.parts {
@@ -76,7 +75,7 @@ fn products<B: Backend>(
         }
         if let Some(bias) = layer.bias {
             // y += b
-            backend.add_bias(pass.vector(bias), &mut data);
+            backend.run(Call::AddBias { bias: pass.vector(bias), y: &mut data })?;
         }
         // y = g(y)
         let width = it.slots[output(y, *i).0 as usize].width;
@@ -109,12 +108,12 @@ fn add_terms<B: Backend>(
     let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
     let mut own = cx.pool.take(backend, rows.len() * input)?;
     let mut added = cx.pool.take(backend, rows.len() * out)?;
-    backend.gather_rows(x, &rows, &mut own);
-    backend.zero(&mut added);
+    backend.run(Call::GatherRows { x, rows: &rows, y: &mut own })?;
+    backend.run(Call::Zero { x: &mut added })?;
     for term in terms {
         term.apply(&mut cx, &own, &mut added)?;
     }
-    backend.scatter_add_rows(&added, &rows, y);
+    backend.run(Call::ScatterAddRows { x: &added, rows: &rows, y })?;
     [own, added].into_iter().for_each(|buffer| cx.pool.put(backend, buffer));
     Ok(())
 }
@@ -135,13 +134,13 @@ fn change_parts<'p, B: Backend>(
         return Ok(None);
     }
     let mut all = it.buffer(backend.len(x))?;
-    backend.zero(&mut all);
+    backend.run(Call::Zero { x: &mut all })?;
     for part in &pass.parts {
         let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
         let mut own = it.buffer(rows.len() * width)?;
-        backend.gather_rows(x, &rows, &mut own);
+        backend.run(Call::GatherRows { x, rows: &rows, y: &mut own })?;
         let changed = chain(&mut context(it, part, Param(0)), changes(part), &own)?;
-        backend.scatter_add_rows(changed.as_ref().unwrap_or(&own), &rows, &mut all);
+        backend.run(Call::ScatterAddRows { x: changed.as_ref().unwrap_or(&own), rows: &rows, y: &mut all })?;
         changed.into_iter().chain([own]).for_each(|buffer| it.put(buffer));
     }
     Ok(Some(all))
@@ -259,14 +258,14 @@ fn unchanged<B: Backend>(
     let mut cx = context(it, part, layer.weight);
     let read = chain(&mut cx, &on.inputs, &input)?;
     let x_read = read.as_ref().unwrap_or(&input);
-    backend.matmul(pass.arithmetic, weight, x_read, &mut u, false);
+    backend.run(Call::Matmul { arithmetic: pass.arithmetic, w: weight, x: x_read, y: &mut u, accumulate: false })?;
     for term in &on.terms {
         term.apply(&mut cx, x_read, &mut u)?;
     }
     read.into_iter().for_each(|buffer| it.put(buffer));
     it.set(x, input);
     if let Some(bias) = layer.bias {
-        backend.add_bias(pass.vector(bias), &mut u);
+        backend.run(Call::AddBias { bias: pass.vector(bias), y: &mut u })?;
     }
     Ok(u)
 }
@@ -295,7 +294,12 @@ fn back_product<B: Backend>(
             let low_rank = on.terms.iter().zip(&carried);
             terms.extend(low_rank.filter_map(|(term, dh)| Some((term.low_rank(held)?.a, dh))));
         }
-        backend.matmul_vjp_x_sum(pass.arithmetic, &terms, &mut dx, started);
+        backend.run(Call::MatmulVjpX {
+            arithmetic: pass.arithmetic,
+            terms: &terms,
+            dx: &mut dx,
+            accumulate: started,
+        })?;
         for (term, dh) in on.terms.iter().zip(&carried) {
             if dropout.is_some() || term.low_rank(held).is_none() {
                 term.backward_x(&mut context(it, part, layer.weight), dh, &mut dx)?;
@@ -310,7 +314,7 @@ fn back_product<B: Backend>(
             if let Some(input) = input {
                 it.set(x, input);
             }
-            it.add_grad(x, dx);
+            it.add_grad(x, dx)?;
         }
     }
     carried.into_iter().chain([dy]).for_each(|buffer| it.put(buffer));

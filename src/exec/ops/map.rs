@@ -18,8 +18,7 @@ pub(super) fn back<B: Backend>(it: &mut Interpreter<'_, B>, map: Map, x: Value, 
     // y = f(x), so dx = f'(x) dy
     it.backend().run(Call::MapVjp { kind: kind(map), x: it.data(x), dy: &dy, dx: &mut dx })?;
     it.put(dy);
-    it.add_grad(x, dx);
-    Ok(())
+    it.add_grad(x, dx)
 }
 
 /// The kernels' name of a function.

@@ -19,7 +19,7 @@ pub(super) fn back<B: Backend>(it: &mut Interpreter<'_, B>, a: Value, b: Value, 
         if it.needs(t) {
             let [mut grad] = it.like([t])?;
             it.backend().run(Call::Multiply { a: it.data(other), b: &dy, y: &mut grad })?;
-            it.add_grad(t, grad);
+            it.add_grad(t, grad)?;
         }
     }
     it.put(dy);

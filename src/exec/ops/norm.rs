@@ -6,10 +6,10 @@ use pocketlora_kernels::{Backend, Call};
 use pocketlora_models::{Norm, Value};
 
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, norm: &Norm, x: Value, y: Value) -> Result<()> {
-    let w = norm.weight.map(|weight| it.pass.vector(weight));
+    let Norm { weight, width, eps, plus_one } = *norm;
+    let w = weight.map(|w| it.pass.vector(w));
     let mut out = it.buffer(it.len(y))?;
     // y = x / rms(x) * w
-    let Norm { width, eps, plus_one, .. } = *norm;
     it.backend().run(Call::RmsNorm { width, w, plus_one, eps, x: it.data(x), y: &mut out })?;
     it.set(y, out);
     Ok(())
@@ -17,13 +17,13 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, norm: &Norm, x: Value
 
 pub(super) fn back<B: Backend>(it: &mut Interpreter<'_, B>, norm: &Norm, x: Value, dy: B::Buffer) -> Result<()> {
     let backend = it.backend();
-    let w = norm.weight.map(|weight| it.pass.vector(weight));
+    let Norm { weight, width, eps, plus_one } = *norm;
+    let w = weight.map(|w| it.pass.vector(w));
     let (mut dx, started) = it.take_grad(x)?;
     if !started {
-        backend.zero(&mut dx);
+        backend.run(Call::Zero { x: &mut dx })?;
     }
     // y = x / rms(x) * w
-    let Norm { width, eps, plus_one, .. } = *norm;
     backend.run(Call::RmsNormVjpX { width, w, plus_one, eps, x: it.data(x), dy: &dy, dx: &mut dx })?;
     it.set_grad(x, dx);
     it.put(dy);

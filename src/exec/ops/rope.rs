@@ -2,7 +2,7 @@
 
 use super::Interpreter;
 use crate::error::Result;
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Call};
 use pocketlora_models::{RopeTable, Value};
 
 pub(super) fn run<B: Backend>(
@@ -14,7 +14,7 @@ pub(super) fn run<B: Backend>(
 ) -> Result<()> {
     let mut out = it.buffer(it.len(y))?;
     // y = R x
-    turn(it, table, (heads, head_dim(it, heads, x)), it.data(x), false, &mut out);
+    turn(it, table, (heads, head_dim(it, heads, x)), it.data(x), false, &mut out)?;
     it.set(y, out);
     Ok(())
 }
@@ -28,10 +28,9 @@ pub(super) fn back<B: Backend>(
 ) -> Result<()> {
     let mut dx = it.buffer(it.backend().len(&dy))?;
     // y = R x, so dx = R⁻¹ dy
-    turn(it, table, (heads, head_dim(it, heads, x)), &dy, true, &mut dx);
+    turn(it, table, (heads, head_dim(it, heads, x)), &dy, true, &mut dx)?;
     it.put(dy);
-    it.add_grad(x, dx);
-    Ok(())
+    it.add_grad(x, dx)
 }
 
 fn head_dim<B: Backend>(it: &Interpreter<'_, B>, heads: usize, x: Value) -> usize {
@@ -45,7 +44,7 @@ fn turn<B: Backend>(
     x: &B::Buffer,
     inverse: bool,
     y: &mut B::Buffer,
-) {
+) -> Result<()> {
     let (cos, sin) = &it.pass.angles[table.0 as usize];
-    it.backend().rope(heads, head_dim, cos, sin, x, inverse, y);
+    Ok(it.backend().run(Call::Rope { heads, head_dim, cos, sin, x, inverse, y })?)
 }

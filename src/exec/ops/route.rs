@@ -46,8 +46,7 @@ pub(super) fn back<B: Backend>(
         dlogits: &mut dlogits,
     })?;
     it.put(dweights);
-    it.add_grad(logits, dlogits);
-    Ok(())
+    it.add_grad(logits, dlogits)
 }
 
 /// The second output: numbers of experts.
