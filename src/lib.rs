@@ -26,7 +26,7 @@
 #![deny(unsafe_code)]
 
 pub mod adapter;
-pub mod base;
+mod base;
 #[cfg(feature = "bench")]
 pub mod bench;
 pub mod chat;
@@ -66,10 +66,12 @@ pub use train::{Dataset, Material, Observer, StepReport, Summary, TrainConfig, T
 /// What this crate's own tests look into. It changes without notice.
 #[doc(hidden)]
 pub mod internals {
-    pub use crate::adapter::Adapters;
+    pub use crate::adapter::attach::Adapters;
+    pub use crate::adapter::form::Gradients;
     pub use crate::base::{Base, Pool};
     pub use crate::exec::infer::{Logits, Numbers, Sequence, Step, Workspace};
-    pub use crate::train::{Layout, MicroBatch, Watch, micro_step};
+    pub use crate::train::step::{Layout, MicroBatch, Watch, micro_step};
+    pub use crate::train::sums::Sums;
 
     use crate::Engine;
     use pocketlora_kernels::Cpu;

@@ -3,7 +3,8 @@
 mod common;
 
 use common::{golden, max_diff, open_exact};
-use pocketlora::adapter::{AdapterFile, Adapters};
+use pocketlora::adapter::AdapterFile;
+use pocketlora::internals::Adapters;
 use pocketlora::internals::{Logits, Sequence, Step, Workspace};
 use pocketlora::{Engine, internals};
 use pocketlora_kernels::{Cpu, WorkType};
@@ -15,7 +16,7 @@ const ROUNDS: [[usize; 4]; 3] = [[9, 5, 12, 3], [1, 7, 1, 2], [1, 1, 1, 1]];
 const ADAPTERS: [Option<&str>; 4] = [Some("lora"), Some("rslora"), None, Some("lora_patterns")];
 
 fn adapters(engine: &Engine) -> Vec<Adapters<Cpu>> {
-    let base = internals::base(&engine);
+    let base = internals::base(engine);
     let one = |name: &Option<&str>| {
         let mut adapters = Adapters::none(base);
         if let Some(name) = name {
@@ -34,9 +35,9 @@ fn text(i: usize) -> Vec<u32> {
 
 /// All logits of all sequences, run in `batches` of them at a time.
 fn run(engine: &Engine, all: &[Adapters<Cpu>], batches: &[&[usize]]) -> Vec<Vec<f32>> {
-    let base = internals::base(&engine);
-    let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
-    let new = || Sequence::new(base, internals::numbers(&engine).cache).unwrap();
+    let base = internals::base(engine);
+    let mut work = Workspace::new(internals::numbers(engine).arithmetic);
+    let new = || Sequence::new(base, internals::numbers(engine).cache).unwrap();
     let mut sequences: Vec<Option<Sequence<Cpu>>> = all.iter().map(|_| Some(new())).collect();
     let mut found = vec![Vec::new(); all.len()];
     for round in ROUNDS {

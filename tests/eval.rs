@@ -34,7 +34,7 @@ fn score(report: &TaskReport, name: &str) -> f64 {
 fn likelihood(engine: &Engine, prompt: &str, option: &str) -> f64 {
     let encode = |text: &str| engine.text().unwrap().tokenizer.encode(text, true).unwrap();
     let (given, ids) = (encode(prompt).len(), encode(&format!("{prompt}{option}")));
-    let (all, vocab) = (logits(engine, &ids), internals::base(&engine).model.config().vocab_size);
+    let (all, vocab) = (logits(engine, &ids), internals::base(engine).model.config().vocab_size);
     let one = |i: usize| {
         let row = &all[(i - 1) * vocab..i * vocab];
         let sum: f64 = row.iter().map(|&l| f64::from(l).exp()).sum();

@@ -4,8 +4,9 @@
 mod common;
 
 use common::{Tensor, check_all, convert, golden, ids, logits, max_diff, open_exact, tensors};
-use pocketlora::adapter::{AdapterFile, Adapters};
+use pocketlora::adapter::AdapterFile;
 use pocketlora::format::Target;
+use pocketlora::internals::Adapters;
 use pocketlora::internals::{Logits, Sequence, Step, Workspace};
 use pocketlora::train::{Dataset, Observer, Sample, StepReport, TrainConfig, TrainPrecision};
 use pocketlora::{Engine, internals};

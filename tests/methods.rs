@@ -4,7 +4,8 @@
 mod common;
 
 use common::{check_all, golden, ids, logits, max_diff, open_exact, tensors};
-use pocketlora::adapter::{AdapterFile, Adapters, Kind};
+use pocketlora::adapter::{AdapterFile, Kind};
+use pocketlora::internals::Adapters;
 use pocketlora::internals::{Logits, Sequence, Step, Workspace};
 use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
 use pocketlora::{Engine, internals};
@@ -45,7 +46,7 @@ fn served_adapters_give_the_logits_of_peft() {
 
 /// Logits of `ids` in `pieces`, from where `sequence` stands.
 fn run(engine: &Engine, adapters: &Adapters<Cpu>, sequence: &mut Sequence<Cpu>, pieces: &[&[u32]]) -> Vec<f32> {
-    let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
+    let mut work = Workspace::new(internals::numbers(engine).arithmetic);
     let mut all = Vec::new();
     for ids in pieces {
         let mut take = |logits: Logits| {
@@ -53,14 +54,14 @@ fn run(engine: &Engine, adapters: &Adapters<Cpu>, sequence: &mut Sequence<Cpu>, 
             Ok(())
         };
         let step = Step { sequence: &mut *sequence, ids, adapters, logits: 0..ids.len() };
-        internals::base(&engine).forward(&mut work, &mut [step], &mut || true, &mut take).unwrap();
+        internals::base(engine).forward(&mut work, &mut [step], &mut || true, &mut take).unwrap();
     }
     all
 }
 
 fn attached(engine: &Engine, files: &[AdapterFile]) -> Adapters<Cpu> {
-    let mut adapters = Adapters::none(internals::base(&engine));
-    files.iter().for_each(|file| adapters.attach(internals::base(&engine), file, 1.0, WorkType::F32).unwrap());
+    let mut adapters = Adapters::none(internals::base(engine));
+    files.iter().for_each(|file| adapters.attach(internals::base(engine), file, 1.0, WorkType::F32).unwrap());
     adapters
 }
 

@@ -50,7 +50,7 @@ fn compare(engine: &Engine, oracle: &Value, bound: f32) -> Vec<String> {
         assert_eq!(engine.text().unwrap().tokenizer.encode(text, true).unwrap(), ids, "{name}: ids");
 
         let all = logits(engine, &ids);
-        let last = &all[all.len() - internals::base(&engine).model.config().vocab_size..];
+        let last = &all[all.len() - internals::base(engine).model.config().vocab_size..];
         for (id, expected) in ids_of(&prompt["top50_ids"]).iter().zip(prompt["top50_logits"].as_array().unwrap()) {
             let (actual, expected) = (last[*id as usize], expected.as_f64().unwrap() as f32);
             let off = (actual - expected).abs();

@@ -3,8 +3,8 @@
 //! A [`Method`] says what an adapter's file holds and builds forms of it: what works on a linear layer or in attention
 //! while a model runs ([`mod@form`]). Whoever trains, saves or plans knows tensors by name and shape alone.
 
-mod attach;
-pub mod form;
+pub(crate) mod attach;
+pub(crate) mod form;
 mod held;
 mod ia3;
 mod lora;
@@ -17,15 +17,15 @@ mod replaced;
 mod scale;
 mod tensor;
 
-pub use attach::Adapters;
-pub use form::{Context, Dropout, Gradients, Prefix};
-pub use held::{Held, TensorId};
+pub(crate) use attach::Adapters;
+pub(crate) use form::{Context, Dropout, Gradients, Prefix};
+pub(crate) use held::TensorId;
 pub use ia3::Ia3;
 pub use lora::Lora;
 pub use method::{Group, Kind, Method, Settings};
 pub use peft::{AdapterFile, Replacements, Rows, WholeTensor};
 pub use prefix_tuning::PrefixTuning;
-pub use replaced::Replaced;
+pub(crate) use replaced::Replaced;
 pub use tensor::{HostTensor, Stored, TensorSpec, Tensors};
 
 #[cfg(feature = "cli")]

@@ -78,9 +78,7 @@ impl<'p, B: Backend> Tape<'p, B> {
     /// Runs the operations up to `end`, dropping values that neither those nor `keep` need.
     pub(super) fn forward(&mut self, end: usize, keep: &[bool]) -> Result<()> {
         let deaths = lives::deaths(&self.ops[..end], keep);
-        for i in self.done..end {
-            let Recorded { op, y, .. } = &self.ops[i];
-            let dying = &deaths[i];
+        for (Recorded { op, y, .. }, dying) in self.ops[..end].iter().zip(&deaths).skip(self.done) {
             match *op {
                 // The sum takes the place of a term that nobody reads any more.
                 Op::Add { a, b } if a != b && dying.contains(&a) => ops::add_in_place(&mut self.it, a, b, *y),

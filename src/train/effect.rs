@@ -46,7 +46,7 @@ impl TrainConfig {
                 return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
             }
         }
-        for name in ADAPTER.iter().filter(|name| given(name) && !self.method.reads(name)) {
+        if let Some(name) = ADAPTER.iter().find(|name| given(name) && !self.method.reads(name)) {
             let message = format!(
                 "expected a method that has it, got `{}` as the `method`; leave one of the two out",
                 self.method.name()

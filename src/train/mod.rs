@@ -21,16 +21,18 @@ mod report;
 mod run_folder;
 mod saving;
 mod setup;
-mod step;
-mod sums;
+pub(crate) mod step;
+pub(crate) mod sums;
 
 pub use crate::data::Unused;
-pub use batches::{BatchReport, Batches, largest_micro_batch};
+pub use batches::BatchReport;
+pub(crate) use batches::{Batches, largest_micro_batch};
 pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Schedule, TrainConfig, TrainPrecision};
 pub use control::{Directive, Policy, TrainHandle};
 pub use data::{Checks, Dataset, Mask, Sample, SampleLimits, SplitRecord, Splits};
-pub use hold_out::{Evaluation, Overlap, general_text, hold_out};
+pub(crate) use hold_out::general_text;
+pub use hold_out::{Evaluation, Overlap, hold_out};
 pub use material::Material;
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
@@ -39,8 +41,9 @@ pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
 pub(crate) use setup::fingerprint;
-pub use step::{Layout, MicroBatch, Watch, micro_step};
-pub use sums::Sums;
+pub use step::Layout;
+pub(crate) use step::{MicroBatch, Watch, micro_step};
+pub(crate) use sums::Sums;
 
 use crate::adapter::{AdapterFile, Adapters, Dropout, Gradients};
 use crate::base::{Base, Pool};
@@ -62,7 +65,7 @@ use std::time::{Duration, Instant};
 const DROPOUT: u64 = 3;
 
 /// A run between two steps.
-pub struct Trainer<B: Backend> {
+pub(crate) struct Trainer<B: Backend> {
     base: Arc<Base<B>>,
     config: TrainConfig,
     data: Dataset,
