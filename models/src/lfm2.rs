@@ -48,7 +48,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let mut config = Config::read(keys, &defaults)?;
     config.tied_head = keys.flag("tie_embedding", config.tied_head)?;
     let (ffn, eps) = (feed_forward_width(keys)?, keys.share("norm_eps", 1e-5)?);
-    let (taps, bias) = (keys.size_or("conv_L_cache", Some(3))?.unwrap_or(3), keys.flag("conv_bias", false)?);
+    let (taps, bias) = (keys.count_or("conv_L_cache", 3)?, keys.flag("conv_bias", false)?);
     let types = kinds(keys, config.layers)?;
     let rope = RopeKeys { theta: 1e6, ..RopeKeys::of(&config) }.read(keys)?;
     let (width, head_dim) = (config.hidden_size, config.head_dim);

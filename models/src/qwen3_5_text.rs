@@ -78,7 +78,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     // Text has the same position in all sections.
     let unused = &["mrope_section", "mrope_interleaved"];
     let rope = RopeKeys { partial: Some(0.25), unused, ..RopeKeys::of(&config) }.read(keys)?;
-    let (shape, taps) = (delta_rule(keys)?, keys.size_or("linear_conv_kernel_dim", Some(4))?.unwrap_or(4));
+    let (shape, taps) = (delta_rule(keys)?, keys.count_or("linear_conv_kernel_dim", 4)?);
     let hidden = config.hidden_size;
 
     let mut b = Builder::new(config);

@@ -14,6 +14,9 @@ use crate::{Family, Model};
 pub(crate) const FAMILY: Family =
     Family { model_type: "qwen3_moe", honoured: &["attention_bias", "num_experts", "num_local_experts"], build };
 
+/// Upper bound on the experts of all layers, so that a list of their parameters is small whatever a file says.
+const MAX_EXPERTS: usize = 1 << 16;
+
 struct Qwen3Moe {
     outline: Outline,
     layers: Vec<Layer>,
@@ -51,7 +54,7 @@ struct MixtureKeys {
 }
 
 impl MixtureKeys {
-    fn read(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+    fn read(keys: &Keys<'_>, layers: usize) -> Result<Self, ConfigError> {
         let (new, old) = (keys.index("num_local_experts")?, keys.index("num_experts")?);
         if let (Some(new), Some(old)) = (new, old)
             && new != old
@@ -60,8 +63,9 @@ impl MixtureKeys {
         }
         let experts = new.or(old).unwrap_or(128);
         let top = keys.optional_size("num_experts_per_tok")?.unwrap_or(8);
-        if experts > 4096 {
-            return Err(ConfigError::new("num_experts", "at most 4096", experts));
+        if experts > MAX_EXPERTS / layers {
+            let expected = format!("at most {MAX_EXPERTS} experts in {layers} layers");
+            return Err(ConfigError::new("num_experts", expected, experts));
         }
         if experts > 0 && top > experts {
             return Err(ConfigError::new("num_experts_per_tok", format!("at most {experts}"), top));
@@ -101,7 +105,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let window = WindowKeys::read(keys, Some(4096), false)?;
     let windows = window.same(keys, config.layers, window.window.filter(|_| window.on))?;
     let rope = RopeKeys::of(&config).read(keys)?;
-    let mixture = MixtureKeys::read(keys)?;
+    let mixture = MixtureKeys::read(keys, config.layers)?;
     let (hidden, head_dim) = (config.hidden_size, config.head_dim);
 
     let mut b = Builder::new(config);
@@ -159,7 +163,7 @@ mod tests {
     fn experts_are_in_the_layers_where_transformers_has_them() {
         let sparse = |change| {
             let config = config("qwen3_moe", &change);
-            let keys = MixtureKeys::read(&Keys(&config)).unwrap();
+            let keys = MixtureKeys::read(&Keys(&config), 4).unwrap();
             (0..4).filter(|&i| keys.has_experts(i)).collect::<Vec<_>>()
         };
         assert_eq!(sparse(json!({})), [0, 1, 2, 3]);
@@ -173,6 +177,7 @@ mod tests {
         for (change, key) in [
             (json!({"num_experts": 4, "num_local_experts": 8}), "num_experts"),
             (json!({"num_experts": 4, "num_experts_per_tok": 5}), "num_experts_per_tok"),
+            (json!({"num_experts": 1 << 16}), "num_experts"),
             (json!({"mlp_only_layers": ["first"]}), "mlp_only_layers"),
         ] {
             assert_eq!(refused_key("qwen3_moe", &change).as_deref(), Some(key), "{change}");
