@@ -3,7 +3,7 @@
 
 use super::Replacements;
 use super::targets::Targets;
-use crate::adapter::method::{Kind, Method};
+use crate::adapter::kinds::{Kind, Method};
 use crate::error::{Error, Result};
 use Use::{Default as OnlyDefault, Honoured, NoEffect};
 use serde_json::{Map, Value, json};

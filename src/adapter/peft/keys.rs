@@ -1,6 +1,6 @@
 //! Names of tensors in adapter files: what wrappers of a training program left in them, and what the rest means.
 
-use crate::adapter::method::Kind;
+use crate::adapter::kinds::Kind;
 use crate::error::{Error, Result};
 use std::path::Path;
 

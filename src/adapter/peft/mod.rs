@@ -10,7 +10,7 @@ pub(super) use config::{KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, matches_any
 pub(super) use tensors::Found;
 pub use tensors::{Replacements, Rows, WholeTensor};
 
-use super::method::{Kind, Method};
+use super::kinds::{Kind, Method};
 use super::tensor::{Stored, Tensors};
 use crate::error::{Error, Result};
 use crate::format::safetensors::{Tensor, TensorFile};

@@ -226,3 +226,43 @@ fn bad_settings(file: Option<&Path>, e: &toml::de::Error) -> Error {
     let place = file.map_or_else(|| "flags".to_owned(), |f| format!("`{}`", f.display()));
     Error::new(ErrorCode::Config, place, e.to_string().trim_end().to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        settings: Settings,
+    }
+
+    fn merged(file: &str, flags: &[&str]) -> Result<TrainConfig> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train.toml");
+        fs::write(&path, file).unwrap();
+        let line = Line::parse_from(["train"].iter().chain(flags));
+        line.settings.merge(&[&path]).map(|chosen| chosen.config)
+    }
+
+    #[test]
+    fn methods_are_chosen_by_flags_and_by_the_names_that_peft_has() {
+        let ia3 = merged("method = \"ia3\"\nfeedforward_modules = [\"down_proj\"]", &[]).unwrap();
+        assert_eq!((ia3.method, &ia3.targets[..]), (Kind::Ia3, &[AUTO.to_owned()][..]));
+        assert_eq!(ia3.feedforward_modules, ["down_proj"]);
+        let flags = ["--method", "prefix-tuning", "--num-virtual-tokens", "7"];
+        let prefix = merged("num_virtual_tokens = 5", &flags).unwrap();
+        assert_eq!((prefix.method, prefix.num_virtual_tokens), (Kind::PrefixTuning, Some(7)));
+        assert_eq!(merged("", &[]).unwrap().targets, ["all"]);
+        for (flags, said) in [
+            (&["--num-virtual-tokens", "7"][..], "`num-virtual-tokens`"),
+            (&["--method", "ia3", "--rank", "8"], "`rank`"),
+            (&["--method", "prefix-tuning", "--targets", "q_proj"], "`targets`"),
+            (&["--method", "lokr"], "lokr"),
+        ] {
+            let error = merged("", flags).unwrap_err().to_string();
+            assert!(error.contains(said), "{flags:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! All adapter methods: a new one is its own file, and one line in the list below.
+
+use super::form::{LayerForm, Prefix};
+use super::held::Loader;
+use super::ia3::Ia3;
+use super::lora::Lora;
+use super::method::{AdapterMethod, Group, Settings, path_of};
+use super::peft::{Found, KeyUse, Keys};
+use super::prefix_tuning::PrefixTuning;
+use super::tensor::{HostTensor, Stored, TensorSpec, Tensors};
+use crate::error::Result;
+use pocketlora_kernels::Backend;
+use pocketlora_models::{Model, Param};
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// Makes of a list of methods the enum of them, with the trait's methods.
+macro_rules! methods {
+    ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {
+        /// An adapter's method with its settings.
+        #[derive(Clone, Debug, PartialEq)]
+        #[non_exhaustive]
+        pub enum Method {
+            $($(#[$doc])* $name($name)),+
+        }
+
+        /// The name of a method, as a run's settings have it.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        #[non_exhaustive]
+        pub enum Kind {
+            $($(#[$doc])* $name),+
+        }
+
+        impl Kind {
+            /// All methods.
+            pub const ALL: &'static [Self] = &[$(Self::$name),+];
+
+            /// The method that PEFT calls `peft_type`.
+            pub(super) fn of_peft(peft_type: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|kind| kind.peft_type() == peft_type)
+            }
+
+            /// `peft_type` in PEFT's configs.
+            #[must_use]
+            pub fn peft_type(self) -> &'static str {
+                match self { $(Self::$name => $name::PEFT_TYPE),+ }
+            }
+
+            /// For people.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Self::$name => $name::NAME),+ }
+            }
+
+            /// See [`AdapterMethod::KEYS`].
+            pub(super) fn keys(self) -> &'static [KeyUse] {
+                match self { $(Self::$name => $name::KEYS),+ }
+            }
+
+            /// See [`AdapterMethod::PARTS`].
+            pub(super) fn parts(self) -> &'static [&'static str] {
+                match self { $(Self::$name => $name::PARTS),+ }
+            }
+
+            /// See [`AdapterMethod::SHARED`].
+            pub(super) fn shared(self) -> &'static [&'static str] {
+                match self { $(Self::$name => $name::SHARED),+ }
+            }
+
+            /// See [`AdapterMethod::HAS_STRENGTH`].
+            pub(super) fn has_strength(self) -> bool {
+                match self { $(Self::$name => $name::HAS_STRENGTH),+ }
+            }
+
+            /// See [`AdapterMethod::ADDS_UP`].
+            pub(super) fn adds_up(self) -> bool {
+                match self { $(Self::$name => $name::ADDS_UP),+ }
+            }
+
+            /// In what type its tensors are saved.
+            #[must_use]
+            pub fn stored(self) -> Stored {
+                match self { $(Self::$name => $name::STORED),+ }
+            }
+
+            /// Keys of a run's settings that an adapter of it decides.
+            #[must_use]
+            pub fn decides(self) -> &'static [&'static str] {
+                match self { $(Self::$name => $name::SETTINGS),+ }
+            }
+
+            /// Whether a run with it reads the setting `key` of adapters.
+            #[must_use]
+            pub fn reads(self, key: &str) -> bool {
+                let in_training = match self { $(Self::$name => $name::IN_TRAINING),+ };
+                self.decides().contains(&key) || in_training.contains(&key)
+            }
+
+            /// Reads the method's part of a config.
+            pub(super) fn read(self, keys: &Keys<'_>) -> Result<Method> {
+                match self { $(Self::$name => $name::read(keys).map(Method::$name)),+ }
+            }
+
+            /// A fresh adapter for `model`, with the layers that it is for.
+            ///
+            /// # Errors
+            /// A setting does not fit the model.
+            pub(crate) fn begin(self, settings: &Settings, model: &dyn Model) -> Result<(Method, Vec<Param>)> {
+                match self { $(Self::$name => $name::begin(settings, model).map(|(m, at)| (Method::$name(m), at))),+ }
+            }
+        }
+
+        impl Method {
+            /// Its name.
+            #[must_use]
+            pub fn kind(&self) -> Kind {
+                match self { $(Self::$name(_) => Kind::$name),+ }
+            }
+
+            pub(super) fn check(&mut self, path: &Path, found: &[Found]) -> Result<Vec<String>> {
+                match self { $(Self::$name(m) => m.check(path, found)),+ }
+            }
+
+            pub(super) fn shapes(&self, module: &str, layer: [usize; 2]) -> Vec<Vec<usize>> {
+                match self { $(Self::$name(m) => m.shapes(module, layer)),+ }
+            }
+
+            pub(super) fn shared(&self, model: &dyn Model) -> Result<Vec<TensorSpec>> {
+                match self { $(Self::$name(m) => m.shared(model)),+ }
+            }
+
+            pub(super) fn start(&self, spec: &TensorSpec, part: usize, module: usize, seed: u64) -> Vec<f32> {
+                match self { $(Self::$name(m) => m.start(spec, part, module, seed)),+ }
+            }
+
+            pub(super) fn on_layer<B: Backend>(
+                &self,
+                module: &str,
+                load: &mut Loader<'_, B>,
+                factor: f32,
+            ) -> Result<LayerForm<B>> {
+                match self { $(Self::$name(m) => m.on_layer(module, load, factor)),+ }
+            }
+
+            pub(super) fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {
+                match self { $(Self::$name(m) => m.in_attention(load)),+ }
+            }
+
+            /// Why an adapter of it cannot be trained further, if it cannot.
+            pub(crate) fn is_final(&self) -> Option<&'static str> {
+                match self { $(Self::$name(m) => m.is_final()),+ }
+            }
+
+            /// How the tensor `name` is moved in training.
+            #[must_use]
+            pub fn group(&self, name: &str, settings: &Settings) -> Group {
+                match self { $(Self::$name(m) => m.group(name, settings)),+ }
+            }
+
+            /// `settings` with what the adapter has decided.
+            #[must_use]
+            pub fn settings(&self, settings: Settings) -> Settings {
+                match self { $(Self::$name(m) => m.settings(settings)),+ }
+            }
+
+            /// Takes from the settings of a run what belongs to training.
+            pub fn set_in_training(&mut self, settings: &Settings) {
+                match self { $(Self::$name(m) => m.set_in_training(settings)),+ }
+            }
+
+            /// Ends of the paths of the layers that it adapts.
+            #[must_use]
+            pub fn targets(&self) -> &[String] {
+                match self { $(Self::$name(m) => m.targets()),+ }
+            }
+
+            pub(super) fn set_targets(&mut self, targets: Vec<String>) {
+                match self { $(Self::$name(m) => m.set_targets(targets)),+ }
+            }
+
+            pub(super) fn write(&self, adapted: &[String]) -> Map<String, Value> {
+                match self { $(Self::$name(m) => m.write(adapted)),+ }
+            }
+
+            /// What it is, in a few words, and the same by keys.
+            #[must_use]
+            pub fn describe(&self) -> (String, Map<String, Value>) {
+                match self { $(Self::$name(m) => m.describe()),+ }
+            }
+        }
+
+        #[cfg(test)]
+        mod tests {
+            use super::*;
+
+            #[test]
+            fn tables_of_keys_are_sorted_and_have_each_key_once() {
+                for kind in Kind::ALL {
+                    assert!(kind.keys().windows(2).all(|w| w[0].0 < w[1].0), "{}", kind.name());
+                }
+            }
+        }
+    };
+}
+
+methods! {
+    /// Low-rank terms on linear layers.
+    Lora,
+    /// Scaled activations.
+    Ia3,
+    /// Keys and values before those of each text.
+    PrefixTuning,
+}
+
+impl Kind {
+    /// The path of the module that the tensor `name` adapts, if `name` is its first one.
+    pub(super) fn module_of(self, name: &str) -> Option<&str> {
+        name.strip_suffix(self.parts().first()?)?.strip_suffix('.')
+    }
+}
+
+impl Default for Kind {
+    /// What a run trains unless it is told otherwise.
+    fn default() -> Self {
+        Self::Lora
+    }
+}
+
+impl Method {
+    /// Names and shapes of its tensors on `model`, layer by layer in the order of the model's parameters: those of the
+    /// layers for which `adapts` holds.
+    ///
+    /// # Errors
+    /// It does not fit the model.
+    pub(crate) fn tensors(&self, model: &dyn Model, adapts: impl Fn(Param) -> bool) -> Result<Vec<TensorSpec>> {
+        let mut specs = Vec::new();
+        for (spec, _) in model.params().iter().zip(0..).filter(|(_, i)| adapts(Param(*i))) {
+            let ([out, input], path) = ([spec.shape[0], spec.shape[1]], path_of(spec));
+            for (part, shape) in self.kind().parts().iter().zip(self.shapes(path, [out, input])) {
+                specs.push(TensorSpec { name: format!("{path}.{part}"), shape });
+            }
+        }
+        specs.extend(self.shared(model)?);
+        Ok(specs)
+    }
+
+    /// First values of a fresh adapter's tensors `specs`, as [`Method::tensors`] lists them.
+    pub(crate) fn fresh(&self, specs: &[TensorSpec], seed: u64) -> Tensors {
+        let parts = self.kind().parts().len().max(1);
+        let one = |(i, spec): (usize, &TensorSpec)| {
+            let data = self.start(spec, i % parts, i / parts, seed);
+            (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
+        };
+        specs.iter().enumerate().map(one).collect()
+    }
+}
