@@ -239,7 +239,8 @@ impl TrainConfig {
     pub(super) fn of_method(self, method: Kind, theirs: Settings) -> Self {
         let Settings { rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens: tokens, .. } = theirs;
         let num_virtual_tokens = (method == Kind::PrefixTuning).then_some(tokens);
-        let alpha = Some(alpha);
+        // A setting that the method does not read would be refused as idle.
+        let alpha = if method.reads("alpha") { Some(alpha) } else { self.alpha };
         Self { method, rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens, ..self }
     }
 

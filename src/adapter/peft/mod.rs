@@ -96,6 +96,7 @@ impl AdapterFile {
             Some(suffixes) => suffixes.to_vec(),
             None => contents.adapted,
         });
+        let kind = parsed.method.kind();
         Ok(Self {
             dir: dir.to_owned(),
             method: parsed.method,
@@ -105,7 +106,7 @@ impl AdapterFile {
             replaced: contents.replaced,
             warnings: parsed.warnings,
             base_class: parsed.base_class,
-            named: Some(Arc::new(parsed.targets)),
+            named: (!kind.parts().is_empty()).then(|| Arc::new(parsed.targets)),
         })
     }
 
