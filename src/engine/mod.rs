@@ -133,6 +133,11 @@ impl Engine {
         self.0.context
     }
 
+    /// Tokens of the longest text with the adapters of `set`: those of a prefix take places, too.
+    pub(crate) fn own_tokens(&self, set: &AdapterSet) -> usize {
+        self.context_tokens().saturating_sub(set.adapters.virtual_tokens())
+    }
+
     /// Whether [`Engine::context_tokens`] is less than the model was made for, by [`Options::context`].
     #[must_use]
     pub fn is_context_bound(&self) -> bool {

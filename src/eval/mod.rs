@@ -68,7 +68,8 @@ pub fn logits_of(
     progress: &mut dyn FnMut(usize) -> bool,
     on_row: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
 ) -> Result<()> {
-    let (set, limit) = (engine.all(), engine.context_tokens());
+    let set = engine.all();
+    let limit = engine.own_tokens(&set);
     if ids.len() > limit {
         let message = format!("expected at most the context's {limit} tokens, got `{}`; use windows", ids.len());
         return Err(Error::new(ErrorCode::Data, "text", message));
