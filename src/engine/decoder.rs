@@ -58,7 +58,7 @@ impl<'c> Decoder<'c> {
         max_tokens: usize,
     ) -> Result<Self> {
         sampling.validate()?;
-        let limit = engine.own_tokens(&set);
+        let limit = engine.own_tokens(&set.adapters);
         if prompt.is_empty() {
             return Err(Error::new(ErrorCode::Data, "prompt", "expected at least one token, got none"));
         }

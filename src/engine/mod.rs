@@ -20,6 +20,7 @@ pub use trainer::Trainer;
 pub(crate) use transcript::On;
 pub(crate) use transcript::Transcript;
 
+use crate::adapter::Adapters;
 use crate::base::{Base, architecture};
 use crate::error::Result;
 use crate::exec::infer::Numbers;
@@ -133,9 +134,9 @@ impl Engine {
         self.0.context
     }
 
-    /// Tokens of the longest text with the adapters of `set`: those of a prefix take places, too.
-    pub(crate) fn own_tokens(&self, set: &AdapterSet) -> usize {
-        self.context_tokens().saturating_sub(set.adapters.virtual_tokens())
+    /// Tokens of the longest text with `adapters`: those of a prefix take places, too.
+    pub(crate) fn own_tokens(&self, adapters: &Adapters<Cpu>) -> usize {
+        self.context_tokens().saturating_sub(adapters.virtual_tokens())
     }
 
     /// Whether [`Engine::context_tokens`] is less than the model was made for, by [`Options::context`].

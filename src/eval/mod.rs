@@ -69,7 +69,7 @@ pub fn logits_of(
     on_row: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
 ) -> Result<()> {
     let set = engine.all();
-    let limit = engine.own_tokens(&set);
+    let limit = engine.own_tokens(&set.adapters);
     if ids.len() > limit {
         let message = format!("expected at most the context's {limit} tokens, got `{}`; use windows", ids.len());
         return Err(Error::new(ErrorCode::Data, "text", message));

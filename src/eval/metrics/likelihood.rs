@@ -44,7 +44,7 @@ impl<'a> Likelihood<'a> {
 
     /// Log-likelihood of `ids[from..]` after `ids[..from]`.
     fn of_ids(&mut self, ids: &[u32], from: usize) -> Result<f64> {
-        let (base, limit) = (self.engine.base(), self.engine.context_tokens());
+        let (base, limit) = (self.engine.base(), self.engine.own_tokens(self.adapters));
         if ids.len() > limit {
             let message = format!("expected at most the context's {limit} tokens, got `{}`; shorten it", ids.len());
             return Err(Error::new(ErrorCode::Data, "text", message));
