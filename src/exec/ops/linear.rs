@@ -50,7 +50,7 @@ fn products<B: Backend>(
     // Low-rank terms go along with the product, unless their input is another because some of it is dropped.
     let fused = |weight: Param| {
         let mut all = Vec::new();
-        for Part { adapters, rows } in &pass.parts {
+        for Part { adapters, rows } in pass.parts.iter().filter(|part| !part.rows.is_empty()) {
             let rows = if pass.parts.len() == 1 { ALL_ROWS } else { rows.clone() };
             for term in &adapters.on(weight).terms {
                 let LowRankFactors { a, b, factor } = term.low_rank(adapters.held())?;
@@ -101,7 +101,7 @@ fn add_terms<B: Backend>(
     if pass.parts.len() == 1 {
         return terms.iter().try_for_each(|term| term.apply(&mut cx, x, y));
     }
-    if terms.is_empty() {
+    if terms.is_empty() || part.rows.is_empty() {
         return Ok(());
     }
     let (out, input) = backend.shape(pass.factor(weight, pass.arithmetic));
@@ -135,7 +135,7 @@ fn change_parts<'p, B: Backend>(
     }
     let mut all = it.buffer(backend.len(x))?;
     backend.run(Call::Zero { x: &mut all })?;
-    for part in &pass.parts {
+    for part in pass.parts.iter().filter(|part| !part.rows.is_empty()) {
         let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
         let mut own = it.buffer(rows.len() * width)?;
         backend.run(Call::GatherRows { x, rows: &rows, y: &mut own })?;
