@@ -1,7 +1,7 @@
 //! Adapters: small trainable additions to a frozen base, and the files that hold them.
 //!
 //! A [`Method`] says what an adapter's file holds and builds forms of it: what works on a linear layer or in attention
-//! while a model runs ([`mod@form`]). Whoever trains, saves or plans knows tensors by name and shape alone.
+//! while a model runs (`form.rs`). Whoever trains, saves or plans knows tensors by name and shape alone.
 
 pub(crate) mod attach;
 pub(crate) mod form;

@@ -92,7 +92,7 @@ impl TrainHandle {
         wait.unwrap_or_else(PoisonError::into_inner).0.held
     }
 
-    /// The adapter after the last whole step, as [`Trainer::snapshot`](super::Trainer::snapshot), from a run that works
+    /// The adapter after the last whole step, as [`Trainer::snapshot`](crate::Trainer::snapshot), from a run that works
     /// or is paused on another thread. Waits for the end of a layer.
     ///
     /// # Errors
