@@ -1,12 +1,21 @@
 //! An answer as it comes: progress while a long prompt is read, then the text.
 
 use super::{interrupt, out, progress};
-use crate::engine::Listener;
+use crate::engine::{Engine, Listener};
 use indicatif::ProgressBar;
 use std::ops::ControlFlow;
 
 /// Prompts with fewer tokens to read are read before anybody looks at a bar.
 const LONG: usize = 256;
+
+/// What a text that is too long fills.
+pub(super) fn context(engine: &Engine) -> String {
+    let (tokens, kilobytes) = (engine.context_tokens(), engine.bytes_per_token() as f64 / 1e3);
+    match engine.is_context_bound() {
+        true => format!("context of {tokens} tokens; a larger `--context` takes {kilobytes:.1} kB a token"),
+        false => format!("model's context of {tokens} tokens"),
+    }
+}
 
 /// Prints what it hears.
 pub(super) struct Printer {

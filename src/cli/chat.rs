@@ -1,6 +1,6 @@
 //! `pocketlora chat`: a conversation at the terminal.
 
-use super::answer::Printer;
+use super::answer::{Printer, context};
 use super::args::{ModelArgs, SamplingArgs, at_least_one, warn};
 use super::generate::stats_line;
 use super::{interrupt, names, print_error};
@@ -133,9 +133,9 @@ impl Chat {
     fn answer(&mut self, question: &str) -> Result<()> {
         let mut turns = self.inner.messages().to_vec();
         turns.push(Message::new("user", question));
-        let (tokens, context) = (self.inner.prompt_of(&turns)?.len(), self.engine.context_tokens());
-        if tokens >= context {
-            return Err(self.too_long(tokens, context));
+        let (tokens, limit) = (self.inner.prompt_of(&turns)?.len(), self.engine.context_tokens());
+        if tokens >= limit {
+            return Err(self.too_long(tokens, limit));
         }
         let mut printer = Printer::new(true);
         let answered = self.inner.ask(question, &mut printer);
@@ -148,9 +148,9 @@ impl Chat {
                 self.inner.max_tokens
             ),
             Finish::Context if self.turns() > 2 => {
-                eprintln!("(cut: the conversation fills the {}; /reset forgets it)", self.context());
+                eprintln!("(cut: the conversation fills the {}; /reset forgets it)", context(&self.engine));
             }
-            Finish::Context => eprintln!("(cut: question and answer fill the {})", self.context()),
+            Finish::Context => eprintln!("(cut: question and answer fill the {})", context(&self.engine)),
             Finish::Cancelled if answer.text.is_empty() => eprintln!("(stopped; the question is forgotten)"),
             Finish::Stop | Finish::Cancelled => {}
         }
@@ -159,15 +159,6 @@ impl Chat {
             eprintln!("{}", stats_line(&answer.generated, peak, mapped));
         }
         Ok(())
-    }
-
-    /// What is full.
-    fn context(&self) -> String {
-        let (tokens, kilobytes) = (self.engine.context_tokens(), self.engine.bytes_per_token() as f64 / 1e3);
-        match self.engine.is_context_bound() {
-            true => format!("context of {tokens} tokens; a larger `--context` takes {kilobytes:.1} kB a token"),
-            false => format!("model's context of {tokens} tokens"),
-        }
     }
 
     /// With advice that helps: what is long is the history, or else the question.

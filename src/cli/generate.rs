@@ -1,6 +1,6 @@
 //! `pocketlora generate`: one prompt, one answer.
 
-use super::answer::Printer;
+use super::answer::{Printer, context};
 use super::args::{ModelArgs, SamplingArgs, at_least_one, megabytes, print_json};
 use super::interrupt;
 use crate::chat::Message;
@@ -71,10 +71,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
         match done.finish {
             Finish::Length => eprintln!("(cut after {} tokens, before its end; -n allows more)", done.ids.len()),
             Finish::Context => eprintln!(
-                "(cut before its end: the model's context of {} tokens is full, {} of them the prompt's; a shorter \
-                 prompt leaves more room)",
-                engine.context_tokens(),
-                done.prompt_tokens
+                "(cut before its end: prompt and answer, {} and {} tokens, fill the {})",
+                done.prompt_tokens,
+                done.ids.len(),
+                context(&engine)
             ),
             Finish::Stop | Finish::Cancelled => {}
         }
