@@ -274,10 +274,12 @@ calls! {
         rows: value(Range<usize>),
     }
 
-    /// Chooses the `top_k` largest of each token's `logits` `[T, E]`, of equals the first: `chosen` `[T, top_k]` are their
-    /// numbers, the largest first, `weights` their probabilities under the softmax of all logits, divided by their sum if
-    /// `normalize` (Shazeer et al. 2017).
-    Route { top_k: value(usize), normalize: value(bool), logits: read, chosen: write, weights: write, }
+    /// Chooses the `k` largest of each row of `x` `[T, E]`, of equals the first: `chosen` `[T, k]` are their numbers, the
+    /// largest first.
+    TopK { k: value(usize), x: read, chosen: write, }
+    /// How much each chosen expert counts (Shazeer et al. 2017): `weights` `[T, top_k]` are the probabilities of `chosen`
+    /// under the softmax of all `logits` `[T, E]`, divided by their sum if `normalize`.
+    Route { top_k: value(usize), normalize: value(bool), logits: read, chosen: read, weights: write, }
     /// Gradient of [`Call::Route`]'s weights by the logits, with the choice as it was.
     RouteVjp {
         top_k: value(usize), normalize: value(bool), logits: read, chosen: read, dweights: read, dlogits: write,

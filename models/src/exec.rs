@@ -121,8 +121,9 @@ impl dyn Exec + '_ {
     }
 
     /// See [`Op::Route`] and [`Op::Experts`].
-    pub fn mixture(&mut self, experts: &[Expert], top: usize, normalize: bool, logits: Value, x: Value) -> Value {
-        let weights = self.run(Op::Route { top, normalize, logits });
+    pub fn mixture(&mut self, router: Linear, experts: &[Expert], top: usize, normalize: bool, x: Value) -> Value {
+        let logits = self.linear(router, x);
+        let weights = self.run(Op::Route { router: router.weight, top, normalize, logits });
         self.run(Op::Experts { experts: experts.to_vec(), x, weights })
     }
 

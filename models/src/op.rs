@@ -264,6 +264,9 @@ pub enum Op {
     /// Chooses the `top` likeliest experts of each token. Writes their weights `[T, top]`, which are the softmax of all
     /// logits at their places, and their numbers `[T, top]`.
     Route {
+        /// The weight that made the logits. A layer that training runs again takes the experts that it took first, which
+        /// this is the key to: rounded inputs might choose others.
+        router: Param,
         /// Experts for a token.
         top: usize,
         /// The weights of a token are divided by their sum.

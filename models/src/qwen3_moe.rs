@@ -144,10 +144,7 @@ impl Model for Qwen3Moe {
         let h = ex.rms_norm(l.post_attention_norm, x);
         let h = match &l.mlp {
             Mlp::Dense(mlp) => mlp.run(ex, h),
-            Mlp::Sparse(mlp) => {
-                let logits = ex.linear(mlp.router, h);
-                ex.mixture(&mlp.experts, mlp.top, mlp.normalize, logits, h)
-            }
+            Mlp::Sparse(mlp) => ex.mixture(mlp.router, &mlp.experts, mlp.top, mlp.normalize, h),
         };
         ex.add(x, h)
     }

@@ -7,7 +7,9 @@ use crate::base::{Base, Pool};
 use crate::error::Result;
 use pocketlora_kernels::{Arithmetic, Backend};
 use pocketlora_models::Param;
+use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// Token sequences laid end to end: no padding, and none sees another.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -41,6 +43,35 @@ pub struct Pass<'a, B: Backend> {
     pub(super) angles: Vec<(B::Buffer, B::Buffer)>,
     pub(super) dropout: Option<Dropout>,
     pub(super) arithmetic: Arithmetic,
+    pub(super) choices: Choices,
+}
+
+/// The experts that tokens took, by the router's weight: a layer that is run again for its gradients takes the same, though
+/// its inputs may have been rounded meanwhile.
+#[derive(Default)]
+pub(super) struct Choices(Mutex<BTreeMap<u32, Vec<u16>>>);
+
+/// Of a token that has not chosen yet. There are fewer experts.
+const UNCHOSEN: u16 = u16::MAX;
+
+impl Choices {
+    /// What the tokens `rows` chose of `router`, `top` numbers each, if they did so before.
+    pub fn of(&self, router: Param, rows: &Range<usize>, top: usize) -> Option<Vec<f32>> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let chosen = all.get(&router.0)?.get(rows.start * top..rows.end * top)?;
+        (!chosen.contains(&UNCHOSEN)).then(|| chosen.iter().map(|&expert| f32::from(expert)).collect())
+    }
+
+    /// Keeps what they chose.
+    pub fn keep(&self, router: Param, rows: &Range<usize>, top: usize, chosen: &[f32]) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = all.entry(router.0).or_default();
+        if own.len() < rows.end * top {
+            own.resize(rows.end * top, UNCHOSEN);
+        }
+        let own = &mut own[rows.start * top..rows.end * top];
+        own.iter_mut().zip(chosen).for_each(|(own, &expert)| *own = expert as u16);
+    }
 }
 
 impl<'a, B: Backend> Pass<'a, B> {
@@ -81,7 +112,7 @@ impl<'a, B: Backend> Pass<'a, B> {
             part.adapters.replaced().check_ids(base, ids)?;
         }
         let angles = base.rope_angles(&batch.positions(before), pool)?;
-        Ok(Self { base, parts, batch, angles, dropout: None, arithmetic })
+        Ok(Self { base, parts, batch, angles, dropout: None, arithmetic, choices: Choices::default() })
     }
 
     /// The same pass over some `rows` (ascending) of its tokens, for what each row is by itself: rotary tables stay behind.
@@ -90,7 +121,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         let own = |part: &Part<'a, B>| Part { rows: at(part.rows.start)..at(part.rows.end), adapters: part.adapters };
         let parts = self.parts.iter().map(own).filter(|part| !part.rows.is_empty()).collect();
         let Self { base, batch, dropout, arithmetic, .. } = *self;
-        Pass { base, parts, batch, angles: Vec::new(), dropout, arithmetic }
+        Pass { base, parts, batch, angles: Vec::new(), dropout, arithmetic, choices: Choices::default() }
     }
 
     /// What the pass runs on.

@@ -167,7 +167,7 @@ impl<B: Backend> Sequence<B> {
         if to >= self.len {
             return self.len;
         }
-        let reached = if self.needs_snapshots() {
+        let mut reached = if self.needs_snapshots() {
             self.snapshots.retain(|snapshot| snapshot.len <= to);
             let latest = self.snapshots.iter().max_by_key(|snapshot| snapshot.len);
             let mut copies = latest.map(|snapshot| snapshot.copies.iter());
@@ -182,7 +182,6 @@ impl<B: Backend> Sequence<B> {
             to
         };
         let virtual_tokens = self.prefix.as_ref().map_or(0, |prefix| prefix.tokens);
-        let mut reached = reached;
         // A cache with a window may have dropped what the next token sees, and keeps nothing then; the others follow.
         for _ in 0..2 {
             for state in &mut self.states {
@@ -198,6 +197,8 @@ impl<B: Backend> Sequence<B> {
             });
             // The next first token may come with another adapter.
             self.prefix = None;
+            // The caches hold nothing that a snapshot could go on from.
+            self.snapshots.clear();
         }
         self.len = reached;
         reached

@@ -211,6 +211,7 @@ impl Backend for Cpu {
             Call::DeltaRuleFrom { spec, q, k, v, g, beta, state, y, rows } => {
                 delta_rule::forward_from(self, delta_rule::Inputs { spec, q, k, v, g, beta }, state, y, rows);
             }
+            Call::TopK { k, x, chosen } => route::top_k(self, k, x, chosen),
             Call::Route { top_k, normalize, logits, chosen, weights } => {
                 route::forward(self, top_k, normalize, logits, chosen, weights);
             }

@@ -12,24 +12,32 @@ use super::split::run;
 /// Tokens of a task.
 const ROWS: usize = 16;
 
-/// `chosen[T, k]` (numbers of experts, the likeliest first) and `weights[T, k]` from `logits[T, E]`.
+/// `chosen[T, k]` (numbers of experts, the likeliest first) from `logits[T, E]`.
+pub(crate) fn top_k(cpu: &Cpu, k: usize, logits: &[f32], chosen: &mut [f32]) {
+    let experts = experts(k, logits, chosen);
+    let tasks = logits.chunks(ROWS * experts).zip(chosen.chunks_mut(ROWS * k)).collect();
+    run(&cpu.team, tasks, false, |(logits, chosen)| {
+        logits.chunks_exact(experts).zip(chosen.chunks_exact_mut(k)).for_each(|(logits, chosen)| choose(logits, chosen));
+    });
+}
+
+/// `weights[T, k]` of the experts `chosen[T, k]` from `logits[T, E]`.
 pub(crate) fn forward(
     cpu: &Cpu,
     top_k: usize,
     normalize: bool,
     logits: &[f32],
-    chosen: &mut [f32],
+    chosen: &[f32],
     weights: &mut [f32],
 ) {
     let experts = experts(top_k, logits, chosen);
     assert_eq!(chosen.len(), weights.len());
-    let outputs = chosen.chunks_mut(ROWS * top_k).zip(weights.chunks_mut(ROWS * top_k));
-    let tasks = logits.chunks(ROWS * experts).zip(outputs).collect();
+    let rows = chosen.chunks(ROWS * top_k).zip(weights.chunks_mut(ROWS * top_k));
+    let tasks = logits.chunks(ROWS * experts).zip(rows).collect();
     run(&cpu.team, tasks, false, |(logits, (chosen, weights))| {
         let mut p = vec![0.0; experts];
-        let rows = chosen.chunks_exact_mut(top_k).zip(weights.chunks_exact_mut(top_k));
+        let rows = chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k));
         for (logits, (chosen, weights)) in logits.chunks_exact(experts).zip(rows) {
-            choose(logits, chosen);
             probabilities(cpu.table.light(), logits, chosen, normalize, &mut p);
             chosen.iter().zip(weights).for_each(|(expert, weight)| *weight = p[*expert as usize]);
         }

@@ -44,7 +44,8 @@ fn routing_and_its_gradient_meet_the_oracle() {
             case!(report, &name, &expected, |device| {
                 let (logits, dweights) = (&buffer(device, &logits), &buffer(device, &dweights));
                 let (mut chosen, mut weights) = (poisoned(device, t * top_k), poisoned(device, t * top_k));
-                let call = Call::Route { top_k, normalize, logits, chosen: &mut chosen, weights: &mut weights };
+                device.run(Call::TopK { k: top_k, x: logits, chosen: &mut chosen }).unwrap();
+                let call = Call::Route { top_k, normalize, logits, chosen: &chosen, weights: &mut weights };
                 device.run(call).unwrap();
                 let mut dlogits = poisoned(device, t * experts);
                 let (chosen_then, dlogits_now) = (&chosen, &mut dlogits);

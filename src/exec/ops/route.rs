@@ -3,25 +3,34 @@
 use super::Interpreter;
 use crate::error::Result;
 use pocketlora_kernels::{Backend, Call};
-use pocketlora_models::Value;
+use pocketlora_models::{Param, Value};
 
 pub(super) fn run<B: Backend>(
     it: &mut Interpreter<'_, B>,
+    router: Param,
     top_k: usize,
     normalize: bool,
     logits: Value,
     y: Value,
 ) -> Result<()> {
+    let (pass, backend) = (it.pass, it.backend());
     let numbers = chosen(y);
     let (mut weights, mut chosen) = (it.buffer(it.len(y))?, it.buffer(it.len(numbers))?);
-    // weights, chosen = top(softmax(logits))
-    it.backend().run(Call::Route {
-        top_k,
-        normalize,
-        logits: it.data(logits),
-        chosen: &mut chosen,
-        weights: &mut weights,
-    })?;
+    let training = it.states.is_empty();
+    match pass.choices.of(router, &it.rows, top_k).filter(|_| training) {
+        Some(before) => backend.write(&mut chosen, &before),
+        None => {
+            backend.run(Call::TopK { k: top_k, x: it.data(logits), chosen: &mut chosen })?;
+            if training {
+                let mut found = vec![0.0; backend.len(&chosen)];
+                backend.read(&chosen, &mut found)?;
+                pass.choices.keep(router, &it.rows, top_k, &found);
+            }
+        }
+    }
+    // weights = softmax(logits)[chosen]
+    let logits = it.data(logits);
+    backend.run(Call::Route { top_k, normalize, logits, chosen: &chosen, weights: &mut weights })?;
     it.set(y, weights);
     it.set(numbers, chosen);
     Ok(())
