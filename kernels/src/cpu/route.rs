@@ -17,19 +17,15 @@ pub(crate) fn top_k(cpu: &Cpu, k: usize, logits: &[f32], chosen: &mut [f32]) {
     let experts = experts(k, logits, chosen);
     let tasks = logits.chunks(ROWS * experts).zip(chosen.chunks_mut(ROWS * k)).collect();
     run(&cpu.team, tasks, false, |(logits, chosen)| {
-        logits.chunks_exact(experts).zip(chosen.chunks_exact_mut(k)).for_each(|(logits, chosen)| choose(logits, chosen));
+        logits
+            .chunks_exact(experts)
+            .zip(chosen.chunks_exact_mut(k))
+            .for_each(|(logits, chosen)| choose(logits, chosen));
     });
 }
 
 /// `weights[T, k]` of the experts `chosen[T, k]` from `logits[T, E]`.
-pub(crate) fn forward(
-    cpu: &Cpu,
-    top_k: usize,
-    normalize: bool,
-    logits: &[f32],
-    chosen: &[f32],
-    weights: &mut [f32],
-) {
+pub(crate) fn forward(cpu: &Cpu, top_k: usize, normalize: bool, logits: &[f32], chosen: &[f32], weights: &mut [f32]) {
     let experts = experts(top_k, logits, chosen);
     assert_eq!(chosen.len(), weights.len());
     let rows = chosen.chunks(ROWS * top_k).zip(weights.chunks_mut(ROWS * top_k));

@@ -62,3 +62,41 @@ pub(super) fn back<B: Backend>(
 pub(super) fn chosen(weights: Value) -> Value {
     Value(weights.0 + 1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::Adapters;
+    use crate::exec::train::{Batch, Pass};
+    use crate::base::{Base, Pool};
+    use crate::format::Checkpoint;
+    use pocketlora_kernels::{Arithmetic, Cpu};
+    use pocketlora_models::Op;
+    use std::path::Path;
+
+    #[test]
+    fn a_layer_that_is_run_again_takes_the_experts_it_took_first() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/oracles/tiny-llama");
+        let base = Base::load(Cpu::new(1), &Checkpoint::open(&dir).unwrap()).unwrap();
+        let (adapters, batch) = (Adapters::none(&base), Batch { ids: vec![1, 2, 3], segments: vec![3] });
+        let mut pool = Pool::default();
+        let pass = Pass::new(&base, &adapters, &batch, None, Arithmetic::Exact, &mut pool).unwrap();
+        let width = base.model.config().hidden_size;
+        let mut choose = |router, best: usize| {
+            let mut logits = base.backend.buffer(3 * width).unwrap();
+            logits.chunks_mut(width).for_each(|row| (row[best], row[best + 1]) = (2.0, 1.0));
+            let mut it = Interpreter::new(&pass, Some(logits), false, &mut pool);
+            let op = Op::Route { router: Param(router), top: 2, normalize: true, logits: Value(0) };
+            let y = it.declare(&op);
+            it.run(&op, y).unwrap();
+            (it.data(chosen(y)).to_vec(), it.data(y).to_vec())
+        };
+        let (first, weights) = choose(0, 5);
+        assert_eq!(first, [5.0, 6.0].repeat(3));
+        // The inputs are others now: so are the weights, but not the experts.
+        let (again, others) = choose(0, 9);
+        assert_eq!(again, first);
+        assert_ne!(others, weights);
+        assert_eq!(choose(1, 9).0, [9.0, 10.0].repeat(3), "another router");
+    }
+}
