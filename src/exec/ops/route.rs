@@ -70,7 +70,7 @@ mod tests {
     use crate::exec::train::{Batch, Pass};
     use crate::base::{Base, Pool};
     use crate::format::Checkpoint;
-    use pocketlora_kernels::{Arithmetic, Cpu};
+    use pocketlora_kernels::{Arithmetic, Cpu, Memory};
     use pocketlora_models::Op;
     use std::path::Path;
 
