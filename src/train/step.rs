@@ -295,3 +295,18 @@ impl<B: Backend> Inputs<'_, B> {
         Ok(x)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::MicroBatch;
+
+    #[test]
+    fn weights_go_with_their_tokens_when_a_batch_is_split() {
+        let batch = MicroBatch::of_lengths(vec![3, 1, 2], 4);
+        assert_eq!(batch.scaled_weights(0.5), [0.5; 4]);
+        let batch = batch.weighted(vec![2.0, 0.0, -1.0, 3.0]);
+        assert_eq!(batch.scaled_weights(0.5), [1.0, 0.0, -0.5, 1.5]);
+        let passes: Vec<_> = batch.split(4).iter().map(|pass| pass.scaled_weights(1.0)).collect();
+        assert_eq!(passes, [vec![2.0, 0.0], vec![-1.0, 3.0]]);
+    }
+}
