@@ -173,7 +173,7 @@ fn bench_shows_where_a_training_step_s_time_goes() {
     let profile = &run["profile"];
     let ops = profile["ops"].as_array().unwrap();
     let named = |name: &str| ops.iter().find(|op| op["op"] == name).unwrap_or_else(|| panic!("no {name} in {ops:?}"));
-    assert_eq!((&named("attention_vjp")["calls"], &named("linear_cross_entropy")["calls"]), (&2.0.into(), &1.0.into()));
+    assert_eq!((&named("AttentionVjp")["calls"], &named("LinearCrossEntropy")["calls"]), (&2.0.into(), &1.0.into()));
     let within: f64 = ops.iter().map(|op| op["share"].as_f64().unwrap()).sum();
     assert!((within + profile["rest"].as_f64().unwrap() - 1.0).abs() < 1e-9 && within < 1.0, "{profile}");
 }
