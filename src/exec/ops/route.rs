@@ -67,8 +67,8 @@ pub(super) fn chosen(weights: Value) -> Value {
 mod tests {
     use super::*;
     use crate::adapter::Adapters;
-    use crate::exec::train::{Batch, Pass};
     use crate::base::{Base, Pool};
+    use crate::exec::train::{Batch, Pass};
     use crate::format::Checkpoint;
     use pocketlora_kernels::{Arithmetic, Cpu, Memory};
     use pocketlora_models::Op;
