@@ -75,11 +75,9 @@ fn ties_and_nan_choose_distinct_experts() {
         ([nan, nan, nan, nan], [0.0, 1.0, 2.0]),
         ([nan, 0.5, nan, 0.7], [3.0, 1.0, 0.0]),
     ] {
-        case!(report, &format!("route of {logits:?}"), &[Expected::new(chosen.into(), vec![0.0; 3])], |device| {
-            let (mut chosen, mut weights) = (poisoned(device, 3), poisoned(device, 3));
-            let (top_k, normalize, logits) = (3, true, &buffer(device, &logits));
-            let call = Call::Route { top_k, normalize, logits, chosen: &mut chosen, weights: &mut weights };
-            device.run(call).unwrap();
+        case!(report, &format!("choice of {logits:?}"), &[Expected::new(chosen.into(), vec![0.0; 3])], |device| {
+            let mut chosen = poisoned(device, 3);
+            device.run(Call::TopK { k: 3, x: &buffer(device, &logits), chosen: &mut chosen }).unwrap();
             vec![read(device, &chosen)]
         });
     }
