@@ -5,6 +5,7 @@ use super::{Cancel, Decoder, Engine, Transcript};
 use crate::chat::Message;
 use crate::error::{Error, Result};
 use crate::generate::{Generated, Sampling};
+use pocketlora_kernels::Backend as _;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -156,22 +157,27 @@ impl Chat {
     pub fn generate(&mut self, ids: Vec<u32>, listener: &mut dyn Listener) -> Result<Answer> {
         let set = self.current()?;
         let text = self.engine.text_of(&set)?;
+        let engine = self.engine.clone();
         let mut decoder = self.decoder(ids)?;
         let (mut stream, mut said) = (text.tokenizer.stream(), String::new());
-        decoder.read_prompt(&mut |done, tokens| listener.on_prompt(done, tokens))?;
-        while let Some(id) = decoder.next_token()? {
-            let piece = stream.push(id)?;
-            said.push_str(&piece);
-            if !piece.is_empty() && listener.on_text(&piece).is_break() {
-                decoder.break_off();
+        // The device's threads stay awake between one token and the next.
+        engine.base().backend.scope(|| {
+            decoder.read_prompt(&mut |done, tokens| listener.on_prompt(done, tokens))?;
+            while let Some(id) = decoder.next_token()? {
+                let piece = stream.push(id)?;
+                said.push_str(&piece);
+                if !piece.is_empty() && listener.on_text(&piece).is_break() {
+                    decoder.break_off();
+                }
             }
-        }
-        let rest = stream.finish()?;
-        if !rest.is_empty() {
-            said.push_str(&rest);
-            // It is the last piece anyway.
-            let _ = listener.on_text(&rest);
-        }
+            let rest = stream.finish()?;
+            if !rest.is_empty() {
+                said.push_str(&rest);
+                // It is the last piece anyway.
+                let _ = listener.on_text(&rest);
+            }
+            Ok::<_, Error>(())
+        })?;
         Ok(Answer { text: said, generated: decoder.into_generated() })
     }
 
