@@ -76,8 +76,9 @@ pub(super) fn measure(engine: &Engine, options: &Options, progress: &mut OnMeasu
 pub(super) fn decode(on: On<'_>, transcript: &mut Transcript, ids: &[u32]) -> Result<f64> {
     transcript.keep(on.base, &[]);
     let start = Instant::now();
+    let mut logits = Vec::new();
     for id in ids {
-        transcript.advance(on, &[*id], &mut || true, &mut |_| Ok(()))?;
+        transcript.advance(on, &[*id], &mut logits, &mut || true, &mut |_| Ok(()))?;
     }
     Ok(ids.len() as f64 / start.elapsed().as_secs_f64())
 }
@@ -86,7 +87,7 @@ pub(super) fn decode(on: On<'_>, transcript: &mut Transcript, ids: &[u32]) -> Re
 pub(super) fn prefill(on: On<'_>, transcript: &mut Transcript, ids: &[u32]) -> Result<f64> {
     transcript.keep(on.base, &[]);
     let start = Instant::now();
-    transcript.advance(on, ids, &mut || true, &mut |_| Ok(()))?;
+    transcript.advance(on, ids, &mut Vec::new(), &mut || true, &mut |_| Ok(()))?;
     Ok(ids.len() as f64 / start.elapsed().as_secs_f64())
 }
 

@@ -107,7 +107,7 @@ impl<'c> Decoder<'c> {
         if self.prompt_read || self.finish.is_some() {
             return Ok(self.prompt_read);
         }
-        let Self { engine, set, transcript, cancel, prompt, .. } = self;
+        let Self { engine, set, transcript, cancel, prompt, logits, .. } = self;
         // The last token is always run again: its logits choose the first new one.
         let kept = transcript.keep(engine.base(), &prompt[..prompt.len() - 1]);
         self.prefilled = prompt.len() - kept;
@@ -115,6 +115,7 @@ impl<'c> Decoder<'c> {
         let result = transcript.advance(
             engine.on(&set.adapters),
             &prompt[kept..],
+            logits,
             &mut || !cancel.is_cancelled(),
             &mut |done| {
                 progress(kept + done, prompt.len());
@@ -141,9 +142,9 @@ impl<'c> Decoder<'c> {
             return Ok(None);
         }
         if let Some(id) = self.given.take() {
-            let Self { engine, set, transcript, cancel, .. } = self;
+            let Self { engine, set, transcript, cancel, logits, .. } = self;
             let keep_going = &mut || !cancel.is_cancelled();
-            let result = transcript.advance(engine.on(&set.adapters), &[id], keep_going, &mut |_| Ok(()));
+            let result = transcript.advance(engine.on(&set.adapters), &[id], logits, keep_going, &mut |_| Ok(()));
             if !self.ran(result)? {
                 return Ok(None);
             }
@@ -165,12 +166,12 @@ impl<'c> Decoder<'c> {
         Ok(Some(id))
     }
 
-    /// Keeps the logits of what ran, or notes that it was cancelled; returns whether it ran.
-    fn ran(&mut self, result: Result<Vec<f32>>) -> Result<bool> {
+    /// Checks the logits of what ran, or notes that it was cancelled; returns whether it ran.
+    fn ran(&mut self, result: Result<()>) -> Result<bool> {
         match result {
             Err(e) if e.code() == ErrorCode::Cancelled => self.finish = Some(Finish::Cancelled),
             other => {
-                self.logits = other?;
+                other?;
                 check_finite(&self.logits)?;
             }
         }

@@ -92,18 +92,20 @@ impl Transcript {
         Ok(())
     }
 
-    /// Runs `ids`, at least one, and returns the logits after the last of them. Where a model cannot go back by itself, it
+    /// Runs `ids`, at least one; `logits` become those after the last of them. Where a model cannot go back by itself, it
     /// can then go back to before the last, from where the same prompt or a longer one is run again.
     pub fn advance(
         &mut self,
         on: On<'_>,
         ids: &[u32],
+        logits: &mut Vec<f32>,
         keep_going: &mut dyn FnMut() -> bool,
         on_chunk: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Vec<f32>> {
-        let mut logits = Vec::new();
+    ) -> Result<()> {
         let keep = &mut |_, last: &[f32]| {
-            logits = last.to_vec();
+            // In the same memory for each token: so much is mapped and cleared anew by the system otherwise.
+            logits.clear();
+            logits.extend_from_slice(last);
             Ok(())
         };
         let (before, last) = ids.split_at(ids.len() - 1);
@@ -116,7 +118,7 @@ impl Transcript {
             drop(turn);
             self.read(on, last, 0, keep_going, keep, &mut |done| on_chunk(before.len() + done))?;
         }
-        Ok(logits)
+        Ok(())
     }
 }
 
