@@ -5,7 +5,7 @@ use crate::Model;
 use crate::attention::{Attention, AttentionSpec, HeadNorms};
 use crate::config::{Config, ConfigError};
 use crate::exec::Exec;
-use crate::feed_forward::{FeedForward, PROJECTIONS};
+use crate::feed_forward::{FeedForward, Mixture, PROJECTIONS};
 use crate::keys::Keys;
 use crate::op::{Norm, Value};
 use crate::outline::{Builder, Outline};
@@ -35,11 +35,26 @@ struct Layer {
     input_norm: Norm,
     attention: Attention,
     post_attention_norm: Norm,
-    feed_forward: FeedForward,
+    mlp: Mlp,
+}
+
+enum Mlp {
+    Dense(FeedForward),
+    Sparse(Mixture),
 }
 
 /// The model that `keys` describe beside `config`.
 pub(crate) fn build(keys: &Keys<'_>, config: Config, variant: &Variant) -> Result<Box<dyn Model>, ConfigError> {
+    build_with(keys, config, variant, &|_, _, _| None)
+}
+
+/// The same, with a mixture of experts in the layers for whose module and number `mixture` declares one.
+pub(crate) fn build_with(
+    keys: &Keys<'_>,
+    config: Config,
+    variant: &Variant,
+    mixture: &dyn Fn(&mut Builder, &str, usize) -> Option<Mixture>,
+) -> Result<Box<dyn Model>, ConfigError> {
     let (ffn, eps) = (keys.size("intermediate_size")?, keys.share("rms_norm_eps", 1e-6)?);
     let rope = RopeKeys::of(&config).read(keys)?;
     let (hidden, head_dim) = (config.hidden_size, config.head_dim);
@@ -59,7 +74,11 @@ pub(crate) fn build(keys: &Keys<'_>, config: Config, variant: &Variant) -> Resul
             input_norm: b.rms_norm(&format!("{at}.input_layernorm"), hidden, eps),
             attention: Attention::new(&mut b, &format!("{at}.self_attn"), attention),
             post_attention_norm: b.rms_norm(&format!("{at}.post_attention_layernorm"), hidden, eps),
-            feed_forward: FeedForward::new(&mut b, &format!("{at}.mlp"), PROJECTIONS, ffn, variant.mlp_bias),
+            mlp: {
+                let at = format!("{at}.mlp");
+                let dense = |b: &mut Builder| FeedForward::new(b, &at, PROJECTIONS, ffn, variant.mlp_bias);
+                mixture(&mut b, &at, i).map_or_else(|| Mlp::Dense(dense(&mut b)), Mlp::Sparse)
+            },
         }
     };
     let layers = variant.windows.iter().enumerate().map(layer).collect();
@@ -80,7 +99,10 @@ impl Model for Decoder {
         let x = ex.add(x, a);
 
         let h = ex.rms_norm(l.post_attention_norm, x);
-        let h = l.feed_forward.run(ex, h);
+        let h = match &l.mlp {
+            Mlp::Dense(mlp) => mlp.run(ex, h),
+            Mlp::Sparse(mlp) => mlp.run(ex, h),
+        };
         ex.add(x, h)
     }
 }

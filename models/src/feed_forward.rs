@@ -40,5 +40,21 @@ impl FeedForward {
     }
 }
 
+/// Experts, and what chooses among them (Shazeer et al. 2017).
+pub(crate) struct Mixture {
+    pub(crate) router: Linear,
+    pub(crate) experts: Vec<Expert>,
+    /// Experts for a token.
+    pub(crate) top: usize,
+    /// The weights of a token's experts are divided by their sum.
+    pub(crate) normalize: bool,
+}
+
+impl Mixture {
+    pub(crate) fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
+        ex.mixture(self.router, &self.experts, self.top, self.normalize, h)
+    }
+}
+
 /// What most checkpoints call gate, up and down.
 pub(crate) const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];

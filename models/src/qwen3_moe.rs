@@ -1,13 +1,10 @@
 //! Qwen3 MoE (Yang et al. 2025): Qwen3's attention; in most layers a token goes through a few of many experts.
 
-use crate::attention::{Attention, AttentionSpec, HeadNorms};
 use crate::config::{Config, ConfigError, Defaults};
-use crate::exec::Exec;
-use crate::feed_forward::{FeedForward, PROJECTIONS};
+use crate::decoder::{self, Variant};
+use crate::feed_forward::{FeedForward, Mixture, PROJECTIONS};
 use crate::keys::Keys;
-use crate::op::{Expert, Linear, Norm, Value};
-use crate::outline::{Builder, Outline};
-use crate::rope::RopeKeys;
+use crate::outline::Builder;
 use crate::windows::WindowKeys;
 use crate::{Family, Model};
 
@@ -16,31 +13,6 @@ pub(crate) const FAMILY: Family =
 
 /// Upper bound on the experts of all layers, so that a list of their parameters is small whatever a file says.
 const MAX_EXPERTS: usize = 1 << 16;
-
-struct Qwen3Moe {
-    outline: Outline,
-    layers: Vec<Layer>,
-}
-
-struct Layer {
-    input_norm: Norm,
-    attention: Attention,
-    post_attention_norm: Norm,
-    mlp: Mlp,
-}
-
-enum Mlp {
-    Dense(FeedForward),
-    Sparse(Mixture),
-}
-
-/// Experts, and what chooses among them.
-struct Mixture {
-    router: Linear,
-    experts: Vec<Expert>,
-    top: usize,
-    normalize: bool,
-}
 
 /// The keys of the experts.
 struct MixtureKeys {
@@ -100,54 +72,13 @@ impl MixtureKeys {
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { kv_heads: Some(4), positions: 32768, ..Defaults::default() })?;
-    let (ffn, eps) = (keys.size("intermediate_size")?, keys.share("rms_norm_eps", 1e-6)?);
     let bias = keys.flag("attention_bias", false)?;
     let window = WindowKeys::read(keys, Some(4096), false)?;
     let windows = window.same(keys, config.layers, window.window.filter(|_| window.on))?;
-    let rope = RopeKeys::of(&config).read(keys)?;
     let mixture = MixtureKeys::read(keys, config.layers)?;
-    let (hidden, head_dim) = (config.hidden_size, config.head_dim);
-
-    let mut b = Builder::new(config);
-    let plain = AttentionSpec::plain(head_dim, b.rope(rope));
-    let norms = Some(HeadNorms { names: ["q_norm", "k_norm"], eps, plus_one: false });
-    let layers = windows.into_iter().enumerate().map(|(i, window)| {
-        let at = format!("model.layers.{i}");
-        let attention = AttentionSpec { window, qkv_bias: bias, o_bias: bias, norms, ..plain };
-        Layer {
-            input_norm: b.rms_norm(&format!("{at}.input_layernorm"), hidden, eps),
-            attention: Attention::new(&mut b, &format!("{at}.self_attn"), attention),
-            post_attention_norm: b.rms_norm(&format!("{at}.post_attention_layernorm"), hidden, eps),
-            mlp: match mixture.has_experts(i) {
-                true => Mlp::Sparse(mixture.declare(&mut b, &format!("{at}.mlp"))),
-                false => Mlp::Dense(FeedForward::new(&mut b, &format!("{at}.mlp"), PROJECTIONS, ffn, false)),
-            },
-        }
-    });
-    let layers = layers.collect();
-    let norm = b.rms_norm("model.norm", hidden, eps);
-    Ok(Box::new(Qwen3Moe { outline: b.finish(norm), layers }))
-}
-
-impl Model for Qwen3Moe {
-    fn outline(&self) -> &Outline {
-        &self.outline
-    }
-
-    fn layer(&self, ex: &mut dyn Exec, index: usize, x: Value) -> Value {
-        let l = &self.layers[index];
-
-        let h = ex.rms_norm(l.input_norm, x);
-        let a = l.attention.run(ex, h);
-        let x = ex.add(x, a);
-
-        let h = ex.rms_norm(l.post_attention_norm, x);
-        let h = match &l.mlp {
-            Mlp::Dense(mlp) => mlp.run(ex, h),
-            Mlp::Sparse(mlp) => ex.mixture(mlp.router, &mlp.experts, mlp.top, mlp.normalize, h),
-        };
-        ex.add(x, h)
-    }
+    let variant = Variant { qkv_bias: bias, o_bias: bias, head_norms: true, windows, ..Variant::default() };
+    let experts = |b: &mut Builder, at: &str, i: usize| mixture.has_experts(i).then(|| mixture.declare(b, at));
+    decoder::build_with(keys, config, &variant, &experts)
 }
 
 #[cfg(test)]
