@@ -44,11 +44,10 @@ impl<'p, B: Backend> Interpreter<'p, B> {
         &self.pass.base.backend
     }
 
-    /// Adds slots for what `op` writes; returns the first.
+    /// Adds slots for what `op` writes; returns the first. None needs a gradient until [`Interpreter::note_gradients`].
     pub fn declare(&mut self, op: &Op) -> Value {
         let first = Value(self.slots.len() as u32);
-        let needs_grad = op.reads().iter().any(|t| self.needs(*t));
-        for (i, width) in op.outputs().into_iter().enumerate() {
+        for width in op.outputs() {
             let shape = |p| self.backend().shape(self.pass.factor(p, Arithmetic::Exact));
             let width = match width {
                 Width::Like(t) => self.slots[t.0 as usize].width,
@@ -56,10 +55,17 @@ impl<'p, B: Backend> Interpreter<'p, B> {
                 Width::Cols(p) => shape(p).1,
                 Width::Of(width) => width,
             };
-            let needs_grad = needs_grad || self.is_adapted(op, i);
-            self.slots.push(Slot { data: None, grad: None, needs_grad, width });
+            self.slots.push(Slot { data: None, grad: None, needs_grad: false, width });
         }
         first
+    }
+
+    /// Notes which of the slots that were just declared for `op`, from `y` on, need gradients. Inference asks for none.
+    pub fn note_gradients(&mut self, op: &Op, y: Value) {
+        let inherited = op.reads().iter().any(|t| self.needs(*t));
+        for i in 0..self.slots.len() - y.0 as usize {
+            self.slots[y.0 as usize + i].needs_grad = inherited || self.is_adapted(op, i);
+        }
     }
 
     /// Whether an adapter is on what computes output number `i` of `op`.

@@ -181,6 +181,7 @@ impl<'p, B: Backend> Tape<'p, B> {
 impl<B: Backend> Exec for Tape<'_, B> {
     fn run(&mut self, op: Op) -> Value {
         let y = self.it.declare(&op);
+        self.it.note_gradients(&op, y);
         let mut keeps = self.it.keeps(&op, y);
         for t in keeps.clone() {
             self.sources(t, &mut keeps);

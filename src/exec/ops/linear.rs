@@ -50,6 +50,9 @@ fn products<B: Backend>(
     // Low-rank terms go along with the product, unless their input is another because some of it is dropped.
     let fused = |weight: Param| {
         let mut all = Vec::new();
+        if pass.layer_dropout(weight, first).is_some() {
+            return None;
+        }
         for Part { adapters, rows } in pass.parts.iter().filter(|part| !part.rows.is_empty()) {
             let rows = if pass.parts.len() == 1 { ALL_ROWS } else { rows.clone() };
             for term in &adapters.on(weight).terms {
@@ -57,18 +60,20 @@ fn products<B: Backend>(
                 all.push(LowRank { a, b, scale: factor, rows: rows.clone() });
             }
         }
-        pass.layer_dropout(weight, first).is_none().then_some(all)
+        Some(all)
     };
     // y = x Wᵀ + s (x Aᵀ) Bᵀ
-    let product = |((_, layer), y): (&(usize, Linear), _)| Product {
-        w: pass.factor(layer.weight, pass.arithmetic),
-        low_rank: fused(layer.weight).unwrap_or_default(),
-        y,
-    };
-    let mut products: Vec<_> = layers.iter().zip(&mut ys).map(product).collect();
+    let mut products = Vec::with_capacity(layers.len());
+    let mut apart = Vec::with_capacity(layers.len());
+    for ((_, layer), y) in layers.iter().zip(&mut ys) {
+        let low_rank = fused(layer.weight);
+        apart.push(low_rank.is_none());
+        let w = pass.factor(layer.weight, pass.arithmetic);
+        products.push(Product { w, low_rank: low_rank.unwrap_or_default(), y });
+    }
     backend.run(Call::MatmulGroup { arithmetic: pass.arithmetic, x, products: &mut products })?;
-    for ((i, layer), mut data) in layers.iter().zip(ys) {
-        if fused(layer.weight).is_none() {
+    for (((i, layer), mut data), apart) in layers.iter().zip(ys).zip(apart) {
+        if apart {
             for part in &pass.parts {
                 add_terms(it, part, layer.weight, x, &mut data)?;
             }
