@@ -10,6 +10,7 @@ mod keys;
 mod masks;
 mod packing;
 mod property;
+mod shipped;
 mod splits;
 
 use pocketlora::chat::ChatTemplate;
