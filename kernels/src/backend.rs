@@ -18,11 +18,6 @@ pub trait Backend: Memory {
     /// [`Error::OutOfMemory`] where the call says that it may fail. What it writes is unspecified then, but for a cache.
     fn run(&self, call: Call<'_, Self>) -> Result<(), Error>;
 
-    /// Runs `work` with this backend's threads, so that calls inside it need not wake them one by one.
-    fn scope<R>(&self, work: impl FnOnce() -> R) -> R
-    where
-        Self: Sized;
-
     /// Threads that calls run on.
     fn threads(&self) -> usize;
 

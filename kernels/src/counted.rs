@@ -216,10 +216,6 @@ impl Backend for Counted {
         Ok(())
     }
 
-    fn scope<R>(&self, work: impl FnOnce() -> R) -> R {
-        work()
-    }
-
     fn threads(&self) -> usize {
         self.threads
     }

@@ -21,14 +21,14 @@ pub mod vulkan;
 pub use backend::Backend;
 pub use call::{ALL_ROWS, Access, Call, LowRank, Product};
 pub use counted::{Count, Counted};
-pub use cpu::Cpu;
+pub use cpu::{Cpu, Map};
 pub use double::doubles;
 pub use error::Error;
 pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};
 pub use memory::{Lends, Memory};
 pub use random::mix;
 pub use settings::{
-    Activation, AdamW, Arithmetic, Attention, CacheType, Columns, DeltaRule, Lion, MOMENT_BLOCK, Map, Sgd, WorkType,
+    Activation, AdamW, Arithmetic, Attention, CacheType, Columns, DeltaRule, Lion, MOMENT_BLOCK, Sgd, WorkType,
     narrow_width,
 };
 #[cfg(feature = "vulkan")]

@@ -58,19 +58,6 @@ pub struct Attention {
     pub window: Option<usize>,
 }
 
-/// A function of one element, `y = f(x)`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Map {
-    /// `factor x`.
-    Scale(f32),
-    /// `1 / (1 + e^-x)`.
-    Sigmoid,
-    /// `x / (1 + e^-x)`.
-    Silu,
-    /// `cap tanh(x / cap)`: nearly `x`, but never beyond `cap` (Gemma 2).
-    Softcap(f32),
-}
-
 /// Where some columns lie in an array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Columns {

@@ -67,14 +67,9 @@ impl dyn Exec + '_ {
         self.run(Op::Scale { factor, x })
     }
 
-    /// `silu(x)`.
-    pub fn silu(&mut self, x: Value) -> Value {
-        self.run(Op::Map { map: Map::Silu, x })
-    }
-
-    /// `sigmoid(x)`.
-    pub fn sigmoid(&mut self, x: Value) -> Value {
-        self.run(Op::Map { map: Map::Sigmoid, x })
+    /// A function of each element.
+    pub fn map(&mut self, map: Map, x: Value) -> Value {
+        self.run(Op::Map { map, x })
     }
 
     /// `a * b`.

@@ -6,7 +6,7 @@ use crate::config::{Config, ConfigError, Defaults};
 use crate::exec::Exec;
 use crate::feed_forward::{FeedForward, PROJECTIONS};
 use crate::keys::Keys;
-use crate::op::{AttentionShape, Conv, DeltaRuleShape, Linear, Norm, Param, RopeTable, StateId, StateSpec, Value};
+use crate::op::{AttentionShape, Conv, DeltaRuleShape, Linear, Map, Norm, Param, RopeTable, StateId, StateSpec, Value};
 use crate::outline::{Builder, Outline};
 use crate::rope::RopeKeys;
 use crate::windows::{FULL, layer_types};
@@ -149,7 +149,7 @@ impl GatedAttention {
         let (q, k) = (ex.rms_norm(self.norms[0], q), ex.rms_norm(self.norms[1], k));
         let (q, k) = (ex.rope(self.rope, heads, q), ex.rope(self.rope, kv_heads, k));
         let a = ex.attention(self.state, self.shape, q, k, v);
-        let gate = ex.sigmoid(gate);
+        let gate = ex.map(Map::Sigmoid, gate);
         let a = ex.multiply(gate, a);
         ex.linear(self.o, a)
     }
@@ -181,14 +181,14 @@ impl DeltaNet {
         let DeltaRuleShape { key_heads, value_heads, key_dim, value_dim } = self.shape;
         let [qkv, z, b, a] = ex.linear_group([self.qkv, self.z, self.b, self.a], h);
         let qkv = ex.conv(self.conv_state, self.conv, qkv);
-        let qkv = ex.silu(qkv);
+        let qkv = ex.map(Map::Silu, qkv);
         let keys = key_heads * key_dim;
         let [q, k, v] = ex.split(qkv, [keys, keys, value_heads * value_dim]);
         // Queries and keys of length 1; queries are divided by the root of their width, too.
         let root = (key_dim as f32).sqrt();
         let (q, k) = (ex.l2_norm(key_dim, 1e-6, q), ex.l2_norm(key_dim, 1e-6, k));
         let q = ex.scale(root.recip(), q);
-        let (g, beta) = (ex.decay(self.rate, self.bias, a), ex.sigmoid(b));
+        let (g, beta) = (ex.decay(self.rate, self.bias, a), ex.map(Map::Sigmoid, b));
         let y = ex.delta_rule(self.state, self.shape, [q, k, v], g, beta);
         let y = ex.rms_norm(self.norm, y);
         let y = ex.swiglu(z, y);

@@ -165,7 +165,7 @@ fn product(
     }
     let mut our_rates = Vec::new();
     for _ in 0..options.trials {
-        our_rates.push(count as f64 * backend.scope(|| rate(&mut ours)));
+        our_rates.push(count as f64 * rate(&mut ours));
         for (_, products, rates) in &mut theirs {
             rates.push(count as f64 * rate(&mut || products.run()));
         }

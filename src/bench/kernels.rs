@@ -180,23 +180,21 @@ impl Bench<'_, '_> {
         check(self.progress, &format!("{name} {shape}"))?;
         // A trial lasts no longer than this where a part of the layers tells as much as all.
         const TRIAL: f64 = 0.1;
-        let rates = backend.scope(|| {
-            call(0);
+        call(0);
+        let start = Instant::now();
+        call(count - 1);
+        let count = count.min((TRIAL / start.elapsed().as_secs_f64()) as usize).max(1);
+        // Short rounds are repeated, for a clock's and a scheduler's grain.
+        let mut rounds = 1;
+        let mut trial = |rounds: usize| {
             let start = Instant::now();
-            call(count - 1);
-            let count = count.min((TRIAL / start.elapsed().as_secs_f64()) as usize).max(1);
-            // Short rounds are repeated, for a clock's and a scheduler's grain.
-            let mut rounds = 1;
-            let mut trial = |rounds: usize| {
-                let start = Instant::now();
-                (0..rounds).for_each(|_| (0..count).for_each(&mut call));
-                start.elapsed().as_secs_f64()
-            };
-            while trial(rounds) < TRIAL / 10.0 {
-                rounds *= 2;
-            }
-            (0..self.options.trials).map(|_| (rounds * count) as f64 / trial(rounds)).collect()
-        });
+            (0..rounds).for_each(|_| (0..count).for_each(&mut call));
+            start.elapsed().as_secs_f64()
+        };
+        while trial(rounds) < TRIAL / 10.0 {
+            rounds *= 2;
+        }
+        let rates = (0..self.options.trials).map(|_| (rounds * count) as f64 / trial(rounds)).collect();
         failed?;
         let calls = Figure::new(rates);
         let (gb_s, rate) = (calls.median * bytes / 1e9, calls.median * ops / 1e9);

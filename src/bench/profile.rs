@@ -141,10 +141,6 @@ impl<B: Backend> Backend for Profiled<B> {
         call.lend(|call: Call<'_, B>| self.timed(name, shape, || self.inner.run(call)))
     }
 
-    fn scope<R>(&self, work: impl FnOnce() -> R) -> R {
-        self.inner.scope(work)
-    }
-
     fn threads(&self) -> usize {
         self.inner.threads()
     }

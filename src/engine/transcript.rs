@@ -6,7 +6,7 @@ use crate::base::Base;
 use crate::error::Result;
 use crate::exec::infer::{Logits, Numbers, PREFILL_CHUNK, Sequence, Step, Workspace};
 use crate::turn::Turn;
-use pocketlora_kernels::{Backend as _, Cpu};
+use pocketlora_kernels::Cpu;
 
 /// What a transcript is continued with.
 #[derive(Clone, Copy)]
@@ -80,8 +80,7 @@ impl Transcript {
                 })
             };
             let turn = on.turn.take();
-            let forward = || on.base.forward(&mut self.work, &mut step, keep_going, on_logits);
-            let result = on.base.backend.scope(forward);
+            let result = on.base.forward(&mut self.work, &mut step, keep_going, on_logits);
             drop(turn);
             self.ids.extend_from_slice(chunk);
             self.ids.truncate(self.sequence.len());

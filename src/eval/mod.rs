@@ -11,7 +11,6 @@ use crate::engine::{Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
 use crate::memory::Peak;
 use crate::train::{Dataset, Layout, MicroBatch, Sums, Watch, micro_step};
-use pocketlora_kernels::Backend;
 
 /// Losses over a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -130,10 +129,8 @@ pub fn score_data(engine: &Engine, data: &Dataset, progress: &mut dyn FnMut(usiz
         pool.clear();
         let turn = engine.turn().take();
         let mut sums = Sums::new(&base.backend, 1)?;
-        base.backend.scope(|| {
-            let (adapters, layout, sum) = (&set.adapters, Layout::fast(false), (&mut sums, 0));
-            micro_step(base, adapters, &micro, 1.0, None, arithmetic, &layout, None, &mut pool, sum, &mut watch)
-        })?;
+        let (adapters, layout, sum) = (&set.adapters, Layout::fast(false), (&mut sums, 0));
+        micro_step(base, adapters, &micro, 1.0, None, arithmetic, &layout, None, &mut pool, sum, &mut watch)?;
         score.nll_sum += sums.read(&base.backend)?[0];
         drop(turn);
         score.tokens += micro.trained();

@@ -85,10 +85,8 @@ impl<B: Backend> Trainer<B> {
         let (base, queue) = (Arc::clone(&self.base), self.turn.clone());
         let _turn = queue.take();
         let mut sums = Sums::new(&base.backend, data.samples.len())?;
-        base.backend.scope(|| {
-            let mut samples = data.samples.iter().map(|sample| MicroBatch::new([sample])).enumerate();
-            samples.try_for_each(|(i, sample)| self.micro(&sample, 1.0, None, false, (&mut sums, i), observer))
-        })?;
+        let mut samples = data.samples.iter().map(|sample| MicroBatch::new([sample])).enumerate();
+        samples.try_for_each(|(i, sample)| self.micro(&sample, 1.0, None, false, (&mut sums, i), observer))?;
         let loss: f64 = sums.read(&base.backend)?.iter().sum();
         let tokens: usize = data.samples.iter().map(Sample::trained_tokens).sum();
         Ok(loss / tokens as f64)

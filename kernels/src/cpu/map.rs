@@ -4,7 +4,19 @@ use super::Cpu;
 use super::exp::exp;
 use super::loops::{map, multiply_add};
 use super::split::parts;
-use crate::Map;
+
+/// A function of one element, `y = f(x)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Map {
+    /// `factor x`.
+    Scale(f32),
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// `cap tanh(x / cap)`: nearly `x`, but never beyond `cap` (Gemma 2).
+    Softcap(f32),
+}
 
 /// `y` from `x` of the same length.
 pub(crate) fn forward(cpu: &Cpu, kind: Map, x: &[f32], y: &mut [f32]) {

@@ -21,8 +21,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// Turns of the waiting loop before a thread sleeps while work is going on (some 50 us), and outside of it.
-const SPINS: (u32, u32) = (4000, 100);
+/// Turns of the waiting loop before a thread sleeps: some 50 us.
+const SPINS: u32 = 4000;
 
 /// In [`Shared::state`]: threads may join the job; below it the number of those that have and are not done, above it
 /// the job's number.
@@ -53,8 +53,6 @@ struct Shared {
     shares: Box<[Share]>,
     /// Threads that take part, the caller included.
     active: AtomicUsize,
-    /// Callers inside [`Team::keep_awake`].
-    scopes: AtomicU32,
     sleepers: AtomicU32,
     /// The caller sleeps until the last thread leaves its job.
     caller_sleeps: AtomicBool,
@@ -86,7 +84,6 @@ impl Team {
             job: UnsafeCell::new(None),
             shares: (0..threads).map(|_| Share(AtomicU64::new(0))).collect(),
             active: AtomicUsize::new(1),
-            scopes: AtomicU32::new(0),
             sleepers: AtomicU32::new(0),
             caller_sleeps: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -117,19 +114,6 @@ impl Team {
     /// Lets only the first `threads` take part from now on.
     pub fn set_active(&self, threads: usize) {
         self.shared.active.store(threads.clamp(1, self.threads()), Ordering::Relaxed);
-    }
-
-    /// Keeps the threads from falling asleep between the ops of `work`.
-    pub fn keep_awake<R>(&self, work: impl FnOnce() -> R) -> R {
-        struct Leave<'a>(&'a AtomicU32);
-        impl Drop for Leave<'_> {
-            fn drop(&mut self) {
-                self.0.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-        self.shared.scopes.fetch_add(1, Ordering::Relaxed);
-        let _leave = Leave(&self.shared.scopes);
-        work()
     }
 
     /// Calls `work` once for each number below `tasks`, on all threads, and returns when all calls have. While another
@@ -204,7 +188,7 @@ impl Drop for Finish<'_> {
         let mut spins = 0;
         while joined() {
             spins += 1;
-            if spins < SPINS.0 {
+            if spins < SPINS {
                 std::hint::spin_loop();
                 continue;
             }
@@ -258,8 +242,7 @@ impl Shared {
                 continue;
             }
             spins += 1;
-            let patience = if self.scopes.load(Ordering::Relaxed) > 0 { SPINS.0 } else { SPINS.1 };
-            if takes_part && spins < patience {
+            if takes_part && spins < SPINS {
                 std::hint::spin_loop();
                 continue;
             }

@@ -31,10 +31,6 @@ impl Backend for Vulkan {
         Ok(())
     }
 
-    fn scope<R>(&self, work: impl FnOnce() -> R) -> R {
-        self.cpu.scope(work)
-    }
-
     fn threads(&self) -> usize {
         Backend::threads(&self.cpu)
     }

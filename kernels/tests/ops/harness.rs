@@ -83,7 +83,7 @@ impl Report {
         compute: impl Fn(&Cpu) -> Vec<Vec<f32>> + Sync,
     ) {
         for [one, two] in CPUS.iter() {
-            let outputs = [one.scope(|| compute(one)), two.scope(|| compute(two))];
+            let outputs = [compute(one), compute(two)];
             let (isa, expected) = (one.isa(), expected(one.isa()));
             self.outputs(&format!("{name} @{}", isa.name()), expected, outputs, "on 1 thread, on 2");
         }
@@ -100,7 +100,7 @@ impl Report {
         static VULKAN: LazyLock<Option<pocketlora_kernels::Vulkan>> =
             LazyLock::new(|| if tested("vulkan") { new_vulkan() } else { None });
         let Some(device) = &*VULKAN else { return };
-        let outputs = [device.scope(|| compute(device)), device.scope(|| compute(device))];
+        let outputs = [compute(device), compute(device)];
         self.outputs(&format!("{name} @vulkan"), expected, outputs, "at first, then");
         for error in device.validation().iter().flat_map(|validation| validation.errors()) {
             self.fail(format!("{name} @vulkan or a case at the same time: {error}"));
