@@ -251,6 +251,52 @@ fn a_chat_answers_while_a_trainer_works_and_neither_changes_the_other() {
     });
 }
 
+/// Calls a handle's snapshot on the run's own thread.
+struct AsksForSnapshots(pocketlora::TrainHandle, Vec<ErrorCode>);
+
+impl Observer for AsksForSnapshots {
+    fn on_step(&mut self, _: &StepReport) -> ControlFlow<()> {
+        self.1.extend(self.0.snapshot().err().map(|e| e.code()));
+        ControlFlow::Continue(())
+    }
+}
+
+/// It would wait for itself.
+#[test]
+fn a_snapshot_that_a_callback_asks_for_is_refused_and_a_run_ends_with_its_last_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = tiny_training(dir.path(), 4);
+    let engine = open(&model, &two());
+    let train = |out: &Path| {
+        let config = TrainConfig { steps: Some(2), ..TrainConfig::default() };
+        engine.trainer(config, engine.dataset(&data, 1024).unwrap(), None, None, out)
+    };
+    let mut trainer = train(&dir.path().join("out")).unwrap();
+    let mut observer = AsksForSnapshots(trainer.handle(), Vec::new());
+    assert!(trainer.run(&mut observer).unwrap().done);
+    assert_eq!(observer.1, [ErrorCode::Config; 2]);
+
+    let error = trainer.step(&mut observer).unwrap_err();
+    assert!(error.code() == ErrorCode::Config && error.to_string().contains("`2` steps are done"), "{error}");
+    assert!(trainer.run(&mut observer).unwrap().done, "there is nothing left to do");
+
+    let error = train(&model).map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("holds a model"), "{error}");
+}
+
+#[test]
+fn a_listener_that_panics_leaves_the_conversation_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(&tiny_chat_model(dir.path()), &two());
+    let mut chat = chat(&engine, 8, 1);
+    chat.set_messages(vec![Message::new("system", "be kind")]);
+    chat.ask("one?", &mut quiet).unwrap();
+    let before = chat.messages().to_vec();
+    let mut asked = || chat.ask("two?", &mut |_: &str| panic!("in a listener"));
+    assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(&mut asked)).is_err());
+    assert_eq!(chat.messages(), before);
+}
+
 /// Code of the host's that runs in the middle of a step may use the engine.
 #[test]
 fn a_policy_may_ask_the_model() {

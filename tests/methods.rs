@@ -8,7 +8,7 @@ use pocketlora::adapter::{AdapterFile, Kind};
 use pocketlora::internals::Adapters;
 use pocketlora::internals::{Logits, Sequence, Step, Workspace};
 use pocketlora::train::{Dataset, Observer, Sample, Schedule, StepReport, TrainConfig, TrainPrecision};
-use pocketlora::{Engine, internals};
+use pocketlora::{Engine, ErrorCode, Finish, internals};
 use pocketlora_kernels::{Cpu, WorkType};
 use serde_json::{Map, Value};
 use std::fs;
@@ -384,4 +384,28 @@ fn what_does_not_fit_is_refused_by_name() {
     assert!(begin(foreign, None).contains("feedforward-modules"));
     let more = TrainConfig { num_virtual_tokens: Some(9), ..config() };
     assert!(begin(more, Some(&AdapterFile::open(&prefix).unwrap())).contains("num-virtual-tokens"));
+}
+
+/// Virtual tokens take places of the context, in training and in answers.
+#[test]
+fn an_answer_behind_a_prefix_ends_where_the_context_does() {
+    let engine = base(1);
+    engine.attach(&of("prefix_tuning", ""), 1.0).unwrap();
+    let mut chat = engine.chat().unwrap();
+    chat.max_tokens = usize::MAX;
+    let own = chat.context_tokens().unwrap();
+    let places = engine.context_tokens();
+    assert!(own < places);
+    let mut decoder = chat.decoder(inputs()[..4].to_vec()).unwrap();
+    while decoder.next_token().unwrap().is_some() {}
+    assert_eq!((decoder.finished(), decoder.into_generated().ids.len()), (Some(Finish::Context), own - 4));
+
+    let out = tempfile::tempdir().unwrap();
+    let begin = |tokens| {
+        let config = TrainConfig { method: Kind::PrefixTuning, num_virtual_tokens: Some(tokens), ..config() };
+        engine.trainer(config, data(), None, None, out.path()).map(|_| ())
+    };
+    let error = begin(places).unwrap_err();
+    assert!(error.code() == ErrorCode::Config && error.to_string().contains("num_virtual_tokens"), "{error}");
+    begin(places - data().longest()).unwrap();
 }

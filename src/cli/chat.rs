@@ -133,7 +133,7 @@ impl Chat {
     fn answer(&mut self, question: &str) -> Result<()> {
         let mut turns = self.inner.messages().to_vec();
         turns.push(Message::new("user", question));
-        let (tokens, limit) = (self.inner.prompt_of(&turns)?.len(), self.engine.context_tokens());
+        let (tokens, limit) = (self.inner.prompt_of(&turns)?.len(), self.inner.context_tokens()?);
         if tokens >= limit {
             return Err(self.too_long(tokens, limit));
         }

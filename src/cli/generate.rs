@@ -82,6 +82,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.stats {
         eprintln!("{}", stats_line(&done, peak, engine.mapped_bytes()));
     }
+    if done.finish == Finish::Cancelled && interrupt::asked() {
+        return Err(super::args::stopped("generation"));
+    }
     Ok(())
 }
 

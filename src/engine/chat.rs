@@ -5,7 +5,6 @@ use super::{Cancel, Decoder, Engine, Transcript};
 use crate::chat::Message;
 use crate::error::{Error, Result};
 use crate::generate::{Generated, Sampling};
-use pocketlora_kernels::Backend as _;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -84,6 +83,15 @@ impl Chat {
         self.cancel = cancel;
     }
 
+    /// Tokens of the longest text, prompt and answer together, with its adapters: a prefix takes places, too.
+    ///
+    /// # Errors
+    /// A chosen adapter was detached.
+    pub fn context_tokens(&mut self) -> Result<usize> {
+        let set = self.current()?;
+        Ok(self.engine.own_tokens(&set.adapters))
+    }
+
     /// Uses the adapters `ids` in their order, none if empty, instead of all that are attached.
     ///
     /// # Errors
@@ -117,18 +125,16 @@ impl Chat {
     /// # Errors
     /// As [`Chat::reply`].
     pub fn ask(&mut self, question: &str, listener: &mut dyn Listener) -> Result<Answer> {
-        self.messages.push(Message::new("user", question));
-        let messages = std::mem::take(&mut self.messages);
-        let answered = self.reply(&messages, listener);
-        self.messages = messages;
-        match &answered {
-            Ok(answer) if !answer.text.is_empty() => self.messages.push(Message::new("assistant", &answer.text)),
-            _ => drop(self.messages.pop()),
+        // A copy, so that a listener's panic leaves the conversation as it was.
+        let mut messages = self.messages.clone();
+        messages.push(Message::new("user", question));
+        let answer = self.reply(&messages, listener)?;
+        if !answer.text.is_empty() {
+            messages.push(Message::new("assistant", &answer.text));
+            self.messages = messages;
         }
-        if answered.is_ok() {
-            self.sampling.seed = self.sampling.seed.wrapping_add(1);
-        }
-        answered
+        self.sampling.seed = self.sampling.seed.wrapping_add(1);
+        Ok(answer)
     }
 
     /// Answers `messages` in the place of the chat's own, which stay as they are.
@@ -157,27 +163,22 @@ impl Chat {
     pub fn generate(&mut self, ids: Vec<u32>, listener: &mut dyn Listener) -> Result<Answer> {
         let set = self.current()?;
         let text = self.engine.text_of(&set)?;
-        let engine = self.engine.clone();
         let mut decoder = self.decoder(ids)?;
         let (mut stream, mut said) = (text.tokenizer.stream(), String::new());
-        // The device's threads stay awake between one token and the next.
-        engine.base().backend.scope(|| {
-            decoder.read_prompt(&mut |done, tokens| listener.on_prompt(done, tokens))?;
-            while let Some(id) = decoder.next_token()? {
-                let piece = stream.push(id)?;
-                said.push_str(&piece);
-                if !piece.is_empty() && listener.on_text(&piece).is_break() {
-                    decoder.break_off();
-                }
+        decoder.read_prompt(&mut |done, tokens| listener.on_prompt(done, tokens))?;
+        while let Some(id) = decoder.next_token()? {
+            let piece = stream.push(id)?;
+            said.push_str(&piece);
+            if !piece.is_empty() && listener.on_text(&piece).is_break() {
+                decoder.break_off();
             }
-            let rest = stream.finish()?;
-            if !rest.is_empty() {
-                said.push_str(&rest);
-                // It is the last piece anyway.
-                let _ = listener.on_text(&rest);
-            }
-            Ok::<_, Error>(())
-        })?;
+        }
+        let rest = stream.finish()?;
+        if !rest.is_empty() {
+            said.push_str(&rest);
+            // It is the last piece anyway.
+            let _ = listener.on_text(&rest);
+        }
         Ok(Answer { text: said, generated: decoder.into_generated() })
     }
 

@@ -34,6 +34,8 @@ pub struct Decoder<'c> {
     filters: Vec<&'c mut dyn LogitFilter>,
     stop: Vec<u32>,
     max_tokens: usize,
+    /// Tokens of the longest text, prompt and answer together.
+    limit: usize,
     ids: Vec<u32>,
     finish: Option<Finish>,
     /// After the last token that was run.
@@ -79,6 +81,7 @@ impl<'c> Decoder<'c> {
             sampler: Sampler::new(sampling.clone()),
             filters: Vec::new(),
             max_tokens,
+            limit,
             ids: Vec::new(),
             finish: None,
             logits: Vec::new(),
@@ -110,18 +113,20 @@ impl<'c> Decoder<'c> {
         let Self { engine, set, transcript, cancel, prompt, logits, .. } = self;
         // The last token is always run again: its logits choose the first new one.
         let kept = transcript.keep(engine.base(), &prompt[..prompt.len() - 1]);
-        self.prefilled = prompt.len() - kept;
         progress(kept, prompt.len());
+        let mut prefilled = 0;
         let result = transcript.advance(
             engine.on(&set.adapters),
             &prompt[kept..],
             logits,
             &mut || !cancel.is_cancelled(),
             &mut |done| {
+                prefilled = done;
                 progress(kept + done, prompt.len());
                 Ok(())
             },
         );
+        self.prefilled = prefilled;
         self.prompt_read = self.ran(result)?;
         if self.prompt_read && self.max_tokens == 0 {
             self.finish = Some(Finish::Length);
@@ -149,7 +154,9 @@ impl<'c> Decoder<'c> {
                 return Ok(None);
             }
         }
-        let id = self.sampler.sample_filtered(&mut self.logits, self.transcript.ids(), &mut self.filters)?;
+        let chosen = self.sampler.sample_filtered(&mut self.logits, self.transcript.ids(), &mut self.filters);
+        // A filter that failed may have changed the logits: they are no place to go on from.
+        let id = chosen.inspect_err(|_| self.finish = Some(Finish::Cancelled))?;
         self.prefill.get_or_insert_with(|| (self.start.elapsed(), Instant::now()));
         if self.stop.contains(&id) {
             self.finish = Some(Finish::Stop);
@@ -158,7 +165,7 @@ impl<'c> Decoder<'c> {
         self.ids.push(id);
         self.given = Some(id);
         self.filters.iter_mut().for_each(|filter| filter.accept(id));
-        if self.transcript.ids().len() + 1 >= self.engine.context_tokens() {
+        if self.transcript.ids().len() + 1 >= self.limit {
             self.finish = Some(Finish::Context);
         } else if self.ids.len() >= self.max_tokens {
             self.finish = Some(Finish::Length);

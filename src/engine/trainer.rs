@@ -24,8 +24,11 @@ impl Engine {
     /// Prepares a run whose adapter will be written to the folder `out`, from scratch or from the adapter `init`. Attached
     /// adapters take no part in it. See [`Material::new`] for what becomes of the data.
     ///
+    /// An adapter or checkpoint of an earlier run in `out` is replaced when this run saves its own. To go on from such a
+    /// checkpoint instead, call [`Trainer::resume`] first.
+    ///
     /// # Errors
-    /// A setting is out of range, another trainer works in `out`, `init` belongs to another base, there is nothing to
+    /// A setting is out of range, `out` holds a model, another trainer works in `out`, `init` belongs to another base, there is nothing to
     /// learn, out of memory.
     pub fn trainer(
         &self,
@@ -141,7 +144,7 @@ impl Trainer {
     /// One optimizer step. A stopped or failed one leaves the run as it was before.
     ///
     /// # Errors
-    /// Stopped by the observer, non-finite loss or gradients, out of memory.
+    /// All steps are done, stopped by the observer, non-finite loss or gradients, out of memory.
     pub fn step(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
         self.inner.step(observer)
     }

@@ -6,6 +6,7 @@
 use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 /// How often a paused run looks at its policy and its observer.
@@ -38,8 +39,8 @@ struct Orders {
     wish: Directive,
     /// The run is being held right now.
     held: bool,
-    /// Calls of the trainer that may serve a snapshot.
-    running: u32,
+    /// The threads of calls of the trainer that may serve a snapshot.
+    running: Vec<ThreadId>,
     snapshot: Snapshot,
 }
 
@@ -51,7 +52,7 @@ enum Snapshot {
 
 impl TrainHandle {
     pub(super) fn new() -> Self {
-        let orders = Orders { wish: Directive::Run, held: false, running: 0, snapshot: Snapshot::None };
+        let orders = Orders { wish: Directive::Run, held: false, running: Vec::new(), snapshot: Snapshot::None };
         Self(Arc::new(Shared { orders: Mutex::new(orders), changed: Condvar::new() }))
     }
 
@@ -96,15 +97,21 @@ impl TrainHandle {
     /// or is paused on another thread. Waits for the end of a layer.
     ///
     /// # Errors
-    /// No run is at work, which leaves the trainer itself to be asked; a value does not fit f16.
+    /// No run is at work, which leaves the trainer itself to be asked; the run's own thread asks, from a callback, where it
+    /// would wait for itself; a value does not fit f16.
     pub fn snapshot(&self) -> Result<AdapterFile> {
         let mut orders = self.orders();
+        if orders.running.contains(&std::thread::current().id()) {
+            let message = "expected another thread than the run's own, which would wait for itself in this callback; ask \
+                           from another thread, or the trainer between two steps";
+            return Err(Error::new(ErrorCode::Config, "snapshot", message));
+        }
         loop {
             if let Snapshot::Ready(file) = std::mem::replace(&mut orders.snapshot, Snapshot::Wanted) {
                 orders.snapshot = Snapshot::None;
                 return *file;
             }
-            if orders.running == 0 {
+            if orders.running.is_empty() {
                 orders.snapshot = Snapshot::None;
                 let message = "expected a run at work, got none; ask the trainer for its snapshot";
                 return Err(Error::new(ErrorCode::Config, "training", message));
@@ -116,7 +123,7 @@ impl TrainHandle {
 
     /// Marks a call of the trainer that serves snapshots, until dropped.
     pub(super) fn enter(&self) -> Running {
-        self.orders().running += 1;
+        self.orders().running.push(std::thread::current().id());
         Running(self.clone())
     }
 
@@ -160,7 +167,10 @@ pub(super) struct Running(TrainHandle);
 impl Drop for Running {
     fn drop(&mut self) {
         let mut orders = self.0.orders();
-        orders.running -= 1;
+        let own = std::thread::current().id();
+        if let Some(at) = orders.running.iter().rposition(|id| *id == own) {
+            orders.running.swap_remove(at);
+        }
         orders.held = false;
         drop(orders);
         self.0.0.changed.notify_all();

@@ -40,7 +40,7 @@ pub use plan::MemoryPlan;
 pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
-pub(crate) use setup::fingerprint;
+pub(crate) use setup::{fingerprint, refuse_model};
 pub use step::Layout;
 pub(crate) use step::{MicroBatch, Watch, micro_step};
 pub(crate) use sums::Sums;
@@ -239,23 +239,25 @@ impl<B: Backend> Trainer<B> {
     /// One optimizer step. A stopped or failed one leaves the run as it was before.
     ///
     /// # Errors
-    /// Stopped by the observer, non-finite loss or gradients, out of memory.
+    /// All steps are done, stopped by the observer, non-finite loss or gradients, out of memory.
     pub fn step(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
+        if self.facts.step >= self.facts.total_steps {
+            let message = format!(
+                "expected a step that is left, got a run whose `{}` steps are done; begin another run from its adapter",
+                self.facts.total_steps
+            );
+            return Err(Error::new(ErrorCode::Config, "training", message));
+        }
         let base = Arc::clone(&self.base);
         let _running = self.handle.enter();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
         self.held = Duration::ZERO;
         let queue = self.turn.clone();
         let _turn = queue.take();
-        base.backend.scope(|| self.step_in_scope(observer))
-    }
-
-    fn step_in_scope(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
         let start = Instant::now();
         let number = self.facts.step + 1;
         let micros = self.batches.micro_batches(&self.data, number);
         let trained: usize = micros.iter().map(MicroBatch::trained).sum();
-        let base = Arc::clone(&self.base);
         // The squares of gradients, then the losses of passes, of which each has a sample at least. They are read together,
         // for a device that records work stands still while it is waited for.
         let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();

@@ -55,6 +55,32 @@ fn check_data<B: Backend>(base: &Base<B>, replaced: &Replaced<B>, data: &Dataset
     Ok(())
 }
 
+/// Refuses a model's folder as the place for an adapter.
+///
+/// # Errors
+/// It holds a `config.json`.
+pub(crate) fn refuse_model(out: &Path) -> Result<()> {
+    if out.join("config.json").exists() {
+        let message = "holds a model, which an adapter in it would turn into something else; name another folder";
+        return Err(Error::new(ErrorCode::Config, format!("`{}`", out.display()), message));
+    }
+    Ok(())
+}
+
+/// Refuses `virtual_tokens` that leave too few of the model's positions for the samples.
+fn check_places<B: Backend>(base: &Base<B>, virtual_tokens: usize, data: &Dataset) -> Result<()> {
+    let (places, longest) = (base.model.config().max_positions, data.longest());
+    if virtual_tokens > 0 && virtual_tokens + longest > places {
+        let left = places.saturating_sub(longest);
+        let message = format!(
+            "expected at most {left} virtual tokens, which samples of up to {longest} tokens leave of the model's {places} \
+             positions, got `{virtual_tokens}`; use fewer, or shorter samples"
+        );
+        return Err(Error::new(ErrorCode::Config, "setting `num_virtual_tokens`", message));
+    }
+    Ok(())
+}
+
 /// Moments and gradients for every tensor of the attached adapters.
 pub(super) fn trained_tensors<B: Backend>(
     base: &Base<B>,
@@ -190,9 +216,11 @@ impl<B: Backend> Trainer<B> {
         (file.base, file.base_mark) = (named, Some(mark::of(&base)?));
         let mut adapters = Adapters::none(&base);
         adapters.attach(&base, &file, 1.0, WorkType::F32)?;
+        check_places(&base, adapters.virtual_tokens(), &data)?;
         // What follows may take their place.
         file.tensors.clear();
         let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
+        refuse_model(out)?;
         std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         let lock = FolderLock::take(out)?;
         sweep_folder(out);

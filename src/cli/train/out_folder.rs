@@ -6,7 +6,7 @@ use crate::adapter::AdapterFile;
 use crate::cli::outputs::check_readable;
 use crate::cli::shell::quoted;
 use crate::error::{Error, ErrorCode, Result};
-use crate::train::{SETTINGS, TrainConfig, has_checkpoint};
+use crate::train::{SETTINGS, TrainConfig, has_checkpoint, refuse_model};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
@@ -18,11 +18,7 @@ const BESIDE: [&str; 5] = ["adapter_model.safetensors", SETTINGS, "log.jsonl", "
 pub(super) fn check(args: &Args, config: &TrainConfig) -> Result<()> {
     let out = args.out();
     let refuse = |message: String| Err(Error::new(ErrorCode::Config, format!("`{}`", out.display()), message));
-    if out.join("config.json").exists() {
-        return refuse(
-            "holds a model, which an adapter in it would turn into something else; name another folder".into(),
-        );
-    }
+    refuse_model(out)?;
     // A run that goes on reads its own settings and writes the same again.
     let is_own = |file: &&PathBuf| args.resume && is_same(&out.join(SETTINGS), file);
     let settings = args.config.as_ref().filter(|file| !is_own(file));
