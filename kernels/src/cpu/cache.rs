@@ -85,6 +85,17 @@ pub(crate) fn size(dtype: CacheType) -> usize {
     }
 }
 
+/// Bytes of a token's keys and values, with their scales.
+fn token_bytes(kv_heads: usize, head_dim: usize, dtype: CacheType) -> usize {
+    let scale = if dtype == CacheType::I8 { size_of::<f32>() } else { 0 };
+    2 * kv_heads * (head_dim * size(dtype) + scale)
+}
+
+/// Blocks in which a window may lie.
+fn most_blocks(window: usize) -> usize {
+    window.div_ceil(BLOCK) + 1
+}
+
 impl Cache {
     /// Holds all tokens or, with a window, those that the next query can see and less than a block more.
     pub(crate) fn new(kv_heads: usize, head_dim: usize, dtype: CacheType, window: Option<usize>) -> Self {
@@ -100,8 +111,21 @@ impl Cache {
     /// Bytes of the keys and values held, with their scales.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let scales = if self.dtype == CacheType::I8 { size_of::<f32>() } else { 0 };
-        2 * (self.len - self.dropped * BLOCK) * self.kv_heads * (self.head_dim * size(self.dtype) + scales)
+        (self.len - self.dropped * BLOCK) * token_bytes(self.kv_heads, self.head_dim, self.dtype)
+    }
+
+    /// Bytes that a cache of these sizes holds at most, once `tokens` tokens were appended one by one: with a window, those
+    /// of the blocks in which it may lie.
+    #[must_use]
+    pub fn most_bytes(
+        kv_heads: usize,
+        head_dim: usize,
+        dtype: CacheType,
+        window: Option<usize>,
+        tokens: usize,
+    ) -> usize {
+        let most = window.map_or(usize::MAX, |window| most_blocks(window).saturating_mul(BLOCK));
+        tokens.min(most).saturating_mul(token_bytes(kv_heads, head_dim, dtype))
     }
 
     /// Bytes of the memory that it takes.
@@ -174,7 +198,7 @@ impl Cache {
         // Half as much again, not the double of `Vec`: this memory is the session's largest after weights. A window needs
         // no more than itself and a block, as long as tokens come one by one.
         let held = self.bytes.len().saturating_sub(self.aligned) / size(1).max(1);
-        let most = self.window.map_or(usize::MAX, |window| window.div_ceil(BLOCK) + 1);
+        let most = self.window.map_or(usize::MAX, most_blocks);
         let ample = blocks.max(most.min(held + held / 2));
         // What a long prompt took goes back when its tokens are dropped.
         let spare = blocks <= most && self.bytes.capacity() / 3 * 2 > size(most).saturating_add(LINE);

@@ -1,7 +1,7 @@
 //! Runs a case on every device, table and thread count and reports all failures at once.
 
 use pocketlora_kernels::cpu::{Cpu, Isa, Table};
-use pocketlora_kernels::{Backend, Call, doubles};
+use pocketlora_kernels::{Arithmetic, Backend, Call, MatrixSource, doubles};
 use std::sync::LazyLock;
 
 /// Unit in the last place of 1 in f32.
@@ -186,13 +186,46 @@ pub fn buffer<B: Backend>(device: &B, values: &[f32]) -> B::Buffer {
 
 /// A buffer of NaN: an op that does not overwrite all of its output shows.
 pub fn poisoned<B: Backend>(device: &B, len: usize) -> B::Buffer {
-    buffer(device, &vec![f32::NAN; len])
+    place(device, len, false)
 }
 
 pub fn read<B: Backend>(device: &B, buffer: &B::Buffer) -> Vec<f32> {
     let mut values = vec![0.0; device.len(buffer)];
     device.read(buffer, &mut values).unwrap();
     values
+}
+
+/// Where a result is to be: ones to be added to, or NaN to be overwritten.
+fn place<B: Backend>(device: &B, len: usize, accumulate: bool) -> B::Buffer {
+    buffer(device, &vec![if accumulate { 1.0 } else { f32::NAN }; len])
+}
+
+/// `x Wᵀ`, on top of ones if it is to `accumulate`.
+pub fn product<B: Backend>(device: &B, arithmetic: Arithmetic, w: &B::Matrix, x: &[f32], accumulate: bool) -> Vec<f32> {
+    let (rows, cols) = device.shape(w);
+    let mut y = place(device, x.len() / cols * rows, accumulate);
+    device.run(Call::Matmul { arithmetic, w, x: &buffer(device, x), y: &mut y, accumulate }).unwrap();
+    read(device, &y)
+}
+
+/// [`product`] with the matrix that `source` describes.
+pub fn product_of<B: Backend>(device: &B, arithmetic: Arithmetic, source: &MatrixSource, x: &[f32]) -> Vec<f32> {
+    product(device, arithmetic, &device.matrix(source.clone()).unwrap(), x, false)
+}
+
+/// The sum of `dy W` over `terms` for so many tokens, on top of ones if it is to `accumulate`.
+pub fn gradient_x<B: Backend>(
+    device: &B,
+    arithmetic: Arithmetic,
+    terms: &[(&B::Matrix, &[f32])],
+    tokens: usize,
+    accumulate: bool,
+) -> Vec<f32> {
+    let mut dx = place(device, tokens * device.shape(terms[0].0).1, accumulate);
+    let held: Vec<_> = terms.iter().map(|(w, dy)| (*w, buffer(device, dy))).collect();
+    let terms: Vec<_> = held.iter().map(|(w, dy)| (*w, dy)).collect();
+    device.run(Call::MatmulVjpX { arithmetic, terms: &terms, dx: &mut dx, accumulate }).unwrap();
+    read(device, &dx)
 }
 
 /// The sum of squares of `x`, by the device.

@@ -1,8 +1,11 @@
 //! Products with a weight, forward and backward.
 
-use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, poisoned, read, wide};
+use super::harness::{
+    EPS, Expected, Random, Report, affordable, buffer, case, gradient_x, poisoned, product, product_of, read, wide,
+};
 use super::oracle;
 use super::weights::{self, KINDS, Kind};
+use Arithmetic::{Bf16, Exact};
 use pocketlora_kernels::{Arithmetic, Backend, Call, FloatType, Memory, WorkType};
 
 /// `[T, O, K]`, some of them large enough for several threads: the matrix-vector paths, tails of every tile, blocks that run over row ends, odd rows, several
@@ -67,28 +70,9 @@ fn matmul_and_its_gradients_meet_the_oracle() {
             case!(report, &format!("matmul {kind:?} T={t} O={o} K={k}"), &expected, |cpu| {
                 let w = cpu.matrix(source.clone()).unwrap();
                 assert_eq!(cpu.shape(&w), (o, k));
-                let (x, dy) = (buffer(cpu, &x), buffer(cpu, &dy));
-                let (mut y, mut dx) = (poisoned(cpu, t * o), poisoned(cpu, t * k));
-                cpu.run(Call::Matmul { arithmetic: Arithmetic::Exact, w: &w, x: &x, y: &mut y, accumulate: false })
-                    .unwrap();
-                cpu.run(Call::MatmulVjpX {
-                    arithmetic: Arithmetic::Exact,
-                    terms: &[(&w, &dy)],
-                    dx: &mut dx,
-                    accumulate: false,
-                })
-                .unwrap();
-                let (mut y1, mut dx1) = (buffer(cpu, &vec![1.0; t * o]), buffer(cpu, &vec![1.0; t * k]));
-                cpu.run(Call::Matmul { arithmetic: Arithmetic::Exact, w: &w, x: &x, y: &mut y1, accumulate: true })
-                    .unwrap();
-                cpu.run(Call::MatmulVjpX {
-                    arithmetic: Arithmetic::Exact,
-                    terms: &[(&w, &dy)],
-                    dx: &mut dx1,
-                    accumulate: true,
-                })
-                .unwrap();
-                [y, y1, dx, dx1].map(|b| read(cpu, &b)).into()
+                let [y, y1] = [false, true].map(|accumulate| product(cpu, Exact, &w, &x, accumulate));
+                let [dx, dx1] = [false, true].map(|accumulate| gradient_x(cpu, Exact, &[(&w, &dy)], t, accumulate));
+                vec![y, y1, dx, dx1]
             });
         }
     }
@@ -165,16 +149,7 @@ fn work_matrices_hold_the_rounded_master() {
                 |cpu| {
                     let mut w = cpu.work_matrix(rows, cols, dtype).unwrap();
                     cpu.set_matrix(&mut w, &buffer(cpu, &master));
-                    let mut y = poisoned(cpu, t * rows);
-                    cpu.run(Call::Matmul {
-                        arithmetic: Arithmetic::Exact,
-                        w: &w,
-                        x: &buffer(cpu, &x),
-                        y: &mut y,
-                        accumulate: false,
-                    })
-                    .unwrap();
-                    vec![read(cpu, &y)]
+                    vec![product(cpu, Exact, &w, &x, false)]
                 },
             );
         }
@@ -195,16 +170,39 @@ fn nan_and_infinity_are_carried() {
             }
             let (y, size) = oracle::matmul(&wide(&x), &wide(&w), 64);
             case!(report, &format!("special values {kind:?} T={t}"), &[Expected::new(y, bounds(&size, 64))], |cpu| {
-                let mut y = poisoned(cpu, t * 6);
-                cpu.run(Call::Matmul {
-                    arithmetic: Arithmetic::Exact,
-                    w: &cpu.matrix(source.clone()).unwrap(),
-                    x: &buffer(cpu, &x),
-                    y: &mut y,
-                    accumulate: false,
-                })
-                .unwrap();
-                vec![read(cpu, &y)]
+                vec![product_of(cpu, Exact, &source, &x)]
+            });
+        }
+    }
+}
+
+#[test]
+fn products_in_bf16_err_by_no_more_than_their_rounding() {
+    let mut report = Report::default();
+    let mut random = Random(45);
+    let shapes = [[8, 3, 5], [9, 40, 64], [33, 70, 43], [17, 8, 576], [20, 100, 8], [13, 33, 530], [70, 530, 16]];
+    // Sums cut into panels, several panels at a time, and tokens after whole dozens.
+    for [t, o, k] in shapes.into_iter().chain([[28, 1040, 33], [29, 65, 1088], [16, 9, 2112]]) {
+        if !affordable(t * o * k) {
+            continue;
+        }
+        for kind in [Kind::Dense(FloatType::F16), KINDS[4], KINDS[6]] {
+            let (source, w) = weights::random(&mut random, kind, o, k);
+            let (x, dy) = (random.vector(t * k), random.vector(t * o));
+            let (y, y_size) = oracle::matmul(&wide(&x), &wide(&w), k);
+            let (dx, dx_size) = oracle::matmul(&wide(&dy), &oracle::transpose(&wide(&w), k), o);
+            // Two operands of 8 bits of mantissa, the sum in f32.
+            let bound = |s: &[f64], n: usize| {
+                s.iter().map(|s| (s + 1e-30) * (2.0 / 256.0 + 1e-5 + EPS * n as f64)).collect::<Vec<_>>()
+            };
+            let more = |y: &[f64]| y.iter().map(|y| y + 1.0).collect::<Vec<_>>();
+            let expected = [
+                Expected::new(y, bound(&y_size, k)),
+                Expected::new(more(&dx), bound(&dx_size, o).iter().map(|b| b + EPS).collect()),
+            ];
+            case!(report, &format!("matmul bf16 {kind:?} T={t} O={o} K={k}"), &expected, |cpu| {
+                let w = cpu.matrix(source.clone()).unwrap();
+                vec![product(cpu, Bf16, &w, &x, false), gradient_x(cpu, Bf16, &[(&w, &dy)], t, true)]
             });
         }
     }

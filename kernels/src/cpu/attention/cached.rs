@@ -260,8 +260,12 @@ mod tests {
                     pair.step(1, seed);
                     pair.assert_small(1);
                 }
+                let (kv_heads, len) = (pair.spec.kv_heads, pair.all.len());
+                let most = |window| Cache::most_bytes(kv_heads, pair.spec.head_dim, dtype, window, len);
+                assert_eq!(pair.all.bytes(), most(None));
                 // The memory of the long steps went back.
-                let most = (window.div_ceil(BLOCK) + 1) * BLOCK * pair.all.bytes() / pair.all.len();
+                let most = most(Some(window));
+                assert!(pair.windowed.bytes() <= most && most < pair.all.bytes(), "{window}");
                 assert!(pair.windowed.capacity() <= most * 3 / 2 + 128, "{} of {most}", pair.windowed.capacity());
             }
         }
