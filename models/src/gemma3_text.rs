@@ -7,7 +7,7 @@ use crate::exec::Exec;
 use crate::feed_forward::{FeedForward, PROJECTIONS};
 use crate::keys::Keys;
 use crate::op::{Activation, Norm, Value};
-use crate::outline::{Builder, Outline};
+use crate::outline::{Builder, Outline, Scaled};
 use crate::rope::RopeKeys;
 use crate::windows::{FULL, SLIDING, layer_types};
 use crate::{Family, Model};
@@ -15,6 +15,7 @@ use crate::{Family, Model};
 pub(crate) const FAMILY: Family = Family {
     model_type: "gemma3_text",
     honoured: &["hidden_activation", "attention_bias", "query_pre_attn_scalar", "sliding_window_pattern"],
+    scaled: Scaled::QUERIES,
     build,
 };
 

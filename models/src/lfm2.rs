@@ -11,7 +11,7 @@ use crate::rope::RopeKeys;
 use crate::windows::{FULL, layer_types};
 use crate::{Family, Model};
 
-pub(crate) const FAMILY: Family = Family { model_type: "lfm2", honoured: &[], build };
+pub(crate) const FAMILY: Family = Family { model_type: "lfm2", honoured: &[], scaled: None, build };
 
 /// A layer with a convolution, as `layer_types` spells it.
 const CONV: &str = "conv";

@@ -33,7 +33,7 @@ pub use op::{
     Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, StateId,
     StateSpec, Value, Width,
 };
-pub use outline::Outline;
+pub use outline::{Outline, Scaled};
 pub use params::{ParamSpec, Role};
 pub use rope::Rope;
 
@@ -73,6 +73,11 @@ pub trait Model: Send + Sync {
         &self.outline().config
     }
 
+    /// The layers that PEFT scales by default in this family, if it names any.
+    fn scaled_by_default(&self) -> Option<Scaled> {
+        FAMILIES.iter().find(|family| family.model_type == self.config().model_type)?.scaled
+    }
+
     /// All parameters; a [`Param`] is an index into this list.
     fn params(&self) -> &[ParamSpec] {
         &self.outline().params
@@ -100,6 +105,8 @@ pub(crate) struct Family {
     pub(crate) model_type: &'static str,
     /// Keys of the table in `known.rs` that the family reads itself, or that have no meaning in it.
     pub(crate) honoured: &'static [&'static str],
+    /// See [`Model::scaled_by_default`].
+    pub(crate) scaled: Option<Scaled>,
     /// The model that the keys describe.
     pub(crate) build: fn(&Keys<'_>) -> Result<Box<dyn Model>, ConfigError>,
 }

@@ -3,10 +3,12 @@
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
 use crate::keys::Keys;
+use crate::outline::Scaled;
 use crate::windows::WindowKeys;
 use crate::{Family, Model};
 
-pub(crate) const FAMILY: Family = Family { model_type: "llama", honoured: &["attention_bias", "mlp_bias"], build };
+pub(crate) const FAMILY: Family =
+    Family { model_type: "llama", honoured: &["attention_bias", "mlp_bias"], scaled: Scaled::KEYS, build };
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { positions: 2048, ..Defaults::default() })?;

@@ -3,10 +3,11 @@
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
 use crate::keys::Keys;
+use crate::outline::Scaled;
 use crate::windows::WindowKeys;
 use crate::{Family, Model};
 
-pub(crate) const FAMILY: Family = Family { model_type: "mistral", honoured: &[], build };
+pub(crate) const FAMILY: Family = Family { model_type: "mistral", honoured: &[], scaled: Scaled::KEYS, build };
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { kv_heads: Some(8), positions: 4096 * 32, ..Defaults::default() })?;

@@ -23,6 +23,22 @@ pub struct Outline {
     pub head: Linear,
 }
 
+/// The layers whose activations PEFT's IA3 (0.21) scales in a family where nobody names others: ends of their paths.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scaled {
+    /// What these give is scaled.
+    pub outputs: &'static [&'static str],
+    /// What these read is scaled.
+    pub inputs: &'static [&'static str],
+}
+
+impl Scaled {
+    /// The keys and values of attention, and what the second feed-forward layer reads.
+    pub(crate) const KEYS: Option<Self> = Some(Self { outputs: &["k_proj", "v_proj"], inputs: &["down_proj"] });
+    /// The queries and values of attention, and what the second feed-forward layer reads.
+    pub(crate) const QUERIES: Option<Self> = Some(Self { outputs: &["q_proj", "v_proj"], inputs: &["down_proj"] });
+}
+
 /// Collects what a family declares, in the order of its calls.
 pub(crate) struct Builder {
     pub(crate) config: Config,

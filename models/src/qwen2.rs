@@ -3,11 +3,13 @@
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
 use crate::keys::Keys;
+use crate::outline::Scaled;
 use crate::windows::WindowKeys;
 use crate::{Family, Model};
 
 /// Biases are the family's own, whatever these keys say.
-pub(crate) const FAMILY: Family = Family { model_type: "qwen2", honoured: &["attention_bias", "qkv_bias"], build };
+pub(crate) const FAMILY: Family =
+    Family { model_type: "qwen2", honoured: &["attention_bias", "qkv_bias"], scaled: Scaled::QUERIES, build };
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { kv_heads: Some(32), positions: 32768, ..Defaults::default() })?;

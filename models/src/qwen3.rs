@@ -3,10 +3,12 @@
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
 use crate::keys::Keys;
+use crate::outline::Scaled;
 use crate::windows::WindowKeys;
 use crate::{Family, Model};
 
-pub(crate) const FAMILY: Family = Family { model_type: "qwen3", honoured: &["attention_bias"], build };
+pub(crate) const FAMILY: Family =
+    Family { model_type: "qwen3", honoured: &["attention_bias"], scaled: Scaled::QUERIES, build };
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let defaults = Defaults { kv_heads: Some(32), head_dim: Some(128), positions: 32768, ..Defaults::default() };

@@ -15,6 +15,7 @@ use crate::{Family, Model};
 pub(crate) const FAMILY: Family = Family {
     model_type: "qwen3_5_text",
     honoured: &["attention_bias", "attn_output_gate", "partial_rotary_factor"],
+    scaled: None,
     build,
 };
 

@@ -8,8 +8,12 @@ use crate::outline::Builder;
 use crate::windows::WindowKeys;
 use crate::{Family, Model};
 
-pub(crate) const FAMILY: Family =
-    Family { model_type: "qwen3_moe", honoured: &["attention_bias", "num_experts", "num_local_experts"], build };
+pub(crate) const FAMILY: Family = Family {
+    model_type: "qwen3_moe",
+    honoured: &["attention_bias", "num_experts", "num_local_experts"],
+    scaled: None,
+    build,
+};
 
 /// Upper bound on the experts of all layers, so that a list of their parameters is small whatever a file says.
 const MAX_EXPERTS: usize = 1 << 16;

@@ -10,7 +10,7 @@ use super::tensor::{Stored, TensorSpec};
 use crate::error::{Error, Result};
 use Use::{Default as OnlyDefault, Honoured, NoEffect};
 use pocketlora_kernels::Backend;
-use pocketlora_models::{Model, Param};
+use pocketlora_models::{Model, Param, Scaled};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -22,12 +22,6 @@ const KEYS: &[KeyUse] = &[
     ("init_ia3_weights", NoEffect, ""), // how it began
     ("target_modules", Honoured, ""),
 ];
-
-/// The layers that PEFT (0.21) adapts by default, by the names of a family's modules: those of attention; it scales what
-/// `down_proj` reads beside them. Families whose keys it scales are named, of others it scales queries.
-const WITH_KEYS: [&str; 2] = ["llama", "mistral"];
-const FAMILIES: [&str; 8] = ["gemma", "gemma2", "gemma3_text", "llama", "llama4", "mistral", "qwen2", "qwen3"];
-const FEEDFORWARD: &str = "down_proj";
 
 /// Settings of (IA)³.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,30 +92,26 @@ impl AdapterMethod for Ia3 {
     }
 
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
-        let family = model.config().model_type.as_str();
-        let known = FAMILIES.contains(&family);
+        let scaled = model.scaled_by_default();
         let unknown = |setting: &str, expected: &str| {
-            let got = format!("none, and PEFT has no default for the family `{family}`");
+            let got = format!("none, and PEFT has no default for the family `{}`", model.config().model_type);
             Error::config(setting, expected, got)
         };
-        let targets = match &settings.targets[..] {
-            [auto] if auto == AUTO && !known => {
-                return Err(unknown("targets", "names of layers, or `all`"));
+        let targets = match (&settings.targets[..], scaled) {
+            ([auto], Some(Scaled { outputs, inputs })) if auto == AUTO => {
+                outputs.iter().chain(inputs).map(|&name| name.to_owned()).collect()
             }
-            [auto] if auto == AUTO => {
-                let first = if WITH_KEYS.contains(&family) { "k_proj" } else { "q_proj" };
-                [first, "v_proj", FEEDFORWARD].map(str::to_owned).to_vec()
-            }
-            given => given.to_vec(),
+            ([auto], None) if auto == AUTO => return Err(unknown("targets", "names of layers, or `all`")),
+            (given, _) => given.to_vec(),
         };
         let layers = target_layers(model.params(), &targets)?;
         let targets = last_parts(model, &layers);
         let mut feedforward = settings.feedforward_modules.clone();
         if feedforward.is_empty() {
-            if !known {
+            let Some(Scaled { inputs, .. }) = scaled else {
                 return Err(unknown("feedforward-modules", "those of the targets whose input is to be scaled"));
-            }
-            feedforward.extend(targets.iter().filter(|name| *name == FEEDFORWARD).cloned());
+            };
+            feedforward.extend(targets.iter().filter(|name| inputs.contains(&name.as_str())).cloned());
         }
         if let Some(other) = feedforward.iter().find(|name| !targets.contains(name)) {
             let expected = format!("some of the targets `{}`", targets.join("`, `"));

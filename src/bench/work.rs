@@ -1,9 +1,11 @@
 //! What a model asks of a machine for each token: bytes to read, multiplications and additions to do.
 
 use crate::base::Base;
+use crate::exec::multiplied_once;
 use pocketlora_kernels::{Arithmetic, Cpu, Memory};
 use pocketlora_models::{Param, Role};
 use serde::Serialize;
+use std::collections::HashSet;
 
 /// Counts of a model's matrices. Attention, norms and adapters are left out: they are a few percent at these lengths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -12,7 +14,7 @@ pub struct Demand {
     pub bytes_per_token: u64,
     /// Weights of the linear layers.
     pub linear: u64,
-    /// Those of them whose output is a layer's, which training does not compute again.
+    /// Those of them whose product training does not compute again: nothing but the next layer reads what comes of it.
     pub last: u64,
     /// Weights of the head.
     pub head: u64,
@@ -22,6 +24,10 @@ impl Demand {
     pub(super) fn of(base: &Base<Cpu>, arithmetic: Arithmetic) -> Self {
         let head = base.model.head_param();
         let mut demand = Self { bytes_per_token: 0, linear: 0, last: 0, head: 0 };
+        let once: HashSet<u32> = (0..base.model.config().layers)
+            .flat_map(|layer| multiplied_once(base.model.as_ref(), layer))
+            .map(|param| param.0)
+            .collect();
         for (i, spec) in base.model.params().iter().enumerate() {
             let param = Param(i as u32);
             if spec.role != Role::Linear && param != head {
@@ -35,7 +41,7 @@ impl Demand {
                 demand.head += weights;
             } else {
                 demand.linear += weights;
-                demand.last += if spec.name.ends_with(".down_proj.weight") { weights } else { 0 };
+                demand.last += if once.contains(&param.0) { weights } else { 0 };
             }
         }
         demand
@@ -50,5 +56,31 @@ impl Demand {
     /// is due, and the gradient of its input; the head forward and back.
     pub(super) fn train_ops(&self) -> f64 {
         6.0 * self.linear as f64 - 2.0 * self.last as f64 + 4.0 * self.head as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+    use std::fs;
+    use std::path::Path;
+
+    /// A norm behind a layer's last product reads what it gives, and experts go through their products again.
+    #[test]
+    fn products_that_backward_does_not_need_are_computed_once() {
+        for (family, expected) in [
+            ("llama", &["model.layers.1.mlp.down_proj"][..]),
+            ("lfm2", &["model.layers.1.feed_forward.w2"]),
+            ("gemma3_text", &[]),
+            ("qwen3_moe", &[]),
+        ] {
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/oracles/families").join(family);
+            let config: Value = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
+            let model = pocketlora_models::build(config.as_object().unwrap()).unwrap();
+            let once = multiplied_once(model.as_ref(), 1);
+            let names: Vec<_> = once.iter().map(|param| model.params()[param.0 as usize].module()).collect();
+            assert_eq!(names, expected, "{family}");
+        }
     }
 }
