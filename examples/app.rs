@@ -45,7 +45,7 @@ fn ask(engine: &Engine, question: &str) -> Result<String> {
 /// Returns the answers before, beside and after training.
 pub fn run(model: &Path, data: &Path, out: &Path, question: &str) -> Result<[String; 3]> {
     let engine = Engine::open(model, &Options::new().context(1024))?;
-    eprintln!("a text of 1024 tokens takes {} kB", 1024 * engine.bytes_per_token() / 1000);
+    eprintln!("a text of 1024 tokens takes {} kB", engine.context_bytes(1024) / 1000);
     let config = TrainConfig { steps: Some(40), lr: 1e-3, ..TrainConfig::default() };
     let data = engine.dataset(data, config.seq)?;
     let trainer = engine.trainer(config, data, None, None, out)?;

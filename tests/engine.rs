@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{quiet, tiny_chat_model, tiny_training};
+use common::{golden, quiet, tiny_chat_model, tiny_training};
 use pocketlora::train::Directive;
 use pocketlora::{
     Answer, Cancel, Chat, Device, Engine, ErrorCode, Finish, Listener, LogitFilter, Message, Observer, Options,
@@ -378,9 +378,21 @@ fn a_bound_on_the_context_is_kept_and_told() {
     assert!(free.context_tokens() == 4096 && !free.is_context_bound());
     // Layers, keys and values, heads, width, bytes of f16.
     let config = pocketlora::internals::base(&free).model.config();
-    assert_eq!(free.bytes_per_token(), (config.layers * 2 * config.kv_heads * config.head_dim * 2) as u64);
+    let token = (config.layers * 2 * config.kv_heads * config.head_dim * 2) as u64;
+    assert_eq!(free.context_bytes(1000), 1000 * token);
     let small = open(&long_model(dir.path()), &two().int8_cache(true));
-    assert!(small.bytes_per_token() < free.bytes_per_token());
+    assert!(small.context_bytes(1000) < free.context_bytes(1000));
+}
+
+/// Two layers with a window of 8 tokens and one without: once two blocks of 64 tokens are full, one layer grows.
+#[test]
+fn layers_with_a_window_are_counted_with_no_more_than_it() {
+    let engine = open(&golden("families/gemma3_text"), &two().context(200));
+    let [first, ahead, full] = [0, 199, 399].map(|n| engine.context_bytes(n + 1) - engine.context_bytes(n));
+    let config = pocketlora::internals::base(&engine).model.config();
+    let row = (2 * config.kv_heads * config.head_dim * 2) as u64;
+    assert_eq!([first, ahead, full], [3 * row, row, row]);
+    assert_eq!(engine.context_bytes(200), (200 + 2 * 128) * row);
 }
 
 #[test]

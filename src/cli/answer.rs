@@ -10,7 +10,10 @@ const LONG: usize = 256;
 
 /// What a text that is too long fills.
 pub(super) fn context(engine: &Engine) -> String {
-    let (tokens, kilobytes) = (engine.context_tokens(), engine.bytes_per_token() as f64 / 1e3);
+    let tokens = engine.context_tokens();
+    // Of the layers that would hold more.
+    let more = engine.context_bytes(2 * tokens) - engine.context_bytes(tokens);
+    let kilobytes = more as f64 / tokens as f64 / 1e3;
     match engine.is_context_bound() {
         true => format!("context of {tokens} tokens; a larger `--context` takes {kilobytes:.1} kB a token"),
         false => format!("model's context of {tokens} tokens"),

@@ -23,7 +23,7 @@ pub(crate) use transcript::Transcript;
 use crate::adapter::Adapters;
 use crate::base::{Base, architecture};
 use crate::error::Result;
-use crate::exec::infer::Numbers;
+use crate::exec::infer::{Numbers, state_bytes};
 use crate::format::foreign::no_tokenizer;
 use crate::format::{Checkpoint, int8_head};
 use crate::memory::{Peak, anonymous_bytes};
@@ -32,8 +32,7 @@ use crate::tokenizer::SpecialText;
 use crate::turn::Turn;
 use adapters::{AdapterSet, Registry};
 use pocketlora_kernels::cpu::Table;
-use pocketlora_kernels::{Arithmetic, CacheType, Cpu};
-use pocketlora_models::StateSpec;
+use pocketlora_kernels::{Arithmetic, Cpu};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
@@ -145,18 +144,11 @@ impl Engine {
         self.0.context < self.0.base.model.config().max_positions
     }
 
-    /// Bytes that each token of a text takes as long as it is held. What is held grows in steps of half of it; layers with
-    /// a window stop growing when it is full.
+    /// Bytes that a text of `tokens` tokens holds: of each layer the keys and values of all tokens, or of those in its window,
+    /// or a state of fixed size. Memory grows in steps of half of it, and a long prompt takes some more while it is read.
     #[must_use]
-    pub fn bytes_per_token(&self) -> u64 {
-        let bytes = |spec: &StateSpec| match (spec, self.0.numbers.cache) {
-            (StateSpec::Kv { kv_heads, head_dim, .. }, CacheType::F32) => 2 * kv_heads * 4 * head_dim,
-            (StateSpec::Kv { kv_heads, head_dim, .. }, CacheType::F16) => 2 * kv_heads * 2 * head_dim,
-            // With a scale for each row.
-            (StateSpec::Kv { kv_heads, head_dim, .. }, CacheType::I8) => 2 * kv_heads * (head_dim + 4),
-            (StateSpec::Conv { .. } | StateSpec::Matrix { .. }, _) => 0,
-        };
-        self.0.base.model.states().iter().map(|spec| bytes(spec) as u64).sum()
+    pub fn context_bytes(&self, tokens: usize) -> u64 {
+        state_bytes(self.0.base.model.states(), self.0.numbers.cache, tokens)
     }
 
     /// How many tokens there are with what attached adapters bring: rows of the embedding and of the head.

@@ -65,7 +65,7 @@ pub struct Options {
     /// Keys and values in 8 bits: half the memory of a long text, at a small cost in quality.
     pub int8_cache: bool,
     /// Most tokens of one text, prompt and answer together; what the model was made for if 0. Memory follows:
-    /// [`Engine::bytes_per_token`](super::Engine::bytes_per_token) tells how much.
+    /// [`Engine::context_bytes`](super::Engine::context_bytes) tells how much.
     pub context: usize,
     /// A folder for copies that make things faster and can be made again at any time; none are kept without it.
     pub cache_dir: Option<PathBuf>,

@@ -2,7 +2,7 @@
 
 use super::interpreter::Interpreter;
 use super::pass::{Batch, Part, Pass};
-pub use super::sequence::Sequence;
+pub use super::sequence::{Sequence, state_bytes};
 use crate::adapter::Adapters;
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};

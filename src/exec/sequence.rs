@@ -3,6 +3,7 @@
 use crate::adapter::{Adapters, Prefix};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
+use pocketlora_kernels::cpu::Cache;
 use pocketlora_kernels::{Backend, CacheType, Call};
 use pocketlora_models::StateSpec;
 
@@ -38,6 +39,18 @@ impl<B: Backend> State<B> {
             Self::Conv(buffer) | Self::Matrix(buffer) => Some(buffer),
         }
     }
+}
+
+/// Bytes that the states `specs` of a text of `tokens` tokens hold at most, with keys and values kept as `dtype`. What cannot
+/// be cut back is there once more for each snapshot.
+pub fn state_bytes(specs: &[StateSpec], dtype: CacheType, tokens: usize) -> u64 {
+    let copied = |values: usize| (1 + SNAPSHOTS) * size_of::<f32>() * values;
+    let bytes = |spec: &StateSpec| match *spec {
+        StateSpec::Kv { kv_heads, head_dim, window } => Cache::most_bytes(kv_heads, head_dim, dtype, window, tokens),
+        StateSpec::Conv { channels, taps } => copied(channels * (taps - 1)),
+        StateSpec::Matrix { heads, key, value } => copied(heads * key * value),
+    };
+    specs.iter().map(|spec| bytes(spec) as u64).sum()
 }
 
 /// Copies of the states that cannot be cut back, as they were after `len` tokens.
