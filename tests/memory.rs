@@ -124,31 +124,64 @@ fn a_budget_is_kept_or_refused_with_the_smallest_that_would_do() {
     }
 }
 
-/// Short samples to learn and one long sample to evaluate: it is what takes most.
-#[test]
-fn evaluation_and_saving_keep_to_the_plan_and_to_a_budget() {
-    let dir = tempfile::tempdir().unwrap();
-    let (model, chat) = (model(dir.path()), common::tiny_chat_model(dir.path()));
+/// [`model`] with a tokenizer.
+fn text_model(dir: &Path) -> PathBuf {
+    let (model, chat) = (model(dir), common::tiny_chat_model(dir));
     for file in ["tokenizer.json", "tokenizer_config.json"] {
         fs::copy(chat.join(file), model.join(file)).unwrap();
     }
-    let text = |name: &str, len: usize| {
-        let path = dir.path().join(name);
-        fs::write(&path, json!({ "text": "words and ".repeat(len / 10) }).to_string()).unwrap();
-        path
-    };
-    let (data, held_out) = (text("data.jsonl", 60), text("held_out.jsonl", 900));
-    let train = |more: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pocketlora"));
-        command.args(["train", "--no-quantize", "--json", "--overwrite", "--threads", "1", "--steps", "2"]);
-        command.args(["--seq", "1024", "-m"]).arg(&model).arg("-d").arg(&data);
-        command.arg("-o").arg(dir.path().join("out")).args(more).output().unwrap()
-    };
-    let summary = |output: &Output| {
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        serde_json::from_str::<Value>(text.lines().last().unwrap()).unwrap()
-    };
+    model
+}
+
+/// A file of texts of about so many tokens.
+fn texts(dir: &Path, name: &str, lengths: &[usize]) -> PathBuf {
+    let path = dir.join(name);
+    let line = |len: &usize| json!({ "text": "words and ".repeat(len / 10) }).to_string() + "\n";
+    fs::write(&path, lengths.iter().map(line).collect::<String>()).unwrap();
+    path
+}
+
+fn train(dir: &Path, model: &Path, data: &Path, more: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pocketlora"));
+    command.args(["train", "--no-quantize", "--json", "--overwrite", "--threads", "1", "-m"]).arg(model);
+    command.arg("-d").arg(data).arg("-o").arg(dir.join("out")).args(more).output().unwrap()
+}
+
+fn summary(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    serde_json::from_str::<Value>(text.lines().last().unwrap()).unwrap()
+}
+
+/// Virtual tokens are rows of attention for each sample, however short it is.
+#[test]
+fn a_prefix_is_planned_for_every_sample_of_a_pass() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let model = text_model(dir);
+    let many: Vec<usize> = (0..60).map(|i| 10 + i % 5 * 10).chain([200, 300]).collect();
+    let (few, many) = (texts(dir, "few.jsonl", &[100, 150, 120, 80]), texts(dir, "many.jsonl", &many));
+    for (data, more) in [
+        (&few, "--batch 1 --num-virtual-tokens 4"),
+        (&few, "--batch 4 --num-virtual-tokens 64"),
+        (&many, "--batch 8 --num-virtual-tokens 32"),
+        (&many, "--batch 2 --packing --num-virtual-tokens 32"),
+    ] {
+        let settings = ["--method", "prefix-tuning", "--steps", "3", "--seq", "300"];
+        let run = summary(&train(dir, &model, data, &[&settings[..], &more.split(' ').collect::<Vec<_>>()].concat()));
+        let Some(deviation) = run["deviation_percent"].as_f64() else { return };
+        assert!(deviation.abs() <= 5.0, "{more}: {deviation} % off {}", run["plan"]);
+    }
+}
+
+/// Short samples to learn and one long sample to evaluate: it is what takes most.
+#[test]
+fn evaluation_and_saving_keep_to_the_plan_and_to_a_budget() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let model = text_model(dir);
+    let (data, held_out) = (texts(dir, "data.jsonl", &[60]), texts(dir, "held_out.jsonl", &[900]));
+    let train = |more: &[&str]| train(dir, &model, &data, &[&["--steps", "2", "--seq", "1024"], more].concat());
     let bytes = |summary: &Value| summary["planned_bytes"].as_u64().unwrap();
     let held = &["--rank", "2", "--eval-data", held_out.to_str().unwrap()];
     let alone = summary(&train(&held[..2]));

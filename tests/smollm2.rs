@@ -8,6 +8,8 @@ use pocketlora::format::Target;
 use pocketlora::{Chat, Engine, Generated, Options, Precision, internals};
 use serde_json::Value;
 use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 fn json(name: &str) -> Value {
     serde_json::from_slice(&fs::read(golden(name)).unwrap()).unwrap()
@@ -26,13 +28,19 @@ fn prompts(oracle: &Value) -> Vec<(String, Value)> {
     oracle["prompts"].as_array().unwrap().iter().flat_map(forms).collect()
 }
 
-fn model(to: Target) -> Option<(tempfile::TempDir, Engine)> {
-    let gguf = real_gguf()?;
-    let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("model");
-    convert(&gguf, &out, to);
-    let engine = open_exact(&out, 0);
-    Some((dir, engine))
+/// The model in NF4, quantized once for all tests of a run. It stays in cargo's folder for tests until the next run.
+fn nf4() -> Option<Engine> {
+    static COPY: LazyLock<PathBuf> = LazyLock::new(|| {
+        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("smollm2-nf4");
+        if out.exists() {
+            fs::remove_dir_all(&out).unwrap();
+        }
+        convert(&real_gguf().expect("it was there just now"), &out, Target::Nf4);
+        out
+    });
+    // Each test skips by itself.
+    real_gguf()?;
+    Some(open_exact(&COPY, 0))
 }
 
 /// The greedy continuation of `ids`.
@@ -67,7 +75,11 @@ fn compare(engine: &Engine, oracle: &Value, bound: f32) -> Vec<String> {
 
 #[test]
 fn f32_weights_give_the_reference_logits_and_continuations() {
-    let Some((_dir, engine)) = model(Target::F32) else { return };
+    let Some(gguf) = real_gguf() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    convert(&gguf, &model, Target::F32);
+    let engine = open_exact(&model, 0);
     let differing = compare(&engine, &json("smollm2_f32.json"), 2e-3);
     for form in ["raw", "chat"] {
         let count = differing.iter().filter(|name| name.ends_with(form)).count();
@@ -77,7 +89,7 @@ fn f32_weights_give_the_reference_logits_and_continuations() {
 
 #[test]
 fn a_conversation_renders_as_the_reference_renders_it() {
-    let Some((_dir, engine)) = model(Target::Nf4) else { return };
+    let Some(engine) = nf4() else { return };
     let oracle = &json("smollm2_f32.json")["multi_turn"];
     let messages: Vec<pocketlora::chat::Message> = serde_json::from_value(oracle["messages"].clone()).unwrap();
     let text = engine.text().unwrap().template.render(&messages, None, true).unwrap().text;
@@ -87,7 +99,7 @@ fn a_conversation_renders_as_the_reference_renders_it() {
 
 #[test]
 fn nf4_weights_reach_the_perplexity_of_bitsandbytes() {
-    let Some((_dir, engine)) = model(Target::Nf4) else { return };
+    let Some(engine) = nf4() else { return };
     let text = fs::read_to_string(golden("ppl_text.txt")).unwrap();
     let ids = engine.text().unwrap().tokenizer.encode(&text, true).unwrap();
     assert_eq!(ids, ids_of(&json("smollm2_ppl_ids.json")));
@@ -111,10 +123,11 @@ fn nf4_weights_reach_the_perplexity_of_bitsandbytes() {
 fn arithmetic_in_8_bits_costs_little_perplexity() {
     /// Three of the six windows: costs are as large in all of them.
     const TOKENS: usize = 3 * 512;
-    let Some((dir, exact)) = model(Target::Nf4) else { return };
+    let Some(exact) = nf4() else { return };
     let ids = &ids_of(&json("smollm2_ppl_ids.json"))[..TOKENS];
     let perplexity = |engine: &Engine| score_text(engine, ids, 512, &mut |_| true).unwrap().perplexity();
     let base = perplexity(&exact);
+    let dir = tempfile::tempdir().unwrap();
     let cache = dir.path().join("cache");
     let fast = Options::new().cache_dir(&cache);
     let settings = [
@@ -133,7 +146,7 @@ fn arithmetic_in_8_bits_costs_little_perplexity() {
 /// Streaming pieces join to what decoding all ids at once gives.
 #[test]
 fn streamed_text_is_the_whole_text() {
-    let Some((_dir, engine)) = model(Target::Nf4) else { return };
+    let Some(engine) = nf4() else { return };
     let text = engine.text().unwrap();
     let tokenizer = &text.tokenizer;
     for (name, prompt) in prompts(&json("smollm2_f32.json")) {
@@ -147,7 +160,7 @@ fn streamed_text_is_the_whole_text() {
 
 #[test]
 fn the_cache_is_reused_between_turns() {
-    let Some((_dir, engine)) = model(Target::Nf4) else { return };
+    let Some(engine) = nf4() else { return };
     let ids = ids_of(&prompts(&json("smollm2_f32.json"))[0].1["ids"]);
     let mut chat = engine.chat().unwrap();
     let first = generate(&mut chat, &ids, 5);

@@ -3,7 +3,7 @@
 //! The base is frozen, so a linear layer's backward is the gradient of its input plus whatever its adapters need. Values
 //! are freed with the last operation that reads them, and gradients take their places where they can.
 
-use super::lives::{self, Recorded};
+use super::lives;
 use super::ops;
 use super::tape::Tape;
 use crate::adapter::Gradients;
@@ -50,9 +50,7 @@ impl<B: Backend> Tape<'_, B> {
     /// Computes what backward reads, as far as it is not there: a layer's last product and its output are left out.
     fn replay(&mut self) -> Result<()> {
         let keep = lives::kept_for_backward(&self.ops, self.it.slots.len());
-        let makes = |recorded: &Recorded| recorded.outputs().any(|t| keep[t.0 as usize]);
-        let end = self.ops.iter().rposition(makes).map_or(0, |last| last + 1);
-        self.forward(end, &keep)
+        self.forward(lives::replayed(&self.ops, &keep), &keep)
     }
 
     /// The operations from `cut` on, `part` tokens at a time, then those before it.

@@ -1,5 +1,7 @@
 //! How long values live: computed from what operations read, forward and backward, and from nothing else.
 
+#[cfg(feature = "bench")]
+use pocketlora_models::{Exec, Model, Param};
 use pocketlora_models::{Op, Value};
 use std::ops::Range;
 
@@ -16,7 +18,7 @@ pub(super) struct Recorded {
 }
 
 impl Recorded {
-    pub fn new(op: Op, y: Value, keeps: Vec<Value>) -> Self {
+    fn new(op: Op, y: Value, keeps: Vec<Value>) -> Self {
         let outputs = y.0..y.0 + op.outputs().len() as u32;
         Self { reads: op.reads(), keeps, y, outputs, op }
     }
@@ -24,6 +26,35 @@ impl Recorded {
     /// The values that it writes.
     pub fn outputs(&self) -> impl Iterator<Item = Value> + use<> {
         self.outputs.clone().map(Value)
+    }
+}
+
+/// Puts `op`, which writes from `y` on, behind `ops`. Its backward reads `keeps`, and what is needed to compute those of
+/// them again that are dropped.
+pub(super) fn record(ops: &mut Vec<Recorded>, op: Op, y: Value, mut keeps: Vec<Value>) {
+    for t in keeps.clone() {
+        sources(ops, t, &mut keeps);
+    }
+    // What is computed of others comes behind them.
+    keeps.sort_by_key(|t| t.0);
+    ops.push(Recorded::new(op, y, keeps));
+}
+
+/// What computes `t` again, if it is dropped rather than kept.
+pub(super) fn maker(ops: &[Recorded], t: Value) -> Option<&Recorded> {
+    ops.iter().find(|recorded| recorded.y == t && recorded.op.is_cheap())
+}
+
+/// Adds what must be there to compute `t` again, if it is dropped, beside what the backward of its own operation reads.
+fn sources(ops: &[Recorded], t: Value, keeps: &mut Vec<Value>) {
+    let Some(made) = maker(ops, t) else { return };
+    for read in made.op.reads() {
+        if !made.keeps.contains(&read) || maker(ops, read).is_some() {
+            if !keeps.contains(&read) {
+                keeps.push(read);
+            }
+            sources(ops, read, keeps);
+        }
     }
 }
 
@@ -60,6 +91,40 @@ pub(super) fn kept_for_backward(ops: &[Recorded], values: usize) -> Vec<bool> {
         recorded.outputs().for_each(|t| keep[t.0 as usize] = false);
     }
     keep
+}
+
+/// How many of `ops` make what is to be kept, those before the last of these included: what runs again before backward.
+pub(super) fn replayed(ops: &[Recorded], keep: &[bool]) -> usize {
+    let makes = |recorded: &Recorded| recorded.outputs().any(|t| keep[t.0 as usize]);
+    ops.iter().rposition(makes).map_or(0, |last| last + 1)
+}
+
+/// The weights of a layer whose products training computes once: those behind all that backward reads.
+#[cfg(feature = "bench")]
+pub(crate) fn multiplied_once(model: &dyn Model, layer: usize) -> Vec<Param> {
+    /// Notes operations and runs none.
+    struct Notes {
+        ops: Vec<Recorded>,
+        values: u32,
+    }
+    impl Exec for Notes {
+        fn run(&mut self, op: Op) -> Value {
+            let y = Value(self.values);
+            self.values += op.outputs().len() as u32;
+            let keeps = op.keeps(y);
+            record(&mut self.ops, op, y, keeps);
+            y
+        }
+    }
+    let mut notes = Notes { ops: Vec::new(), values: 1 };
+    model.layer(&mut notes, layer, Value(0));
+    let keep = kept_for_backward(&notes.ops, notes.values as usize);
+    let weights = |recorded: &Recorded| match &recorded.op {
+        Op::Linears { layers, .. } => layers.iter().map(|layer| layer.weight).collect(),
+        // The backward of experts computes their products again by itself.
+        _ => Vec::new(),
+    };
+    notes.ops[replayed(&notes.ops, &keep)..].iter().flat_map(weights).collect()
 }
 
 /// How many of `ops` read each of so many `values` in their backward.

@@ -20,4 +20,6 @@ pub mod train {
     pub use super::pass::{Batch, Pass};
 }
 
+#[cfg(feature = "bench")]
+pub(crate) use lives::multiplied_once;
 use tape::Tape;

@@ -96,27 +96,9 @@ impl<'p, B: Backend> Tape<'p, B> {
         if self.it.slots[t.0 as usize].data.is_some() {
             return Ok(());
         }
-        let made = self.ops.iter().find(|recorded| recorded.y == t && recorded.op.is_cheap());
-        let Recorded { op, y, .. } = made.expect("only cheap values are dropped before backward reads them");
+        let Recorded { op, y, .. } =
+            lives::maker(&self.ops, t).expect("only cheap values are dropped before backward reads them");
         self.it.run(op, *y)
-    }
-
-    /// Adds what must be there to compute `t` again, if it is dropped, beside what the backward of its own operation reads.
-    fn sources(&self, t: Value, keeps: &mut Vec<Value>) {
-        let Some(made) = self.ops.iter().find(|recorded| recorded.y == t && recorded.op.is_cheap()) else { return };
-        for read in made.op.reads() {
-            if !made.keeps.contains(&read) || self.is_dropped(read) {
-                if !keeps.contains(&read) {
-                    keeps.push(read);
-                }
-                self.sources(read, keeps);
-            }
-        }
-    }
-
-    /// Whether `t` is computed again rather than kept.
-    fn is_dropped(&self, t: Value) -> bool {
-        self.ops.iter().any(|recorded| recorded.y == t && recorded.op.is_cheap())
     }
 
     /// Where the tape may be cut to run `part` tokens at a time from there on, if they are fewer than all.
@@ -182,13 +164,8 @@ impl<B: Backend> Exec for Tape<'_, B> {
     fn run(&mut self, op: Op) -> Value {
         let y = self.it.declare(&op);
         self.it.note_gradients(&op, y);
-        let mut keeps = self.it.keeps(&op, y);
-        for t in keeps.clone() {
-            self.sources(t, &mut keeps);
-        }
-        // What is computed of others comes behind them.
-        keeps.sort_by_key(|t| t.0);
-        self.ops.push(Recorded::new(op, y, keeps));
+        let keeps = self.it.keeps(&op, y);
+        lives::record(&mut self.ops, op, y, keeps);
         y
     }
 }

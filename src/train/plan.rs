@@ -113,18 +113,26 @@ impl Work {
         self.specs.iter().map(TensorSpec::values).sum()
     }
 
-    /// Samples that take as much as any pass of at most `most` tokens: the longest, and what is left for others.
-    fn fullest(&self, most: usize) -> Vec<usize> {
-        let (mut lengths, mut left) = (Vec::new(), most.min(self.largest));
+    /// Lengths of the samples of passes of at most `most` tokens that take as much as any: one of the longest samples, and
+    /// one of as many samples as there can be where these are more, for each sample has virtual tokens of its own.
+    fn fullest(&self, config: &TrainConfig, most: usize) -> Vec<Vec<usize>> {
+        let most = most.min(self.largest);
+        let (mut longest, mut left) = (Vec::new(), most);
         for len in &self.lengths {
-            if !lengths.is_empty() && *len > left {
+            if !longest.is_empty() && *len > left {
                 break;
             }
-            lengths.push(*len);
+            longest.push(*len);
             left = left.saturating_sub(*len);
         }
-        lengths.extend((left > 0).then_some(left));
-        lengths
+        longest.extend((left > 0).then_some(left));
+        let tokens: usize = longest.iter().sum();
+        let samples = if config.packing { self.lengths.len() } else { config.batch };
+        let mut left = tokens;
+        let fits = |len: &&usize| left.checked_sub(**len).inspect(|rest| left = *rest).is_some();
+        let count = self.lengths.iter().rev().take(samples).take_while(fits).count();
+        let many = (0..count).map(|i| tokens / count + usize::from(i < tokens % count)).collect();
+        if count > longest.len() { vec![longest, many] } else { vec![longest] }
     }
 
     /// The plan for passes of at most `pass_tokens`.
@@ -136,9 +144,8 @@ impl Work {
         let mut adapters = Adapters::none(&base);
         adapters.attach_zeros(&base, &self.method, &self.specs)?;
         let mut grads = gradients(&base, &adapters)?;
-        let lengths = self.fullest(pass_tokens);
-        let tokens: usize = lengths.iter().sum();
-        let micro = MicroBatch::of_lengths(lengths, tokens);
+        let passes = self.fullest(config, pass_tokens);
+        let tokens: usize = passes[0].iter().sum();
         let mut pool = Pool::default();
         pool.reserve(&base.backend, 1, 1)?;
         let dropout = (config.dropout > 0.0).then_some(Dropout { p: config.dropout, key: 0, first: 0 });
@@ -149,7 +156,9 @@ impl Work {
             let sums = (&mut sums, 0);
             micro_step(&base, &adapters, micro, 1.0, dropout, arithmetic, &layout, grads, &mut pool, sums, &mut watch)
         };
-        pass(&micro, dropout, Some(&mut grads))?;
+        for lengths in passes {
+            pass(&MicroBatch::of_lengths(lengths, tokens), dropout, Some(&mut grads))?;
+        }
         if self.evaluated > 0 {
             // Samples are evaluated one at a time, and only their loss is asked for.
             pass(&MicroBatch::of_lengths(vec![self.evaluated], self.evaluated), None, None)?;

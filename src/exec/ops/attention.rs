@@ -16,7 +16,8 @@ pub(super) fn run<B: Backend>(
 ) -> Result<()> {
     let prefix = it.pass.adapters().prefix();
     if let Some(prefix) = prefix.filter(|_| it.states.is_empty()) {
-        return run_behind(it, prefix, shape, state, [q, k, v], y);
+        let behind = Behind::new(prefix, state, &it.pass.batch.segments);
+        return run_behind(it, &behind, shape, [q, k, v], y);
     }
     let mut out = it.buffer(it.len(y))?;
     if it.states.is_empty() {
@@ -51,7 +52,8 @@ pub(super) fn back<B: Backend>(
     grads: &mut Gradients<B>,
 ) -> Result<()> {
     if let Some(prefix) = it.pass.adapters().prefix() {
-        return back_behind(it, prefix, shape, state, [q, k, v], y, dy, grads);
+        let behind = Behind::new(prefix, state, &it.pass.batch.segments);
+        return back_behind(it, &behind, shape, [q, k, v], y, dy, grads);
     }
     let [mut dq, mut dk, mut dv] = it.like([q, k, v])?;
     // y = softmax(scale q kᵀ) v
@@ -77,9 +79,12 @@ pub(super) fn back<B: Backend>(
     Ok(())
 }
 
-/// Rows of sequences that begin with virtual tokens. Kernels want as many queries as keys, so a virtual token has a query
-/// as well, all zeros, whose output nobody reads and whose gradient is zero.
-struct Behind {
+/// Rows of sequences that begin with a prefix's virtual tokens, in one layer. Kernels want as many queries as keys, so a
+/// virtual token has a query as well, all zeros, whose output nobody reads and whose gradient is zero.
+struct Behind<'p> {
+    prefix: &'p Prefix,
+    /// Number of the layer.
+    layer: usize,
     /// Tokens of each sequence with its virtual ones.
     segments: Vec<usize>,
     /// Rows of the virtual tokens, sequence by sequence.
@@ -88,8 +93,8 @@ struct Behind {
     own: Vec<u32>,
 }
 
-impl Behind {
-    fn new(prefix: &Prefix, segments: &[usize]) -> Self {
+impl<'p> Behind<'p> {
+    fn new(prefix: &'p Prefix, state: StateId, segments: &[usize]) -> Self {
         let (mut before, mut own, mut at) = (Vec::new(), Vec::new(), 0);
         for &tokens in segments {
             let first = at + prefix.tokens as u32;
@@ -97,14 +102,20 @@ impl Behind {
             at = first + tokens as u32;
             own.extend(first..at);
         }
-        Self { segments: segments.iter().map(|tokens| prefix.tokens + tokens).collect(), before, own }
+        let segments = segments.iter().map(|tokens| prefix.tokens + tokens).collect();
+        Self { prefix, layer: usize::from(state.0), segments, before, own }
     }
 
     fn rows(&self) -> usize {
         self.before.len() + self.own.len()
     }
 
-    /// `t` behind rows of zeros for the virtual tokens.
+    /// Queries, keys and values of all rows: the prefix's, and those of the sequences' own tokens behind them.
+    fn inputs<B: Backend>(&self, it: &mut Interpreter<'_, B>, [q, k, v]: [Value; 3]) -> Result<[B::Buffer; 3]> {
+        Ok([self.spread_value(it, q)?, self.join(it, 0, k)?, self.join(it, 1, v)?])
+    }
+
+    /// `t`, of the own tokens, behind rows of zeros for the virtual ones.
     fn spread<B: Backend>(&self, it: &mut Interpreter<'_, B>, t: &B::Buffer) -> Result<B::Buffer> {
         let backend = it.backend();
         let width = backend.len(t) / self.own.len();
@@ -114,21 +125,23 @@ impl Behind {
         Ok(all)
     }
 
-    /// The value `t` behind the prefix's keys (`part` 0) or values (`part` 1) of a layer.
-    fn join<B: Backend>(
-        &self,
-        it: &mut Interpreter<'_, B>,
-        prefix: &Prefix,
-        (layer, part): (usize, usize),
-        t: Value,
-    ) -> Result<B::Buffer> {
+    /// As [`Behind::spread`], of a value.
+    fn spread_value<B: Backend>(&self, it: &mut Interpreter<'_, B>, t: Value) -> Result<B::Buffer> {
+        let data = it.take(t);
+        let all = self.spread(it, &data);
+        it.set(t, data);
+        all
+    }
+
+    /// The value `t` behind the prefix's keys (`part` 0) or values (`part` 1).
+    fn join<B: Backend>(&self, it: &mut Interpreter<'_, B>, part: usize, t: Value) -> Result<B::Buffer> {
         let backend = it.backend();
-        let mut all = spread(it, self, t)?;
+        let mut all = self.spread_value(it, t)?;
         let width = backend.len(&all) / self.rows();
         let mut rows = it.buffer(self.before.len() * width)?;
-        let of_each = prefix.rows(layer, part).repeat(self.segments.len());
-        let held = it.pass.adapters().held();
-        backend.run(Call::GatherRows { x: held.buffer(prefix.tensor()), rows: &of_each, y: &mut rows })?;
+        let of_each = self.prefix.rows(self.layer, part).repeat(self.segments.len());
+        let x = it.pass.adapters().held().buffer(self.prefix.tensor());
+        backend.run(Call::GatherRows { x, rows: &of_each, y: &mut rows })?;
         backend.run(Call::ScatterAddRows { x: &rows, rows: &self.before, y: &mut all })?;
         it.put(rows);
         Ok(all)
@@ -143,75 +156,83 @@ impl Behind {
         it.put(all);
         Ok(own)
     }
+
+    /// Adds to the prefix's gradient, if it is in training, what all sequences pass on to its keys and values.
+    fn learn<B: Backend>(
+        &self,
+        it: &mut Interpreter<'_, B>,
+        parts: [&B::Buffer; 2],
+        grads: &mut Gradients<B>,
+    ) -> Result<()> {
+        let backend = it.backend();
+        let Some(dp) = grads.of(self.prefix.tensor()) else { return Ok(()) };
+        let width = backend.len(parts[0]) / self.rows();
+        let mut rows = it.buffer(self.prefix.tokens * width)?;
+        for (part, all) in parts.into_iter().enumerate() {
+            let to = self.prefix.rows(self.layer, part);
+            for from in self.before.chunks(self.prefix.tokens) {
+                backend.run(Call::GatherRows { x: all, rows: from, y: &mut rows })?;
+                backend.run(Call::ScatterAddRows { x: &rows, rows: &to, y: dp })?;
+            }
+        }
+        it.put(rows);
+        Ok(())
+    }
 }
 
-/// As [`Behind::spread`], of a value.
-fn spread<B: Backend>(it: &mut Interpreter<'_, B>, behind: &Behind, t: Value) -> Result<B::Buffer> {
-    let data = it.take(t);
-    let all = behind.spread(it, &data);
-    it.set(t, data);
-    all
-}
-
-/// Forward over whole sequences behind the virtual tokens of `prefix`.
+/// Forward over whole sequences behind the virtual tokens of a prefix.
 fn run_behind<B: Backend>(
     it: &mut Interpreter<'_, B>,
-    prefix: &Prefix,
+    behind: &Behind<'_>,
     shape: &AttentionShape,
-    state: StateId,
-    [q, k, v]: [Value; 3],
+    qkv: [Value; 3],
     y: Value,
 ) -> Result<()> {
-    let (backend, behind) = (it.backend(), Behind::new(prefix, &it.pass.batch.segments));
-    let layer = usize::from(state.0);
-    let (queries, keys) = (spread(it, &behind, q)?, behind.join(it, prefix, (layer, 0), k)?);
-    let values = behind.join(it, prefix, (layer, 1), v)?;
-    let mut out = it.buffer(backend.len(&queries))?;
+    let backend = it.backend();
+    let [q, k, v] = behind.inputs(it, qkv)?;
+    let mut out = it.buffer(backend.len(&q))?;
     let mut sums = it.buffer(behind.rows() * shape.heads)?;
     // y = softmax(scale q [p k]ᵀ) [p v]
     backend.run(Call::Attention {
         spec: &spec(shape),
         segments: &behind.segments,
-        q: &queries,
-        k: &keys,
-        v: &values,
+        q: &q,
+        k: &k,
+        v: &v,
         y: &mut out,
         lse: &mut sums,
     })?;
-    [queries, keys, values].into_iter().for_each(|buffer| it.put(buffer));
+    [q, k, v].into_iter().for_each(|buffer| it.put(buffer));
     let (out, sums) = (behind.own(it, out)?, behind.own(it, sums)?);
     it.set(y, out);
     it.set(log_sum_exp(y), sums);
     Ok(())
 }
 
-/// Its gradient. The prefix gets the sum of what all sequences pass on to it.
+/// Its gradient.
 fn back_behind<B: Backend>(
     it: &mut Interpreter<'_, B>,
-    prefix: &Prefix,
+    behind: &Behind<'_>,
     shape: &AttentionShape,
-    state: StateId,
-    [q, k, v]: [Value; 3],
+    qkv: [Value; 3],
     y: Value,
     dy: B::Buffer,
     grads: &mut Gradients<B>,
 ) -> Result<()> {
-    let (backend, behind) = (it.backend(), Behind::new(prefix, &it.pass.batch.segments));
-    let layer = usize::from(state.0);
-    let (queries, keys) = (spread(it, &behind, q)?, behind.join(it, prefix, (layer, 0), k)?);
-    let values = behind.join(it, prefix, (layer, 1), v)?;
-    let (out, sums) = (spread(it, &behind, y)?, spread(it, &behind, log_sum_exp(y))?);
+    let backend = it.backend();
+    let [q, k, v] = behind.inputs(it, qkv)?;
+    let (out, sums) = (behind.spread_value(it, y)?, behind.spread_value(it, log_sum_exp(y))?);
     let dout = behind.spread(it, &dy)?;
     it.put(dy);
-    let (mut dq, mut dk) = (it.buffer(backend.len(&queries))?, it.buffer(backend.len(&keys))?);
-    let mut dv = it.buffer(backend.len(&values))?;
+    let (mut dq, mut dk) = (it.buffer(backend.len(&q))?, it.buffer(backend.len(&k))?);
+    let mut dv = it.buffer(backend.len(&v))?;
     // y = softmax(scale q [p k]ᵀ) [p v]
     backend.run(Call::AttentionVjp {
         spec: &spec(shape),
         segments: &behind.segments,
-        q: &queries,
-        k: &keys,
-        v: &values,
+        q: &q,
+        k: &k,
+        v: &v,
         y: &out,
         lse: &sums,
         dy: &dout,
@@ -219,20 +240,9 @@ fn back_behind<B: Backend>(
         dk: &mut dk,
         dv: &mut dv,
     })?;
-    [queries, keys, values, out, sums, dout].into_iter().for_each(|buffer| it.put(buffer));
-    if let Some(dp) = grads.of(prefix.tensor()) {
-        let width = backend.len(&dk) / behind.rows();
-        let mut rows = it.buffer(prefix.tokens * width)?;
-        for (part, all) in [&dk, &dv].into_iter().enumerate() {
-            let to = prefix.rows(layer, part);
-            for from in behind.before.chunks(prefix.tokens) {
-                backend.run(Call::GatherRows { x: all, rows: from, y: &mut rows })?;
-                backend.run(Call::ScatterAddRows { x: &rows, rows: &to, y: dp })?;
-            }
-        }
-        it.put(rows);
-    }
-    for (t, all) in [(q, dq), (k, dk), (v, dv)] {
+    [q, k, v, out, sums, dout].into_iter().for_each(|buffer| it.put(buffer));
+    behind.learn(it, [&dk, &dv], grads)?;
+    for (t, all) in qkv.into_iter().zip([dq, dk, dv]) {
         let grad = behind.own(it, all)?;
         it.add_grad(t, grad)?;
     }
