@@ -69,18 +69,20 @@ mod tests {
     /// A norm behind a layer's last product reads what it gives, and experts go through their products again.
     #[test]
     fn products_that_backward_does_not_need_are_computed_once() {
-        for (family, expected) in [
-            ("llama", &["model.layers.1.mlp.down_proj"][..]),
-            ("lfm2", &["model.layers.1.feed_forward.w2"]),
-            ("gemma3_text", &[]),
-            ("qwen3_moe", &[]),
+        for (family, layer, expected) in [
+            ("llama", 1, &["model.layers.1.mlp.down_proj"][..]),
+            ("lfm2", 1, &["model.layers.1.feed_forward.w2"]),
+            ("gemma3_text", 1, &[]),
+            ("qwen3_moe", 0, &[]),
+            // A layer without experts.
+            ("qwen3_moe", 1, &["model.layers.1.mlp.down_proj"]),
         ] {
             let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/oracles/families").join(family);
             let config: Value = serde_json::from_slice(&fs::read(dir.join("config.json")).unwrap()).unwrap();
             let model = pocketlora_models::build(config.as_object().unwrap()).unwrap();
-            let once = multiplied_once(model.as_ref(), 1);
+            let once = multiplied_once(model.as_ref(), layer);
             let names: Vec<_> = once.iter().map(|param| model.params()[param.0 as usize].module()).collect();
-            assert_eq!(names, expected, "{family}");
+            assert_eq!(names, expected, "{family}, layer {layer}");
         }
     }
 }

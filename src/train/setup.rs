@@ -217,8 +217,9 @@ impl<B: Backend> Trainer<B> {
         let mut adapters = Adapters::none(&base);
         adapters.attach(&base, &file, 1.0, WorkType::F32)?;
         check_places(&base, adapters.virtual_tokens(), &data)?;
-        // What follows may take their place.
+        // What follows may take their place. Where they are few and large, an allocator would keep what it does not reuse.
         file.tensors.clear();
+        crate::mmap::release_freed();
         let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
         refuse_model(out)?;
         std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
