@@ -123,13 +123,15 @@ pub fn run() -> ExitCode {
 
 /// Tells how the work ended.
 fn end(result: Result<bool>) -> ExitCode {
-    let result = match (result, out::close()) {
-        (Err(e), Some(_)) if e.code() == ErrorCode::Cancelled => Ok(true),
-        (Ok(_), Some(e)) if e.kind() != ErrorKind::BrokenPipe => {
+    // A stdout that fails asks the work to stop, so that work which was cancelled may be what its failure did.
+    let stopped = |result: &Result<bool>| result.as_ref().map_or_else(|e| e.code() == ErrorCode::Cancelled, |_| true);
+    let result = match out::close() {
+        Some(e) if stopped(&result) && e.kind() != ErrorKind::BrokenPipe => {
             let message = format!("could not write it: {e}; make room, or write to another place");
             Err(Error::new(ErrorCode::Io, "stdout", message))
         }
-        (result, _) => result,
+        Some(_) if stopped(&result) => result.or(Ok(true)),
+        _ => result,
     };
     match result {
         Ok(true) => ExitCode::SUCCESS,
