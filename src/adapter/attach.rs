@@ -105,8 +105,8 @@ impl<B: Backend> Adapters<B> {
         for spec in file.method.shared(base.model.as_ref()).map_err(|e| e.at(place()))? {
             let got = file.tensors.get(&spec.name).map(|t| &t.shape);
             if got != Some(&spec.shape) {
-                let (name, expected) = (&spec.name, &spec.shape);
-                return Err(mismatch(format!("expected `{name}` of shape `{expected:?}`, got `{got:?}`")));
+                let (name, expected, got) = (&spec.name, &spec.shape, shape_text(got));
+                return Err(mismatch(format!("expected `{name}` of shape `{expected:?}`, got {got}")));
             }
         }
         for (i, _) in self.by_param.iter().enumerate().filter(|(_, on)| !on.is_empty()) {
@@ -159,12 +159,16 @@ impl<B: Backend> Adapters<B> {
     }
 }
 
+fn shape_text(shape: Option<&Vec<usize>>) -> String {
+    shape.map_or_else(|| "none".to_owned(), |shape| format!("`{shape:?}`"))
+}
+
 /// Checks that the tensors of `module` fit its layer `[out, in]`.
 fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) -> Result<()> {
     for (part, expected) in file.method.kind().parts().iter().zip(file.method.shapes(module, layer)) {
         let got = file.tensors.get(&format!("{module}.{part}")).map(|t| &t.shape);
         if got != Some(&expected) {
-            let got = got.map_or_else(|| "none".to_owned(), |shape| format!("`{shape:?}`"));
+            let got = shape_text(got);
             let message = format!(
                 "expected `{part}` of shape `{expected:?}` for a layer `{layer:?}`, got {got}; use the base that the \
                  adapter was trained on"

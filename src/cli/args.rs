@@ -98,6 +98,10 @@ impl ModelArgs {
                 ..options()
             },
         )?;
+        let made_for = engine.context_tokens();
+        if self.context > made_for {
+            eprintln!("warning: the model was made for texts of {made_for} tokens, not {}", self.context);
+        }
         for (dir, scale) in &adapters {
             engine.attach(dir, *scale)?;
         }

@@ -118,7 +118,12 @@ fn half_written_files_of_killed_runs_are_swept() {
     let f = fixture();
     let out = f.out("swept");
     fs::create_dir_all(&out).unwrap();
-    let stale = [".checkpoint.safetensors.tmp-a1b2c3", ".adapter_model.safetensors.tmp-d4e5f6"];
+    let stale = [
+        ".checkpoint.safetensors.tmp-a1b2c3",
+        ".adapter_model.safetensors.tmp-d4e5f6",
+        ".loss.svg.tmp-a7b8c9",
+        ".train.toml.tmp-a7b8c9",
+    ];
     stale.iter().for_each(|name| fs::write(out.join(name), "half").unwrap());
     fs::write(out.join("notes.txt"), "mine").unwrap();
     drop(f.trainer(config(), &out));

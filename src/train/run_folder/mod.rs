@@ -17,7 +17,6 @@ use std::path::{Path, PathBuf};
 
 /// Names in the output folder.
 const LOG: &str = "log.jsonl";
-#[cfg(feature = "charts")]
 const CHART: &str = "loss.svg";
 /// Name of the settings in a run's output folder.
 pub const SETTINGS: &str = "train.toml";
@@ -26,6 +25,11 @@ pub const SETTINGS: &str = "train.toml";
 #[derive(Debug)]
 pub struct RunFolder {
     dir: PathBuf,
+}
+
+/// Takes away what a run that was killed has left half-written beside its adapter.
+pub(super) fn sweep(out: &Path) {
+    [CHART, SETTINGS].iter().for_each(|name| crate::format::sweep(&out.join(name)));
 }
 
 impl RunFolder {
