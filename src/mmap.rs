@@ -63,3 +63,12 @@ pub(crate) fn release_freed() {
         libc::malloc_trim(0);
     }
 }
+
+/// As the last field of what holds much memory: gives it back to the system when that is dropped.
+pub(crate) struct ReleasesFreed;
+
+impl Drop for ReleasesFreed {
+    fn drop(&mut self) {
+        release_freed();
+    }
+}

@@ -284,6 +284,50 @@ fn a_snapshot_that_a_callback_asks_for_is_refused_and_a_run_ends_with_its_last_s
     assert!(error.to_string().contains("holds a model"), "{error}");
 }
 
+/// What somebody trained is not lost to a folder that was named twice.
+#[test]
+fn a_run_replaces_what_an_earlier_one_left_only_if_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, data) = tiny_training(dir.path(), 4);
+    let engine = open(&model, &two());
+    let out = dir.path().join("out");
+    let trainer = |steps| {
+        let config = TrainConfig { steps: Some(steps), ..TrainConfig::default() };
+        engine.trainer(config, engine.dataset(&data, 1024).unwrap(), None, None, &out).unwrap()
+    };
+    let bytes = |name: &str| std::fs::read(out.join(name)).unwrap();
+    let quiet = &mut Counter(&AtomicUsize::new(0));
+    let refused = |trainer: &mut Trainer, what: &str| {
+        let quiet = &mut Counter(&AtomicUsize::new(0));
+        let tries = [
+            trainer.run(quiet).map(|_| ()),
+            trainer.step(quiet).map(|_| ()),
+            trainer.save_checkpoint(),
+            trainer.save_adapter(),
+        ];
+        for error in tries.map(Result::unwrap_err) {
+            assert!(error.code() == ErrorCode::Config && error.to_string().contains(what), "{error}");
+        }
+    };
+    trainer(2).run(quiet).unwrap();
+    let first = bytes("adapter_model.safetensors");
+    let mut second = trainer(3);
+    refused(&mut second, "holds an adapter");
+    assert_eq!(bytes("adapter_model.safetensors"), first);
+    second.replace_earlier();
+    second.step(quiet).unwrap();
+    second.save_checkpoint().unwrap();
+    drop(second);
+
+    let checkpoint = bytes("checkpoint.safetensors");
+    let mut third = trainer(3);
+    refused(&mut third, "unfinished run");
+    assert_eq!(bytes("checkpoint.safetensors"), checkpoint);
+    third.resume().unwrap();
+    assert!(third.run(quiet).unwrap().done);
+    assert_ne!(bytes("adapter_model.safetensors"), first);
+}
+
 #[test]
 fn a_listener_that_panics_leaves_the_conversation_as_it_was() {
     let dir = tempfile::tempdir().unwrap();

@@ -246,6 +246,19 @@ fn step(model: &Path, out: &Path, memory_budget: Option<u64>) -> Option<(f64, Ve
     Some((report.loss, gradients, trainer.plan()))
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn what_a_run_and_its_engine_held_is_given_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let (model, out) = (model(dir.path()), dir.path().join("out"));
+    let _quiet = IN_PROCESS.lock().unwrap();
+    let before = pocketlora::memory::anonymous_bytes().unwrap();
+    let (.., plan) = step(&model, &out, None).unwrap();
+    let after = pocketlora::memory::anonymous_bytes().unwrap();
+    let left = after.saturating_sub(before);
+    assert!(left < plan.anonymous() / 5, "{left} bytes are left of {plan:?}");
+}
+
 #[test]
 fn what_is_given_up_for_a_budget_changes_no_gradient() {
     let dir = tempfile::tempdir().unwrap();

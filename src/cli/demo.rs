@@ -160,6 +160,7 @@ fn teach(engine: &Engine, questions: &[Question], home: &Path, args: &Args) -> R
     };
     let data = engine.dataset(&path, config.seq)?;
     let mut trainer = engine.trainer(config, data, None, None, &home.join("adapter"))?;
+    trainer.replace_earlier();
     let mut watcher = Watcher::new(trainer.total_steps(), 0, false);
     let summary = trainer.run(&mut watcher);
     watcher.bar.finish_and_clear();

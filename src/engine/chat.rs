@@ -4,6 +4,7 @@ use super::adapters::{AdapterId, AdapterSet};
 use super::{Cancel, Decoder, Engine, Transcript};
 use crate::chat::Message;
 use crate::error::{Error, Result};
+use crate::mmap::ReleasesFreed;
 use crate::generate::{Generated, Sampling};
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -50,6 +51,7 @@ pub struct Chat {
     pub sampling: Sampling,
     /// Most tokens of an answer.
     pub max_tokens: usize,
+    _release: ReleasesFreed,
 }
 
 impl Chat {
@@ -63,6 +65,7 @@ impl Chat {
             cancel: Cancel::new(),
             sampling: Sampling::default(),
             max_tokens: 512,
+            _release: ReleasesFreed,
         })
     }
 

@@ -27,6 +27,7 @@ use crate::exec::infer::{Numbers, state_bytes};
 use crate::format::foreign::no_tokenizer;
 use crate::format::{Checkpoint, int8_head};
 use crate::memory::{Peak, anonymous_bytes};
+use crate::mmap::ReleasesFreed;
 use crate::text::{Text, open_text};
 use crate::tokenizer::SpecialText;
 use crate::turn::Turn;
@@ -63,6 +64,7 @@ struct Shared {
     calibration: Option<Once>,
     adapters: Mutex<Registry>,
     peak: Mutex<Peak>,
+    _release: ReleasesFreed,
 }
 
 impl Engine {
@@ -110,6 +112,7 @@ impl Engine {
             calibration: (options.threads == 0).then(Once::new),
             adapters: Mutex::new(registry),
             peak: Mutex::default(),
+            _release: ReleasesFreed,
         })))
     }
 

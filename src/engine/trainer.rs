@@ -4,6 +4,7 @@ use super::Engine;
 use crate::adapter::AdapterFile;
 use crate::error::Result;
 use crate::memory::Peak;
+use crate::mmap::ReleasesFreed;
 use crate::text::carry;
 use crate::train::{
     self, DataReport, Dataset, Material, MemoryPlan, Observer, Policy, StepReport, Summary, TrainConfig, TrainHandle,
@@ -18,14 +19,15 @@ use std::sync::atomic::Ordering;
 pub struct Trainer {
     inner: train::Trainer<Cpu>,
     engine: Engine,
+    _release: ReleasesFreed,
 }
 
 impl Engine {
     /// Prepares a run whose adapter will be written to the folder `out`, from scratch or from the adapter `init`. Attached
     /// adapters take no part in it. See [`Material::new`] for what becomes of the data.
     ///
-    /// An adapter or checkpoint of an earlier run in `out` is replaced when this run saves its own. To go on from such a
-    /// checkpoint instead, call [`Trainer::resume`] first.
+    /// With an adapter or checkpoint of an earlier run in `out`, call [`Trainer::resume`] to go on from that checkpoint, or
+    /// [`Trainer::replace_earlier`] to let this run replace them. Without either, no step is done.
     ///
     /// # Errors
     /// A setting is out of range, `out` holds a model, another trainer works in `out`, `init` belongs to another base, there is nothing to
@@ -67,7 +69,7 @@ impl Engine {
         general.into_iter().for_each(|text| inner.watch(text));
         let text_bytes = self.0.text_bytes.load(Ordering::Relaxed);
         inner.beside_tokenizer(self.0.text.as_ref().map_or(0, |_| text_bytes), text_bytes);
-        Ok(Trainer { inner, engine: self.clone() })
+        Ok(Trainer { inner, engine: self.clone(), _release: ReleasesFreed })
     }
 }
 
@@ -133,10 +135,16 @@ impl Trainer {
         self.inner.set_policy(policy);
     }
 
+    /// Lets this run replace the adapter or the checkpoint that an earlier one left in its folder.
+    pub fn replace_earlier(&mut self) {
+        self.inner.replace_earlier();
+    }
+
     /// Runs to the end, or until the observer, the policy or a handle stops it; then writes the adapter, or a checkpoint.
     ///
     /// # Errors
-    /// Non-finite loss or gradients (the last checkpoint is kept), files that cannot be written, out of memory.
+    /// An earlier run's work would be replaced, non-finite loss or gradients (the last checkpoint is kept), files that
+    /// cannot be written, out of memory.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
         self.inner.run(observer)
     }
@@ -144,7 +152,7 @@ impl Trainer {
     /// One optimizer step. A stopped or failed one leaves the run as it was before.
     ///
     /// # Errors
-    /// All steps are done, stopped by the observer, non-finite loss or gradients, out of memory.
+    /// An earlier run's work would be replaced, all steps are done, stopped by the observer, non-finite loss or gradients, out of memory.
     pub fn step(&mut self, observer: &mut dyn Observer) -> Result<StepReport> {
         self.inner.step(observer)
     }

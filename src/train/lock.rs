@@ -1,5 +1,7 @@
-//! One trainer per output folder.
+//! One trainer per output folder, and what an earlier one left there.
 
+use super::has_checkpoint;
+use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use std::fs::{File, TryLockError};
 use std::path::Path;
@@ -28,4 +30,33 @@ impl FolderLock {
 /// What carries the lock: the folder itself, which leaves no file behind, or a file in it where folders cannot be opened.
 fn lockable(out: &Path) -> std::io::Result<File> {
     if cfg!(unix) { File::open(out) } else { File::create(out.join(".lock")) }
+}
+
+/// What an earlier run left in a folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Earlier {
+    Checkpoint,
+    Adapter,
+}
+
+impl Earlier {
+    /// What there is in `out`. A run that is not done tells more than the adapter that it was to replace.
+    pub fn find(out: &Path) -> Option<Self> {
+        let adapter = || AdapterFile::exists(out).then_some(Self::Adapter);
+        has_checkpoint(out).then_some(Self::Checkpoint).or_else(adapter)
+    }
+
+    /// The error for a run that would replace it and was not told to.
+    pub fn refusal(self, out: &Path) -> Error {
+        let message = match self {
+            Self::Checkpoint => {
+                "holds the checkpoint of an unfinished run, which this one would replace; resume it, name another folder, or \
+                 call `replace_earlier` first"
+            }
+            Self::Adapter => {
+                "holds an adapter, which this run would replace; name another folder, or call `replace_earlier` first"
+            }
+        };
+        Error::new(ErrorCode::Config, format!("`{}`", out.display()), message)
+    }
 }

@@ -40,7 +40,9 @@ pub use plan::MemoryPlan;
 pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
-pub(crate) use setup::{fingerprint, refuse_model};
+pub(crate) use setup::fingerprint;
+#[cfg(feature = "cli")]
+pub(crate) use setup::refuse_model;
 pub use step::Layout;
 pub(crate) use step::{MicroBatch, Watch, micro_step};
 pub(crate) use sums::Sums;
@@ -52,7 +54,7 @@ use crate::memory::Peak;
 use crate::rng::mix;
 use crate::turn::Turn;
 use checkpoint::RunFacts;
-use lock::FolderLock;
+use lock::{Earlier, FolderLock};
 use pocketlora_kernels::{Backend, Call};
 use saving::Pace;
 use setup::Trained;
@@ -98,6 +100,8 @@ pub(crate) struct Trainer<B: Backend> {
     warnings: Vec<Error>,
     /// The checkpoint in the output folder is this run's.
     saved: bool,
+    /// What an earlier run left in the output folder and this one may not replace.
+    earlier: Option<Earlier>,
     _lock: FolderLock,
 }
 
@@ -161,11 +165,21 @@ impl<B: Backend> Trainer<B> {
         self.policy = Some(policy);
     }
 
+    /// Lets this run replace the adapter or the checkpoint that an earlier one left in its folder.
+    pub fn replace_earlier(&mut self) {
+        self.earlier = None;
+    }
+
+    fn check_earlier(&self) -> Result<()> {
+        self.earlier.map_or(Ok(()), |earlier| Err(earlier.refusal(&self.out)))
+    }
+
     /// Runs to the end, or until the observer, the policy or a handle stops it; then writes the adapter, or a checkpoint.
     ///
     /// # Errors
     /// Non-finite loss or gradients (the last checkpoint is kept), files that cannot be written, out of memory.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
+        self.check_earlier()?;
         let _running = self.handle.enter();
         let mut tally = Tally::new();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
@@ -248,6 +262,7 @@ impl<B: Backend> Trainer<B> {
             );
             return Err(Error::new(ErrorCode::Config, "training", message));
         }
+        self.check_earlier()?;
         let base = Arc::clone(&self.base);
         let _running = self.handle.enter();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));

@@ -86,17 +86,20 @@ impl<B: Backend> Moments<B> {
         }
     }
 
-    /// The bytes of the parts, in the order of [`Moments::layout`].
+    /// Tells `each` the bytes of the parts, in the order of [`Moments::layout`], one after the other: a part may be large.
     ///
     /// # Errors
-    /// Device lost.
-    pub fn read(&self, backend: &B) -> Result<Vec<Vec<u8>>> {
-        Ok(match self {
-            Self::None => vec![],
-            Self::One(m) => vec![read_buffer(backend, m)?],
-            Self::Two(m, v) => vec![read_buffer(backend, m)?, read_buffer(backend, v)?],
-            Self::Coded(m, v) => [read_codes(backend, m)?, read_codes(backend, v)?].concat(),
-        })
+    /// Device lost; what `each` returns.
+    pub fn read(&self, backend: &B, each: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        match self {
+            Self::None => Ok(()),
+            Self::One(m) => each(&read_buffer(backend, m)?),
+            Self::Two(m, v) => [m, v].into_iter().try_for_each(|part| each(&read_buffer(backend, part)?)),
+            Self::Coded(m, v) => {
+                let codes = |part| read_codes(backend, part)?.iter().try_for_each(|bytes| each(bytes));
+                [m, v].into_iter().try_for_each(codes)
+            }
+        }
     }
 
     /// Takes the bytes of the parts back.
@@ -126,14 +129,16 @@ fn read_buffer<B: Backend>(backend: &B, buffer: &B::Buffer) -> Result<Vec<u8>> {
 
 /// Little-endian f32.
 pub(super) fn bytes_of(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    let mut bytes = Vec::with_capacity(size_of_val(values));
+    values.iter().for_each(|v| bytes.extend(v.to_le_bytes()));
+    bytes
 }
 
 fn read_codes<B: Backend>(backend: &B, codes: &B::Codes) -> Result<Vec<Vec<u8>>> {
     let len = backend.codes_len(codes);
     let (mut bytes, mut absmax) = (vec![0; len], vec![0.0; len.div_ceil(MOMENT_BLOCK)]);
     backend.read_codes(codes, &mut bytes, &mut absmax)?;
-    Ok(vec![bytes, absmax.iter().flat_map(|v| v.to_le_bytes()).collect()])
+    Ok(vec![bytes, bytes_of(&absmax)])
 }
 
 /// Values of little-endian f32.

@@ -39,6 +39,8 @@ pub struct MemoryPlan {
     pub attention: u64,
     /// Logits of one chunk of learned tokens.
     pub logits: u64,
+    /// Copies of the adapter's largest tensor while a checkpoint is written.
+    pub saving: u64,
     /// Panels of weights and rounded activations that threads multiply.
     pub kernels: u64,
     /// What the process held before the run took anything: the program, the base's tables, and the next two. Measured,
@@ -62,8 +64,8 @@ impl MemoryPlan {
     /// Anonymous bytes that the run takes.
     #[must_use]
     pub fn anonymous(&self) -> u64 {
-        // Attention, loss and products take theirs in turn.
-        let passing = self.attention.max(self.logits);
+        // Attention, loss and checkpoints take theirs in turn.
+        let passing = self.attention.max(self.logits).max(self.saving);
         self.adapter
             + self.gradients
             + self.optimizer
@@ -174,6 +176,8 @@ impl Work {
             layer_workspace: count.regions[0] as u64,
             attention: count.attention as u64,
             logits: count.loss as u64,
+            // Its values, and the bytes of the file.
+            saving: 2 * 4 * self.specs.iter().map(TensorSpec::values).max().unwrap_or(0) as u64,
             kernels: count.kernels as u64,
             before: self.before,
             data: self.data,

@@ -4,7 +4,7 @@ use super::best::FOLDER;
 use super::checkpoint::{self, Loaded};
 use super::optimizer::{bytes_of, floats};
 use super::setup::Trained;
-use super::{Observer, Trainer};
+use super::{Observer, Trainer, run_folder};
 use crate::adapter::{AdapterFile, Adapters, HostTensor};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
@@ -65,6 +65,7 @@ impl<B: Backend> Trainer<B> {
         }
         // A damaged newest one must not become the previous one, in place of a sound one.
         self.saved = warning.is_none();
+        self.earlier = None;
         self.warnings.extend(warning);
         self.facts = facts;
         if self.facts.candidates.kept.is_some()
@@ -93,6 +94,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// The file cannot be written; the ones before it are kept then.
     pub fn save_checkpoint(&mut self) -> Result<()> {
+        self.check_earlier()?;
         let entries = self.entries();
         let Self { base, adapters, tensors, peak, .. } = self;
         let backend = &base.backend;
@@ -100,9 +102,12 @@ impl<B: Backend> Trainer<B> {
             for t in &*tensors {
                 sink.put(&format!("param.{}", t.spec.name), &bytes_of(&adapters.held().read(backend, t.id)?))?;
                 let layout = t.moments.layout(t.spec.values());
-                for ((prefix, ..), bytes) in layout.iter().zip(t.moments.read(backend)?) {
-                    sink.put(&format!("{prefix}.{}", t.spec.name), &bytes)?;
-                }
+                let mut prefixes = layout.iter().map(|(prefix, ..)| prefix);
+                t.moments.read(backend, &mut |bytes| {
+                    let prefix = prefixes.next().expect("a part for each in the layout");
+                    peak.sample();
+                    sink.put(&format!("{prefix}.{}", t.spec.name), bytes)
+                })?;
             }
             peak.sample();
             Ok(())
@@ -124,6 +129,7 @@ impl<B: Backend> Trainer<B> {
     pub(super) fn finish(&mut self, observer: &mut dyn Observer) -> Result<()> {
         // Memory of the last step's activations serves what is read for writing.
         self.pool.clear();
+        crate::mmap::release_freed();
         self.ready = false;
         if !self.saved && AdapterFile::exists(&self.out) {
             // An older adapter is about to be replaced; from here on a kill costs neither run.
@@ -161,6 +167,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// A value does not fit f16, or the files cannot be written.
     pub fn save_adapter(&mut self) -> Result<()> {
+        self.check_earlier()?;
         self.write_adapter(&self.out.clone())
     }
 
@@ -198,6 +205,7 @@ pub(super) fn snapshot<B: Backend>(
 /// Takes away what runs that were killed have left half-written in their output folder.
 pub(super) fn sweep_folder(out: &Path) {
     checkpoint::FILES.iter().for_each(|name| sweep(&out.join(name)));
+    run_folder::sweep(out);
     AdapterFile::sweep(out);
     AdapterFile::sweep(&out.join(FOLDER));
 }

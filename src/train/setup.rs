@@ -5,7 +5,7 @@ use super::budget::choose;
 use super::checkpoint::RunFacts;
 use super::control::TrainHandle;
 use super::hold_out::Overlap;
-use super::lock::FolderLock;
+use super::lock::{Earlier, FolderLock};
 use super::optimizer::Moments;
 use super::plan::Work;
 use super::saving::sweep_folder;
@@ -249,6 +249,7 @@ impl<B: Backend> Trainer<B> {
             policy: None,
             held: Duration::ZERO,
             saved: false,
+            earlier: Earlier::find(out),
             _lock: lock,
         })
     }

@@ -28,6 +28,7 @@ fn lowest(notes: &Notes) -> u64 {
 /// The adapter after `step`.
 fn adapter_at(f: &Fixture, change: impl Fn(&mut TrainConfig), step: u64) -> AdapterFile {
     let mut trainer = overfitting(f, change, &f.out("until"));
+    trainer.replace_earlier();
     trainer.run(&mut stop_after(step)).unwrap();
     trainer.snapshot().unwrap()
 }

@@ -146,6 +146,9 @@ fn fit(
     if args.resume {
         trainer.resume()?;
         eprintln!("resuming after step {}", trainer.step_number());
+    } else {
+        // The folder was looked at before the model was opened.
+        trainer.replace_earlier();
     }
     let report = trainer.data_report();
     eprint!("{}", data::text(&report));

@@ -14,7 +14,7 @@ pub(in crate::cli) fn plan_text(plan: &MemoryPlan) -> String {
     let mut text = format!(
         "memory: {} mapped (weights and their scales); {} anonymous: {} held before, {} for the run\n  before: program and \
          base {}, data {}, tokenizer {}{}\n  adapter {}, gradients {}, optimizer {}, layer \
-         inputs {}, one layer {}, attention {}, logits {}, kernels {}\n  {} tokens in a pass, {}",
+         inputs {}, one layer {}, attention {}, logits {}, checkpoint {}, kernels {}\n  {} tokens in a pass, {}",
         megabytes(plan.weights_mapped),
         megabytes(plan.process()),
         megabytes(plan.before),
@@ -33,6 +33,7 @@ pub(in crate::cli) fn plan_text(plan: &MemoryPlan) -> String {
         megabytes(plan.layer_workspace),
         megabytes(plan.attention),
         megabytes(plan.logits),
+        megabytes(plan.saving),
         megabytes(plan.kernels),
         plan.pass_tokens,
         match layout.every {
