@@ -4,8 +4,8 @@ use super::adapters::{AdapterId, AdapterSet};
 use super::{Cancel, Decoder, Engine, Transcript};
 use crate::chat::Message;
 use crate::error::{Error, Result};
-use crate::mmap::ReleasesFreed;
 use crate::generate::{Generated, Sampling};
+use crate::mmap::ReleasesFreed;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
