@@ -34,11 +34,13 @@ pub enum ErrorCode {
     Cancelled = 10,
     /// Loss or gradients became NaN or infinite.
     Diverged = 11,
+    /// A text has more tokens than the context takes.
+    ContextFull = 12,
 }
 
 impl ErrorCode {
     /// All codes, in the order of their numbers.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Io,
         Self::Format,
         Self::Unsupported,
@@ -50,6 +52,7 @@ impl ErrorCode {
         Self::Network,
         Self::Cancelled,
         Self::Diverged,
+        Self::ContextFull,
     ];
 
     /// Its number, which never changes.
@@ -211,8 +214,8 @@ mod tests {
             let last = match code {
                 ErrorCode::Io | ErrorCode::Format | ErrorCode::Unsupported | ErrorCode::AdapterMismatch => false,
                 ErrorCode::Data | ErrorCode::Config | ErrorCode::OutOfMemory | ErrorCode::Device => false,
-                ErrorCode::Network | ErrorCode::Cancelled => false,
-                ErrorCode::Diverged => true,
+                ErrorCode::Network | ErrorCode::Cancelled | ErrorCode::Diverged => false,
+                ErrorCode::ContextFull => true,
             };
             assert_eq!(last, number as usize == ErrorCode::ALL.len());
         }

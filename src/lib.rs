@@ -11,6 +11,7 @@
 //! let engine = Engine::open(Path::new("smollm2-nf4"), &Options::new())?;
 //! engine.attach(Path::new("my-adapter"), 1.0)?;
 //! let mut chat = engine.chat()?;
+//! chat.sampling = engine.recommended()?.sampling;
 //! chat.ask("What is my dog called?", &mut |text: &str| {
 //!     print!("{text}");
 //!     ControlFlow::Continue(())
@@ -51,17 +52,21 @@ pub mod tokenizer;
 pub mod train;
 mod turn;
 
-pub use adapter::AdapterFile;
+pub use adapter::{AdapterFile, Kind as AdapterKind};
 pub use chat::Message;
 pub use engine::{
     AdapterId, Answer, Attached, Cancel, Chat, Decoder, Device, Engine, Listener, Options, Precision, Reader, Trainer,
     check_threads,
 };
 pub use error::{Error, ErrorCode, Result};
-pub use generate::{Finish, Generated, LogitFilter, Sampling, TokenBias};
+pub use generate::{Dry, Finish, Generated, LogitFilter, Recommended, Sampling, SamplingSource, TokenBias};
 pub use import::check_import;
 pub use text::Text;
-pub use train::{Dataset, Material, Observer, StepReport, Summary, TrainConfig, TrainHandle, TrainPrecision};
+pub use tokenizer::SpecialText;
+pub use train::{
+    Dataset, Directive, Material, MemoryPlan, Observer, Policy, StepReport, Summary, TrainConfig, TrainHandle,
+    TrainPrecision,
+};
 
 /// What this crate's own tests look into. It changes without notice.
 #[doc(hidden)]

@@ -125,7 +125,7 @@ fn a_chat_answers_and_obeys_its_commands() {
     let saved = f.path("saved.jsonl");
     let model = f.model.to_str().unwrap();
     let mut chat = f
-        .command(&["chat", "-m", model, "-n", "4", "--seed", "1"])
+        .command(&["chat", "-m", model, "-n", "4", "--seed", "1", "--temperature", "0.7", "--top-p", "0.9"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -330,4 +330,58 @@ fn packed_training_takes_fewer_steps_and_pads_nothing() {
     assert_eq!((&summary["padded_tokens"], &data["total_steps"]), (&0.into(), &summary["steps"]));
     let learned = data["trained_tokens"].as_u64().map(|n| 4 * n);
     assert!(steps < 24 && summary["trained_tokens"].as_u64() == learned, "{summary}");
+}
+
+#[test]
+fn sampling_is_the_models_own_and_each_flag_has_its_way() {
+    let f = fixture();
+    let model = f.model.to_str().unwrap();
+    assert_eq!(f.json(&["info", model, "--json"])["sampling"]["from"], "by its size");
+    let own = r#"{"do_sample": true, "temperature": 0.6, "top_k": 20, "num_beams": 3, "eos_token_id": 2}"#;
+    fs::write(f.model.join("generation_config.json"), own).unwrap();
+    let info = &f.json(&["info", model, "--json"])["sampling"];
+    for (key, value) in
+        [("temperature", 0.6), ("top_k", 20.0), ("top_p", 1.0), ("dry_multiplier", 0.8), ("dry_after", 3.0)]
+    {
+        assert_eq!(info[key], value, "{key} in {info}");
+    }
+    assert_eq!((&info["from"], &info["unused"][0]), (&"generation_config.json".into(), &"num_beams".into()));
+    let said = f.ok(&["info", model]);
+    for part in ["temperature 0.6, top k 20, guarded against loops (generation_config.json)", "num_beams, which is not"]
+    {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+
+    let sampling = |flags: &[&str]| {
+        let args = [&["chat", "-m", model, "--no-quantize"][..], flags].concat();
+        let mut chat = f.command(&args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        chat.stdin.take().unwrap().write_all(b"/sampling\n").unwrap();
+        String::from_utf8(chat.wait_with_output().unwrap().stdout).unwrap()
+    };
+    for (flags, said) in [
+        (&[][..], "temperature 0.6, top k 20, guarded against loops\n"),
+        (&["--top-k", "0", "--min-p", "0.1"], "temperature 0.6, min p 0.1, guarded against loops\n"),
+        (&["--temperature", "0", "--no-guard"], "the likeliest token, top k 20, unguarded\n"),
+        (&["--dry-multiplier", "0"], "temperature 0.6, top k 20, unguarded\n"),
+    ] {
+        assert_eq!(sampling(flags), said, "{flags:?}");
+    }
+    let out = f.run(&["generate", "-m", model, "-p", "a", "--no-guard", "--dry-after", "2"]);
+    assert_eq!(out.status.code(), Some(2), "either the guard is off, or it has settings");
+    let said = f.said(&["generate", "-m", model, "-p", "a", "--dry-base", "0.5"]);
+    assert!(said.contains("`1 <= dry-base <= 100`, got `0.5`"), "{said}");
+}
+
+/// An answer that the cap ends is no whole answer: people are told, and programs.
+#[test]
+fn a_cut_answer_is_called_so() {
+    let f = fixture();
+    let generate = ["generate", "-m", f.model.to_str().unwrap(), "--no-quantize", "-p", "a", "-n", "3"];
+    let said = f.said(&generate);
+    assert!(said.contains("(cut after 3 tokens") && said.contains("-n allows more"), "{said}");
+    assert_eq!(f.json(&[&generate[..], &["--json"]].concat())["finish"], "length");
+    let full = [&generate[..6], &["-n", "100", "--context", "8"]].concat();
+    let said = f.said(&full);
+    assert!(said.contains("(cut before its end") && said.contains("--context"), "{said}");
+    assert_eq!(f.json(&[&full[..], &["--json"]].concat())["finish"], "context");
 }

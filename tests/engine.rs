@@ -411,8 +411,8 @@ fn a_bound_on_the_context_is_kept_and_told() {
     assert!(engine.context_tokens() == 40 && engine.is_context_bound());
     let mut chat = chat(&engine, 100, 1);
     let error = chat.generate(vec![70; 40], &mut quiet).unwrap_err();
-    assert_eq!((error.code(), error.item()), (ErrorCode::Data, "prompt"));
-    assert!(error.next().is_some_and(|next| next.contains("larger context")), "{error}");
+    assert_eq!((error.code(), error.item()), (ErrorCode::ContextFull, "prompt"));
+    assert!(error.next().is_some_and(|next| next.contains("larger `Options::context`")), "{error}");
     // No end of an answer is among these.
     let mut go_on = TokenBias::new([(1, f32::NEG_INFINITY), (2, f32::NEG_INFINITY)]);
     let mut decoder = chat.decoder(vec![70; 30]).unwrap().filter(&mut go_on);
@@ -453,6 +453,7 @@ fn what_apps_hold_may_move_between_threads() {
     shares::<Engine>();
     shares::<Cancel>();
     sends::<Chat>();
+    sends::<pocketlora::Decoder<'_>>();
     sends::<Trainer>();
 }
 

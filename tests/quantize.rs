@@ -282,7 +282,7 @@ fn only_older_outputs_are_replaced_and_only_when_asked() {
     run(&source, &out, Target::Nf4).unwrap(); // over an empty directory
     let before = fs::read(out.join("model.safetensors")).unwrap();
     let message = run(&other, &out, Target::Nf4).unwrap_err().to_string();
-    assert!(message.contains("`--overwrite`"), "{message}");
+    assert!(message.contains("`Existing::Replace`"), "{message}");
 
     // A failing run keeps the old output, a good one replaces it.
     let mut bad = Made::new("F16", 8, 64);

@@ -24,7 +24,9 @@ fn train<'a>(f: &'a Fixture, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 
 /// Stdout and stderr of a chat.
 fn chat(f: &Fixture, more: &[&str], script: impl AsRef<[u8]>) -> (String, String) {
-    let args = [&["chat", "-m", f.model.to_str().unwrap(), "--no-quantize", "--seed", "1"][..], more].concat();
+    let args =
+        [&["chat", "-m", f.model.to_str().unwrap(), "--no-quantize", "--seed", "1", "--temperature", "0.7"][..], more]
+            .concat();
     let mut command = f.command(&args);
     let mut chat = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     // A chat that refuses to begin reads nothing.

@@ -5,7 +5,7 @@ mod common;
 use common::{convert, golden, logits, open_exact, quiet, real_gguf};
 use pocketlora::eval::score_text;
 use pocketlora::format::Target;
-use pocketlora::{Chat, Engine, Generated, Options, Precision, internals};
+use pocketlora::{Chat, Dry, Engine, Generated, Message, Options, Precision, Sampling, internals};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -91,7 +91,7 @@ fn f32_weights_give_the_reference_logits_and_continuations() {
 fn a_conversation_renders_as_the_reference_renders_it() {
     let Some(engine) = nf4() else { return };
     let oracle = &json("smollm2_f32.json")["multi_turn"];
-    let messages: Vec<pocketlora::chat::Message> = serde_json::from_value(oracle["messages"].clone()).unwrap();
+    let messages: Vec<Message> = serde_json::from_value(oracle["messages"].clone()).unwrap();
     let text = engine.text().unwrap().template.render(&messages, None, true).unwrap().text;
     assert_eq!(text, oracle["text"].as_str().unwrap());
     assert_eq!(engine.text().unwrap().tokenizer.encode(&text, false).unwrap(), ids_of(&oracle["ids"]));
@@ -168,4 +168,28 @@ fn the_cache_is_reused_between_turns() {
     assert_eq!((first.ids, first.prefilled, again.prefilled), (again.ids.clone(), ids.len(), 1));
     let fresh = generate(&mut open_exact(engine.dir(), 1).chat().unwrap(), &ids, 5);
     assert_eq!(fresh.ids, again.ids);
+}
+
+/// It says "The train" for ever where nothing keeps it from that.
+#[test]
+fn a_guard_breaks_a_loop_and_leaves_a_good_answer_as_it_is() {
+    let Some(engine) = nf4() else { return };
+    let answer = |asked: &str, dry: Dry| {
+        let mut chat = engine.chat().unwrap();
+        (chat.max_tokens, chat.sampling) = (200, Sampling { dry, ..Sampling::default() });
+        chat.reply(&[Message::new("user", asked)], &mut quiet).unwrap()
+    };
+    let song = "Write a song with a chorus that repeats three times, about a train.";
+    let [free, guarded] = [Dry::OFF, Dry::GUARD].map(|dry| answer(song, dry));
+    let ends_in_copies = |ids: &[u32], period: usize| {
+        let end = &ids[ids.len().saturating_sub(5 * period)..];
+        end.len() == 5 * period && end[period..] == end[..4 * period]
+    };
+    let loops = |ids: &[u32]| (1..=ids.len() / 5).any(|period| ends_in_copies(ids, period));
+    assert!(free.generated.finish.is_cut() && loops(&free.generated.ids), "{}", free.text);
+    assert!(!loops(&guarded.generated.ids), "{}", guarded.text);
+
+    let city = "What is the largest city of Australia?";
+    let [free, guarded] = [Dry::OFF, Dry::GUARD].map(|dry| answer(city, dry));
+    assert!(free.text.contains("Sydney") && free.generated.ids == guarded.generated.ids, "{}", guarded.text);
 }

@@ -91,7 +91,7 @@ impl ChatTemplate {
         self.check()?;
         let refused = |why: &str| {
             let message = format!(
-                "expected none, for this model's chat template {why}; leave `--system` out and begin the first question \
+                "expected none, for this model's chat template {why}; leave the system prompt out and begin the first question \
                  with its text"
             );
             Error::new(ErrorCode::Config, "setting `system`", message)
@@ -124,7 +124,7 @@ mod tests {
                 (Ok(()), Ok(())) => {}
                 (Err(e), Err(why)) => {
                     let e = e.to_string();
-                    assert!(e.contains(why) && (!any || e.contains("leave `--system` out")), "{text}: {e}");
+                    assert!(e.contains(why) && (!any || e.contains("leave the system prompt out")), "{text}: {e}");
                 }
                 (got, _) => panic!("{text}: {got:?}"),
             }

@@ -4,7 +4,7 @@ use super::names;
 use crate::adapter::AdapterFile;
 use crate::engine::{Attached, Engine, Options, Precision, check_threads};
 use crate::error::{Error, ErrorCode, Result};
-use crate::generate::Sampling;
+use crate::generate::{Dry, Sampling};
 use crate::tokenizer::SpecialText;
 use clap::{Args, ValueEnum};
 
@@ -130,40 +130,84 @@ pub(super) fn options() -> Options {
 /// How tokens are chosen.
 #[derive(Args, Clone, Debug)]
 pub(super) struct SamplingArgs {
-    /// Divides the logits; 0 takes the likeliest token. [default: 0 in generate, 0.7 in chat]
+    /// Divides the logits; 0 takes the likeliest token. [default: 0 in generate; in chat as `info` shows for the model]
     #[arg(long)]
     pub temperature: Option<f32>,
     /// Keep the K likeliest tokens; 0 keeps all.
-    #[arg(long, default_value_t = 0)]
-    pub top_k: usize,
-    /// Keep the likeliest tokens that reach this probability together. [default: 1 in generate, 0.9 in chat]
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Keep the likeliest tokens that reach this probability together.
     #[arg(long)]
     pub top_p: Option<f32>,
     /// Keep tokens at least this fraction as likely as the likeliest.
-    #[arg(long, default_value_t = 0.0)]
-    pub min_p: f32,
+    #[arg(long)]
+    pub min_p: Option<f32>,
     /// Makes tokens of the context less likely; 1 does nothing.
-    #[arg(long, default_value_t = 1.0)]
-    pub repetition_penalty: f32,
+    #[arg(long)]
+    pub repetition_penalty: Option<f32>,
+    /// Let an answer repeat itself without end: switches the guard off, as --dry-multiplier 0 does.
+    #[arg(long, conflicts_with_all = ["dry_multiplier", "dry_base", "dry_allowed_length", "dry_after"])]
+    pub no_guard: bool,
+    /// Takes this from the logit of a token that would go on with a repetition. [default: 0.8]
+    #[arg(long)]
+    pub dry_multiplier: Option<f32>,
+    /// What that grows by with each token that is repeated already. [default: 1.75]
+    #[arg(long)]
+    pub dry_base: Option<f32>,
+    /// Repetitions up to this length cost nothing. [default: 2]
+    #[arg(long, value_name = "TOKENS")]
+    pub dry_allowed_length: Option<usize>,
+    /// Only once an answer has ended in so many copies of the same text; 0 always. [default: 3]
+    #[arg(long, value_name = "COPIES")]
+    pub dry_after: Option<usize>,
     /// Seed of the random stream. [default: 0 in generate, the time in chat]
     #[arg(long)]
     pub seed: Option<u64>,
 }
 
 impl SamplingArgs {
-    /// The settings, with a command's own defaults for what was not given.
-    pub fn sampling(&self, temperature: f32, top_p: f32, seed: u64) -> Result<Sampling> {
+    /// Refuses what is out of range: asked before a model is opened, which may take long.
+    pub fn check(&self) -> Result<()> {
+        self.over(Sampling::default(), 0).map(|_| ())
+    }
+
+    /// `defaults` with what was given instead.
+    pub fn over(&self, defaults: Sampling, seed: u64) -> Result<Sampling> {
+        let dry = if self.no_guard { Dry::OFF } else { defaults.dry };
         let sampling = Sampling {
-            temperature: self.temperature.unwrap_or(temperature),
-            top_k: self.top_k,
-            top_p: self.top_p.unwrap_or(top_p),
-            min_p: self.min_p,
-            repetition_penalty: self.repetition_penalty,
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_k: self.top_k.unwrap_or(defaults.top_k),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            dry: Dry {
+                multiplier: self.dry_multiplier.unwrap_or(dry.multiplier),
+                base: self.dry_base.unwrap_or(dry.base),
+                allowed_length: self.dry_allowed_length.unwrap_or(dry.allowed_length),
+                after: self.dry_after.unwrap_or(dry.after),
+            },
             seed: self.seed.unwrap_or(seed),
         };
         sampling.validate()?;
         Ok(sampling)
     }
+}
+
+/// Sampling in words: what it does beside taking the likeliest token, and whether answers are guarded.
+pub(super) fn described(sampling: &Sampling) -> String {
+    let plain = Sampling::default().named();
+    let differs = sampling
+        .named()
+        .into_iter()
+        .zip(plain)
+        .filter(|((name, value), (_, plain))| !name.starts_with("dry") && value != plain);
+    let mut parts: Vec<String> =
+        differs.map(|((name, value), _)| format!("{} {value}", name.replace('_', " "))).collect();
+    if sampling.temperature == 0.0 {
+        parts.insert(0, "the likeliest token".to_owned());
+    }
+    parts.push(if sampling.dry.is_on() { "guarded against loops" } else { "unguarded" }.to_owned());
+    parts.join(", ")
 }
 
 /// A number of things of which there must be one: clap's own message would give a range of twenty digits.

@@ -1,7 +1,7 @@
 //! `pocketlora chat`: a conversation at the terminal.
 
 use super::answer::{Printer, context};
-use super::args::{ModelArgs, SamplingArgs, at_least_one, warn};
+use super::args::{ModelArgs, SamplingArgs, at_least_one, described, warn};
 use super::generate::stats_line;
 use super::{interrupt, names, print_error};
 use crate::chat::Message;
@@ -20,6 +20,7 @@ const HELP: &str = "\
 /adapter WHICH[=SCALE] attach an adapter by folder or name; `/adapter none` removes all, `/adapter` lists them
 /reset                forget the conversation
 /save FILE            append the conversation to FILE as one line of training data
+/sampling             show how answers are sampled
 /stats                print speed and memory after each answer, or stop doing so
 /help                 this text
 /quit                 leave (so does Ctrl-D)
@@ -50,9 +51,11 @@ struct Chat {
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
-    let sampling = args.sampling.sampling(0.7, 0.9, now)?;
+    args.sampling.check()?;
     let engine = args.model.open_for_text()?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
+    let recommended = engine.recommended()?;
+    let sampling = args.sampling.over(recommended.sampling, now)?;
     // Now rather than at every question.
     match &args.system {
         Some(_) => engine.text()?.template.check_system()?,
@@ -169,7 +172,7 @@ impl Chat {
         };
         let whose = if self.engine.is_context_bound() { "that `--context` allows" } else { "of the model's context" };
         let message = format!("expected fewer than the {context} tokens {whose}, got `{tokens}`; {next}");
-        Error::new(ErrorCode::Data, what, message)
+        Error::new(ErrorCode::ContextFull, what, message)
     }
 
     fn command(&mut self, command: &str) -> Result<()> {
@@ -184,6 +187,7 @@ impl Chat {
                 self.stats = if rest.trim().is_empty() { !self.stats } else { rest.trim() == "on" };
                 eprintln!("(speed and memory after each answer: {})", if self.stats { "on" } else { "off" });
             }
+            ("sampling", "") => println!("{}", described(&self.inner.sampling)),
             ("adapter", "") => {
                 let attached = self.engine.attached();
                 if attached.is_empty() {

@@ -255,7 +255,7 @@ impl Found {
 /// An error about what stands in the file at `path`, with the file's name.
 fn named(e: Error, path: &Path) -> Error {
     match e.code() {
-        ErrorCode::Data | ErrorCode::Diverged => e.at(format!("`{}`", path.display())),
+        ErrorCode::Data | ErrorCode::Diverged | ErrorCode::ContextFull => e.at(format!("`{}`", path.display())),
         _ => e,
     }
 }

@@ -6,7 +6,7 @@ use super::interrupt;
 use crate::chat::Message;
 use crate::engine::Answer;
 use crate::error::Result;
-use crate::generate::Finish;
+use crate::generate::{Dry, Finish, Sampling};
 use serde_json::json;
 
 #[derive(clap::Args)]
@@ -36,7 +36,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let sampling = args.sampling.sampling(0.0, 1.0, 0)?;
+    // The likeliest tokens, so that the same command gives the same answer.
+    let sampling = args.sampling.over(Sampling { dry: Dry::GUARD, ..Sampling::default() }, 0)?;
     let engine = args.model.open_for_text()?;
     if args.system.is_some() {
         engine.text()?.template.check_system()?;

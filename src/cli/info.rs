@@ -1,12 +1,14 @@
 //! `pocketlora info`: what a model or an adapter is.
 
-use super::args::{megabytes, print_json};
+use super::args::{described, megabytes, print_json};
 use super::{model, names};
 use crate::adapter::{AdapterFile, Stored};
 use crate::base::architecture_of;
+use crate::engine::parameters;
 use crate::error::Result;
-use crate::format::{model_of, open_source};
-use serde_json::json;
+use crate::format::{Source, model_of, open_source};
+use crate::generate::{GENERATION_CONFIG, Recommended};
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -29,7 +31,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let path = model_of(&path);
     let source = open_source(&path)?;
-    let config = architecture_of(source.config(), &path)?.config().clone();
+    let model = architecture_of(source.config(), &path)?;
+    let config = model.config().clone();
+    let recommended = recommended(source.as_ref(), &path, parameters(model.as_ref()))?;
     let mut types: BTreeMap<&str, (usize, u64)> = BTreeMap::new();
     for tensor in source.tensors() {
         let entry = types.entry(&tensor.dtype).or_default();
@@ -37,12 +41,18 @@ pub(super) fn run(args: &Args) -> Result<()> {
         entry.1 += tensor.shape.iter().product::<usize>() as u64;
     }
     let parameters: u64 = types.values().map(|t| t.1).sum();
+    let unused = &recommended.unused;
     if args.json {
+        let mut sampling: Map<String, Value> =
+            recommended.sampling.named().into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
+        sampling.insert("from".to_owned(), recommended.source.to_string().into());
+        sampling.insert("unused".to_owned(), json!(unused));
         let types: Vec<_> = types.iter().map(|(t, (n, e))| json!({"dtype": t, "tensors": n, "elements": e})).collect();
         print_json(&json!({
             "path": path, "model_type": config.model_type, "parameters": parameters, "layers": config.layers,
             "hidden_size": config.hidden_size, "heads": config.heads, "kv_heads": config.kv_heads,
             "vocab_size": config.vocab_size, "context": config.max_positions, "types": types,
+            "sampling": sampling,
         }));
         return Ok(());
     }
@@ -53,10 +63,21 @@ pub(super) fn run(args: &Args) -> Result<()> {
         config.layers, config.hidden_size, config.heads, config.kv_heads
     );
     println!("  vocabulary {}, context {}", config.vocab_size, config.max_positions);
+    println!("  answers in chat: {} ({})", described(&recommended.sampling), recommended.source);
+    if !unused.is_empty() {
+        println!("  note: {GENERATION_CONFIG} asks for {}, which is not done", unused.join(", "));
+    }
     for (dtype, (tensors, elements)) in types {
         println!("  {dtype:<6} {tensors:>5} tensors, {:.1} M elements", elements as f64 / 1e6);
     }
     Ok(())
+}
+
+/// How `chat` samples the model's answers, unless flags say otherwise.
+fn recommended(source: &dyn Source, path: &Path, parameters: u64) -> Result<Recommended> {
+    let files = source.sidecars()?.files;
+    let file = files.iter().find(|(name, _)| name == GENERATION_CONFIG).map(|(_, bytes)| &bytes[..]);
+    Recommended::read(file, &path.join(GENERATION_CONFIG), parameters)
 }
 
 fn adapter(path: &Path, as_json: bool) -> Result<()> {

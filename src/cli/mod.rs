@@ -150,13 +150,28 @@ fn parse() -> Result<Cli, clap::Error> {
     Cli::from_arg_matches(&matches)
 }
 
+/// What the library's messages name of its own settings, and the flags that set them here.
+const FLAGS: [(&str, &str); 6] = [
+    ("`Existing::Replace`", "`--overwrite`"),
+    ("`Options::context`", "`--context`"),
+    ("`Precision::Exact`", "`--precision exact`"),
+    ("`SpecialText::Text`", "`--special-tokens text`"),
+    ("`TaskOptions::chat`", "`--chat`"),
+    ("leave the system prompt out", "leave `--system` out"),
+];
+
+/// A message of the library's, in the words of the command line.
+fn in_flags(message: String) -> String {
+    FLAGS.iter().fold(message, |message, (setting, flag)| message.replace(setting, flag))
+}
+
 /// An error with what caused it, on stderr; nothing is said twice.
 fn print_error(kind: &str, error: &Error) {
-    let mut said = error.to_string();
+    let mut said = in_flags(error.to_string());
     eprintln!("{kind}: {said}");
     let mut cause = error.source();
     while let Some(e) = cause {
-        let text = e.to_string();
+        let text = in_flags(e.to_string());
         if !said.contains(&text) {
             eprintln!("  caused by: {text}");
             said.push_str(&text);

@@ -17,6 +17,9 @@ use std::sync::{Arc, Weak};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AdapterId(u64);
 
+/// The largest factor on an adapter's effect: useful ones are around 1.
+const MOST_SCALE: f32 = 1e4;
+
 /// An attached adapter.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -93,7 +96,7 @@ impl Engine {
     ///
     /// # Errors
     /// The adapter is broken, of an unsupported method, or for another base; it brings weights, and so does another, or
-    /// the scale is not 1. Nothing changes then.
+    /// the scale is not 1; the scale is beyond ten thousand, or no number. Nothing changes then.
     pub fn attach(&self, dir: &Path, scale: f32) -> Result<AdapterId> {
         let file = AdapterFile::open(dir)?;
         let hash = fingerprint(&file);
@@ -114,8 +117,9 @@ impl Engine {
         scale: f32,
         values: impl FnOnce(Arc<AdapterFile>) -> Values,
     ) -> Result<AdapterId> {
-        if !scale.is_finite() {
-            return Err(Error::config("scale", "a finite number", scale));
+        // Beyond that, nothing is left of what the model itself says, and numbers soon have no end.
+        if !(-MOST_SCALE..=MOST_SCALE).contains(&scale) {
+            return Err(Error::config("scale", format!("a number from -{MOST_SCALE} to {MOST_SCALE}"), scale));
         }
         let mut registry = lock(&self.0.adapters);
         let mut warnings = self.doubts(&file)?;

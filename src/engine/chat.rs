@@ -4,7 +4,7 @@ use super::adapters::{AdapterId, AdapterSet};
 use super::{Cancel, Decoder, Engine, Transcript};
 use crate::chat::Message;
 use crate::error::{Error, Result};
-use crate::generate::{Generated, Sampling};
+use crate::generate::{Generated, LogitFilter, Sampling};
 use crate::mmap::ReleasesFreed;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -47,10 +47,12 @@ pub struct Chat {
     transcript: Transcript,
     messages: Vec<Message>,
     cancel: Cancel,
-    /// How tokens are chosen. [`Chat::ask`] adds one to the seed after each answer.
+    /// How tokens are chosen. [`Chat::ask`] adds one to the seed after each answer that it keeps.
     pub sampling: Sampling,
     /// Most tokens of an answer.
     pub max_tokens: usize,
+    /// What has a say in every choice, in this order, whichever way an answer is asked for.
+    pub filters: Vec<Box<dyn LogitFilter>>,
     _release: ReleasesFreed,
 }
 
@@ -65,6 +67,7 @@ impl Chat {
             cancel: Cancel::new(),
             sampling: Sampling::default(),
             max_tokens: 512,
+            filters: Vec::new(),
             _release: ReleasesFreed,
         })
     }
@@ -135,8 +138,8 @@ impl Chat {
         if !answer.text.is_empty() {
             messages.push(Message::new("assistant", &answer.text));
             self.messages = messages;
+            self.sampling.seed = self.sampling.seed.wrapping_add(1);
         }
-        self.sampling.seed = self.sampling.seed.wrapping_add(1);
         Ok(answer)
     }
 
@@ -196,7 +199,7 @@ impl Chat {
         self.checked(&set, text.tokenizer.encode_chat(&prompt.text, &prompt.plain)?)
     }
 
-    /// Continues token ids one token at a time, with filters if wanted.
+    /// Continues token ids one token at a time, with more filters than [`Chat::filters`] if wanted.
     ///
     /// # Errors
     /// No ids, one outside the vocabulary, more than the context takes; a setting of the sampling is out of range; a chosen
@@ -208,8 +211,8 @@ impl Chat {
             self.transcript.keep(self.engine.base(), &[]);
             self.set = Arc::clone(&set);
         }
-        let Self { engine, transcript, cancel, sampling, max_tokens, .. } = self;
-        Decoder::new(engine, set, transcript, cancel.clone(), ids, sampling, *max_tokens)
+        let Self { engine, transcript, cancel, sampling, max_tokens, filters, .. } = self;
+        Decoder::new(engine, set, transcript, cancel.clone(), ids, sampling, *max_tokens, filters)
     }
 
     /// The adapters that its next answer uses.

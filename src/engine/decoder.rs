@@ -3,7 +3,7 @@
 use super::adapters::AdapterSet;
 use super::{Cancel, Engine, Transcript, lock};
 use crate::error::{Error, ErrorCode, Result};
-use crate::generate::{Finish, Generated, LogitFilter, Sampler, Sampling, check_finite};
+use crate::generate::{Finish, Generated, Guard, LogitFilter, Sampler, Sampling, check_finite};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,7 @@ pub struct Decoder<'c> {
     cancel: Cancel,
     prompt: Vec<u32>,
     sampler: Sampler,
+    guard: Option<Guard>,
     filters: Vec<&'c mut dyn LogitFilter>,
     stop: Vec<u32>,
     max_tokens: usize,
@@ -58,6 +59,7 @@ impl<'c> Decoder<'c> {
         prompt: Vec<u32>,
         sampling: &Sampling,
         max_tokens: usize,
+        filters: &'c mut [Box<dyn LogitFilter>],
     ) -> Result<Self> {
         sampling.validate()?;
         let limit = engine.own_tokens(&set.adapters);
@@ -65,20 +67,24 @@ impl<'c> Decoder<'c> {
             return Err(Error::new(ErrorCode::Data, "prompt", "expected at least one token, got none"));
         }
         if prompt.len() >= limit {
-            let more = if engine.is_context_bound() { ", or open the model with a larger context" } else { "" };
-            let message =
-                format!("expected fewer than the context's {limit} tokens, got `{}`; shorten it{more}", prompt.len());
-            return Err(Error::new(ErrorCode::Data, "prompt", message));
+            return Err(engine.context_full("prompt", prompt.len() + 1, limit, "shorten it"));
         }
         set.adapters.replaced().check_ids(engine.base(), &prompt)?;
-        Ok(Self {
+        let text = set.text.clone();
+        let guard = Guard::new(sampling.dry, &prompt, move |ids| match &text {
+            Some(text) => text.tokenizer.decode(ids).unwrap_or_default(),
+            None => "word ".repeat(ids.len()),
+        });
+        let stop = set.text.as_ref().map_or(&engine.0.ends, |text| &text.tokenizer.stop).clone();
+        let mut decoder = Self {
             engine: engine.clone(),
-            stop: set.text.as_ref().map_or_else(Vec::new, |text| text.tokenizer.stop.clone()),
+            stop,
             set,
             transcript,
             cancel,
             prompt,
             sampler: Sampler::new(sampling.clone()),
+            guard,
             filters: Vec::new(),
             max_tokens,
             limit,
@@ -90,12 +96,17 @@ impl<'c> Decoder<'c> {
             prefilled: 0,
             start: Instant::now(),
             prefill: None,
-        })
+        };
+        for filter in filters {
+            decoder = decoder.filter(filter.as_mut());
+        }
+        Ok(decoder)
     }
 
-    /// Has `filter` take part in every choice, after those before it.
+    /// Has `filter` take part in every choice, after those before it: first those of [`Chat::filters`](super::Chat::filters).
     #[must_use]
     pub fn filter(mut self, filter: &'c mut dyn LogitFilter) -> Self {
+        filter.begin(&self.prompt);
         self.filters.push(filter);
         self
     }
@@ -154,6 +165,7 @@ impl<'c> Decoder<'c> {
                 return Ok(None);
             }
         }
+        self.guard.iter().for_each(|guard| guard.apply(&mut self.logits));
         let chosen = self.sampler.sample_filtered(&mut self.logits, self.transcript.ids(), &mut self.filters);
         // A filter that failed may have changed the logits: they are no place to go on from.
         let id = chosen.inspect_err(|_| self.finish = Some(Finish::Cancelled))?;
@@ -164,6 +176,7 @@ impl<'c> Decoder<'c> {
         }
         self.ids.push(id);
         self.given = Some(id);
+        self.guard.iter_mut().for_each(|guard| guard.accept(id));
         self.filters.iter_mut().for_each(|filter| filter.accept(id));
         if self.transcript.ids().len() + 1 >= self.limit {
             self.finish = Some(Finish::Context);

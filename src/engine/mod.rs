@@ -22,18 +22,20 @@ pub(crate) use transcript::Transcript;
 
 use crate::adapter::Adapters;
 use crate::base::{Base, architecture};
-use crate::error::Result;
+use crate::error::{Error, ErrorCode, Result};
 use crate::exec::infer::{Numbers, state_bytes};
 use crate::format::foreign::no_tokenizer;
 use crate::format::{Checkpoint, int8_head};
+use crate::generate::{GENERATION_CONFIG, Recommended};
 use crate::memory::{Peak, anonymous_bytes};
 use crate::mmap::ReleasesFreed;
 use crate::text::{Text, open_text};
-use crate::tokenizer::SpecialText;
+use crate::tokenizer::{SpecialText, end_ids};
 use crate::turn::Turn;
 use adapters::{AdapterSet, Registry};
 use pocketlora_kernels::cpu::Table;
 use pocketlora_kernels::{Arithmetic, Cpu};
+use pocketlora_models::Model;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
@@ -54,6 +56,10 @@ struct Shared {
     mapped_bytes: u64,
     /// The model's own; none for work on ids only, or where there is no tokenizer.
     text: Option<Arc<Text>>,
+    /// Asked for by [`Options::ids_only`].
+    ids_only: bool,
+    /// What ends an answer where there is no text, by the model's configuration.
+    ends: Vec<u32>,
     /// Anonymous bytes that a text took when it was last loaded.
     text_bytes: AtomicU64,
     special_text: SpecialText,
@@ -82,6 +88,7 @@ impl Engine {
         architecture(&checkpoint)?;
         let (text, text_bytes) =
             if options.ids_only { (None, 0) } else { measured(|| open_text(&dir, options.special_text))? };
+        let ends = if text.is_none() { end_ids(&dir)? } else { Vec::new() };
         checkpoint.bring_in();
         let mut base = Base::load(Cpu::with_table(options.threads, Table::from_env()?), &checkpoint)?;
         let numbers = options.numbers();
@@ -104,6 +111,8 @@ impl Engine {
             fingerprint: checkpoint.fingerprint(),
             mapped_bytes,
             text,
+            ids_only: options.ids_only,
+            ends,
             text_bytes: AtomicU64::new(text_bytes),
             special_text: options.special_text,
             precision: options.precision,
@@ -122,6 +131,22 @@ impl Engine {
     /// Out of memory.
     pub fn chat(&self) -> Result<Chat> {
         Chat::new(self)
+    }
+
+    /// How the model's answers are sampled where nobody says otherwise: as its `generation_config.json` recommends, or by
+    /// its size, with a guard against loops. The command line's `chat` does; a new [`Chat`] takes the likeliest tokens,
+    /// unguarded, until its [`Chat::sampling`] is set to this.
+    ///
+    /// # Errors
+    /// The file is broken, or a setting in it is out of range.
+    pub fn recommended(&self) -> Result<Recommended> {
+        let path = self.0.dir.join(GENERATION_CONFIG);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => Some(bytes),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            Err(e) => return Err(Error::io("read", &path, e)),
+        };
+        Recommended::read(bytes.as_deref(), &path, parameters(self.base().model.as_ref()))
     }
 
     /// The model's folder.
@@ -181,7 +206,21 @@ impl Engine {
     }
 
     fn text_of(&self, set: &AdapterSet) -> Result<Arc<Text>> {
-        set.text.clone().ok_or_else(|| no_tokenizer(&self.0.dir))
+        set.text.clone().ok_or_else(|| {
+            if !self.0.ids_only {
+                return no_tokenizer(&self.0.dir);
+            }
+            let message = "expected an engine with a tokenizer, got one that was opened for token ids only; open it without \
+                           `Options::ids_only`, or give it ids";
+            Error::new(ErrorCode::Config, "text", message)
+        })
+    }
+
+    /// The error of a text at `place` that needs so many tokens of the context, where there are fewer.
+    pub(crate) fn context_full(&self, place: &str, needed: usize, available: usize, next: &str) -> Error {
+        let more = if self.is_context_bound() { ", or open the model with a larger `Options::context`" } else { "" };
+        let message = format!("expected at most the context's {available} tokens, got `{needed}`; {next}{more}");
+        Error::new(ErrorCode::ContextFull, place, message)
     }
 
     /// The frozen base, for code that drives executors itself.
@@ -217,6 +256,11 @@ impl Engine {
         }
         Ok(text.map(Arc::new))
     }
+}
+
+/// How many numbers a model's weights are.
+pub(crate) fn parameters(model: &dyn Model) -> u64 {
+    model.params().iter().map(|spec| spec.shape.iter().product::<usize>() as u64).sum()
 }
 
 /// What `open` gives, and the anonymous bytes that the process holds more after it; 0 where the system does not tell.

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 /// Arithmetic of inference.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Precision {
     /// f32 everywhere, cache and adapters included.
     Exact,
@@ -72,7 +73,7 @@ pub struct Options {
     /// What others find the base by, as adapters name it: a repository on the hub, or a path. The folder, if not given.
     pub base_name: Option<String>,
     /// Leaves the tokenizer alone, which is tens of megabytes: for work on token ids, or for training, which opens it
-    /// only while data is read.
+    /// only while data is read. Answers end at the ids that `generation_config.json` and `config.json` name as ends.
     pub ids_only: bool,
     /// What becomes of special tokens that are written out in a text.
     pub special_text: SpecialText,

@@ -41,7 +41,7 @@ impl Score {
         }
         let message = format!(
             "expected a finite number, got `{}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
-             `--precision exact`, leave out the adapter, or use another copy of the model",
+             `Precision::Exact`, leave out the adapter, or use another copy of the model",
             self.nll_sum
         );
         Err(Error::new(ErrorCode::Diverged, "loss", message))
@@ -70,8 +70,7 @@ pub fn logits_of(
     let set = engine.all();
     let limit = engine.own_tokens(&set.adapters);
     if ids.len() > limit {
-        let message = format!("expected at most the context's {limit} tokens, got `{}`; use windows", ids.len());
-        return Err(Error::new(ErrorCode::Data, "text", message));
+        return Err(engine.context_full("text", ids.len(), limit, "use windows"));
     }
     let mut transcript = Transcript::new(engine.base(), engine.numbers())?;
     let mut told = 0;

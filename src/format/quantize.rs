@@ -216,7 +216,7 @@ fn check_vacant(out: &Path, existing: Existing) -> Result<()> {
     if vacant || existing == Existing::Replace && is_ours(out) {
         Ok(())
     } else if is_ours(out) {
-        refused("holds a model already; name another folder or replace it with `--overwrite`".to_owned())
+        refused("holds a model already; name another folder or replace it with `Existing::Replace`".to_owned())
     } else if !out.is_dir() {
         refused("expected a folder to write to, got a file; name another one".to_owned())
     } else {

@@ -2,8 +2,14 @@
 
 use crate::error::Result;
 
-/// Has a say in which token comes next: a grammar, a list of forbidden words, a watermark.
-pub trait LogitFilter {
+/// Has a say in which token comes next: a grammar, a list of forbidden words, a watermark. It may move between threads, as
+/// the chat does that it works for.
+pub trait LogitFilter: Send {
+    /// An answer to `prompt` begins: what was kept of an earlier one is over.
+    fn begin(&mut self, prompt: &[u32]) {
+        let _ = prompt;
+    }
+
     /// Changes `logits` `[V]`, the natural logarithms of what the model finds likely up to a constant. `-inf` forbids a
     /// token; at least one must be left. `context` is what the model has read: the prompt and the answer so far.
     ///

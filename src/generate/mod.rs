@@ -1,9 +1,14 @@
 //! How tokens are chosen, and what an answer took.
 
 mod filter;
+mod guard;
+mod recommended;
 mod sampler;
 
 pub use filter::{LogitFilter, TokenBias};
+pub use guard::{Dry, Guard};
+pub(crate) use recommended::FILE as GENERATION_CONFIG;
+pub use recommended::{Recommended, SamplingSource};
 pub(crate) use sampler::check_finite;
 pub use sampler::{Sampler, Sampling};
 
@@ -12,6 +17,7 @@ use std::time::Duration;
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Finish {
     /// The model said it was done.
     Stop,
@@ -33,6 +39,7 @@ impl Finish {
 
 /// What a generation did.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Generated {
     /// New tokens, without the one that ended the answer.
     pub ids: Vec<u32>,

@@ -1,6 +1,6 @@
 //! Choosing the next token from logits.
 
-use super::LogitFilter;
+use super::{Dry, LogitFilter};
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::Rng;
 
@@ -18,13 +18,16 @@ pub struct Sampling {
     /// Divides positive logits of tokens seen in the context and multiplies negative ones; 1 does nothing (Keskar et
     /// al. 2019).
     pub repetition_penalty: f32,
+    /// What keeps an answer from repeating itself; does nothing by default. Chats and decoders use it, a [`Sampler`] by
+    /// itself does not: it does not know where an answer begins.
+    pub dry: Dry,
     /// Seed of the random stream.
     pub seed: u64,
 }
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, seed: 0 }
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, dry: Dry::OFF, seed: 0 }
     }
 }
 
@@ -45,7 +48,25 @@ impl Sampling {
                 return Err(Error::config(name, format!("a number in `{range}`"), value));
             }
         }
-        Ok(())
+        self.dry.validate()
+    }
+
+    /// The settings by their names, but for the seed, for reports.
+    #[cfg(feature = "cli")]
+    pub(crate) fn named(&self) -> [(&'static str, f64); 9] {
+        // In the digits in which they were given.
+        let plain = |value: f32| value.to_string().parse().unwrap_or(f64::from(value));
+        [
+            ("temperature", plain(self.temperature)),
+            ("top_k", self.top_k as f64),
+            ("top_p", plain(self.top_p)),
+            ("min_p", plain(self.min_p)),
+            ("repetition_penalty", plain(self.repetition_penalty)),
+            ("dry_multiplier", plain(self.dry.multiplier)),
+            ("dry_base", plain(self.dry.base)),
+            ("dry_allowed_length", self.dry.allowed_length as f64),
+            ("dry_after", self.dry.after as f64),
+        ]
     }
 }
 
@@ -170,7 +191,7 @@ fn check(logits: &[f32], broken: impl Fn(f32) -> bool) -> Result<()> {
     let Some(at) = logits.iter().position(|&l| broken(l)) else { return Ok(()) };
     let message = format!(
         "expected finite numbers, got `{}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
-         `--precision exact`, detach the adapter, or use another copy of the model",
+         `Precision::Exact`, detach the adapter, or use another copy of the model",
         logits[at]
     );
     Err(Error::new(ErrorCode::Diverged, format!("logits: token {at}"), message))
@@ -244,6 +265,11 @@ mod tests {
             (Sampling { top_p: 1.5, ..none.clone() }, "`0 < top-p <= 1`, got `1.5`"),
             (Sampling { top_p: 0.0, ..none.clone() }, "`0 < top-p <= 1`, got `0`"),
             (Sampling { min_p: 2.0, ..none.clone() }, "`0 <= min-p <= 1`, got `2`"),
+            (
+                Sampling { dry: Dry { multiplier: -1.0, ..Dry::OFF }, ..none.clone() },
+                "dry-multiplier <= 100`, got `-1`",
+            ),
+            (Sampling { dry: Dry { base: 0.5, ..Dry::GUARD }, ..none.clone() }, "`1 <= dry-base <= 100`, got `0.5`"),
             (Sampling { repetition_penalty: 0.0, ..none.clone() }, "`0.01 <= repetition-penalty <= 100`, got `0`"),
         ] {
             let error = settings.validate().unwrap_err().to_string();

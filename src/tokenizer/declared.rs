@@ -24,7 +24,7 @@ pub(super) fn add(dir: &Path, tokenizer: &mut Tokenizer) -> Result<()> {
     for path in [&config, &map] {
         let json = read_json(path)?;
         if json.get("split_special_tokens").is_some_and(|v| v == true) {
-            let next = "set it to false, and give `--special-tokens text` where special tokens are to be plain text";
+            let next = "set it to false, and give `SpecialText::Text` where special tokens are to be plain text";
             return Err(Error::unsupported(path, "`split_special_tokens: true`", next));
         }
         with_ids(path, &json, tokenizer)?;

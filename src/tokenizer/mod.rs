@@ -13,6 +13,7 @@ use crate::format::foreign;
 pub(crate) use plain::SpecialTokens;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+pub(crate) use special::end_ids;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ use tokenizers::{OffsetType, PreTokenizer as _};
 /// What becomes of special tokens, such as `<|im_end|>`, that are written out in a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum SpecialText {
     /// Parsed in a text that is taken as it is, left as plain characters in the messages of a chat.
     #[default]

@@ -34,30 +34,9 @@ impl Names {
             let json = read_json(&path)?;
             files.push((path, json));
         }
-        let mut ids = [Vec::new(), Vec::new()];
-        for file in ["generation_config.json", "config.json"] {
-            let path = model.join(file);
-            let json = read_json(&path)?;
-            // Models that see and hear keep the text model's settings in a part of their own.
-            let inner = json.get("text_config").and_then(Value::as_object);
-            for (key, ids) in ["bos_token_id", "eos_token_id"].into_iter().zip(&mut ids) {
-                for object in [Some(&json), inner].into_iter().flatten() {
-                    let given = ids_of(object, key, &path)?;
-                    // Of several ends some may be of other tokenizers, but with none of them no answer would end.
-                    let known = |id: &u32| tokenizer.id_to_token(*id).is_some();
-                    if let (Some(id), "eos_token_id", false) = (given.first(), key, given.iter().any(known)) {
-                        return Err(Error::format(
-                            &path,
-                            key,
-                            "the id of a token in tokenizer.json",
-                            format!("`{id}`"),
-                        ));
-                    }
-                    ids.extend(given);
-                }
-            }
-        }
-        let [bos, eos] = ids;
+        // Of several ends some may be of other tokenizers, but with none of them no answer would end.
+        let known = |given: &[u32]| given.iter().any(|id| tokenizer.id_to_token(*id).is_some());
+        let [bos, eos] = [configured(model, "bos_token_id", |_| true)?, configured(model, "eos_token_id", known)?];
         let mut text = Vec::new();
         for name in NAMES {
             let by_id = match name {
@@ -85,6 +64,33 @@ impl Names {
         });
         Ok(Self { text, stop, adds_bos })
     }
+}
+
+/// The ids under `key` in the model's configuration. Where a file gives some, they must be `known`.
+fn configured(model: &Path, key: &str, known: impl Fn(&[u32]) -> bool) -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    for file in ["generation_config.json", "config.json"] {
+        let path = model.join(file);
+        let json = read_json(&path)?;
+        // Models that see and hear keep the text model's settings in a part of their own.
+        let inner = json.get("text_config").and_then(Value::as_object);
+        for object in [Some(&json), inner].into_iter().flatten() {
+            let given = ids_of(object, key, &path)?;
+            if let (Some(id), false) = (given.first(), known(&given)) {
+                return Err(Error::format(&path, key, "the id of a token in tokenizer.json", format!("`{id}`")));
+            }
+            ids.extend(given);
+        }
+    }
+    Ok(ids)
+}
+
+/// Ids that end an answer of the model in `dir`, by its configuration alone: a chat template may have more.
+///
+/// # Errors
+/// A file is broken.
+pub(crate) fn end_ids(dir: &Path) -> Result<Vec<u32>> {
+    configured(dir, "eos_token_id", |_| true)
 }
 
 /// A token's text: a string, or an object with `content`.

@@ -3,7 +3,7 @@
 use super::common::quiet;
 use super::{Fixture, check_all, fixture, open, refused};
 use pocketlora::Error;
-use pocketlora::ErrorCode::{Data, Diverged, Format};
+use pocketlora::ErrorCode::{ContextFull, Data, Diverged, Format};
 use pocketlora::format::{Existing, Progress, Target, quantize};
 use pocketlora::train::{Observer, StepReport, TrainConfig};
 use serde_json::Value;
@@ -98,21 +98,21 @@ fn prompts_that_do_not_fit_are_refused_and_the_chat_lives_on() {
     chat.max_tokens = 1;
     let mut generate = |ids: &[u32]| chat.generate(ids.to_vec(), &mut quiet);
     let cases = [
-        ("longer than the context", vec![5; 300], "256"),
-        ("as long as the context", vec![5; 256], "256"),
-        ("empty", vec![], "at least one"),
-        ("beyond the vocabulary", vec![5, 6, 512], "`512`"),
-        ("far beyond", vec![u32::MAX], "4294967295"),
+        ("longer than the context", vec![5; 300], ContextFull, "256"),
+        ("as long as the context", vec![5; 256], ContextFull, "256"),
+        ("empty", vec![], Data, "at least one"),
+        ("beyond the vocabulary", vec![5, 6, 512], Data, "`512`"),
+        ("far beyond", vec![u32::MAX], Data, "4294967295"),
     ];
     let first = generate(&[5, 6]).unwrap().text;
-    for (what, ids, word) in cases {
-        refused(what, generate(&ids), Data, &["expected", "got", word]).unwrap();
+    for (what, ids, code, word) in cases {
+        refused(what, generate(&ids), code, &["expected", "got", word]).unwrap();
         assert_eq!(generate(&[5, 6]).unwrap().text, first, "after: {what}");
     }
     assert!(generate(&[5; 255]).is_ok());
     let mut complete = |text: &str| chat.complete(text, &mut quiet);
     refused("empty text", complete(""), Data, &["prompt", "got none"]).unwrap();
-    refused("long text", complete(&"a".repeat(10_000)), Data, &["prompt", "`10000`", "256", "shorten"]).unwrap();
+    refused("long text", complete(&"a".repeat(10_000)), ContextFull, &["prompt", "`10001`", "256", "shorten"]).unwrap();
 }
 
 #[cfg(feature = "cli")]

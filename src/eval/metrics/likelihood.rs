@@ -69,7 +69,7 @@ impl<'a> Likelihood<'a> {
         }
         let message = format!(
             "expected a finite number, got `{sum}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
-             `--precision exact`, leave out the adapter, or use another copy of the model"
+             `Precision::Exact`, leave out the adapter, or use another copy of the model"
         );
         Err(Error::new(ErrorCode::Diverged, "likelihood", message))
     }

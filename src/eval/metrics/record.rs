@@ -144,7 +144,7 @@ fn parse(mut fields: Fields, into_chat: bool, unused: &mut Unused) -> Result<Opt
     };
     if let Some(system) = system {
         let Ask::Chat(turns) = &mut ask else {
-            let message = "this key would change what is asked, and a text that is continued has no system's turn; ask with `--chat`";
+            let message = "this key would change what is asked, and a text that is continued has no system's turn; ask with `TaskOptions::chat`";
             return Err(data_error(&format!("`{}`", system.name), message));
         };
         messages::add_system(system, turns)?;

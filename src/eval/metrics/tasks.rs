@@ -287,7 +287,7 @@ fn text_scores(records: &[Record], metrics: &[Metric], stemmer: bool, report: &m
 
 fn in_line(e: Error, record: &Record) -> Error {
     match e.code() {
-        ErrorCode::Data | ErrorCode::Diverged => e.at(format!("line {}", record.line)),
+        ErrorCode::Data | ErrorCode::Diverged | ErrorCode::ContextFull => e.at(format!("line {}", record.line)),
         _ => e,
     }
 }
