@@ -149,7 +149,7 @@ impl Growing {
     }
 }
 
-/// All answers of a row, in batches: each is what it would be by itself, up to the rounding of sums.
+/// All answers of a row, in batches: each is what it would be by itself, up to rounding.
 fn measure(engine: &Engine, row: &Row, cap: usize, answers: &mut Option<File>) -> Result<Found> {
     let (text, base) = (engine.text()?, internals::base(engine));
     let mut work = Workspace::new(internals::numbers(engine).arithmetic);

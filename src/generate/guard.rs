@@ -6,12 +6,12 @@
 //! same text several times in a row, [`Dry::after`], and an answer that does not loop is the same with it and without.
 //!
 //! What may repeat for longer before it wakes: code, tables and markup; text without words, such as rules and rows of
-//! zeros; and what stands in the prompt, which may be what was asked for. Text that differs only in its numbers loops, too:
-//! sentences soon, and what may be counting, with a word or none, only after two hundred tokens.
+//! zeros; and what stands in the prompt, which may be what was asked for. Prose that differs only in its numbers loops, too:
+//! sentences soon, what may be counting, with a word or two, only after two hundred tokens, and rows of tables or data after
+//! four hundred. Numbers alone may go on.
 
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
-use std::ops::RangeInclusive;
 
 /// What keeps an answer from repeating itself: Don't Repeat Yourself (p-e-w 2024,
 /// [text-generation-webui#5677](https://github.com/oobabooga/text-generation-webui/pull/5677)), asleep until it is needed.
@@ -44,11 +44,10 @@ impl Dry {
 
     /// Checks the ranges.
     pub(super) fn validate(&self) -> Result<()> {
-        const MOST: RangeInclusive<f32> = 1.0..=100.0;
         if !(0.0..=100.0).contains(&self.multiplier) {
             return Err(Error::config("dry-multiplier", "a number in `0 <= dry-multiplier <= 100`", self.multiplier));
         }
-        if !MOST.contains(&self.base) {
+        if !(1.0..=100.0).contains(&self.base) {
             return Err(Error::config("dry-base", "a number in `1 <= dry-base <= 100`", self.base));
         }
         Ok(())
@@ -205,16 +204,22 @@ impl Guard {
         let words = |period: usize| self.last(period).iter().filter(|kind| kind.word).count();
         exact.next().is_some_and(|(period, tokens)| tokens >= self.bearable(period))
             || loose.next().is_some_and(|(period, tokens)| match words(period) {
-                0..SENTENCE => tokens >= 2 * BUILT,
+                0 => false,
+                _ if self.is_built(period) => tokens >= 4 * BUILT,
+                1..SENTENCE => tokens >= 2 * BUILT,
                 _ => tokens >= 2 * self.bearable(period),
             })
     }
 
+    /// Whether the last `period` tokens are code, a table, or markup.
+    fn is_built(&self, period: usize) -> bool {
+        self.fenced || self.last(period).iter().any(|kind| kind.built)
+    }
+
     /// Tokens that copies of the last `period` may take together.
     fn bearable(&self, period: usize) -> usize {
-        let kinds = self.last(period);
-        let built = self.fenced || kinds.iter().any(|kind| kind.built) || !kinds.iter().any(|kind| kind.word);
-        match built {
+        let worded = self.last(period).iter().any(|kind| kind.word);
+        match !worded || self.is_built(period) {
             true => BUILT,
             false if self.is_in_prompt(period) => ASKED,
             false => PLAIN,
@@ -320,6 +325,9 @@ mod tests {
             ("a table", "A table.", format!("| day | a | b | c |\n{}|\n{rows}", "| --- ".repeat(4))),
             ("code", "Code.", code),
             ("a list", "A list.", days),
+            ("objects", "JSON.", (1..18).map(|i| format!("  {{\"num\": {i}, \"next\": {}}},\n", i + 1)).collect()),
+            ("rows", "A table.", (1..25).map(|i| format!("| {i} | times three is | {} |\n", 3 * i)).collect()),
+            ("sums", "Add.", (1..80).map(|i| format!("{i} + 2, ")).collect()),
             ("markup", "A table.", "<tr><td></td></tr>\n".repeat(4)),
             ("zeros", "Zeros.", "0, ".repeat(25)),
             ("a chorus", "A song.", "Choo choo goes the train, and all of us along.\n".repeat(3)),
