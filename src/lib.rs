@@ -47,6 +47,7 @@ mod import;
 pub mod memory;
 mod mmap;
 mod rng;
+pub mod study;
 mod text;
 pub mod tokenizer;
 pub mod train;

@@ -116,6 +116,21 @@ fn what_is_written_is_compared_with_the_references() {
 }
 
 #[test]
+fn an_answer_is_right_that_holds_what_is_expected() {
+    let (_dir, engine) = engine();
+    let said = complete(&engine, "hello", 12).text;
+    let part: String = said.trim().chars().skip(1).take(3).collect();
+    let holding = |texts: &[&str]| Expected::Holding(texts.iter().map(|text| (*text).to_owned()).collect());
+    let records = [
+        record(1, "hello", holding(&["never said", &part.to_uppercase()])),
+        record(2, "hello", holding(&["never said"])),
+    ];
+    let options = TaskOptions { max_tokens: 12, ..TaskOptions::default() };
+    assert_eq!(run(&engine, &records, &[], &options).scores, [("expect", 0.5)], "{said:?}, {part:?}");
+    assert!(metrics_for(&records, &[Metric::Exact]).is_err());
+}
+
+#[test]
 fn a_file_holds_records_of_one_kind_and_metrics_must_fit_them() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("data.jsonl");

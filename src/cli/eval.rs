@@ -43,7 +43,7 @@ struct What {
     #[arg(long, value_parser = names::path())]
     text: Option<PathBuf>,
     /// Scores on a data file: training samples (loss on the learned tokens), or JSONL with `choices` and `answer`, with
-    /// `label`, or with `reference(s)`, asked by `prompt`, `question` or `messages`.
+    /// `label`, with `reference(s)` or with `expect`, asked by `prompt`, `question` or `messages`.
     #[arg(short, long, value_parser = names::path())]
     data: Option<PathBuf>,
     /// JSON array of arrays of token ids, each scored whole.
@@ -188,7 +188,8 @@ fn find_in_data(
 
 fn write_answers(out: &Path, records: &[Record], report: &TaskReport) -> Result<()> {
     if report.answers.is_empty() {
-        let expected = "metrics for which the model writes: `exact`, `bleu`, `rouge`, or labels by generation";
+        let expected =
+            "metrics for which the model writes: `exact`, `expect`, `bleu`, `rouge`, or labels by generation";
         return Err(Error::config("answers", expected, "none of them"));
     }
     let mut lines = String::new();
@@ -196,6 +197,7 @@ fn write_answers(out: &Path, records: &[Record], report: &TaskReport) -> Result<
         let mut line = json!({"line": record.line, "answer": answer});
         match &record.expected {
             Expected::References(texts) | Expected::Taught(texts) => line["references"] = json!(texts),
+            Expected::Holding(texts) => line["expect"] = json!(texts),
             Expected::Label(label) => line["label"] = json!(label),
             Expected::Choice { .. } | Expected::Nothing => {}
         }

@@ -3,6 +3,7 @@
 use super::args::megabytes;
 use super::{interrupt, names, progress, pull, shell};
 use crate::adapter::{AUTO, target_layers};
+use crate::chat::ChatTemplate;
 use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::foreign::{no_tokenizer, no_tokenizer_inside};
@@ -112,6 +113,16 @@ pub(super) fn check_text(model: &str) -> Result<()> {
     let dir = if path.is_dir() { path } else { folder_of(&path) };
     let lacks = dir.join("config.json").is_file() && !dir.join("tokenizer.json").exists();
     if lacks { Err(no_tokenizer(&dir)) } else { Ok(()) }
+}
+
+/// Whether the model was made to chat: it has a chat template. One that is not on this machine yet is fetched.
+pub(super) fn has_template(model: &str) -> bool {
+    let Some(path) = present(model).or_else(|| locate(model).ok().map(|model| model.path)) else { return false };
+    if is_gguf(&path) {
+        return Gguf::open(&path).is_ok_and(|file| file.has_template());
+    }
+    let dir = if path.is_dir() { path } else { folder_of(&path) };
+    ChatTemplate::find(&dir).is_ok_and(|found| found.is_some())
 }
 
 /// Refuses names of layers that the model does not have, before any work is done for it.

@@ -42,6 +42,8 @@ pub(crate) enum Key {
     Reference,
     /// Of an evaluation alone: several right answers.
     References,
+    /// Of an evaluation alone: words of which a right answer holds one.
+    Expect,
     /// It would change what is learned and is not understood, for this reason.
     Refused(&'static str),
 }
@@ -102,6 +104,7 @@ const RECORD: &[(Key, &[&str])] = &[
     (Key::Label, &["label"]),
     (Key::Reference, &["reference"]),
     (Key::References, &["references"]),
+    (Key::Expect, &["expect"]),
     (
         Key::Refused(NO_PREFERENCES),
         &["chosen", "rejected", "chosen_response", "rejected_response", "kto_tag", "preferred"],
@@ -345,8 +348,9 @@ impl Fields {
     /// Whether there is something to learn or to ask, in whatever form.
     pub(super) fn have_a_form(&self) -> bool {
         let asked = self.has(Key::Prompt) || self.has(Key::Question) || self.has(Key::Input);
-        let answered =
-            [Key::Completion, Key::Answer, Key::Label, Key::Reference, Key::References].iter().any(|k| self.has(*k));
+        let answered = [Key::Completion, Key::Answer, Key::Label, Key::Reference, Key::References, Key::Expect]
+            .iter()
+            .any(|k| self.has(*k));
         self.has(Key::Messages)
             || self.has(Key::Text)
             || asked && answered

@@ -21,7 +21,7 @@ pub use unused::Unused;
 use crate::error::{Error, ErrorCode, Result};
 use keys::Fields;
 use std::ffi::OsStr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Longest record, in bytes: far above any sample, far below what would exhaust a phone's memory. Tests need not write that
 /// much.
@@ -32,8 +32,8 @@ const MAX_RECORD: usize = if cfg!(test) { 1 << 19 } else { 1 << 26 };
 pub(crate) enum Entry {
     /// An object of JSON, or a row of a table.
     Keys(Fields),
-    /// A file of text.
-    Note(String),
+    /// A file of text, and where it lies.
+    Note(PathBuf, String),
 }
 
 /// Takes a record, its line (0 where it is a whole file), and the place for what is left out.
@@ -150,7 +150,7 @@ fn note(mut reader: stream::Reader, sink: &mut Sink<'_, '_>) -> Result<()> {
     }
     match stream::utf8(&bytes) {
         Ok(text) if text.trim().is_empty() => Ok(()),
-        text => sink.give(text.map(|text| Entry::Note(text.to_owned())), 0, 0),
+        text => sink.give(text.map(|text| Entry::Note(sink.path.to_owned(), text.to_owned())), 0, 0),
     }
 }
 

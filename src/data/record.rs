@@ -146,7 +146,7 @@ fn form(fields: &mut Fields, unused: &mut Unused) -> Result<Option<Record>> {
         return Ok(None);
     };
     for (key, named) in fields.rest() {
-        if matches!(key, Key::Reference | Key::References)
+        if matches!(key, Key::Reference | Key::References | Key::Expect)
             || keys::is_nothing(&named.value)
             || is_told(&record, &named.value)
         {

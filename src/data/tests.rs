@@ -12,7 +12,7 @@ fn read_bytes(dir: &Path, name: &str, bytes: &[u8]) -> Result<usize, String> {
         n += 1;
         match entry {
             Entry::Keys(fields) => record::Record::new(fields, unused).map(drop),
-            Entry::Note(_) => Ok(()),
+            Entry::Note(..) => Ok(()),
         }
     });
     read.map(|()| n).map_err(|e| e.to_string())

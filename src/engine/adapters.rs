@@ -175,6 +175,11 @@ impl Engine {
         Arc::clone(&lock(&self.0.adapters).all)
     }
 
+    /// No adapters: the model as it is.
+    pub(crate) fn none(&self) -> Result<Arc<AdapterSet>> {
+        self.set_of(Some(&[]))
+    }
+
     /// The adapters `ids`, or all without.
     pub(super) fn set_of(&self, ids: Option<&[AdapterId]>) -> Result<Arc<AdapterSet>> {
         let mut registry = lock(&self.0.adapters);

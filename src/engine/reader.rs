@@ -2,6 +2,7 @@
 
 use super::Engine;
 use crate::adapter::AdapterFile;
+use crate::data::record::Record;
 use crate::error::Result;
 use crate::format::foreign::no_tokenizer;
 use crate::text::{Own, Text, open_text};
@@ -40,6 +41,15 @@ impl Reader {
     pub fn held_out_dataset(&self, path: &Path, max_tokens: usize) -> Result<Dataset> {
         let Text { tokenizer, template } = self.text();
         Dataset::open_held_out(path, tokenizer, template, self.limits(max_tokens))
+    }
+
+    /// The same for records that were made elsewhere; `path` names them in messages.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub(crate) fn dataset_of(&self, path: &Path, records: Vec<Record>, max_tokens: usize) -> Result<Dataset> {
+        let Text { tokenizer, template } = self.text();
+        Dataset::of_records(path, records, tokenizer, template, self.limits(max_tokens))
     }
 
     fn limits(&self, max_tokens: usize) -> SampleLimits {

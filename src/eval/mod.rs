@@ -1,8 +1,10 @@
 //! How well a model, with its adapters, predicts given text, and how well it answers.
 
+mod likelihood;
 #[cfg(feature = "metrics")]
 mod metrics;
 
+pub(crate) use likelihood::Likelihood;
 #[cfg(feature = "metrics")]
 pub use metrics::*;
 

@@ -3,6 +3,7 @@
 mod out_folder;
 mod report;
 mod settings;
+mod study;
 mod watcher;
 
 pub(super) use report::plan_text;
@@ -18,6 +19,7 @@ use crate::train::{DataReport, Material, MemoryPlan, SETTINGS, Summary, TrainCon
 use report::report;
 use settings::{Chosen, Settings};
 use std::path::{Path, PathBuf};
+use study::Studied;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -59,6 +61,8 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    study: study::StudyArgs,
+    #[command(flatten)]
     settings: Settings,
 }
 
@@ -73,7 +77,8 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let baseline = crate::memory::anonymous_bytes();
     let own = own_settings(args);
     let files: Vec<&Path> = own.as_deref().into_iter().chain(args.config.as_deref()).collect();
-    let chosen = args.settings.merge(&files)?;
+    let mut chosen = args.settings.merge(&files)?;
+    let notes = study::notes(args)?;
     if args.dry_run {
         let init = args.init.as_deref().map(names::adapter).transpose()?;
         let init = init.as_deref().map(AdapterFile::open).transpose()?;
@@ -86,6 +91,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
             &chosen.config,
             args.json,
         )?;
+        study::show(notes.as_deref(), args.json);
         return Ok(true);
     }
     out_folder::check(args, &chosen.config)?;
@@ -102,12 +108,17 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let options = Options {
         threads: args.threads,
         base_name,
-        ids_only: true,
+        // Questions are asked and answered in words.
+        ids_only: notes.is_none(),
         special_text: args.special_tokens.into(),
         ..super::args::options()
     };
     let engine = Engine::open(&model.path, &options)?;
-    let (summary, plan, data) = fit(&engine, chosen, init, args)?;
+    let mut studied = study::prepare(&engine, notes, &mut chosen, args)?;
+    let (summary, plan, data) = fit(&engine, chosen, init, studied.as_ref(), args)?;
+    if let Some(studied) = studied.as_mut().filter(|_| summary.done) {
+        studied.report(&engine, &summary.adapter, args)?;
+    }
     report(&summary, plan, &data, baseline, &engine, args);
     Ok(summary.done)
 }
@@ -119,9 +130,18 @@ fn own_settings(args: &Args) -> Option<PathBuf> {
 }
 
 /// Reads the data and lets the tokenizer go: training needs no text.
-fn read(engine: &Engine, config: &TrainConfig, init: Option<&AdapterFile>, args: &Args) -> Result<Material> {
+fn read(
+    engine: &Engine,
+    config: &TrainConfig,
+    init: Option<&AdapterFile>,
+    studied: Option<&Studied>,
+    args: &Args,
+) -> Result<Material> {
     let reader = engine.reader(init)?;
-    let data = reader.dataset(&args.data, config.seq)?;
+    let data = match studied {
+        Some(studied) => studied.dataset(&reader, config.seq, args)?,
+        None => reader.dataset(&args.data, config.seq)?,
+    };
     let eval_data = config.eval_data.as_ref().map(|path| reader.held_out_dataset(path, config.seq)).transpose()?;
     data::say_unused(eval_data.as_ref());
     DataCheck::new(&data.checks, &reader.text().tokenizer, &reader.text().template).warn();
@@ -132,6 +152,7 @@ fn fit(
     engine: &Engine,
     chosen: Chosen,
     mut init: Option<AdapterFile>,
+    studied: Option<&Studied>,
     args: &Args,
 ) -> Result<(Summary, MemoryPlan, DataReport)> {
     let Chosen { mut config, given } = chosen;
@@ -140,7 +161,7 @@ fn fit(
         config = config.with_adapter(engine.base().model.as_ref(), file, &|key| given.contains(key))?;
         file.method.set_in_training(&config.adapter());
     }
-    let material = read(engine, &config, init.as_ref(), args)?;
+    let material = read(engine, &config, init.as_ref(), studied, args)?;
     let mut trainer = engine.trainer_of(config, material, init.as_ref(), args.out())?;
     drop(init);
     if args.resume {

@@ -47,6 +47,20 @@ pub fn exact_match<H: AsRef<str>, R: AsRef<str>>(hypotheses: &[H], references: &
     hypotheses.iter().zip(references).filter(equal).count() as f64 / hypotheses.len() as f64
 }
 
+/// Share of `answers` that hold one of their `expected` texts, whatever its case; NaN without any.
+///
+/// # Panics
+/// The two differ in length.
+#[must_use]
+pub fn holding<H: AsRef<str>, R: AsRef<str>>(answers: &[H], expected: &[Vec<R>]) -> f64 {
+    assert_eq!(answers.len(), expected.len());
+    let holds = |(answer, expected): &(&H, &Vec<R>)| {
+        let answer = answer.as_ref().to_lowercase();
+        expected.iter().any(|text| answer.contains(&text.as_ref().to_lowercase()))
+    };
+    answers.iter().zip(expected).filter(holds).count() as f64 / answers.len() as f64
+}
+
 /// An answer as SQuAD's evaluation compares it: lower case, without ASCII punctuation, without the words `a`, `an` and
 /// `the`, single spaces.
 #[must_use]

@@ -2,7 +2,6 @@
 
 mod bleu;
 mod labels;
-mod likelihood;
 mod logits_file;
 mod porter;
 mod record;
@@ -12,10 +11,10 @@ mod tasks;
 mod tests;
 
 pub use bleu::bleu;
-pub use labels::{accuracy, exact_match, macro_f1, normalized};
+pub use labels::{accuracy, exact_match, holding, macro_f1, normalized};
 pub use logits_file::save_logits;
 pub use record::{Ask, Expected, Record, Records, read_records};
 pub use rouge::{Rouge, rouge};
 pub use tasks::{LabelBy, Metric, TaskOptions, TaskReport, metrics_for, run_tasks};
 
-use super::{Score, logits_of, nll, stopped};
+use super::{Likelihood, Score, logits_of, nll, stopped};

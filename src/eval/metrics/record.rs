@@ -31,6 +31,8 @@ pub enum Expected {
     Label(String),
     /// Free text: one or more references, each as good as the others.
     References(Vec<String>),
+    /// Free text that is right when it holds one of these.
+    Holding(Vec<String>),
     /// The answer of a training sample; perplexity is its measure, others if asked for.
     Taught(Vec<String>),
     /// Nothing to answer: a text to be predicted.
@@ -66,11 +68,12 @@ impl Expected {
 
     /// The metrics that this kind of answer is measured by unless others are asked for, and all that it can be.
     pub(super) fn metrics(&self) -> (&'static [Metric], &'static [Metric]) {
-        use Metric::{Accuracy, Bleu, Choice, Exact, F1, Perplexity, Rouge};
+        use Metric::{Accuracy, Bleu, Choice, Exact, Expect, F1, Perplexity, Rouge};
         match self {
             Self::Choice { .. } => (&[Choice], &[Choice]),
             Self::Label(_) => (&[Accuracy, F1], &[Accuracy, F1]),
             Self::References(_) => (&[Exact, Bleu, Rouge], &[Exact, Bleu, Rouge]),
+            Self::Holding(_) => (&[Expect], &[Expect]),
             Self::Taught(_) => (&[Perplexity], &[Perplexity, Exact, Bleu, Rouge]),
             Self::Nothing => (&[Perplexity], &[Perplexity]),
         }
@@ -79,7 +82,7 @@ impl Expected {
 
 /// Reads data as [`crate::train::Dataset::open`] does; its records ask by `prompt` (text to be continued), `question` (put
 /// into `Question: ..\nAnswer:`) or `messages`, and hold `choices` and `answer` (an index from 0, a letter from A, or the
-/// choice itself), `label`, `reference` or `references`; or they are training samples. With `into_chat`, `prompt` and
+/// choice itself), `label`, `reference` or `references`, or `expect`; or they are training samples. With `into_chat`, `prompt` and
 /// `question` are a user's turn of a chat. All records must be of one kind.
 ///
 /// # Errors
@@ -89,7 +92,7 @@ pub fn read_records(path: &Path, into_chat: bool) -> Result<Records> {
     data::read(path, Purpose::Evaluate, &mut unused, &mut |entry, line, unused| {
         let fields = match entry {
             Entry::Keys(fields) => fields,
-            Entry::Note(_) => {
+            Entry::Note(..) => {
                 records.push(Record { line, ask: Ask::Text(String::new()), expected: Expected::Nothing });
                 return Ok(());
             }
@@ -212,13 +215,27 @@ fn expected(fields: &mut Fields) -> Result<Option<Expected>> {
     let several = match (fields.take(Key::Reference), fields.take(Key::References)) {
         (Some(one), None) => vec![one.text()?],
         (None, Some(several)) => texts(several)?,
-        (None, None) => return Ok(None),
+        (None, None) => return fields.take(Key::Expect).map(holding).transpose(),
         (Some(_), Some(_)) => Vec::new(),
     };
     if several.is_empty() {
         return Err(data_error("references", "expected `reference`, or a list `references` that is not empty"));
     }
     Ok(Some(Expected::References(several)))
+}
+
+/// What an answer must hold: a text, or a list of texts of which one is enough.
+fn holding(named: Named) -> Result<Expected> {
+    let several = matches!(&named.value, Value::Array(_)) || named.value.as_str().is_some_and(|t| t.starts_with('['));
+    let name = named.name.clone();
+    let all = if several { texts(named)? } else { vec![named.text()?] };
+    if all.is_empty() || all.iter().any(|text| text.trim().is_empty()) {
+        return Err(data_error(
+            &name,
+            "expected a text, or a list of texts, none of them empty; write what is to be held",
+        ));
+    }
+    Ok(Expected::Holding(all))
 }
 
 /// A list of texts, or that list as JSON in a string.
@@ -270,6 +287,8 @@ mod tests {
             (r#"{"prompt":"q","label":1}"#, "q", Expected::Label("1".into())),
             (r#"{"prompt":"q","reference":"r"}"#, "q", Expected::References(vec!["r".into()])),
             (r#"{"prompt":"q","completion":"r"}"#, "q", Expected::Taught(vec!["r".into()])),
+            (r#"{"prompt":"q","expect":["a","b"]}"#, "q", Expected::Holding(vec!["a".into(), "b".into()])),
+            (r#"{"prompt":"q","expect":"a","note":"n"}"#, "q", Expected::Holding(vec!["a".into()])),
             (r#"{"text":"t"}"#, "", Expected::Nothing),
         ];
         for (line, ask, expected) in cases {
@@ -289,6 +308,8 @@ mod tests {
             (r#"{"prompt":"q","choices":["x","y"]}"#, "answer"),
             (r#"{"prompt":"q","label":""}"#, "label"),
             (r#"{"prompt":"q","references":[]}"#, "references"),
+            (r#"{"prompt":"q","expect":[]}"#, "expect"),
+            (r#"{"prompt":"q","expect":["a"," "]}"#, "expect"),
             (r#"{"reference":"r"}"#, "keys"),
         ] {
             assert_eq!(read(line, false).unwrap_err().place(), place, "{line}");

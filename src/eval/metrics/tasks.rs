@@ -1,11 +1,10 @@
 //! Asks a model what a file asks and scores what it says.
 
 use super::bleu::bleu;
-use super::labels::{accuracy, exact_match, macro_f1};
-use super::likelihood::Likelihood;
+use super::labels::{accuracy, exact_match, holding, macro_f1};
 use super::record::{Ask, Expected, Record};
 use super::rouge::rouge;
-use super::stopped;
+use super::{Likelihood, stopped};
 use crate::chat::Rendered;
 use crate::engine::{Answer, Engine};
 use crate::error::{Error, ErrorCode, Result};
@@ -28,6 +27,8 @@ pub enum Metric {
     F1,
     /// Answers equal to a reference, but for case, punctuation and articles.
     Exact,
+    /// Answers that hold one of the expected texts, whatever its case.
+    Expect,
     /// Corpus BLEU, as sacrebleu's default.
     Bleu,
     /// ROUGE-1, 2 and L, as rouge-score's.
@@ -44,6 +45,7 @@ impl Metric {
             Self::Accuracy => "accuracy",
             Self::F1 => "f1",
             Self::Exact => "exact",
+            Self::Expect => "expect",
             Self::Bleu => "bleu",
             Self::Rouge => "rouge",
         }
@@ -128,7 +130,7 @@ pub fn run_tasks(
     match records.first().map(|r| &r.expected) {
         Some(Expected::Choice { .. }) => choices(engine, records, &mut report, progress)?,
         Some(Expected::Label(_)) => labels(engine, records, metrics, options, &mut report, progress)?,
-        Some(Expected::References(_) | Expected::Taught(_)) => {
+        Some(Expected::References(_) | Expected::Holding(_) | Expected::Taught(_)) => {
             generate(engine, records, options.max_tokens, &mut report, progress)?;
             text_scores(records, metrics, options.stemmer, &mut report);
         }
@@ -268,13 +270,14 @@ fn generate(
 
 fn text_scores(records: &[Record], metrics: &[Metric], stemmer: bool, report: &mut TaskReport) {
     let references = |r: &Record| match &r.expected {
-        Expected::References(texts) | Expected::Taught(texts) => texts.clone(),
+        Expected::References(texts) | Expected::Holding(texts) | Expected::Taught(texts) => texts.clone(),
         _ => Vec::new(),
     };
     let references: Vec<Vec<String>> = records.iter().map(references).collect();
     for metric in metrics {
         match metric {
             Metric::Exact => report.scores.push(("exact", exact_match(&report.answers, &references))),
+            Metric::Expect => report.scores.push(("expect", holding(&report.answers, &references))),
             Metric::Bleu => report.scores.push(("bleu", bleu(&report.answers, &references))),
             Metric::Rouge => {
                 let all = rouge(&report.answers, &references, stemmer);

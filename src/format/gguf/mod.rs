@@ -65,6 +65,12 @@ impl Gguf {
         !matches!(self.file.metadata.string(tokenizer::MODEL), Ok(None | Some("none" | "no_vocab")))
     }
 
+    /// Whether the file has a chat template.
+    #[cfg(feature = "cli")]
+    pub(crate) fn has_template(&self) -> bool {
+        matches!(self.file.metadata.string(sidecars::TEMPLATE), Ok(Some(_)))
+    }
+
     /// The file behind the model: metadata and tensors under their own names.
     #[must_use]
     pub fn container(&self) -> &Container {

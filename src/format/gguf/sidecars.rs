@@ -7,7 +7,7 @@ use crate::format::Sidecars;
 use serde_json::{Map, Value, json};
 
 const PAD: &str = "tokenizer.ggml.padding_token_id";
-const TEMPLATE: &str = "tokenizer.chat_template";
+pub(super) const TEMPLATE: &str = "tokenizer.chat_template";
 
 /// Sampling that the file recommends, as Hugging Face's `generation_config.json` calls it. llama.cpp's other
 /// `general.sampling.*` name samplers that have no counterpart there.

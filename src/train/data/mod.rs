@@ -43,6 +43,49 @@ pub struct SampleLimits {
     pub vocab: usize,
 }
 
+/// Samples of records as they come.
+struct Gathering<'a> {
+    encoder: Encoder<'a>,
+    samples: Vec<Sample>,
+    splits: Splits,
+    split_records: Vec<SplitRecord>,
+    records: usize,
+}
+
+impl<'a> Gathering<'a> {
+    fn new(encoder: Encoder<'a>) -> Self {
+        Self { encoder, samples: Vec::new(), splits: Splits::default(), split_records: Vec::new(), records: 0 }
+    }
+
+    fn add(&mut self, record: Record) -> Result<()> {
+        let first = self.samples.len();
+        self.encoder.encode(record, &mut self.samples)?;
+        let splits = std::mem::take(&mut self.encoder.splits);
+        let record = SplitRecord { samples: first..self.samples.len(), splits };
+        self.splits += record.splits;
+        if record.samples.len() != 1 || record.splits != Splits::default() {
+            self.split_records.push(record);
+        }
+        self.records += 1;
+        Ok(())
+    }
+
+    fn finish(mut self, path: &Path, unused: Unused) -> Result<Dataset> {
+        if self.records == 0 {
+            let message = match unused.records {
+                0 => "expected at least one line with `messages`, `prompt` and `completion`, `instruction` and `output`, or \
+                      `text`, got none"
+                    .to_owned(),
+                n => format!("expected at least one record to learn, got {n} whose weight, or that of all their answers, is 0"),
+            };
+            return Err(Error::new(ErrorCode::Data, format!("`{}`", path.display()), message));
+        }
+        self.samples.shrink_to_fit();
+        let Self { encoder, samples, splits, split_records, records } = self;
+        Ok(Dataset { path: path.to_owned(), samples, records, splits, split_records, checks: encoder.checks, unused })
+    }
+}
+
 /// Data in memory.
 #[derive(Clone, Debug)]
 pub struct Dataset {
@@ -121,39 +164,31 @@ impl Dataset {
         template: &ChatTemplate,
         limits: SampleLimits,
     ) -> Result<Self> {
-        let mut encoder = Encoder::new(tokenizer, template, limits)?;
-        let (mut samples, mut splits, mut split_records) = (Vec::new(), Splits::default(), Vec::new());
-        let (mut unused, mut records) = (Unused::default(), 0);
-        data::read(path, purpose, &mut unused, &mut |entry, _, unused| {
-            let record = match entry {
-                Entry::Note(text) => Record::Text { text, start: 0 },
-                Entry::Keys(fields) => match Record::new(fields, unused)? {
-                    Some(record) => record,
-                    None => return Ok(()),
-                },
-            };
-            let first = samples.len();
-            encoder.encode(record, &mut samples)?;
-            let record = SplitRecord { samples: first..samples.len(), splits: std::mem::take(&mut encoder.splits) };
-            splits += record.splits;
-            if record.samples.len() != 1 || record.splits != Splits::default() {
-                split_records.push(record);
-            }
-            records += 1;
-            Ok(())
+        let mut gathering = Gathering::new(Encoder::new(tokenizer, template, limits)?);
+        let mut unused = Unused::default();
+        data::read(path, purpose, &mut unused, &mut |entry, _, unused| match entry {
+            Entry::Note(_, text) => gathering.add(Record::Text { text, start: 0 }),
+            Entry::Keys(fields) => Record::new(fields, unused)?.map_or(Ok(()), |record| gathering.add(record)),
         })?;
-        if records == 0 {
-            let message = match unused.records {
-                0 => "expected at least one line with `messages`, `prompt` and `completion`, `instruction` and `output`, or \
-                      `text`, got none"
-                    .to_owned(),
-                n => format!("expected at least one record to learn, got {n} whose weight, or that of all their answers, is 0"),
-            };
-            return Err(Error::new(ErrorCode::Data, format!("`{}`", path.display()), message));
+        gathering.finish(path, unused)
+    }
+
+    /// Records that were made elsewhere, as if they had been read from a file at `path`.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub(crate) fn of_records(
+        path: &Path,
+        records: Vec<Record>,
+        tokenizer: &Tokenizer,
+        template: &ChatTemplate,
+        limits: SampleLimits,
+    ) -> Result<Self> {
+        let mut gathering = Gathering::new(Encoder::new(tokenizer, template, limits)?);
+        for (i, record) in records.into_iter().enumerate() {
+            gathering.add(record).map_err(|e| e.at(format!("`{}` record {}", path.display(), i + 1)))?;
         }
-        samples.shrink_to_fit();
-        let checks = encoder.checks;
-        Ok(Self { path: path.to_owned(), samples, records, splits, split_records, checks, unused })
+        gathering.finish(path, Unused::default())
     }
 
     /// The records by their samples, as far as there are samples: a host may have taken some away.

@@ -9,7 +9,7 @@ use pocketlora_kernels::Cpu;
 use std::ops::Range;
 
 /// Scores continuations; what the texts share at their beginning is run once.
-pub(super) struct Likelihood<'a> {
+pub(crate) struct Likelihood<'a> {
     engine: &'a Engine,
     text: &'a Text,
     adapters: &'a Adapters<Cpu>,
@@ -22,6 +22,11 @@ impl<'a> Likelihood<'a> {
     pub fn new(engine: &'a Engine, text: &'a Text, adapters: &'a Adapters<Cpu>) -> Result<Self> {
         let transcript = Transcript::new(engine.base(), engine.numbers())?;
         Ok(Self { engine, text, adapters, transcript, tokens: 0 })
+    }
+
+    /// The tokenizer and template that it reads with.
+    pub fn text(&self) -> &'a Text {
+        self.text
     }
 
     /// Log-likelihood (natural) of the tokens of `text` that reach beyond its first `given` bytes. A token across the
