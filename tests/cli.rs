@@ -45,7 +45,7 @@ fn the_commands_work_together() {
     }
     assert_eq!(
         names(Path::new(&out)),
-        ["adapter_config.json", "adapter_model.safetensors", "log.jsonl", "loss.svg", "train.toml"]
+        ["adapter_config.json", "adapter_model.safetensors", "lessons.json", "log.jsonl", "loss.svg", "train.toml"]
     );
     assert_eq!(f.json(&["info", &out, "--json"])["rank"], 8);
 

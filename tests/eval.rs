@@ -4,7 +4,7 @@ mod common;
 
 use common::{complete, logits, open_exact, tiny_chat_model};
 use pocketlora::eval::{
-    Ask, Expected, LabelBy, Metric, Record, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
+    Ask, Expected, LabelBy, Metric, Record, TaskOptions, TaskReport, general, metrics_for, read_records, run_tasks,
 };
 use pocketlora::{Answer, Engine, ErrorCode, internals};
 use std::fs;
@@ -151,4 +151,21 @@ fn a_file_holds_records_of_one_kind_and_metrics_must_fit_them() {
     assert_eq!(metrics_for(&read(taught).unwrap(), &[Metric::Exact]).unwrap(), [Metric::Exact]);
     let mixed = read(&format!("{taught}{{\"text\":\"t\"}}\n")).unwrap();
     assert!(metrics_for(&mixed, &[Metric::Exact]).is_err(), "a text asks nothing");
+}
+
+#[test]
+fn what_a_model_knows_in_general_is_asked_with_the_adapter_and_without() {
+    let (_dir, engine) = engine();
+    let mut heard = 0;
+    let found = general(&engine, false, &mut |tokens| {
+        heard += tokens;
+        true
+    })
+    .unwrap();
+    // Noise knows nothing, and finds no byte much likelier than others; some questions are longer than its context.
+    assert!(found.asked > 10 && found.known.count() < 5, "{found:?}");
+    assert!((found.text.nll() - 512f64.ln()).abs() < 3.0 && heard > found.text.tokens, "{found:?}, {heard} tokens");
+    assert_eq!(general(&engine, true, &mut |_| true).unwrap(), found, "no adapter is attached");
+    let error = general(&engine, false, &mut |_| false).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Cancelled);
 }

@@ -126,7 +126,7 @@ fn the_last_adapter_within_the_bound_on_forgetting_is_kept() {
     // Nothing but the beginning passes, some pass, all do.
     for bound in [0.0, highest * 0.5, highest] {
         let out = f.out(&format!("bound {bound}"));
-        let limited = TrainConfig { max_forgetting: Some(bound), ..config.clone() };
+        let limited = TrainConfig { max_forgetting: Some(bound.into()), ..config.clone() };
         let summary = f.train(&limited, &out, Some(7), false);
         assert!(!summary.done);
         let summary = f.train(&limited, &out, None, true);

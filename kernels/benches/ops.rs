@@ -11,7 +11,7 @@ use divan::counter::{BytesCount, ItemsCount};
 use pocketlora_kernels::cpu::{Buffer, Cpu, Matrix, Table};
 use pocketlora_kernels::{
     ALL_ROWS, Absmax, Activation, Arithmetic, Attention, Backend, CacheType, Call, DeltaRule, FloatType, LowRank,
-    MatrixData, MatrixSource, Memory, Nf4Source, Product, WorkType,
+    MatrixData, MatrixSource, Memory, Nf4Source, Product, Targets, WorkType,
 };
 use std::fmt;
 use std::sync::Arc;
@@ -262,8 +262,13 @@ fn cross_entropy(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     let (targets, weights, mut logits, mut losses) =
         (vec![7; *t], vec![1.0; *t], noise(&cpu, t * 49152), noise(&cpu, *t));
     bencher.counter(ItemsCount::new(t * 49152)).bench_local(|| {
-        cpu.run(Call::CrossEntropy { targets: &targets, weights: &weights, logits: &mut logits, losses: &mut losses })
-            .unwrap()
+        cpu.run(Call::CrossEntropy {
+            targets: Targets::of(&targets),
+            weights: &weights,
+            logits: &mut logits,
+            losses: &mut losses,
+        })
+        .unwrap()
     });
 }
 

@@ -7,7 +7,7 @@
 //! Shapes follow from lengths of buffers. A wrong one is a bug in the caller, which the kernel asserts at its door. What is
 //! written is overwritten, whatever it held before, unless it is said to be added to.
 
-use crate::{Activation, AdamW, Arithmetic, Attention, Columns, DeltaRule, Lends, Lion, Map, Memory, Sgd};
+use crate::{Activation, AdamW, Arithmetic, Attention, Columns, DeltaRule, Lends, Lion, Map, Memory, Sgd, Targets};
 use std::ops::Range;
 
 /// `scale (x Aᵀ) Bᵀ`, what a low-rank adapter adds to a product: `a` is `[r, K]`, `b` `[O, r]`.
@@ -285,18 +285,18 @@ calls! {
         top_k: value(usize), normalize: value(bool), logits: read, chosen: read, dweights: read, dlogits: write,
     }
 
-    /// For each row of `logits` `[N, V]`: `losses[n] = -log softmax(logits[n])[targets[n]]` (natural log); then the row
-    /// becomes the gradient of `weights[n] * losses[n]`.
-    CrossEntropy { targets: value(&'a [u32]), weights: value(&'a [f32]), logits: write, losses: write, }
+    /// For each row of `logits` `[N, V]`: `losses[n] = -log softmax(logits[n])[targets[n]]` (natural log), or the divergence
+    /// from a distribution, see [`Targets`]; then the row becomes the gradient of `weights[n] * losses[n]`.
+    CrossEntropy { targets: value(Targets<'a>), weights: value(&'a [f32]), logits: write, losses: write, }
     /// Cross-entropy of a linear head, without its logits in memory: with `l = x Wᵀ` of `x` `[N, C]` and `w` `[V, C]`,
-    /// `losses[n] = -log softmax(l[n])[targets[n]]` (natural log), and `dx` `[N, C]`, where there is one, becomes the
-    /// gradient of `sum(weights[n] * losses[n])` by `x`. [`Arithmetic::Int8`] is too coarse for it and taken as exact.
+    /// `losses[n] = -log softmax(l[n])[targets[n]]` (natural log) or as in [`Targets`], and `dx` `[N, C]`, where there is one,
+    /// becomes the gradient of `sum(weights[n] * losses[n])` by `x`. [`Arithmetic::Int8`] is too coarse for it and taken as exact.
     ///
     /// As in blockwise attention, a device may walk the vocabulary with a running maximum `m` and sum `Z` of each row and
     /// add up `sum_v e^(l_v - m) W_v` (Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"). Fails if
     /// memory is short.
     LinearCrossEntropy {
-        arithmetic: value(Arithmetic), w: matrix, targets: value(&'a [u32]), weights: value(&'a [f32]), x: read,
+        arithmetic: value(Arithmetic), w: matrix, targets: value(Targets<'a>), weights: value(&'a [f32]), x: read,
         losses: write, dx: write_if,
     }
 

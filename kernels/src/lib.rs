@@ -12,6 +12,7 @@ mod matrix;
 mod memory;
 mod random;
 mod settings;
+mod targets;
 
 pub mod cpu;
 pub mod quant;
@@ -31,5 +32,6 @@ pub use settings::{
     Activation, AdamW, Arithmetic, Attention, CacheType, Columns, DeltaRule, Lion, MOMENT_BLOCK, Sgd, WorkType,
     narrow_width,
 };
+pub use targets::Targets;
 #[cfg(feature = "vulkan")]
 pub use vulkan::Vulkan;

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::exec::infer::PREFILL_CHUNK;
 use pocketlora_kernels::cpu::limits::Limits;
 use pocketlora_kernels::cpu::{Buffer, Matrix};
-use pocketlora_kernels::{Arithmetic, Attention, Backend, Call, Cpu, Memory};
+use pocketlora_kernels::{Arithmetic, Attention, Backend, Call, Cpu, Memory, Targets};
 use pocketlora_models::{Param, Role};
 use serde::Serialize;
 use std::time::Instant;
@@ -244,7 +244,7 @@ fn loss(bench: &mut Bench<'_, '_>) -> Result<()> {
         backend.run(Call::LinearCrossEntropy {
             arithmetic: Arithmetic::Bf16,
             w: head,
-            targets: &targets,
+            targets: Targets::of(&targets),
             weights: &weights,
             x: &x,
             losses: &mut losses,

@@ -6,7 +6,7 @@ use super::{Engines, OnMeasure, Options, learn};
 use crate::base::Base;
 use crate::error::Result;
 use crate::format::Checkpoint;
-use crate::train::Trainer;
+use crate::train::{Material, Trainer};
 use pocketlora_kernels::cpu::{Cpu, Table};
 use pocketlora_kernels::{Backend, CacheType, Call, Error, Lends, MatrixSource, Memory, WorkType};
 use serde::Serialize;
@@ -55,7 +55,7 @@ pub(super) fn measure(
     let run = learn::Run::new(&base, options)?;
     let (config, data, out) = (run.config, run.data, run.out.path());
     let fingerprint = checkpoint.fingerprint();
-    let mut trainer = Trainer::new(Arc::clone(&base), fingerprint, None, config, data, None, None, out)?;
+    let mut trainer = Trainer::new(Arc::clone(&base), fingerprint, None, config, Material::of(data), None, out)?;
     let mut total = Duration::ZERO;
     let steps = learn::steps(&mut trainer, options, progress, &mut |report| match report {
         Some(report) => total += report.time,

@@ -1,13 +1,13 @@
 //! `pocketlora demo`: fetch a small model, quantize it, ask it about a stranger, teach it, ask again.
 
 use super::args::{megabytes, print_json};
-use super::train::Watcher;
+use super::train::{Watcher, known_json, known_text};
 use super::{interrupt, model, progress};
 use crate::chat::Message;
 use crate::engine::{Answer, Engine, Options};
 use crate::error::{Error, ErrorCode, Result};
 use crate::hub::Hub;
-use crate::train::{Summary, TrainConfig};
+use crate::train::{Keep, Summary, TrainConfig};
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
 use serde::Deserialize;
 use serde_json::json;
@@ -90,11 +90,12 @@ pub(super) fn run(args: &Args) -> Result<bool> {
             "recall_before": known_before, "recall_after": known_after, "seconds": seconds,
             "train_seconds": summary.time.as_secs_f64(), "train_tok_s": train_rate, "facts": questions.len(), "cut": cut,
             "trained_tokens": summary.trained_tokens, "peak_anonymous_bytes": summary.peak_anonymous_bytes,
-            "mapped_bytes": engine.mapped_bytes(), "adapter": summary.adapter,
+            "mapped_bytes": engine.mapped_bytes(), "adapter": summary.adapter, "general_questions": known_json(&summary),
         }));
     } else {
         println!("{}", table(&questions, &before, &after));
         println!("right answers: {:.0} % before, {:.0} % after", known_before * 100.0, known_after * 100.0);
+        known_text(&summary).iter().for_each(|text| println!("{text}"));
         println!(
             "{seconds:.0} s in all; training {:.0} s, {train_rate:.0} tok/s, {} anonymous memory at most, {} mapped",
             summary.time.as_secs_f64(),
@@ -156,6 +157,8 @@ fn teach(engine: &Engine, questions: &[Question], home: &Path, args: &Args) -> R
         batch: 8,
         save_every: 0,
         save_seconds: 0,
+        keep: Keep::Auto,
+        check: true,
         ..TrainConfig::default()
     };
     let data = engine.dataset(&path, config.seq)?;

@@ -6,8 +6,8 @@ use super::{interrupt, names, outputs, progress};
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{
-    Expected, LabelBy, Metric, Record, Records, Score, TaskOptions, TaskReport, metrics_for, read_records, run_tasks,
-    score_data, score_text,
+    Expected, General, LabelBy, Metric, Record, Records, Score, TaskOptions, TaskReport, general, metrics_for,
+    read_records, run_tasks, score_data, score_text,
 };
 use crate::format::foreign;
 use crate::memory::Peak;
@@ -49,11 +49,15 @@ struct What {
     /// JSON array of arrays of token ids, each scored whole.
     #[arg(long, value_parser = names::path())]
     ids: Option<PathBuf>,
+    /// What the model knows in general: questions with short answers and a text, both shipped; with an adapter, also what
+    /// it knows without.
+    #[arg(long)]
+    general: bool,
 }
 
 /// How a data file is asked and scored.
 #[derive(clap::Args)]
-#[group(multiple = true, conflicts_with_all = ["text", "ids"])]
+#[group(multiple = true, conflicts_with_all = ["text", "ids", "general"])]
 struct TaskArgs {
     /// Metrics, separated by commas. [default: by what the records hold]
     #[arg(long, value_delimiter = ',', value_enum)]
@@ -81,13 +85,15 @@ struct Found {
     score: Option<Score>,
     records: Option<usize>,
     tasks: TaskReport,
+    /// What is known with the adapters, and without them.
+    general: Option<[General; 2]>,
     /// What is in the data and not used.
     unused: Option<Unused>,
 }
 
 /// Refuses inputs that are not there, and to lose a file that is no older output.
 fn check_files(args: &Args) -> Result<()> {
-    let What { text, data, ids } = &args.what;
+    let What { text, data, ids, .. } = &args.what;
     let reads = || [text, data, ids].into_iter().filter_map(|path| path.as_deref());
     reads().try_for_each(outputs::check_readable)?;
     let answers = args.tasks.answers.iter().try_for_each(|out| outputs::check(out, reads(), outputs::has_answers));
@@ -143,8 +149,12 @@ fn find(args: &Args, engine: &Engine, on_progress: &mut dyn FnMut(usize) -> bool
         score_text(engine, &ids, window, on_progress).map_err(|e| named(e, path))?
     } else if let Some(path) = &args.what.data {
         return find_in_data(&args.tasks, path, engine, on_progress);
+    } else if args.what.general {
+        let with = general(engine, false, on_progress)?;
+        let without = if engine.attached().is_empty() { with } else { general(engine, true, on_progress)? };
+        return Ok(Found { general: Some([with, without]), ..Found::default() });
     } else {
-        let path = args.what.ids.as_deref().expect("clap requires one of the three");
+        let path = args.what.ids.as_deref().expect("clap requires one of the four");
         let lists = read_ids(path)?;
         let score = match &args.save_logits {
             Some(out) => crate::eval::save_logits(engine, &lists, out, on_progress),
@@ -216,6 +226,14 @@ impl Found {
             json.insert("nll".into(), score.nll().into());
             json.insert("perplexity".into(), score.perplexity().into());
         }
+        if let Some([with, without]) = &self.general {
+            json.insert("asked".into(), with.asked.into());
+            json.insert("known".into(), with.known.count().into());
+            json.insert("known_base".into(), without.known.count().into());
+            json.insert("still".into(), with.known.still(without.known).count().into());
+            json.insert("general_loss".into(), with.text.nll().into());
+            json.insert("general_loss_base".into(), without.text.nll().into());
+        }
         let Some(records) = self.records else { return json };
         json.insert("records".into(), records.into());
         json.extend(self.tasks.scores.iter().map(|(name, value)| ((*name).to_owned(), (*value).into())));
@@ -235,6 +253,9 @@ impl Found {
         if let Some(score) = self.score {
             println!("{} tokens: loss {:.4}, perplexity {:.3}", score.tokens, score.nll(), score.perplexity());
         }
+        if let Some([with, without]) = &self.general {
+            print_general(with, without);
+        }
         let Some(records) = self.records else { return };
         let scores: Vec<String> = self.tasks.scores.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
         println!("{records} records: {}", scores.join(", "));
@@ -251,6 +272,25 @@ impl Found {
     fn decode_rate(&self) -> Option<f64> {
         let tokens = self.tasks.generated_tokens.saturating_sub(self.tasks.answers.len());
         (tokens > 0).then(|| tokens as f64 / self.tasks.decode.as_secs_f64())
+    }
+}
+
+fn print_general(with: &General, without: &General) {
+    let (asked, known, loss) = (with.asked, with.known.count(), with.text.nll());
+    let (known_base, loss_base) = (without.known.count(), without.text.nll());
+    if asked == 0 {
+        println!("no general questions: the model has no chat template, or no room for them");
+    } else if with == without {
+        println!("general questions: {known} of {asked} right");
+    } else {
+        let still = with.known.still(without.known).count();
+        println!(
+            "general questions: {known_base} of {asked} right without the adapter, {known} with it, {still} in both"
+        );
+    }
+    match with == without {
+        true => println!("loss on the general text: {loss:.3}"),
+        false => println!("loss on the general text: {loss_base:.3} without the adapter, {loss:.3} with it"),
     }
 }
 

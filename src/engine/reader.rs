@@ -6,7 +6,7 @@ use crate::data::record::Record;
 use crate::error::Result;
 use crate::format::foreign::no_tokenizer;
 use crate::text::{Own, Text, open_text};
-use crate::train::{Dataset, Material, SampleLimits, TrainConfig};
+use crate::train::{Dataset, Material, SampleLimits, Shipped, TrainConfig};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -15,10 +15,16 @@ use std::sync::Arc;
 /// Of an engine for ids only, it holds the only text, and dropping it gives that memory back to the system.
 pub struct Reader {
     text: Option<Arc<Text>>,
+    /// The engine holds it, too.
+    held: bool,
     limits: SampleLimits,
 }
 
 impl Reader {
+    fn held(text: Arc<Text>, limits: SampleLimits) -> Self {
+        Self { text: Some(text), held: true, limits }
+    }
+
     /// The tokenizer and the template.
     #[must_use]
     pub fn text(&self) -> &Text {
@@ -56,12 +62,18 @@ impl Reader {
         SampleLimits { tokens: self.limits.tokens.min(max_tokens), ..self.limits }
     }
 
-    /// Prepares what was read for a run, see [`Material::new`]. The run itself needs no reader.
+    /// Prepares what was read for a run, which needs no reader itself: holds some of the data out if `config` says so. With
+    /// data to evaluate on, a bound on forgetting or general questions, the loss on a general text is watched as well. The
+    /// prompts on which the model is held, and the questions, are there if `config` asks for them; a model without a chat
+    /// template is not asked questions.
     ///
     /// # Errors
-    /// As there.
+    /// The data cannot be split; general questions are to bound what is forgotten, and the model cannot be asked.
     pub fn material(&self, config: &TrainConfig, data: Dataset, eval_data: Option<Dataset>) -> Result<Material> {
-        Material::new(config, data, eval_data, Ok(&self.text().tokenizer))
+        let SampleLimits { tokens: positions, vocab } = self.limits;
+        let held = self.text.clone().filter(|_| self.held);
+        let shipped = Shipped { text: self.text(), held, positions, vocab };
+        Material::new(config, data, eval_data, Ok(&shipped))
     }
 }
 
@@ -81,17 +93,28 @@ impl Engine {
     pub fn reader(&self, init: Option<&AdapterFile>) -> Result<Reader> {
         let vocab = init.and_then(AdapterFile::vocabulary).unwrap_or_else(|| self.vocabulary());
         let limits = SampleLimits { tokens: self.base().model.config().max_positions, vocab };
-        let text = match init {
-            None if self.0.text.is_some() => Some(self.text()?),
-            None => self.read_text()?,
-            Some(file) => match self.own(file)? {
-                Some(own) => self.open_measured(|| own.open(&self.0.dir, self.0.special_text).map(Some))?,
-                None if self.0.text.is_some() => self.0.text.clone(),
-                None => self.read_text()?,
+        let own = match init {
+            None if self.0.text.is_some() => return Ok(Reader::held(self.text()?, limits)),
+            None => self.attached_own()?,
+            Some(file) => match (self.own(file)?, &self.0.text) {
+                (None, Some(text)) => return Ok(Reader::held(Arc::clone(text), limits)),
+                (None, None) => self.attached_own()?,
+                (own, _) => own,
             },
         };
-        let text = text.ok_or_else(|| no_tokenizer(&self.0.dir))?;
-        Ok(Reader { text: Some(text), limits })
+        let (dir, special) = (&self.0.dir, self.0.special_text);
+        let text = self.open_measured(|| match &own {
+            Some(own) => own.open(dir, special).map(Some),
+            None => open_text(dir, special),
+        })?;
+        let text = text.ok_or_else(|| no_tokenizer(dir))?;
+        Ok(Reader { text: Some(text), held: false, limits })
+    }
+
+    /// What is needed to make this engine's own `text` of what is shipped.
+    pub(super) fn shipped<'t>(&self, text: &'t Arc<Text>) -> Shipped<'t> {
+        let positions = self.base().model.config().max_positions;
+        Shipped { text, held: Some(Arc::clone(text)), positions, vocab: self.vocabulary() }
     }
 
     /// Reads data as [`Reader::dataset`] does.
@@ -110,15 +133,15 @@ impl Engine {
         self.reader(None)?.held_out_dataset(path, max_tokens)
     }
 
-    /// The text of an engine that has none loaded.
-    fn read_text(&self) -> Result<Option<Arc<Text>>> {
-        let (dir, special) = (&self.0.dir, self.0.special_text);
+    /// What an attached adapter brings of text.
+    fn attached_own(&self) -> Result<Option<Own>> {
         for attached in self.attached() {
-            if let Some(own) = Own::find(&attached.dir, dir, self.all().adapters.replaced().has_table())? {
-                return self.open_measured(|| own.open(dir, special).map(Some));
+            let new_rows = self.all().adapters.replaced().has_table();
+            if let Some(own) = Own::find(&attached.dir, &self.0.dir, new_rows)? {
+                return Ok(Some(own));
             }
         }
-        self.open_measured(|| open_text(dir, special))
+        Ok(None)
     }
 
     /// What the adapter `file` brings of text.

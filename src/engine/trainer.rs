@@ -7,7 +7,8 @@ use crate::memory::Peak;
 use crate::mmap::ReleasesFreed;
 use crate::text::carry;
 use crate::train::{
-    self, DataReport, Dataset, Material, MemoryPlan, Observer, Policy, StepReport, Summary, TrainConfig, TrainHandle,
+    self, DataReport, Dataset, KeepReport, Material, MemoryPlan, Observer, Policy, StepReport, Summary, TrainConfig,
+    TrainHandle,
 };
 use pocketlora_kernels::Cpu;
 use std::path::Path;
@@ -24,7 +25,7 @@ pub struct Trainer {
 
 impl Engine {
     /// Prepares a run whose adapter will be written to the folder `out`, from scratch or from the adapter `init`. Attached
-    /// adapters take no part in it. See [`Material::new`] for what becomes of the data.
+    /// adapters take no part in it. See [`Reader::material`](crate::Reader::material) for what becomes of the data.
     ///
     /// With an adapter or checkpoint of an earlier run in `out`, call [`Trainer::resume`] to go on from that checkpoint, or
     /// [`Trainer::replace_earlier`] to let this run replace them. Without either, no step is done.
@@ -41,8 +42,9 @@ impl Engine {
         out: &Path,
     ) -> Result<Trainer> {
         let text = self.text();
-        let tokenizer = text.as_ref().map(|text| &text.tokenizer).map_err(|_| self.0.dir.as_path());
-        let material = Material::new(&config, data, eval_data, tokenizer)?;
+        let shipped = text.as_ref().map(|text| self.shipped(text));
+        let shipped = shipped.as_ref().map_err(|_| self.0.dir.as_path());
+        let material = Material::new(&config, data, eval_data, shipped)?;
         self.trainer_of(config, material, init, out)
     }
 
@@ -59,14 +61,13 @@ impl Engine {
     ) -> Result<Trainer> {
         self.choose_threads();
         let name = Some(self.0.base_name.clone());
-        let (base, Material { data, eval_data, general }) = (Arc::clone(self.base()), material);
+        let base = Arc::clone(self.base());
         let turn = self.turn().take();
-        let mut inner = train::Trainer::new(base, self.0.fingerprint, name, config, data, eval_data, init, out)?;
+        let mut inner = train::Trainer::new(base, self.0.fingerprint, name, config, material, init, out)?;
         drop(turn);
         inner.take_turns(self.turn().clone());
         let own = init.map(|file| self.own(file)).transpose()?.flatten();
         carry(own.as_ref(), &self.0.dir, out)?;
-        general.into_iter().for_each(|text| inner.watch(text));
         let text_bytes = self.0.text_bytes.load(Ordering::Relaxed);
         inner.beside_tokenizer(self.0.text.as_ref().map_or(0, |_| text_bytes), text_bytes);
         Ok(Trainer { inner, engine: self.clone(), _release: ReleasesFreed })
@@ -102,6 +103,18 @@ impl Trainer {
     #[must_use]
     pub fn data_report(&mut self) -> DataReport {
         self.inner.data_report()
+    }
+
+    /// How the run is held to what the base says on general prompts, if it is.
+    #[must_use]
+    pub fn keep_report(&self) -> Option<KeepReport> {
+        self.inner.keep_report()
+    }
+
+    /// General questions that are asked before the run and after it; 0 for none.
+    #[must_use]
+    pub fn questions(&self) -> usize {
+        self.inner.questions()
     }
 
     /// Trained values.

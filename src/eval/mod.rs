@@ -1,18 +1,22 @@
 //! How well a model, with its adapters, predicts given text, and how well it answers.
 
+mod general;
 mod likelihood;
 #[cfg(feature = "metrics")]
 mod metrics;
 
+pub use general::{General, general};
 pub(crate) use likelihood::Likelihood;
 #[cfg(feature = "metrics")]
 pub use metrics::*;
 
+use crate::adapter::Adapters;
 use crate::base::Pool;
 use crate::engine::{Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
 use crate::memory::Peak;
 use crate::train::{Dataset, Layout, MicroBatch, Sums, Watch, micro_step};
+use pocketlora_kernels::Cpu;
 
 /// Losses over a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -122,7 +126,17 @@ pub fn score_text(
 /// # Errors
 /// An id outside the vocabulary, a loss that is not a number, stopped, out of memory.
 pub fn score_data(engine: &Engine, data: &Dataset, progress: &mut dyn FnMut(usize) -> bool) -> Result<Score> {
-    let (base, set, arithmetic) = (engine.base(), engine.all(), engine.numbers().arithmetic);
+    score_with(engine, &engine.all().adapters, data, progress)
+}
+
+/// As [`score_data`], with `adapters`.
+fn score_with(
+    engine: &Engine,
+    adapters: &Adapters<Cpu>,
+    data: &Dataset,
+    progress: &mut dyn FnMut(usize) -> bool,
+) -> Result<Score> {
+    let (base, arithmetic) = (engine.base(), engine.numbers().arithmetic);
     let (mut score, mut pool, mut peak) = (Score::default(), Pool::default(), Peak::default());
     for sample in &data.samples {
         let micro = MicroBatch::new([sample]);
@@ -130,7 +144,7 @@ pub fn score_data(engine: &Engine, data: &Dataset, progress: &mut dyn FnMut(usiz
         pool.clear();
         let turn = engine.turn().take();
         let mut sums = Sums::new(&base.backend, 1)?;
-        let (adapters, layout, sum) = (&set.adapters, Layout::fast(false), (&mut sums, 0));
+        let (layout, sum) = (Layout::fast(false), (&mut sums, 0));
         micro_step(base, adapters, &micro, 1.0, None, arithmetic, &layout, None, &mut pool, sum, &mut watch)?;
         score.nll_sum += sums.read(&base.backend)?[0];
         drop(turn);

@@ -1,11 +1,13 @@
 //! How tokens are chosen, and what an answer took.
 
 mod filter;
+mod greedy;
 mod guard;
 mod recommended;
 mod sampler;
 
 pub use filter::{LogitFilter, TokenBias};
+pub(crate) use greedy::Greedy;
 pub use guard::{Dry, Guard};
 pub(crate) use recommended::FILE as GENERATION_CONFIG;
 pub use recommended::{Recommended, SamplingSource};

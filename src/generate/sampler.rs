@@ -198,7 +198,7 @@ fn check(logits: &[f32], broken: impl Fn(f32) -> bool) -> Result<()> {
 }
 
 /// Index of the first of the largest.
-fn argmax(logits: &[f32]) -> Result<usize> {
+pub(super) fn argmax(logits: &[f32]) -> Result<usize> {
     check(logits, broken)?;
     let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
     match best {

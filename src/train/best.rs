@@ -5,6 +5,7 @@
 //! a checkpoint. A resumed run may find a candidate of a later step than its own on the disk: it comes by that step again
 //! and writes the same bytes.
 
+use super::Known;
 use serde::{Deserialize, Serialize};
 
 /// Folder of the candidate that is kept, in the output folder.
@@ -20,6 +21,9 @@ pub struct Candidate {
     /// Mean loss on the general text, if it is watched.
     #[serde(default)]
     pub general: Option<f64>,
+    /// General questions that were answered rightly, if they were asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known: Option<Known>,
 }
 
 /// What is asked of a candidate.
@@ -86,7 +90,7 @@ mod tests {
         let mut candidates = Candidates::default();
         let (mut kept, mut exhausted) = (Vec::new(), Vec::new());
         for (step, &(loss, passes)) in (1..).zip(found) {
-            let candidate = Candidate { step, loss: Some(loss), general: None };
+            let candidate = Candidate { step, loss: Some(loss), general: None, known: None };
             if candidates.judge(candidate, passes, rule) {
                 candidates.kept = Some(candidate);
                 kept.push(step);

@@ -23,7 +23,7 @@ const FILE: &str = "checkpoint.safetensors";
 const PREVIOUS: &str = "checkpoint.previous.safetensors";
 pub(super) const FILES: [&str; 2] = [FILE, PREVIOUS];
 /// The settings that may change, by their keys in the facts: no adapter depends on them.
-const FREE: [&str; 3] = [BUDGET, "save-every", "save-seconds"];
+const FREE: [&str; 4] = [BUDGET, "check", "save-every", "save-seconds"];
 const BUDGET: &str = "memory-budget";
 /// Key of the run's facts in the file's metadata.
 const META: &str = "pocketlora";
@@ -46,6 +46,9 @@ pub struct RunFacts {
     pub base: u64,
     /// The adapter that training continues from, as a fingerprint; 0 for a fresh one.
     pub init: u64,
+    /// Fingerprint of the prompts on which the model is held to what it says; 0 for none.
+    #[serde(default)]
+    pub held: u64,
     /// What evaluations have found so far.
     #[serde(default)]
     pub candidates: Candidates,
@@ -79,6 +82,7 @@ impl RunFacts {
             ("data", self.data, other.data),
             ("base model", self.base, other.base),
             ("initial adapter", self.init, other.init),
+            ("set of general prompts", self.held, other.held),
         ] {
             if a != b {
                 found.push(format!("the {name} changed"));

@@ -1,5 +1,6 @@
 //! Settings of a training run: the keys of `train.toml` and the flags of `pocketlora train`.
 
+use super::keep::{Forgetting, Keep};
 use crate::adapter::{Kind, Settings};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Arithmetic, MOMENT_BLOCK};
@@ -114,8 +115,15 @@ pub struct TrainConfig {
     pub eval_split: Option<f64>,
     /// Steps between evaluations; 0 evaluates only at the beginning and the end.
     pub eval_every: u64,
-    /// Nats a token by which the loss on a general text may rise: the last adapter within that is written.
-    pub max_forgetting: Option<f64>,
+    /// What the model may forget, by the loss on a general text or by general questions: the last adapter within that is
+    /// written.
+    pub max_forgetting: Option<Forgetting>,
+    /// Holds the model to what it says without the adapter, on general prompts.
+    #[serde(skip_serializing_if = "is_default")]
+    pub keep: Keep,
+    /// Asks general questions before the run and after it.
+    #[serde(skip_serializing_if = "is_default")]
+    pub check: bool,
     /// Evaluations in a row without a lower held-out loss after which the run ends; 0 for never.
     pub patience: u64,
     /// Write the adapter of the evaluation with the lowest held-out loss instead of the last one.
@@ -204,6 +212,8 @@ impl Default for TrainConfig {
             eval_split: None,
             eval_every: 0,
             max_forgetting: None,
+            keep: Keep::Off,
+            check: false,
             patience: 0,
             keep_best: false,
             precision: TrainPrecision::Bf16,
@@ -299,8 +309,8 @@ impl TrainConfig {
         if let (Some(share), Some(_)) = (self.eval_split, &self.eval_data) {
             return Err(Error::config("eval-split", "either it or `eval-data`", share));
         }
-        let rise = self.max_forgetting.unwrap_or(0.0);
-        check("max-forgetting", rise, rise >= 0.0 && rise.is_finite(), "a number from 0")?;
+        self.max_forgetting.map_or(Ok(()), Forgetting::check)?;
+        self.keep.check()?;
         let ratio = self.lora_plus_ratio;
         check("lora-plus-ratio", ratio, ratio > 0.0 && ratio <= 1000.0, "a number in `0 < lora-plus-ratio <= 1000`")?;
         // B learns at this rate; the slack is that of rounding.
@@ -418,7 +428,7 @@ mod tests {
     #[test]
     fn numbers_come_back_from_a_checkpoint_as_they_were() {
         // A hasty parser reads this one back as its neighbour, and a resume would be refused.
-        let config = TrainConfig { max_forgetting: Some(1.677_206_192_874_474_1), ..Default::default() };
+        let config = TrainConfig { max_forgetting: Some(1.677_206_192_874_474_1.into()), ..Default::default() };
         let back: TrainConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(back, config);
     }
@@ -437,7 +447,7 @@ mod tests {
             (TrainConfig { patience: 2, ..Default::default() }, "patience"),
             (TrainConfig { eval_split: Some(1.0), ..Default::default() }, "eval-split"),
             (TrainConfig { eval_split: Some(0.1), eval_data: Some("x".into()), ..Default::default() }, "eval-split"),
-            (TrainConfig { max_forgetting: Some(-0.1), ..Default::default() }, "max-forgetting"),
+            (TrainConfig { max_forgetting: Some((-0.1).into()), ..Default::default() }, "max-forgetting"),
             (TrainConfig { keep_best: true, ..Default::default() }, "keep-best"),
             (TrainConfig { dropout: 1.0, ..Default::default() }, "dropout"),
             (TrainConfig { steps: Some(0), ..Default::default() }, "steps"),

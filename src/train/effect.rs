@@ -115,6 +115,6 @@ mod tests {
         let config = TrainConfig { eval_every: 2, ..TrainConfig::default() };
         assert_eq!(config.check_evaluated(false).unwrap_err().place(), "setting `eval-every`");
         config.check_evaluated(true).unwrap();
-        TrainConfig { max_forgetting: Some(0.1), ..config }.check_evaluated(false).unwrap();
+        TrainConfig { max_forgetting: Some(0.1.into()), ..config }.check_evaluated(false).unwrap();
     }
 }

@@ -3,9 +3,11 @@
 use super::best::{Candidate, FOLDER, Rule};
 use super::hold_out::Evaluation;
 use super::sums::Sums;
-use super::{Dataset, MicroBatch, Observer, Sample, Trainer};
+use super::{Dataset, Known, MicroBatch, Observer, Parts, Sample, Trainer, quiz};
 use crate::error::{ErrorCode, Result};
-use pocketlora_kernels::Backend;
+use crate::exec::infer::Numbers;
+use crate::generate::Greedy;
+use pocketlora_kernels::{Arithmetic, Backend, CacheType};
 use std::sync::Arc;
 
 impl<B: Backend> Trainer<B> {
@@ -17,7 +19,7 @@ impl<B: Backend> Trainer<B> {
             0 => self.facts.start.is_none(),
             _ => due && self.facts.candidates.evaluated != step,
         };
-        missing && (self.eval_data.is_some() || self.general.is_some())
+        missing && (self.eval_data.is_some() || self.general.is_some() || self.quiz.is_some())
     }
 
     /// Which candidates are kept.
@@ -47,7 +49,8 @@ impl<B: Backend> Trainer<B> {
 
     /// Decides on the adapter as it is now, which `passes` what it must pass, and keeps it if it is better.
     fn judge(&mut self, found: Evaluation, passes: bool, observer: &mut dyn Observer) -> Result<()> {
-        let candidate = Candidate { step: self.facts.step, loss: found.held_out, general: found.general };
+        let Evaluation { held_out: loss, general, known } = found;
+        let candidate = Candidate { step: self.facts.step, loss, general, known };
         if self.facts.candidates.judge(candidate, passes, self.rule()) {
             match self.write_adapter(&self.out.join(FOLDER)) {
                 Ok(()) => self.facts.candidates.kept = Some(candidate),
@@ -58,15 +61,47 @@ impl<B: Backend> Trainer<B> {
         Ok(())
     }
 
-    /// Watches the loss on a general text, too. To be called before the run.
-    pub(crate) fn watch(&mut self, general: Dataset) {
-        self.plan.data += general.bytes() as u64;
-        self.general = Some(general);
-    }
-
     /// Names what the tokenizer takes of the memory held before the run, and what it took before that.
     pub(crate) fn beside_tokenizer(&mut self, held: u64, loaded: u64) {
         (self.plan.tokenizer, self.plan.tokenizer_loaded) = (held, loaded);
+    }
+
+    /// General questions that are asked before the run and after it; 0 for none.
+    #[must_use]
+    pub fn questions(&self) -> usize {
+        self.quiz.as_ref().map_or(0, quiz::Quiz::len)
+    }
+
+    /// Gives the memory of passes back, in which prompts are answered.
+    pub(super) fn give_back(&mut self) {
+        self.pool.clear();
+        self.ready = false;
+        crate::mmap::release_freed();
+    }
+
+    /// Which general questions the model answers rightly now. What it takes is not beside what a step takes.
+    fn ask_questions(&mut self, observer: &mut dyn Observer) -> Result<Option<Known>> {
+        let Some(quiz) = self.quiz.clone() else { return Ok(None) };
+        self.give_back();
+        // As it will be asked afterwards.
+        let arithmetic = match self.config.precision.arithmetic() {
+            Arithmetic::Exact => Arithmetic::Exact,
+            _ => Arithmetic::Int8,
+        };
+        let numbers = Numbers { cache: CacheType::F16, arithmetic };
+        let mut answers = Vec::with_capacity(quiz.len());
+        for group in quiz.ids.chunks(self.at_once) {
+            let queue = self.turn.clone();
+            let _turn = queue.take();
+            let found = self.guarded(observer, |Parts { base, adapters, .. }, keep_going| {
+                let greedy = Greedy { base, adapters, numbers, max_tokens: quiz::ANSWER, stop: &quiz.stop };
+                greedy.answers(group, keep_going, &mut |_, _| Ok(()))
+            });
+            answers.extend(found?);
+        }
+        self.peak.sample();
+        crate::mmap::release_freed();
+        quiz.judge(&answers).map(Some)
     }
 
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Evaluation> {
@@ -74,7 +109,10 @@ impl<B: Backend> Trainer<B> {
         let found = (|| {
             let held_out = held_out.as_ref().map(|data| self.mean_loss(data, observer)).transpose()?;
             let general = general.as_ref().map(|data| self.mean_loss(data, observer)).transpose()?;
-            Ok(Evaluation { held_out, general })
+            // Questions bound what is kept, or else they are for the beginning and the end.
+            let ends = [0, self.facts.total_steps].contains(&self.facts.step) || self.rule().keeps();
+            let known = if ends { self.ask_questions(observer)? } else { None };
+            Ok(Evaluation { held_out, general, known })
         })();
         (self.eval_data, self.general) = (held_out, general);
         found

@@ -1,6 +1,6 @@
 //! Data that is not learned: a share of the samples, and a general text that tells what a run makes the model forget.
 
-use super::{Dataset, Sample, TrainConfig};
+use super::{Dataset, Forgetting, Known, Sample, TrainConfig};
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::mix;
 use crate::tokenizer::Tokenizer;
@@ -14,23 +14,32 @@ const WINDOW: usize = 256;
 /// Written for this purpose: plain prose, a dialogue, an explanation, numbers.
 const GENERAL: &str = include_str!("general.txt");
 
-/// What an evaluation found: mean losses (natural log).
+/// What an evaluation found: mean losses (natural log), and what the model still knows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Evaluation {
     /// On the held-out data, if there is any.
     pub held_out: Option<f64>,
     /// On the general text, if it is watched.
     pub general: Option<f64>,
+    /// General questions that were answered rightly, if they were asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known: Option<Known>,
 }
 
 impl Evaluation {
-    /// Whether the general text has become at most `limit` nats a token less likely since `start`. Without a limit or
-    /// one of the losses, yes; a loss that is not a number does not pass.
+    /// Whether no more than `limit` was forgotten since `start`. Without a limit, or where one of the two has not been
+    /// measured, yes; a loss that is not a number does not pass.
     #[must_use]
-    pub fn passes(&self, start: Option<Self>, limit: Option<f64>) -> bool {
-        match (self.general, start.and_then(|s| s.general), limit) {
-            (Some(now), Some(before), Some(limit)) => now - before <= limit,
-            _ => true,
+    pub fn passes(&self, start: Option<Self>, limit: Option<Forgetting>) -> bool {
+        let start = start.unwrap_or_default();
+        match limit {
+            Some(Forgetting::Nats(limit)) => {
+                self.general.zip(start.general).is_none_or(|(now, before)| now - before <= limit)
+            }
+            Some(Forgetting::Percent(limit)) => {
+                self.known.zip(start.known).is_none_or(|(now, before)| now.lost_percent(before) <= limit)
+            }
+            None => true,
         }
     }
 }
@@ -128,14 +137,14 @@ fn first_of(toward: &mut [usize], record: usize) -> usize {
     first
 }
 
-/// The general text in windows that are no longer than what a step of `data` takes at once.
+/// The general text in windows of at most `longest` tokens, what a step takes at once.
 ///
 /// # Errors
 /// The tokenizer cannot express it.
-pub fn general_text(tokenizer: &Tokenizer, data: &Dataset) -> Result<Dataset> {
+pub fn general_text(tokenizer: &Tokenizer, longest: usize) -> Result<Dataset> {
     let ids = tokenizer.encode(GENERAL, true)?;
     let window = |ids: &[u32]| Sample { ids: ids.to_vec(), trained: (0..ids.len()).map(|i| i > 0).collect() };
-    let windows = ids.chunks(WINDOW.min(data.longest()).max(2)).filter(|w| w.len() > 1);
+    let windows = ids.chunks(WINDOW.min(longest).max(2)).filter(|w| w.len() > 1);
     Ok(Dataset::new("the general text", windows.map(window).collect()))
 }
 
@@ -247,7 +256,7 @@ mod tests {
 
     #[test]
     fn forgetting_is_the_rise_of_the_general_loss() {
-        let general = |loss| Evaluation { held_out: None, general: Some(loss) };
+        let general = |loss| Evaluation { general: Some(loss), ..Evaluation::default() };
         for (now, limit, passes) in [
             (3.1, Some(0.2), true),
             (3.3, Some(0.2), false),
@@ -255,6 +264,7 @@ mod tests {
             (f64::NAN, Some(9.0), false),
             (9.0, None, true),
         ] {
+            let limit = limit.map(Forgetting::Nats);
             assert_eq!(general(now).passes(Some(general(3.0)), limit), passes, "{now} {limit:?}");
         }
     }

@@ -6,7 +6,7 @@ use crate::adapter::Gradients;
 use crate::base::Pool;
 use crate::error::Result;
 use crate::exec::train::Pass;
-use pocketlora_kernels::{Backend, Call};
+use pocketlora_kernels::{Backend, Call, Targets};
 use pocketlora_models::Value;
 
 /// Rows of logits held at once where they must be made: `[64, V]`, not `[T, V]`.
@@ -40,9 +40,12 @@ pub(super) fn loss<B: Backend>(
     }
     let (sums, at) = sums;
     let weights = micro.scaled_weights(scale);
-    let targets = micro.targets.chunks(chunk).zip(weights.chunks(chunk));
-    for (rows, targets) in micro.rows.chunks(chunk).zip(targets) {
+    let each = micro.target_width();
+    let mut shares = micro.shares.chunks(chunk * each.max(1));
+    let targets = micro.targets.chunks(chunk * each.max(1)).zip(weights.chunks(chunk));
+    for (rows, (ids, weights)) in micro.rows.chunks(chunk).zip(targets) {
         watch.check()?;
+        let targets = (Targets { ids, shares: shares.next().unwrap_or_default() }, weights);
         let mut h = pool.take(backend, rows.len() * width)?;
         backend.run(Call::GatherRows { x: &x, rows, y: &mut h })?;
         let (losses, dh) = rows_loss(pass, h, targets, grads.as_deref_mut(), pool, watch)?;
@@ -61,13 +64,13 @@ pub(super) fn loss<B: Backend>(
 fn rows_loss<B: Backend>(
     pass: &Pass<'_, B>,
     h: B::Buffer,
-    (targets, weights): (&[u32], &[f32]),
+    (targets, weights): (Targets<'_>, &[f32]),
     grads: Option<&mut Gradients<B>>,
     pool: &mut Pool<B>,
     watch: &mut Watch<'_>,
 ) -> Result<(B::Buffer, Option<B::Buffer>)> {
     let (model, backend) = (&pass.base().model, &pass.base().backend);
-    let mut losses = pool.take(backend, targets.len())?;
+    let mut losses = pool.take(backend, weights.len())?;
     let Some(head) = pass.plain_head() else {
         let mut tape = pass.tape(Some(h), true, pool);
         let y = model.head(&mut tape, Value(0));

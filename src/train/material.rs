@@ -1,10 +1,12 @@
 //! What a run learns from and is watched on.
 
-use super::{Dataset, TrainConfig, general_text, hold_out};
-use crate::error::Result;
+use super::quiz::reading;
+use super::{Dataset, Forgetting, Keep, Prompts, Quiz, TrainConfig, general_text, hold_out};
+use crate::error::{Error, ErrorCode, Result};
 use crate::format::foreign::no_tokenizer;
-use crate::tokenizer::Tokenizer;
+use crate::text::Text;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Data of a run, prepared.
 #[derive(Clone, Debug)]
@@ -15,24 +17,60 @@ pub struct Material {
     pub eval_data: Option<Dataset>,
     /// A general text, on which forgetting shows.
     pub general: Option<Dataset>,
+    /// Prompts on which the model is held to what it says without the adapter.
+    pub prompts: Option<Prompts>,
+    /// General questions, asked before the run and after it.
+    pub quiz: Option<Quiz>,
+}
+
+/// What is needed to make a model's text of the project's own: prompts, questions, a general text.
+pub(crate) struct Shipped<'t> {
+    pub text: &'t Text,
+    /// The same, if it is held while the run lasts.
+    pub held: Option<Arc<Text>>,
+    /// Longest text of the model, in tokens.
+    pub positions: usize,
+    /// Ids below this one have an embedding.
+    pub vocab: usize,
 }
 
 impl Material {
-    /// Holds some of the data out if `config` says so. With data to evaluate on, or a bound on forgetting, the loss on a
-    /// general text is watched as well. For want of a tokenizer, its model's folder. Nothing after it needs a tokenizer.
+    /// Data alone: nothing is held out, watched, held or asked.
+    #[must_use]
+    pub fn of(data: Dataset) -> Self {
+        Self { data, eval_data: None, general: None, prompts: None, quiz: None }
+    }
+
+    /// Holds some of the data out if `config` says so. With data to evaluate on, a bound on forgetting or general questions,
+    /// the loss on a general text is watched as well. For want of a text, its model's folder. Nothing after it needs one.
     ///
     /// # Errors
-    /// The data cannot be split, or forgetting is to be bound and there is no tokenizer.
-    pub fn new(
+    /// The data cannot be split, or forgetting is to be bound, or the model to be held, and there is no tokenizer; or general
+    /// questions are to bound it and the model cannot be asked.
+    pub(crate) fn new(
         config: &TrainConfig,
         data: Dataset,
         eval_data: Option<Dataset>,
-        tokenizer: Result<&Tokenizer, &Path>,
+        shipped: Result<&Shipped<'_>, &Path>,
     ) -> Result<Self> {
         let (data, eval_data) = hold_out(config, data, eval_data)?;
         // Who looks at what was learned looks at what was forgotten, too; without a tokenizer only who asks for it.
-        let watched = config.max_forgetting.is_some() || eval_data.is_some() && tokenizer.is_ok();
-        let general = watched.then(|| general_text(tokenizer.map_err(no_tokenizer)?, &data)).transpose()?;
-        Ok(Self { data, eval_data, general })
+        let watched = config.max_forgetting.is_some() || (eval_data.is_some() || config.check) && shipped.is_ok();
+        let (wanted, bound) = (config.keep != Keep::Off, matches!(config.max_forgetting, Some(Forgetting::Percent(_))));
+        if !(watched || wanted) {
+            return Ok(Self { eval_data, ..Self::of(data) });
+        }
+        let Shipped { text, held, positions, vocab } = shipped.map_err(no_tokenizer)?;
+        let general = watched.then(|| general_text(&text.tokenizer, data.longest())).transpose()?;
+        let limit = config.seq.min(*positions);
+        let prompts = wanted.then(|| Prompts::shipped(text, limit, *vocab)).transpose()?;
+        let ask = || Quiz::shipped(text, *positions, reading(text, held.clone(), *vocab)?);
+        let quiz = if (config.check || bound) && text.template.is_own() { ask()? } else { None };
+        if bound && quiz.is_none() {
+            let message = "expected a model with a chat template and room for general questions, got one that cannot be asked; \
+                           give nats of the loss on a general text instead, such as `0.1`";
+            return Err(Error::new(ErrorCode::Config, "setting `max-forgetting`", message));
+        }
+        Ok(Self { data, eval_data, general, prompts, quiz })
     }
 }

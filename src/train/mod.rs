@@ -11,18 +11,21 @@ mod effect;
 mod evaluation;
 mod hold_out;
 mod init;
+mod keep;
 mod lock;
 mod loss;
 mod material;
 mod observer;
 mod optimizer;
 mod plan;
+mod quiz;
 mod report;
 mod run_folder;
 mod saving;
 mod setup;
 pub(crate) mod step;
 pub(crate) mod sums;
+mod words;
 
 pub use crate::data::Unused;
 pub use batches::BatchReport;
@@ -33,10 +36,14 @@ pub use control::{Directive, Policy, TrainHandle};
 pub use data::{Checks, Dataset, Mask, Sample, SampleLimits, SplitRecord, Splits};
 pub(crate) use hold_out::general_text;
 pub use hold_out::{Evaluation, Overlap, hold_out};
+pub use keep::{Forgetting, Keep, KeepReport, Prompts};
 pub use material::Material;
+pub(crate) use material::Shipped;
 use observer::Tally;
 pub use observer::{Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
+pub(crate) use quiz::{ANSWER as QUIZ_ANSWER, reading};
+pub use quiz::{Known, Quiz};
 pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
@@ -53,7 +60,9 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::memory::Peak;
 use crate::rng::mix;
 use crate::turn::Turn;
+use best::Candidate;
 use checkpoint::RunFacts;
+use keep::{Held, Lessons};
 use lock::{Earlier, FolderLock};
 use pocketlora_kernels::{Backend, Call};
 use saving::Pace;
@@ -77,6 +86,13 @@ pub(crate) struct Trainer<B: Backend> {
     eval_overlap: Option<Overlap>,
     /// What tells forgetting.
     general: Option<Dataset>,
+    quiz: Option<Quiz>,
+    /// What the model is held to.
+    held: Option<Held>,
+    /// What the adapter of the start was taught.
+    taught: Lessons,
+    /// Prompts that are answered at once.
+    at_once: usize,
     out: PathBuf,
     /// The adapter in training without its tensors. Weights that the adapter of the start brought along are in it: they
     /// stay as they are, and are written again.
@@ -95,7 +111,7 @@ pub(crate) struct Trainer<B: Backend> {
     handle: TrainHandle,
     policy: Option<Policy>,
     /// Time of pauses in the step under way.
-    held: Duration,
+    paused: Duration,
     /// To be told at the next chance.
     warnings: Vec<Error>,
     /// The checkpoint in the output folder is this run's.
@@ -103,6 +119,15 @@ pub(crate) struct Trainer<B: Backend> {
     /// What an earlier run left in the output folder and this one may not replace.
     earlier: Option<Earlier>,
     _lock: FolderLock,
+}
+
+/// What a run works on between two questions whether to go on.
+struct Parts<'t, B: Backend> {
+    base: &'t Base<B>,
+    adapters: &'t Adapters<B>,
+    grads: &'t mut Gradients<B>,
+    pool: &'t mut Pool<B>,
+    peak: &'t mut Peak,
 }
 
 impl<B: Backend> Trainer<B> {
@@ -189,6 +214,12 @@ impl<B: Backend> Trainer<B> {
             journal.evaluated(self.facts.step, found, observer);
         }
         let mut stopped = self.evaluation_pending();
+        if !stopped && !self.finished() {
+            stopped = match self.prepare(observer) {
+                Err(e) if e.code() == ErrorCode::Cancelled => true,
+                other => other.map(|()| false)?,
+            };
+        }
         let mut pace = Pace::new();
         while !stopped && !self.finished() {
             let mut report = match self.step(observer) {
@@ -196,7 +227,8 @@ impl<B: Backend> Trainer<B> {
                 other => other?,
             };
             let found = self.evaluate_if_due(observer)?;
-            (report.eval_loss, report.general_loss) = found.map_or((None, None), |f| (f.held_out, f.general));
+            let Evaluation { held_out, general, known } = found.unwrap_or_default();
+            (report.eval_loss, report.general_loss, report.known) = (held_out, general, known);
             tally.add(&report);
             journal.add(&report, observer);
             if report.learns_little() {
@@ -244,8 +276,10 @@ impl<B: Backend> Trainer<B> {
             before: self.facts.start,
             eval_loss: tally.last.held_out,
             general_loss: tally.last.general,
+            known: tally.last.known,
+            asked: self.questions(),
             eval_overlap: self.eval_overlap,
-            kept: kept.map(|kept| Evaluation { held_out: kept.loss, general: kept.general }),
+            kept: kept.map(|Candidate { loss: held_out, general, known, .. }| Evaluation { held_out, general, known }),
             adapter: self.out.clone(),
         }
     }
@@ -266,13 +300,15 @@ impl<B: Backend> Trainer<B> {
         let base = Arc::clone(&self.base);
         let _running = self.handle.enter();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
-        self.held = Duration::ZERO;
+        self.prepare(observer)?;
+        self.paused = Duration::ZERO;
         let queue = self.turn.clone();
         let _turn = queue.take();
         let start = Instant::now();
         let number = self.facts.step + 1;
-        let micros = self.batches.micro_batches(&self.data, number);
+        let mut micros = self.batches.micro_batches(&self.data, number);
         let trained: usize = micros.iter().map(MicroBatch::trained).sum();
+        micros.extend(self.held.as_ref().and_then(|held| held.micro_batch(number)));
         // The squares of gradients, then the losses of passes, of which each has a sample at least. They are read together,
         // for a device that records work stands still while it is waited for.
         let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();
@@ -282,7 +318,7 @@ impl<B: Backend> Trainer<B> {
             sums.add_squares(&base.backend, 0, grad)?;
         }
         let sums = sums.read(&base.backend)?;
-        let loss = mean_loss(number, &micros, &passes, &sums)?;
+        let [loss, held_loss] = mean_losses(number, &micros, &passes, &sums)?;
         let grad_norm = sums[0].sqrt();
         if !grad_norm.is_finite() {
             return Err(diverged(number, &micros, &format!("a gradient of norm `{grad_norm}`")));
@@ -301,19 +337,21 @@ impl<B: Backend> Trainer<B> {
         Ok(StepReport {
             step: number,
             total_steps: self.facts.total_steps,
-            loss,
+            loss: loss.unwrap_or(f64::NAN),
             lr,
             grad_norm,
             tokens: micros.iter().map(MicroBatch::tokens).sum(),
             trained,
-            time: start.elapsed().saturating_sub(self.held),
+            time: start.elapsed().saturating_sub(self.paused),
             eval_loss: None,
             general_loss: None,
+            known: None,
+            held_loss,
         })
     }
 
-    /// Runs the passes of step `number`: the gradient of the mean loss over its `trained` tokens in place of the last step's,
-    /// and losses in `sums`. Returns the places of each micro-batch's passes in it.
+    /// Runs the passes of step `number`: the gradient of the mean loss over its `trained` tokens, and of the weighted mean
+    /// divergence on what is held, in place of the last step's, and losses in `sums`. Returns the places of each micro-batch's passes in it.
     fn accumulate(
         &mut self,
         number: u64,
@@ -329,13 +367,15 @@ impl<B: Backend> Trainer<B> {
         for grad in &mut self.grads.tensors {
             self.base.backend.run(Call::Zero { x: grad })?;
         }
-        let (mut places, scale) = (Vec::with_capacity(micros.len()), 1.0 / trained as f32);
+        let mut places = Vec::with_capacity(micros.len());
+        let weight = self.held.as_ref().map_or(0.0, Held::weight);
         let mut next = 1;
         for (i, micro) in micros.iter().enumerate() {
             let dropout = (self.config.dropout > 0.0).then(|| {
                 let key = mix(mix(mix(self.config.seed, DROPOUT), number), i as u64);
                 Dropout { p: self.config.dropout, key, first: 0 }
             });
+            let scale = if micro.is_held() { weight / micro.trained() as f32 } else { 1.0 / trained as f32 };
             let first = next;
             next = self.passes(micro, scale, dropout, (sums, first), observer)?;
             places.push(first..next);
@@ -379,8 +419,7 @@ impl<B: Backend> Trainer<B> {
         Ok(())
     }
 
-    /// One pass: adds its losses to a number of `sums`, and its gradient if `learn`. The turn, which the caller has, is given
-    /// up between layers: to those who wait for the device, and to what the host does there.
+    /// One pass: adds its losses to a number of `sums`, and its gradient if `learn`. The caller has the turn.
     fn micro(
         &mut self,
         micro: &MicroBatch,
@@ -395,28 +434,14 @@ impl<B: Backend> Trainer<B> {
             let (passing, kept) = (floats(self.plan.layer_workspace), floats(self.plan.layer_inputs));
             self.pool.reserve(&self.base.backend, passing, kept)?;
         }
-        let Self { base, adapters, tensors, grads, pool, peak, file, turn, handle, policy, held, .. } = self;
-        let (adapters, file) = (&*adapters, &*file);
-        let (base, tensors) = (&*base, &*tensors);
-        let mut others = || match policy {
-            _ if !observer.keep_going() => Directive::Stop,
-            Some(policy) => policy(),
-            None => Directive::Run,
-        };
-        let mut keep_going = || {
-            let make = || {
-                let _turn = turn.take();
-                saving::snapshot(&base.backend, adapters, tensors, file)
-            };
-            let (go, pause) = turn.without(|| handle.ask(&mut others, &make));
-            *held += pause;
-            go
-        };
-        let mut watch = Watch { keep_going: &mut keep_going, peak };
-        let grads = learn.then_some(grads);
         let arithmetic = self.config.precision.arithmetic();
-        let layout = &self.plan.layout;
-        let done = micro_step(base, adapters, micro, scale, dropout, arithmetic, layout, grads, pool, sums, &mut watch);
+        let layout = self.plan.layout;
+        let done = self.guarded(observer, |parts, keep_going| {
+            let Parts { base, adapters, grads, pool, peak } = parts;
+            let mut watch = Watch { keep_going, peak };
+            let grads = learn.then_some(grads);
+            micro_step(base, adapters, micro, scale, dropout, arithmetic, &layout, grads, pool, sums, &mut watch)
+        });
         if done.is_err() {
             // What the abandoned pass held is gone from it.
             self.pool.clear();
@@ -424,19 +449,47 @@ impl<B: Backend> Trainer<B> {
         }
         done
     }
+
+    /// Does `work` with the device's turn, which the caller has. It asks between layers whether to go on: all who have a say
+    /// in that, and whoever waits for a snapshot or for the device comes first there.
+    fn guarded<R>(
+        &mut self,
+        observer: &mut dyn Observer,
+        work: impl FnOnce(Parts<'_, B>, &mut dyn FnMut() -> bool) -> R,
+    ) -> R {
+        let Self { base, adapters, tensors, grads, pool, peak, file, turn, handle, policy, paused, .. } = self;
+        let (base, adapters, tensors, file) = (&**base, &*adapters, &*tensors, &*file);
+        let mut others = || match policy {
+            _ if !observer.keep_going() => Directive::Stop,
+            Some(policy) => policy(),
+            None => Directive::Run,
+        };
+        work(Parts { base, adapters, grads, pool, peak }, &mut || {
+            let make = || {
+                let _turn = turn.take();
+                saving::snapshot(&base.backend, adapters, tensors, file)
+            };
+            let (go, pause) = turn.without(|| handle.ask(&mut others, &make));
+            *paused += pause;
+            go
+        })
+    }
 }
 
-/// Mean loss of the learned tokens of a step, from the losses of its micro-batches' passes.
-fn mean_loss(number: u64, micros: &[MicroBatch], passes: &[Range<usize>], sums: &[f64]) -> Result<f64> {
-    let mut loss = 0.0;
+/// Mean loss of the learned tokens of a step, and mean divergence on the held ones, where there are such; from the losses of
+/// its micro-batches' passes.
+fn mean_losses(number: u64, micros: &[MicroBatch], passes: &[Range<usize>], sums: &[f64]) -> Result<[Option<f64>; 2]> {
+    let mut found = [(0.0, 0); 2];
     for (micro, passes) in micros.iter().zip(passes) {
         let part: f64 = sums[passes.clone()].iter().sum();
         if !part.is_finite() {
             return Err(diverged(number, std::slice::from_ref(micro), &format!("a loss of `{part}`")));
         }
-        loss += part;
+        let (loss, tokens) = &mut found[usize::from(micro.is_held())];
+        *loss += part;
+        *tokens += micro.trained();
     }
-    Ok(loss / micros.iter().map(MicroBatch::trained).sum::<usize>() as f64)
+    Ok(found.map(|(loss, tokens)| (tokens > 0).then(|| loss / tokens as f64)))
 }
 
 fn diverged(number: u64, micros: &[MicroBatch], got: &str) -> Error {
@@ -449,8 +502,11 @@ fn diverged(number: u64, micros: &[MicroBatch], got: &str) -> Error {
 
 /// The samples (1-based) that micro-batches were made of.
 fn samples_of(micros: &[MicroBatch]) -> String {
-    let numbers = micros.iter().flat_map(MicroBatch::numbers).map(|i| (i + 1).to_string());
-    let numbers: Vec<String> = numbers.collect();
+    if micros.iter().all(MicroBatch::is_held) {
+        return "general prompts".to_owned();
+    }
+    let numbers = micros.iter().filter(|micro| !micro.is_held()).flat_map(MicroBatch::numbers);
+    let numbers: Vec<String> = numbers.map(|i| (i + 1).to_string()).collect();
     match numbers.len() {
         0..=8 => format!("samples {}", numbers.join(", ")),
         n => format!("samples {} and {} more", numbers[..8].join(", "), n - 8),

@@ -1,5 +1,6 @@
 //! What a run tells its host, and how the host stops it.
 
+use super::Known;
 use super::hold_out::{Evaluation, Overlap};
 use crate::error::{Error, ErrorCode};
 use std::ops::ControlFlow;
@@ -29,6 +30,10 @@ pub struct StepReport {
     pub eval_loss: Option<f64>,
     /// Mean loss on the general text, there too.
     pub general_loss: Option<f64>,
+    /// General questions that were answered rightly, where they were asked after this step.
+    pub known: Option<Known>,
+    /// Mean divergence (nats) from what the base says on the held tokens, where the step had some.
+    pub held_loss: Option<f64>,
 }
 
 /// Loss of a first step below which something is wrong, in nats: text that a model has not seen costs it 1 to 4.
@@ -61,6 +66,12 @@ pub trait Observer {
     /// step. Blocking in it pauses the run.
     fn keep_going(&mut self) -> bool {
         true
+    }
+
+    /// So many of the `prompts` on which the model will be held are answered: before the first step, and for the last time
+    /// when all are.
+    fn on_preparing(&mut self, done: usize, prompts: usize) {
+        let _ = (done, prompts);
     }
 
     /// Something failed that training outlives: a checkpoint could not be written, which is tried again when the next one
@@ -98,6 +109,10 @@ pub struct Summary {
     pub eval_loss: Option<f64>,
     /// Mean loss on the general text at the end.
     pub general_loss: Option<f64>,
+    /// General questions that were answered rightly at the end, if they were asked.
+    pub known: Option<Known>,
+    /// General questions asked.
+    pub asked: usize,
     /// How much of the evaluation data is learned as well, where there is any.
     pub eval_overlap: Option<Overlap>,
     /// What was found after [`Summary::adapter_step`], where an earlier adapter than the last may have been kept.
@@ -110,7 +125,7 @@ impl Summary {
     /// What was found of the adapter that is written; nothing while the run is not done.
     #[must_use]
     pub fn of_adapter(&self) -> Evaluation {
-        let last = Evaluation { held_out: self.eval_loss, general: self.general_loss };
+        let last = Evaluation { held_out: self.eval_loss, general: self.general_loss, known: self.known };
         if self.done { self.kept.unwrap_or(last) } else { Evaluation::default() }
     }
 }
@@ -133,11 +148,13 @@ impl Tally {
         self.tokens += report.tokens as u64;
         self.trained += report.trained as u64;
         self.loss = report.loss;
-        self.evaluated(Evaluation { held_out: report.eval_loss, general: report.general_loss });
+        let StepReport { eval_loss: held_out, general_loss: general, known, .. } = *report;
+        self.evaluated(Evaluation { held_out, general, known });
     }
 
     pub fn evaluated(&mut self, found: Evaluation) {
         self.last.held_out = found.held_out.or(self.last.held_out);
         self.last.general = found.general.or(self.last.general);
+        self.last.known = found.known.or(self.last.known);
     }
 }

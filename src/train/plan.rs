@@ -6,6 +6,7 @@
 //! Freed memory goes back to the system before the plan is made (`mmap.rs`). Without that, what the tokenizer left behind
 //! would count as held, and the run would take as much again from the system.
 
+use super::keep::held_of_lengths;
 use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};
 use super::sums::Sums;
@@ -43,6 +44,11 @@ pub struct MemoryPlan {
     pub saving: u64,
     /// Panels of weights and rounded activations that threads multiply.
     pub kernels: u64,
+    /// The base's answers to general prompts, and its likeliest tokens at their places.
+    pub references: u64,
+    /// What answering general prompts and questions takes: before the steps and after them, when they hold nothing but the
+    /// adapter, gradients, moments and references.
+    pub asking: u64,
     /// What the process held before the run took anything: the program, the base's tables, and the next two. Measured,
     /// and not part of [`MemoryPlan::anonymous`]; 0 where the system does not tell.
     pub before: u64,
@@ -64,15 +70,13 @@ impl MemoryPlan {
     /// Anonymous bytes that the run takes.
     #[must_use]
     pub fn anonymous(&self) -> u64 {
+        self.adapter + self.gradients + self.optimizer + self.references + self.steps().max(self.asking)
+    }
+
+    /// Of that, what passes take and give back.
+    pub(super) fn steps(&self) -> u64 {
         // Attention, loss and checkpoints take theirs in turn.
-        let passing = self.attention.max(self.logits).max(self.saving);
-        self.adapter
-            + self.gradients
-            + self.optimizer
-            + self.layer_inputs
-            + self.layer_workspace
-            + self.kernels
-            + passing
+        self.layer_inputs + self.layer_workspace + self.kernels + self.attention.max(self.logits).max(self.saving)
     }
 
     /// Anonymous bytes of the whole process.
@@ -105,6 +109,10 @@ pub(super) struct Work {
     /// Tokens of the longest sample that is evaluated, 0 for none. Windows of the general text need no count: they are no
     /// longer than the longest sample that is learned.
     pub evaluated: usize,
+    /// Lengths of the longest texts that a step holds.
+    pub held: Vec<usize>,
+    /// Bytes of what it is held to.
+    pub references: u64,
     pub before: u64,
     pub data: u64,
 }
@@ -161,6 +169,9 @@ impl Work {
         for lengths in passes {
             pass(&MicroBatch::of_lengths(lengths, tokens), dropout, Some(&mut grads))?;
         }
+        for held in held_of_lengths(&self.held).split(tokens) {
+            pass(&held, dropout, Some(&mut grads))?;
+        }
         if self.evaluated > 0 {
             // Samples are evaluated one at a time, and only their loss is asked for.
             pass(&MicroBatch::of_lengths(vec![self.evaluated], self.evaluated), None, None)?;
@@ -179,6 +190,8 @@ impl Work {
             // Its values, and the bytes of the file.
             saving: 2 * 4 * self.specs.iter().map(TensorSpec::values).max().unwrap_or(0) as u64,
             kernels: count.kernels as u64,
+            references: self.references,
+            asking: 0,
             before: self.before,
             data: self.data,
             tokenizer: 0,

@@ -148,6 +148,7 @@ impl<B: Backend> Trainer<B> {
             self.save_adapter()?;
         }
         checkpoint::remove(&self.out)?;
+        self.leave_lessons()?;
         if self.facts.candidates.kept.is_some() {
             AdapterFile::remove(&best)?;
         }

@@ -5,20 +5,22 @@ use super::budget::choose;
 use super::checkpoint::RunFacts;
 use super::control::TrainHandle;
 use super::hold_out::Overlap;
+use super::keep::{AT_ONCE, Held, Lessons};
 use super::lock::{Earlier, FolderLock};
 use super::optimizer::Moments;
 use super::plan::Work;
 use super::saving::sweep_folder;
-use super::{Batches, Dataset, Sample, TrainConfig, Trainer, largest_micro_batch};
+use super::{Batches, Dataset, Keep, Material, MemoryPlan, Quiz, Sample, TrainConfig, Trainer, largest_micro_batch};
 use crate::adapter::{
-    AdapterFile, Adapters, Gradients, Group, Method, Replaced, Settings, TensorId, TensorSpec, layer_at, mark,
+    AdapterFile, Adapters, Gradients, Group, Kind, Method, Replaced, Settings, TensorId, TensorSpec, layer_at, mark,
 };
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
+use crate::exec::infer::state_bytes;
 use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::mix;
 use crate::turn::Turn;
-use pocketlora_kernels::{Backend, WorkType};
+use pocketlora_kernels::{Backend, CacheType, WorkType};
 use pocketlora_models::Param;
 use std::path::Path;
 use std::sync::Arc;
@@ -105,7 +107,8 @@ pub(super) fn gradients<B: Backend>(base: &Base<B>, adapters: &Adapters<B>) -> R
     Ok(Gradients { tensors: adapters.held().specs().map(one).collect::<Result<_>>()? })
 }
 
-/// What a run on `data` that is evaluated on `eval_data` takes memory for: an adapter of `method` with tensors `specs`.
+/// What a run on `data` that is evaluated on `eval_data` and `held` takes memory for: an adapter of `method` with tensors
+/// `specs`.
 fn work<B: Backend>(
     base: &Base<B>,
     method: &Method,
@@ -113,6 +116,7 @@ fn work<B: Backend>(
     config: &TrainConfig,
     data: &Dataset,
     eval_data: Option<&Dataset>,
+    held: Option<&Held>,
 ) -> Work {
     let mut lengths: Vec<usize> = data.samples.iter().map(|s| s.ids.len()).collect();
     lengths.sort_unstable_by(|a, b| b.cmp(a));
@@ -127,9 +131,32 @@ fn work<B: Backend>(
         lengths,
         largest: largest_micro_batch(data, config),
         evaluated: eval_data.map_or(0, Dataset::longest),
+        held: held.map_or(Vec::new(), Held::longest),
+        references: held.map_or(0, Held::most_bytes),
         before: anonymous_bytes().unwrap_or(0),
         data: (data.bytes() + eval_data.map_or(0, Dataset::bytes)) as u64,
     }
+}
+
+/// Virtual tokens that an adapter puts before each text.
+fn virtual_tokens(method: &Method, settings: &Settings) -> usize {
+    if method.kind() == Kind::PrefixTuning { method.settings(settings.clone()).num_virtual_tokens } else { 0 }
+}
+
+/// How many prompts are answered at once: as many as what passes take has room for. Adds to `plan` what they take.
+fn asking<B: Backend>(base: &Base<B>, plan: &mut MemoryPlan, held: Option<&Held>, quiz: Option<&Quiz>) -> usize {
+    let Some(longest) = held.map(Held::longest_text).max(quiz.map(Quiz::longest_text)) else { return 1 };
+    let config = base.model.config();
+    // Logits are there on the device and on the host.
+    let text = state_bytes(base.model.states(), CacheType::F16, longest) + 8 * config.vocab_size as u64;
+    // A prompt's activations: the widest of a layer, a few of the others, and what products round.
+    let prompt = 4 * (longest * 16 * config.hidden_size) as u64;
+    // Not what threads take: answers, and so adapters, would depend on their number.
+    let passing = plan.layer_inputs + plan.layer_workspace;
+    let room = passing.saturating_sub(prompt) / text;
+    let at_once = (room as usize).clamp(1, AT_ONCE);
+    plan.asking = prompt + at_once as u64 * text;
+    at_once
 }
 
 impl<B: Backend> Trainer<B> {
@@ -143,11 +170,11 @@ impl<B: Backend> Trainer<B> {
         base_fingerprint: u64,
         base_name: Option<String>,
         config: TrainConfig,
-        data: Dataset,
-        eval_data: Option<Dataset>,
+        material: Material,
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Self> {
+        let Material { data, eval_data, general, prompts, quiz } = material;
         config.validate()?;
         let attention_dropout = base.model.config().attention_dropout;
         if attention_dropout > 0.0 {
@@ -191,7 +218,22 @@ impl<B: Backend> Trainer<B> {
         })?;
         let eval_overlap = eval_data.as_ref().map(|held| Overlap::of(&data, held));
         let learned_too = eval_overlap.and_then(|overlap| overlap.warning(&eval_data.as_ref()?.path));
-        let (plan, config) = choose(&work(&base, &method, specs.clone(), &config, &data, eval_data.as_ref()), &config)?;
+        let places = base.model.config().max_positions.saturating_sub(virtual_tokens(&method, &settings));
+        let step_tokens = data.tokens() as f64 / batches.report().steps as f64;
+        // Ids of an embedding that the adapter brings along mean nothing to the base.
+        let prompts = prompts.filter(|_| kept.is_empty());
+        let taught = match init {
+            Some(file) if config.keep != Keep::Off => Lessons::read(&file.dir)?,
+            _ => Lessons::default(),
+        };
+        let vocab = base.model.config().vocab_size;
+        let known = taught.questions.iter().filter(|ids| ids.iter().all(|id| (*id as usize) < vocab));
+        let known = Lessons { questions: known.cloned().collect() };
+        let held = prompts.and_then(|prompts| Held::new(prompts, known, &config, total_steps, step_tokens, places));
+        let work = work(&base, &method, specs.clone(), &config, &data, eval_data.as_ref(), held.as_ref());
+        let (mut plan, config) = choose(&work, &config)?;
+        plan.data += general.as_ref().map_or(0, Dataset::bytes) as u64;
+        let at_once = asking(&base, &mut plan, held.as_ref(), quiz.as_ref());
         let doubts = init.map_or(Ok(Vec::new()), |file| file.doubts(base.model.as_ref()))?;
         let doubt = |message| {
             let place = init.map_or_else(String::new, |file| format!("`{}`", file.dir.display()));
@@ -209,6 +251,7 @@ impl<B: Backend> Trainer<B> {
             data: data.fingerprint(),
             base: base_fingerprint,
             init: init.map_or(0, fingerprint),
+            held: held.as_ref().map_or(0, Held::fingerprint),
             candidates: Candidates::default(),
             start: None,
         };
@@ -233,7 +276,11 @@ impl<B: Backend> Trainer<B> {
             data,
             batches,
             eval_data,
-            general: None,
+            general,
+            quiz,
+            held,
+            taught,
+            at_once,
             out: out.to_owned(),
             file,
             adapters,
@@ -247,7 +294,7 @@ impl<B: Backend> Trainer<B> {
             turn: Turn::default(),
             handle: TrainHandle::new(),
             policy: None,
-            held: Duration::ZERO,
+            paused: Duration::ZERO,
             saved: false,
             earlier: Earlier::find(out),
             _lock: lock,

@@ -18,8 +18,10 @@ pub struct MicroBatch {
     numbers: Vec<u32>,
     /// Rows whose next token is learned.
     pub(super) rows: Vec<u32>,
-    /// That token, for each of `rows`; one of the batch's ids, which [`Pass::new`] checks.
+    /// That token, for each of `rows`, one of the batch's ids, which [`Pass::new`] checks; or the tokens of a distribution.
     pub(super) targets: Vec<u32>,
+    /// The shares of these tokens, see [`pocketlora_kernels::Targets`]; empty where they are to be learned as they are.
+    pub(super) shares: Vec<f32>,
     /// How much each of them counts, if not all count the same.
     weights: Option<Vec<f32>>,
 }
@@ -46,8 +48,39 @@ impl MicroBatch {
         out
     }
 
-    fn empty() -> Self {
-        Self { batch: Batch::default(), numbers: Vec::new(), rows: Vec::new(), targets: Vec::new(), weights: None }
+    pub(super) fn empty() -> Self {
+        let (rows, targets, shares) = (Vec::new(), Vec::new(), Vec::new());
+        Self { batch: Batch::default(), numbers: Vec::new(), rows, targets, shares, weights: None }
+    }
+
+    /// Adds the text number `number`, whose last places are held to distributions over the tokens `targets`: `width` of them
+    /// each, with their `shares`.
+    pub(super) fn hold(
+        &mut self,
+        number: u32,
+        ids: &[u32],
+        targets: &[u32],
+        shares: impl Iterator<Item = f32>,
+        width: usize,
+    ) {
+        self.numbers.push(number);
+        self.batch.ids.extend(ids);
+        self.batch.segments.push(ids.len());
+        let end = self.batch.ids.len();
+        self.rows.extend((end - targets.len() / width..end).map(|row| row as u32));
+        self.targets.extend(targets);
+        self.shares.extend(shares);
+    }
+
+    /// Whether it is held to distributions, and not learned.
+    #[must_use]
+    pub(super) fn is_held(&self) -> bool {
+        !self.shares.is_empty()
+    }
+
+    /// Tokens of each learned row's target.
+    pub(super) fn target_width(&self) -> usize {
+        self.targets.len() / self.rows.len().max(1)
     }
 
     /// Sequences of such lengths, with the last `learned` tokens' successors to be learned: to count what they take.
@@ -56,7 +89,7 @@ impl MicroBatch {
         let rows: Vec<u32> = (tokens.saturating_sub(learned)..tokens).map(|row| row as u32).collect();
         let numbers = (0..).take(segments.len()).collect();
         let batch = Batch { ids: vec![0; tokens], segments };
-        Self { targets: vec![0; rows.len()], rows, numbers, batch, weights: None }
+        Self { targets: vec![0; rows.len()], shares: Vec::new(), rows, numbers, batch, weights: None }
     }
 
     /// The same samples in as many passes as it takes for none to have more than `most` tokens, unless one sample has.
@@ -72,7 +105,9 @@ impl MicroBatch {
             let shift = start - pass.tokens();
             let until = learned + self.rows[learned..].partition_point(|row| (*row as usize) < end);
             pass.rows.extend(self.rows[learned..until].iter().map(|row| row - shift as u32));
-            pass.targets.extend(&self.targets[learned..until]);
+            let tokens = learned * self.target_width()..until * self.target_width();
+            pass.targets.extend(&self.targets[tokens.clone()]);
+            pass.shares.extend(self.shares.get(tokens).unwrap_or_default());
             if let Some(weights) = &self.weights {
                 pass.weights.get_or_insert_default().extend(&weights[learned..until]);
             }
@@ -99,7 +134,7 @@ impl MicroBatch {
     /// Tokens learned.
     #[must_use]
     pub fn trained(&self) -> usize {
-        self.targets.len()
+        self.rows.len()
     }
 
     /// The same with a weight for each learned token, in their order: its gradient is multiplied by it. Losses are not.
@@ -308,5 +343,18 @@ mod tests {
         assert_eq!(batch.scaled_weights(0.5), [1.0, 0.0, -0.5, 1.5]);
         let passes: Vec<_> = batch.split(4).iter().map(|pass| pass.scaled_weights(1.0)).collect();
         assert_eq!(passes, [vec![2.0, 0.0], vec![-1.0, 3.0]]);
+    }
+
+    #[test]
+    fn distributions_go_with_their_places_when_a_batch_is_split() {
+        let mut batch = MicroBatch::empty();
+        batch.hold(4, &[1, 2, 3], &[7, 8, 9, 10], [0.5, 0.25, 0.75, 0.0].into_iter(), 2);
+        batch.hold(2, &[4, 5], &[11, 12], [0.125, 0.5].into_iter(), 2);
+        assert!(batch.is_held() && batch.trained() == 3 && batch.rows == [1, 2, 4]);
+        let passes = batch.split(3);
+        let parts: Vec<_> = passes.iter().map(|p| (&p.rows[..], &p.targets[..], &p.shares[..], p.numbers())).collect();
+        let expected: [(&[u32], &[u32], &[f32], &[u32]); 2] =
+            [(&[1, 2], &[7, 8, 9, 10], &[0.5, 0.25, 0.75, 0.0], &[4]), (&[1], &[11, 12], &[0.125, 0.5], &[2])];
+        assert_eq!(parts, expected);
     }
 }

@@ -7,7 +7,8 @@
 //! cache.
 //!
 //! `W[target]` is taken off at the end, rounded as the products rounded it: a row that predicts its target with certainty
-//! has a gradient of exactly zero.
+//! has a gradient of exactly zero. So are the rows of a target that is a distribution, see [`Targets`]: then `loss` and
+//! factors on `O / Z` and on each of the target's `W` are those of [`soft_targets::row`].
 
 use super::buffer::Buffer;
 use super::elementwise::{scale_part, zero};
@@ -15,10 +16,11 @@ use super::light::Light;
 use super::loops::update;
 use super::matmul::{forward_band, scratch, takes_bf16, vjp_x_band};
 use super::matrix::Matrix;
+use super::soft_targets;
 use super::split::{run as run_tasks, with_scratch};
 use super::table::Table;
 use super::{Cost, Cpu};
-use crate::{Arithmetic, Error};
+use crate::{Arithmetic, Error, Targets};
 use half::bf16;
 
 /// Rows of `W` in a band: sums long enough to pay for reading and writing `O`, logits few enough for a cache.
@@ -33,15 +35,19 @@ struct Row {
     max: f32,
     /// `Z`.
     sum: f64,
-    /// `l[target]`, from the band that holds it on.
-    picked: f32,
 }
 
-/// What [`run`] takes for so many rows with a head `[V, C]`: a band's logits in f32, the larger operand of the two products
-/// in bf16, and the products' scratch.
-pub(crate) fn cost(table: &Table, arithmetic: Arithmetic, rows: usize, (vocab, width): (usize, usize)) -> Cost {
+/// What [`run`] takes for so many rows and tokens of targets with a head `[V, C]`: a band's logits in f32, the larger operand
+/// of the two products in bf16, and the products' scratch.
+pub(crate) fn cost(
+    table: &Table,
+    arithmetic: Arithmetic,
+    (rows, ids): (usize, usize),
+    (vocab, width): (usize, usize),
+) -> Cost {
     let band = BAND.min(vocab);
-    let passing = rows * (size_of::<f32>() * band + size_of::<u16>() * band.max(width) + size_of::<Row>());
+    let row = size_of::<f32>() * band + size_of::<u16>() * band.max(width) + size_of::<Row>();
+    let passing = rows * row + ids * size_of::<f32>();
     Cost { passing, ..scratch(table, arithmetic, rows, (band, width), 0) }
 }
 
@@ -50,26 +56,23 @@ pub(crate) fn run(
     cpu: &Cpu,
     arithmetic: Arithmetic,
     w: &Matrix,
-    targets: &[u32],
+    targets: Targets<'_>,
     weights: &[f32],
     x: &[f32],
     losses: &mut [f32],
     mut dx: Option<&mut [f32]>,
 ) -> Result<(), Error> {
-    let ((vocab, width), n) = (w.shape(), targets.len());
-    assert!(
-        x.len() == n * width
-            && losses.len() == n
-            && weights.len() == n
-            && dx.as_ref().is_none_or(|dx| dx.len() == x.len())
-    );
-    assert!(targets.iter().all(|target| (*target as usize) < vocab), "target beyond the head's `{vocab}` rows");
+    let ((vocab, width), n) = (w.shape(), weights.len());
+    assert!(x.len() == n * width && losses.len() == n && dx.as_ref().is_none_or(|dx| dx.len() == x.len()));
+    targets.check(n, vocab);
     if n == 0 {
         return Ok(());
     }
     let bf16 = arithmetic == Arithmetic::Bf16 && takes_bf16(cpu, n, width);
     let mut logits = Buffer::zeros(n * BAND.min(vocab))?;
-    let mut rows = vec![Row { max: f32::NEG_INFINITY, sum: 0.0, picked: f32::NAN }; n];
+    let mut rows = vec![Row { max: f32::NEG_INFINITY, sum: 0.0 }; n];
+    // Of each target `l`, from the band that holds it on.
+    let mut picked = vec![f32::NAN; targets.ids.len()];
     if let Some(dx) = dx.as_deref_mut() {
         zero(&cpu.team, dx);
     }
@@ -77,39 +80,64 @@ pub(crate) fn run(
         let count = BAND.min(vocab - first);
         let (band, logits) = (w.band(first, count), &mut logits[..n * count]);
         forward_band(cpu, bf16, band, x, logits);
-        join(cpu, first, targets, logits, &mut rows, dx.as_deref_mut());
+        join(cpu, first, targets.ids, logits, &mut rows, &mut picked, dx.as_deref_mut());
         if let Some(dx) = dx.as_deref_mut() {
             vjp_x_band(cpu, bf16, band, logits, dx);
         }
     }
-    for (row, loss) in rows.iter().zip(losses) {
-        *loss = (row.sum.ln() + f64::from(row.max) - f64::from(row.picked)) as f32;
+    // The factors of the gradient on `O / Z` take the place of the sums' reciprocals, those on `W` that of the logits.
+    let width = targets.width(n);
+    let mut factors = Vec::with_capacity(n);
+    for (i, ((row, loss), picked)) in rows.iter().zip(losses).zip(picked.chunks_exact_mut(width)).enumerate() {
+        let (found, common) = match targets.shares.get(i * width..(i + 1) * width).filter(|shares| !shares.is_empty()) {
+            Some(shares) => soft_targets::row(shares, picked, row.max, row.sum),
+            None => {
+                let loss = row.sum.ln() + f64::from(row.max) - f64::from(picked[0]);
+                picked[0] = -1.0;
+                (loss, 1.0)
+            }
+        };
+        *loss = found as f32;
+        factors.push((common / row.sum) as f32);
     }
     if let Some(dx) = dx {
-        finish(cpu, bf16, w, targets, weights, &rows, dx);
+        finish(cpu, bf16, w, targets.ids, weights, &factors, &picked, dx);
     }
     Ok(())
 }
 
 /// Joins the logits of the band that begins at row `first` of `W` to what is known of each row. They become `e^(l - m)`,
 /// and `dx`, which holds `O`, is scaled to the new maximum.
-fn join(cpu: &Cpu, first: usize, targets: &[u32], logits: &mut [f32], rows: &mut [Row], dx: Option<&mut [f32]>) {
+fn join(
+    cpu: &Cpu,
+    first: usize,
+    targets: &[u32],
+    logits: &mut [f32],
+    rows: &mut [Row],
+    picked: &mut [f32],
+    dx: Option<&mut [f32]>,
+) {
     let (count, light) = (logits.len() / rows.len(), cpu.table.light());
     let width = dx.as_ref().map_or(0, |dx| dx.len() / rows.len());
+    let each = targets.len() / rows.len();
     // Without a gradient each task gets an empty share of it.
     let mut dx = dx.unwrap_or_default();
     let mut tasks = Vec::new();
-    let blocks = targets.chunks(ROWS).zip(logits.chunks_mut(ROWS * count)).zip(rows.chunks_mut(ROWS));
-    for ((targets, logits), rows) in blocks {
+    let wanted = targets.chunks(ROWS * each).zip(picked.chunks_mut(ROWS * each));
+    let blocks = wanted.zip(logits.chunks_mut(ROWS * count)).zip(rows.chunks_mut(ROWS));
+    for (((targets, picked), logits), rows) in blocks {
         let (now, later) = std::mem::take(&mut dx).split_at_mut(rows.len() * width);
         dx = later;
-        tasks.push((targets, logits, rows, now));
+        tasks.push((targets, picked, logits, rows, now));
     }
-    run_tasks(&cpu.team, tasks, false, |(targets, logits, rows, dx)| {
+    run_tasks(&cpu.team, tasks, false, |(targets, picked, logits, rows, dx)| {
         let mut outputs = dx.chunks_exact_mut(width.max(1));
-        for ((target, l), row) in targets.iter().zip(logits.chunks_exact_mut(count)).zip(rows) {
-            if let Some(l) = (*target as usize).checked_sub(first).and_then(|at| l.get(at)) {
-                row.picked = *l;
+        let wanted = targets.chunks_exact(each).zip(picked.chunks_exact_mut(each));
+        for (((targets, picked), l), row) in wanted.zip(logits.chunks_exact_mut(count)).zip(rows) {
+            for (target, picked) in targets.iter().zip(picked) {
+                if let Some(l) = (*target as usize).checked_sub(first).and_then(|at| l.get(at)) {
+                    *picked = *l;
+                }
             }
             let factor = row.join(light, l);
             if let Some(output) = outputs.next().filter(|_| factor != 1.0) {
@@ -132,25 +160,40 @@ impl Row {
     }
 }
 
-/// From `O` to the gradient.
-fn finish(cpu: &Cpu, bf16: bool, w: &Matrix, targets: &[u32], weights: &[f32], rows: &[Row], dx: &mut [f32]) {
-    let width = dx.len() / rows.len();
+/// From `O` to the gradient `weight (factor O + sum_k own_k W[target_k])`.
+fn finish(
+    cpu: &Cpu,
+    bf16: bool,
+    w: &Matrix,
+    targets: &[u32],
+    weights: &[f32],
+    factors: &[f32],
+    own: &[f32],
+    dx: &mut [f32],
+) {
+    let (width, each) = (dx.len() / weights.len(), targets.len() / weights.len());
     if width == 0 {
         return;
     }
-    let wanted = targets.chunks(ROWS).zip(weights.chunks(ROWS));
-    let blocks = dx.chunks_mut(ROWS * width).zip(rows.chunks(ROWS)).zip(wanted).collect();
-    run_tasks(&cpu.team, blocks, false, |((dx, rows), (targets, weights))| {
+    let wanted = targets.chunks(ROWS * each).zip(own.chunks(ROWS * each));
+    let rows = weights.chunks(ROWS).zip(factors.chunks(ROWS));
+    let blocks = dx.chunks_mut(ROWS * width).zip(rows).zip(wanted).collect();
+    run_tasks(&cpu.team, blocks, false, |((dx, (weights, factors)), (targets, own))| {
         with_scratch(width, |picked| {
-            for ((dx, row), (target, weight)) in dx.chunks_exact_mut(width).zip(rows).zip(targets.iter().zip(weights)) {
-                w.decode(cpu.table, *target as usize, 0, width, picked);
-                if bf16 {
-                    // As the products have it, or of a sure target, where both terms are nearly the same, its rounding
-                    // would remain.
-                    picked.iter_mut().for_each(|w| *w = bf16::from_f32(*w).to_f32());
+            let wanted = targets.chunks_exact(each).zip(own.chunks_exact(each));
+            let rows = dx.chunks_exact_mut(width).zip(weights.iter().zip(factors));
+            for ((dx, (weight, factor)), (targets, own)) in rows.zip(wanted) {
+                for (i, (target, own)) in targets.iter().zip(own).enumerate() {
+                    w.decode(cpu.table, *target as usize, 0, width, picked);
+                    if bf16 {
+                        // As the products have it, or of a sure target, where both terms are nearly the same, its rounding
+                        // would remain.
+                        picked.iter_mut().for_each(|w| *w = bf16::from_f32(*w).to_f32());
+                    }
+                    let before = if i == 0 { *factor } else { 1.0 };
+                    let after = if i + 1 == each { *weight } else { 1.0 };
+                    update(dx, [picked], |o, [w]| after * (o * before + own * w));
                 }
-                let share = (1.0 / row.sum) as f32;
-                update(dx, [picked], |o, [w]| weight * (o * share - w));
             }
         });
     });

@@ -48,6 +48,7 @@ mod route;
 mod rows;
 mod sgd;
 mod shelf;
+mod soft_targets;
 mod softmax;
 mod split;
 mod table;
@@ -257,8 +258,9 @@ pub(crate) fn cost<M: Memory>(table: &Table, memory: &M, call: &Call<'_, M>) -> 
         Call::Conv { segments, x, .. } | Call::ConvVjpX { segments, dy: x, .. } => conv::cost(segments, memory.len(x)),
         Call::DeltaRule { spec, segments, .. } => delta_rule::cost(spec, segments),
         Call::DeltaRuleVjp { spec, segments, .. } => delta_rule::vjp_cost(spec, segments),
-        Call::LinearCrossEntropy { w, targets, arithmetic, .. } => {
-            linear_cross_entropy::cost(table, *arithmetic, targets.len(), memory.shape(w))
+        Call::LinearCrossEntropy { w, targets, weights, arithmetic, .. } => {
+            let ids = targets.ids.len();
+            linear_cross_entropy::cost(table, *arithmetic, (weights.len(), ids), memory.shape(w))
         }
         _ => Cost::default(),
     }

@@ -2,7 +2,7 @@
 
 use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, poisoned, read, wide};
 use super::oracle;
-use pocketlora_kernels::{Activation, Backend, Call};
+use pocketlora_kernels::{Activation, Backend, Call, Targets};
 
 /// Lengths around a vector and around a task.
 const LENGTHS: [usize; 8] = [0, 1, 7, 8, 9, 100, 16384, 16391];
@@ -290,7 +290,7 @@ fn cross_entropy_meets_the_oracle() {
         case!(report, &format!("cross_entropy [{n}, {vocab}]"), &expected, |cpu| {
             let (mut logits, mut losses) = (buffer(cpu, &logits), poisoned(cpu, n));
             cpu.run(Call::CrossEntropy {
-                targets: &targets,
+                targets: Targets::of(&targets),
                 weights: &weights,
                 logits: &mut logits,
                 losses: &mut losses,
@@ -302,8 +302,8 @@ fn cross_entropy_meets_the_oracle() {
     let nan = [1.0, f32::NAN, 2.0];
     case!(report, "cross_entropy of NaN", &[Expected::new(vec![f64::NAN; 4], vec![0.0; 4])], |cpu| {
         let (mut logits, mut losses) = (buffer(cpu, &nan), poisoned(cpu, 1));
-        cpu.run(Call::CrossEntropy { targets: &[0], weights: &[1.0], logits: &mut logits, losses: &mut losses })
-            .unwrap();
+        let targets = Targets::of(&[0]);
+        cpu.run(Call::CrossEntropy { targets, weights: &[1.0], logits: &mut logits, losses: &mut losses }).unwrap();
         vec![[read(cpu, &losses), read(cpu, &logits)].concat()]
     });
 }

@@ -3,7 +3,7 @@
 use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, poisoned, read, wide};
 use super::oracle;
 use super::weights::{self, Kind};
-use pocketlora_kernels::{Arithmetic, Backend, Call, FloatType, MatrixSource, Memory};
+use pocketlora_kernels::{Arithmetic, Backend, Call, FloatType, MatrixSource, Memory, Targets};
 
 const KINDS: [Kind; 4] = [
     Kind::Dense(FloatType::F16),
@@ -63,6 +63,7 @@ fn run<B: Backend>(
     let (w, x) = (device.matrix(source.clone()).unwrap(), buffer(device, x));
     let [mut losses, mut alone] = [0; 2].map(|_| poisoned(device, targets.len()));
     let (mut dx, weights) = (poisoned(device, device.len(&x)), &weights_of(targets.len()));
+    let targets = Targets::of(targets);
     device
         .run(Call::LinearCrossEntropy {
             arithmetic,
@@ -180,7 +181,7 @@ fn linear_cross_entropy_carries_the_special_values() {
             .run(Call::LinearCrossEntropy {
                 arithmetic: Arithmetic::Exact,
                 w: &w,
-                targets: &[520, 1029, 3],
+                targets: Targets::of(&[520, 1029, 3]),
                 weights: &[1.0; 3],
                 x: &x,
                 losses: &mut losses,
@@ -201,7 +202,7 @@ fn a_target_beyond_the_head_is_a_bug() {
     let _ = cpu.run(Call::LinearCrossEntropy {
         arithmetic: Arithmetic::Exact,
         w: &w,
-        targets: &[4],
+        targets: Targets::of(&[4]),
         weights: &[1.0],
         x: &x,
         losses: &mut losses,

@@ -19,6 +19,7 @@ mod optimizers;
 mod oracle;
 mod robust;
 mod route;
+mod soft;
 #[cfg(feature = "vulkan")]
 mod vulkan;
 mod weights;

@@ -6,7 +6,7 @@ mod settings;
 mod study;
 mod watcher;
 
-pub(super) use report::plan_text;
+pub(super) use report::{known_json, known_text, plan_text};
 pub(super) use watcher::Watcher;
 
 use super::args::SpecialTokensArg;
@@ -16,7 +16,7 @@ use crate::adapter::AdapterFile;
 use crate::engine::{Engine, Options, check_threads};
 use crate::error::Result;
 use crate::train::{DataReport, Material, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint};
-use report::report;
+use report::{keep_text, report};
 use settings::{Chosen, Settings};
 use std::path::{Path, PathBuf};
 use study::Studied;
@@ -77,7 +77,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let baseline = crate::memory::anonymous_bytes();
     let own = own_settings(args);
     let files: Vec<&Path> = own.as_deref().into_iter().chain(args.config.as_deref()).collect();
-    let mut chosen = args.settings.merge(&files)?;
+    let mut chosen = args.settings.merge(&files, own.is_none())?;
     let notes = study::notes(args)?;
     if args.dry_run {
         let init = args.init.as_deref().map(names::adapter).transpose()?;
@@ -162,6 +162,7 @@ fn fit(
         file.method.set_in_training(&config.adapter());
     }
     let material = read(engine, &config, init.as_ref(), studied, args)?;
+    let (keep, check) = (config.keep, config.check);
     let mut trainer = engine.trainer_of(config, material, init.as_ref(), args.out())?;
     drop(init);
     if args.resume {
@@ -174,6 +175,7 @@ fn fit(
     let report = trainer.data_report();
     eprint!("{}", data::text(&report));
     eprintln!("adapter: {} trained values", trainer.trained_parameters());
+    eprint!("{}", keep_text(&trainer, keep, check));
     let plan = trainer.plan();
     eprintln!("{}", plan_text(&plan));
     let mut watcher = Watcher::new(trainer.total_steps(), trainer.step_number(), args.json);

@@ -12,7 +12,16 @@ use std::path::{Path, PathBuf};
 
 /// What a run writes beside adapter and checkpoints. Of an earlier run these are the adapter's or the checkpoint's
 /// companions; alone they are somebody else's.
-const BESIDE: [&str; 5] = ["adapter_model.safetensors", SETTINGS, "log.jsonl", "loss.svg", "best"];
+const BESIDE: [&str; 8] = [
+    "adapter_model.safetensors",
+    SETTINGS,
+    "log.jsonl",
+    "loss.svg",
+    "best",
+    "keep.safetensors",
+    "keep-taught.safetensors",
+    "lessons.json",
+];
 
 /// Refuses to write over what lies in the output folder, unless told to; over what the run reads, and into a model, always.
 pub(super) fn check(args: &Args, config: &TrainConfig) -> Result<()> {

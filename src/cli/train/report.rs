@@ -4,8 +4,8 @@ use super::Args;
 use crate::cli::args::{megabytes, print_json};
 use crate::cli::out;
 use crate::cli::shell::quoted_value;
-use crate::engine::Engine;
-use crate::train::{DataReport, MemoryPlan, Summary};
+use crate::engine::{Engine, Trainer};
+use crate::train::{DataReport, Keep, KeepReport, MemoryPlan, Summary};
 use serde_json::{Value, json};
 
 /// What a run will hold, and what was given up for a budget.
@@ -13,7 +13,7 @@ pub(in crate::cli) fn plan_text(plan: &MemoryPlan) -> String {
     let layout = &plan.layout;
     let mut text = format!(
         "memory: {} mapped (weights and their scales); {} anonymous: {} held before, {} for the run\n  before: program and \
-         base {}, data {}, tokenizer {}{}\n  adapter {}, gradients {}, optimizer {}, layer \
+         base {}, data {}, tokenizer {}{}\n  adapter {}, gradients {}, optimizer {}, references {}, layer \
          inputs {}, one layer {}, attention {}, logits {}, checkpoint {}, kernels {}\n  {} tokens in a pass, {}",
         megabytes(plan.weights_mapped),
         megabytes(plan.process()),
@@ -29,6 +29,7 @@ pub(in crate::cli) fn plan_text(plan: &MemoryPlan) -> String {
         megabytes(plan.adapter),
         megabytes(plan.gradients),
         megabytes(plan.optimizer),
+        megabytes(plan.references),
         megabytes(plan.layer_inputs),
         megabytes(plan.layer_workspace),
         megabytes(plan.attention),
@@ -54,6 +55,40 @@ pub(in crate::cli) fn plan_text(plan: &MemoryPlan) -> String {
     text
 }
 
+/// How a run is held to what the model knew, and whether questions show it.
+pub(super) fn keep_text(trainer: &Trainer, keep: Keep, check: bool) -> String {
+    let mut text = String::new();
+    if let Some(KeepReport { prompts, taught, left_out, per_step, weight }) = trainer.keep_report() {
+        let before = if taught > 0 { format!(" and {taught} questions that it was taught") } else { String::new() };
+        let long = if left_out > 0 { format!(" ({left_out} more are too long here)") } else { String::new() };
+        text += &format!(
+            "keeps what it knew: held on {prompts} general prompts{before}{long}, {per_step:.2} a step, with weight {weight}\n"
+        );
+    } else if keep != Keep::Off {
+        text += "not held to what it knew: no general prompt has room, or the adapter brings an embedding of its own\n";
+    }
+    if check && trainer.questions() == 0 {
+        text += "asks no general questions: the model has no chat template, or no room for them\n";
+    }
+    text
+}
+
+/// What became of what the model knew.
+pub(in crate::cli) fn known_text(s: &Summary) -> Option<String> {
+    let before = s.before?.known?;
+    let after = if s.done { s.of_adapter().known } else { s.known }?;
+    let (still, all) = (after.still(before).count(), after.count());
+    let more = if all > still { format!(", and {} that it did not", all - still) } else { String::new() };
+    Some(format!("general questions: knew {} of {}, still knows {still}{more}", before.count(), s.asked))
+}
+
+/// The same as JSON.
+pub(in crate::cli) fn known_json(s: &Summary) -> Value {
+    let (before, after) = (s.before.and_then(|b| b.known), if s.done { s.of_adapter().known } else { s.known });
+    let (Some(before), Some(after)) = (before, after) else { return Value::Null };
+    json!({"asked": s.asked, "before": before.count(), "still": after.still(before).count(), "after": after.count()})
+}
+
 /// What a run came to.
 pub(super) fn report(
     s: &Summary,
@@ -69,7 +104,7 @@ pub(super) fn report(
             "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience,
             "loss": finite(s.loss), "eval_loss": s.eval_loss, "eval_loss_before": s.before.and_then(|b| b.held_out),
             "general_loss": s.general_loss, "general_loss_before": s.before.and_then(|b| b.general),
-            "eval_overlap": s.eval_overlap,
+            "eval_overlap": s.eval_overlap, "general_questions": known_json(s),
             "adapter_eval_loss": s.of_adapter().held_out, "adapter_general_loss": s.of_adapter().general, "tok_s": rate,
             "tokens": s.tokens, "trained_tokens": s.trained_tokens, "padded_tokens": data.batches.padded_tokens,
             "seconds": s.time.as_secs_f64(), "peak_anonymous_bytes": s.peak_anonymous_bytes,
@@ -99,6 +134,9 @@ pub(super) fn report(
                 println!("loss on the {name}: {before:.3} before, {after:.3} after ({:+.3}){learned}", after - before);
             }
         }
+    }
+    if let Some(text) = known_text(s).filter(|_| !args.json) {
+        println!("{text}");
     }
     if s.out_of_patience {
         eprintln!("ended early: the held-out loss fell no more");

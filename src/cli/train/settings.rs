@@ -150,10 +150,20 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     eval_every: Option<u64>,
-    /// Nats a token by which the loss on a general text may rise; the last adapter within that is written.
-    #[arg(long, value_name = "NATS")]
+    /// What may be forgotten: nats a token by which the loss on a general text may rise, such as 0.1, or percent of the
+    /// general questions that the model knew, such as 5%. The last adapter within that is written.
+    #[arg(long, value_name = "NATS|PERCENT%")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    max_forgetting: Option<f64>,
+    max_forgetting: Option<String>,
+    /// Hold the model, on general prompts, to what it says without the adapter, so that it keeps what it knew: auto, off, or
+    /// the weight of that beside what is learned. [default: auto]
+    #[arg(long, value_name = "WEIGHT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    keep: Option<String>,
+    /// Ask no general questions before the run and after it.
+    #[arg(long)]
+    #[serde(skip)]
+    skip_check: bool,
     /// Evaluations without a lower held-out loss after which to stop; 0 for never. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -177,8 +187,9 @@ pub(super) struct Settings {
 const RIVALS: [[&str; 2]; 3] = [["steps", "epochs"], ["eval-data", "eval-split"], ["packing", "bucketing"]];
 
 impl Settings {
-    /// The settings of `files`, of which later ones win, with the flags that were given laid over them.
-    pub fn merge(&self, files: &[&Path]) -> Result<Chosen> {
+    /// The settings of `files`, of which later ones win, with the flags that were given laid over them. What else holds for
+    /// runs from here, and not for a library's, holds for a run that is `new`: another goes on as it began.
+    pub fn merge(&self, files: &[&Path], new: bool) -> Result<Chosen> {
         let mut table = toml::Table::new();
         for path in files {
             lay(&mut table, read(path)?);
@@ -190,6 +201,13 @@ impl Settings {
         let method = table.get("method").and_then(|method| method.clone().try_into::<Kind>().ok()).unwrap_or_default();
         if method != Kind::Lora && method.reads("targets") {
             table.entry("targets").or_insert_with(|| vec![AUTO].into());
+        }
+        if new {
+            table.entry("keep").or_insert_with(|| "auto".into());
+            table.entry("check").or_insert(true.into());
+        }
+        if self.skip_check {
+            table.insert("check".to_owned(), false.into());
         }
         let config: TrainConfig = toml::Value::Table(table).try_into().map_err(|e| bad_settings(None, &e))?;
         config.validate()?;
@@ -230,6 +248,7 @@ fn bad_settings(file: Option<&Path>, e: &toml::de::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::{Forgetting, Keep};
     use clap::Parser;
 
     #[derive(Parser)]
@@ -243,7 +262,27 @@ mod tests {
         let path = dir.path().join("train.toml");
         fs::write(&path, file).unwrap();
         let line = Line::parse_from(["train"].iter().chain(flags));
-        line.settings.merge(&[&path]).map(|chosen| chosen.config)
+        line.settings.merge(&[&path], true).map(|chosen| chosen.config)
+    }
+
+    #[test]
+    fn runs_hold_and_check_unless_told_otherwise() {
+        let usual = merged("", &[]).unwrap();
+        assert_eq!((usual.keep, usual.check), (Keep::Auto, true));
+        let flags = ["--keep", "0.5", "--skip-check", "--max-forgetting", "5%", "--eval-every", "2"];
+        let told = merged("keep = \"off\"", &flags).unwrap();
+        assert_eq!((told.keep, told.check), (Keep::Weight(0.5), false));
+        assert_eq!(told.max_forgetting, Some(Forgetting::Percent(5.0)));
+        assert_eq!(merged("keep = 2\nmax-forgetting = 0.1", &[]).unwrap().keep, Keep::Weight(2.0));
+        for (flags, said) in
+            [(["--keep", "0"], "`keep`"), (["--keep", "some"], "`some`"), (["--max-forgetting", "x"], "`x`")]
+        {
+            let error = merged("", &flags).unwrap_err().to_string();
+            assert!(error.contains(said), "{flags:?}: {error}");
+        }
+        // A run that goes on has what it began with.
+        let gone_on = Line::parse_from(["train"]).settings.merge(&[], false).unwrap().config;
+        assert_eq!((gone_on.keep, gone_on.check), (Keep::Off, false));
     }
 
     #[test]

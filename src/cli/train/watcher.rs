@@ -33,10 +33,15 @@ impl Observer for Watcher {
             let mut line = json!({
                 "step": r.step, "loss": r.loss, "lr": r.lr, "grad_norm": r.grad_norm, "tok_s": rate,
             });
-            for (name, loss) in [("eval_loss", r.eval_loss), ("general_loss", r.general_loss)] {
+            for (name, loss) in
+                [("eval_loss", r.eval_loss), ("general_loss", r.general_loss), ("held_loss", r.held_loss)]
+            {
                 if let Some(loss) = loss {
                     line[name] = loss.into();
                 }
+            }
+            if let Some(known) = r.known {
+                line["known"] = known.count().into();
             }
             if r.learns_little() {
                 line["learns_little"] = true.into();
@@ -48,6 +53,13 @@ impl Observer for Watcher {
 
     fn keep_going(&mut self) -> bool {
         !interrupt::asked()
+    }
+
+    fn on_preparing(&mut self, done: usize, prompts: usize) {
+        self.bar.set_message(match prompts - done {
+            0 => String::new(),
+            _ => format!("asks what it knows: {done} of {prompts}"),
+        });
     }
 
     fn on_warning(&mut self, warning: &Error) {

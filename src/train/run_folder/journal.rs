@@ -1,7 +1,7 @@
 //! The run folder as the trainer keeps it: what cannot be written costs a warning, not the run.
 
 use super::super::hold_out::Evaluation;
-use super::super::{Observer, StepReport, TrainConfig};
+use super::super::{Known, Observer, StepReport, TrainConfig};
 use super::{LogLine, RunFolder};
 use crate::error::Result;
 use std::path::Path;
@@ -33,7 +33,13 @@ impl Journal {
 
     /// Notes an evaluation that belongs to no step of this process.
     pub fn evaluated(&mut self, step: u64, found: Evaluation, observer: &mut dyn Observer) {
-        let line = LogLine { step, eval_loss: found.held_out, general_loss: found.general, ..LogLine::default() };
+        let line = LogLine {
+            step,
+            eval_loss: found.held_out,
+            general_loss: found.general,
+            known: found.known.map(Known::count),
+            ..LogLine::default()
+        };
         self.write(|folder| folder.log(&line), observer);
     }
 
@@ -48,6 +54,8 @@ impl Journal {
             seconds: Some(report.time.as_secs_f64()),
             eval_loss: report.eval_loss,
             general_loss: report.general_loss,
+            known: report.known.map(Known::count),
+            held_loss: report.held_loss,
             learns_little: report.learns_little(),
         };
         self.write(|folder| folder.log(&line), observer);

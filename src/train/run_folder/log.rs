@@ -32,6 +32,12 @@ pub struct LogLine {
     /// Mean loss on the general text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub general_loss: Option<f64>,
+    /// General questions that were answered rightly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known: Option<u32>,
+    /// Mean divergence from what the base says on the held tokens, in nats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held_loss: Option<f64>,
     /// This is a first step that found next to nothing to learn.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub learns_little: bool,
