@@ -163,7 +163,20 @@ fn adapters_name_their_base_as_it_was_named() {
         ],
         |(model, flags, name)| {
             let out = c.path("adapter");
-            let args = ["train", "-m", model, "-d", data.to_str().unwrap(), "-o", &out, "--steps", "1", "--overwrite"];
+            let args = [
+                "train",
+                "--auto",
+                "off",
+                "-m",
+                model,
+                "-d",
+                data.to_str().unwrap(),
+                "-o",
+                &out,
+                "--steps",
+                "1",
+                "--overwrite",
+            ];
             c.ok(&[&args[..], flags].concat());
             let text = fs::read_to_string(Path::new(&out).join("adapter_config.json")).unwrap();
             let got = &serde_json::from_str::<Value>(&text).unwrap()["base_model_name_or_path"];
@@ -177,8 +190,20 @@ fn adapters_name_their_base_as_it_was_named() {
         let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         config["base_model_name_or_path"] = base.into();
         fs::write(&path, config.to_string()).unwrap();
-        let args =
-            ["train", "-m", c.model(), "-d", data.to_str().unwrap(), "--init", &first, "-o", &out, "--overwrite"];
+        let args = [
+            "train",
+            "--auto",
+            "off",
+            "-m",
+            c.model(),
+            "-d",
+            data.to_str().unwrap(),
+            "--init",
+            &first,
+            "-o",
+            &out,
+            "--overwrite",
+        ];
         c.ok(&[&args[..], &["--steps", "1"]].concat());
         assert_eq!(c.json(&["info", &out, "--json"])["base"], *kept, "{base}");
     }
@@ -376,7 +401,20 @@ fn names_and_paths_are_what_they_were_typed_as() {
         c.ok(&[&plain[..], &["-a", &format!("{name}=0.5")]].concat());
         assert_eq!(c.json(&["info", name, "--json"])["method"], "lora", "{name}");
         let out = c.path("out dir=1");
-        let train = ["train", "-m", c.model(), "-d", data.to_str().unwrap(), "--steps", "1", "--overwrite", "-o", &out];
+        let train = [
+            "train",
+            "--auto",
+            "off",
+            "-m",
+            c.model(),
+            "-d",
+            data.to_str().unwrap(),
+            "--steps",
+            "1",
+            "--overwrite",
+            "-o",
+            &out,
+        ];
         c.ok(&[&train[..], &["--init", name]].concat());
     }
     let (_, said) = c.ok(&[&plain[..], &["-a", "runs/r=2"]].concat());
@@ -444,7 +482,8 @@ fn what_use_it_says_can_be_pasted() {
     let data = tiny_chats(c.dir.path(), 2);
     let model = "it's my model";
     fs::rename(&c.model, c.path(model)).unwrap();
-    let train = ["train", "-m", model, "-d", data.to_str().unwrap(), "-o", "my runs/$one", "--steps", "1"];
+    let train =
+        ["train", "--auto", "off", "-m", model, "-d", data.to_str().unwrap(), "-o", "my runs/$one", "--steps", "1"];
     let outputs = [c.ok(&train).1, c.ok(&["quantize", model, "-o", "my nf4"]).1];
     let programs = Path::new(env!("CARGO_BIN_EXE_pocketlora")).parent().unwrap();
     let path = format!("{}:{}", programs.display(), std::env::var("PATH").unwrap());

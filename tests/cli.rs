@@ -257,7 +257,7 @@ fn wrong_usage_and_bad_input_have_their_exit_codes() {
     fs::write(&bad, "{\"text\": \"ab\"}\n{oops\n").unwrap();
     let (out, toml, isa) = (f.path("out"), f.path("train.toml"), f.path("x"));
     fs::write(&toml, "rnak = 4\n").unwrap();
-    let train = ["train", "-m", model, "-d", f.data.to_str().unwrap(), "-o", &out];
+    let train = ["train", "--auto", "off", "-m", model, "-d", f.data.to_str().unwrap(), "-o", &out];
     let cases: Vec<(Vec<&str>, i32, &str)> = vec![
         (vec!["nonsense"], 2, "nonsense"),
         (vec!["generate", "-m", model], 2, "--prompt"),
@@ -265,7 +265,7 @@ fn wrong_usage_and_bad_input_have_their_exit_codes() {
         (vec!["generate", "-m", "no-such-model", "-p", "a"], 1, "no-such-model"),
         (vec!["generate", "-m", model, "-p", "a", "--temperature=-1"], 1, "temperature"),
         (vec!["generate", "-m", model, "-a", "nowhere", "-p", "a"], 1, "adapter_config.json"),
-        (vec!["train", "-m", model, "-d", &bad, "-o", &isa], 1, "line 2"),
+        (vec!["train", "--auto", "off", "-m", model, "-d", &bad, "-o", &isa], 1, "line 2"),
         ([&train[..], &["--config", &toml]].concat(), 1, "rnak"),
         ([&train[..], &["--schedule", "sideways"]].concat(), 1, "sideways"),
         ([&train[..], &["--targets", "qproj"]].concat(), 1, "q_proj"),

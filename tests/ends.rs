@@ -41,7 +41,11 @@ fn text(bytes: &[u8]) -> String {
 fn endless<'a>(f: &'a Fixture, out: &'a str) -> Vec<&'a str> {
     let (model, data) = (f.model.to_str().unwrap(), f.data.to_str().unwrap());
     let steps = ["--steps", "10000000", "--save-every", "0"];
-    [&["train", "-m", model, "-d", data, "-o", out, "--lr", "3e-3", "--batch", "2", "--json"][..], &steps].concat()
+    [
+        &["train", "--auto", "off", "-m", model, "-d", data, "-o", out, "--lr", "3e-3", "--batch", "2", "--json"][..],
+        &steps,
+    ]
+    .concat()
 }
 
 #[test]

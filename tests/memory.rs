@@ -145,7 +145,18 @@ fn train(dir: &Path, model: &Path, data: &Path, more: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pocketlora"));
     // What questions take is looked at by itself.
     command
-        .args(["train", "--no-quantize", "--json", "--overwrite", "--threads", "1", "--skip-check", "-m"])
+        .args([
+            "train",
+            "--auto",
+            "off",
+            "--no-quantize",
+            "--json",
+            "--overwrite",
+            "--threads",
+            "1",
+            "--skip-check",
+            "-m",
+        ])
         .arg(model);
     command.arg("-d").arg(data).arg("-o").arg(dir.join("out")).args(more).output().unwrap()
 }
@@ -164,7 +175,9 @@ fn questions_take_little_more_than_passes() {
     let dir = folder.path();
     let (model, data) = (text_model(dir), texts(dir, "data.jsonl", &[300, 200]));
     let mut command = Command::new(env!("CARGO_BIN_EXE_pocketlora"));
-    command.args(["train", "--no-quantize", "--json", "--threads", "1", "--steps", "2", "-m"]).arg(&model);
+    command
+        .args(["train", "--auto", "off", "--no-quantize", "--json", "--threads", "1", "--steps", "2", "-m"])
+        .arg(&model);
     let run = summary(&command.arg("-d").arg(&data).arg("-o").arg(dir.join("asked")).output().unwrap());
     assert!(run["general_questions"]["asked"].as_u64().unwrap() > 10 && run["plan"]["asking"].as_u64().unwrap() > 0);
     let Some(peak) = run["peak_anonymous_bytes"].as_f64() else { return };

@@ -14,7 +14,8 @@ use std::process::Stdio;
 /// Arguments of a training run on `data`.
 fn learn<'a>(f: &'a Fixture, data: &'a str, out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let model = f.model.to_str().unwrap();
-    [&["train", "-m", model, "--no-quantize", "--threads", "1", "-d", data, "-o", out][..], more].concat()
+    [&["train", "--auto", "off", "-m", model, "--no-quantize", "--threads", "1", "-d", data, "-o", out][..], more]
+        .concat()
 }
 
 /// The same of a few steps.

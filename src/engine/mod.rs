@@ -1,6 +1,7 @@
 //! The way in for every front end: an engine holds a model, and any number of chats and trainers work on it.
 
 mod adapters;
+mod auto;
 mod cancel;
 mod chat;
 mod decoder;

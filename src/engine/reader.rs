@@ -6,7 +6,8 @@ use crate::data::record::Record;
 use crate::error::Result;
 use crate::format::foreign::no_tokenizer;
 use crate::text::{Own, Text, open_text};
-use crate::train::{Dataset, Material, SampleLimits, Shipped, TrainConfig};
+use crate::train::auto::{Size, Survey, watched};
+use crate::train::{Dataset, Material, SampleLimits, Shipped, TrainConfig, encode};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,11 +19,17 @@ pub struct Reader {
     /// The engine holds it, too.
     held: bool,
     limits: SampleLimits,
+    size: Size,
 }
 
 impl Reader {
-    fn held(text: Arc<Text>, limits: SampleLimits) -> Self {
-        Self { text: Some(text), held: true, limits }
+    fn held(text: Arc<Text>, limits: SampleLimits, size: Size) -> Self {
+        Self { text: Some(text), held: true, limits, size }
+    }
+
+    /// Size of the model that is read for.
+    pub(super) fn size(&self) -> Size {
+        self.size
     }
 
     /// The tokenizer and the template.
@@ -65,11 +72,20 @@ impl Reader {
     /// Prepares what was read for a run, which needs no reader itself: holds some of the data out if `config` says so. With
     /// data to evaluate on, a bound on forgetting or general questions, the loss on a general text is watched as well. The
     /// prompts on which the model is held, and the questions, are there if `config` asks for them; a model without a chat
-    /// template is not asked questions.
+    /// template is not asked questions. Where `config` asks for other wordings, the file is read once more.
     ///
     /// # Errors
     /// The data cannot be split; general questions are to bound what is forgotten, and the model cannot be asked.
     pub fn material(&self, config: &TrainConfig, data: Dataset, eval_data: Option<Dataset>) -> Result<Material> {
+        let Text { tokenizer, template } = self.text();
+        let (data, eval_data) = match eval_data {
+            None if config.eval_reworded => {
+                let survey = Survey::read(&data.path, config.seed)?;
+                let limits = self.limits(config.seq);
+                watched(data, &survey, &|records| encode(records, tokenizer, template, limits))?
+            }
+            given => (data, given),
+        };
         let SampleLimits { tokens: positions, vocab } = self.limits;
         let held = self.text.clone().filter(|_| self.held);
         let shipped = Shipped { text: self.text(), held, positions, vocab };
@@ -93,11 +109,12 @@ impl Engine {
     pub fn reader(&self, init: Option<&AdapterFile>) -> Result<Reader> {
         let vocab = init.and_then(AdapterFile::vocabulary).unwrap_or_else(|| self.vocabulary());
         let limits = SampleLimits { tokens: self.base().model.config().max_positions, vocab };
+        let size = Size::of(self.base().model.as_ref());
         let own = match init {
-            None if self.0.text.is_some() => return Ok(Reader::held(self.text()?, limits)),
+            None if self.0.text.is_some() => return Ok(Reader::held(self.text()?, limits, size)),
             None => self.attached_own()?,
             Some(file) => match (self.own(file)?, &self.0.text) {
-                (None, Some(text)) => return Ok(Reader::held(Arc::clone(text), limits)),
+                (None, Some(text)) => return Ok(Reader::held(Arc::clone(text), limits, size)),
                 (None, None) => self.attached_own()?,
                 (own, _) => own,
             },
@@ -108,7 +125,7 @@ impl Engine {
             None => open_text(dir, special),
         })?;
         let text = text.ok_or_else(|| no_tokenizer(dir))?;
-        Ok(Reader { text: Some(text), held: false, limits })
+        Ok(Reader { text: Some(text), held: false, limits, size })
     }
 
     /// What is needed to make this engine's own `text` of what is shipped.

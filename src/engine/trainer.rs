@@ -6,6 +6,7 @@ use crate::error::Result;
 use crate::memory::Peak;
 use crate::mmap::ReleasesFreed;
 use crate::text::carry;
+use crate::train::auto::Probe;
 use crate::train::{
     self, DataReport, Dataset, KeepReport, Material, MemoryPlan, Observer, Policy, StepReport, Summary, TrainConfig,
     TrainHandle,
@@ -14,6 +15,7 @@ use pocketlora_kernels::Cpu;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 /// A run between two steps. Chats on the same engine answer while it works: it gives way between layers, and to all of
 /// them while it is paused.
@@ -81,6 +83,16 @@ impl Trainer {
         &mut self.inner
     }
 
+    /// Tries learning rates, see [`train::Trainer::probe`].
+    pub(super) fn probe(
+        &mut self,
+        rates: &[f32],
+        watched: Option<&Dataset>,
+        observer: &mut dyn Observer,
+    ) -> Result<Probe> {
+        self.inner.probe(rates, watched, observer)
+    }
+
     /// Steps done.
     #[must_use]
     pub fn step_number(&self) -> u64 {
@@ -141,6 +153,11 @@ impl Trainer {
     #[must_use]
     pub fn handle(&self) -> TrainHandle {
         self.inner.handle()
+    }
+
+    /// Has the run end with the first step that is done at `time`, and write the adapter as it is then.
+    pub fn end_by(&mut self, time: Instant) {
+        self.inner.end_by(time);
     }
 
     /// Sets the rule that is asked between layers whether to work, pause or stop.

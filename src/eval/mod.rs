@@ -4,11 +4,13 @@ mod general;
 mod likelihood;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod recall;
 
 pub use general::{General, general};
 pub(crate) use likelihood::Likelihood;
 #[cfg(feature = "metrics")]
 pub use metrics::*;
+pub use recall::{learned, recall};
 
 use crate::adapter::Adapters;
 use crate::base::Pool;
@@ -73,6 +75,17 @@ pub fn logits_of(
     progress: &mut dyn FnMut(usize) -> bool,
     on_row: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
 ) -> Result<()> {
+    logits_of_from(engine, ids, 0, progress, on_row)
+}
+
+/// As [`logits_of`], with the logits after token number `first` and later ones alone.
+fn logits_of_from(
+    engine: &Engine,
+    ids: &[u32],
+    first: usize,
+    progress: &mut dyn FnMut(usize) -> bool,
+    on_row: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+) -> Result<()> {
     let set = engine.all();
     let limit = engine.own_tokens(&set.adapters);
     if ids.len() > limit {
@@ -80,7 +93,7 @@ pub fn logits_of(
     }
     let mut transcript = Transcript::new(engine.base(), engine.numbers())?;
     let mut told = 0;
-    transcript.read(engine.on(&set.adapters), ids, 0, &mut || true, on_row, &mut |done| {
+    transcript.read(engine.on(&set.adapters), ids, first, &mut || true, on_row, &mut |done| {
         let new = done - std::mem::replace(&mut told, done);
         if progress(new) { Ok(()) } else { Err(stopped()) }
     })

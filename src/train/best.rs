@@ -48,7 +48,7 @@ impl Rule {
 pub struct Candidates {
     /// Step of the last evaluation.
     pub evaluated: u64,
-    /// Lowest held-out loss.
+    /// Lowest held-out loss, or the last that was lower by enough.
     lowest: Option<f64>,
     /// Evaluations since it fell last.
     stale: u64,
@@ -58,11 +58,12 @@ pub struct Candidates {
 
 impl Candidates {
     /// Takes note of a candidate that passed a check, or had none to pass, if `passes`. Returns whether it is to be kept;
-    /// the caller sets [`Candidates::kept`] once it lies on the disk.
-    pub fn judge(&mut self, candidate: Candidate, passes: bool, rule: Rule) -> bool {
+    /// the caller sets [`Candidates::kept`] once it lies on the disk. For patience, a loss counts as lower if it is by more
+    /// than `least`.
+    pub fn judge(&mut self, candidate: Candidate, passes: bool, rule: Rule, least: f64) -> bool {
         let below = |old: Option<f64>| candidate.loss.is_some_and(|new| old.is_none_or(|old| new < old));
         self.evaluated = candidate.step;
-        if below(self.lowest) {
+        if below(self.lowest.map(|old| old - least)) {
             (self.lowest, self.stale) = (candidate.loss, 0);
         } else if candidate.loss.is_some() {
             self.stale += 1;
@@ -87,11 +88,15 @@ mod tests {
 
     /// Steps whose candidates are kept, and whether patience has run out, for losses and results of a check.
     fn run(rule: Rule, patience: u64, found: &[(f64, bool)]) -> (Vec<u64>, Vec<bool>) {
+        run_by(0.0, rule, patience, found)
+    }
+
+    fn run_by(least: f64, rule: Rule, patience: u64, found: &[(f64, bool)]) -> (Vec<u64>, Vec<bool>) {
         let mut candidates = Candidates::default();
         let (mut kept, mut exhausted) = (Vec::new(), Vec::new());
         for (step, &(loss, passes)) in (1..).zip(found) {
             let candidate = Candidate { step, loss: Some(loss), general: None, known: None };
-            if candidates.judge(candidate, passes, rule) {
+            if candidates.judge(candidate, passes, rule, least) {
                 candidates.kept = Some(candidate);
                 kept.push(step);
             }
@@ -118,5 +123,9 @@ mod tests {
         let found = [(3.0, true), (3.0, true), (2.0, true), (2.1, true), (2.2, true)];
         assert_eq!(run(Rule::default(), 2, &found).1, [false, false, false, false, true]);
         assert_eq!(run(Rule::default(), 0, &found).1, [false; 5]);
+        // A loss that creeps down is kept, and patience with it ends.
+        let creeping = [(3.0, true), (2.0, true), (1.99, true), (1.98, true)];
+        let lowest = Rule { lowest: true, must_pass: false };
+        assert_eq!(run_by(0.05, lowest, 2, &creeping), (vec![1, 2, 3, 4], vec![false, false, false, true]));
     }
 }

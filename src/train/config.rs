@@ -113,6 +113,10 @@ pub struct TrainConfig {
     pub eval_data: Option<PathBuf>,
     /// Share of the records that is held out and evaluated, instead of `eval_data`.
     pub eval_split: Option<f64>,
+    /// Evaluates, where neither of them is given, on answers of the data under other wordings of their questions, and on some
+    /// records that it can do without; read by [`Reader::material`](crate::Reader::material).
+    #[serde(skip_serializing_if = "is_default")]
+    pub eval_reworded: bool,
     /// Steps between evaluations; 0 evaluates only at the beginning and the end.
     pub eval_every: u64,
     /// What the model may forget, by the loss on a general text or by general questions: the last adapter within that is
@@ -210,6 +214,7 @@ impl Default for TrainConfig {
             save_seconds: 120,
             eval_data: None,
             eval_split: None,
+            eval_reworded: false,
             eval_every: 0,
             max_forgetting: None,
             keep: Keep::Off,
@@ -252,6 +257,16 @@ impl TrainConfig {
         // A setting that the method does not read would be refused as idle.
         let alpha = if method.reads("alpha") { Some(alpha) } else { self.alpha };
         Self { method, rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens, ..self }
+    }
+
+    /// As a run's `train.toml` has them: without what the adapter's method does not read.
+    ///
+    /// # Errors
+    /// A value that TOML has not.
+    pub(crate) fn to_toml(&self) -> Result<String> {
+        let text = toml::to_string(self).map_err(|e| Error::config("settings", "values that TOML has", e))?;
+        let idle = |line: &&str| line.split_once(" = ").is_some_and(|(key, _)| self.is_idle(key));
+        Ok(text.lines().filter(|line| !idle(line)).map(|line| format!("{line}\n")).collect())
     }
 
     /// The optimizer's second beta.

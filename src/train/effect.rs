@@ -9,6 +9,11 @@ const ADAPTER: [&str; 8] =
     ["rank", "alpha", "rslora", "targets", "feedforward-modules", "num-virtual-tokens", "dropout", "lora-plus-ratio"];
 
 impl TrainConfig {
+    /// Whether `key` is one that the adapter's method does not read.
+    pub(super) fn is_idle(&self, key: &str) -> bool {
+        ADAPTER.contains(&key) && !self.method.reads(key)
+    }
+
     /// Whether the setting `name`, one of those in [`TrainConfig::check_effect`], differs from its default.
     pub(super) fn is_changed(&self, name: &str) -> bool {
         let usual = Self::default();
@@ -46,7 +51,7 @@ impl TrainConfig {
                 return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
             }
         }
-        if let Some(name) = ADAPTER.iter().find(|name| given(name) && !self.method.reads(name)) {
+        if let Some(name) = ADAPTER.iter().find(|name| given(name) && self.is_idle(name)) {
             let message = format!(
                 "expected a method that has it, got `{}` as the `method`; leave one of the two out",
                 self.method.name()

@@ -10,11 +10,14 @@ use crate::generate::Greedy;
 use pocketlora_kernels::{Arithmetic, Backend, CacheType};
 use std::sync::Arc;
 
+/// Share of the loss before the first step by which it has to fall to count as better, where auto asks.
+const LEAST_FALL: f64 = 0.01;
+
 impl<B: Backend> Trainer<B> {
     /// Whether an evaluation belongs to the last step, and has not been made.
     pub(super) fn evaluation_pending(&self) -> bool {
         let (step, every) = (self.facts.step, self.config.eval_every);
-        let due = step == self.facts.total_steps || every > 0 && step.is_multiple_of(every);
+        let due = step == self.facts.total_steps || self.out_of_time || every > 0 && step.is_multiple_of(every);
         let missing = match step {
             0 => self.facts.start.is_none(),
             _ => due && self.facts.candidates.evaluated != step,
@@ -51,7 +54,10 @@ impl<B: Backend> Trainer<B> {
     fn judge(&mut self, found: Evaluation, passes: bool, observer: &mut dyn Observer) -> Result<()> {
         let Evaluation { held_out: loss, general, known } = found;
         let candidate = Candidate { step: self.facts.step, loss, general, known };
-        if self.facts.candidates.judge(candidate, passes, self.rule()) {
+        // Where a run goes on for as long as it gets better, a hair is not better.
+        let start = self.facts.start.and_then(|s| s.held_out).filter(|_| self.config.eval_reworded);
+        let least = start.map_or(0.0, |start| LEAST_FALL * start);
+        if self.facts.candidates.judge(candidate, passes, self.rule(), least) {
             match self.write_adapter(&self.out.join(FOLDER)) {
                 Ok(()) => self.facts.candidates.kept = Some(candidate),
                 Err(e) if e.code() == ErrorCode::Io => observer.on_warning(&e),
@@ -108,9 +114,11 @@ impl<B: Backend> Trainer<B> {
         let (held_out, general) = (self.eval_data.take(), self.general.take());
         let found = (|| {
             let held_out = held_out.as_ref().map(|data| self.mean_loss(data, observer)).transpose()?;
-            let general = general.as_ref().map(|data| self.mean_loss(data, observer)).transpose()?;
-            // Questions bound what is kept, or else they are for the beginning and the end.
+            // Questions bound what is kept, or else they are for the beginning and the end; so is a general text where looks
+            // are many.
             let ends = [0, self.facts.total_steps].contains(&self.facts.step) || self.rule().keeps();
+            let general = general.as_ref().filter(|_| ends || !self.config.eval_reworded);
+            let general = general.map(|data| self.mean_loss(data, observer)).transpose()?;
             let known = if ends { self.ask_questions(observer)? } else { None };
             Ok(Evaluation { held_out, general, known })
         })();
@@ -118,8 +126,23 @@ impl<B: Backend> Trainer<B> {
         found
     }
 
+    /// What only the end of a run is asked, for one that ended before its last step.
+    pub(super) fn evaluate_end(&mut self, observer: &mut dyn Observer) -> Result<Evaluation> {
+        if self.facts.step == self.facts.total_steps || self.rule().keeps() {
+            return Ok(Evaluation::default());
+        }
+        let general = self.general.take();
+        let loss = general.as_ref().map(|data| self.mean_loss(data, observer)).transpose();
+        self.general = general;
+        match loss.and_then(|general| Ok((general, self.ask_questions(observer)?))) {
+            // Who does not wait for it goes without.
+            Err(e) if e.code() == ErrorCode::Cancelled => Ok(Evaluation::default()),
+            found => found.map(|(general, known)| Evaluation { held_out: None, general, known }),
+        }
+    }
+
     /// Mean loss of the learned tokens of `data`.
-    fn mean_loss(&mut self, data: &Dataset, observer: &mut dyn Observer) -> Result<f64> {
+    pub(super) fn mean_loss(&mut self, data: &Dataset, observer: &mut dyn Observer) -> Result<f64> {
         let (base, queue) = (Arc::clone(&self.base), self.turn.clone());
         let _turn = queue.take();
         let mut sums = Sums::new(&base.backend, data.samples.len())?;

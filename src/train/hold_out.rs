@@ -11,6 +11,8 @@ use std::path::Path;
 const HOLD_OUT: u64 = 5;
 /// Longest window of the general text, in tokens.
 const WINDOW: usize = 256;
+/// Characters of its beginning that tell what a language costs.
+const START: usize = 800;
 /// Written for this purpose: plain prose, a dialogue, an explanation, numbers.
 const GENERAL: &str = include_str!("general.txt");
 
@@ -146,6 +148,22 @@ pub fn general_text(tokenizer: &Tokenizer, longest: usize) -> Result<Dataset> {
     let window = |ids: &[u32]| Sample { ids: ids.to_vec(), trained: (0..ids.len()).map(|i| i > 0).collect() };
     let windows = ids.chunks(WINDOW.min(longest).max(2)).filter(|w| w.len() > 1);
     Ok(Dataset::new("the general text", windows.map(window).collect()))
+}
+
+/// The beginning of the general text, with its characters: what the model's own language costs it.
+///
+/// # Errors
+/// As [`general_text`].
+pub(crate) fn general_start(tokenizer: &Tokenizer) -> Result<(Dataset, usize)> {
+    let start: String = GENERAL.chars().take(START).collect();
+    Ok((Dataset::new("the general text", vec![plain(tokenizer, &start)?]), start.chars().count()))
+}
+
+/// A text of which every token but the first is learned.
+pub(crate) fn plain(tokenizer: &Tokenizer, text: &str) -> Result<Sample> {
+    let ids = tokenizer.encode(text, true)?;
+    let trained = (0..ids.len()).map(|i| i > 0).collect();
+    Ok(Sample { ids, trained })
 }
 
 #[cfg(test)]

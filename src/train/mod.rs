@@ -1,5 +1,6 @@
 //! Training of adapters on a frozen base.
 
+pub mod auto;
 mod batches;
 mod best;
 mod budget;
@@ -12,6 +13,7 @@ mod evaluation;
 mod hold_out;
 mod init;
 mod keep;
+mod learned;
 mod lock;
 mod loss;
 mod material;
@@ -33,10 +35,13 @@ pub(crate) use batches::{Batches, largest_micro_batch};
 pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Schedule, TrainConfig, TrainPrecision};
 pub use control::{Directive, Policy, TrainHandle};
+pub(crate) use data::encode;
 pub use data::{Checks, Dataset, Mask, Sample, SampleLimits, SplitRecord, Splits};
-pub(crate) use hold_out::general_text;
 pub use hold_out::{Evaluation, Overlap, hold_out};
+pub(crate) use hold_out::{general_start, general_text, plain};
+pub(crate) use keep::keep_share;
 pub use keep::{Forgetting, Keep, KeepReport, Prompts};
+pub use learned::{Change, Learned, Recall};
 pub use material::Material;
 pub(crate) use material::Shipped;
 use observer::Tally;
@@ -112,6 +117,9 @@ pub(crate) struct Trainer<B: Backend> {
     policy: Option<Policy>,
     /// Time of pauses in the step under way.
     paused: Duration,
+    /// When the run is to end.
+    end_by: Option<Instant>,
+    out_of_time: bool,
     /// To be told at the next chance.
     warnings: Vec<Error>,
     /// The checkpoint in the output folder is this run's.
@@ -185,6 +193,11 @@ impl<B: Backend> Trainer<B> {
         self.handle.clone()
     }
 
+    /// Has the run end with the first step that is done at `time`, with the adapter of then.
+    pub fn end_by(&mut self, time: Instant) {
+        self.end_by = Some(time);
+    }
+
     /// Sets the rule that is asked between layers whether to work, pause or stop.
     pub fn set_policy(&mut self, policy: Policy) {
         self.policy = Some(policy);
@@ -226,6 +239,7 @@ impl<B: Backend> Trainer<B> {
                 Err(e) if e.code() == ErrorCode::Cancelled => break,
                 other => other?,
             };
+            self.out_of_time = self.end_by.is_some_and(|end| Instant::now() >= end);
             let found = self.evaluate_if_due(observer)?;
             let Evaluation { held_out, general, known } = found.unwrap_or_default();
             (report.eval_loss, report.general_loss, report.known) = (held_out, general, known);
@@ -246,6 +260,7 @@ impl<B: Backend> Trainer<B> {
         journal.draw(observer);
         let done = self.finished();
         if done {
+            tally.evaluated(self.evaluate_end(observer)?);
             self.finish(observer)?;
         } else {
             self.save_checkpoint()?;
@@ -258,7 +273,7 @@ impl<B: Backend> Trainer<B> {
     fn finished(&self) -> bool {
         let out_of_patience = self.facts.candidates.exhausted(self.config.patience);
         let undecided = self.rule().keeps() && self.evaluation_pending();
-        out_of_patience || self.facts.step == self.facts.total_steps && !undecided
+        out_of_patience || (self.out_of_time || self.facts.step == self.facts.total_steps) && !undecided
     }
 
     fn summary(&self, done: bool, tally: Tally) -> Summary {
@@ -268,6 +283,7 @@ impl<B: Backend> Trainer<B> {
             steps: self.facts.step,
             adapter_step: kept.map_or(self.facts.step, |kept| kept.step),
             out_of_patience: self.facts.candidates.exhausted(self.config.patience),
+            out_of_time: self.out_of_time && self.facts.step < self.facts.total_steps,
             loss: tally.loss,
             tokens: tally.tokens,
             trained_tokens: tally.trained,

@@ -93,6 +93,8 @@ pub struct Summary {
     pub adapter_step: u64,
     /// The run ended early, for the held-out loss fell no more.
     pub out_of_patience: bool,
+    /// The run ended early, for the time was over that it had.
+    pub out_of_time: bool,
     /// Loss of the last step.
     pub loss: f64,
     /// Tokens run in this process.

@@ -295,6 +295,8 @@ impl<B: Backend> Trainer<B> {
             handle: TrainHandle::new(),
             policy: None,
             paused: Duration::ZERO,
+            end_by: None,
+            out_of_time: false,
             saved: false,
             earlier: Earlier::find(out),
             _lock: lock,

@@ -50,6 +50,9 @@ impl Fixture {
 
     pub fn train_args<'a>(&'a self, out: &'a str) -> Vec<&'a str> {
         let (model, data) = (self.model.to_str().unwrap(), self.data.to_str().unwrap());
-        vec!["train", "-m", model, "-d", data, "-o", out, "--lr", "3e-3", "--epochs", "4", "--batch", "2", "--json"]
+        vec![
+            "train", "--auto", "off", "-m", model, "-d", data, "-o", out, "--lr", "3e-3", "--epochs", "4", "--batch",
+            "2", "--json",
+        ]
     }
 }

@@ -84,7 +84,23 @@ fn a_full_disk_in_training_costs_no_checkpoint_and_no_adapter() {
     let path = |name: &str| f.dir.path().join(name).to_str().unwrap().to_owned();
     let (model, data_arg) = (f.model.to_str().unwrap(), data.to_str().unwrap());
     let train = |out: &str, save_every: &str, more: &[&str]| -> Vec<String> {
-        let args = ["train", "-m", model, "-d", data_arg, "-o", out, "--steps", "5", "--batch", "2", "--threads", "1"];
+        let args = [
+            "train",
+            "--auto",
+            "off",
+            "-m",
+            model,
+            "-d",
+            data_arg,
+            "-o",
+            out,
+            "--steps",
+            "5",
+            "--batch",
+            "2",
+            "--threads",
+            "1",
+        ];
         [&args[..], &["--save-every", save_every], more].concat().into_iter().map(str::to_owned).collect()
     };
     let refs = |args: &[String]| -> Vec<&'static str> { args.iter().map(|a| &*a.clone().leak()).collect() };

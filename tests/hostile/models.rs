@@ -389,7 +389,7 @@ fn what_cannot_work_is_refused_before_a_model_is_quantized() {
     write("data.jsonl", r#"{"text": "hello"}"#);
     write("vera/adapter_config.json", r#"{"peft_type": "VERA"}"#);
     write("vera/adapter_model.safetensors", "x");
-    let train = ["train", "-m", model, "-o", "out", "-d"];
+    let train = ["train", "--auto", "off", "-m", model, "-o", "out", "-d"];
     let with = |more: &[&'static str]| [&train[..], more].concat();
     let cases = [
         (vec!["generate", "-m", model, "-p", "x", "--threads", "9999"], "`threads`"),

@@ -15,7 +15,7 @@ const KILLS: u32 = 50;
 fn start(f: &Fixture, out: &Path, more: &[&str]) -> Child {
     let held_out = f.out("held-out");
     let mut command = Command::new(env!("CARGO_BIN_EXE_pocketlora"));
-    command.args(["train", "--threads", "1", "--lr", "3e-3", "--batch", "2", "--dropout", "0.1"]);
+    command.args(["train", "--auto", "off", "--threads", "1", "--lr", "3e-3", "--batch", "2", "--dropout", "0.1"]);
     command.args(["--optimizer", "adamw8bit", "--save-every", "1", "--eval-every", "2", "--keep-best"]);
     command.arg("-m").arg(&f.model).arg("-d").arg(&f.data).arg("-o").arg(out);
     command.arg("--eval-data").arg(held_out.join("chats.jsonl")).args(more);

@@ -11,14 +11,19 @@ pub(super) use watcher::Watcher;
 
 use super::args::SpecialTokensArg;
 use super::data_check::DataCheck;
-use super::{data, model, names};
-use crate::adapter::AdapterFile;
+use super::{data, interrupt, model, names};
+use crate::adapter::{AdapterFile, Kind};
 use crate::engine::{Engine, Options, check_threads};
-use crate::error::Result;
-use crate::train::{DataReport, Material, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint};
+use crate::error::{ErrorCode, Result};
+use crate::eval;
+use crate::train::auto::{Choice, Draft, parse_time, usual_rate};
+use crate::train::{
+    DataReport, Dataset, Learned, Material, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint,
+};
 use report::{keep_text, report};
 use settings::{Chosen, Settings};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 use study::Studied;
 
 #[derive(clap::Args)]
@@ -48,6 +53,14 @@ pub(super) struct Args {
     /// Start from this PEFT adapter, a folder or a name in the cache; its rank, alpha and layers are kept, and its dropout unless another is given.
     #[arg(long, value_name = "ADAPTER")]
     init: Option<String>,
+    /// Whether settings that are not given are chosen, from the model, the data and a short probe; off takes fixed
+    /// defaults.
+    #[arg(long, value_enum, default_value = "on")]
+    auto: Auto,
+    /// Time for choosing and training, such as 90s, 10m or 2h; the choice then depends on how fast this machine is.
+    /// [default: as long as it gets better, see the second line of what is chosen]
+    #[arg(long)]
+    time: Option<String>,
     /// Threads; 0 measures how many serve best.
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -66,6 +79,15 @@ pub(super) struct Args {
     settings: Settings,
 }
 
+/// Whether settings find themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Auto {
+    /// All that are not given.
+    On,
+    /// Those that are not given are as `train --help` says.
+    Off,
+}
+
 impl Args {
     fn out(&self) -> &Path {
         self.out.as_deref().expect("asked for where it is used")
@@ -79,6 +101,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let files: Vec<&Path> = own.as_deref().into_iter().chain(args.config.as_deref()).collect();
     let mut chosen = args.settings.merge(&files, own.is_none())?;
     let notes = study::notes(args)?;
+    let end = args.time.as_deref().map(parse_time).transpose()?.map(|time| Instant::now() + time);
     if args.dry_run {
         let init = args.init.as_deref().map(names::adapter).transpose()?;
         let init = init.as_deref().map(AdapterFile::open).transpose()?;
@@ -115,12 +138,12 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     };
     let engine = Engine::open(&model.path, &options)?;
     let mut studied = study::prepare(&engine, notes, &mut chosen, args)?;
-    let (summary, plan, data) = fit(&engine, chosen, init, studied.as_ref(), args)?;
-    if let Some(studied) = studied.as_mut().filter(|_| summary.done) {
-        studied.report(&engine, &summary.adapter, args)?;
+    let run = fit(&engine, chosen, init, studied.as_ref(), args, end)?;
+    if let Some(studied) = studied.as_mut().filter(|_| run.summary.done) {
+        studied.report(&engine, &run.summary.adapter, args)?;
     }
-    report(&summary, plan, &data, baseline, &engine, args);
-    Ok(summary.done)
+    report(&run, baseline, &engine, args);
+    Ok(run.summary.done)
 }
 
 /// What the run to go on with wrote of its settings: they hold unless others are given.
@@ -129,14 +152,24 @@ fn own_settings(args: &Args) -> Option<PathBuf> {
     Some(out.join(SETTINGS)).filter(|path| path.exists())
 }
 
-/// Reads the data and lets the tokenizer go: training needs no text.
+/// A run and all that is to be said of it.
+struct Run {
+    summary: Summary,
+    plan: MemoryPlan,
+    data: DataReport,
+    choice: Option<Choice>,
+    learned: Option<Learned>,
+}
+
+/// Reads the data, drafts the settings where they are to be chosen, and lets the tokenizer go: training needs no text.
 fn read(
     engine: &Engine,
-    config: &TrainConfig,
+    config: &mut TrainConfig,
+    given: &dyn Fn(&str) -> bool,
     init: Option<&AdapterFile>,
     studied: Option<&Studied>,
     args: &Args,
-) -> Result<Material> {
+) -> Result<(Material, Option<Draft>)> {
     let reader = engine.reader(init)?;
     let data = match studied {
         Some(studied) => studied.dataset(&reader, config.seq, args)?,
@@ -145,7 +178,13 @@ fn read(
     let eval_data = config.eval_data.as_ref().map(|path| reader.held_out_dataset(path, config.seq)).transpose()?;
     data::say_unused(eval_data.as_ref());
     DataCheck::new(&data.checks, &reader.text().tokenizer, &reader.text().template).warn();
-    reader.material(config, data, eval_data)
+    // What is studied has settings of its own.
+    let chosen = args.auto == Auto::On && !args.resume && studied.is_none();
+    let draft = chosen.then(|| reader.draft(config.clone(), given, &data)).transpose()?;
+    if let Some(draft) = &draft {
+        *config = draft.config.clone();
+    }
+    Ok((reader.material(config, data, eval_data)?, draft))
 }
 
 fn fit(
@@ -154,14 +193,36 @@ fn fit(
     mut init: Option<AdapterFile>,
     studied: Option<&Studied>,
     args: &Args,
-) -> Result<(Summary, MemoryPlan, DataReport)> {
+    end: Option<Instant>,
+) -> Result<Run> {
     let Chosen { mut config, given } = chosen;
+    let mut decided: &[&str] = &[];
     if let Some(file) = &mut init {
         // Before the data is read: here it is known what somebody chose, be it the default.
         config = config.with_adapter(engine.base().model.as_ref(), file, &|key| given.contains(key))?;
         file.method.set_in_training(&config.adapter());
+        decided = file.method.kind().decides();
     }
-    let material = read(engine, &config, init.as_ref(), studied, args)?;
+    if !given.contains("lr") && config.method != Kind::Lora {
+        config.lr = usual_rate(config.method, engine.base().model.config().hidden_size);
+    }
+    let given = |key: &str| given.contains(key) || decided.contains(&key);
+    let (material, draft) = read(engine, &mut config, &given, init.as_ref(), studied, args)?;
+    let choice = match draft {
+        Some(draft) => {
+            let mut watcher = Watcher::new(draft.probe_steps(), 0, false);
+            let settled = engine.settle(draft, &material, init.as_ref(), args.out(), end, &mut watcher);
+            watcher.bar.finish_and_clear();
+            let (settled, choice) = settled?;
+            config = settled;
+            choice.lines.iter().for_each(|line| eprintln!("{line}"));
+            choice.doubts.iter().for_each(|doubt| eprintln!("warning: {doubt}"));
+            Some(choice)
+        }
+        None => None,
+    };
+    let asked = Learned::sample(&material.data, config.seed);
+    let watched = material.eval_data.as_ref().map(|data| Learned::sample(data, config.seed));
     let (keep, check) = (config.keep, config.check);
     let mut trainer = engine.trainer_of(config, material, init.as_ref(), args.out())?;
     drop(init);
@@ -172,14 +233,35 @@ fn fit(
         // The folder was looked at before the model was opened.
         trainer.replace_earlier();
     }
-    let report = trainer.data_report();
-    eprint!("{}", data::text(&report));
+    let data = trainer.data_report();
+    eprint!("{}", data::text(&data));
     eprintln!("adapter: {} trained values", trainer.trained_parameters());
     eprint!("{}", keep_text(&trainer, keep, check));
     let plan = trainer.plan();
     eprintln!("{}", plan_text(&plan));
+    end.into_iter().for_each(|end| trainer.end_by(end));
     let mut watcher = Watcher::new(trainer.total_steps(), trainer.step_number(), args.json);
     let summary = trainer.run(&mut watcher);
     watcher.bar.finish_and_clear();
-    Ok((summary?, plan, report))
+    let summary = summary?;
+    drop(trainer);
+    // What is studied is asked about by itself.
+    let ask = summary.done && studied.is_none();
+    let learned = if ask { learned(engine, &asked, watched.as_ref(), &summary.adapter, args)? } else { None };
+    Ok(Run { summary, plan, data, choice, learned })
+}
+
+/// What the run taught; nothing where somebody would not wait for it.
+fn learned(
+    engine: &Engine,
+    asked: &Dataset,
+    watched: Option<&Dataset>,
+    adapter: &Path,
+    args: &Args,
+) -> Result<Option<Learned>> {
+    let init = args.init.as_deref().map(names::adapter).transpose()?;
+    match eval::learned(engine, asked, watched, init.as_deref(), adapter, &mut |_| !interrupt::asked()) {
+        Err(e) if e.code() == ErrorCode::Cancelled => Ok(None),
+        found => found.map(Some),
+    }
 }

@@ -76,7 +76,7 @@ pub(super) fn check(args: &Args, config: &TrainConfig) -> Result<()> {
 fn was_ours(out: &Path) -> bool {
     let Ok(text) = std::fs::read_to_string(out.join(SETTINGS)) else { return false };
     let config: Option<TrainConfig> = toml::from_str(&text).ok();
-    config.and_then(|config| toml::to_string(&config).ok()).is_some_and(|written| written == text)
+    config.and_then(|config| config.to_toml().ok()).is_some_and(|written| written == text)
 }
 
 fn is_same(a: &Path, b: &Path) -> bool {

@@ -1,11 +1,11 @@
 //! What is said of a run before and after it.
 
-use super::Args;
+use super::{Args, Run};
 use crate::cli::args::{megabytes, print_json};
 use crate::cli::out;
 use crate::cli::shell::quoted_value;
 use crate::engine::{Engine, Trainer};
-use crate::train::{DataReport, Keep, KeepReport, MemoryPlan, Summary};
+use crate::train::{Keep, KeepReport, MemoryPlan, Summary};
 use serde_json::{Value, json};
 
 /// What a run will hold, and what was given up for a budget.
@@ -90,14 +90,8 @@ pub(in crate::cli) fn known_json(s: &Summary) -> Value {
 }
 
 /// What a run came to.
-pub(super) fn report(
-    s: &Summary,
-    plan: MemoryPlan,
-    data: &DataReport,
-    baseline: Option<u64>,
-    engine: &Engine,
-    args: &Args,
-) {
+pub(super) fn report(run: &Run, baseline: Option<u64>, engine: &Engine, args: &Args) {
+    let Run { summary: s, plan, data, choice, learned } = run;
     let rate = s.tokens as f64 / s.time.as_secs_f64();
     if args.json {
         print_json(&json!({
@@ -111,7 +105,7 @@ pub(super) fn report(
             "mapped_bytes": engine.mapped_bytes(), "plan": plan, "planned_bytes": plan.anonymous(),
             "baseline_anonymous_bytes": baseline,
             "deviation_percent": s.peak_anonymous_bytes.map(|peak| plan.deviation(peak)),
-            "data": data, "adapter": s.adapter,
+            "data": data, "adapter": s.adapter, "auto": choice, "learned": learned, "out_of_time": s.out_of_time,
         }));
     } else {
         println!(
@@ -139,7 +133,18 @@ pub(super) fn report(
         println!("{text}");
     }
     if s.out_of_patience {
-        eprintln!("ended early: the held-out loss fell no more");
+        let what = if choice.is_some() { "what was watched got no likelier" } else { "the held-out loss fell no more" };
+        eprintln!("ended early: {what}");
+    }
+    if s.out_of_time {
+        eprintln!("ended early: the time was over");
+    }
+    if let Some(learned) = learned {
+        // What a program reads is JSON alone.
+        if !args.json {
+            println!("{}", learned.text());
+        }
+        learned.warning().into_iter().for_each(|warning| eprintln!("warning: {warning}"));
     }
     if s.done && s.adapter_step == 0 {
         eprintln!("warning: the adapter is the one that training began with: all later ones forgot more than allowed");

@@ -213,7 +213,7 @@ impl Settings {
         config.validate()?;
         // A file that a run wrote holds all settings. What of them is as usual was chosen by nobody.
         config.check_effect(&|name| typed.contains(name))?;
-        config.check_evaluated(config.eval_data.is_some() || config.eval_split.is_some())?;
+        config.check_evaluated(config.eval_data.is_some() || config.eval_split.is_some() || config.eval_reworded)?;
         Ok(Chosen { config, given })
     }
 }

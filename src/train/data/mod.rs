@@ -34,6 +34,21 @@ impl Sample {
     }
 }
 
+/// Samples of `records`.
+///
+/// # Errors
+/// As [`Dataset::open`].
+pub(crate) fn encode(
+    records: Vec<Record>,
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    limits: SampleLimits,
+) -> Result<Vec<Sample>> {
+    let (mut encoder, mut samples) = (Encoder::new(tokenizer, template, limits)?, Vec::new());
+    records.into_iter().try_for_each(|record| encoder.encode(record, &mut samples))?;
+    Ok(samples)
+}
+
 /// What a model can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SampleLimits {

@@ -38,6 +38,12 @@ const TAUGHT_SHARE: f64 = 0.8;
 /// Prompts that are answered at once at most: enough for the weights to be read once for many, and few in memory.
 pub(super) const AT_ONCE: usize = 16;
 
+/// Held tokens beside one token of samples, at most; `taught` where the run goes on from an adapter.
+pub(crate) fn keep_share(config: &TrainConfig, taught: bool) -> f64 {
+    let taught = if taught { TAUGHT_SHARE } else { 0.0 };
+    if config.keep == Keep::Off { 0.0 } else { SHARE + taught }
+}
+
 /// How a run is held.
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
 pub struct KeepReport {

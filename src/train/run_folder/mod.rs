@@ -40,8 +40,7 @@ impl RunFolder {
     /// The files cannot be written.
     pub fn open(dir: &Path, config: &TrainConfig, step: u64) -> Result<Self> {
         let path = dir.join(SETTINGS);
-        let text = toml::to_string(config).map_err(|e| Error::config("settings", "values that TOML has", e))?;
-        crate::format::write_bytes(&path, text.as_bytes())?;
+        crate::format::write_bytes(&path, config.to_toml()?.as_bytes())?;
         log::cut(&dir.join(LOG), step)?;
         Ok(Self { dir: dir.to_owned() })
     }

@@ -1,0 +1,184 @@
+//! Settings that find themselves, on an engine: see [`train::auto`](crate::train::auto).
+
+use super::Engine;
+use super::reader::Reader;
+use crate::adapter::AdapterFile;
+use crate::error::{Error, ErrorCode, Result};
+use crate::eval::score_data;
+use crate::train::auto::{Choice, Draft, Probe, Survey, few, spoken, steps_within};
+use crate::train::{
+    Batches, Dataset, Keep, Material, Observer, Schedule, TrainConfig, general_start, keep_share, plain,
+};
+use std::path::Path;
+use std::time::Instant;
+
+/// Folder of the probe's trainer in the output folder.
+const PROBE: &str = "probe";
+/// Tokens of the data that are looked at for their language.
+const LANGUAGE_TOKENS: usize = 400;
+/// So many times what a character of plain English costs a model, in a language that it hardly knows.
+const FOREIGN: f64 = 2.5;
+/// Loss of a token below which nothing is left to learn.
+const KNOWN: f64 = 0.05;
+/// A look costs a token so much of what a step costs it, which runs forward twice and backward.
+const LOOK: f64 = 1.0 / 3.0;
+
+impl Reader {
+    /// Settings for a run on `data`, from its figures and the size of the model: all that nobody has `given`. The draft's
+    /// settings are those for [`Reader::material`]; [`Engine::settle`] makes the choice of it.
+    ///
+    /// # Errors
+    /// A setting is out of range; the data cannot be read again.
+    pub fn draft(&self, config: TrainConfig, given: &dyn Fn(&str) -> bool, data: &Dataset) -> Result<Draft> {
+        let survey = Survey::read(&data.path, config.seed)?;
+        let tokenizer = &self.text().tokenizer;
+        let (mut samples, mut chars, mut tokens) = (Vec::new(), 0, 0);
+        for text in survey.texts() {
+            let sample = plain(tokenizer, text)?;
+            if tokens >= LANGUAGE_TOKENS {
+                break;
+            }
+            if sample.ids.len() > 1 {
+                (chars, tokens) = (chars + text.chars().count(), tokens + sample.ids.len());
+                samples.push(sample);
+            }
+        }
+        let own = (chars > 0).then(|| (Dataset::new(data.path.clone(), samples), chars));
+        let language = own.map(|own| Ok::<_, Error>([own, general_start(tokenizer)?])).transpose()?;
+        Draft::new(config, given, data, &survey, self.size(), language)
+    }
+}
+
+impl Engine {
+    /// Makes the choice: tries learning rates for a few steps each, unless one was given, and fits the run into the time
+    /// up to `end`, if there is an end. `out` is the run's folder; nothing stays in it. Without an `end` the choice depends on the data, the
+    /// model and the seed alone.
+    ///
+    /// # Errors
+    /// Stopped by the observer; as [`Engine::trainer`].
+    pub fn settle(
+        &self,
+        draft: Draft,
+        material: &Material,
+        init: Option<&AdapterFile>,
+        out: &Path,
+        end: Option<Instant>,
+        observer: &mut dyn Observer,
+    ) -> Result<(TrainConfig, Choice)> {
+        let (mut config, mut choice) = (draft.config.clone(), Choice::default());
+        choice.doubts = draft.doubts.clone();
+        choice.doubts.extend(self.foreign(&draft)?);
+        choice.watched = material.eval_data.as_ref().map_or(0, |data| data.samples.len());
+        let mut token_seconds = None;
+        if draft.open_rate || end.is_some() {
+            let probe = self.probe(&draft, material, init, out, observer);
+            let probe = match probe {
+                Err(e) if e.code() == ErrorCode::Cancelled => {
+                    return Err(Error::new(ErrorCode::Cancelled, "training", "stopped before the first step"));
+                }
+                other => other?,
+            };
+            config.lr = probe.lr;
+            token_seconds = Some(probe.token_seconds);
+            (choice.loss_before, choice.tried) = (Some(probe.before), probe.tried);
+            (choice.probe_tokens, choice.probe_seconds) = (probe.tokens, probe.seconds);
+            if probe.before < KNOWN {
+                choice.doubts.push(format!(
+                    "the model knows this data already (a loss of {:.3} before the first step); there is next to nothing to \
+                     learn",
+                    probe.before
+                ));
+                if draft.own_length {
+                    config.epochs = 1;
+                    config.eval_every = config.eval_every.min(1);
+                }
+            }
+        }
+        let in_epoch =
+            Batches::new(&material.data, &TrainConfig { epochs: 1, steps: None, ..config.clone() })?.total_steps();
+        choice.most_steps = Batches::new(&material.data, &config)?.total_steps();
+        if let Some(each) = token_seconds {
+            let held = keep_share(&config, init.is_some());
+            let step = each * (1.0 + held) * material.data.tokens() as f64 / in_epoch as f64;
+            let looked_at = material.eval_data.as_ref().map_or(0, Dataset::tokens) as f64;
+            let looks = choice.most_steps.checked_div(config.eval_every).unwrap_or(0) as f64;
+            let looking = each * LOOK * looked_at * looks / choice.most_steps as f64;
+            if let Some(end) = end.filter(|_| draft.own_length) {
+                let left = end.saturating_duration_since(Instant::now()).as_secs_f64();
+                let fitting = steps_within(left, step + looking);
+                if fitting < in_epoch {
+                    choice.doubts.push(format!(
+                        "the time is too short for one pass over the data: {} steps of {in_epoch} fit into the {} that are \
+                         left; give more `--time`, or less data",
+                        fitting,
+                        spoken(left)
+                    ));
+                }
+                if fitting < choice.most_steps {
+                    (config.steps, config.epochs) = (Some(fitting), TrainConfig::default().epochs);
+                    choice.most_steps = fitting;
+                    config.eval_every = config.eval_every.min(fitting.div_ceil(10));
+                }
+            }
+            choice.run_seconds = Some((step + looking) * choice.most_steps as f64);
+        }
+        choice.lines = draft.told(&config, &choice, end.is_some());
+        Ok((config, choice))
+    }
+
+    /// A run of a few steps with each of the draft's rates, in a folder of its own that is gone afterwards.
+    fn probe(
+        &self,
+        draft: &Draft,
+        material: &Material,
+        init: Option<&AdapterFile>,
+        out: &Path,
+        observer: &mut dyn Observer,
+    ) -> Result<Probe> {
+        let rates = draft.rates();
+        let usual = TrainConfig::default();
+        let config = TrainConfig {
+            lr: rates[0],
+            schedule: Schedule::Constant,
+            warmup: 0.0,
+            steps: Some(Probe::STEPS as u64),
+            epochs: usual.epochs,
+            eval_data: None,
+            eval_split: None,
+            eval_reworded: false,
+            eval_every: 0,
+            max_forgetting: None,
+            keep: Keep::Off,
+            check: false,
+            patience: 0,
+            keep_best: false,
+            ..draft.config.clone()
+        };
+        let samples = Probe::STEPS * config.batch * config.accumulate;
+        let data = few(&material.data, samples, config.seed);
+        let some = Material::of(data);
+        let folder = out.join(PROBE);
+        let found = self
+            .trainer_of(config, some, init, &folder)
+            .and_then(|mut trainer| trainer.probe(&rates, material.eval_data.as_ref(), observer));
+        // What it leaves is of no use; where it cannot be taken away, the run goes on all the same.
+        let _ = std::fs::remove_dir_all(&folder);
+        found
+    }
+
+    /// What to say where the model hardly knows the language of the data.
+    fn foreign(&self, draft: &Draft) -> Result<Option<String>> {
+        let Some(both) = &draft.language else { return Ok(None) };
+        let mut of_each = [0.0; 2];
+        for (cost, (data, chars)) in of_each.iter_mut().zip(both) {
+            *cost = score_data(self, data, &mut |_| true)?.nll_sum / *chars as f64;
+        }
+        let [own, general] = of_each;
+        let text = format!(
+            "the model hardly knows the language of this data: a character of it costs {own:.1} nats, one of plain English \
+             {general:.1}; it can learn answers by heart, and will hardly understand other wordings: take a model that was \
+             made for the language"
+        );
+        Ok((own > FOREIGN * general).then_some(text))
+    }
+}
