@@ -116,8 +116,8 @@ fn a_full_disk_in_training_costs_no_checkpoint_and_no_adapter() {
     let done = run(&f, Some(blocks), &refs(&train(&narrow, "1", &[])));
     let stderr = String::from_utf8_lossy(&done.stderr);
     assert!(done.status.success(), "{stderr}");
-    assert_eq!(stderr.matches("warning: ").count(), 4, "one for each step but the last: {stderr}");
-    assert!(stderr.contains("checkpoint.safetensors`: could not write it"), "{stderr}");
+    let refused = stderr.matches("checkpoint.safetensors`: could not write it").count();
+    assert_eq!(refused, 4, "one for each step but the last: {stderr}");
     assert!(weights(&narrow) == weights(&whole));
 
     for (save_every, file) in [("1", "checkpoint.safetensors"), ("0", "adapter_model.safetensors")] {
