@@ -135,7 +135,7 @@ fn notes_of_any_kind_are_studied_or_refused_in_words() {
     let told = f.said(&train(&f, &dir, &broken, &[]));
     assert!(told.contains("study.jsonl` line 1") && told.contains("take it out"), "{told}");
     let told = f.said(&train(&f, &dir, &f.path("x"), &["--study-time", "soon"]));
-    assert!(told.contains("90s, 5m or 1h"), "{told}");
+    assert!(told.contains("`10m` or `2h`"), "{told}");
 }
 
 #[test]

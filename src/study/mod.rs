@@ -1,8 +1,8 @@
 //! Notes become questions and answers, from which a model learns more than from their text.
 //!
-//! Of each sentence the base model itself makes questions, which are checked ([`asker`]), and rules of grammar make others
-//! ([`templates`]); the sentence is the answer. The material lies in the run's folder, is taken up after a kill, and may be
-//! edited ([`Kept`]). Nothing leaves the device.
+//! Of each sentence the base model itself makes questions, which are checked (`asker`), and rules of grammar make others
+//! (`templates`); the sentence is the answer. The material lies in the run's folder, is taken up after a kill, and may be
+//! edited (`kept`). Nothing leaves the device.
 
 mod asker;
 mod clause;

@@ -353,7 +353,8 @@ mod tests {
         assert!(batch.is_held() && batch.trained() == 3 && batch.rows == [1, 2, 4]);
         let passes = batch.split(3);
         let parts: Vec<_> = passes.iter().map(|p| (&p.rows[..], &p.targets[..], &p.shares[..], p.numbers())).collect();
-        let expected: [(&[u32], &[u32], &[f32], &[u32]); 2] =
+        type Part<'a> = (&'a [u32], &'a [u32], &'a [f32], &'a [u32]);
+        let expected: [Part<'_>; 2] =
             [(&[1, 2], &[7, 8, 9, 10], &[0.5, 0.25, 0.75, 0.0], &[4]), (&[1], &[11, 12], &[0.125, 0.5], &[2])];
         assert_eq!(parts, expected);
     }

@@ -7,6 +7,7 @@ use crate::cli::{interrupt, model, progress};
 use crate::engine::{Engine, Reader};
 use crate::error::{Error, ErrorCode, Result};
 use crate::study::{self, Item, Note, Recall, STUDY, Source, Study, StudyOptions};
+use crate::train::auto::parse_time;
 use crate::train::{Dataset, TrainConfig};
 use serde_json::json;
 use std::path::Path;
@@ -42,18 +43,9 @@ pub(super) struct StudyArgs {
     study_time: Option<Duration>,
 }
 
-/// A time as people write it.
-fn duration(text: &str) -> Result<Duration, String> {
-    let number = text.trim_end_matches(|c: char| c.is_alphabetic());
-    let unit = match &text[number.len()..] {
-        "s" | "" => 1.0,
-        "m" | "min" => 60.0,
-        "h" => 3600.0,
-        _ => f64::NAN,
-    };
-    let seconds = number.trim().parse::<f64>().map_or(f64::NAN, |n| n * unit);
-    let fits = (0.0..=1e6).contains(&seconds);
-    fits.then(|| Duration::from_secs_f64(seconds)).ok_or_else(|| "expected a time such as 90s, 5m or 1h".to_owned())
+/// A time as people write it, which may be none.
+fn duration(text: &str) -> Result<Duration> {
+    if text.trim().trim_end_matches('s') == "0" { Ok(Duration::ZERO) } else { parse_time(text) }
 }
 
 /// The notes to study, if that is what is to be done with the data.
@@ -235,21 +227,5 @@ impl Studied {
             );
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::duration;
-    use std::time::Duration;
-
-    #[test]
-    fn times_are_read_as_people_write_them() {
-        for (text, seconds) in [("90s", 90.0), ("5m", 300.0), ("1.5h", 5400.0), ("20", 20.0), ("0", 0.0)] {
-            assert_eq!(duration(text), Ok(Duration::from_secs_f64(seconds)), "{text}");
-        }
-        for text in ["", "m", "-1s", "5 days", "1e99h", "NaN", "inf"] {
-            assert!(duration(text).is_err(), "{text}");
-        }
     }
 }

@@ -12,7 +12,9 @@ pub(super) use journal::Journal;
 pub use log::LogLine;
 
 use super::TrainConfig;
-use crate::error::{Error, Result};
+#[cfg(feature = "charts")]
+use crate::error::Error;
+use crate::error::Result;
 use std::path::{Path, PathBuf};
 
 /// Names in the output folder.
