@@ -214,6 +214,7 @@ fn a_language_that_the_model_does_not_know_is_said() {
 
 /// The quick start of the README in its short form: six facts of 32.
 #[test]
+#[ignore = "takes more than five minutes, and has not been run to its end yet"]
 fn the_quick_start_learns_the_owner_without_a_setting() {
     let Some(_) = real_gguf() else { return };
     let dir = tempfile::tempdir().unwrap();
