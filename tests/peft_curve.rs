@@ -41,7 +41,7 @@ fn samples(curve: &Curve) -> Dataset {
     let mut rest = &ids[..];
     let sample = |length| {
         let ids = rest.split_off(..length).unwrap().to_vec();
-        Sample { ids, trained: (0..length).map(|i| i > 0).collect() }
+        Sample::of_text(ids)
     };
     Dataset::new(path, (curve.shortest..).take(curve.steps.len()).map(sample).collect())
 }

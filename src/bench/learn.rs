@@ -29,8 +29,7 @@ pub(super) struct Run {
 impl Run {
     pub fn new<B: Backend>(base: &Base<B>, options: &Options) -> Result<Self> {
         let ids = infer::tokens(base, options.sequence);
-        let trained = (0..ids.len()).map(|i| i > 0).collect();
-        let data = Dataset::new("random tokens", vec![Sample { ids, trained }]);
+        let data = Dataset::new("random tokens", vec![Sample::of_text(ids)]);
         let config = TrainConfig {
             batch: 1,
             steps: Some(options.trials as u64 + 1),

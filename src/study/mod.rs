@@ -15,7 +15,7 @@ mod words;
 
 pub use kept::{Item, STUDY, Source};
 pub use notes::{Note, Passage, read_notes};
-pub use recall::{Recall, recall};
+pub use recall::{NotesRecall, recall};
 
 use crate::data::record::Record;
 use crate::engine::{Engine, Reader};

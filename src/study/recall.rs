@@ -12,7 +12,7 @@ const ANSWER_TOKENS: usize = 64;
 
 /// How many questions were answered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Recall {
+pub struct NotesRecall {
     /// Questions that were asked.
     pub asked: usize,
     /// Answers that hold the words that were asked for.
@@ -31,12 +31,12 @@ pub fn recall<'i>(
     items: impl Iterator<Item = &'i Item>,
     cancel: Cancel,
     progress: &mut dyn FnMut(&Item, &str),
-) -> Result<Recall> {
+) -> Result<NotesRecall> {
     let mut chat = engine.chat()?;
     chat.max_tokens = ANSWER_TOKENS;
     chat.sampling = Sampling { temperature: 0.0, ..Sampling::default() };
     chat.set_cancel_token(cancel);
-    let mut found = Recall::default();
+    let mut found = NotesRecall::default();
     let folded = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ").to_lowercase();
     for item in items {
         let messages = [Message::new("user", &item.question)];

@@ -252,7 +252,7 @@ mod tests {
     use crate::train::Sample;
 
     fn data(lengths: impl IntoIterator<Item = usize>) -> Dataset {
-        let sample = |n: usize| Sample { ids: vec![1; n], trained: (0..n).map(|i| i > 0).collect() };
+        let sample = |n: usize| Sample::of_text(vec![1; n]);
         Dataset::new("made", lengths.into_iter().map(sample).collect())
     }
 

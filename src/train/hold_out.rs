@@ -145,9 +145,8 @@ fn first_of(toward: &mut [usize], record: usize) -> usize {
 /// The tokenizer cannot express it.
 pub fn general_text(tokenizer: &Tokenizer, longest: usize) -> Result<Dataset> {
     let ids = tokenizer.encode(GENERAL, true)?;
-    let window = |ids: &[u32]| Sample { ids: ids.to_vec(), trained: (0..ids.len()).map(|i| i > 0).collect() };
     let windows = ids.chunks(WINDOW.min(longest).max(2)).filter(|w| w.len() > 1);
-    Ok(Dataset::new("the general text", windows.map(window).collect()))
+    Ok(Dataset::new("the general text", windows.map(|ids| Sample::of_text(ids.to_vec())).collect()))
 }
 
 /// The beginning of the general text, with its characters: what the model's own language costs it.
@@ -159,11 +158,9 @@ pub(crate) fn general_start(tokenizer: &Tokenizer) -> Result<(Dataset, usize)> {
     Ok((Dataset::new("the general text", vec![plain(tokenizer, &start)?]), start.chars().count()))
 }
 
-/// A text of which every token but the first is learned.
+/// A text as it is, learned whole.
 pub(crate) fn plain(tokenizer: &Tokenizer, text: &str) -> Result<Sample> {
-    let ids = tokenizer.encode(text, true)?;
-    let trained = (0..ids.len()).map(|i| i > 0).collect();
-    Ok(Sample { ids, trained })
+    tokenizer.encode(text, true).map(Sample::of_text)
 }
 
 #[cfg(test)]

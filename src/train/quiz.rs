@@ -153,21 +153,6 @@ mod tests {
     }
 
     #[test]
-    fn words_say_what_the_tokenizer_says() {
-        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat");
-        let tokenizer = crate::tokenizer::Tokenizer::open(&dir).unwrap();
-        let words = Words::of(&tokenizer, 300).unwrap();
-        let said = |text: &str| {
-            let ids = tokenizer.encode(text, false).unwrap();
-            (words.say(&ids), tokenizer.decode(&ids).unwrap())
-        };
-        for text in ["Paris is the capital of France.", "5 + 3 = 8", "two\nlines"] {
-            let (words, whole) = said(text);
-            assert_eq!(words.trim(), whole.trim(), "{text:?}");
-        }
-    }
-
-    #[test]
     fn what_is_lost_is_a_share_of_what_was_known() {
         let (before, after) = (Known(0b1111), Known(0b1_0111));
         assert_eq!((after.count(), after.still(before).count(), after.lost_percent(before)), (4, 3, 25.0));

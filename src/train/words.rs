@@ -40,3 +40,23 @@ impl Words {
         ids.iter().map(|&id| &self.text[if id == 0 { 0 } else { at(id as usize - 1) }..at(id as usize)]).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_say_what_the_tokenizer_says() {
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/chat");
+        let tokenizer = Tokenizer::open(&dir).unwrap();
+        let words = Words::of(&tokenizer, 300).unwrap();
+        let said = |text: &str| {
+            let ids = tokenizer.encode(text, false).unwrap();
+            (words.say(&ids), tokenizer.decode(&ids).unwrap())
+        };
+        for text in ["Paris is the capital of France.", "5 + 3 = 8", "two\nlines"] {
+            let (words, whole) = said(text);
+            assert_eq!(words.trim(), whole.trim(), "{text:?}");
+        }
+    }
+}

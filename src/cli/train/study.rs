@@ -6,7 +6,7 @@ use crate::cli::args::{print_json, stopped};
 use crate::cli::{interrupt, model, progress};
 use crate::engine::{Engine, Reader};
 use crate::error::{Error, ErrorCode, Result};
-use crate::study::{self, Item, Note, Recall, STUDY, Source, Study, StudyOptions};
+use crate::study::{self, Item, Note, NotesRecall, STUDY, Source, Study, StudyOptions};
 use crate::train::auto::parse_time;
 use crate::train::{Dataset, TrainConfig};
 use serde_json::json;
@@ -95,7 +95,7 @@ pub(super) fn show(notes: Option<&[Note]>, as_json: bool) {
 /// Material, and what of it was known before.
 pub(super) struct Studied {
     study: Study,
-    before: Recall,
+    before: NotesRecall,
 }
 
 /// Makes the material, or takes up what lies in the output folder, and asks the questions that are kept out.
@@ -136,7 +136,7 @@ pub(super) fn prepare(
     })?;
     say(&made, &path);
     settings(&made, engine, chosen);
-    let mut studied = Studied { study: made, before: Recall::default() };
+    let mut studied = Studied { study: made, before: NotesRecall::default() };
     let init = args.init.as_deref().map(crate::cli::names::adapter).transpose()?;
     init.iter().try_for_each(|dir| engine.attach(dir, 1.0).map(|_| ()))?;
     studied.before = studied.ask(engine, "before")?;
@@ -195,7 +195,7 @@ impl Studied {
         self.study.dataset(reader, &args.data, max_tokens)
     }
 
-    fn ask(&self, engine: &Engine, when: &str) -> Result<Recall> {
+    fn ask(&self, engine: &Engine, when: &str) -> Result<NotesRecall> {
         let bar = progress::count(self.study.held().count() as u64, when);
         let found = study::recall(engine, self.study.held(), interrupt::cancel(), &mut |_, _| bar.inc(1));
         bar.finish_and_clear();

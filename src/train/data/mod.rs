@@ -27,6 +27,13 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// A text that is learned whole, but for its first token.
+    #[must_use]
+    pub fn of_text(ids: Vec<u32>) -> Self {
+        let trained = (0..ids.len()).map(|i| i > 0).collect();
+        Self { ids, trained }
+    }
+
     /// Tokens to learn.
     #[must_use]
     pub fn trained_tokens(&self) -> usize {
