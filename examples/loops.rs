@@ -170,7 +170,7 @@ fn measure(engine: &Engine, row: &Row, cap: usize, answers: &mut Option<File>) -
                 Step { sequence: &mut one.sequence, ids, adapters: &none, logits: rows - 1..rows }
             });
             let mut steps: Vec<Step<'_, Cpu>> = steps.collect();
-            base.forward(&mut work, &mut steps, &mut || true, &mut |made: Logits| {
+            base.forward(&mut work, &mut steps, &mut || true, &mut |made: &Logits| {
                 let each = made.values.chunks_exact(made.values.len() / made.places.len());
                 made.places.iter().zip(each).for_each(|((step, _), row)| logits[*step] = row.to_vec());
                 Ok(())

@@ -50,7 +50,7 @@ fn run(engine: &Engine, all: &[Adapters<Cpu>], batches: &[&[usize]]) -> Vec<Vec<
                 steps.push(Step { sequence, ids, adapters: &all[i], logits: 0..round[i] });
             }
             let vocab = base.model.config().vocab_size;
-            let mut take = |logits: Logits| {
+            let mut take = |logits: &Logits| {
                 for ((step, _), row) in logits.places.iter().zip(logits.values.chunks_exact(vocab)) {
                     found[batch[*step]].extend_from_slice(row);
                 }
@@ -97,8 +97,8 @@ fn a_batch_that_is_stopped_leaves_its_sequences_as_they_were() {
             left = left.saturating_sub(1);
             left > 0
         };
-        let mut take = |logits: Logits| {
-            found = logits.values;
+        let mut take = |logits: &Logits| {
+            found.clone_from(&logits.values);
             Ok(())
         };
         base.forward(&mut work, &mut [step], &mut keep_going, &mut take).map(|()| found)

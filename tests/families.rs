@@ -164,8 +164,8 @@ fn in_pieces(engine: &Engine, ids: &[u32], piece: usize) -> Vec<f32> {
     let mut all = Vec::new();
     for ids in ids.chunks(piece) {
         let step = Step { sequence: &mut sequence, ids, adapters: &adapters, logits: 0..ids.len() };
-        let mut take = |logits: Logits| {
-            all.extend(logits.values);
+        let mut take = |logits: &Logits| {
+            all.extend(&logits.values);
             Ok(())
         };
         base.forward(&mut work, &mut [step], &mut || true, &mut take).unwrap();
@@ -196,7 +196,7 @@ fn a_batch_gives_each_text_what_it_gets_apart() {
                     Step { sequence, ids, adapters, logits: 0..tokens }
                 })
                 .collect();
-            let mut take = |logits: Logits| {
+            let mut take = |logits: &Logits| {
                 let rows = logits.values.chunks_exact(base.model.config().vocab_size);
                 logits.places.iter().zip(rows).for_each(|((step, _), row)| found[*step].extend_from_slice(row));
                 Ok(())
@@ -234,8 +234,8 @@ fn a_text_that_is_cut_back_goes_on_as_if_it_had_never_been_longer() {
         let mut run = |sequence: &mut Sequence<_>, ids: &[u32]| {
             let step = Step { sequence, ids, adapters: &adapters, logits: ids.len() - 1..ids.len() };
             let mut last = Vec::new();
-            let mut take = |logits: Logits| {
-                last = logits.values;
+            let mut take = |logits: &Logits| {
+                last.clone_from(&logits.values);
                 Ok(())
             };
             base.forward(&mut work, &mut [step], &mut || true, &mut take).unwrap();

@@ -49,8 +49,8 @@ fn run(engine: &Engine, adapters: &Adapters<Cpu>, sequence: &mut Sequence<Cpu>, 
     let mut work = Workspace::new(internals::numbers(engine).arithmetic);
     let mut all = Vec::new();
     for ids in pieces {
-        let mut take = |logits: Logits| {
-            all.extend(logits.values);
+        let mut take = |logits: &Logits| {
+            all.extend(&logits.values);
             Ok(())
         };
         let step = Step { sequence: &mut *sequence, ids, adapters, logits: 0..ids.len() };
@@ -134,7 +134,7 @@ fn sequences_of_a_batch_have_adapters_of_their_own() {
         let steps = sequences.iter_mut().zip(&sets);
         let step = |(sequence, adapters)| Step { sequence, ids: piece, adapters, logits: 0..piece.len() };
         let mut steps: Vec<_> = steps.map(step).collect();
-        let mut take = |logits: Logits| {
+        let mut take = |logits: &Logits| {
             let width = logits.values.len() / logits.places.len();
             for ((step, _), row) in logits.places.iter().zip(logits.values.chunks(width)) {
                 together[*step].extend_from_slice(row);

@@ -73,7 +73,7 @@ impl Transcript {
         for chunk in ids.chunks(PREFILL_CHUNK) {
             let logits = first.saturating_sub(done).min(chunk.len())..chunk.len();
             let mut step = [Step { sequence: &mut self.sequence, ids: chunk, adapters: on.adapters, logits }];
-            let on_logits = &mut |made: Logits| {
+            let on_logits = &mut |made: &Logits| {
                 on.turn.without(|| {
                     let each = made.values.chunks_exact(made.values.len() / made.places.len());
                     made.places.iter().zip(each).try_for_each(|((_, row), one)| on_logits(done + row, one))

@@ -30,13 +30,15 @@ pub struct Workspace<B: Backend> {
     /// Tokens of the last batch.
     tokens: usize,
     arithmetic: Arithmetic,
+    /// Logits on the host. The system maps and clears so much memory anew where it is not used again.
+    logits: Vec<f32>,
 }
 
 impl<B: Backend> Workspace<B> {
     /// Without buffers yet, for products in `arithmetic`.
     #[must_use]
     pub fn new(arithmetic: Arithmetic) -> Self {
-        Self { pool: Pool::default(), tokens: 0, arithmetic }
+        Self { pool: Pool::default(), tokens: 0, arithmetic, logits: Vec::new() }
     }
 }
 
@@ -74,7 +76,7 @@ impl<B: Backend> Base<B> {
         work: &mut Workspace<B>,
         steps: &mut [Step<'_, B>],
         keep_going: &mut dyn FnMut() -> bool,
-        on_logits: &mut dyn FnMut(Logits) -> Result<()>,
+        on_logits: &mut dyn FnMut(&Logits) -> Result<()>,
     ) -> Result<()> {
         for step in &mut *steps {
             step.sequence.begin(self, step.adapters)?;
@@ -86,11 +88,7 @@ impl<B: Backend> Base<B> {
         };
         let (mut first, mut result) = (0, Ok(()));
         for group in steps.chunk_by_mut(together) {
-            let on_logits = &mut |mut logits: Logits| {
-                logits.places.iter_mut().for_each(|(step, _)| *step += first);
-                on_logits(logits)
-            };
-            result = self.forward_together(work, group, keep_going, on_logits);
+            result = self.forward_together(work, first, group, keep_going, on_logits);
             if result.is_err() {
                 break;
             }
@@ -104,13 +102,14 @@ impl<B: Backend> Base<B> {
         result
     }
 
-    /// As [`Base::forward`], for steps that multiply by the same weights.
+    /// As [`Base::forward`], for steps from number `first` on that multiply by the same weights.
     fn forward_together(
         &self,
         work: &mut Workspace<B>,
+        first: usize,
         steps: &mut [Step<'_, B>],
         keep_going: &mut dyn FnMut() -> bool,
-        on_logits: &mut dyn FnMut(Logits) -> Result<()>,
+        on_logits: &mut dyn FnMut(&Logits) -> Result<()>,
     ) -> Result<()> {
         let batch = Batch {
             ids: steps.iter().flat_map(|step| step.ids).copied().collect(),
@@ -151,14 +150,17 @@ impl<B: Backend> Base<B> {
         let wanted: Vec<(usize, usize)> =
             steps.iter().enumerate().flat_map(|(i, step)| step.logits.clone().map(move |row| (i, row))).collect();
         for places in wanted.chunks(LOGIT_ROWS) {
-            let values = self.logits(work, &batch, &adapters, &hidden, places)?;
-            on_logits(Logits { places: places.to_vec(), values })?;
+            self.logits(work, &batch, &adapters, &hidden, places)?;
+            let of_all = places.iter().map(|(step, row)| (first + step, *row)).collect();
+            let made = Logits { places: of_all, values: std::mem::take(&mut work.logits) };
+            on_logits(&made)?;
+            work.logits = made.values;
         }
         work.pool.put(&self.backend, hidden);
         Ok(())
     }
 
-    /// Logits `[rows, V]` of some rows of `hidden`, read back to the host.
+    /// Reads the logits `[rows, V]` of some rows of `hidden` back to the host.
     fn logits(
         &self,
         work: &mut Workspace<B>,
@@ -166,7 +168,7 @@ impl<B: Backend> Base<B> {
         adapters: &[&Adapters<B>],
         hidden: &B::Buffer,
         places: &[(usize, usize)],
-    ) -> Result<Vec<f32>> {
+    ) -> Result<()> {
         let backend = &self.backend;
         let start = |step: usize| batch.segments[..step].iter().sum::<usize>();
         let rows: Vec<u32> = places.iter().map(|&(step, row)| (start(step) + row) as u32).collect();
@@ -179,10 +181,10 @@ impl<B: Backend> Base<B> {
         let y = self.model.head(&mut run, Value(0));
         let y = run.finish(y)?;
         pass.finish(&mut work.pool);
-        let mut logits = vec![0.0; backend.len(&y)];
-        backend.read(&y, &mut logits)?;
+        work.logits.resize(backend.len(&y), 0.0);
+        backend.read(&y, &mut work.logits)?;
         work.pool.put(backend, y);
-        Ok(logits)
+        Ok(())
     }
 }
 

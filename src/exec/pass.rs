@@ -180,8 +180,8 @@ impl<'a, B: Backend> Pass<'a, B> {
 
     /// Each layer drops by a stream of its own; `first` is the position of the input's first token.
     pub(super) fn layer_dropout(&self, weight: Param, first: usize) -> Option<Dropout> {
-        let (_, width) = self.base.backend.shape(self.base.matrix(weight));
         self.dropout.map(|d| {
+            let (_, width) = self.base.backend.shape(self.base.matrix(weight));
             let key = crate::rng::mix(d.key, u64::from(weight.0));
             Dropout { key, first: (d.first + first as u64) * width as u64, ..d }
         })

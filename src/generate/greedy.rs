@@ -65,7 +65,7 @@ impl<B: Backend> Greedy<'_, B> {
             if steps.is_empty() {
                 break;
             }
-            let on_logits = &mut |logits: Logits| choose(&logits, &mut answers, each);
+            let on_logits = &mut |logits: &Logits| choose(logits, &mut answers, each);
             self.base.forward(&mut work, &mut steps, keep_going, on_logits)?;
         }
         Ok(texts.into_iter().map(|text| text.answer).collect())

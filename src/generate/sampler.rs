@@ -188,7 +188,11 @@ pub(crate) fn check_finite(logits: &[f32]) -> Result<()> {
 }
 
 fn check(logits: &[f32], broken: impl Fn(f32) -> bool) -> Result<()> {
-    let Some(at) = logits.iter().position(|&l| broken(l)) else { return Ok(()) };
+    // Of a whole vocabulary at each token: without a way out in the loop, it is done some at a time.
+    if !logits.iter().fold(false, |any, &l| any | broken(l)) {
+        return Ok(());
+    }
+    let at = logits.iter().position(|&l| broken(l)).unwrap_or(0);
     let message = format!(
         "expected finite numbers, got `{}`; the weights or an attached adapter are broken, or too large for 16 bits: try \
          `Precision::Exact`, detach the adapter, or use another copy of the model",
@@ -200,14 +204,25 @@ fn check(logits: &[f32], broken: impl Fn(f32) -> bool) -> Result<()> {
 /// Index of the first of the largest.
 pub(super) fn argmax(logits: &[f32]) -> Result<usize> {
     check(logits, broken)?;
-    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-    match best {
-        Some((at, &logit)) if logit > f32::NEG_INFINITY => Ok(at),
+    let largest = largest(logits);
+    match logits.iter().position(|&l| l == largest) {
+        Some(at) if largest > f32::NEG_INFINITY => Ok(at),
         _ => {
             let message = "expected a token that may come next, got `-inf` for every one; have the filters leave one";
             Err(Error::new(ErrorCode::Config, "logits", message))
         }
     }
+}
+
+/// The largest of numbers; in lanes, for a whole vocabulary is looked through at each token.
+fn largest(logits: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (lanes, rest) = logits.as_chunks::<16>();
+    let mut most = [f32::NEG_INFINITY; 16];
+    for lane in lanes {
+        most.iter_mut().zip(lane).for_each(|(most, l)| *most = larger(*most, *l));
+    }
+    most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
 }
 
 #[cfg(test)]

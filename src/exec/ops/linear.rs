@@ -49,7 +49,7 @@ fn products<B: Backend>(
     }
     // Low-rank terms go along with the product, unless their input is another because some of it is dropped.
     let fused = |weight: Param| {
-        let mut all = Vec::new();
+        let mut all = Vec::with_capacity(pass.parts.len());
         if pass.layer_dropout(weight, first).is_some() {
             return None;
         }
