@@ -13,7 +13,7 @@ const MOST_BYTES: u64 = 400_000;
 /// Files of lines, how many, and the keys that each has in each line, and may have.
 const FILES: &[(&str, usize, &[&str], &[&str])] = &[
     ("chat-prompts.jsonl", 60, &["kind", "prompt"], &["expect"]),
-    ("general-prompts.jsonl", 200, &["kind", "language", "prompt"], &[]),
+    ("general-prompts.jsonl", 260, &["kind", "language", "prompt"], &[]),
     ("general-questions.jsonl", 40, &["answers", "kind", "question"], &[]),
     ("lessons/1-test.jsonl", 16, ASKED, &[]),
     ("lessons/1-train.jsonl", 48, TAUGHT, &[]),
