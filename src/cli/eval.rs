@@ -6,7 +6,7 @@ use super::{interrupt, names, outputs, progress};
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{
-    Expected, General, LabelBy, Metric, Record, Records, Score, TaskOptions, TaskReport, general, metrics_for,
+    Ask, Expected, General, LabelBy, Metric, Record, Records, Score, TaskOptions, TaskReport, general, metrics_for,
     read_records, run_tasks, score_data, score_text,
 };
 use crate::format::foreign;
@@ -189,6 +189,12 @@ fn find_in_data(
         let options = TaskOptions { label_by: args.labels_by, max_tokens: args.max_tokens, stemmer: args.stemmer };
         found.records = Some(records.len());
         found.tasks = run_tasks(engine, &records, &metrics, &options, on_progress).map_err(|e| named(e, path))?;
+        let asks_plainly = !found.tasks.answers.is_empty() && records.iter().any(|r| matches!(r.ask, Ask::Text(_)));
+        if asks_plainly && engine.text()?.template.is_own() {
+            eprintln!(
+                "note: the questions were put as plain text, which the model goes on with; `--chat` asks them as a chat does"
+            );
+        }
     }
     if let Some(out) = &args.answers {
         write_answers(out, &records, &found.tasks)?;
