@@ -160,6 +160,7 @@ fn in_pieces(engine: &Engine, ids: &[u32], piece: usize) -> Vec<f32> {
     let base = internals::base(engine);
     let adapters = Adapters::none(base);
     let mut sequence = Sequence::new(base, internals::numbers(engine).cache).unwrap();
+    sequence.expect(ids.len());
     let mut work = Workspace::new(internals::numbers(engine).arithmetic);
     let mut all = Vec::new();
     for ids in ids.chunks(piece) {
@@ -184,6 +185,7 @@ fn a_batch_gives_each_text_what_it_gets_apart() {
         let file = AdapterFile::open(&adapter_of(name, dir.path())).unwrap();
         adapted.attach(base, &file, 1.0, WorkType::F32).unwrap();
         let mut sequences = [0, 1].map(|_| Sequence::new(base, internals::numbers(&engine).cache).unwrap());
+        sequences.iter_mut().for_each(|sequence| sequence.expect(ids.len()));
         let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
         let mut found = [Vec::new(), Vec::new()];
         for _ in 0..5 {

@@ -152,7 +152,7 @@ fn lora_vjp(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     });
 }
 
-const HEADS: Attention = Attention { heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, window: None };
+const HEADS: Attention = Attention { heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, softcap: None, window: None };
 
 /// Half of T x T scores, two products.
 #[divan::bench(args = light(&[256]))]

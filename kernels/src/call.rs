@@ -7,7 +7,9 @@
 //! Shapes follow from lengths of buffers. A wrong one is a bug in the caller, which the kernel asserts at its door. What is
 //! written is overwritten, whatever it held before, unless it is said to be added to.
 
-use crate::{Activation, AdamW, Arithmetic, Attention, Columns, DeltaRule, Lends, Lion, Map, Memory, Sgd, Targets};
+use crate::{
+    Activation, AdamW, Arithmetic, Attention, Columns, DeltaRule, Lends, Lion, Map, Memory, Scores, Sgd, Targets,
+};
 use std::ops::Range;
 
 /// `scale (x Aᵀ) Bᵀ`, what a low-rank adapter adds to a product: `a` is `[r, K]`, `b` `[O, r]`.
@@ -189,11 +191,17 @@ calls! {
         width: value(usize), w: read_if, plus_one: value(bool), eps: value(f32), x: read, dy: read, dx: write,
     }
 
+    /// `y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) * w + b` for each row as wide as `w` (Ba et al. 2016).
+    LayerNorm { w: read, b: read, eps: value(f32), x: read, y: write, }
+    /// `dx += ` the gradient of [`Call::LayerNorm`] by `x`; `w` and `b` are frozen.
+    LayerNormVjpX { w: read, eps: value(f32), x: read, dy: read, dx: write, }
+
     /// Rotates the first `2 R` elements of each head (`D` = `head_dim`) of `x` `[T, heads * D]` by the angles whose `cos`
-    /// and `sin` are `[T, R]`, pairing element `i` with `i + R` as Hugging Face checkpoints do (Su et al. 2021); the others
-    /// are copied. `inverse` turns back, which is also the gradient.
+    /// and `sin` are `[T, R]`, pairing element `i` with `i + R` as most Hugging Face checkpoints do (Su et al. 2021); the others
+    /// are copied. With `pairs`, `2 i` is paired with `2 i + 1`. `inverse` turns back, which is also the gradient.
     Rope {
-        heads: value(usize), head_dim: value(usize), cos: read, sin: read, x: read, inverse: value(bool), y: write,
+        heads: value(usize), head_dim: value(usize), cos: read, sin: read, x: read, inverse: value(bool),
+        pairs: value(bool), y: write,
     }
 
     /// `y = act(gate) * up` (Shazeer 2020).
@@ -278,11 +286,15 @@ calls! {
     /// largest first.
     TopK { k: value(usize), x: read, chosen: write, }
     /// How much each chosen expert counts (Shazeer et al. 2017): `weights` `[T, top_k]` are the probabilities of `chosen`
-    /// under the softmax of all `logits` `[T, E]`, divided by their sum if `normalize`.
-    Route { top_k: value(usize), normalize: value(bool), logits: read, chosen: read, weights: write, }
+    /// under the softmax of all `logits` `[T, E]`, or their [`Scores::Sigmoid`], divided by their sum if `normalize`; to a sum
+    /// of sigmoids `1e-6` is added.
+    Route {
+        top_k: value(usize), scores: value(Scores), normalize: value(bool), logits: read, chosen: read, weights: write,
+    }
     /// Gradient of [`Call::Route`]'s weights by the logits, with the choice as it was.
     RouteVjp {
-        top_k: value(usize), normalize: value(bool), logits: read, chosen: read, dweights: read, dlogits: write,
+        top_k: value(usize), scores: value(Scores), normalize: value(bool), logits: read, chosen: read, dweights: read,
+        dlogits: write,
     }
 
     /// For each row of `logits` `[N, V]`: `losses[n] = -log softmax(logits[n])[targets[n]]` (natural log), or the divergence

@@ -43,6 +43,15 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// What the logits of a router become before the chosen ones count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scores {
+    /// Their softmax.
+    Softmax,
+    /// `1 / (1 + e^-l)` of each by itself.
+    Sigmoid,
+}
+
 /// Shape and masking of one attention call.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Attention {
@@ -54,6 +63,8 @@ pub struct Attention {
     pub head_dim: usize,
     /// Factor on the scores before the softmax, usually `1 / sqrt(D)`.
     pub scale: f32,
+    /// Scaled scores `s` become `cap tanh(s / cap)`, so that none is beyond it (Gemma 2).
+    pub softcap: Option<f32>,
     /// A query sees the last `window` keys, itself included; `None` sees all before it.
     pub window: Option<usize>,
 }

@@ -7,84 +7,137 @@ use crate::outline::Builder;
 /// What families differ in.
 #[derive(Clone, Copy)]
 pub(crate) struct AttentionSpec {
-    /// Rotary table of the layer.
-    pub(crate) rope: RopeTable,
-    /// Factor on the scores.
-    pub(crate) scale: f32,
+    /// Rotary tables of queries and of keys; without them a layer knows no positions.
+    pub(crate) ropes: Option<[RopeTable; 2]>,
+    /// Factor on the scores; none is `1 / sqrt(D)`.
+    pub(crate) scale: Option<f32>,
+    /// See [`AttentionShape::softcap`].
+    pub(crate) softcap: Option<f32>,
     /// A token sees so many, itself included; without one, all.
     pub(crate) window: Option<usize>,
+    /// q, k and v are one matrix.
+    pub(crate) fused: bool,
     /// q, k, v have biases.
     pub(crate) qkv_bias: bool,
     /// The output has a bias.
     pub(crate) o_bias: bool,
     /// Name of the output's projection.
     pub(crate) o: &'static str,
-    /// Norms of each head of q and k, before they are turned.
-    pub(crate) norms: Option<HeadNorms>,
+    /// Norms of q and k.
+    pub(crate) norms: Option<QkNorms>,
 }
 
-/// Norms of each head of q and k.
+impl Default for AttentionSpec {
+    fn default() -> Self {
+        Self {
+            ropes: None,
+            scale: None,
+            softcap: None,
+            window: None,
+            fused: false,
+            qkv_bias: false,
+            o_bias: false,
+            o: "o_proj",
+            norms: None,
+        }
+    }
+}
+
+/// Norms of q and k.
 #[derive(Clone, Copy)]
-pub(crate) struct HeadNorms {
+pub(crate) struct QkNorms {
     /// Their names.
     pub(crate) names: [&'static str; 2],
     /// Added to the mean square.
     pub(crate) eps: f32,
     /// The file holds `w - 1`.
     pub(crate) plus_one: bool,
+    /// All heads are normed together.
+    pub(crate) whole: bool,
+    /// They come after q and k are turned.
+    pub(crate) after_rope: bool,
+}
+
+impl QkNorms {
+    /// Of each head by itself, before q and k are turned.
+    pub(crate) fn of_heads(eps: f32) -> Self {
+        Self { names: ["q_norm", "k_norm"], eps, plus_one: false, whole: false, after_rope: false }
+    }
+
+    pub(crate) fn declare(self, b: &mut Builder, at: &str) -> [Norm; 2] {
+        let head = b.config.head_dim;
+        let widths = if self.whole { [b.config.heads * head, b.config.kv_heads * head] } else { [head; 2] };
+        [0, 1].map(|i| {
+            let norm = b.rms_norm(&format!("{at}.{}", self.names[i]), widths[i], self.eps);
+            Norm { plus_one: self.plus_one, ..norm }
+        })
+    }
 }
 
 pub(crate) struct Attention {
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    qkv: Qkv,
     o: Linear,
     norms: Option<[Norm; 2]>,
-    rope: RopeTable,
+    ropes: Option<[RopeTable; 2]>,
+    norms_after_rope: Option<[Norm; 2]>,
     shape: AttentionShape,
     state: StateId,
 }
 
-impl AttentionSpec {
-    /// Without biases, norms and window, scaled by `1 / sqrt(D)`.
-    pub(crate) fn plain(head_dim: usize, rope: RopeTable) -> Self {
-        let scale = (head_dim as f32).sqrt().recip();
-        Self { rope, scale, window: None, qkv_bias: false, o_bias: false, o: "o_proj", norms: None }
-    }
-}
-
-impl HeadNorms {
-    pub(crate) fn declare(self, b: &mut Builder, at: &str) -> [Norm; 2] {
-        let width = b.config.head_dim;
-        self.names.map(|name| Norm { plus_one: self.plus_one, ..b.rms_norm(&format!("{at}.{name}"), width, self.eps) })
-    }
+enum Qkv {
+    Apart([Linear; 3]),
+    Fused(Linear),
 }
 
 impl Attention {
     /// Declares the projections of the module `at`, and what it remembers.
     pub(crate) fn new(b: &mut Builder, at: &str, spec: AttentionSpec) -> Self {
         let (heads, kv_heads, head_dim) = (b.config.heads, b.config.kv_heads, b.config.head_dim);
-        let (hidden, window) = (b.config.hidden_size, spec.window);
+        let (hidden, width, kv_width) = (b.config.hidden_size, heads * head_dim, kv_heads * head_dim);
+        let AttentionSpec { window, softcap, qkv_bias, .. } = spec;
+        let qkv = if spec.fused {
+            Qkv::Fused(b.linear(&format!("{at}.qkv_proj"), width + 2 * kv_width, hidden, qkv_bias))
+        } else {
+            let projections = [("q_proj", width), ("k_proj", kv_width), ("v_proj", kv_width)];
+            Qkv::Apart(projections.map(|(name, out)| b.linear(&format!("{at}.{name}"), out, hidden, qkv_bias)))
+        };
+        let o = b.linear(&format!("{at}.{}", spec.o), hidden, width, spec.o_bias);
+        let norms = spec.norms.map(|norms| norms.declare(b, at));
+        let (norms, norms_after_rope) =
+            if spec.norms.is_some_and(|norms| norms.after_rope) { (None, norms) } else { (norms, None) };
+        let scale = spec.scale.unwrap_or_else(|| (head_dim as f32).sqrt().recip());
         Self {
-            q: b.linear(&format!("{at}.q_proj"), heads * head_dim, hidden, spec.qkv_bias),
-            k: b.linear(&format!("{at}.k_proj"), kv_heads * head_dim, hidden, spec.qkv_bias),
-            v: b.linear(&format!("{at}.v_proj"), kv_heads * head_dim, hidden, spec.qkv_bias),
-            o: b.linear(&format!("{at}.{}", spec.o), hidden, heads * head_dim, spec.o_bias),
-            norms: spec.norms.map(|norms| norms.declare(b, at)),
-            rope: spec.rope,
-            shape: AttentionShape { heads, kv_heads, head_dim, scale: spec.scale, window },
+            qkv,
+            o,
+            norms,
+            ropes: spec.ropes,
+            norms_after_rope,
+            shape: AttentionShape { heads, kv_heads, head_dim, scale, softcap, window },
             state: b.state(StateSpec::Kv { kv_heads, head_dim, window }),
         }
     }
 
     pub(crate) fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
-        let [q, k, v] = ex.linear_group([self.q, self.k, self.v], h);
-        let (q, k) = match self.norms {
-            Some([q_norm, k_norm]) => (ex.rms_norm(q_norm, q), ex.rms_norm(k_norm, k)),
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
+        let [q, k, v] = match self.qkv {
+            Qkv::Apart(qkv) => ex.linear_group(qkv, h),
+            Qkv::Fused(qkv) => {
+                let qkv = ex.linear(qkv, h);
+                ex.split(qkv, [heads, kv_heads, kv_heads].map(|heads| heads * head_dim))
+            }
+        };
+        let (q, k) = normed(ex, self.norms, q, k);
+        let (q, k) = match self.ropes {
+            Some([of_q, of_k]) => (ex.rope(of_q, heads, q), ex.rope(of_k, kv_heads, k)),
             None => (q, k),
         };
-        let (q, k) = (ex.rope(self.rope, self.shape.heads, q), ex.rope(self.rope, self.shape.kv_heads, k));
+        let (q, k) = normed(ex, self.norms_after_rope, q, k);
         let a = ex.attention(self.state, self.shape, q, k, v);
         ex.linear(self.o, a)
     }
+}
+
+fn normed(ex: &mut dyn Exec, norms: Option<[Norm; 2]>, q: Value, k: Value) -> (Value, Value) {
+    let Some([of_q, of_k]) = norms else { return (q, k) };
+    (ex.norm(of_q, q), ex.norm(of_k, k))
 }

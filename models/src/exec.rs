@@ -1,7 +1,8 @@
 //! Operations under the names that model files use.
 
 use crate::op::{
-    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, StateId, Value,
+    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, Routing,
+    StateId, Value,
 };
 use std::ops::Range;
 
@@ -30,15 +31,15 @@ impl dyn Exec + '_ {
     }
 
     /// See [`Norm`].
-    pub fn rms_norm(&mut self, norm: Norm, x: Value) -> Value {
+    pub fn norm(&mut self, norm: Norm, x: Value) -> Value {
         self.run(Op::Norm { norm, x })
     }
 
     /// `x / sqrt(sum(x²) + eps)` of each `width` neighbouring elements of a row.
     pub fn l2_norm(&mut self, width: usize, eps: f32, x: Value) -> Value {
         // The mean square is the sum by the width.
-        let norm = Norm { weight: None, width, eps: eps / width as f32, plus_one: false };
-        let x = self.rms_norm(norm, x);
+        let norm = Norm { weight: None, width, eps: eps / width as f32, plus_one: false, bias: None };
+        let x = self.norm(norm, x);
         self.scale((width as f32).sqrt().recip(), x)
     }
 
@@ -116,9 +117,9 @@ impl dyn Exec + '_ {
     }
 
     /// See [`Op::Route`] and [`Op::Experts`].
-    pub fn mixture(&mut self, router: Linear, experts: &[Expert], top: usize, normalize: bool, x: Value) -> Value {
+    pub fn mixture(&mut self, router: Linear, experts: &[Expert], routing: Routing, x: Value) -> Value {
         let logits = self.linear(router, x);
-        let weights = self.run(Op::Route { router: router.weight, top, normalize, logits });
+        let weights = self.run(Op::Route { router: router.weight, routing, logits });
         self.run(Op::Experts { experts: experts.to_vec(), x, weights })
     }
 

@@ -1,42 +1,80 @@
-//! The gated feed-forward part of a layer (Shazeer 2020).
+//! The feed-forward part of a layer.
 
+use crate::config::ConfigError;
 use crate::exec::Exec;
-use crate::op::{Activation, Expert, Linear, Op, Value};
+use crate::op::{Activation, Expert, Linear, Map, Op, Routing, Value};
 use crate::outline::Builder;
 
+/// What comes between its two products.
+#[derive(Clone, Copy)]
+pub(crate) enum Inner {
+    /// A gate (Shazeer 2020).
+    Gated(Activation),
+    /// A gate whose matrix is one with the other's.
+    FusedGate(Activation),
+    /// A function, without a gate, between projections of these names.
+    Plain(Map, [&'static str; 2]),
+}
+
 pub(crate) struct FeedForward {
-    activation: Activation,
-    gate: Linear,
-    up: Linear,
+    input: Input,
     down: Linear,
 }
 
+enum Input {
+    Gated(Activation, [Linear; 2]),
+    FusedGate(Activation, Linear, usize),
+    Plain(Map, Linear),
+}
+
 impl FeedForward {
-    /// Declares the projections `names` (gate, up, down) of the module `at`, with `width` in between.
-    pub(crate) fn new(b: &mut Builder, at: &str, names: [&str; 3], width: usize, bias: bool) -> Self {
-        let (hidden, [gate, up, down]) = (b.config.hidden_size, names);
-        Self {
-            activation: Activation::Silu,
-            gate: b.linear(&format!("{at}.{gate}"), width, hidden, bias),
-            up: b.linear(&format!("{at}.{up}"), width, hidden, bias),
-            down: b.linear(&format!("{at}.{down}"), hidden, width, bias),
-        }
+    /// Declares the projections of the module `at`, with `width` in between.
+    pub(crate) fn new(b: &mut Builder, at: &str, inner: Inner, width: usize, bias: bool) -> Self {
+        let hidden = b.config.hidden_size;
+        let mut input = |name: &str, out| b.linear(&format!("{at}.{name}"), out, hidden, bias);
+        let input = match inner {
+            Inner::Gated(activation) => {
+                Input::Gated(activation, ["gate_proj", "up_proj"].map(|name| input(name, width)))
+            }
+            Inner::FusedGate(activation) => Input::FusedGate(activation, input("gate_up_proj", 2 * width), width),
+            Inner::Plain(map, [up, _]) => Input::Plain(map, input(up, width)),
+        };
+        let down = if let Inner::Plain(_, [_, down]) = inner { down } else { "down_proj" };
+        Self { input, down: b.linear(&format!("{at}.{down}"), hidden, width, bias) }
     }
 
-    /// The same with another activation than SiLU.
-    pub(crate) fn with(self, activation: Activation) -> Self {
-        Self { activation, ..self }
-    }
-
-    /// Its projections.
-    pub(crate) fn expert(&self) -> Expert {
-        Expert { gate: self.gate, up: self.up, down: self.down }
+    /// A SiLU gate whose projections are those of `expert`.
+    pub(crate) fn of(expert: Expert) -> Self {
+        Self { input: Input::Gated(Activation::Silu, [expert.gate, expert.up]), down: expert.down }
     }
 
     pub(crate) fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
-        let [gate, up] = ex.linear_group([self.gate, self.up], h);
-        let h = ex.run(Op::Gate { activation: self.activation, gate, up });
+        let h = match self.input {
+            Input::Gated(activation, gate_up) => {
+                let [gate, up] = ex.linear_group(gate_up, h);
+                ex.run(Op::Gate { activation, gate, up })
+            }
+            Input::FusedGate(activation, gate_up, width) => {
+                let gate_up = ex.linear(gate_up, h);
+                let [gate, up] = ex.split(gate_up, [width; 2]);
+                ex.run(Op::Gate { activation, gate, up })
+            }
+            Input::Plain(map, up) => {
+                let h = ex.linear(up, h);
+                ex.map(map, h)
+            }
+        };
         ex.linear(self.down, h)
+    }
+}
+
+/// Declares the projections `names` (gate, up, down) of the module `at`, with `width` in between.
+pub(crate) fn expert(b: &mut Builder, at: &str, names: [&str; 3], width: usize) -> Expert {
+    let (hidden, [gate, up, down]) = (b.config.hidden_size, names);
+    Expert {
+        gate: b.linear(&format!("{at}.{gate}"), width, hidden, false),
+        up: b.linear(&format!("{at}.{up}"), width, hidden, false),
+        down: b.linear(&format!("{at}.{down}"), hidden, width, false),
     }
 }
 
@@ -44,15 +82,30 @@ impl FeedForward {
 pub(crate) struct Mixture {
     pub(crate) router: Linear,
     pub(crate) experts: Vec<Expert>,
-    /// Experts for a token.
-    pub(crate) top: usize,
-    /// The weights of a token's experts are divided by their sum.
-    pub(crate) normalize: bool,
+    pub(crate) routing: Routing,
+    /// Factor on what they give.
+    pub(crate) scale: f32,
+}
+
+/// Upper bound on the experts of all layers, so that a list of their parameters is small whatever a file says.
+const MAX_EXPERTS: usize = 1 << 16;
+
+/// Checks that each of `layers` may have so many experts, and a token `top` of them.
+pub(crate) fn check_experts(experts: usize, top: usize, layers: usize) -> Result<(), ConfigError> {
+    if experts > MAX_EXPERTS / layers {
+        let expected = format!("at most {MAX_EXPERTS} experts in {layers} layers");
+        return Err(ConfigError::new("num_experts", expected, experts));
+    }
+    if experts > 0 && top > experts {
+        return Err(ConfigError::new("num_experts_per_tok", format!("at most {experts}"), top));
+    }
+    Ok(())
 }
 
 impl Mixture {
     pub(crate) fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
-        ex.mixture(self.router, &self.experts, self.top, self.normalize, h)
+        let y = ex.mixture(self.router, &self.experts, self.routing, h);
+        if self.scale == 1.0 { y } else { ex.scale(self.scale, y) }
     }
 }
 

@@ -90,12 +90,11 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// Numbers of layers.
     pub(crate) fn indices(&self, key: &str) -> Result<Option<Vec<usize>>, ConfigError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let index = |value: &Value| value.as_u64().and_then(|index| usize::try_from(index).ok());
         let list = value.as_array().and_then(|list| list.iter().map(index).collect::<Option<_>>());
-        list.map(Some).ok_or_else(|| ConfigError::new(key, "a list of numbers of layers", value))
+        list.map(Some).ok_or_else(|| ConfigError::new(key, "a list of whole numbers", value))
     }
 
     pub(crate) fn is_null(&self, key: &str) -> bool {
@@ -109,6 +108,14 @@ impl<'a> Keys<'a> {
             Ok(value)
         } else {
             Err(ConfigError::new(key, "a number from 1e-6 to 1e12", value))
+        }
+    }
+
+    /// As [`Keys::positive`], with a default for an absent key that `null` turns off.
+    pub(crate) fn positive_or(&self, key: &str, default: Option<f64>) -> Result<Option<f64>, ConfigError> {
+        match self.get(key) {
+            Some(_) => self.positive(key, 1.0).map(Some),
+            None => Ok(default.filter(|_| !self.has(key))),
         }
     }
 

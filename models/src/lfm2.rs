@@ -1,9 +1,10 @@
 //! LFM2 (Liquid AI 2025): most layers mix tokens by a short convolution between two gates, the others by attention.
 
-use crate::attention::{Attention, AttentionSpec, HeadNorms};
+use crate::attention::{Attention, AttentionSpec, QkNorms};
 use crate::config::{Config, ConfigError, Defaults};
+use crate::decoder::Mlp;
 use crate::exec::Exec;
-use crate::feed_forward::FeedForward;
+use crate::feed_forward::{FeedForward, expert};
 use crate::keys::Keys;
 use crate::op::{Conv, Linear, Norm, StateId, Value};
 use crate::outline::{Builder, Outline};
@@ -16,7 +17,7 @@ pub(crate) const FAMILY: Family = Family { model_type: "lfm2", honoured: &[], sc
 /// A layer with a convolution, as `layer_types` spells it.
 const CONV: &str = "conv";
 
-struct Lfm2 {
+pub(crate) struct Lfm2 {
     outline: Outline,
     layers: Vec<Layer>,
 }
@@ -25,7 +26,7 @@ struct Layer {
     operator_norm: Norm,
     operator: Operator,
     ffn_norm: Norm,
-    feed_forward: FeedForward,
+    feed_forward: Mlp,
 }
 
 /// What mixes a layer's tokens.
@@ -44,33 +45,53 @@ struct ShortConv {
 }
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
-    let defaults = Defaults { kv_heads: Some(8), positions: 128_000, tied_head: true, ..Defaults::default() };
-    let mut config = Config::read(keys, &defaults)?;
-    config.tied_head = keys.flag("tie_embedding", config.tied_head)?;
-    let (ffn, eps) = (feed_forward_width(keys)?, keys.share("norm_eps", 1e-5)?);
-    let (taps, bias) = (keys.count_or("conv_L_cache", 3)?, keys.flag("conv_bias", false)?);
-    let types = kinds(keys, config.layers)?;
-    let rope = RopeKeys { theta: 1e6, ..RopeKeys::of(&config) }.read(keys)?;
-    let (width, head_dim) = (config.hidden_size, config.head_dim);
+    let width = feed_forward_width(keys)?;
+    Ok(Box::new(Lfm2::new(keys, &|b, at, _| dense(b, at, width))?))
+}
 
-    let mut b = Builder::new(config);
-    let norms = HeadNorms { names: ["q_layernorm", "k_layernorm"], eps, plus_one: false };
-    let spec = AttentionSpec { o: "out_proj", norms: Some(norms), ..AttentionSpec::plain(head_dim, b.rope(rope)) };
-    let layers = types.into_iter().enumerate().map(|(i, kind)| {
-        let at = format!("model.layers.{i}");
-        Layer {
-            operator_norm: b.rms_norm(&format!("{at}.operator_norm"), width, eps),
-            operator: match kind {
-                FULL => Operator::Attention(Attention::new(&mut b, &format!("{at}.self_attn"), spec)),
-                _ => Operator::Conv(ShortConv::new(&mut b, &format!("{at}.conv"), taps, bias)),
-            },
-            ffn_norm: b.rms_norm(&format!("{at}.ffn_norm"), width, eps),
-            feed_forward: FeedForward::new(&mut b, &format!("{at}.feed_forward"), ["w1", "w3", "w2"], ffn, false),
-        }
-    });
-    let layers = layers.collect();
-    let norm = b.rms_norm("model.embedding_norm", width, eps);
-    Ok(Box::new(Lfm2 { outline: b.finish(norm), layers }))
+/// A feed-forward part of so many between its products.
+pub(crate) fn dense(b: &mut Builder, at: &str, width: usize) -> Mlp {
+    Mlp::Dense(FeedForward::of(expert(b, at, PROJECTIONS, width)))
+}
+
+/// Names of a feed-forward part's gate, up and down.
+pub(crate) const PROJECTIONS: [&str; 3] = ["w1", "w3", "w2"];
+
+impl Lfm2 {
+    /// The model whose feed-forward parts `feed_forward` declares, for the module and the number of each layer.
+    pub(crate) fn new(
+        keys: &Keys<'_>,
+        feed_forward: &dyn Fn(&mut Builder, &str, usize) -> Mlp,
+    ) -> Result<Self, ConfigError> {
+        let defaults = Defaults { kv_heads: Some(8), positions: 128_000, tied_head: true, ..Defaults::default() };
+        let mut config = Config::read(keys, &defaults)?;
+        config.tied_head = keys.flag("tie_embedding", config.tied_head)?;
+        let eps = keys.share("norm_eps", 1e-5)?;
+        let (taps, bias) = (keys.count_or("conv_L_cache", 3)?, keys.flag("conv_bias", false)?);
+        let types = kinds(keys, config.layers)?;
+        let rope = RopeKeys { theta: 1e6, ..RopeKeys::of(&config) }.read(keys)?;
+        let width = config.hidden_size;
+
+        let mut b = Builder::new(config);
+        let norms = QkNorms { names: ["q_layernorm", "k_layernorm"], ..QkNorms::of_heads(eps) };
+        let ropes = Some([b.rope(rope); 2]);
+        let spec = AttentionSpec { ropes, o: "out_proj", norms: Some(norms), ..AttentionSpec::default() };
+        let layers = types.into_iter().enumerate().map(|(i, kind)| {
+            let at = format!("model.layers.{i}");
+            Layer {
+                operator_norm: b.rms_norm(&format!("{at}.operator_norm"), width, eps),
+                operator: match kind {
+                    FULL => Operator::Attention(Attention::new(&mut b, &format!("{at}.self_attn"), spec)),
+                    _ => Operator::Conv(ShortConv::new(&mut b, &format!("{at}.conv"), taps, bias)),
+                },
+                ffn_norm: b.rms_norm(&format!("{at}.ffn_norm"), width, eps),
+                feed_forward: feed_forward(&mut b, &format!("{at}.feed_forward"), i),
+            }
+        });
+        let layers = layers.collect();
+        let norm = b.rms_norm("model.embedding_norm", width, eps);
+        Ok(Self { outline: b.finish(norm), layers })
+    }
 }
 
 /// The kind of each layer: named, or attention where `full_attn_idxs` has its number, or all attention.
@@ -132,14 +153,14 @@ impl Model for Lfm2 {
     fn layer(&self, ex: &mut dyn Exec, index: usize, x: Value) -> Value {
         let l = &self.layers[index];
 
-        let h = ex.rms_norm(l.operator_norm, x);
+        let h = ex.norm(l.operator_norm, x);
         let h = match &l.operator {
             Operator::Attention(attention) => attention.run(ex, h),
             Operator::Conv(conv) => conv.run(ex, h),
         };
         let x = ex.add(x, h);
 
-        let h = ex.rms_norm(l.ffn_norm, x);
+        let h = ex.norm(l.ffn_norm, x);
         let h = l.feed_forward.run(ex, h);
         ex.add(x, h)
     }

@@ -9,6 +9,7 @@ mod config;
 mod decoder;
 mod exec;
 mod feed_forward;
+mod gemma;
 mod gemma3_text;
 mod keys;
 mod known;
@@ -30,12 +31,12 @@ mod windows;
 pub use config::{Config, ConfigError};
 pub use exec::Exec;
 pub use op::{
-    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, StateId,
-    StateSpec, Value, Width,
+    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, Routing, Scores,
+    StateId, StateSpec, Value, Width,
 };
 pub use outline::{Outline, Scaled};
 pub use params::{ParamSpec, Role};
-pub use rope::Rope;
+pub use rope::{Growth, LongRope, Rope};
 
 use keys::Keys;
 
@@ -53,7 +54,7 @@ pub trait Model: Send + Sync {
 
     /// The last norm of hidden states `x` `[T, C]`, as [`Model::head`] takes it first.
     fn norm(&self, ex: &mut dyn Exec, x: Value) -> Value {
-        ex.rms_norm(self.outline().norm, x)
+        ex.norm(self.outline().norm, x)
     }
 
     /// The layer that makes logits of what [`Model::norm`] returns, if it is all that does: an executor may then compute
@@ -86,6 +87,13 @@ pub trait Model: Send + Sync {
     /// Rotary tables in use; a [`RopeTable`] is an index into this list.
     fn ropes(&self) -> &[Rope] {
         &self.outline().ropes
+    }
+
+    /// How many of them turn a text of so many tokens by [`LongRope`]'s angles. Where a text that grows comes to more of
+    /// them, what is remembered of it no longer holds.
+    fn long_ropes(&self, tokens: usize) -> usize {
+        let long = |rope: &&Rope| rope.long.as_ref().is_some_and(|long| tokens > long.beyond);
+        self.ropes().iter().filter(long).count()
     }
 
     /// What layers remember of earlier tokens; a [`StateId`] is an index into this list.

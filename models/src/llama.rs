@@ -1,5 +1,6 @@
 //! Llama (Touvron et al. 2023): the decoder as it is.
 
+use crate::attention::AttentionSpec;
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
 use crate::keys::Keys;
@@ -12,13 +13,11 @@ pub(crate) const FAMILY: Family =
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { positions: 2048, ..Defaults::default() })?;
-    let attention_bias = keys.flag("attention_bias", false)?;
+    let bias = keys.flag("attention_bias", false)?;
     let variant = Variant {
-        qkv_bias: attention_bias,
-        o_bias: attention_bias,
+        attention: AttentionSpec { qkv_bias: bias, o_bias: bias, ..AttentionSpec::default() },
         mlp_bias: keys.flag("mlp_bias", false)?,
-        windows: no_windows(keys, &config)?,
-        ..Variant::default()
+        ..Variant::new(keys.share("rms_norm_eps", 1e-6)?, no_windows(keys, &config)?)
     };
     decoder::build(keys, config, &variant)
 }

@@ -11,7 +11,7 @@ pub(crate) const FAMILY: Family = Family { model_type: "mistral", honoured: &[],
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { kv_heads: Some(8), positions: 4096 * 32, ..Defaults::default() })?;
-    let variant = Variant { windows: windows(keys, config.layers)?, ..Variant::default() };
+    let variant = Variant::new(keys.share("rms_norm_eps", 1e-6)?, windows(keys, config.layers)?);
     decoder::build(keys, config, &variant)
 }
 

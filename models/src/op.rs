@@ -61,7 +61,8 @@ pub struct Linear {
     pub bias: Option<Param>,
 }
 
-/// A root-mean-square norm (Zhang & Sennrich 2019) of each `width` neighbouring elements of a row: `x / rms(x) * w`.
+/// A root-mean-square norm (Zhang & Sennrich 2019) of each `width` neighbouring elements of a row: `x / rms(x) * w`, or a
+/// layer norm (Ba et al. 2016), `(x - mean(x)) / rms(x - mean(x)) * w + b`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
     /// `[width]`; without one nothing is multiplied.
@@ -72,6 +73,8 @@ pub struct Norm {
     pub eps: f32,
     /// The file holds `w - 1`.
     pub plus_one: bool,
+    /// `[width]`, of a layer norm, which has a weight that is stored whole.
+    pub bias: Option<Param>,
 }
 
 /// Shape and masking of an attention layer. Attention is always causal.
@@ -85,6 +88,8 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Factor on the scores before the softmax.
     pub scale: f32,
+    /// Scaled scores `s` become `cap tanh(s / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
     /// A token sees the last `window` tokens, itself included; `None` sees all.
     pub window: Option<usize>,
 }
@@ -105,6 +110,12 @@ pub enum Map {
     Sigmoid,
     /// `x / (1 + e^-x)`.
     Silu,
+    /// GELU in its tanh form (Hendrycks & Gimpel 2016).
+    GeluTanh,
+    /// `cap tanh(x / cap)` (Gemma 2).
+    Softcap(f32),
+    /// `max(x, 0)²` (So et al. 2021).
+    SquaredRelu,
 }
 
 /// A causal convolution of each channel by itself.
@@ -127,6 +138,29 @@ pub struct DeltaRuleShape {
     pub key_dim: usize,
     /// Width of a value.
     pub value_dim: usize,
+}
+
+/// How a token's experts are chosen, and how much each counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Routing {
+    /// Experts for a token: those with the largest scores.
+    pub top: usize,
+    /// What logits become.
+    pub scores: Scores,
+    /// The weights of a token, which are the chosen scores, are divided by their sum.
+    pub normalize: bool,
+}
+
+/// The scores of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scores {
+    /// The softmax of all logits.
+    Softmax,
+    /// The sigmoid of each; `bias` `[experts]`, if there is one, is added for the choice alone.
+    Sigmoid {
+        /// See above.
+        bias: Option<Param>,
+    },
 }
 
 /// One expert of a mixture: a gated feed-forward part.
@@ -261,16 +295,13 @@ pub enum Op {
         /// `[T, value_heads]`, from 0 to 1.
         beta: Value,
     },
-    /// Chooses the `top` likeliest experts of each token. Writes their weights `[T, top]`, which are the softmax of all
-    /// logits at their places, and their numbers `[T, top]`.
+    /// Chooses experts for each token. Writes their weights `[T, top]` and their numbers `[T, top]`.
     Route {
         /// The weight that made the logits. A layer that training runs again takes the experts that it took first, which
         /// this is the key to: rounded inputs might choose others.
         router: Param,
-        /// Experts for a token.
-        top: usize,
-        /// The weights of a token are divided by their sum.
-        normalize: bool,
+        /// By what.
+        routing: Routing,
         /// `[T, experts]`.
         logits: Value,
     },
@@ -339,7 +370,7 @@ impl Op {
             Self::Columns { blocks, part, .. } => vec![Width::Of(blocks * part.len())],
             Self::Decay { a, .. } => vec![Width::Like(*a)],
             Self::DeltaRule { v, .. } => vec![Width::Like(*v)],
-            Self::Route { top, .. } => vec![Width::Of(*top); 2],
+            Self::Route { routing, .. } => vec![Width::Of(routing.top); 2],
         }
     }
 

@@ -79,7 +79,12 @@ impl Builder {
 
     pub(crate) fn rms_norm(&mut self, module: &str, width: usize, eps: f32) -> Norm {
         let weight = self.vector(format!("{module}.weight"), width);
-        Norm { weight: Some(weight), width, eps, plus_one: false }
+        Norm { weight: Some(weight), width, eps, plus_one: false, bias: None }
+    }
+
+    pub(crate) fn layer_norm(&mut self, module: &str, width: usize, eps: f32) -> Norm {
+        let norm = self.rms_norm(module, width, eps);
+        Norm { bias: Some(self.vector(format!("{module}.bias"), width)), ..norm }
     }
 
     pub(crate) fn linear(&mut self, module: &str, out: usize, input: usize, bias: bool) -> Linear {
@@ -99,7 +104,11 @@ impl Builder {
         (Conv { weight, bias }, self.state(StateSpec::Conv { channels, taps }))
     }
 
+    /// The same table for equal angles.
     pub(crate) fn rope(&mut self, rope: Rope) -> RopeTable {
+        if let Some(known) = self.ropes.iter().position(|known| *known == rope) {
+            return RopeTable(number(known + 1));
+        }
         self.ropes.push(rope);
         RopeTable(number(self.ropes.len()))
     }

@@ -1,5 +1,6 @@
 //! Qwen2 (Yang et al. 2024): biases on q, k and v; upper layers may slide a window.
 
+use crate::attention::AttentionSpec;
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
 use crate::keys::Keys;
@@ -14,7 +15,8 @@ pub(crate) const FAMILY: Family =
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { kv_heads: Some(32), positions: 32768, ..Defaults::default() })?;
     let windows = WindowKeys::read(keys, Some(4096), false)?.upper(keys, config.layers)?;
-    let variant = Variant { qkv_bias: true, windows, ..Variant::default() };
+    let attention = AttentionSpec { qkv_bias: true, ..AttentionSpec::default() };
+    let variant = Variant { attention, ..Variant::new(keys.share("rms_norm_eps", 1e-6)?, windows) };
     decoder::build(keys, config, &variant)
 }
 

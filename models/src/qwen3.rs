@@ -1,5 +1,6 @@
 //! Qwen3 (Yang et al. 2025): a norm of each head of q and k before they are turned; upper layers may slide a window.
 
+use crate::attention::{AttentionSpec, QkNorms};
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
 use crate::keys::Keys;
@@ -15,6 +16,9 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &defaults)?;
     let bias = keys.flag("attention_bias", false)?;
     let windows = WindowKeys::read(keys, Some(4096), false)?.upper(keys, config.layers)?;
-    let variant = Variant { qkv_bias: bias, o_bias: bias, head_norms: true, windows, ..Variant::default() };
+    let eps = keys.share("rms_norm_eps", 1e-6)?;
+    let norms = Some(QkNorms::of_heads(eps));
+    let attention = AttentionSpec { qkv_bias: bias, o_bias: bias, norms, ..AttentionSpec::default() };
+    let variant = Variant { attention, ..Variant::new(eps, windows) };
     decoder::build(keys, config, &variant)
 }

@@ -1,12 +1,14 @@
 //! Qwen3.5 (Qwen Team 2026), text: three of four layers are a gated delta net (Yang et al. 2024), linear attention with a
 //! state of fixed size; the others are attention whose output passes a gate.
 
-use crate::attention::HeadNorms;
+use crate::attention::QkNorms;
 use crate::config::{Config, ConfigError, Defaults};
 use crate::exec::Exec;
-use crate::feed_forward::{FeedForward, PROJECTIONS};
+use crate::feed_forward::{FeedForward, Inner};
 use crate::keys::Keys;
-use crate::op::{AttentionShape, Conv, DeltaRuleShape, Linear, Map, Norm, Param, RopeTable, StateId, StateSpec, Value};
+use crate::op::{
+    Activation, AttentionShape, Conv, DeltaRuleShape, Linear, Map, Norm, Param, RopeTable, StateId, StateSpec, Value,
+};
 use crate::outline::{Builder, Outline};
 use crate::rope::RopeKeys;
 use crate::windows::{FULL, layer_types};
@@ -77,8 +79,8 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let bias = keys.flag("attention_bias", false)?;
     let types = kinds(keys, config.layers)?;
     // Text has the same position in all sections.
-    let unused = &["mrope_section", "mrope_interleaved"];
-    let rope = RopeKeys { partial: Some(0.25), unused, ..RopeKeys::of(&config) }.read(keys)?;
+    let more = &["mrope_section", "mrope_interleaved"];
+    let rope = RopeKeys { partial: Some(0.25), more, ..RopeKeys::of(&config) }.read(keys)?;
     let (shape, taps) = (delta_rule(keys)?, keys.count_or("linear_conv_kernel_dim", 4)?);
     let hidden = config.hidden_size;
 
@@ -93,7 +95,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
                 _ => Mixer::DeltaNet(DeltaNet::new(&mut b, &format!("{at}.linear_attn"), shape, taps, eps)),
             },
             post_attention_norm: plus_one(b.rms_norm(&format!("{at}.post_attention_layernorm"), hidden, eps)),
-            feed_forward: FeedForward::new(&mut b, &format!("{at}.mlp"), PROJECTIONS, ffn, false),
+            feed_forward: FeedForward::new(&mut b, &format!("{at}.mlp"), Inner::Gated(Activation::Silu), ffn, false),
         }
     });
     let layers = layers.collect();
@@ -136,9 +138,16 @@ impl GatedAttention {
             k: b.linear(&format!("{at}.k_proj"), kv_width, hidden_size, bias),
             v: b.linear(&format!("{at}.v_proj"), kv_width, hidden_size, bias),
             o: b.linear(&format!("{at}.o_proj"), hidden_size, width, bias),
-            norms: HeadNorms { names: ["q_norm", "k_norm"], eps, plus_one: true }.declare(b, at),
+            norms: QkNorms { plus_one: true, ..QkNorms::of_heads(eps) }.declare(b, at),
             rope,
-            shape: AttentionShape { heads, kv_heads, head_dim, scale: (head_dim as f32).sqrt().recip(), window: None },
+            shape: AttentionShape {
+                heads,
+                kv_heads,
+                head_dim,
+                scale: (head_dim as f32).sqrt().recip(),
+                softcap: None,
+                window: None,
+            },
             state: b.state(StateSpec::Kv { kv_heads, head_dim, window: None }),
         }
     }
@@ -147,7 +156,7 @@ impl GatedAttention {
         let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
         let [q, k, v] = ex.linear_group([self.q, self.k, self.v], h);
         let [q, gate] = ex.split_heads(q, heads, [head_dim; 2]);
-        let (q, k) = (ex.rms_norm(self.norms[0], q), ex.rms_norm(self.norms[1], k));
+        let (q, k) = (ex.norm(self.norms[0], q), ex.norm(self.norms[1], k));
         let (q, k) = (ex.rope(self.rope, heads, q), ex.rope(self.rope, kv_heads, k));
         let a = ex.attention(self.state, self.shape, q, k, v);
         let gate = ex.map(Map::Sigmoid, gate);
@@ -191,7 +200,7 @@ impl DeltaNet {
         let q = ex.scale(root.recip(), q);
         let (g, beta) = (ex.decay(self.rate, self.bias, a), ex.map(Map::Sigmoid, b));
         let y = ex.delta_rule(self.state, self.shape, [q, k, v], g, beta);
-        let y = ex.rms_norm(self.norm, y);
+        let y = ex.norm(self.norm, y);
         let y = ex.swiglu(z, y);
         ex.linear(self.out, y)
     }
@@ -205,14 +214,14 @@ impl Model for Qwen3_5 {
     fn layer(&self, ex: &mut dyn Exec, index: usize, x: Value) -> Value {
         let l = &self.layers[index];
 
-        let h = ex.rms_norm(l.input_norm, x);
+        let h = ex.norm(l.input_norm, x);
         let h = match &l.mixer {
             Mixer::Attention(attention) => attention.run(ex, h),
             Mixer::DeltaNet(net) => net.run(ex, h),
         };
         let x = ex.add(x, h);
 
-        let h = ex.rms_norm(l.post_attention_norm, x);
+        let h = ex.norm(l.post_attention_norm, x);
         let h = l.feed_forward.run(ex, h);
         ex.add(x, h)
     }

@@ -1,9 +1,11 @@
 //! Qwen3 MoE (Yang et al. 2025): Qwen3's attention; in most layers a token goes through a few of many experts.
 
+use crate::attention::{AttentionSpec, QkNorms};
 use crate::config::{Config, ConfigError, Defaults};
-use crate::decoder::{self, Variant};
-use crate::feed_forward::{FeedForward, Mixture, PROJECTIONS};
+use crate::decoder::{Decoder, Variant};
+use crate::feed_forward::{Mixture, PROJECTIONS, check_experts, expert};
 use crate::keys::Keys;
+use crate::op::{Routing, Scores};
 use crate::outline::Builder;
 use crate::windows::WindowKeys;
 use crate::{Family, Model};
@@ -14,9 +16,6 @@ pub(crate) const FAMILY: Family = Family {
     scaled: None,
     build,
 };
-
-/// Upper bound on the experts of all layers, so that a list of their parameters is small whatever a file says.
-const MAX_EXPERTS: usize = 1 << 16;
 
 /// The keys of the experts.
 struct MixtureKeys {
@@ -39,13 +38,7 @@ impl MixtureKeys {
         }
         let experts = new.or(old).unwrap_or(128);
         let top = keys.optional_size("num_experts_per_tok")?.unwrap_or(8);
-        if experts > MAX_EXPERTS / layers {
-            let expected = format!("at most {MAX_EXPERTS} experts in {layers} layers");
-            return Err(ConfigError::new("num_experts", expected, experts));
-        }
-        if experts > 0 && top > experts {
-            return Err(ConfigError::new("num_experts_per_tok", format!("at most {experts}"), top));
-        }
+        check_experts(experts, top, layers)?;
         Ok(Self {
             experts,
             top,
@@ -62,14 +55,12 @@ impl MixtureKeys {
 
     fn declare(&self, b: &mut Builder, at: &str) -> Mixture {
         let (experts, hidden) = (self.experts, b.config.hidden_size);
-        let expert = |b: &mut Builder, e| {
-            FeedForward::new(b, &format!("{at}.experts.{e}"), PROJECTIONS, self.width, false).expert()
-        };
+        let expert = |b: &mut Builder, e| expert(b, &format!("{at}.experts.{e}"), PROJECTIONS, self.width);
         Mixture {
             router: b.router(&format!("{at}.gate"), experts, hidden),
             experts: (0..experts).map(|e| expert(b, e)).collect(),
-            top: self.top,
-            normalize: self.normalize,
+            routing: Routing { top: self.top, scores: Scores::Softmax, normalize: self.normalize },
+            scale: 1.0,
         }
     }
 }
@@ -80,9 +71,12 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let window = WindowKeys::read(keys, Some(4096), false)?;
     let windows = window.same(keys, config.layers, window.window.filter(|_| window.on))?;
     let mixture = MixtureKeys::read(keys, config.layers)?;
-    let variant = Variant { qkv_bias: bias, o_bias: bias, head_norms: true, windows, ..Variant::default() };
+    let eps = keys.share("rms_norm_eps", 1e-6)?;
+    let norms = Some(QkNorms::of_heads(eps));
+    let attention = AttentionSpec { qkv_bias: bias, o_bias: bias, norms, ..AttentionSpec::default() };
+    let variant = Variant { attention, ..Variant::new(eps, windows) };
     let experts = |b: &mut Builder, at: &str, i: usize| mixture.has_experts(i).then(|| mixture.declare(b, at));
-    decoder::build_with(keys, config, &variant, &experts)
+    Ok(Box::new(Decoder::new(keys, config, &variant, &experts)?))
 }
 
 #[cfg(test)]

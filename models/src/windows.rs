@@ -28,6 +28,24 @@ pub(crate) fn layer_types(
     names.collect::<Result<_, _>>().map(Some)
 }
 
+/// Every so many layers full, and the others sliding.
+pub(crate) fn full_every(every: usize, layers: usize) -> Vec<&'static str> {
+    (1..=layers).map(|i| if i.is_multiple_of(every) { FULL } else { SLIDING }).collect()
+}
+
+/// The window of each layer of these kinds; `window` is what the family takes where the file has none.
+pub(crate) fn windows_of(
+    keys: &Keys<'_>,
+    types: &[&str],
+    window: Option<usize>,
+) -> Result<Vec<Option<usize>>, ConfigError> {
+    let window = keys.size_or("sliding_window", window)?;
+    if types.contains(&SLIDING) && window.is_none() {
+        return Err(ConfigError::new("sliding_window", "a window for the sliding layers", "nothing"));
+    }
+    Ok(types.iter().map(|kind| window.filter(|_| *kind == SLIDING)).collect())
+}
+
 /// The keys of sliding windows.
 pub(crate) struct WindowKeys {
     /// `sliding_window`, in tokens.

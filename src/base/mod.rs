@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
 use pocketlora_kernels::{Arithmetic, Backend, Counted, Cpu, MatrixSource, Memory, WorkType};
 use pocketlora_models::{Model, Param, ParamSpec, Role};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// A model's architecture with its frozen weights on a device; shared by everything that runs it.
@@ -116,15 +117,26 @@ impl<B: Backend> Base<B> {
         }
     }
 
-    /// `cos` and `sin` `[T, D / 2]` of every rotary table at `positions`, as the tables' f32 products have them.
-    pub(crate) fn rope_angles(&self, positions: &[u32], pool: &mut Pool<B>) -> Result<Vec<(B::Buffer, B::Buffer)>> {
-        if positions.is_empty() {
+    /// `cos` and `sin` `[T, D / 2]` of every rotary table at the positions of `texts`, as the tables' f32 products have
+    /// them. Each text has its positions and the number of tokens that it is taken to reach.
+    pub(crate) fn rope_angles(
+        &self,
+        texts: &[(Range<usize>, usize)],
+        pool: &mut Pool<B>,
+    ) -> Result<Vec<(B::Buffer, B::Buffer)>> {
+        if texts.is_empty() {
             return Ok(Vec::new());
         }
         let angles = |rope: &pocketlora_models::Rope, f: fn(f64) -> f64| -> Vec<f32> {
-            let scale = rope.attention_factor;
-            let at = |&p: &u32| rope.inv_freq.iter().map(move |&w| f(f64::from(p as f32 * w)) as f32 * scale);
-            positions.iter().flat_map(at).collect()
+            let mut all = Vec::new();
+            for (positions, reach) in texts {
+                let frequencies = rope.frequencies(*reach);
+                for p in positions.clone() {
+                    let factor = rope.factor(p);
+                    all.extend(frequencies.iter().map(|&w| f(f64::from(p as f32 * w)) as f32 * factor));
+                }
+            }
+            all
         };
         let mut load = |values: &[f32]| -> Result<B::Buffer> {
             let mut buffer = pool.take(&self.backend, values.len())?;

@@ -258,7 +258,8 @@ fn attention(engine: &Engine, bench: &mut Bench<'_, '_>) -> Result<()> {
     let (base, t) = (bench.base, bench.options.sequence);
     let (config, backend) = (base.model.config(), &base.backend);
     let (heads, kv_heads, head_dim) = (config.heads, config.kv_heads, config.head_dim);
-    let spec = Attention { heads, kv_heads, head_dim, scale: (head_dim as f32).sqrt().recip(), window: None };
+    let spec =
+        Attention { heads, kv_heads, head_dim, scale: (head_dim as f32).sqrt().recip(), softcap: None, window: None };
     let (wide, narrow) = (heads * head_dim, kv_heads * head_dim);
     let facts = |name: &str, tokens: String, reads, bytes: usize, ops: usize| Facts {
         name: name.to_owned(),

@@ -69,6 +69,7 @@ impl Transcript {
         on_logits: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
         on_chunk: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<()> {
+        self.sequence.expect(on.adapters.virtual_tokens() + self.sequence.len() + ids.len());
         let mut done = 0;
         for chunk in ids.chunks(PREFILL_CHUNK) {
             let logits = first.saturating_sub(done).min(chunk.len())..chunk.len();

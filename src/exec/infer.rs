@@ -1,7 +1,7 @@
 //! Forward with what sequences remember of earlier tokens: prompts, decoding and evaluation.
 
 use super::interpreter::Interpreter;
-use super::pass::{Batch, Part, Pass};
+use super::pass::{Batch, Part, Pass, Place};
 pub use super::sequence::{Sequence, state_bytes};
 use crate::adapter::Adapters;
 use crate::base::{Base, Pool};
@@ -80,6 +80,7 @@ impl<B: Backend> Base<B> {
     ) -> Result<()> {
         for step in &mut *steps {
             step.sequence.begin(self, step.adapters)?;
+            self.read_anew(work, step, keep_going)?;
         }
         let starts: Vec<usize> = steps.iter().map(|step| step.sequence.len).collect();
         // Rows whose adapters bring other weights in place of the base's cannot share a product.
@@ -102,6 +103,24 @@ impl<B: Backend> Base<B> {
         result
     }
 
+    /// Runs what the sequence of `step` holds once more, if with the step's tokens it becomes so long that its model turns
+    /// all of them by other angles.
+    fn read_anew(
+        &self,
+        work: &mut Workspace<B>,
+        step: &mut Step<'_, B>,
+        keep_going: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
+        let reach = step.adapters.virtual_tokens() + step.sequence.len + step.ids.len();
+        let ids = step.sequence.stretch(self, reach);
+        step.sequence.begin(self, step.adapters)?;
+        for ids in ids.chunks(PREFILL_CHUNK) {
+            let mut again = [Step { sequence: &mut *step.sequence, ids, adapters: step.adapters, logits: 0..0 }];
+            self.forward(work, &mut again, keep_going, &mut |_| Ok(()))?;
+        }
+        Ok(())
+    }
+
     /// As [`Base::forward`], for steps from number `first` on that multiply by the same weights.
     fn forward_together(
         &self,
@@ -121,9 +140,12 @@ impl<B: Backend> Base<B> {
         }
         let adapters: Vec<&Adapters<B>> = steps.iter().map(|step| step.adapters).collect();
         let parts = parts(adapters.iter().copied().zip(batch.segments.iter().copied()));
-        let position = |step: &Step<'_, B>| step.adapters.virtual_tokens() + step.sequence.len;
-        let starts: Vec<usize> = steps.iter().map(position).collect();
-        let pass = Pass::after(self, parts, &batch, starts, work.arithmetic, &mut work.pool)?;
+        let place = |step: &Step<'_, B>| Place {
+            start: step.adapters.virtual_tokens() + step.sequence.len,
+            reach: step.sequence.reach,
+        };
+        let places: Vec<Place> = steps.iter().map(place).collect();
+        let pass = Pass::after(self, parts, &batch, places, work.arithmetic, &mut work.pool)?;
 
         let mut run = Infer { it: Interpreter::new(&pass, None, false, &mut work.pool), error: None };
         run.it.states = steps.iter_mut().map(|step| std::mem::take(&mut step.sequence.states)).collect();
@@ -141,7 +163,7 @@ impl<B: Backend> Base<B> {
         for (step, states) in steps.iter_mut().zip(std::mem::take(&mut run.it.states)) {
             step.sequence.states = states;
             // Also where it failed: some layers may hold them.
-            step.sequence.len += step.ids.len();
+            step.sequence.extend(self, step.ids);
         }
         let hidden = run.finish(x);
         pass.finish(&mut work.pool);

@@ -21,10 +21,23 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Position of each token within its sequence, of which `before` tokens were run earlier.
-    fn positions(&self, before: impl IntoIterator<Item = usize>) -> Vec<u32> {
-        self.segments.iter().zip(before).flat_map(|(&n, start)| start as u32..(start + n) as u32).collect()
+    /// The positions of each sequence's tokens, with how far it is taken to reach.
+    fn texts(&self, places: impl IntoIterator<Item = Place>) -> Vec<(Range<usize>, usize)> {
+        let text = |(&n, place): (&usize, Place)| {
+            let end = place.start + n;
+            (place.start..end, place.reach.max(end))
+        };
+        self.segments.iter().zip(places).map(text).collect()
     }
+}
+
+/// Where the tokens of a sequence are in its text.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Place {
+    /// Tokens before them, virtual ones among these.
+    pub start: usize,
+    /// Tokens that the text is taken to have in the end, if more than with these.
+    pub reach: usize,
 }
 
 /// Rows of a pass that have the same adapters.
@@ -88,14 +101,12 @@ impl<'a, B: Backend> Pass<'a, B> {
         pool: &mut Pool<B>,
     ) -> Result<Self> {
         let parts = vec![Part { rows: 0..batch.ids.len(), adapters }];
-        let pass = Self {
-            dropout,
-            ..Self::after(base, parts, batch, std::iter::repeat(adapters.virtual_tokens()), arithmetic, pool)?
-        };
+        let places = std::iter::repeat(Place { start: adapters.virtual_tokens(), reach: 0 });
+        let pass = Self { dropout, ..Self::after(base, parts, batch, places, arithmetic, pool)? };
         Ok(pass)
     }
 
-    /// Prepares a pass over `batch`, of whose sequences so many tokens were run `before`.
+    /// Prepares a pass over `batch`, whose sequences' tokens are at `places`.
     ///
     /// # Errors
     /// As [`Pass::new`].
@@ -103,7 +114,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         base: &'a Base<B>,
         parts: Vec<Part<'a, B>>,
         batch: &'a Batch,
-        before: impl IntoIterator<Item = usize>,
+        places: impl IntoIterator<Item = Place>,
         arithmetic: Arithmetic,
         pool: &mut Pool<B>,
     ) -> Result<Self> {
@@ -111,7 +122,7 @@ impl<'a, B: Backend> Pass<'a, B> {
             let ids = batch.ids.get(part.rows.clone()).unwrap_or_default();
             part.adapters.replaced().check_ids(base, ids)?;
         }
-        let angles = base.rope_angles(&batch.positions(before), pool)?;
+        let angles = base.rope_angles(&batch.texts(places), pool)?;
         Ok(Self { base, parts, batch, angles, dropout: None, arithmetic, choices: Choices::default() })
     }
 

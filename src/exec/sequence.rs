@@ -63,6 +63,13 @@ struct Snapshot<B: Backend> {
 pub struct Sequence<B: Backend> {
     pub(super) states: Vec<State<B>>,
     pub(super) len: usize,
+    /// Tokens, virtual ones among them, that it is taken to have in the end: some models turn those of long texts by other
+    /// angles.
+    pub(super) reach: usize,
+    /// What was said with [`Sequence::expect`].
+    expected: usize,
+    /// Of such a model all tokens, which it then reads anew.
+    ids: Vec<u32>,
     /// The virtual tokens before its own: they are in its caches, and are not counted.
     prefix: Option<Prefix>,
     snapshots: Vec<Snapshot<B>>,
@@ -75,7 +82,7 @@ impl<B: Backend> Sequence<B> {
     /// Out of memory.
     pub fn new(base: &Base<B>, dtype: CacheType) -> Result<Self> {
         let states = base.model.states().iter().map(|spec| State::new(base, spec, dtype)).collect::<Result<_>>()?;
-        Ok(Self { states, len: 0, prefix: None, snapshots: Vec::new() })
+        Ok(Self { states, len: 0, reach: 0, expected: 0, ids: Vec::new(), prefix: None, snapshots: Vec::new() })
     }
 
     /// Tokens held.
@@ -88,6 +95,35 @@ impl<B: Backend> Sequence<B> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Says that it will have so many tokens, virtual ones among them, before it is read on: a model that reads long texts
+    /// in another way begins so.
+    pub fn expect(&mut self, tokens: usize) {
+        self.expected = tokens;
+    }
+
+    /// Takes note of tokens that have been run.
+    pub(super) fn extend(&mut self, base: &Base<B>, ids: &[u32]) {
+        self.len += ids.len();
+        if base.model.long_ropes(usize::MAX) > 0 {
+            self.ids.extend_from_slice(ids);
+        }
+    }
+
+    /// Takes it to have `reach` tokens in the end, or as many as are expected. Where what it holds is no part of so long a
+    /// text, it then holds nothing, and what it held is returned.
+    pub(super) fn stretch(&mut self, base: &Base<B>, reach: usize) -> Vec<u32> {
+        let held = if self.len == 0 { 0 } else { self.reach };
+        let reach = reach.max(self.expected).max(held);
+        let mut ids = Vec::new();
+        if self.len > 0 && base.model.long_ropes(reach) != base.model.long_ropes(self.reach) {
+            ids.clone_from(&self.ids);
+            self.rewind(base, 0);
+            self.expected = reach;
+        }
+        self.reach = reach;
+        ids
     }
 
     /// Puts the virtual tokens of `adapters` before the first token.
@@ -195,6 +231,10 @@ impl<B: Backend> Sequence<B> {
             to
         };
         let virtual_tokens = self.prefix.as_ref().map_or(0, |prefix| prefix.tokens);
+        // What is left of a long text may be read as a short one.
+        if base.model.long_ropes(virtual_tokens + reached) != base.model.long_ropes(self.reach) {
+            reached = 0;
+        }
         // A cache with a window may have dropped what the next token sees, and keeps nothing then; the others follow.
         for _ in 0..2 {
             for state in &mut self.states {
@@ -212,8 +252,10 @@ impl<B: Backend> Sequence<B> {
             self.prefix = None;
             // The caches hold nothing that a snapshot could go on from.
             self.snapshots.clear();
+            self.expected = 0;
         }
         self.len = reached;
+        self.ids.truncate(reached);
         reached
     }
 }

@@ -103,7 +103,7 @@ pub(super) fn slope_in_place<const FMA: bool, const IS_GELU: bool>(dy: &[f32], g
 
 /// `s` and `g z'`.
 #[inline(always)]
-fn logistic<const FMA: bool, const IS_GELU: bool>(g: f32) -> (f32, f32) {
+pub(super) fn logistic<const FMA: bool, const IS_GELU: bool>(g: f32) -> (f32, f32) {
     let (z, gz) = if IS_GELU {
         // Not `clamp`, which has a branch; a NaN passes.
         let g = if g > GELU_RANGE { GELU_RANGE } else { g };

@@ -46,7 +46,7 @@ macro_rules! light {
         }
     };
     (@texts $fma:expr, $attribute:meta, $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
-        use super::super::{adamw, adamw8, cache, conv, delta_rule, gated, map, rms_norm, rope, sgd, softmax};
+        use super::super::{adamw, adamw8, cache, conv, delta_rule, gated, layer_norm, map, rms_norm, rope, sgd, softmax};
         use super::{Blocks, Factors, Gradients, KEYS, Light, Map, Token};
 
         /// Whether products and sums may be rounded once.
@@ -68,8 +68,14 @@ light! {
     fn rms_norm(w: &[f32], eps: f32, x: &[f32], y: &mut [f32]) = rms_norm::rows;
     /// Adds the gradient of such rows to `dx`.
     fn rms_norm_vjp(w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) = rms_norm::vjp_rows;
+    /// Rows of `y` from rows of `x`, as long as the factors and terms `wb`.
+    fn layer_norm(wb: [&[f32]; 2], eps: f32, x: &[f32], y: &mut [f32]) = layer_norm::rows;
+    /// Adds the gradient of such rows to `dx`.
+    fn layer_norm_vjp(w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) = layer_norm::vjp_rows;
     /// Turns the heads of one token, back if `sign` is -1.
     fn rope(head_dim: usize, sign: f32, cos: &[f32], sin: &[f32], x: &[f32], y: &mut [f32]) = rope::token;
+    /// The same of pairs of neighbours.
+    fn rope_pairs(head_dim: usize, sign: f32, cos: &[f32], sin: &[f32], x: &[f32], y: &mut [f32]) = rope::token_pairs;
     /// `y = silu(gate) up`.
     fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) = gated::value::<FMA, false>;
     /// Its gradients by `gate` and by `up`.
@@ -90,6 +96,11 @@ light! {
     fn softmax_steps(x: &mut [[f32; KEYS]], max: &mut [f32], sums: &mut [f32]) = softmax::steps::<FMA>;
     /// See [`softmax::vjp`].
     fn softmax_vjp(scale: f32, lse: f32, along: f32, s: &mut [f32; KEYS], dp: &mut [f32; KEYS]) = softmax::vjp::<FMA>;
+    /// See [`softmax::vjp_capped`].
+    fn softmax_vjp_capped(factors: [f32; 2], lse: f32, along: f32, s: &mut [f32; KEYS], dp: &mut [f32; KEYS])
+        = softmax::vjp_capped::<FMA>;
+    /// See [`map::softcap`].
+    fn softcap(cap: f32, x: &mut [f32]) = map::softcap::<FMA>;
     /// `sum_i a[i] b[i]`.
     fn dot(a: &[f32], b: &[f32]) -> f32 = softmax::dot;
     /// See [`adamw::step`].

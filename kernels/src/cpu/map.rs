@@ -2,7 +2,8 @@
 
 use super::Cpu;
 use super::exp::exp;
-use super::loops::{map, multiply_add};
+use super::gated::logistic;
+use super::loops::{map, multiply_add, update};
 use super::split::parts;
 
 /// A function of one element, `y = f(x)`.
@@ -16,6 +17,10 @@ pub enum Map {
     Silu,
     /// `cap tanh(x / cap)`: nearly `x`, but never beyond `cap` (Gemma 2).
     Softcap(f32),
+    /// GELU in its tanh form (Hendrycks & Gimpel 2016).
+    GeluTanh,
+    /// `max(x, 0)²` (So et al. 2021).
+    SquaredRelu,
 }
 
 /// `y` from `x` of the same length.
@@ -41,6 +46,8 @@ pub(super) fn values<const FMA: bool>(kind: Map, x: &[f32], y: &mut [f32]) {
         Map::Sigmoid => map([x], y, |[x]| sigmoid::<FMA>(x)),
         Map::Silu => map([x], y, |[x]| x * sigmoid::<FMA>(x)),
         Map::Softcap(cap) => map([x], y, |[x]| cap * tanh::<FMA>(x / cap)),
+        Map::GeluTanh => map([x], y, |[x]| x * logistic::<FMA, true>(x).0),
+        Map::SquaredRelu => map([x], y, |[x]| relu(x) * relu(x)),
     }
 }
 
@@ -61,7 +68,24 @@ pub(super) fn slopes<const FMA: bool>(kind: Map, x: &[f32], dy: &[f32], dx: &mut
             let y = tanh::<FMA>(x / cap);
             dy * (1.0 - y * y)
         }),
+        Map::GeluTanh => map([x, dy], dx, |[x, dy]| {
+            let (s, xz) = logistic::<FMA, true>(x);
+            dy * s * (1.0 + xz * (1.0 - s))
+        }),
+        Map::SquaredRelu => map([x, dy], dx, |[x, dy]| 2.0 * dy * relu(x)),
     }
+}
+
+/// `x = cap tanh(x / cap)`.
+#[inline(always)]
+pub(super) fn softcap<const FMA: bool>(cap: f32, x: &mut [f32]) {
+    update(x, [], |x, []| cap * tanh::<FMA>(x / cap));
+}
+
+/// Not `max`, which passes over a NaN.
+#[inline(always)]
+fn relu(x: f32) -> f32 {
+    if x < 0.0 { 0.0 } else { x }
 }
 
 #[inline(always)]
@@ -76,7 +100,7 @@ const TANH: [f32; 5] = [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_6e-2, 0.133_31
 
 /// Within 2 ulp, without branches.
 #[inline(always)]
-fn tanh<const FMA: bool>(x: f32) -> f32 {
+pub(super) fn tanh<const FMA: bool>(x: f32) -> f32 {
     let square = x * x;
     let mut p = TANH[0];
     for c in &TANH[1..] {

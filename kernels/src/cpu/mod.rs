@@ -27,6 +27,7 @@ mod exp;
 mod factors;
 mod gated;
 mod lanes;
+mod layer_norm;
 mod light;
 pub mod limits;
 mod linear_cross_entropy;
@@ -164,8 +165,10 @@ impl Backend for Cpu {
             Call::RmsNormVjpX { width, w, plus_one, eps, x, dy, dx } => {
                 rms_norm::vjp_x(self, Factors { width, w: w.map(|w| &w[..]), plus_one }, eps, x, dy, dx);
             }
-            Call::Rope { heads, head_dim, cos, sin, x, inverse, y } => {
-                rope::forward(self, heads, head_dim, cos, sin, x, inverse, y);
+            Call::LayerNorm { w, b, eps, x, y } => layer_norm::forward(self, w, b, eps, x, y),
+            Call::LayerNormVjpX { w, eps, x, dy, dx } => layer_norm::vjp_x(self, w, eps, x, dy, dx),
+            Call::Rope { heads, head_dim, cos, sin, x, inverse, pairs, y } => {
+                rope::forward(self, heads, head_dim, cos, sin, x, inverse, pairs, y);
             }
             Call::Gate { activation, gate, up, y } => gated::forward(self, activation, gate, up, y),
             Call::GateVjp { activation, gate, up, dy, dgate, dup } => {
@@ -212,11 +215,11 @@ impl Backend for Cpu {
                 delta_rule::forward_from(self, delta_rule::Inputs { spec, q, k, v, g, beta }, state, y, rows);
             }
             Call::TopK { k, x, chosen } => route::top_k(self, k, x, chosen),
-            Call::Route { top_k, normalize, logits, chosen, weights } => {
-                route::forward(self, top_k, normalize, logits, chosen, weights);
+            Call::Route { top_k, scores, normalize, logits, chosen, weights } => {
+                route::forward(self, top_k, (scores, normalize), logits, chosen, weights);
             }
-            Call::RouteVjp { top_k, normalize, logits, chosen, dweights, dlogits } => {
-                route::vjp(self, top_k, normalize, logits, chosen, dweights, dlogits);
+            Call::RouteVjp { top_k, scores, normalize, logits, chosen, dweights, dlogits } => {
+                route::vjp(self, top_k, (scores, normalize), logits, chosen, dweights, dlogits);
             }
             Call::CrossEntropy { targets, weights, logits, losses } => {
                 cross_entropy::forward_vjp(self, targets, weights, logits, losses);

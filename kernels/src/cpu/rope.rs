@@ -1,8 +1,9 @@
-//! Rotary position embedding (Su et al. 2021), in the half-split order of Hugging Face checkpoints.
+//! Rotary position embedding (Su et al. 2021), in the half-split order of most Hugging Face checkpoints.
 //!
 //! For each token, head and `i < R`, with `c = cos[t, i]` and `s = sin[t, i]`:
 //! `y[i] = x[i] c - x[i + R] s`, `y[i + R] = x[i + R] c + x[i] s`; elements from `2 R` on are copied. The inverse (`s`
-//! negated) is the transpose of the rotation and so its gradient.
+//! negated) is the transpose of the rotation and so its gradient. In the order of the paper, `pairs`, `2 i` and `2 i + 1`
+//! take the places of `i` and `i + R`.
 
 use super::Cpu;
 use super::elementwise::copy;
@@ -18,6 +19,7 @@ pub(crate) fn forward(
     sin: &[f32],
     x: &[f32],
     inverse: bool,
+    pairs: bool,
     y: &mut [f32],
 ) {
     let width = heads * head_dim;
@@ -36,7 +38,10 @@ pub(crate) fn forward(
         let rows = x[at..].chunks_exact(width).zip(y.chunks_exact_mut(width));
         let [cos, sin] = [cos, sin].map(|angles| angles[at / width * turned..].chunks_exact(turned));
         for ((x, y), (cos, sin)) in rows.zip(cos.zip(sin)) {
-            cpu.table.light().rope(head_dim, sign, cos, sin, x, y);
+            match pairs {
+                false => cpu.table.light().rope(head_dim, sign, cos, sin, x, y),
+                true => cpu.table.light().rope_pairs(head_dim, sign, cos, sin, x, y),
+            }
         }
     });
 }
@@ -51,5 +56,18 @@ pub(super) fn token(head_dim: usize, sign: f32, cos: &[f32], sin: &[f32], x: &[f
         let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
         map([x0, x1, cos, sin], y0, |[x0, x1, c, s]| x0 * c - x1 * (s * sign));
         map([x0, x1, cos, sin], y1, |[x0, x1, c, s]| x1 * c + x0 * (s * sign));
+    }
+}
+
+/// The same in the order of the paper.
+#[inline(always)]
+pub(super) fn token_pairs(head_dim: usize, sign: f32, cos: &[f32], sin: &[f32], x: &[f32], y: &mut [f32]) {
+    let turned = 2 * cos.len();
+    for (x, y) in x.chunks_exact(head_dim).zip(y.chunks_exact_mut(head_dim)) {
+        y[turned..].copy_from_slice(&x[turned..]);
+        let pairs = x[..turned].as_chunks().0.iter().zip(y[..turned].as_chunks_mut().0);
+        for (([x0, x1], y), (c, s)) in pairs.zip(cos.iter().zip(sin)) {
+            *y = [x0 * c - x1 * (s * sign), x1 * c + x0 * (s * sign)];
+        }
     }
 }

@@ -4,11 +4,17 @@
 //! are `w = p` or, normalized, `w = p / (sum of the chosen p)`, which is the softmax of the chosen logits alone.
 //! Backward, with the choice as it is: `dl_e = p_e (dw_e - D)` with `D = sum_j w_j dw_j`; of an expert not chosen `dw` is 0
 //! and, normalized, its `p` counts as 0, too.
+//!
+//! With sigmoids `s`, `w = s` or, normalized, `w = s / (sum of the chosen s + 1e-6)`, and `dl_e = w_e (dw_e - D) (1 - s_e)`
+//! with `D` as above or, not normalized, 0; that of an expert not chosen is 0.
 
 use super::Cpu;
 use super::light::Light;
 use super::split::run;
+use crate::Scores;
 
+/// Added to a sum of sigmoids, which may be as small.
+const LEAST: f32 = 1e-6;
 /// Tokens of a task.
 const ROWS: usize = 16;
 
@@ -25,7 +31,14 @@ pub(crate) fn top_k(cpu: &Cpu, k: usize, logits: &[f32], chosen: &mut [f32]) {
 }
 
 /// `weights[T, k]` of the experts `chosen[T, k]` from `logits[T, E]`.
-pub(crate) fn forward(cpu: &Cpu, top_k: usize, normalize: bool, logits: &[f32], chosen: &[f32], weights: &mut [f32]) {
+pub(crate) fn forward(
+    cpu: &Cpu,
+    top_k: usize,
+    (scores, normalize): (Scores, bool),
+    logits: &[f32],
+    chosen: &[f32],
+    weights: &mut [f32],
+) {
     let experts = experts(top_k, logits, chosen);
     assert_eq!(chosen.len(), weights.len());
     let rows = chosen.chunks(ROWS * top_k).zip(weights.chunks_mut(ROWS * top_k));
@@ -34,6 +47,10 @@ pub(crate) fn forward(cpu: &Cpu, top_k: usize, normalize: bool, logits: &[f32], 
         let mut p = vec![0.0; experts];
         let rows = chosen.chunks_exact(top_k).zip(weights.chunks_exact_mut(top_k));
         for (logits, (chosen, weights)) in logits.chunks_exact(experts).zip(rows) {
+            if scores == Scores::Sigmoid {
+                sigmoids(logits, chosen, normalize, weights);
+                continue;
+            }
             probabilities(cpu.table.light(), logits, chosen, normalize, &mut p);
             chosen.iter().zip(weights).for_each(|(expert, weight)| *weight = p[*expert as usize]);
         }
@@ -44,7 +61,7 @@ pub(crate) fn forward(cpu: &Cpu, top_k: usize, normalize: bool, logits: &[f32], 
 pub(crate) fn vjp(
     cpu: &Cpu,
     top_k: usize,
-    normalize: bool,
+    (scores, normalize): (Scores, bool),
     logits: &[f32],
     chosen: &[f32],
     dweights: &[f32],
@@ -58,6 +75,10 @@ pub(crate) fn vjp(
         let rows = logits.chunks_exact(experts).zip(dlogits.chunks_exact_mut(experts));
         let inputs = chosen.chunks_exact(top_k).zip(dweights.chunks_exact(top_k));
         for ((logits, p), (chosen, dweights)) in rows.zip(inputs) {
+            if scores == Scores::Sigmoid {
+                sigmoids_vjp(logits, chosen, normalize, dweights, p);
+                continue;
+            }
             probabilities(cpu.table.light(), logits, chosen, normalize, p);
             let terms = chosen.iter().zip(dweights);
             let along: f32 = terms.clone().map(|(expert, dw)| p[*expert as usize] * dw).sum();
@@ -91,6 +112,33 @@ fn probabilities(light: &Light, logits: &[f32], chosen: &[f32], normalize: bool,
     let max = light.largest(p);
     let sum = light.exp_sum(p, max);
     p.iter_mut().for_each(|p| *p = (f64::from(*p) / sum) as f32);
+}
+
+/// The weights of the `chosen` by their sigmoids.
+fn sigmoids(logits: &[f32], chosen: &[f32], normalize: bool, weights: &mut [f32]) {
+    chosen.iter().zip(&mut *weights).for_each(|(expert, weight)| *weight = sigmoid(logits[*expert as usize]));
+    if normalize {
+        let sum = weights.iter().sum::<f32>() + LEAST;
+        weights.iter_mut().for_each(|weight| *weight /= sum);
+    }
+}
+
+/// Their gradient by the logits.
+fn sigmoids_vjp(logits: &[f32], chosen: &[f32], normalize: bool, dweights: &[f32], dlogits: &mut [f32]) {
+    let mut weights = vec![0.0; chosen.len()];
+    sigmoids(logits, chosen, normalize, &mut weights);
+    let terms = weights.iter().zip(dweights);
+    let along = if normalize { terms.clone().map(|(w, dw)| w * dw).sum() } else { 0.0 };
+    dlogits.fill(0.0);
+    for (expert, (w, dw)) in chosen.iter().zip(terms) {
+        let expert = *expert as usize;
+        dlogits[expert] = w * (dw - along) * (1.0 - sigmoid(logits[expert]));
+    }
+}
+
+/// Of so few that vectors would not pay.
+fn sigmoid(x: f32) -> f32 {
+    (1.0 / (1.0 + (-f64::from(x)).exp())) as f32
 }
 
 fn experts(top_k: usize, logits: &[f32], chosen: &[f32]) -> usize {

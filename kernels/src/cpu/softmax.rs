@@ -8,6 +8,7 @@ use super::cache::BLOCK as KEYS;
 use super::exp::exp;
 use super::lanes::LANES;
 use super::loops::{sum, update};
+use super::map::tanh;
 use wide::f32x8;
 
 /// Elements that are summed in f32 before they join the f64 total; keeps a vocabulary's sum exact to f32, and
@@ -65,6 +66,22 @@ fn fold(x: &[f32; KEYS], vectors: impl Fn(f32x8, f32x8) -> f32x8, floats: impl F
 pub(super) fn vjp<const FMA: bool>(scale: f32, lse: f32, along: f32, s: &mut [f32; KEYS], dp: &mut [f32; KEYS]) {
     update(s, [], |s, []| exp::<FMA>(s * scale - lse));
     update(dp, [s], |dp, [p]| scale * p * (dp - along));
+}
+
+/// The same where the scaled scores were put through `cap tanh(s / cap)`.
+#[inline(always)]
+pub(super) fn vjp_capped<const FMA: bool>(
+    [scale, cap]: [f32; 2],
+    lse: f32,
+    along: f32,
+    s: &mut [f32; KEYS],
+    dp: &mut [f32; KEYS],
+) {
+    for (s, dp) in s.iter_mut().zip(dp) {
+        let t = tanh::<FMA>(*s * scale / cap);
+        *s = exp::<FMA>(cap * t - lse);
+        *dp = scale * (1.0 - t * t) * *s * (*dp - along);
+    }
 }
 
 /// `D` of a row: `p . dp` or, in attention, `y . dy`, which is the same.

@@ -135,13 +135,42 @@ fn rms_norm(report: &mut Report, random: &mut Random, stored: Stored, t: usize, 
 }
 
 #[test]
+fn layer_norm_meets_the_oracle() {
+    let mut report = Report::default();
+    let mut random = Random(27);
+    for (t, c) in [(0, 8), (1, 1), (1, 7), (3, 8), (5, 65), (2, 300)] {
+        if !affordable(t * c * t * c) {
+            continue;
+        }
+        let [w, b] = [0; 2].map(|_| random.vector(c));
+        // Their mean is far from zero.
+        let x: Vec<f32> = random.vector(t * c).iter().map(|x| x + 1.0).collect();
+        let dy = random.vector(t * c);
+        let eps = 1e-5_f32;
+        let norm = |x: &[f64]| oracle::layer_norm(&wide(&w), &wide(&b), f64::from(eps), x);
+        // In a row of one element nothing is left of it, and differences of nothing are only noise.
+        let dx = if c == 1 { vec![0.0; t] } else { oracle::gradient(&wide(&x), &wide(&dy), norm) };
+        let dx = dx.iter().map(|dx| dx + 0.5).collect();
+        let bound = EPS * (c as f64 / 4.0 + 32.0);
+        let expected = [Expected::norm(norm(&wide(&x)), bound), Expected::norm(dx, bound + 1e-8)];
+        case!(report, &format!("layer_norm [{t}, {c}]"), &expected, |cpu| {
+            let [w, b, x, dy] = [&w, &b, &x, &dy].map(|x| buffer(cpu, x));
+            let (mut y, mut dx) = (poisoned(cpu, t * c), buffer(cpu, &vec![0.5; t * c]));
+            cpu.run(Call::LayerNorm { w: &w, b: &b, eps, x: &x, y: &mut y }).unwrap();
+            cpu.run(Call::LayerNormVjpX { w: &w, eps, x: &x, dy: &dy, dx: &mut dx }).unwrap();
+            vec![read(cpu, &y), read(cpu, &dx)]
+        });
+    }
+}
+
+#[test]
 fn rope_turns_and_turns_back() {
     let mut report = Report::default();
     let mut random = Random(24);
     // Pairs that are turned of each head: all of it, a part, nothing.
     let shapes =
         [(1, 1, 2, 1), (5, 3, 6, 3), (3, 2, 64, 32), (70, 9, 32, 16), (5, 3, 6, 2), (70, 2, 64, 8), (2, 2, 3, 0)];
-    for (t, heads, d, r) in shapes {
+    for ((t, heads, d, r), pairs) in shapes.into_iter().flat_map(|shape| [(shape, false), (shape, true)]) {
         if !affordable(t * heads * d) {
             continue;
         }
@@ -152,18 +181,20 @@ fn rope_turns_and_turns_back() {
             let mut y = wide(&x);
             for (at, y) in y.iter_mut().enumerate().filter(|(at, _)| at % d < 2 * r) {
                 let (token, i) = (at / (heads * d), at % d);
-                let angle = token * r + i % r;
+                // How far the other element of the pair is, whether it comes behind, and the pair's number.
+                let (far, first, pair) = if pairs { (1, i % 2 == 0, i / 2) } else { (r, i < r, i % r) };
+                let angle = token * r + pair;
                 let (c, s) = (f64::from(cos[angle]), sign * f64::from(sin[angle]));
-                let other = if i < r { -f64::from(x[at + r]) } else { f64::from(x[at - r]) };
+                let other = if first { -f64::from(x[at + far]) } else { f64::from(x[at - far]) };
                 *y = f64::from(x[at]) * c + other * s;
             }
             Expected::new(y, vec![4.0 * EPS; x.len()])
         };
-        case!(report, &format!("rope T={t} H={heads} D={d} R={r}"), &[turn(1.0), turn(-1.0)], |cpu| {
+        case!(report, &format!("rope T={t} H={heads} D={d} R={r} pairs: {pairs}"), &[turn(1.0), turn(-1.0)], |cpu| {
             let (cos, sin, x) = (buffer(cpu, &cos), buffer(cpu, &sin), buffer(cpu, &x));
             let (mut y, mut back) = (poisoned(cpu, t * heads * d), poisoned(cpu, t * heads * d));
             for (inverse, y) in [(false, &mut y), (true, &mut back)] {
-                cpu.run(Call::Rope { heads, head_dim: d, cos: &cos, sin: &sin, x: &x, inverse, y }).unwrap();
+                cpu.run(Call::Rope { heads, head_dim: d, cos: &cos, sin: &sin, x: &x, inverse, pairs, y }).unwrap();
             }
             vec![read(cpu, &y), read(cpu, &back)]
         });

@@ -26,6 +26,17 @@ pub fn softmax(x: &[f64]) -> Vec<f64> {
     e.iter().map(|e| e / sum).collect()
 }
 
+/// Rows as wide as `w`, normed to mean 0 and variance 1, times `w` plus `b`.
+pub fn layer_norm(w: &[f64], b: &[f64], eps: f64, x: &[f64]) -> Vec<f64> {
+    let row = |x: &[f64]| {
+        let mean = |of: &dyn Fn(f64) -> f64| x.iter().map(|x| of(*x)).sum::<f64>() / x.len() as f64;
+        let middle = mean(&|x| x);
+        let root = (mean(&|x| (x - middle).powi(2)) + eps).sqrt();
+        x.iter().zip(w).zip(b).map(|((x, w), b)| (x - middle) / root * w + b).collect::<Vec<f64>>()
+    };
+    x.chunks(w.len()).flat_map(row).collect()
+}
+
 pub fn rms_norm(w: &[f64], eps: f64, x: &[f64]) -> Vec<f64> {
     let row = |x: &[f64]| {
         let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
@@ -62,6 +73,11 @@ pub fn gradient(x: &[f64], dy: &[f64], f: impl Fn(&[f64]) -> Vec<f64>) -> Vec<f6
         .collect()
 }
 
+/// A scaled score as attention takes it.
+fn capped(spec: &Attention, score: f64) -> f64 {
+    spec.softcap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh())
+}
+
 /// What attention of the last `queries` of `keys` tokens yields: outputs `[T, H * D]` and log-sum-exps `[T, H]`.
 pub fn attention(spec: &Attention, segments: &[usize], q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
     let d = spec.head_dim;
@@ -83,7 +99,9 @@ pub fn attention(spec: &Attention, segments: &[usize], q: &[f64], k: &[f64], v: 
                 .collect();
             let q = &q[(i * spec.heads + head) * d..][..d];
             let row = |x: &[f64], j: usize| x[(j * spec.kv_heads + g) * d..][..d].to_vec();
-            let dot = |j: &usize| q.iter().zip(row(k, *j)).map(|(q, k)| q * k).sum::<f64>() * f64::from(spec.scale);
+            let dot = |j: &usize| {
+                capped(spec, q.iter().zip(row(k, *j)).map(|(q, k)| q * k).sum::<f64>() * f64::from(spec.scale))
+            };
             let scores: Vec<f64> = seen.iter().map(dot).collect();
             let p = softmax(&scores);
             y.extend((0..d).map(|c| p.iter().zip(&seen).map(|(p, j)| p * row(v, *j)[c]).sum::<f64>()));
@@ -113,11 +131,13 @@ pub fn attention_vjp(
                 let query = (t * spec.heads + head) * d;
                 let key = |j: usize| (j * spec.kv_heads + g) * d;
                 let dot = |a: &[f64], i: usize, b: &[f64], j: usize| (0..d).map(|c| a[i + c] * b[j + c]).sum::<f64>();
-                let p = softmax(&(first..=t).map(|j| scale * dot(q, query, k, key(j))).collect::<Vec<_>>());
+                let scores: Vec<f64> = (first..=t).map(|j| capped(spec, scale * dot(q, query, k, key(j)))).collect();
+                let p = softmax(&scores);
                 let dp: Vec<f64> = (first..=t).map(|j| dot(dy, query, v, key(j))).collect();
                 let mean: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp).sum();
                 for (n, j) in (first..=t).enumerate() {
-                    let ds = scale * p[n] * (dp[n] - mean);
+                    let slope = spec.softcap.map_or(1.0, |cap| 1.0 - (scores[n] / f64::from(cap)).powi(2));
+                    let ds = scale * slope * p[n] * (dp[n] - mean);
                     for c in 0..d {
                         dq[query + c] += ds * k[key(j) + c];
                         dk[key(j) + c] += ds * q[query + c];

@@ -2,15 +2,18 @@
 
 use super::harness::{EPS, Expected, Random, Report, affordable, buffer, case, poisoned, read, wide};
 use super::oracle;
-use pocketlora_kernels::{Backend, Call};
+use pocketlora_kernels::{Backend, Call, Scores};
 
 /// The weights of the experts `chosen` `[T, k]`.
-fn weights(normalize: bool, experts: usize, chosen: &[usize], logits: &[f64]) -> Vec<f64> {
+fn weights(scores: Scores, normalize: bool, experts: usize, chosen: &[usize], logits: &[f64]) -> Vec<f64> {
     let rows = logits.chunks(experts);
     let top_k = chosen.len() / rows.len();
     let row = |(logits, chosen): (&[f64], &[usize])| {
-        let p = oracle::softmax(logits);
-        let sum = if normalize { chosen.iter().map(|e| p[*e]).sum() } else { 1.0 };
+        let (p, least) = match scores {
+            Scores::Softmax => (oracle::softmax(logits), 0.0),
+            Scores::Sigmoid => (logits.iter().map(|l| 1.0 / (1.0 + (-l).exp())).collect(), 1e-6),
+        };
+        let sum = if normalize { chosen.iter().map(|e| p[*e]).sum::<f64>() + least } else { 1.0 };
         chosen.iter().map(|e| p[*e] / sum).collect::<Vec<f64>>()
     };
     rows.zip(chosen.chunks(top_k)).flat_map(row).collect()
@@ -21,7 +24,8 @@ fn routing_and_its_gradient_meet_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(71);
     for (t, experts, top_k) in [(1, 1, 1), (3, 4, 2), (40, 8, 3), (5, 128, 8), (2, 6, 6)] {
-        for normalize in [false, true] {
+        let ways = [Scores::Softmax, Scores::Sigmoid].map(|scores| [(scores, false), (scores, true)]);
+        for (scores, normalize) in ways.into_iter().flatten() {
             if !affordable(t * experts * t) {
                 continue;
             }
@@ -33,25 +37,27 @@ fn routing_and_its_gradient_meet_the_oracle() {
                 order[..top_k].to_vec()
             };
             let chosen: Vec<usize> = logits.chunks(experts).flat_map(largest).collect();
-            let of = |logits: &[f64]| weights(normalize, experts, &chosen, logits);
+            let of = |logits: &[f64]| weights(scores, normalize, experts, &chosen, logits);
             let dlogits = oracle::gradient(&wide(&logits), &wide(&dweights), of);
             let expected = [
                 Expected::new(chosen.iter().map(|e| *e as f64).collect(), vec![0.0; t * top_k]),
                 Expected::new(of(&wide(&logits)), vec![8.0 * EPS; t * top_k]),
                 Expected::new(dlogits, vec![16.0 * EPS; t * experts]),
             ];
-            let name = format!("route of {t} tokens to {top_k} of {experts}, normalized: {normalize}");
+            let name = format!("route of {t} tokens to {top_k} of {experts}, {scores:?}, normalized: {normalize}");
             case!(report, &name, &expected, |device| {
                 let (logits, dweights) = (&buffer(device, &logits), &buffer(device, &dweights));
                 let (mut chosen, mut weights) = (poisoned(device, t * top_k), poisoned(device, t * top_k));
                 device.run(Call::TopK { k: top_k, x: logits, chosen: &mut chosen }).unwrap();
-                let call = Call::Route { top_k, normalize, logits, chosen: &chosen, weights: &mut weights };
+                let weights_now = &mut weights;
+                let call = Call::Route { top_k, scores, normalize, logits, chosen: &chosen, weights: weights_now };
                 device.run(call).unwrap();
                 let mut dlogits = poisoned(device, t * experts);
                 let (chosen_then, dlogits_now) = (&chosen, &mut dlogits);
                 device
                     .run(Call::RouteVjp {
                         top_k,
+                        scores,
                         normalize,
                         logits,
                         chosen: chosen_then,

@@ -13,8 +13,52 @@ use serde_json::{Map, Value};
 pub struct Rope {
     /// Angle per position of each turned pair of a head, at most `D / 2`, in radians.
     pub inv_freq: Vec<f32>,
-    /// Factor on every cosine and sine (YaRN's); 1 for all others.
+    /// Factor on every cosine and sine (YaRN's and LongRoPE's); 1 for all others.
     pub attention_factor: f32,
+    /// Pair `i` is elements `2 i` and `2 i + 1` of a head, rather than `i` and `i + R` of `R` pairs.
+    pub pairs: bool,
+    /// What long texts turn by instead.
+    pub long: Option<LongRope>,
+    /// A factor on cosines and sines that grows along the text.
+    pub growth: Option<Growth>,
+}
+
+/// The angles of all positions in a text of more than `beyond` tokens (LongRoPE, Ding et al. 2024).
+#[derive(Clone, Debug, PartialEq)]
+pub struct LongRope {
+    /// Tokens of the longest text without them.
+    pub beyond: usize,
+    /// As [`Rope::inv_freq`].
+    pub inv_freq: Vec<f32>,
+}
+
+/// The factor `1 + beta ln(1 + floor(p / every))` at position `p`: queries that see more tokens are sharpened (Llama 4).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Growth {
+    /// See above.
+    pub beta: f32,
+    /// Positions that have the same factor.
+    pub every: usize,
+}
+
+impl Rope {
+    /// The angle per position of each pair, in a text that is taken to reach so many tokens.
+    #[must_use]
+    pub fn frequencies(&self, reach: usize) -> &[f32] {
+        self.long.as_ref().filter(|long| reach > long.beyond).map_or(&self.inv_freq, |long| &long.inv_freq)
+    }
+
+    /// The factor on cosines and sines at `position`.
+    #[must_use]
+    pub fn factor(&self, position: usize) -> f32 {
+        let grown = |growth: Growth| 1.0 + growth.beta * (1.0 + (position / growth.every) as f32).ln();
+        self.attention_factor * self.growth.map_or(1.0, grown)
+    }
+
+    /// The same angles for queries and keys.
+    pub(crate) fn of_both(self) -> Option<[Self; 2]> {
+        Some([self.clone(), self])
+    }
 }
 
 /// Which keys describe a rotary embedding, and what a family takes for those that a file leaves out.
@@ -34,8 +78,10 @@ pub(crate) struct RopeKeys {
     pub(crate) layers: Option<&'static str>,
     /// Share of a head that turns, in families where it may be less than all.
     pub(crate) partial: Option<f64>,
-    /// Keys of the object that change nothing for text.
-    pub(crate) unused: &'static [&'static str],
+    /// See [`Rope::pairs`].
+    pub(crate) pairs: bool,
+    /// Further keys of the object: those that the family reads itself, or that change nothing for text.
+    pub(crate) more: &'static [&'static str],
 }
 
 impl RopeKeys {
@@ -49,7 +95,8 @@ impl RopeKeys {
             scaled: true,
             layers: None,
             partial: None,
-            unused: &[],
+            pairs: false,
+            more: &[],
         }
     }
 
@@ -85,13 +132,20 @@ impl RopeKeys {
             None => Scaling::Default,
         };
         // transformers computes the exponent and the power in f32; doing so too keeps the angles bit-equal.
-        let inv_freq = (0..turned / 2)
-            .map(|i| (i, (theta as f32).powf((2 * i) as f32 / turned as f32)))
-            .map(|(i, period)| scaling.apply(i, period))
-            .collect();
-        let attention_factor =
-            if let Scaling::Yarn { attention_factor, .. } = scaling { attention_factor as f32 } else { 1.0 };
-        Ok(Rope { inv_freq, attention_factor })
+        let periods = (0..turned / 2).map(|i| (i, (theta as f32).powf((2 * i) as f32 / turned as f32)));
+        let long = scaling.long().map(|(beyond, factors)| LongRope {
+            beyond,
+            inv_freq: periods.clone().map(|(i, period)| 1.0 / (factors[i] * period)).collect(),
+        });
+        let inv_freq = periods.map(|(i, period)| scaling.apply(i, period)).collect();
+        let attention_factor = scaling.attention_factor();
+        Ok(Rope { inv_freq, attention_factor, pairs: self.pairs, long, growth: None })
+    }
+
+    /// What says how angles are stretched, in either form of the file.
+    pub(crate) fn nested<'a>(&self, keys: &Keys<'a>) -> Result<Option<Keys<'a>>, ConfigError> {
+        let nested = self.parameters(keys)?.map_or_else(|| keys.object("rope_scaling"), |new| Ok(Some(new)))?;
+        Ok(nested.filter(|nested| !nested.0.is_empty()))
     }
 
     /// `rope_parameters`, or the object in it that is about these layers.
@@ -163,7 +217,8 @@ mod tests {
         scaled: true,
         layers: None,
         partial: None,
-        unused: &[],
+        pairs: false,
+        more: &[],
     };
 
     fn parse(change: Value) -> Result<Rope, ConfigError> {
@@ -258,7 +313,13 @@ mod tests {
     fn what_would_be_ignored_is_refused_by_name() {
         let yarn = |key: &str, value: Value| json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, key: value}});
         let cases = [
-            (json!({"rope_scaling": {"type": "longrope", "factor": 4.0}}), "rope_type"),
+            (json!({"rope_scaling": {"type": "mrope", "factor": 4.0}}), "rope_type"),
+            (json!({"rope_scaling": {"type": "dynamic", "factor": 4.0, "alpha": 2.0}}), "alpha"),
+            (json!({"rope_scaling": {"type": "longrope", "factor": 4.0}}), "short_factor"),
+            (
+                json!({"rope_scaling": {"type": "su", "short_factor": vec![1; 8], "long_factor": vec![1; 7]}}),
+                "long_factor",
+            ),
             (json!({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 4.0}}), "type"),
             (json!({"rope_scaling": {"type": "linear", "factor": 4.0, "beta_fast": 32}}), "beta_fast"),
             (json!({"rope_scaling": {"type": "linear"}}), "factor"),
@@ -320,7 +381,7 @@ mod tests {
 
     #[test]
     fn a_part_of_a_head_turns_where_the_family_says_so() {
-        let family = RopeKeys { partial: Some(0.5), unused: &["mrope_section"], ..PLAIN };
+        let family = RopeKeys { partial: Some(0.5), more: &["mrope_section"], ..PLAIN };
         let want = read(&RopeKeys { head_dim: 8, ..PLAIN }, json!({})).unwrap();
         for file in [
             json!({}),

@@ -3,6 +3,7 @@
 use super::RopeKeys;
 use crate::config::ConfigError;
 use crate::keys::Keys;
+use serde_json::Value;
 use std::f64::consts::TAU;
 
 /// Kinds of scaling, as `rope_type` spells them, and the keys that each reads beside [`COMMON`].
@@ -24,12 +25,16 @@ const KINDS: &[(&str, &[&str])] = &[
         ],
     ),
     ("llama3", &["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"]),
+    ("longrope", LONGROPE),
+    ("su", LONGROPE),
 ];
+const LONGROPE: &[&str] =
+    &["short_factor", "long_factor", "factor", "original_max_position_embeddings", "attention_factor"];
 /// Keys of every kind. Only `finetuned`, a remark of early YaRN files, has no effect.
 const COMMON: &[&str] = &["rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"];
 
 /// A kind of scaling with its numbers.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Scaling {
     Default,
     /// All angles divided by the factor.
@@ -46,6 +51,16 @@ pub(super) enum Scaling {
         factor: f64,
         /// First pair and end of the ramp.
         ramp: (f64, f64),
+        attention_factor: f64,
+    },
+    /// A base of its own for so many dimensions (HunYuan's dynamic NTK, which depends on no length).
+    Base(f64, usize),
+    /// Each pair divided by a factor of its own, in long texts by another (Ding et al. 2024).
+    LongRope {
+        short: Vec<f32>,
+        long: Vec<f32>,
+        /// Tokens of the longest text that is short.
+        original: usize,
         attention_factor: f64,
     },
 }
@@ -90,7 +105,7 @@ impl Parameters<'_> {
             let known: Vec<_> = KINDS.iter().map(|(name, _)| format!("`{name}`")).collect();
             return Err(ConfigError::unsupported("rope_type", format!("one of {}", known.join(", ")), kind));
         };
-        let unknown = |key: &&str| ![COMMON, keys, self.family.unused].iter().any(|known| known.contains(key));
+        let unknown = |key: &&str| ![COMMON, keys, self.family.more].iter().any(|known| known.contains(key));
         if let Some(key) = self.rope.names().find(unknown) {
             return Err(ConfigError::unsupported(
                 key,
@@ -99,6 +114,18 @@ impl Parameters<'_> {
             ));
         }
         Ok(kind)
+    }
+
+    /// A factor for each pair.
+    fn factors(&self, key: &str) -> Result<Vec<f32>, ConfigError> {
+        let pairs = self.turned / 2;
+        let factor = |value: &Value| value.as_f64().filter(|f| (1e-6..1e12).contains(f)).map(|f| f as f32);
+        let list = self.rope.get(key).and_then(Value::as_array).filter(|list| list.len() == pairs);
+        let list = list.and_then(|list| list.iter().map(factor).collect());
+        list.ok_or_else(|| {
+            let got = self.rope.get(key).map_or_else(|| "nothing".to_owned(), ToString::to_string);
+            ConfigError::new(key, format!("{pairs} numbers from 1e-6 to 1e12"), got)
+        })
     }
 
     /// Context before the scaling. As in transformers, a key beside the scaling's object goes first.
@@ -117,6 +144,7 @@ impl Scaling {
         match p.kind()? {
             "linear" => Ok(Self::Linear(p.positive("factor", None)?)),
             // Dynamic NTK changes the base only past the trained context, where our context ends.
+            "dynamic" if p.rope.get("alpha").is_some() => Self::ntk(p),
             "dynamic" => p.positive("factor", None).map(|_| Self::Default),
             "llama3" => {
                 let (low, high) = (p.positive("low_freq_factor", None)?, p.positive("high_freq_factor", None)?);
@@ -126,7 +154,47 @@ impl Scaling {
                 Ok(Self::Llama3 { factor: p.positive("factor", None)?, low, high, original: p.original()? })
             }
             "yarn" => Self::yarn(p),
+            "longrope" | "su" => Self::longrope(p),
             _ => Ok(Self::Default),
+        }
+    }
+
+    /// Of families that have `alpha`.
+    fn ntk(p: &Parameters<'_>) -> Result<Self, ConfigError> {
+        let (alpha, dim) = (p.positive("alpha", None)?, p.turned as f64);
+        let base = p.theta * alpha.powf(dim / (dim - 2.0));
+        if base > 1.0 && base < 1e30 {
+            return Ok(Self::Base(base, p.turned));
+        }
+        Err(ConfigError::new("alpha", "a number that makes a base from 1 to 1e30", alpha))
+    }
+
+    /// transformers' `_compute_longrope_parameters`.
+    fn longrope(p: &Parameters<'_>) -> Result<Self, ConfigError> {
+        let original = p.original()?;
+        let factor = p.positive("factor", Some(p.family.positions as f64 / original))?;
+        let usual = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+        let attention_factor = p.positive("attention_factor", Some(usual))?;
+        if !(1e-6..1e6).contains(&attention_factor) {
+            return Err(ConfigError::new("attention_factor", "a number from 1e-6 to 1e6", attention_factor));
+        }
+        let (short, long) = (p.factors("short_factor")?, p.factors("long_factor")?);
+        Ok(Self::LongRope { short, long, original: original as usize, attention_factor })
+    }
+
+    /// What long texts are: of more than so many tokens, and their factors.
+    pub(super) fn long(&self) -> Option<(usize, &[f32])> {
+        match self {
+            Self::LongRope { long, original, .. } => Some((*original, long)),
+            _ => None,
+        }
+    }
+
+    /// The factor on cosines and sines.
+    pub(super) fn attention_factor(&self) -> f32 {
+        match self {
+            Self::Yarn { attention_factor, .. } | Self::LongRope { attention_factor, .. } => *attention_factor as f32,
+            _ => 1.0,
         }
     }
 
@@ -164,9 +232,9 @@ impl Scaling {
     }
 
     /// Angle per position of pair `i`, whose unscaled one is `1 / period`.
-    pub(super) fn apply(self, i: usize, period: f32) -> f32 {
+    pub(super) fn apply(&self, i: usize, period: f32) -> f32 {
         let freq = f64::from(1.0 / period);
-        match self {
+        match *self {
             Self::Default => freq as f32,
             Self::Linear(factor) => (freq / factor) as f32,
             Self::Llama3 { factor, low, high, original } => {
@@ -179,6 +247,8 @@ impl Scaling {
                 let keep = 1.0 - ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
                 1.0 / (factor as f32 * period) * (1.0 - keep) + 1.0 / period * keep
             }
+            Self::Base(base, dim) => 1.0 / (base as f32).powf((2 * i) as f32 / dim as f32),
+            Self::LongRope { ref short, .. } => 1.0 / (short[i] * period),
         }
     }
 }

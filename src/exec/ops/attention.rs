@@ -273,6 +273,6 @@ fn over_caches<B: Backend>(
 
 /// The kernels' form of a model's attention shape.
 fn spec(shape: &AttentionShape) -> Attention {
-    let AttentionShape { heads, kv_heads, head_dim, scale, window } = *shape;
-    Attention { heads, kv_heads, head_dim, scale, window }
+    let AttentionShape { heads, kv_heads, head_dim, scale, softcap, window } = *shape;
+    Attention { heads, kv_heads, head_dim, scale, softcap, window }
 }

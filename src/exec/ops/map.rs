@@ -26,5 +26,8 @@ fn kind(map: Map) -> pocketlora_kernels::Map {
     match map {
         Map::Sigmoid => pocketlora_kernels::Map::Sigmoid,
         Map::Silu => pocketlora_kernels::Map::Silu,
+        Map::GeluTanh => pocketlora_kernels::Map::GeluTanh,
+        Map::Softcap(cap) => pocketlora_kernels::Map::Softcap(cap),
+        Map::SquaredRelu => pocketlora_kernels::Map::SquaredRelu,
     }
 }

@@ -46,7 +46,7 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, op: &Op, y: Value) ->
         Op::DeltaRule { shape, state, q, k, v, g, beta } => {
             delta_rule::run(it, shape, *state, [*q, *k, *v, *g, *beta], y)
         }
-        Op::Route { router, top, normalize, logits } => route::run(it, *router, *top, *normalize, *logits, y),
+        Op::Route { router, routing, logits } => route::run(it, *router, routing, *logits, y),
         Op::Experts { experts, x, weights } => experts::run(it, experts, *x, *weights, y),
         Op::Add { a, b } => add::run(it, *a, *b, y),
     }
@@ -85,7 +85,7 @@ pub(super) fn back<B: Backend>(
         Op::Conv { conv, x, .. } => conv::back(it, conv, *x, dy),
         Op::Decay { rate, bias, a } => decay::back(it, [*rate, *bias], *a, dy),
         Op::DeltaRule { shape, q, k, v, g, beta, .. } => delta_rule::back(it, shape, [*q, *k, *v, *g, *beta], dy),
-        Op::Route { top, normalize, logits, .. } => route::back(it, *top, *normalize, *logits, y, dy),
+        Op::Route { routing, logits, .. } => route::back(it, routing, *logits, y, dy),
         Op::Experts { experts, x, weights } => experts::back(it, experts, *x, *weights, dy, grads),
         Op::Add { a, b } => add::back(it, *a, *b, dy),
     }

@@ -46,5 +46,6 @@ fn turn<B: Backend>(
     y: &mut B::Buffer,
 ) -> Result<()> {
     let (cos, sin) = &it.pass.angles[table.0 as usize];
-    Ok(it.backend().run(Call::Rope { heads, head_dim, cos, sin, x, inverse, y })?)
+    let pairs = it.pass.base.model.ropes()[table.0 as usize].pairs;
+    Ok(it.backend().run(Call::Rope { heads, head_dim, cos, sin, x, inverse, pairs, y })?)
 }

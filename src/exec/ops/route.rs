@@ -1,18 +1,18 @@
-//! `weights, chosen = top(softmax(logits))`: which experts a token goes to, and how much each counts.
+//! `weights, chosen = top(scores(logits))`: which experts a token goes to, and how much each counts.
 
 use super::Interpreter;
 use crate::error::Result;
-use pocketlora_kernels::{Backend, Call};
-use pocketlora_models::{Param, Value};
+use pocketlora_kernels::{self as kernels, Backend, Call, Map};
+use pocketlora_models::{Param, Routing, Scores, Value};
 
 pub(super) fn run<B: Backend>(
     it: &mut Interpreter<'_, B>,
     router: Param,
-    top_k: usize,
-    normalize: bool,
+    routing: &Routing,
     logits: Value,
     y: Value,
 ) -> Result<()> {
+    let Routing { top: top_k, normalize, scores } = *routing;
     let (pass, backend) = (it.pass, it.backend());
     let numbers = chosen(y);
     let (mut weights, mut chosen) = (it.buffer(it.len(y))?, it.buffer(it.len(numbers))?);
@@ -20,7 +20,7 @@ pub(super) fn run<B: Backend>(
     match pass.choices.of(router, &it.rows, top_k).filter(|_| training) {
         Some(before) => backend.write(&mut chosen, &before),
         None => {
-            backend.run(Call::TopK { k: top_k, x: it.data(logits), chosen: &mut chosen })?;
+            choose(it, routing, logits, &mut chosen)?;
             if training {
                 let mut found = vec![0.0; backend.len(&chosen)];
                 backend.read(&chosen, &mut found)?;
@@ -28,27 +28,55 @@ pub(super) fn run<B: Backend>(
             }
         }
     }
-    // weights = softmax(logits)[chosen]
-    let logits = it.data(logits);
-    backend.run(Call::Route { top_k, normalize, logits, chosen: &chosen, weights: &mut weights })?;
+    // weights = scores(logits)[chosen]
+    let (scores, logits) = (kernel(scores), it.data(logits));
+    backend.run(Call::Route { top_k, scores, normalize, logits, chosen: &chosen, weights: &mut weights })?;
     it.set(y, weights);
     it.set(numbers, chosen);
     Ok(())
 }
 
+/// The experts with the largest scores, to which a bias may be added for that.
+fn choose<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    routing: &Routing,
+    logits: Value,
+    chosen: &mut B::Buffer,
+) -> Result<()> {
+    let backend = it.backend();
+    let Scores::Sigmoid { bias: Some(bias) } = routing.scores else {
+        // Scores are in the order of the logits.
+        return Ok(backend.run(Call::TopK { k: routing.top, x: it.data(logits), chosen })?);
+    };
+    let mut scores = it.buffer(it.len(logits))?;
+    backend.run(Call::Map { kind: Map::Sigmoid, x: it.data(logits), y: &mut scores })?;
+    backend.run(Call::AddBias { bias: it.pass.vector(bias), y: &mut scores })?;
+    backend.run(Call::TopK { k: routing.top, x: &scores, chosen })?;
+    it.put(scores);
+    Ok(())
+}
+
+/// The kernels' name of a kind of scores.
+fn kernel(scores: Scores) -> kernels::Scores {
+    match scores {
+        Scores::Softmax => kernels::Scores::Softmax,
+        Scores::Sigmoid { .. } => kernels::Scores::Sigmoid,
+    }
+}
+
 pub(super) fn back<B: Backend>(
     it: &mut Interpreter<'_, B>,
-    top_k: usize,
-    normalize: bool,
+    routing: &Routing,
     logits: Value,
     y: Value,
     dweights: B::Buffer,
 ) -> Result<()> {
     let [mut dlogits] = it.like([logits])?;
-    // weights, chosen = top(softmax(logits)); the choice stays as it was
+    // weights, chosen = top(scores(logits)); the choice stays as it was
     it.backend().run(Call::RouteVjp {
-        top_k,
-        normalize,
+        top_k: routing.top,
+        scores: kernel(routing.scores),
+        normalize: routing.normalize,
         logits: it.data(logits),
         chosen: it.data(chosen(y)),
         dweights: &dweights,
@@ -86,7 +114,8 @@ mod tests {
             let mut logits = base.backend.buffer(3 * width).unwrap();
             logits.chunks_mut(width).for_each(|row| (row[best], row[best + 1]) = (2.0, 1.0));
             let mut it = Interpreter::new(&pass, Some(logits), false, &mut pool);
-            let op = Op::Route { router: Param(router), top: 2, normalize: true, logits: Value(0) };
+            let routing = Routing { top: 2, scores: Scores::Softmax, normalize: true };
+            let op = Op::Route { router: Param(router), routing, logits: Value(0) };
             let y = it.declare(&op);
             it.run(&op, y).unwrap();
             (it.data(chosen(y)).to_vec(), it.data(y).to_vec())

@@ -1,6 +1,7 @@
 //! Backward over whole segments.
 //!
 //! Per query row, with `D = dy . y`: `dv += p dy`, `ds = scale p (dy . v - D)`, `dq = ds k`, `dk += ds q`.
+//! A softcap `c` multiplies `ds` by `1 - tanh(s / c)²`.
 //!
 //! A task has the queries of a stretch of tokens and one key/value head, and owns their `dq`. Keys of the same stretch
 //! get their gradients from it directly; for those of earlier stretches it has memory of its own that is added to them in
@@ -281,7 +282,11 @@ impl Inputs<'_> {
         let rows = scratch.p.as_chunks_mut().0.iter_mut().zip(scratch.ds.as_chunks_mut().0).zip(along).enumerate();
         for (i, ((p, ds), along)) in rows {
             let lse = self.lse[(segment + token + i) * self.spec.heads + head];
-            self.table.light().softmax_vjp(self.spec.scale, lse, *along, p, ds);
+            let (light, scale) = (self.table.light(), self.spec.scale);
+            match self.spec.softcap {
+                None => light.softmax_vjp(scale, lse, *along, p, ds),
+                Some(cap) => light.softmax_vjp_capped([scale, cap], lse, *along, p, ds),
+            }
             let seen = clip(&visible(self.spec, token + i), key, keys);
             for row in [p, ds] {
                 row[..seen.start].fill(0.0);

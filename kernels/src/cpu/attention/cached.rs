@@ -128,7 +128,7 @@ impl Queries<'_> {
     fn part(&self, mut task: Task) {
         let Shape { group, head_dim: d, q_width, .. } = self.shape;
         let table = self.cpu.table;
-        let mut softmax = OnlineSoftmax::new(table.light(), d, task.y.len());
+        let mut softmax = OnlineSoftmax::new(table.light(), self.spec.softcap, d, task.y.len());
         for (i, y) in task.y.iter_mut().enumerate() {
             let (t, head) = (task.token + i / group, task.kv_head * group + i % group);
             softmax.push(&self.q[t * q_width + head * d..][..d], self.spec.scale, visible(self.spec, self.past + t));
@@ -201,7 +201,7 @@ mod tests {
     use crate::CacheType;
     use crate::cpu::cache::BLOCK;
 
-    const SPEC: Attention = Attention { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.4, window: None };
+    const SPEC: Attention = Attention { heads: 4, kv_heads: 2, head_dim: 8, scale: 0.4, softcap: None, window: None };
     const WIDTH: usize = 16;
 
     /// Rows of `[-1, 1)` that differ from each other.

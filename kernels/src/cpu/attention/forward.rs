@@ -37,7 +37,7 @@ pub(crate) fn forward(
     let turned = turned(cpu, &shape, segments, small, k);
     let tasks = tasks(&shape, segments, y, lse);
     run(&cpu.team, tasks, small, |mut task| {
-        let mut softmax = OnlineSoftmax::new(cpu.table.light(), shape.head_dim, task.y.len());
+        let mut softmax = OnlineSoftmax::new(cpu.table.light(), spec.softcap, shape.head_dim, task.y.len());
         for i in 0..task.y.len() {
             let (t, head) = (task.token + i / shape.group, task.kv_head * shape.group + i % shape.group);
             let q = &q[t * shape.q_width + head * shape.head_dim..][..shape.head_dim];

@@ -3,6 +3,7 @@
 //! For query `t` of head `h`, whose keys and values are those of head `g = h / (H / G)`:
 //! `s[j] = scale q[t, h] . k[j, g]` over the visible `j` (`t - window < j <= t`, same segment),
 //! `p = softmax(s)`, `y[t, h] = sum_j p[j] v[j, g]`, `lse[t, h] = log sum_j e^s[j]`.
+//! With a softcap `c`, `c tanh(s / c)` takes the place of `s`.
 //! Forward keeps `y` and `lse`; backward computes `p = e^(s - lse)` again.
 //!
 //! All products have the form `axpy`, whose sums stay in vectors until they are done. Scores come out of it when keys are

@@ -13,6 +13,7 @@ const AT_ONCE: usize = 16;
 /// Query rows of one task with their running maximum and sum; their outputs stay with the caller.
 pub(super) struct OnlineSoftmax<'a> {
     light: &'a Light,
+    softcap: Option<f32>,
     head_dim: usize,
     /// `[rows, D]`, times the scale.
     queries: Vec<f32>,
@@ -60,9 +61,10 @@ impl SoFar {
 }
 
 impl<'a> OnlineSoftmax<'a> {
-    pub fn new(light: &'a Light, head_dim: usize, rows: usize) -> Self {
+    pub fn new(light: &'a Light, softcap: Option<f32>, head_dim: usize, rows: usize) -> Self {
         Self {
             light,
+            softcap,
             head_dim,
             queries: Vec::with_capacity(rows * head_dim),
             rows: Vec::with_capacity(rows),
@@ -106,6 +108,9 @@ impl<'a> OnlineSoftmax<'a> {
                 let seen = clip(&row.visible, first, count);
                 if let Some([keys, _]) = factors {
                     update(&mut scores[seen.clone()], [&keys[seen.clone()]], |s, [factor]| s * factor);
+                }
+                if let Some(cap) = self.softcap {
+                    self.light.softcap(cap, &mut scores[seen.clone()]);
                 }
                 // Their exponentials are zeros, so that whole rows can be worked on.
                 scores[..seen.start].fill(f32::NEG_INFINITY);
