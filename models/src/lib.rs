@@ -11,6 +11,7 @@ mod exec;
 mod feed_forward;
 mod gemma;
 mod gemma3_text;
+mod granite;
 mod keys;
 mod known;
 mod lfm2;
@@ -122,6 +123,7 @@ pub(crate) struct Family {
 /// All that [`build`] knows.
 const FAMILIES: &[Family] = &[
     gemma3_text::FAMILY,
+    granite::FAMILY,
     lfm2::FAMILY,
     llama::FAMILY,
     mistral::FAMILY,
