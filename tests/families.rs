@@ -20,12 +20,14 @@ use std::path::{Path, PathBuf};
 
 /// Folders of goldens, with how far logits may be off. Of a recurrence rounding grows along the text: transformers itself
 /// is 6e-5 away from itself there.
-const FAMILIES: [(&str, f32); 10] = [
+const FAMILIES: [(&str, f32); 12] = [
     ("gemma3_text", 1e-4),
     ("granite", 1e-4),
     ("lfm2", 1e-4),
     ("llama", 1e-4),
     ("mistral", 1e-4),
+    ("phi3", 1e-4),
+    ("phi4_mini", 1e-4),
     ("qwen2", 1e-4),
     ("qwen2_yarn", 1e-4),
     ("qwen3", 1e-4),
@@ -212,10 +214,46 @@ fn a_batch_gives_each_text_what_it_gets_apart() {
     });
 }
 
+/// Phi-3 turns the tokens of a long text by other angles: a text that grows to such a length is as if it had always been
+/// long, and a short one is as if it never became longer.
+#[test]
+fn a_text_that_becomes_long_is_read_anew() {
+    let expected = tensors(&folder("phi3").join("logits.safetensors"));
+    let (ids, engine) = (ids(&expected["ids"]), open_exact(&folder("phi3"), 1));
+    let (short, long) = (&expected["logits_short"].data, &expected["logits"].data);
+    let base = internals::base(&engine);
+    let adapters = Adapters::none(base);
+    for piece in [1, 3, 20] {
+        let mut sequence = Sequence::new(base, internals::numbers(&engine).cache).unwrap();
+        let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
+        let mut read = |sequence: &mut Sequence<_>, ids: &[u32]| {
+            let mut all = Vec::new();
+            let mut take = |logits: Logits| {
+                all.extend(logits.values);
+                Ok(())
+            };
+            for ids in ids.chunks(piece) {
+                let step = Step { sequence: &mut *sequence, ids, adapters: &adapters, logits: 0..ids.len() };
+                base.forward(&mut work, &mut [step], &mut || true, &mut take).unwrap();
+            }
+            all
+        };
+        for _ in 0..2 {
+            close(&format!("short, by {piece}"), &read(&mut sequence, &ids[..20]), short, 1e-4).unwrap();
+            let all = read(&mut sequence, &ids[20..]);
+            // Of 24 tokens a text is still short.
+            let rows = long.len() / 40 * if piece == 20 { 20 } else { 16 - 24 % piece };
+            let (got, want) = (&all[all.len() - rows..], &long[long.len() - rows..]);
+            close(&format!("long, by {piece}"), got, want, 1e-4).unwrap();
+            assert_eq!(sequence.rewind(base, 20), 0, "of a long text no beginning is a short one");
+        }
+    }
+}
+
 /// Longer than a block of a cache, so that layers with a window drop some of it.
 #[test]
 fn a_window_that_moves_on_hides_what_it_hid() {
-    check_all(["gemma3_text", "mistral", "qwen2"], |name| {
+    check_all(["gemma3_text", "mistral", "phi3", "qwen2"], |name| {
         let engine = open_exact(&folder(name), 1);
         let ids: Vec<u32> = (0..250).map(|i| (i * 37 + i / 7) % 96).collect();
         let whole = in_pieces(&engine, &ids, 250);
@@ -381,8 +419,10 @@ fn what_is_no_linear_layer_stays_as_it_is() {
         ("lfm2", "model.layers.0.conv.in_proj.weight"),
         ("qwen3_5_text", "model.layers.0.linear_attn.in_proj_a.weight"),
         ("qwen3_moe", "model.layers.0.mlp.experts.3.down_proj.weight"),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight"),
+        ("phi3", "model.layers.0.mlp.gate_up_proj.weight"),
     ];
-    for name in ["lfm2", "qwen3_5_text", "qwen3_moe"] {
+    for name in ["lfm2", "phi3", "qwen3_5_text", "qwen3_moe"] {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("nf4");
         convert(&folder(name), &out, Target::Nf4);

@@ -20,6 +20,7 @@ mod mistral;
 mod op;
 mod outline;
 mod params;
+mod phi3;
 mod qwen2;
 mod qwen3;
 mod qwen3_5_text;
@@ -127,6 +128,7 @@ const FAMILIES: &[Family] = &[
     lfm2::FAMILY,
     llama::FAMILY,
     mistral::FAMILY,
+    phi3::FAMILY,
     qwen2::FAMILY,
     qwen3::FAMILY,
     qwen3_5_text::FAMILY,
