@@ -26,6 +26,7 @@ mod qwen3;
 mod qwen3_5_text;
 mod qwen3_moe;
 mod rope;
+mod smollm3;
 #[cfg(test)]
 mod testing;
 mod windows;
@@ -133,6 +134,7 @@ const FAMILIES: &[Family] = &[
     qwen3::FAMILY,
     qwen3_5_text::FAMILY,
     qwen3_moe::FAMILY,
+    smollm3::FAMILY,
 ];
 
 /// Names of the supported families, as `config.json` spells them.
