@@ -16,6 +16,7 @@ mod keys;
 mod known;
 mod lfm2;
 mod llama;
+mod ministral;
 mod mistral;
 mod op;
 mod outline;
@@ -128,6 +129,7 @@ const FAMILIES: &[Family] = &[
     granite::FAMILY,
     lfm2::FAMILY,
     llama::FAMILY,
+    ministral::FAMILY,
     mistral::FAMILY,
     phi3::FAMILY,
     qwen2::FAMILY,
