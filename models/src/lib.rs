@@ -17,6 +17,7 @@ mod known;
 mod lfm2;
 mod llama;
 mod ministral;
+mod ministral3;
 mod mistral;
 mod op;
 mod outline;
@@ -130,6 +131,7 @@ const FAMILIES: &[Family] = &[
     lfm2::FAMILY,
     llama::FAMILY,
     ministral::FAMILY,
+    ministral3::FAMILY,
     mistral::FAMILY,
     phi3::FAMILY,
     qwen2::FAMILY,
