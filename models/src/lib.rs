@@ -10,6 +10,7 @@ mod decoder;
 mod exec;
 mod feed_forward;
 mod gemma;
+mod gemma2;
 mod gemma3_text;
 mod granite;
 mod keys;
@@ -126,6 +127,7 @@ pub(crate) struct Family {
 
 /// All that [`build`] knows.
 const FAMILIES: &[Family] = &[
+    gemma2::FAMILY,
     gemma3_text::FAMILY,
     granite::FAMILY,
     lfm2::FAMILY,
