@@ -20,6 +20,7 @@ mod llama;
 mod ministral;
 mod ministral3;
 mod mistral;
+mod olmo2;
 mod op;
 mod outline;
 mod params;
@@ -135,6 +136,7 @@ const FAMILIES: &[Family] = &[
     ministral::FAMILY,
     ministral3::FAMILY,
     mistral::FAMILY,
+    olmo2::FAMILY,
     phi3::FAMILY,
     qwen2::FAMILY,
     qwen3::FAMILY,
