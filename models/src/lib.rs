@@ -21,6 +21,7 @@ mod ministral;
 mod ministral3;
 mod mistral;
 mod olmo2;
+mod olmo3;
 mod op;
 mod outline;
 mod params;
@@ -137,6 +138,7 @@ const FAMILIES: &[Family] = &[
     ministral3::FAMILY,
     mistral::FAMILY,
     olmo2::FAMILY,
+    olmo3::FAMILY,
     phi3::FAMILY,
     qwen2::FAMILY,
     qwen3::FAMILY,
