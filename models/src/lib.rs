@@ -7,6 +7,7 @@
 mod attention;
 mod config;
 mod decoder;
+mod exaone4;
 mod exec;
 mod feed_forward;
 mod gemma;
@@ -129,6 +130,7 @@ pub(crate) struct Family {
 
 /// All that [`build`] knows.
 const FAMILIES: &[Family] = &[
+    exaone4::FAMILY,
     gemma2::FAMILY,
     gemma3_text::FAMILY,
     granite::FAMILY,
