@@ -14,6 +14,7 @@ mod gemma;
 mod gemma2;
 mod gemma3_text;
 mod granite;
+mod hunyuan_v1_dense;
 mod keys;
 mod known;
 mod lfm2;
@@ -134,6 +135,7 @@ const FAMILIES: &[Family] = &[
     gemma2::FAMILY,
     gemma3_text::FAMILY,
     granite::FAMILY,
+    hunyuan_v1_dense::FAMILY,
     lfm2::FAMILY,
     llama::FAMILY,
     ministral::FAMILY,
