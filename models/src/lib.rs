@@ -7,6 +7,7 @@
 mod attention;
 mod config;
 mod decoder;
+mod ernie4_5;
 mod exaone4;
 mod exec;
 mod feed_forward;
@@ -131,6 +132,7 @@ pub(crate) struct Family {
 
 /// All that [`build`] knows.
 const FAMILIES: &[Family] = &[
+    ernie4_5::FAMILY,
     exaone4::FAMILY,
     gemma2::FAMILY,
     gemma3_text::FAMILY,
