@@ -14,6 +14,7 @@ mod feed_forward;
 mod gemma;
 mod gemma2;
 mod gemma3_text;
+mod glm4;
 mod granite;
 mod hunyuan_v1_dense;
 mod keys;
@@ -136,6 +137,7 @@ const FAMILIES: &[Family] = &[
     exaone4::FAMILY,
     gemma2::FAMILY,
     gemma3_text::FAMILY,
+    glm4::FAMILY,
     granite::FAMILY,
     hunyuan_v1_dense::FAMILY,
     lfm2::FAMILY,
