@@ -4,6 +4,7 @@
 //! quantization, adapters and gradients are the executor's concern.
 #![forbid(unsafe_code)]
 
+mod arcee;
 mod attention;
 mod config;
 mod decoder;
@@ -133,6 +134,7 @@ pub(crate) struct Family {
 
 /// All that [`build`] knows.
 const FAMILIES: &[Family] = &[
+    arcee::FAMILY,
     ernie4_5::FAMILY,
     exaone4::FAMILY,
     gemma2::FAMILY,
