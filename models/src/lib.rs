@@ -17,6 +17,7 @@ mod gemma2;
 mod gemma3_text;
 mod glm4;
 mod granite;
+mod helium;
 mod hunyuan_v1_dense;
 mod keys;
 mod known;
@@ -141,6 +142,7 @@ const FAMILIES: &[Family] = &[
     gemma3_text::FAMILY,
     glm4::FAMILY,
     granite::FAMILY,
+    helium::FAMILY,
     hunyuan_v1_dense::FAMILY,
     lfm2::FAMILY,
     llama::FAMILY,
