@@ -22,6 +22,7 @@ mod hunyuan_v1_dense;
 mod keys;
 mod known;
 mod lfm2;
+mod lfm2_moe;
 mod llama;
 mod ministral;
 mod ministral3;
@@ -145,6 +146,7 @@ const FAMILIES: &[Family] = &[
     helium::FAMILY,
     hunyuan_v1_dense::FAMILY,
     lfm2::FAMILY,
+    lfm2_moe::FAMILY,
     llama::FAMILY,
     ministral::FAMILY,
     ministral3::FAMILY,
