@@ -39,6 +39,7 @@ mod qwen3_5_text;
 mod qwen3_moe;
 mod rope;
 mod smollm3;
+mod starcoder2;
 #[cfg(test)]
 mod testing;
 mod windows;
@@ -159,6 +160,7 @@ const FAMILIES: &[Family] = &[
     qwen3_5_text::FAMILY,
     qwen3_moe::FAMILY,
     smollm3::FAMILY,
+    starcoder2::FAMILY,
 ];
 
 /// Names of the supported families, as `config.json` spells them.
