@@ -242,8 +242,8 @@ fn a_text_that_becomes_long_is_read_anew() {
         let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
         let mut read = |sequence: &mut Sequence<_>, ids: &[u32]| {
             let mut all = Vec::new();
-            let mut take = |logits: Logits| {
-                all.extend(logits.values);
+            let mut take = |logits: &Logits| {
+                all.extend(&logits.values);
                 Ok(())
             };
             for ids in ids.chunks(piece) {
