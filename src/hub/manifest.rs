@@ -6,7 +6,12 @@ use serde::Deserialize;
 use std::fmt;
 
 /// The files, in the order in which `pull` lists them. A new model is a new line here.
-const FILES: &[&str] = &[include_str!("../../models/manifests/smollm2-135m.toml")];
+const FILES: &[&str] = &[
+    include_str!("../../models/manifests/smollm2-135m.toml"),
+    include_str!("../../models/manifests/gemma3-270m.toml"),
+    include_str!("../../models/manifests/qwen2.5-coder-0.5b.toml"),
+    include_str!("../../models/manifests/qwen2.5-coder-1.5b.toml"),
+];
 
 /// One model that has a short name.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -40,7 +45,7 @@ pub struct Defaults {
 pub enum Source {
     /// A repository on a model hub.
     Hub(Repository),
-    /// One file inside a Python wheel.
+    /// One file inside a Python wheel, or cut into several.
     Wheel(Wheel),
 }
 
@@ -56,26 +61,37 @@ pub struct Repository {
     pub files: Vec<String>,
 }
 
-/// One file inside a Python wheel.
+/// One file inside a Python wheel, or cut into several because an index bounds the size of a wheel.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Wheel {
+    /// The file's name in the cache.
+    pub file: String,
+    /// Size of the file: the bar's end, and a limit for what hostile archives may unpack to.
+    pub bytes: u64,
+    /// SHA-256 of the file, in lower-case hexadecimal.
+    pub sha256: String,
+    /// Whether somebody else than the model's makers put it there.
+    #[serde(default)]
+    pub unofficial: bool,
+    /// Where its pieces are, which are joined in this order.
+    pub parts: Vec<Part>,
+}
+
+/// A piece of a file, or all of it, inside one Python wheel.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
     /// Package name.
     pub package: String,
     /// Exact version.
     pub version: String,
-    /// Path of the file inside the wheel.
+    /// Path of the piece inside the wheel.
     pub member: String,
-    /// Size of the file: the bar's end, and a limit for what a hostile archive may unpack to.
-    pub bytes: u64,
-    /// SHA-256 of the file, in lower-case hexadecimal.
-    pub sha256: String,
 }
 
-impl Wheel {
-    /// The file's own name, without its folders.
-    #[must_use]
-    pub fn file_name(&self) -> &str {
-        self.member.rsplit('/').next().unwrap_or(&self.member)
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}=={}", self.package, self.version)
     }
 }
 
@@ -83,7 +99,13 @@ impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Hub(hub) => write!(f, "hub repository {} at {}", hub.repo, hub.revision),
-            Self::Wheel(wheel) => write!(f, "Python wheel {}=={}", wheel.package, wheel.version),
+            Self::Wheel(wheel) => {
+                let kind = if wheel.unofficial { "unofficial Python" } else { "Python" };
+                match &wheel.parts[..] {
+                    [first, .., last] => write!(f, "{} {kind} wheels, {first} to {last}", wheel.parts.len()),
+                    parts => parts.iter().try_for_each(|part| write!(f, "{kind} wheel {part}")),
+                }
+            }
         }
     }
 }
@@ -127,8 +149,9 @@ impl Manifest {
     pub(super) fn check(&self) -> Result<()> {
         let files = self.sources.iter().flat_map(|source| match source {
             Source::Hub(hub) => hub.files.iter().map(String::as_str).collect(),
-            Source::Wheel(wheel) => vec![wheel.file_name()],
+            Source::Wheel(wheel) => vec![wheel.file.as_str()],
         });
+        let empty = self.sources.iter().any(|source| matches!(source, Source::Wheel(wheel) if wheel.parts.is_empty()));
         let place = || format!("manifest of `{}`", self.name);
         match files.into_iter().find(|f| !name::is_plain(f)) {
             _ if name::folder(&self.name).is_none() => {
@@ -137,6 +160,7 @@ impl Manifest {
             Some(bad) => {
                 Err(Error::new(ErrorCode::Format, place(), format!("expected a plain file name, got `{bad}`")))
             }
+            None if empty => Err(Error::new(ErrorCode::Format, place(), "expected at least one wheel in `parts`")),
             None => Ok(()),
         }
     }

@@ -17,7 +17,7 @@ mod wheel;
 
 pub use contents::{Item, Kind, is_made_from, is_named};
 pub use copies::{Copy, Making, Watch};
-pub use manifest::{Defaults, Manifest, Repository, Source, Wheel, all as manifests};
+pub use manifest::{Defaults, Manifest, Part, Repository, Source, Wheel, all as manifests};
 
 use crate::error::{Error, ErrorCode, Result};
 use lock::{Lock, Mode};

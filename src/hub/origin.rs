@@ -1,6 +1,6 @@
 //! What a copy was made from: where the model lies, and enough of what it holds to see whether it still is the same.
 
-use super::record::sha256;
+use super::record::{hex, sha256};
 use crate::error::{Error, Result};
 use crate::format::{CONFIG, CONVERSION, is_gguf, is_of_parts, sidecar_names};
 use serde::{Deserialize, Serialize};
@@ -187,10 +187,6 @@ fn sample(into: &mut Sha256, path: &Path) -> Result<()> {
         Ok(())
     };
     read(into).map_err(|e| Error::io("read", path, e))
-}
-
-fn hex(hash: Sha256) -> String {
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

