@@ -8,11 +8,11 @@ use pocketlora::format::gguf::Gguf;
 use serde_json::{Value, json};
 use std::path::Path;
 
-fn open(w: &Writer) -> Gguf {
+pub fn open(w: &Writer) -> Gguf {
     Gguf::from_bytes(Bytes::from(w.build()), Path::new("small.gguf")).unwrap()
 }
 
-fn read(gguf: &Gguf, name: &str) -> Vec<f32> {
+pub fn read(gguf: &Gguf, name: &str) -> Vec<f32> {
     let index = gguf.tensors().iter().position(|t| t.name == name).unwrap_or_else(|| panic!("no {name}"));
     let shape = &gguf.tensors()[index].shape;
     let mut out = vec![f32::NAN; shape.iter().product()];
@@ -21,7 +21,7 @@ fn read(gguf: &Gguf, name: &str) -> Vec<f32> {
 }
 
 /// The rows `order` of a matrix of 8 columns whose values count up from zero.
-fn counted(order: &[usize]) -> Vec<f32> {
+pub fn counted(order: &[usize]) -> Vec<f32> {
     order.iter().flat_map(|r| (r * 8..r * 8 + 8).map(|x| x as f32)).collect()
 }
 

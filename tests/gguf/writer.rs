@@ -212,21 +212,54 @@ pub fn small_llama() -> Writer {
     w
 }
 
-/// The same model as a qwen2, with its biases.
-pub fn small_qwen2() -> Writer {
+/// The small model with the keys of the architecture `arch`.
+fn renamed(arch: &str) -> Writer {
     let mut w = small_llama();
     for (key, _, bytes) in &mut w.pairs {
         if let Some(rest) = key.strip_prefix("llama.") {
-            *key = format!("qwen2.{rest}");
+            *key = format!("{arch}.{rest}");
         }
         if key == "general.architecture" {
-            *bytes = string("qwen2");
+            *bytes = string(arch);
         }
     }
+    w
+}
+
+/// The values that count up from zero.
+fn counting(len: usize) -> Vec<f32> {
+    (0..len).map(|i| i as f32).collect()
+}
+
+/// The same model as a qwen2, with its biases.
+pub fn small_qwen2() -> Writer {
+    let mut w = renamed("qwen2");
     w.string("tokenizer.ggml.pre", "qwen2");
     for (name, len) in [("q", 8), ("k", 4), ("v", 4)] {
-        let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
-        w.tensor(&format!("blk.0.attn_{name}.bias"), &[len], &values);
+        w.tensor(&format!("blk.0.attn_{name}.bias"), &[len], &counting(len));
+    }
+    w
+}
+
+/// The same model as a qwen3, with norms of heads.
+pub fn small_qwen3() -> Writer {
+    let mut w = renamed("qwen3");
+    w.string("tokenizer.ggml.pre", "qwen2");
+    for name in ["q", "k"] {
+        w.tensor(&format!("blk.0.attn_{name}_norm.weight"), &[4], &counting(4));
+    }
+    w
+}
+
+/// The same model as a gemma3, with its norms and a window of 16.
+pub fn small_gemma3() -> Writer {
+    let mut w = renamed("gemma3");
+    w.u32("gemma3.attention.sliding_window", 16);
+    for name in ["q", "k"] {
+        w.tensor(&format!("blk.0.attn_{name}_norm.weight"), &[4], &counting(4));
+    }
+    for name in ["post_attention_norm", "post_ffw_norm"] {
+        w.tensor(&format!("blk.0.{name}.weight"), &[8], &counting(8));
     }
     w
 }

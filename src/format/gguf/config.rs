@@ -3,6 +3,7 @@
 use super::container::Container;
 use super::known;
 use super::rope::Scaling;
+use super::tied;
 use super::value::{self, Metadata};
 use crate::error::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -12,6 +13,10 @@ pub(super) const EMBEDDING: &str = "token_embd.weight";
 /// The head; absent where it is tied to the embedding.
 pub(super) const HEAD: &str = "output.weight";
 
+/// Kinds of layers, as `layer_types` spells them.
+const FULL: &str = "full_attention";
+const SLIDING: &str = "sliding_attention";
+
 /// Model families whose GGUF files can be expressed as Hugging Face checkpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Family {
@@ -19,6 +24,8 @@ pub(super) enum Family {
     /// GGUF calls it `llama`, too; only the sliding window tells.
     Mistral,
     Qwen2,
+    Qwen3,
+    Gemma3,
 }
 
 /// Sizes in elements, before any shape is checked against them.
@@ -35,10 +42,16 @@ pub(super) struct Hyper {
     pub(super) query: usize,
     pub(super) vocab: usize,
     pub(super) tied: bool,
+    /// Of an embedding and a head that are one matrix in two roundings, the worse one.
+    pub(super) copy: Option<&'static str>,
     pub(super) attention_bias: bool,
     pub(super) mlp_bias: bool,
     context: usize,
     sliding_window: Option<usize>,
+    /// For Gemma 3: every so many layers see all, the others a window.
+    full_every: usize,
+    /// For Gemma 3: the rotary base of layers with a window.
+    local_theta: f64,
     epsilon: f64,
     theta: f64,
     scaling: Scaling,
@@ -56,11 +69,13 @@ impl Hyper {
         let family = match arch {
             "llama" => Family::Llama,
             "qwen2" => Family::Qwen2,
+            "qwen3" => Family::Qwen3,
+            "gemma3" => Family::Gemma3,
             other => {
                 return Err(Error::unsupported(
                     meta.path(),
                     format_args!("architecture `{other}` in GGUF"),
-                    "`llama` (with Mistral) and `qwen2` run, as `pocketlora pull --list` shows some; use one of these families",
+                    "`llama` (with Mistral), `qwen2`, `qwen3` and `gemma3` run; use one of these families, as `pocketlora pull --list` has some",
                 ));
             }
         };
@@ -92,11 +107,12 @@ impl Hyper {
         let epsilon = keys.positive("attention.layer_norm_rms_epsilon")?;
         let sliding_window = keys.optional_size("attention.sliding_window")?;
         let context = keys.size("context_length")?;
-        if family == Family::Qwen2 && sliding_window.is_some_and(|window| window < context) {
-            let what = format_args!("a sliding window ({}) in `qwen2`", keys.name("attention.sliding_window"));
+        if matches!(family, Family::Qwen2 | Family::Qwen3) && sliding_window.is_some_and(|window| window < context) {
+            let what = format_args!("a sliding window ({}) in `{arch}`", keys.name("attention.sliding_window"));
             return Err(Error::unsupported(meta.path(), what, "use the model's safetensors files"));
         }
         let has = |name: &str| file.tensors.iter().any(|t| t.name == name);
+        let copy = tied::copy(file);
         let hyper = Self {
             family: if family == Family::Llama && sliding_window.is_some() { Family::Mistral } else { family },
             hidden,
@@ -107,11 +123,15 @@ impl Hyper {
             head_dim,
             query,
             vocab,
-            tied: !has(HEAD),
+            tied: copy.is_some() || !has(HEAD),
+            copy,
             attention_bias: has("blk.0.attn_q.bias"),
             mlp_bias: has("blk.0.ffn_gate.bias"),
             context,
             sliding_window,
+            // llama.cpp's defaults, which its converter does not write.
+            full_every: keys.optional_size("attention.sliding_window_pattern")?.unwrap_or(6),
+            local_theta: keys.positive("rope.freq_base_swa")?.unwrap_or(10_000.0),
             epsilon: meta.required(&keys.name("attention.layer_norm_rms_epsilon"), epsilon)?,
             theta,
             scaling: Scaling::read(file, arch, head_dim, theta)?,
@@ -125,7 +145,9 @@ impl Hyper {
     fn check_biases(&self, meta: &Metadata) -> Result<()> {
         let what = match self.family {
             Family::Mistral if self.attention_bias || self.mlp_bias => "a Mistral model with biases",
-            Family::Qwen2 if self.mlp_bias => "a Qwen2 model with feed-forward biases",
+            Family::Qwen2 | Family::Qwen3 | Family::Gemma3 if self.mlp_bias => {
+                "a Qwen or Gemma model with feed-forward biases"
+            }
             _ => return Ok(()),
         };
         Err(Error::unsupported(meta.path(), what, "use a model of the plain family"))
@@ -137,6 +159,8 @@ impl Hyper {
             Family::Llama => ("llama", "LlamaForCausalLM"),
             Family::Mistral => ("mistral", "MistralForCausalLM"),
             Family::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
+            Family::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
+            Family::Gemma3 => ("gemma3_text", "Gemma3ForCausalLM"),
         };
         let mut config = Map::new();
         let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
@@ -148,7 +172,10 @@ impl Hyper {
         set("num_attention_heads", json!(self.heads));
         set("num_key_value_heads", json!(self.kv_heads));
         set("head_dim", json!(self.head_dim));
-        set("hidden_act", json!("silu"));
+        match self.family {
+            Family::Gemma3 => set("hidden_activation", json!("gelu_pytorch_tanh")),
+            _ => set("hidden_act", json!("silu")),
+        };
         set("vocab_size", json!(self.vocab));
         set("max_position_embeddings", json!(self.context));
         set("rms_norm_eps", json!(self.epsilon));
@@ -164,6 +191,21 @@ impl Hyper {
             Family::Qwen2 => {
                 set("use_sliding_window", json!(false));
             }
+            Family::Qwen3 => {
+                set("attention_bias", json!(self.attention_bias));
+                set("use_sliding_window", json!(false));
+            }
+            Family::Gemma3 => {
+                let full = |i| self.sliding_window.is_none() || i % self.full_every == 0;
+                let kinds = (1..=self.layers).map(|i| if full(i) { FULL } else { SLIDING });
+                set("layer_types", json!(kinds.collect::<Vec<_>>()));
+                set("sliding_window", json!(self.sliding_window));
+                set("rope_local_base_freq", json!(self.local_theta));
+                set("attention_bias", json!(self.attention_bias));
+                // llama.cpp knows the 27B, which alone has another factor, by its layers.
+                let scalar = if self.layers == 62 { self.hidden / self.heads } else { self.head_dim };
+                set("query_pre_attn_scalar", json!(scalar));
+            }
         }
         // transformers 5 reads `rope_parameters`, older versions and most other tools the other two.
         set("rope_theta", json!(self.theta));
@@ -172,7 +214,16 @@ impl Hyper {
             set("rope_scaling", Value::Object(rope.clone()));
         }
         rope.insert("rope_theta".to_owned(), json!(self.theta));
-        set("rope_parameters", Value::Object(rope));
+        set(
+            "rope_parameters",
+            match self.family {
+                Family::Gemma3 => {
+                    let local = json!({"rope_type": "default", "rope_theta": self.local_theta});
+                    json!({FULL: rope, SLIDING: local})
+                }
+                _ => Value::Object(rope),
+            },
+        );
         for (key, name) in [
             ("bos_token_id", "tokenizer.ggml.bos_token_id"),
             ("eos_token_id", "tokenizer.ggml.eos_token_id"),

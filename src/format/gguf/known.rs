@@ -60,6 +60,9 @@ const KEYS: &[(&str, Use)] = &[
     ("tensor_data_layout", OnlyText("Meta AI original pth")),
 ];
 
+/// Further keys that are read, by architecture.
+const OF_ONE: &[(&str, &str)] = &[("gemma3", "attention.sliding_window_pattern"), ("gemma3", "rope.freq_base_swa")];
+
 /// Refuses the first key of `arch` that could not be honoured.
 pub(super) fn check(meta: &Metadata, arch: &str) -> Result<()> {
     let prefix = format!("{arch}.");
@@ -71,6 +74,7 @@ pub(super) fn check(meta: &Metadata, arch: &str) -> Result<()> {
             Some(Only(values)) => number(value).is_some_and(|x| values.contains(&x)),
             Some(OnlyTrue) => *value == Value::Bool(true),
             Some(OnlyText(text)) => matches!(value, Value::String(got) if got == text),
+            None if OF_ONE.contains(&(arch, name)) => true,
             None => !name.starts_with("rope.") && !name.starts_with("attention."),
         };
         if !honoured {

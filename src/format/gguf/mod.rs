@@ -1,7 +1,7 @@
 //! GGUF files of llama.cpp as checkpoints: names, row order, `config.json` and tokenizer as Hugging Face has them.
 //!
-//! Read-only, from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral) and `qwen2`. The format
-//! is described in ggml's `docs/gguf.md`.
+//! Read-only, from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral), `qwen2`, `qwen3` and
+//! `gemma3`. The format is described in ggml's `docs/gguf.md`.
 
 mod config;
 mod container;
@@ -11,6 +11,7 @@ mod known;
 mod names;
 mod rope;
 mod sidecars;
+mod tied;
 mod tokenizer;
 mod value;
 
@@ -92,6 +93,9 @@ impl Source for Gguf {
         let tensor = &self.file.tensors[weight.tensor];
         let Some(head_dim) = weight.interleaved else {
             self.file.read_rows(tensor, rows, out);
+            if weight.plus_one {
+                out.iter_mut().for_each(|x| *x -= 1.0);
+            }
             return Ok(());
         };
         if tensor.shape.len() == 1 {

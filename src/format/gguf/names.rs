@@ -15,6 +15,8 @@ pub(super) struct FoundWeight {
     pub(super) tensor: usize,
     /// For query and key projections of Llama: the rows of each head are interleaved in the file. Size of a head.
     pub(super) interleaved: Option<usize>,
+    /// For norms of Gemma: the file has 1 added, as the norm itself does in Hugging Face's model.
+    pub(super) plus_one: bool,
 }
 
 /// A dimension of a weight, by its role.
@@ -27,8 +29,10 @@ enum Dim {
     Query,
     /// All key or value heads.
     Key,
+    /// One head.
+    Head,
 }
-use Dim::{Ffn, Hidden, Key, Query, Vocab};
+use Dim::{Ffn, Head, Hidden, Key, Query, Vocab};
 
 /// A place in the model for a tensor.
 struct Slot {
@@ -65,6 +69,9 @@ const LAYER: &[Slot] = &[
     slot("attn_v.bias", "self_attn.v_proj.bias", &[Key]),
     slot("attn_output.weight", "self_attn.o_proj.weight", &[Hidden, Query]),
     slot("attn_output.bias", "self_attn.o_proj.bias", &[Hidden]),
+    slot("attn_q_norm.weight", "self_attn.q_norm.weight", &[Head]),
+    slot("attn_k_norm.weight", "self_attn.k_norm.weight", &[Head]),
+    slot("post_attention_norm.weight", "post_attention_layernorm.weight", &[Hidden]),
     slot("ffn_norm.weight", "post_attention_layernorm.weight", &[Hidden]),
     slot("ffn_gate.weight", "mlp.gate_proj.weight", &[Ffn, Hidden]),
     slot("ffn_gate.bias", "mlp.gate_proj.bias", &[Ffn]),
@@ -72,12 +79,25 @@ const LAYER: &[Slot] = &[
     slot("ffn_up.bias", "mlp.up_proj.bias", &[Ffn]),
     slot("ffn_down.weight", "mlp.down_proj.weight", &[Hidden, Ffn]),
     slot("ffn_down.bias", "mlp.down_proj.bias", &[Hidden]),
+    slot("post_ffw_norm.weight", "post_feedforward_layernorm.weight", &[Hidden]),
 ];
+
+/// The Hugging Face name for a slot of a layer. Gemma has a norm on either side of each part, and the one that llama.cpp
+/// calls `ffn_norm` comes before the feed-forward part.
+fn layer_name(slot: &Slot, family: Family) -> &'static str {
+    match (slot.gguf, family) {
+        ("ffn_norm.weight", Family::Gemma3) => "pre_feedforward_layernorm.weight",
+        _ => slot.hf,
+    }
+}
 
 /// Whether a model with these hyperparameters has a tensor in the slot named `gguf`.
 fn expected(gguf: &str, hyper: &Hyper) -> bool {
     match (gguf, hyper.family) {
+        (HEAD | EMBEDDING, _) if hyper.copy.is_some() => hyper.copy != Some(gguf),
         (HEAD, _) => !hyper.tied,
+        ("attn_q_norm.weight" | "attn_k_norm.weight", family) => matches!(family, Family::Qwen3 | Family::Gemma3),
+        ("post_attention_norm.weight" | "post_ffw_norm.weight", family) => family == Family::Gemma3,
         ("attn_output.bias", Family::Qwen2) => false,
         ("attn_q.bias" | "attn_k.bias" | "attn_v.bias", Family::Qwen2) => true,
         // Llama's `attention_bias` means all four.
@@ -94,7 +114,7 @@ fn expected(gguf: &str, hyper: &Hyper) -> bool {
 pub(super) fn weights(file: &Container, hyper: &Hyper) -> Result<Vec<FoundWeight>> {
     let mut found = Vec::new();
     for (index, tensor) in file.tensors.iter().enumerate() {
-        if tensor.name != rope::FREQS {
+        if tensor.name != rope::FREQS && hyper.copy != Some(tensor.name.as_str()) {
             found.push(weight(file, hyper, index)?);
         }
     }
@@ -111,9 +131,11 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<FoundWeight> 
         // `blk.01` would be a second name for `blk.1`.
         let layer = n.parse::<usize>().ok().filter(|layer| *layer < hyper.layers && layer.to_string() == n)?;
         let slot = LAYER.iter().find(|s| s.gguf == rest)?;
-        Some((slot, format!("model.layers.{layer}.{}", slot.hf)))
+        Some((slot, format!("model.layers.{layer}.{}", layer_name(slot, hyper.family))))
     });
-    let outside = || MODEL.iter().find(|s| s.gguf == tensor.name).map(|s| (s, s.hf.to_owned()));
+    // The better copy of a tied matrix is the embedding, whatever the file calls it.
+    let tied = |s: &Slot| if s.gguf == HEAD && hyper.tied { MODEL[0].hf } else { s.hf };
+    let outside = || MODEL.iter().find(|s| s.gguf == tensor.name).map(|s| (s, tied(s).to_owned()));
     let place = in_layer.or_else(outside).filter(|(slot, _)| expected(slot.gguf, hyper));
     let Some((slot, name)) = place else {
         return Err(Error::unsupported(
@@ -127,6 +149,7 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<FoundWeight> 
         Ffn => hyper.ffn,
         Vocab => hyper.vocab,
         Query => hyper.query,
+        Head => hyper.head_dim,
         // Fits, for there are no more of them than query heads.
         Key => hyper.kv_heads * hyper.head_dim,
     };
@@ -136,11 +159,12 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<FoundWeight> 
         let (want, got) = (format!("shape {shape:?} from metadata"), format!("{:?}", tensor.shape));
         return Err(Error::format(meta.path(), item, want, got));
     }
-    let permuted = slot.rotary && hyper.family != Family::Qwen2;
+    let permuted = slot.rotary && matches!(hyper.family, Family::Llama | Family::Mistral);
     Ok(FoundWeight {
         meta: TensorMeta { name, shape, dtype: tensor.dtype.to_string() },
         tensor: index,
         interleaved: permuted.then_some(hyper.head_dim),
+        plus_one: hyper.family == Family::Gemma3 && slot.gguf.ends_with("norm.weight"),
     })
 }
 
