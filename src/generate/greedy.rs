@@ -47,7 +47,7 @@ impl<B: Backend> Greedy<'_, B> {
                 let Text { sequence, answer } = &mut text;
                 let mut step = [Step { sequence, ids, adapters: self.adapters, logits: last }];
                 self.base.forward(&mut work, &mut step, keep_going, &mut |logits| {
-                    choose(&logits, &mut [(i, &mut *answer)], each)
+                    choose(logits, &mut [(i, &mut *answer)], each)
                 })?;
             }
             texts.push(text);
