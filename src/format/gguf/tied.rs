@@ -6,8 +6,8 @@ use super::container::{Container, GgufTensor};
 
 /// Rows that are compared, spread over the vocabulary.
 const SAMPLES: usize = 256;
-/// Most that two roundings of a row differ by, as a share of its norm: 4 and 6 bits come to about 0.08. Matrices that are
-/// two differ by more than their norms.
+/// Most that two roundings of a row differ by, as a share of its norm. In Q4_K_M files of Qwen2.5 Coder 0.5B and 1.5B it is at
+/// most 0.054 and 0.088. Matrices that are two differ by more than their norms.
 const ROUNDING: f64 = 0.15;
 
 /// The worse of an embedding and a head that are one matrix, if they are.
