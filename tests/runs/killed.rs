@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Instant;
 
-const KILLS: u32 = 50;
+const KILLS: u32 = 25;
 
 fn start(f: &Fixture, out: &Path, more: &[&str]) -> Child {
     let held_out = f.out("held-out");
