@@ -113,6 +113,10 @@ impl<B: Backend> Base<B> {
     ) -> Result<()> {
         let reach = step.adapters.virtual_tokens() + step.sequence.len + step.ids.len();
         let ids = step.sequence.stretch(self, reach);
+        if ids.is_empty() {
+            return Ok(());
+        }
+        // The virtual tokens went with the rest.
         step.sequence.begin(self, step.adapters)?;
         for ids in ids.chunks(PREFILL_CHUNK) {
             let mut again = [Step { sequence: &mut *step.sequence, ids, adapters: step.adapters, logits: 0..0 }];
