@@ -202,8 +202,9 @@ fn a_prefix_is_planned_for_every_sample_of_a_pass() {
         let settings = ["--method", "prefix-tuning", "--steps", "3", "--seq", "300"];
         let run = summary(&train(dir, &model, data, &[&settings[..], &more.split(' ').collect::<Vec<_>>()].concat()));
         let Some(deviation) = run["deviation_percent"].as_f64() else { return };
-        // Of so small a run a few percent are less than what an allocator rounds; more than planned is what must not be.
-        assert!((-8.0..=5.0).contains(&deviation), "{more}: {deviation} % off {}", run["plan"]);
+        // Of so small a run some percent are less than what an allocator rounds, and than the room that AVX-512's products
+        // get for their longest case; more than planned is what must not be.
+        assert!((-12.0..=5.0).contains(&deviation), "{more}: {deviation} % off {}", run["plan"]);
     }
 }
 

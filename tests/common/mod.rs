@@ -1,9 +1,6 @@
 //! What several test programs share.
 #![allow(dead_code)] // each program uses a part of it
 
-#[cfg(feature = "cli")]
-pub mod command;
-
 use pocketlora::format::{Existing, Target, open_source, quantize};
 use pocketlora::{Answer, Engine, Options, Precision};
 use safetensors::SafeTensors;

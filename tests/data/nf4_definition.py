@@ -1,4 +1,4 @@
-"""Logits of 4-bit models by the format's definition, as goldens for tests/golden.rs.
+"""Logits of 4-bit models by the format's definition, as goldens for tests/library/golden.rs.
 
 bitsandbytes' own CPU inference rounds block scales to bf16 (its in-memory layout), so the logits that its forward gives
 are up to 0.04 away from those of the weights that it dequantizes to. This script dequantizes with bitsandbytes first

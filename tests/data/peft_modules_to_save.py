@@ -3,7 +3,7 @@
     pip install torch==2.15.0 transformers==5.23.0 peft==0.21.2
     python3 peft_modules_to_save.py oracles/peft
 
-The seeds and scales are those the files here were made with; the ids of the logits are in tests/adapters.rs.
+The seeds and scales are those the files here were made with; the ids of the logits are in tests/library/adapters.rs.
 """
 import os, sys
 

@@ -1,0 +1,14 @@
+//! The command line as people run it: a process with arguments, files, signals and an exit code.
+#![cfg(feature = "cli")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod fixture;
+
+mod auto;
+mod cache;
+mod cli;
+#[cfg(unix)] // signals
+mod ends;
+mod said;
+mod study;

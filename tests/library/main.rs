@@ -1,0 +1,28 @@
+//! What the library promises, area by area. One program holds these tests, because each program links the whole library
+//! anew, and because tests of one program share the processor's cores. Tests that watch a whole process are apart.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod adapters;
+mod answers;
+mod batch;
+mod checkpoint;
+mod engine;
+#[cfg(feature = "metrics")]
+mod eval;
+mod families;
+mod gguf;
+mod golden;
+mod head;
+mod keep;
+mod methods;
+mod peft_curve;
+#[cfg(feature = "hub")]
+mod pull;
+mod quantize;
+mod run_folder;
+mod runs;
+mod samples;
+mod smollm2;
+mod training;
