@@ -259,9 +259,9 @@ impl Observer for Quiet {
 /// that what is given up for a budget takes more than the megabyte by which budgets differ.
 fn step(model: &Path, out: &Path, memory_budget: Option<u64>) -> Option<(f64, Vec<f32>, MemoryPlan)> {
     let engine = Engine::open(model, &Options::new().threads(1)).unwrap();
-    let sample = |n: usize| Sample {
-        ids: (0..100 + 80 * n).map(|i| (7 * n + 3 * i) as u32 % 320).collect(),
-        trained: (0..100 + 80 * n).map(|i| i > 5).collect(),
+    let sample = |n: usize| {
+        let ids = (0..100 + 80 * n).map(|i| (7 * n + 3 * i) as u32 % 320).collect();
+        Sample::new(ids, (0..100 + 80 * n).map(|i| i > 5).collect())
     };
     let samples = (0..4).map(sample).collect();
     let data = Dataset::new("samples", samples);

@@ -5,16 +5,21 @@
 //! and attention of its own. A step sums the gradients of `accumulate` micro-batches. An epoch gives every sample once,
 //! in an order of its own, and its last step may be smaller.
 
-use super::{Dataset, MicroBatch, TrainConfig};
+use super::{Dataset, MicroBatch, Sample, TrainConfig};
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::{Rng, mix};
 use serde::Serialize;
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 /// Stream of random numbers for the order of samples.
 const ORDER: u64 = 2;
 /// Stream for the order of micro-batches that were made of samples of chosen lengths.
 const SHUFFLE: u64 = 4;
+/// Stream for the tokens of questions that are left out.
+const LEFT_OUT: u64 = 8;
+/// Epochs of which one leaves a question whole.
+const WHOLE: u64 = 4;
 /// Samples that are packed together: enough to find good fits, few enough that epochs differ.
 const PACK_WINDOW: usize = 4096;
 /// Micro-batches whose samples are sorted together by length.
@@ -44,6 +49,8 @@ pub struct Batches {
     epochs: u64,
     steps: Option<u64>,
     seed: u64,
+    /// Share of the tokens of questions that are left out.
+    left_out: f32,
     current: Option<Epoch>,
     /// With packing: steps before each epoch, as far as known; epochs differ.
     before: Vec<u64>,
@@ -123,6 +130,7 @@ impl Batches {
             epochs: config.epochs as u64,
             steps: config.steps,
             seed: config.seed,
+            left_out: config.prompt_dropout,
             current: None,
             before: vec![0],
         })
@@ -136,9 +144,20 @@ impl Batches {
     /// The micro-batches of step `number` (1-based) of a run on `data`, the data this was made of.
     pub fn micro_batches(&mut self, data: &Dataset, number: u64) -> Vec<MicroBatch> {
         let (epoch, at) = self.locate(number);
-        let accumulate = self.accumulate;
+        let (accumulate, seed, share) = (self.accumulate, mix(self.seed, LEFT_OUT), self.left_out);
         let micros = self.epoch(epoch).step(at, accumulate);
-        micros.map(|m| MicroBatch::numbered(m.iter().map(|&i| (i, &data.samples[i as usize])))).collect()
+        let thinned = |&i: &u32| {
+            let sample = &data.samples[i as usize];
+            // Each sample is whole in one of four epochs, and some are in each epoch.
+            if share == 0.0 || sample.asked.count() == 0 || (epoch + u64::from(i)).is_multiple_of(WHOLE) {
+                return (i, Cow::Borrowed(sample));
+            }
+            let mut rng = Rng::new(mix(mix(seed, epoch), u64::from(i)));
+            (i, Cow::Owned(sample.thinned(|| rng.unit() < share)))
+        };
+        let micro =
+            |samples: Vec<(u32, Cow<'_, Sample>)>| MicroBatch::numbered(samples.iter().map(|(i, s)| (*i, &**s)));
+        micros.map(|m| micro(m.iter().map(thinned).collect())).collect()
     }
 
     /// Figures of the first epoch.
@@ -316,6 +335,31 @@ mod tests {
                 assert_eq!(numbers, (0..24).collect::<Vec<_>>(), "{config:?}, passes of {most} tokens");
             }
         }
+    }
+
+    #[test]
+    fn questions_are_thinned_as_their_share_says_and_whole_in_one_of_four_epochs() {
+        let ids: Vec<u32> = (0..100).collect();
+        let mask = |from: usize, to: usize| (0..100).map(|i| (from..to).contains(&i)).collect();
+        let sample = Sample { asked: mask(10, 90), ..Sample::new(ids.clone(), mask(90, 100)) };
+        let data = Dataset::new("made", vec![sample; 4]);
+        let config = TrainConfig { batch: 1, epochs: 4, prompt_dropout: 0.3, ..Default::default() };
+        let mut batches = Batches::new(&data, &config).unwrap();
+        let (mut whole, mut left) = ([0; 4], 0);
+        for number in 1..=16 {
+            let micro = batches.micro_batches(&data, number).remove(0);
+            let said = micro.ids();
+            assert!(said.starts_with(&ids[..10]) && said.ends_with(&ids[90..]) && said.is_sorted(), "{said:?}");
+            whole[micro.numbers()[0] as usize] += usize::from(said.len() == 100);
+            left += said.len() - 20;
+            // A resumed run thins alike.
+            let again = Batches::new(&data, &config).unwrap().micro_batches(&data, number).remove(0);
+            assert_eq!(said, again.ids());
+        }
+        assert_eq!(whole, [1; 4]);
+        // Twelve times 80 tokens with a share of 0.3 left out: 288, and a deviation of 14.
+        let out = 16 * 80 - left;
+        assert!((230..346).contains(&out), "{out}");
     }
 
     #[test]

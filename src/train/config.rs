@@ -61,6 +61,11 @@ pub struct TrainConfig {
     pub num_virtual_tokens: Option<usize>,
     /// Dropout of the adapters' input.
     pub dropout: f32,
+    /// Share of the tokens of questions that a pass leaves out at random (word dropout, Iyyer et al. 2015), so that answers
+    /// are learned to more than the letters of their questions; every fourth pass over the data leaves a question whole.
+    /// What a user says in a conversation is a question; texts have none.
+    #[serde(skip_serializing_if = "is_default")]
+    pub prompt_dropout: f32,
     /// Scale by `alpha / sqrt(rank)`.
     pub rslora: bool,
     /// Peak learning rate; above 1 for SGD only, whose steps are as large as the gradient makes them.
@@ -190,6 +195,7 @@ impl Default for TrainConfig {
             feedforward_modules: Vec::new(),
             num_virtual_tokens: None,
             dropout: 0.0,
+            prompt_dropout: 0.0,
             rslora: false,
             lr: 2e-4,
             schedule: Schedule::Cosine,
@@ -304,9 +310,11 @@ impl TrainConfig {
         if self.targets.is_empty() {
             return Err(Error::config("targets", "at least one layer name, or `all`", "nothing"));
         }
-        let (alpha, dropout, lr, decay) = (self.alpha(), self.dropout, self.lr, self.weight_decay);
+        let (alpha, lr, decay) = (self.alpha(), self.lr, self.weight_decay);
         check("alpha", alpha, alpha > 0.0 && alpha.is_finite(), "a number above 0")?;
-        check("dropout", dropout, (0.0..1.0).contains(&dropout), "a number in `0 <= dropout < 1`")?;
+        for (name, share) in [("dropout", self.dropout), ("prompt-dropout", self.prompt_dropout)] {
+            check(name, share, (0.0..1.0).contains(&share), &format!("a number in `0 <= {name} < 1`"))?;
+        }
         let bound = if self.optimizer == Optimizer::Sgd { f32::MAX } else { 1.0 };
         let expected = "a number in `0 < lr <= 1`, or above 1 with `sgd` as the optimizer";
         check("lr", lr, lr > 0.0 && lr <= bound, expected)?;
@@ -465,6 +473,7 @@ mod tests {
             (TrainConfig { max_forgetting: Some((-0.1).into()), ..Default::default() }, "max-forgetting"),
             (TrainConfig { keep_best: true, ..Default::default() }, "keep-best"),
             (TrainConfig { dropout: 1.0, ..Default::default() }, "dropout"),
+            (TrainConfig { prompt_dropout: -0.1, ..Default::default() }, "prompt-dropout"),
             (TrainConfig { steps: Some(0), ..Default::default() }, "steps"),
             (TrainConfig { lr: 1.5, optimizer: Optimizer::Lion, ..Default::default() }, "lr"),
             (TrainConfig { lr: f32::INFINITY, optimizer: Optimizer::Sgd, ..Default::default() }, "lr"),

@@ -168,7 +168,7 @@ mod tests {
     use super::*;
 
     fn data(ids: &[u32]) -> Dataset {
-        let sample = |&id: &u32| Sample { ids: vec![id, id + 1], trained: [false, true].into_iter().collect() };
+        let sample = |&id: &u32| Sample::new(vec![id, id + 1], [false, true].into_iter().collect());
         Dataset::new("test", ids.iter().map(sample).collect())
     }
 

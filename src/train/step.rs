@@ -125,6 +125,12 @@ impl MicroBatch {
         self.batch.ids.len()
     }
 
+    /// Tokens of all samples, end to end.
+    #[cfg(test)]
+    pub(super) fn ids(&self) -> &[u32] {
+        &self.batch.ids
+    }
+
     /// The number (0-based) of each sample in the data set that the batch was made of.
     #[must_use]
     pub fn numbers(&self) -> &[u32] {

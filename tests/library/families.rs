@@ -315,7 +315,7 @@ impl Observer for Quiet {
 /// The one text of the gradients' goldens.
 fn training_data(grads: &BTreeMap<String, Tensor>) -> Dataset {
     let trained = grads["labels"].data.iter().enumerate().map(|(i, &label)| i > 0 && label >= 0.0).collect();
-    Dataset::new("golden", vec![Sample { ids: ids(&grads["ids"]), trained }])
+    Dataset::new("golden", vec![Sample::new(ids(&grads["ids"]), trained)])
 }
 
 fn config() -> TrainConfig {

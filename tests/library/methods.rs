@@ -155,7 +155,7 @@ fn data() -> Dataset {
     let samples = ids.zip(labels).zip(mask).map(|((ids, labels), mask)| {
         let n = mask.iter().filter(|&&m| m > 0.0).count();
         let trained = labels[..n].iter().enumerate().map(|(i, &l)| i > 0 && l >= 0.0).collect();
-        Sample { ids: ids[..n].iter().map(|&i| i as u32).collect(), trained }
+        Sample::new(ids[..n].iter().map(|&i| i as u32).collect(), trained)
     });
     Dataset::new("golden", samples.collect())
 }

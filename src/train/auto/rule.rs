@@ -45,6 +45,10 @@ const PASSED: usize = 1000;
 /// Passes over the data at most, and steps at least.
 const EPOCHS: usize = 12;
 const STEPS: usize = 24;
+/// Passes over answers from which on their questions are thinned, and by how much: what is seen often is learned by its
+/// letters otherwise. Measured on SmolLM2-135M and 16 facts in three wordings, see README.
+const OFTEN: usize = 4;
+const THINNED: f32 = 0.3;
 /// Looks at how it does.
 const LOOKS: u64 = 10;
 /// Tokens of a pass that keep two cores as busy as more would.
@@ -124,6 +128,9 @@ pub(super) fn settings(mut config: TrainConfig, given: &dyn Fn(&str) -> bool, n:
     }
     let in_epoch = n.samples.div_ceil(config.batch).div_ceil(config.accumulate);
     config.epochs = (PASSED / n.samples).clamp(1, EPOCHS).max(STEPS.div_ceil(in_epoch).min(STEPS));
+    if open("prompt-dropout") && n.asks && config.epochs >= OFTEN {
+        config.prompt_dropout = THINNED;
+    }
     let own = config.eval_data.is_none() && config.eval_split.is_none();
     config.eval_reworded = own && n.can_watch;
     if config.eval_reworded || !own {
@@ -149,6 +156,9 @@ pub(super) fn told(n: &Numbers, config: &TrainConfig, choice: &Choice, open_rate
     }
     if config.method.reads("rank") {
         let _ = write!(first, ", rank {}", config.rank);
+    }
+    if config.prompt_dropout > 0.0 {
+        let _ = write!(first, ", prompt dropout {}", config.prompt_dropout);
     }
     let schedule = format!("{:?}", config.schedule).to_lowercase();
     let kind = if n.asks { "answers" } else { "texts" };

@@ -24,14 +24,34 @@ pub struct Sample {
     pub ids: Vec<u32>,
     /// Which tokens the model learns to write. The first never is: nothing comes before it.
     pub trained: Mask,
+    /// Tokens of what is asked, without the marks of the chat template around it; none where that is not told apart.
+    pub asked: Mask,
 }
 
 impl Sample {
+    /// A text of which the tokens of `trained` are learned, and in which no question is told apart.
+    #[must_use]
+    pub fn new(ids: Vec<u32>, trained: Mask) -> Self {
+        Self { ids, trained, asked: Mask::default() }
+    }
+
     /// A text that is learned whole, but for its first token.
     #[must_use]
     pub fn of_text(ids: Vec<u32>) -> Self {
         let trained = (0..ids.len()).map(|i| i > 0).collect();
-        Self { ids, trained }
+        Self::new(ids, trained)
+    }
+
+    /// The sample without those tokens of what is asked of which `left_out` says so.
+    #[must_use]
+    pub fn thinned(&self, mut left_out: impl FnMut() -> bool) -> Self {
+        let out: Mask = (0..self.ids.len()).map(|i| self.asked.contains(i) && left_out()).collect();
+        let kept = || (0..self.ids.len()).filter(|&i| !out.contains(i));
+        Self {
+            ids: kept().map(|i| self.ids[i]).collect(),
+            trained: kept().map(|i| self.trained.contains(i)).collect(),
+            asked: kept().map(|i| self.asked.contains(i)).collect(),
+        }
     }
 
     /// Tokens to learn.
@@ -272,7 +292,7 @@ impl Dataset {
     /// Memory it takes, in bytes: four a token, and some dozen a sample.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let inner = |s: &Sample| s.ids.capacity() * size_of::<u32>() + s.trained.heap_bytes();
+        let inner = |s: &Sample| s.ids.capacity() * size_of::<u32>() + s.trained.heap_bytes() + s.asked.heap_bytes();
         self.samples.capacity() * size_of::<Sample>()
             + self.split_records.capacity() * size_of::<SplitRecord>()
             + self.samples.iter().map(inner).sum::<usize>()

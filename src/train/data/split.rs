@@ -47,6 +47,8 @@ pub struct SplitRecord {
 pub(super) struct Coded {
     pub ids: Vec<u32>,
     pub trained: Vec<bool>,
+    /// Tokens of what is asked, where that is told apart.
+    pub asked: Mask,
 }
 
 impl Coded {
@@ -60,7 +62,7 @@ impl Coded {
             learned.get(next).is_some_and(|l| if t.is_empty() { l.start <= t.start } else { l.start < t.end })
         };
         let trained = tokens.iter().enumerate().map(|(i, (_, range))| i >= given.max(1) && touches(range)).collect();
-        Self { ids: tokens.iter().map(|t| t.0).collect(), trained }
+        Self { ids: tokens.iter().map(|t| t.0).collect(), trained, asked: Mask::default() }
     }
 
     pub fn learned(&self) -> usize {
@@ -83,7 +85,7 @@ pub(super) fn masked_windows(coded: &Coded, limit: usize, keep: usize) -> (Vec<C
         let ids = coded.ids[..keep].iter().chain(&coded.ids[start..stop]).copied().collect();
         let learned = (start..stop).map(|i| i >= first && coded.trained[i]);
         let trained: Vec<bool> = std::iter::repeat_n(false, keep).chain(learned).collect();
-        windows.push(Coded { ids, trained });
+        windows.push(Coded { ids, trained, asked: Mask::default() });
         left_out += start.saturating_sub(seen);
         seen = stop;
         next = (stop..end).find(|&i| coded.trained[i]);
@@ -141,7 +143,8 @@ mod tests {
     use super::*;
 
     fn coded(mask: &str) -> Coded {
-        Coded { ids: (0..mask.len() as u32).collect(), trained: mask.chars().map(|c| c == 'x').collect() }
+        let trained = mask.chars().map(|c| c == 'x').collect();
+        Coded { ids: (0..mask.len() as u32).collect(), trained, asked: Mask::default() }
     }
 
     #[test]

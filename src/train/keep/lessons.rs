@@ -84,10 +84,8 @@ mod tests {
     use crate::train::Sample;
 
     fn lessons(samples: &[(&[u32], usize)]) -> Lessons {
-        let sample = |&(ids, first): &(&[u32], usize)| Sample {
-            ids: ids.to_vec(),
-            trained: (0..ids.len()).map(|i| i >= first).collect(),
-        };
+        let sample =
+            |&(ids, first): &(&[u32], usize)| Sample::new(ids.to_vec(), (0..ids.len()).map(|i| i >= first).collect());
         Lessons::of(&Dataset::new("made", samples.iter().map(sample).collect()))
     }
 

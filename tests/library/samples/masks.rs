@@ -42,6 +42,21 @@ fn masks_equal_those_of_transformers_by_markers_and_by_differences() {
     });
 }
 
+/// What is asked is known without the marks around it, in every template and turn.
+#[test]
+fn what_is_asked_is_told_apart_from_the_marks_of_the_template() {
+    for family in ["smollm2", "qwen3", "llama3", "gemma", "mistral", "phi3"] {
+        let reader = Reader::family(family, "<s>", "<|im_end|>");
+        let chat = line(&[("user", "how many?"), ("assistant", "how"), ("user", " what? "), ("assistant", "many")]);
+        let data = reader.read("chat.jsonl", chat, 4096).unwrap();
+        let sample = data.samples.last().unwrap();
+        let asked: Vec<u32> = sample.asked.iter().map(|i| sample.ids[i]).collect();
+        let text = reader.text(&asked);
+        assert_eq!(text.split_whitespace().collect::<String>(), "howmany?what?", "{family}: {text}");
+        assert!(sample.asked.iter().all(|i| !sample.trained.contains(i)), "{family}");
+    }
+}
+
 /// Such a template shows thoughts in the last turn only.
 #[test]
 fn a_turn_that_is_rewritten_later_is_learned_as_it_is_answered() {

@@ -25,7 +25,7 @@ fn engine(dir: &Path) -> Engine {
 
 fn sample(n: usize, salt: usize) -> Sample {
     let ids = (0..n).map(|i| 3 + ((i * 37 + salt * 101 + i * i * 11) % 200) as u32).collect();
-    Sample { ids, trained: (0..n).map(|i| i > 0 && !(i + salt).is_multiple_of(3)).collect() }
+    Sample::new(ids, (0..n).map(|i| i > 0 && !(i + salt).is_multiple_of(3)).collect())
 }
 
 /// Loss sum and gradients of the loss sum, in f32 arithmetic.
