@@ -43,6 +43,7 @@ mod starcoder2;
 #[cfg(test)]
 mod testing;
 mod windows;
+mod wrapped;
 
 pub use config::{Config, ConfigError};
 pub use exec::Exec;
@@ -53,6 +54,7 @@ pub use op::{
 pub use outline::{Outline, Scaled};
 pub use params::{ParamSpec, Role};
 pub use rope::{Growth, LongRope, Rope};
+pub use wrapped::{Wrapped, text_config, wrapped};
 
 use keys::Keys;
 
@@ -168,11 +170,13 @@ pub fn families() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.model_type)
 }
 
-/// The model that a Hugging Face `config.json` describes.
+/// The model that a Hugging Face `config.json` describes: of a model for more than text, the text model in it.
 ///
 /// # Errors
 /// A key is missing or out of range, or the family is unknown.
 pub fn build(config: &serde_json::Map<String, serde_json::Value>) -> Result<Box<dyn Model>, ConfigError> {
+    let nested = text_config(config);
+    let config = nested.as_ref().unwrap_or(config);
     // The family first: what else its config has, or lacks, means something there alone.
     let known = || format!("one of `{}`", families().collect::<Vec<_>>().join("`, `"));
     let model_type = match config.get("model_type") {

@@ -2,9 +2,11 @@
 
 use super::bnb::{self, FourBit};
 use super::safetensors::{Tensor, TensorFile, missing};
+use super::source::LeftOut;
 use super::{foreign, place, widen};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{MatrixData, MatrixSource};
+use pocketlora_models::{Wrapped, text_config, wrapped};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
@@ -22,6 +24,8 @@ pub struct Checkpoint {
     files: Vec<TensorFile>,
     /// Tensor name to index into `files`.
     owners: BTreeMap<String, usize>,
+    /// Parts that text does not go through.
+    left_out: Vec<LeftOut>,
 }
 
 impl Checkpoint {
@@ -44,9 +48,45 @@ impl Checkpoint {
         for file in &files {
             foreign::check_tensors(file.path(), &file.tensors().collect::<Vec<_>>())?;
         }
-        let mut checkpoint = Self { dir, config, files, owners };
+        let mut checkpoint = Self { dir, config, files, owners, left_out: Vec::new() };
+        if let Some(config) = text_config(&checkpoint.config) {
+            checkpoint.config = config;
+            checkpoint.unwrap_text();
+        }
         checkpoint.settle_head();
         Ok(checkpoint)
+    }
+
+    /// Gives the weights of the text model in a model for more than text the names that they have in a text model by
+    /// itself, and leaves out the other parts.
+    fn unwrap_text(&mut self) {
+        let names: Vec<String> = self.owners.keys().cloned().collect();
+        for name in names {
+            match wrapped(&name) {
+                Wrapped::Text(new) if new != name && !self.contains(&new) => self.rename(&name, new),
+                Wrapped::Text(_) => {}
+                Wrapped::Part(part) => {
+                    let bytes = self.find(&name).map_or(0, |tensor| tensor.bytes.len() as u64);
+                    self.owners.remove(&name);
+                    match self.left_out.iter_mut().find(|left_out| left_out.part == part) {
+                        Some(left_out) => left_out.add(bytes),
+                        None => self.left_out.push(LeftOut { part: part.to_owned(), tensors: 1, bytes }),
+                    }
+                }
+            }
+        }
+    }
+
+    fn rename(&mut self, name: &str, new: String) {
+        let Some(owner) = self.owners.remove(name) else { return };
+        self.files[owner].rename(name, new.clone());
+        self.owners.insert(new, owner);
+    }
+
+    /// The parts of the files that text does not go through, which are not read.
+    #[must_use]
+    pub fn left_out(&self) -> &[LeftOut] {
+        &self.left_out
     }
 
     /// Lets the weights decide whether the head is the embedding, as transformers 5 does: where the config ties them and
@@ -60,10 +100,7 @@ impl Checkpoint {
         if !self.contains(EMBEDDING) {
             let names: Vec<String> = self.names().filter(|n| bnb::weight_of(n) == HEAD).map(str::to_owned).collect();
             for name in names {
-                let Some(owner) = self.owners.remove(&name) else { continue };
-                let new = name.replacen(HEAD, EMBEDDING, 1);
-                self.files[owner].rename(&name, new.clone());
-                self.owners.insert(new, owner);
+                self.rename(&name, name.replacen(HEAD, EMBEDDING, 1));
             }
             return;
         }

@@ -55,6 +55,11 @@ impl Rope {
         self.attention_factor * self.growth.map_or(1.0, grown)
     }
 
+    /// The same angles in all layers of `config`'s model.
+    pub(crate) fn everywhere(self, config: &Config) -> Vec<Option<[Self; 2]>> {
+        vec![self.of_both(); config.layers]
+    }
+
     /// The same angles for queries and keys.
     pub(crate) fn of_both(self) -> Option<[Self; 2]> {
         Some([self.clone(), self])
