@@ -2,7 +2,7 @@
 
 use crate::op::{
     Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, Routing,
-    StateId, Value,
+    StateId, StateSpace, Value,
 };
 use std::ops::Range;
 
@@ -114,6 +114,17 @@ impl dyn Exec + '_ {
     ) -> Value {
         let [q, k, v] = qkv;
         self.run(Op::DeltaRule { shape, state, q, k, v, g, beta })
+    }
+
+    /// See [`Op::StateSpace`]; `xbc` are its `x`, `b` and `c`.
+    pub fn state_space(&mut self, state: StateId, space: StateSpace, xbc: [Value; 3], dt: Value) -> Value {
+        let [x, b, c] = xbc;
+        self.run(Op::StateSpace { space, state, x, b, c, dt })
+    }
+
+    /// Parts of a row, each times a factor of its own: `parts` are their widths and factors.
+    pub fn scale_parts(&mut self, parts: &[(usize, f32)], x: Value) -> Value {
+        self.run(Op::ScaleParts { parts: parts.to_vec(), x })
     }
 
     /// See [`Op::Route`] and [`Op::Experts`].

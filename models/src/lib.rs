@@ -11,12 +11,14 @@ mod decoder;
 mod ernie4_5;
 mod exaone4;
 mod exec;
+mod falcon_h1;
 mod feed_forward;
 mod gemma;
 mod gemma2;
 mod gemma3_text;
 mod glm4;
 mod granite;
+mod granitemoehybrid;
 mod helium;
 mod hunyuan_v1_dense;
 mod keys;
@@ -24,6 +26,8 @@ mod known;
 mod lfm2;
 mod lfm2_moe;
 mod llama;
+mod mamba;
+mod mamba2;
 mod ministral;
 mod ministral3;
 mod mistral;
@@ -49,10 +53,10 @@ pub use config::{Config, ConfigError};
 pub use exec::Exec;
 pub use op::{
     Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, Routing, Scores,
-    StateId, StateSpec, Value, Width,
+    StateId, StateSpace, StateSpec, Value, Width,
 };
 pub use outline::{Outline, Scaled};
-pub use params::{ParamSpec, Role};
+pub use params::{ParamSpec, Role, Stack};
 pub use rope::{Growth, LongRope, Rope};
 pub use wrapped::{Wrapped, text_config, wrapped};
 
@@ -142,15 +146,18 @@ const FAMILIES: &[Family] = &[
     arcee::FAMILY,
     ernie4_5::FAMILY,
     exaone4::FAMILY,
+    falcon_h1::FAMILY,
     gemma2::FAMILY,
     gemma3_text::FAMILY,
     glm4::FAMILY,
     granite::FAMILY,
+    granitemoehybrid::FAMILY,
     helium::FAMILY,
     hunyuan_v1_dense::FAMILY,
     lfm2::FAMILY,
     lfm2_moe::FAMILY,
     llama::FAMILY,
+    mamba2::FAMILY,
     ministral::FAMILY,
     ministral3::FAMILY,
     mistral::FAMILY,

@@ -65,7 +65,7 @@ pub struct Linear {
 /// layer norm (Ba et al. 2016), `(x - mean(x)) / rms(x - mean(x)) * w + b`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
-    /// `[width]`; without one nothing is multiplied.
+    /// `[width]`, or that of several such parts one after the other; without one nothing is multiplied.
     pub weight: Option<Param>,
     /// Elements that are normed together: the row's width, or that of a head.
     pub width: usize,
@@ -138,6 +138,27 @@ pub struct DeltaRuleShape {
     pub key_dim: usize,
     /// Width of a value.
     pub value_dim: usize,
+}
+
+/// A state space of Mamba 2 (Dao & Gu 2024).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StateSpace {
+    /// `[heads]`, `A_log` in checkpoints.
+    pub rate: Param,
+    /// `[heads]`, `dt_bias`.
+    pub bias: Param,
+    /// `[heads]`, `D`.
+    pub skip: Param,
+    /// Heads, each with a state of its own.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Groups of neighbouring heads that share `b` and `c`.
+    pub groups: usize,
+    /// Rows of a head's state.
+    pub state_dim: usize,
+    /// Least and greatest step.
+    pub limits: (f32, f32),
 }
 
 /// How a token's experts are chosen, and how much each counts.
@@ -234,6 +255,13 @@ pub enum Op {
         /// Any value.
         x: Value,
     },
+    /// Parts of a row, each times a factor of its own.
+    ScaleParts {
+        /// Widths of the parts, which are the whole row, with their factors.
+        parts: Vec<(usize, f32)>,
+        /// Any value.
+        x: Value,
+    },
     /// A function of each element.
     Map {
         /// Which one.
@@ -295,6 +323,22 @@ pub enum Op {
         /// `[T, value_heads]`, from 0 to 1.
         beta: Value,
     },
+    /// A state space: each head has a matrix `S` `[state_dim, head_dim]`, and for each token, with the step
+    /// `d = softplus(dt + bias)` held between limits, `S = e^(-e^rate d) S + b (d x)ᵀ`, `y = Sᵀ c + skip x`.
+    StateSpace {
+        /// Its constants and widths.
+        space: StateSpace,
+        /// A [`StateSpec::Matrix`].
+        state: StateId,
+        /// `[T, heads * head_dim]`.
+        x: Value,
+        /// What is written into the state `[T, groups * state_dim]`.
+        b: Value,
+        /// What is read from it, as wide.
+        c: Value,
+        /// `[T, heads]`.
+        dt: Value,
+    },
     /// Chooses experts for each token. Writes their weights `[T, top]` and their numbers `[T, top]`.
     Route {
         /// The weight that made the logits. A layer that training runs again takes the experts that it took first, which
@@ -346,6 +390,8 @@ impl Op {
             Self::Map { x, .. } | Self::Columns { x, .. } | Self::Conv { x, .. } => vec![x],
             Self::Decay { a, .. } => vec![a],
             Self::DeltaRule { q, k, v, g, beta, .. } => vec![q, k, v, g, beta],
+            Self::StateSpace { x, b, c, dt, .. } => vec![x, b, c, dt],
+            Self::ScaleParts { x, .. } => vec![x],
             Self::Route { logits, .. } => vec![logits],
             Self::Experts { x, weights, .. } => vec![x, weights, chosen(weights)],
             Self::Attention { q, k, v, .. } => vec![q, k, v],
@@ -370,6 +416,7 @@ impl Op {
             Self::Columns { blocks, part, .. } => vec![Width::Of(blocks * part.len())],
             Self::Decay { a, .. } => vec![Width::Like(*a)],
             Self::DeltaRule { v, .. } => vec![Width::Like(*v)],
+            Self::StateSpace { x, .. } | Self::ScaleParts { x, .. } => vec![Width::Like(*x)],
             Self::Route { routing, .. } => vec![Width::Of(routing.top); 2],
         }
     }
@@ -383,7 +430,8 @@ impl Op {
             Self::Linears { x, .. } | Self::Norm { x, .. } => vec![x],
             Self::Attention { q, k, v, .. } => vec![q, k, v, y, Value(y.0 + 1)],
             Self::Gate { gate, up, .. } => vec![gate, up],
-            Self::Columns { .. } | Self::Conv { .. } => Vec::new(),
+            Self::Columns { .. } | Self::Conv { .. } | Self::ScaleParts { .. } => Vec::new(),
+            Self::StateSpace { x, b, c, dt, .. } => vec![x, b, c, dt],
             Self::Map { x, .. } => vec![x],
             Self::Multiply { a, b } => vec![a, b],
             Self::Decay { a, .. } => vec![a],
@@ -405,6 +453,7 @@ impl Op {
                 | Self::Multiply { .. }
                 | Self::Columns { .. }
                 | Self::Decay { .. }
+                | Self::ScaleParts { .. }
         )
     }
 
@@ -418,6 +467,7 @@ impl Op {
                 | Self::Rope { .. }
                 | Self::Conv { .. }
                 | Self::DeltaRule { .. }
+                | Self::StateSpace { .. }
         )
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::op::{Conv, Linear, Norm, Param, RopeTable, StateId, StateSpec};
-use crate::params::{ParamSpec, Role};
+use crate::params::{ParamSpec, Role, Stack};
 use crate::rope::Rope;
 
 /// What a family declares of a model, for those who run it.
@@ -51,9 +51,14 @@ pub(crate) struct Builder {
 impl Builder {
     /// Begins with the embedding.
     pub(crate) fn new(config: Config) -> Self {
+        Self::with_embedding(config, "model.embed_tokens")
+    }
+
+    /// The same where the embedding is the module `module`.
+    pub(crate) fn with_embedding(config: Config, module: &str) -> Self {
         let shape = vec![config.vocab_size, config.hidden_size];
         let mut new = Self { config, params: Vec::new(), ropes: Vec::new(), states: Vec::new(), embedding: Param(0) };
-        new.embedding = new.param("model.embed_tokens.weight".to_owned(), shape, Role::Embedding);
+        new.embedding = new.param(format!("{module}.weight"), shape, Role::Embedding);
         new
     }
 
@@ -69,7 +74,7 @@ impl Builder {
     }
 
     fn param(&mut self, name: String, shape: Vec<usize>, role: Role) -> Param {
-        self.params.push(ParamSpec { name, shape, role });
+        self.params.push(ParamSpec { name, shape, role, stack: None });
         Param(number(self.params.len()))
     }
 
@@ -91,6 +96,20 @@ impl Builder {
         let weight = self.param(format!("{module}.weight"), vec![out, input], Role::Linear);
         let bias = bias.then(|| self.vector(format!("{module}.bias"), out));
         Linear { weight, bias }
+    }
+
+    /// A linear layer that adapters leave alone.
+    pub(crate) fn fixed(&mut self, module: &str, out: usize, input: usize, bias: bool) -> Linear {
+        let linear = self.linear(module, out, input, bias);
+        self.params[linear.weight.0 as usize].role = Role::Fixed;
+        linear
+    }
+
+    /// Rows of a stack of matrices in the tensor `name`, as a linear layer.
+    pub(crate) fn stacked(&mut self, name: &str, stack: Stack, rows: usize) -> Linear {
+        let shape = vec![rows, stack.shape[2]];
+        self.params.push(ParamSpec { name: name.to_owned(), shape, role: Role::Fixed, stack: Some(stack) });
+        Linear { weight: Param(number(self.params.len())), bias: None }
     }
 
     pub(crate) fn router(&mut self, module: &str, experts: usize, input: usize) -> Linear {

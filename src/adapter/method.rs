@@ -168,6 +168,8 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
 pub(crate) fn layer_at(model: &dyn Model, path: &str) -> Option<Param> {
     let is_it = |spec: &ParamSpec| match spec.role {
         Role::Linear | Role::Head => spec.module() == path,
+        // Adapters of older versions of PEFT, which did not refuse it.
+        Role::Fixed => spec.stack.is_none() && spec.module() == path,
         Role::Embedding => path == "lm_head" && model.config().tied_head,
         Role::Vector | Role::Router => false,
     };

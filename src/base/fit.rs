@@ -29,7 +29,7 @@ pub(crate) fn check_source(source: &dyn Source, place: &Path) -> Result<()> {
     let shapes: HashMap<&str, &[usize]> = source.tensors().iter().map(|t| (&t.name[..], &t.shape[..])).collect();
     for spec in model.params() {
         match shapes.get(spec.name.as_str()) {
-            Some(shape) if *shape == spec.shape => {}
+            Some(shape) if *shape == spec.stored() => {}
             Some(shape) => return Err(wrong_shape(place, spec, shape)),
             None => return Err(crate::format::safetensors::missing(place, &spec.name)),
         }
@@ -46,7 +46,7 @@ pub(super) fn wrong_shape(place: &Path, spec: &ParamSpec, shape: &[usize]) -> Er
         }
         _ => "config and weights belong to different models: use both from one place".to_owned(),
     };
-    let message = format!("expected shape `{:?}` from config.json, got `{shape:?}`; {next}", spec.shape);
+    let message = format!("expected shape `{:?}` from config.json, got `{shape:?}`; {next}", spec.stored());
     Error::new(ErrorCode::Format, format!("`{}`: tensor `{}`", place.display(), spec.name), message)
 }
 

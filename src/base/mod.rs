@@ -52,8 +52,11 @@ impl<B: Backend> Base<B> {
                     backend.write(&mut buffer, &values);
                     BaseTensor::Vector(buffer)
                 }
-                Role::Embedding | Role::Linear | Role::Head | Role::Router => {
-                    let source = checkpoint.matrix(&spec.name)?;
+                Role::Embedding | Role::Linear | Role::Fixed | Role::Head | Role::Router => {
+                    let source = match &spec.stack {
+                        Some(stack) => checkpoint.of_stack(&spec.name, stack, spec.shape[0])?,
+                        None => checkpoint.matrix(&spec.name)?,
+                    };
                     if spec.shape != [source.rows, source.cols] {
                         return wrong_shape(&[source.rows, source.cols]);
                     }

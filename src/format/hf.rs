@@ -6,14 +6,15 @@ use super::source::LeftOut;
 use super::{foreign, place, widen};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{MatrixData, MatrixSource};
-use pocketlora_models::{Wrapped, text_config, wrapped};
+use pocketlora_models::{Stack, Wrapped, text_config, wrapped};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
+/// Names of embeddings, the usual one first.
+const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "backbone.embeddings.weight"];
 const HEAD: &str = "lm_head.weight";
 
 /// A checkpoint whose weights stay in the mapped files.
@@ -97,20 +98,20 @@ impl Checkpoint {
         if self.config.get(KEY) != Some(&Value::Bool(true)) || !self.contains(HEAD) {
             return;
         }
-        if !self.contains(EMBEDDING) {
+        let Some(embedding) = EMBEDDINGS.into_iter().find(|name| self.contains(name)) else {
             let names: Vec<String> = self.names().filter(|n| bnb::weight_of(n) == HEAD).map(str::to_owned).collect();
             for name in names {
-                self.rename(&name, name.replacen(HEAD, EMBEDDING, 1));
+                self.rename(&name, name.replacen(HEAD, EMBEDDINGS[0], 1));
             }
             return;
-        }
+        };
         // With what belongs to them, in case they are in 4 bits.
         let parts = |weight: &str| -> Vec<(String, &Tensor)> {
             let names = self.names().filter(|name| bnb::weight_of(name) == weight);
             names.filter_map(|name| Some((name[weight.len()..].to_owned(), self.find(name)?))).collect()
         };
         let same = |a: &Tensor, b: &Tensor| (a.dtype, &a.shape, &a.bytes) == (b.dtype, &b.shape, &b.bytes);
-        let (head, embedding) = (parts(HEAD), parts(EMBEDDING));
+        let (head, embedding) = (parts(HEAD), parts(embedding));
         let copy = head.len() == embedding.len()
             && head.iter().zip(&embedding).all(|((a, head), (b, embedding))| a == b && same(head, embedding));
         if copy {
@@ -203,6 +204,24 @@ impl Checkpoint {
             }
             _ => Err(self.bad(name, "a matrix of at least 1 by 1", tensor.describe())),
         }
+    }
+
+    /// `rows` rows of one of the matrices that are stored as the one tensor `name`, which is to have the shape that `stack`
+    /// says.
+    ///
+    /// # Errors
+    /// The tensor is missing, not of floats, or of another shape.
+    pub fn of_stack(&self, name: &str, stack: &Stack, rows: usize) -> Result<MatrixSource> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape != stack.shape || self.is_quantized(name) {
+            let expected = format!("floats of shape `{:?}` from config.json", stack.shape);
+            return Err(self.bad(name, &expected, tensor.describe()));
+        }
+        let (float, [_, of, cols]) = (self.float_type(name, tensor)?, stack.shape);
+        let row = cols * float.size();
+        let start = (stack.index * of + stack.first) * row;
+        let bytes = tensor.bytes.slice(start..start + rows * row);
+        Ok(MatrixSource { rows, cols, data: MatrixData::Dense(float, bytes) })
     }
 
     /// The small tensor called `name` (a norm's weight, a bias, the taps of a convolution), which is to have so many

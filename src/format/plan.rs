@@ -167,7 +167,10 @@ enum Linears {
 impl Linears {
     fn of(source: &dyn Source) -> Self {
         let Ok(model) = pocketlora_models::build(source.config()) else { return Self::Projections };
-        let linears = model.params().iter().filter(|spec| spec.role == Role::Linear);
+        let linears = model
+            .params()
+            .iter()
+            .filter(|spec| matches!(spec.role, Role::Linear | Role::Fixed) && spec.stack.is_none());
         Self::Named(linears.map(|spec| spec.name.clone()).collect())
     }
 

@@ -16,6 +16,8 @@ mod norm;
 mod rope;
 mod route;
 mod scale;
+mod scale_parts;
+mod state_space;
 
 use super::interpreter::Interpreter;
 use super::sequence::State;
@@ -38,6 +40,7 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, op: &Op, y: Value) ->
         Op::Attention { shape, state, q, k, v } => attention::run(it, shape, *state, [*q, *k, *v], y),
         Op::Gate { activation, gate, up } => gate::run(it, *activation, *gate, *up, y),
         Op::Scale { factor, x } => scale::run(it, *factor, *x, y),
+        Op::ScaleParts { parts, x } => scale_parts::run(it, parts, *x, y),
         Op::Map { map, x } => map::run(it, *map, *x, y),
         Op::Multiply { a, b } => multiply::run(it, *a, *b, y),
         Op::Columns { x, width, part, .. } => columns::run(it, *x, *width, part, y),
@@ -46,6 +49,7 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, op: &Op, y: Value) ->
         Op::DeltaRule { shape, state, q, k, v, g, beta } => {
             delta_rule::run(it, shape, *state, [*q, *k, *v, *g, *beta], y)
         }
+        Op::StateSpace { space, state, x, b, c, dt } => state_space::run(it, space, *state, [*x, *b, *c, *dt], y),
         Op::Route { router, routing, logits } => route::run(it, *router, routing, *logits, y),
         Op::Experts { experts, x, weights } => experts::run(it, experts, *x, *weights, y),
         Op::Add { a, b } => add::run(it, *a, *b, y),
@@ -79,12 +83,14 @@ pub(super) fn back<B: Backend>(
         Op::Attention { shape, state, q, k, v } => attention::back(it, shape, *state, [*q, *k, *v], y, dy, grads),
         Op::Gate { activation, gate, up } => gate::back(it, *activation, *gate, *up, dy, dying),
         Op::Scale { factor, x } => scale::back(it, *factor, *x, dy),
+        Op::ScaleParts { parts, x } => scale_parts::back(it, parts, *x, dy),
         Op::Map { map, x } => map::back(it, *map, *x, dy),
         Op::Multiply { a, b } => multiply::back(it, *a, *b, dy),
         Op::Columns { x, width, part, .. } => columns::back(it, *x, *width, part, dy),
         Op::Conv { conv, x, .. } => conv::back(it, conv, *x, dy),
         Op::Decay { rate, bias, a } => decay::back(it, [*rate, *bias], *a, dy),
         Op::DeltaRule { shape, q, k, v, g, beta, .. } => delta_rule::back(it, shape, [*q, *k, *v, *g, *beta], dy),
+        Op::StateSpace { space, x, b, c, dt, .. } => state_space::back(it, space, [*x, *b, *c, *dt], dy),
         Op::Route { routing, logits, .. } => route::back(it, routing, *logits, y, dy),
         Op::Experts { experts, x, weights } => experts::back(it, experts, *x, *weights, dy, grads),
         Op::Add { a, b } => add::back(it, *a, *b, dy),
