@@ -20,13 +20,14 @@ use std::path::{Path, PathBuf};
 
 /// Folders of goldens, with how far logits may be off. Of a recurrence rounding grows along the text: transformers itself
 /// is 6e-5 away from itself there.
-const FAMILIES: [(&str, f32); 30] = [
+const FAMILIES: [(&str, f32); 31] = [
     ("arcee", 1e-4),
     ("ernie4_5", 1e-4),
     ("exaone4", 1e-4),
     ("falcon_h1", 1e-4),
     ("gemma2", 1e-4),
     ("gemma3_text", 1e-4),
+    ("gemma4_text", 1e-4),
     ("glm4", 1e-4),
     ("granite", 1e-4),
     ("granitemoehybrid", 1e-4),
@@ -448,6 +449,7 @@ fn the_text_model_in_a_model_for_more_than_text_is_that_model() {
     let cases = [
         ("gemma3_text", "gemma3", "language_model.model."),
         ("gemma3_text", "gemma3", "model.language_model."),
+        ("gemma4_text", "gemma4", "model.language_model."),
         ("ministral3", "mistral3", "language_model.model."),
         ("qwen3_5_text", "qwen3_5", "model.language_model."),
     ];

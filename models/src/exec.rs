@@ -50,7 +50,27 @@ impl dyn Exec + '_ {
 
     /// Causal attention over what `state` keeps.
     pub fn attention(&mut self, state: StateId, shape: AttentionShape, q: Value, k: Value, v: Value) -> Value {
-        self.run(Op::Attention { shape, state, q, k, v })
+        self.run(Op::Attention { shape, state, shared: false, q, k, v })
+    }
+
+    /// The same over what an earlier layer has put into `state`: `k` and `v` are that layer's.
+    pub fn shared_attention(&mut self, state: StateId, shape: AttentionShape, q: Value, k: Value, v: Value) -> Value {
+        self.run(Op::Attention { shape, state, shared: true, q, k, v })
+    }
+
+    /// `x` itself, which later layers find under the number `slot`.
+    pub fn carry(&mut self, slot: u16, x: Value) -> Value {
+        self.run(Op::Carry { slot, x })
+    }
+
+    /// The elements `part` of each row of what was carried under `slot`.
+    pub fn carried(&mut self, slot: u16, part: Range<usize>) -> Value {
+        self.run(Op::Carried { slot, part })
+    }
+
+    /// `factor * x` with the one value of a parameter.
+    pub fn scale_by(&mut self, factor: Param, x: Value) -> Value {
+        self.run(Op::ScaleBy { factor, x })
     }
 
     /// `silu(gate) * up`.

@@ -16,6 +16,8 @@ mod feed_forward;
 mod gemma;
 mod gemma2;
 mod gemma3_text;
+mod gemma4_attention;
+mod gemma4_text;
 mod glm4;
 mod granite;
 mod granitemoehybrid;
@@ -149,6 +151,7 @@ const FAMILIES: &[Family] = &[
     falcon_h1::FAMILY,
     gemma2::FAMILY,
     gemma3_text::FAMILY,
+    gemma4_text::FAMILY,
     glm4::FAMILY,
     granite::FAMILY,
     granitemoehybrid::FAMILY,

@@ -232,6 +232,8 @@ pub enum Op {
         shape: AttentionShape,
         /// A [`StateSpec::Kv`].
         state: StateId,
+        /// Keys and values are those of an earlier layer, which has put them into the state.
+        shared: bool,
         /// Queries `[T, heads * D]`.
         q: Value,
         /// Keys `[T, kv_heads * D]`.
@@ -261,6 +263,27 @@ pub enum Op {
         parts: Vec<(usize, f32)>,
         /// Any value.
         x: Value,
+    },
+    /// `factor * x` with the one value of a parameter `[1]`.
+    ScaleBy {
+        /// The factor.
+        factor: Param,
+        /// Any value.
+        x: Value,
+    },
+    /// `x` itself, which later layers find under a number, too.
+    Carry {
+        /// The number.
+        slot: u16,
+        /// Any value.
+        x: Value,
+    },
+    /// The elements `part` of each row of what [`Op::Carry`] has put under a number before.
+    Carried {
+        /// The number.
+        slot: u16,
+        /// Elements of each row.
+        part: Range<usize>,
     },
     /// A function of each element.
     Map {
@@ -385,7 +408,8 @@ impl Op {
     #[must_use]
     pub fn reads(&self) -> Vec<Value> {
         match *self {
-            Self::Embed { .. } => Vec::new(),
+            Self::Embed { .. } | Self::Carried { .. } => Vec::new(),
+            Self::ScaleBy { x, .. } | Self::Carry { x, .. } => vec![x],
             Self::Linears { x, .. } | Self::Norm { x, .. } | Self::Rope { x, .. } | Self::Scale { x, .. } => vec![x],
             Self::Map { x, .. } | Self::Columns { x, .. } | Self::Conv { x, .. } => vec![x],
             Self::Decay { a, .. } => vec![a],
@@ -417,6 +441,8 @@ impl Op {
             Self::Decay { a, .. } => vec![Width::Like(*a)],
             Self::DeltaRule { v, .. } => vec![Width::Like(*v)],
             Self::StateSpace { x, .. } | Self::ScaleParts { x, .. } => vec![Width::Like(*x)],
+            Self::ScaleBy { x, .. } | Self::Carry { x, .. } => vec![Width::Like(*x)],
+            Self::Carried { part, .. } => vec![Width::Of(part.len())],
             Self::Route { routing, .. } => vec![Width::Of(routing.top); 2],
         }
     }
@@ -431,6 +457,7 @@ impl Op {
             Self::Attention { q, k, v, .. } => vec![q, k, v, y, Value(y.0 + 1)],
             Self::Gate { gate, up, .. } => vec![gate, up],
             Self::Columns { .. } | Self::Conv { .. } | Self::ScaleParts { .. } => Vec::new(),
+            Self::ScaleBy { .. } | Self::Carry { .. } | Self::Carried { .. } => Vec::new(),
             Self::StateSpace { x, b, c, dt, .. } => vec![x, b, c, dt],
             Self::Map { x, .. } => vec![x],
             Self::Multiply { a, b } => vec![a, b],
@@ -454,6 +481,8 @@ impl Op {
                 | Self::Columns { .. }
                 | Self::Decay { .. }
                 | Self::ScaleParts { .. }
+                | Self::ScaleBy { .. }
+                | Self::Carried { .. }
         )
     }
 
@@ -468,6 +497,8 @@ impl Op {
                 | Self::Conv { .. }
                 | Self::DeltaRule { .. }
                 | Self::StateSpace { .. }
+                | Self::Carry { .. }
+                | Self::Carried { .. }
         )
     }
 }

@@ -17,6 +17,8 @@ pub struct Outline {
     pub states: Vec<StateSpec>,
     /// The embedding `[V, C]`.
     pub embedding: Param,
+    /// Tensors that files may have, and that nothing reads.
+    pub ignored: Vec<String>,
     /// The last norm.
     pub norm: Norm,
     /// The last product, with a weight `[V, C]`; the embedding's where they are tied.
@@ -46,6 +48,7 @@ pub(crate) struct Builder {
     ropes: Vec<Rope>,
     states: Vec<StateSpec>,
     embedding: Param,
+    ignored: Vec<String>,
 }
 
 impl Builder {
@@ -57,7 +60,8 @@ impl Builder {
     /// The same where the embedding is the module `module`.
     pub(crate) fn with_embedding(config: Config, module: &str) -> Self {
         let shape = vec![config.vocab_size, config.hidden_size];
-        let mut new = Self { config, params: Vec::new(), ropes: Vec::new(), states: Vec::new(), embedding: Param(0) };
+        let (params, ropes, states, ignored) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut new = Self { config, params, ropes, states, embedding: Param(0), ignored };
         new.embedding = new.param(format!("{module}.weight"), shape, Role::Embedding);
         new
     }
@@ -69,8 +73,18 @@ impl Builder {
             true => self.embedding,
             false => self.param("lm_head.weight".to_owned(), shape, Role::Head),
         };
-        let Self { config, params, ropes, states, embedding } = self;
-        Outline { config, params, ropes, states, embedding, norm, head: Linear { weight, bias: None } }
+        let Self { config, params, ropes, states, embedding, ignored } = self;
+        Outline { config, params, ropes, states, embedding, ignored, norm, head: Linear { weight, bias: None } }
+    }
+
+    /// Says that files may have a tensor `name`, which nothing reads.
+    pub(crate) fn ignore(&mut self, name: String) {
+        self.ignored.push(name);
+    }
+
+    /// A further embedding.
+    pub(crate) fn embedding(&mut self, module: &str, rows: usize, width: usize) -> Param {
+        self.param(format!("{module}.weight"), vec![rows, width], Role::Embedding)
     }
 
     fn param(&mut self, name: String, shape: Vec<usize>, role: Role) -> Param {

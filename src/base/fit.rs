@@ -68,6 +68,7 @@ pub(crate) fn architecture_of(config: &Map<String, Value>, place: &Path) -> Resu
 }
 
 fn check_names<'a>(model: &dyn Model, place: &Path, names: impl Iterator<Item = &'a str>) -> Result<()> {
-    let known: HashSet<&str> = model.params().iter().map(|spec| spec.name.as_str()).collect();
+    let ignored = model.outline().ignored.iter().map(String::as_str);
+    let known: HashSet<&str> = model.params().iter().map(|spec| spec.name.as_str()).chain(ignored).collect();
     foreign::check_names(place, names, model.config().layers, |name| known.contains(name))
 }

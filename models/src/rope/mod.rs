@@ -131,7 +131,12 @@ impl RopeKeys {
         if beside != theta {
             return Err(ConfigError::new(self.theta_key, format!("{theta}, as in `rope_parameters`"), beside));
         }
-        let turned = self.turned(keys, nested.as_ref())?;
+        let proportional = |nested: &Keys<'_>| Ok(nested.text("rope_type")? == Some("proportional"));
+        let turned = match nested.as_ref().map_or(Ok(false), proportional)? {
+            // Pairs that do not turn are among those of the whole head.
+            true => self.head_dim,
+            false => self.turned(keys, nested.as_ref())?,
+        };
         let scaling = match nested {
             Some(rope) => Scaling::read(&Parameters { rope, config: keys, family: self, theta, turned })?,
             None => Scaling::Default,

@@ -8,7 +8,9 @@ use pocketlora_models::{Param, Value};
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, table: Param, y: Value) -> Result<()> {
     let pass = it.pass;
     let mut out = it.buffer(it.len(y))?;
-    let table = pass.adapters().replaced().table(pass.base, table);
+    // An adapter may bring tokens of its own, but no second table.
+    let own = table == pass.base.model.outline().embedding;
+    let table = if own { pass.adapters().replaced().table(pass.base, table) } else { pass.base.matrix(table) };
     it.backend().run(Call::Embed { table, ids: &pass.batch.ids, y: &mut out })?;
     it.set(y, out);
     Ok(())

@@ -2,6 +2,7 @@
 
 mod add;
 mod attention;
+mod carry;
 mod columns;
 mod conv;
 mod decay;
@@ -16,6 +17,7 @@ mod norm;
 mod rope;
 mod route;
 mod scale;
+mod scale_by;
 mod scale_parts;
 mod state_space;
 
@@ -37,9 +39,14 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, op: &Op, y: Value) ->
         Op::Linears { layers, x } => linear::run(it, layers, *x, y),
         Op::Norm { norm, x } => norm::run(it, norm, *x, y),
         Op::Rope { table, heads, x } => rope::run(it, *table, *heads, *x, y),
-        Op::Attention { shape, state, q, k, v } => attention::run(it, shape, *state, [*q, *k, *v], y),
+        Op::Attention { shape, state, shared, q, k, v } => {
+            attention::run(it, shape, (*state, *shared), [*q, *k, *v], y)
+        }
+        Op::Carry { slot, x } => carry::run(it, *slot, *x, y),
+        Op::Carried { slot, part } => carry::run_read(it, *slot, part, y),
         Op::Gate { activation, gate, up } => gate::run(it, *activation, *gate, *up, y),
         Op::Scale { factor, x } => scale::run(it, *factor, *x, y),
+        Op::ScaleBy { factor, x } => scale_by::run(it, *factor, *x, y),
         Op::ScaleParts { parts, x } => scale_parts::run(it, parts, *x, y),
         Op::Map { map, x } => map::run(it, *map, *x, y),
         Op::Multiply { a, b } => multiply::run(it, *a, *b, y),
@@ -71,18 +78,24 @@ pub(super) fn back<B: Backend>(
     if let Op::Linears { layers, x } = op {
         return linear::back(it, layers, *x, y, dying, grads);
     }
-    let Some(dy) = it.slots[y.0 as usize].grad.take() else { return Ok(()) };
+    let dy = it.slots[y.0 as usize].grad.take();
+    if let Op::Carry { slot, x } = op {
+        return carry::back(it, *slot, *x, dy);
+    }
+    let Some(dy) = dy else { return Ok(()) };
     match op {
-        Op::Linears { .. } => unreachable!("has several outputs, see above"),
+        Op::Linears { .. } | Op::Carry { .. } => unreachable!("see above"),
         Op::Embed { .. } => {
             it.put(dy);
             Ok(())
         }
         Op::Norm { norm, x } => norm::back(it, norm, *x, dy),
         Op::Rope { table, heads, x } => rope::back(it, *table, *heads, *x, dy),
-        Op::Attention { shape, state, q, k, v } => attention::back(it, shape, *state, [*q, *k, *v], y, dy, grads),
+        Op::Attention { shape, state, q, k, v, .. } => attention::back(it, shape, *state, [*q, *k, *v], y, dy, grads),
+        Op::Carried { slot, part } => carry::back_read(it, *slot, part, dy),
         Op::Gate { activation, gate, up } => gate::back(it, *activation, *gate, *up, dy, dying),
         Op::Scale { factor, x } => scale::back(it, *factor, *x, dy),
+        Op::ScaleBy { factor, x } => scale_by::back(it, *factor, *x, dy),
         Op::ScaleParts { parts, x } => scale_parts::back(it, parts, *x, dy),
         Op::Map { map, x } => map::back(it, *map, *x, dy),
         Op::Multiply { a, b } => multiply::back(it, *a, *b, dy),
@@ -99,6 +112,8 @@ pub(super) fn back<B: Backend>(
 
 /// Runs an addition whose term `into` nobody reads any more in its place.
 pub(super) use add::run_in_place as add_in_place;
+/// What a pass carries between layers.
+pub(super) use carry::Carried;
 
 /// Runs `work` for each sequence of the batch, with its state `id` and its rows.
 fn each_state<B: Backend>(
