@@ -19,6 +19,11 @@ impl dyn Exec + '_ {
         self.run(Op::Embed { table })
     }
 
+    /// Rows of `table` `[P, C]` for the positions of the current tokens.
+    pub fn embed_positions(&mut self, table: Param) -> Value {
+        self.run(Op::EmbedPositions { table })
+    }
+
     /// `y = x Wᵀ + b`, plus whatever adapters are attached to `layer`.
     pub fn linear(&mut self, layer: Linear, x: Value) -> Value {
         self.run(Op::Linears { layers: vec![layer], x })

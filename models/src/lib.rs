@@ -19,6 +19,7 @@ mod gemma3_text;
 mod gemma4_attention;
 mod gemma4_text;
 mod glm4;
+mod gpt2;
 mod granite;
 mod granitemoehybrid;
 mod helium;
@@ -58,9 +59,9 @@ pub use op::{
     StateId, StateSpace, StateSpec, Value, Width,
 };
 pub use outline::{Outline, Scaled};
-pub use params::{ParamSpec, Role, Stack};
+pub use params::{Layout, ParamSpec, Role, Stack};
 pub use rope::{Growth, LongRope, Rope};
-pub use wrapped::{Wrapped, text_config, wrapped};
+pub use wrapped::{Wrapped, full_name, text_config, wrapped};
 
 use keys::Keys;
 
@@ -153,6 +154,7 @@ const FAMILIES: &[Family] = &[
     gemma3_text::FAMILY,
     gemma4_text::FAMILY,
     glm4::FAMILY,
+    gpt2::FAMILY,
     granite::FAMILY,
     granitemoehybrid::FAMILY,
     helium::FAMILY,

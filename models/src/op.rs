@@ -203,6 +203,11 @@ pub enum Op {
         /// The embedding.
         table: Param,
     },
+    /// Rows of `table` `[P, C]` for the positions of the current tokens.
+    EmbedPositions {
+        /// The table.
+        table: Param,
+    },
     /// `y = x Wᵀ + b`, plus whatever adapters are attached, for each of `layers`, which read the same `x`.
     Linears {
         /// One output for each.
@@ -408,7 +413,7 @@ impl Op {
     #[must_use]
     pub fn reads(&self) -> Vec<Value> {
         match *self {
-            Self::Embed { .. } | Self::Carried { .. } => Vec::new(),
+            Self::Embed { .. } | Self::EmbedPositions { .. } | Self::Carried { .. } => Vec::new(),
             Self::ScaleBy { x, .. } | Self::Carry { x, .. } => vec![x],
             Self::Linears { x, .. } | Self::Norm { x, .. } | Self::Rope { x, .. } | Self::Scale { x, .. } => vec![x],
             Self::Map { x, .. } | Self::Columns { x, .. } | Self::Conv { x, .. } => vec![x],
@@ -428,7 +433,7 @@ impl Op {
     #[must_use]
     pub fn outputs(&self) -> Vec<Width> {
         match self {
-            Self::Embed { table } => vec![Width::Cols(*table)],
+            Self::Embed { table } | Self::EmbedPositions { table } => vec![Width::Cols(*table)],
             Self::Linears { layers, .. } => layers.iter().map(|layer| Width::Rows(layer.weight)).collect(),
             // The second one is the log-sum-exp of each head's scores.
             Self::Attention { shape, q, .. } => vec![Width::Like(*q), Width::Of(shape.heads)],
@@ -452,7 +457,8 @@ impl Op {
     #[must_use]
     pub fn keeps(&self, y: Value) -> Vec<Value> {
         match *self {
-            Self::Embed { .. } | Self::Rope { .. } | Self::Scale { .. } | Self::Add { .. } => Vec::new(),
+            Self::Embed { .. } | Self::EmbedPositions { .. } => Vec::new(),
+            Self::Rope { .. } | Self::Scale { .. } | Self::Add { .. } => Vec::new(),
             Self::Linears { x, .. } | Self::Norm { x, .. } => vec![x],
             Self::Attention { q, k, v, .. } => vec![q, k, v, y, Value(y.0 + 1)],
             Self::Gate { gate, up, .. } => vec![gate, up],
@@ -492,6 +498,7 @@ impl Op {
         !matches!(
             self,
             Self::Embed { .. }
+                | Self::EmbedPositions { .. }
                 | Self::Attention { .. }
                 | Self::Rope { .. }
                 | Self::Conv { .. }

@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::op::{Conv, Linear, Norm, Param, RopeTable, StateId, StateSpec};
-use crate::params::{ParamSpec, Role, Stack};
+use crate::params::{Layout, ParamSpec, Role, Stack};
 use crate::rope::Rope;
 
 /// What a family declares of a model, for those who run it.
@@ -88,7 +88,7 @@ impl Builder {
     }
 
     fn param(&mut self, name: String, shape: Vec<usize>, role: Role) -> Param {
-        self.params.push(ParamSpec { name, shape, role, stack: None });
+        self.params.push(ParamSpec { name, shape, role, layout: Layout::Whole });
         Param(number(self.params.len()))
     }
 
@@ -119,10 +119,17 @@ impl Builder {
         linear
     }
 
+    /// A linear layer with a bias, whose weight files hold as `[in, out]`.
+    pub(crate) fn transposed(&mut self, module: &str, out: usize, input: usize) -> Linear {
+        let linear = self.linear(module, out, input, true);
+        self.params[linear.weight.0 as usize].layout = Layout::Transposed;
+        linear
+    }
+
     /// Rows of a stack of matrices in the tensor `name`, as a linear layer.
     pub(crate) fn stacked(&mut self, name: &str, stack: Stack, rows: usize) -> Linear {
         let shape = vec![rows, stack.shape[2]];
-        self.params.push(ParamSpec { name: name.to_owned(), shape, role: Role::Fixed, stack: Some(stack) });
+        self.params.push(ParamSpec { name: name.to_owned(), shape, role: Role::Fixed, layout: Layout::Stacked(stack) });
         Linear { weight: Param(number(self.params.len())), bias: None }
     }
 

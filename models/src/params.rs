@@ -26,8 +26,19 @@ pub struct ParamSpec {
     pub shape: Vec<usize>,
     /// What it is for.
     pub role: Role,
-    /// Where in a tensor of that name it lies, if it is not all of it.
-    pub stack: Option<Stack>,
+    /// How the tensor of that name holds it.
+    pub layout: Layout,
+}
+
+/// How a tensor holds a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// As it is.
+    Whole,
+    /// A matrix `[out, in]` as `[in, out]`. In bitsandbytes' 4 bits it is as it is.
+    Transposed,
+    /// Among others.
+    Stacked(Stack),
 }
 
 /// Rows of one of several matrices that are stored as one tensor `[matrices, rows, in]`.
@@ -42,10 +53,14 @@ pub struct Stack {
 }
 
 impl ParamSpec {
-    /// The shape of the tensor that it lies in.
+    /// The shape of the tensor that it lies in, if that is not in 4 bits.
     #[must_use]
-    pub fn stored(&self) -> &[usize] {
-        self.stack.as_ref().map_or(&self.shape, |stack| &stack.shape)
+    pub fn stored(&self) -> Vec<usize> {
+        match self.layout {
+            Layout::Whole => self.shape.clone(),
+            Layout::Transposed => self.shape.iter().rev().copied().collect(),
+            Layout::Stacked(stack) => stack.shape.to_vec(),
+        }
     }
 
     /// Path of the module that holds it: the name without `.weight` or `.bias`.

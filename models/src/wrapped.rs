@@ -46,6 +46,18 @@ pub fn text_config(config: &Map<String, Value>) -> Option<Map<String, Value>> {
     Some(text)
 }
 
+/// Families whose first files leave out what all their names begin with.
+const BARE: &[(&str, &str)] = &[("gpt2", "transformer.")];
+
+/// The whole name of the tensor `name` in a file that may leave out what the names of the model that `config` describes
+/// begin with; none where nothing is missing.
+#[must_use]
+pub fn full_name(config: &Map<String, Value>, name: &str) -> Option<String> {
+    let family = config.get("model_type")?.as_str()?;
+    let (_, prefix) = BARE.iter().find(|(bare, _)| *bare == family)?;
+    (!name.starts_with(prefix) && !name.starts_with("lm_head.")).then(|| format!("{prefix}{name}"))
+}
+
 /// What a tensor of a model for more than text is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wrapped<'n> {
@@ -86,6 +98,17 @@ mod tests {
         assert_eq!(wrapped("mtp.layers.0.weight"), Wrapped::Part("mtp"));
         // What nobody knows is refused later, under its own name.
         assert_eq!(wrapped("model.memory.weight"), Wrapped::Text("model.memory.weight".to_owned()));
+    }
+
+    #[test]
+    fn names_without_their_beginning_are_whole() {
+        let config = |family: &str| json!({"model_type": family}).as_object().unwrap().clone();
+        let full = |family, name| full_name(&config(family), name);
+        assert_eq!(full("gpt2", "h.0.ln_1.weight").as_deref(), Some("transformer.h.0.ln_1.weight"));
+        for (family, name) in [("gpt2", "transformer.wte.weight"), ("gpt2", "lm_head.weight"), ("llama", "norm.weight")]
+        {
+            assert_eq!(full(family, name), None, "{family} {name}");
+        }
     }
 
     #[test]

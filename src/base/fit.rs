@@ -1,7 +1,7 @@
 //! Whether a model can run, asked before its weights are touched.
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::{Checkpoint, Source, foreign, weight_of};
+use crate::format::{Checkpoint, Source, TensorMeta, foreign, weight_of};
 use pocketlora_models::{Model, ParamSpec, Role};
 use serde_json::{Map, Value};
 use std::collections::{HashMap, HashSet};
@@ -26,11 +26,11 @@ pub(crate) fn architecture(checkpoint: &Checkpoint) -> Result<Box<dyn Model>> {
 pub(crate) fn check_source(source: &dyn Source, place: &Path) -> Result<()> {
     let model = architecture_of(source.config(), place)?;
     check_names(&*model, place, source.tensors().iter().map(|t| t.name.as_str()))?;
-    let shapes: HashMap<&str, &[usize]> = source.tensors().iter().map(|t| (&t.name[..], &t.shape[..])).collect();
+    let metas: HashMap<&str, &TensorMeta> = source.tensors().iter().map(|t| (&t.name[..], t)).collect();
     for spec in model.params() {
-        match shapes.get(spec.name.as_str()) {
-            Some(shape) if *shape == spec.stored() => {}
-            Some(shape) => return Err(wrong_shape(place, spec, shape)),
+        match metas.get(spec.name.as_str()) {
+            Some(meta) if meta.shape == spec.stored() || meta.is_four_bit() && meta.shape == spec.shape => {}
+            Some(meta) => return Err(wrong_shape(place, spec, &meta.shape)),
             None => return Err(crate::format::safetensors::missing(place, &spec.name)),
         }
     }

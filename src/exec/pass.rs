@@ -53,6 +53,8 @@ pub struct Pass<'a, B: Backend> {
     /// They cover all rows, in order; there is at least one. None of several brings weights in place of the base's.
     pub(super) parts: Vec<Part<'a, B>>,
     pub(super) batch: &'a Batch,
+    /// Of each token in its text.
+    pub(super) positions: Vec<u32>,
     /// `cos` and `sin` `[T, D / 2]` of each rotary table.
     pub(super) angles: Vec<(B::Buffer, B::Buffer)>,
     pub(super) dropout: Option<Dropout>,
@@ -124,9 +126,11 @@ impl<'a, B: Backend> Pass<'a, B> {
             let ids = batch.ids.get(part.rows.clone()).unwrap_or_default();
             part.adapters.replaced().check_ids(base, ids)?;
         }
-        let angles = base.rope_angles(&batch.texts(places), pool)?;
+        let texts = batch.texts(places);
+        let positions = texts.iter().flat_map(|(positions, _)| positions.clone()).map(|p| p as u32).collect();
+        let angles = base.rope_angles(&texts, pool)?;
         let (choices, carried) = (Choices::default(), Carried::default());
-        Ok(Self { base, parts, batch, angles, dropout: None, arithmetic, choices, carried })
+        Ok(Self { base, parts, batch, positions, angles, dropout: None, arithmetic, choices, carried })
     }
 
     /// The same pass over some `rows` (ascending) of its tokens, for what each row is by itself: rotary tables stay behind.
@@ -136,7 +140,7 @@ impl<'a, B: Backend> Pass<'a, B> {
         let parts = self.parts.iter().map(own).filter(|part| !part.rows.is_empty()).collect();
         let Self { base, batch, dropout, arithmetic, .. } = *self;
         let (angles, choices, carried) = (Vec::new(), Choices::default(), Carried::default());
-        Pass { base, parts, batch, angles, dropout, arithmetic, choices, carried }
+        Pass { base, parts, batch, positions: Vec::new(), angles, dropout, arithmetic, choices, carried }
     }
 
     /// What the pass runs on.

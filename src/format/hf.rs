@@ -6,7 +6,7 @@ use super::source::LeftOut;
 use super::{foreign, place, widen};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{MatrixData, MatrixSource};
-use pocketlora_models::{Stack, Wrapped, text_config, wrapped};
+use pocketlora_models::{Stack, Wrapped, full_name, text_config, wrapped};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
@@ -14,7 +14,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 /// Names of embeddings, the usual one first.
-const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "backbone.embeddings.weight"];
+const EMBEDDINGS: [&str; 3] = ["model.embed_tokens.weight", "backbone.embeddings.weight", "transformer.wte.weight"];
 const HEAD: &str = "lm_head.weight";
 
 /// A checkpoint whose weights stay in the mapped files.
@@ -54,6 +54,9 @@ impl Checkpoint {
             checkpoint.config = config;
             checkpoint.unwrap_text();
         }
+        let missing = |name: &String| Some((name.clone(), full_name(&checkpoint.config, name)?));
+        let renamed: Vec<_> = checkpoint.owners.keys().filter_map(missing).collect();
+        renamed.into_iter().for_each(|(name, new)| checkpoint.rename(&name, new));
         checkpoint.settle_head();
         Ok(checkpoint)
     }
@@ -204,6 +207,21 @@ impl Checkpoint {
             }
             _ => Err(self.bad(name, "a matrix of at least 1 by 1", tensor.describe())),
         }
+    }
+
+    /// The matrix called `name`, which is stored as columns unless it is in 4 bits, as rows: a copy in memory.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::matrix`].
+    pub fn transposed(&self, name: &str) -> Result<MatrixSource> {
+        let MatrixSource { rows, cols, data } = self.matrix(name)?;
+        let MatrixData::Dense(float, bytes) = data else { return Ok(MatrixSource { rows, cols, data }) };
+        let mut all = Vec::with_capacity(bytes.len());
+        for col in 0..cols {
+            let element = |row: usize| &bytes[(row * cols + col) * float.size()..][..float.size()];
+            (0..rows).for_each(|row| all.extend_from_slice(element(row)));
+        }
+        Ok(MatrixSource { rows: cols, cols: rows, data: MatrixData::Dense(float, all.into()) })
     }
 
     /// `rows` rows of one of the matrices that are stored as the one tensor `name`, which is to have the shape that `stack`

@@ -19,6 +19,14 @@ pub struct TensorMeta {
     pub dtype: String,
 }
 
+impl TensorMeta {
+    /// Whether it is in bitsandbytes' 4 bits.
+    #[must_use]
+    pub fn is_four_bit(&self) -> bool {
+        matches!(self.dtype.as_str(), "NF4" | "FP4")
+    }
+}
+
 /// A part of a model for more than text that a text does not go through, such as a tower for pictures.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeftOut {

@@ -36,6 +36,7 @@ use std::ops::Range;
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, op: &Op, y: Value) -> Result<()> {
     match op {
         Op::Embed { table } => embed::run(it, *table, y),
+        Op::EmbedPositions { table } => embed::run_positions(it, *table, y),
         Op::Linears { layers, x } => linear::run(it, layers, *x, y),
         Op::Norm { norm, x } => norm::run(it, norm, *x, y),
         Op::Rope { table, heads, x } => rope::run(it, *table, *heads, *x, y),
@@ -85,7 +86,7 @@ pub(super) fn back<B: Backend>(
     let Some(dy) = dy else { return Ok(()) };
     match op {
         Op::Linears { .. } | Op::Carry { .. } => unreachable!("see above"),
-        Op::Embed { .. } => {
+        Op::Embed { .. } | Op::EmbedPositions { .. } => {
             it.put(dy);
             Ok(())
         }
