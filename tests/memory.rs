@@ -29,14 +29,20 @@ const SIZES: [(&str, usize); 6] = [
 static IN_PROCESS: Mutex<()> = Mutex::new(());
 
 fn model(dir: &Path) -> PathBuf {
+    model_of(dir, &json!({"model_type": "llama"}))
+}
+
+/// A model of some sizes, and of what `more` says.
+fn model_of(dir: &Path, more: &Value) -> PathBuf {
     let _alone = IN_PROCESS.lock().unwrap();
     let out = dir.join("model");
     fs::create_dir_all(&out).unwrap();
     let mut config = json!({
-        "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": true,
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": true,
         "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
     });
     SIZES.iter().for_each(|(key, size)| config[*key] = (*size).into());
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     fs::write(out.join("config.json"), config.to_string()).unwrap();
     let built = pocketlora_models::build(config.as_object().unwrap()).unwrap();
     let values = |i: usize, shape: &[usize]| -> Vec<u8> {
@@ -90,6 +96,20 @@ fn a_plan_is_within_five_percent_of_what_is_taken() {
     let sgd = peak_of("--seq 512 --optimizer sgd");
     let eight = peak_of("--seq 512 --optimizer adamw8bit");
     assert!(sgd < peaks[1] && eight < peaks[1] && sgd <= eight || peaks[1].is_none(), "{sgd:?} {eight:?} {peaks:?}");
+}
+
+/// The matrices of a chunk, the states between chunks and the shares of heads are planned, too.
+#[test]
+fn the_plan_of_a_state_space_is_within_five_percent_of_what_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let sizes = json!({"model_type": "mamba2", "hidden_size": 256, "num_heads": 16, "head_dim": 32, "state_size": 64,
+        "n_groups": 2});
+    let model = model_of(dir.path(), &sizes);
+    for args in ["--seq 200", "--seq 500"] {
+        let run = measured(&bench(&model, args));
+        let Some(deviation) = run["train_memory"]["deviation_percent"].as_f64() else { return };
+        assert!(deviation.abs() <= 5.0, "{args}: {deviation} % off {}", run["train_memory"]);
+    }
 }
 
 /// Of a model so small that an allocator's own habits show: what it keeps of freed scratch is some hundred kilobytes.

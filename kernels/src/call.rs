@@ -8,7 +8,8 @@
 //! written is overwritten, whatever it held before, unless it is said to be added to.
 
 use crate::{
-    Activation, AdamW, Arithmetic, Attention, Columns, DeltaRule, Lends, Lion, Map, Memory, Scores, Sgd, Targets,
+    Activation, AdamW, Arithmetic, Attention, Columns, DeltaRule, Lends, Lion, Map, Memory, Scores, Sgd, StateSpace,
+    Targets,
 };
 use std::ops::Range;
 
@@ -182,8 +183,8 @@ calls! {
     /// Sets all of `x` to zero.
     Zero { x: write, }
 
-    /// `y = x / sqrt(mean(x²) + eps) * w` for each row of `width` values (Zhang & Sennrich 2019). `w` is `[width]`, its
-    /// values one less than the factors if `plus_one`; without it nothing is multiplied. With the width of a head it is the
+    /// `y = x / sqrt(mean(x²) + eps) * w` for each row of `width` values (Zhang & Sennrich 2019). `w` is `[width]`, or that of
+    /// several rows one after the other, its values one less than the factors if `plus_one`; without it nothing is multiplied. With the width of a head it is the
     /// norm of each head. The L2 norm `x / sqrt(sum(x²) + e)` is that with `eps = e / width`, divided by `sqrt(width)`.
     RmsNorm { width: value(usize), w: read_if, plus_one: value(bool), eps: value(f32), x: read, y: write, }
     /// `dx += ` the gradient of [`Call::RmsNorm`] by `x`; `w` is frozen.
@@ -280,6 +281,26 @@ calls! {
     DeltaRuleFrom {
         spec: value(&'a DeltaRule), q: read, k: read, v: read, g: read, beta: read, state: write, y: write,
         rows: value(Range<usize>),
+    }
+
+    /// State space of Mamba 2 (Dao & Gu 2024) inside each of `segments` (lengths that sum to `T`). Each head has a state `S`
+    /// `[N, P]`, which begins with zeros; for each token, with `d = softplus(dt + bias)` held between limits,
+    /// `S = e^(-e^rate d) S + b (d x)ᵀ`, `y = Sᵀ c + skip x`. `rate`, `bias`, `skip` are `[H]`, `x`, `y` `[T, H * P]`, `b`, `c`
+    /// `[T, G * N]`, `dt` `[T, H]`.
+    StateSpace {
+        spec: value(&'a StateSpace), segments: value(&'a [usize]), rate: read, bias: read, skip: read, x: read, b: read,
+        c: read, dt: read, y: write,
+    }
+    /// Gradients of [`Call::StateSpace`] by what belongs to tokens; `rate`, `bias` and `skip` are frozen.
+    StateSpaceVjp {
+        spec: value(&'a StateSpace), segments: value(&'a [usize]), rate: read, bias: read, skip: read, x: read, b: read,
+        c: read, dt: read, dy: read, dx: write, db: write, dc: write, ddt: write,
+    }
+    /// As [`Call::StateSpace`] for the tokens `rows` alone, which go on from `state`, [`StateSpace::state_len`] values; it
+    /// becomes the state after them. Other rows of `y` stay as they are.
+    StateSpaceFrom {
+        spec: value(&'a StateSpace), rate: read, bias: read, skip: read, x: read, b: read, c: read, dt: read, state: write,
+        y: write, rows: value(Range<usize>),
     }
 
     /// Chooses the `k` largest of each row of `x` `[T, E]`, of equals the first: `chosen` `[T, k]` are their numbers, the

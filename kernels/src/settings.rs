@@ -100,6 +100,29 @@ impl DeltaRule {
     }
 }
 
+/// Shape of a state space of Mamba 2.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StateSpace {
+    /// Heads (`H`), each with a state of its own.
+    pub heads: usize,
+    /// Width of a head (`P`).
+    pub head_dim: usize,
+    /// Groups of neighbouring heads that share `b` and `c` (`G`), a divisor of `heads`.
+    pub groups: usize,
+    /// Rows of a head's state, as wide as the head (`N`).
+    pub state_dim: usize,
+    /// Least and greatest step.
+    pub limits: (f32, f32),
+}
+
+impl StateSpace {
+    /// Values of the state of one sequence, a matrix `[N, P]` for each head; zeros are the state before the first token.
+    #[must_use]
+    pub fn state_len(&self) -> usize {
+        self.heads * self.state_dim * self.head_dim
+    }
+}
+
 /// AdamW's settings for one step (Loshchilov & Hutter 2019, decoupled decay, as torch.optim.AdamW).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {

@@ -6,7 +6,7 @@ use crate::decoder::{self, Variant};
 use crate::feed_forward::Inner;
 use crate::keys::Keys;
 use crate::op::Map;
-use crate::windows::WindowKeys;
+use crate::windows;
 use crate::{Family, Model};
 
 pub(crate) const FAMILY: Family =
@@ -15,7 +15,7 @@ pub(crate) const FAMILY: Family =
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { positions: 4096, ..Defaults::default() })?;
     keys.one_of("hidden_act", &["relu2"])?;
-    let windows = WindowKeys::read(keys, None, true)?.same(keys, config.layers, None)?;
+    let windows = windows::none(keys, &config)?;
     let bias = keys.flag("attention_bias", false)?;
     let variant = Variant {
         attention: AttentionSpec { qkv_bias: bias, o_bias: bias, ..AttentionSpec::default() },

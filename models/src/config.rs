@@ -68,6 +68,10 @@ pub(crate) struct Defaults {
     pub(crate) positions: usize,
     /// `tie_word_embeddings`.
     pub(crate) tied_head: bool,
+    /// `num_attention_heads`; without one the file must say it.
+    pub(crate) heads: Option<usize>,
+    /// `vocab_size`; without one the file must say it.
+    pub(crate) vocab: Option<usize>,
 }
 
 impl Config {
@@ -81,7 +85,9 @@ impl Config {
         for switch in ["attention_bias", "mlp_bias"] {
             keys.flag(switch, false)?;
         }
-        let heads = keys.count("num_attention_heads")?;
+        let heads = defaults
+            .heads
+            .map_or_else(|| keys.count("num_attention_heads"), |n| keys.count_or("num_attention_heads", n))?;
         let hidden_size = keys.size("hidden_size")?;
         let kv_heads = keys.size_or("num_key_value_heads", defaults.kv_heads)?.unwrap_or(heads);
         if heads % kv_heads != 0 {
@@ -102,7 +108,9 @@ impl Config {
             heads,
             kv_heads,
             head_dim,
-            vocab_size: keys.size("vocab_size")?,
+            vocab_size: defaults
+                .vocab
+                .map_or_else(|| keys.size("vocab_size"), |n| Ok(keys.optional_size("vocab_size")?.unwrap_or(n)))?,
             max_positions: keys.optional_size("max_position_embeddings")?.unwrap_or(defaults.positions),
             tied_head: keys.flag("tie_word_embeddings", defaults.tied_head)?,
             attention_dropout: keys.share("attention_dropout", 0.0)?,

@@ -104,7 +104,7 @@ impl Decoder {
         let (ffn, hidden) = (keys.size("intermediate_size")?, config.hidden_size);
         let ropes = match &variant.ropes {
             Some(ropes) => ropes.clone(),
-            None => vec![RopeKeys::of(&config).read(keys)?.of_both(); config.layers],
+            None => RopeKeys::of(&config).read(keys)?.everywhere(&config),
         };
         let norm = |b: &mut Builder, module: &str| match variant.norm {
             NormKind::Rms => b.rms_norm(module, hidden, variant.eps),

@@ -2,7 +2,7 @@
 
 use crate::op::{
     Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, Routing,
-    StateId, Value,
+    StateId, StateSpace, Value,
 };
 use std::ops::Range;
 
@@ -17,6 +17,11 @@ impl dyn Exec + '_ {
     /// Rows of `table` `[V, C]` for the current tokens.
     pub fn embed(&mut self, table: Param) -> Value {
         self.run(Op::Embed { table })
+    }
+
+    /// Rows of `table` `[P, C]` for the positions of the current tokens.
+    pub fn embed_positions(&mut self, table: Param) -> Value {
+        self.run(Op::EmbedPositions { table })
     }
 
     /// `y = x Wᵀ + b`, plus whatever adapters are attached to `layer`.
@@ -50,7 +55,27 @@ impl dyn Exec + '_ {
 
     /// Causal attention over what `state` keeps.
     pub fn attention(&mut self, state: StateId, shape: AttentionShape, q: Value, k: Value, v: Value) -> Value {
-        self.run(Op::Attention { shape, state, q, k, v })
+        self.run(Op::Attention { shape, state, shared: false, q, k, v })
+    }
+
+    /// The same over what an earlier layer has put into `state`: `k` and `v` are that layer's.
+    pub fn shared_attention(&mut self, state: StateId, shape: AttentionShape, q: Value, k: Value, v: Value) -> Value {
+        self.run(Op::Attention { shape, state, shared: true, q, k, v })
+    }
+
+    /// `x` itself, which later layers find under the number `slot`.
+    pub fn carry(&mut self, slot: u16, x: Value) -> Value {
+        self.run(Op::Carry { slot, x })
+    }
+
+    /// The elements `part` of each row of what was carried under `slot`.
+    pub fn carried(&mut self, slot: u16, part: Range<usize>) -> Value {
+        self.run(Op::Carried { slot, part })
+    }
+
+    /// `factor * x` with the one value of a parameter.
+    pub fn scale_by(&mut self, factor: Param, x: Value) -> Value {
+        self.run(Op::ScaleBy { factor, x })
     }
 
     /// `silu(gate) * up`.
@@ -114,6 +139,17 @@ impl dyn Exec + '_ {
     ) -> Value {
         let [q, k, v] = qkv;
         self.run(Op::DeltaRule { shape, state, q, k, v, g, beta })
+    }
+
+    /// See [`Op::StateSpace`]; `xbc` are its `x`, `b` and `c`.
+    pub fn state_space(&mut self, state: StateId, space: StateSpace, xbc: [Value; 3], dt: Value) -> Value {
+        let [x, b, c] = xbc;
+        self.run(Op::StateSpace { space, state, x, b, c, dt })
+    }
+
+    /// Parts of a row, each times a factor of its own: `parts` are their widths and factors.
+    pub fn scale_parts(&mut self, parts: &[(usize, f32)], x: Value) -> Value {
+        self.run(Op::ScaleParts { parts: parts.to_vec(), x })
     }
 
     /// See [`Op::Route`] and [`Op::Experts`].

@@ -4,14 +4,15 @@ use crate::config::ConfigError;
 use crate::exec::Exec;
 use crate::op::{Activation, Expert, Linear, Map, Op, Routing, Value};
 use crate::outline::Builder;
+use crate::params::Stack;
 
 /// What comes between its two products.
 #[derive(Clone, Copy)]
 pub(crate) enum Inner {
     /// A gate (Shazeer 2020).
     Gated(Activation),
-    /// A gate whose matrix is one with the other's.
-    FusedGate(Activation),
+    /// A gate whose matrix is one with the other's, in the first of these names.
+    FusedGate(Activation, [&'static str; 2]),
     /// A function, without a gate, between projections of these names.
     Plain(Map, [&'static str; 2]),
 }
@@ -36,10 +37,15 @@ impl FeedForward {
             Inner::Gated(activation) => {
                 Input::Gated(activation, ["gate_proj", "up_proj"].map(|name| input(name, width)))
             }
-            Inner::FusedGate(activation) => Input::FusedGate(activation, input("gate_up_proj", 2 * width), width),
+            Inner::FusedGate(activation, [gate_up, _]) => {
+                Input::FusedGate(activation, input(gate_up, 2 * width), width)
+            }
             Inner::Plain(map, [up, _]) => Input::Plain(map, input(up, width)),
         };
-        let down = if let Inner::Plain(_, [_, down]) = inner { down } else { "down_proj" };
+        let down = match inner {
+            Inner::Gated(_) => "down_proj",
+            Inner::FusedGate(_, [_, down]) | Inner::Plain(_, [_, down]) => down,
+        };
         Self { input, down: b.linear(&format!("{at}.{down}"), hidden, width, bias) }
     }
 
@@ -78,6 +84,20 @@ pub(crate) fn expert(b: &mut Builder, at: &str, names: [&str; 3], width: usize) 
     }
 }
 
+/// Experts whose gates and ups are one stack `[experts, 2 * width, in]` in the tensor `names[0]`, and whose downs are one
+/// `[experts, in, width]` in `names[1]`.
+pub(crate) fn stacked_experts(b: &mut Builder, names: [&str; 2], experts: usize, width: usize) -> Vec<Expert> {
+    let hidden = b.config.hidden_size;
+    let gate_up = |index, first| Stack { shape: [experts, 2 * width, hidden], index, first };
+    let down = |index| Stack { shape: [experts, hidden, width], index, first: 0 };
+    let expert = |index| Expert {
+        gate: b.stacked(names[0], gate_up(index, 0), width),
+        up: b.stacked(names[0], gate_up(index, width), width),
+        down: b.stacked(names[1], down(index), hidden),
+    };
+    (0..experts).map(expert).collect()
+}
+
 /// Experts, and what chooses among them (Shazeer et al. 2017).
 pub(crate) struct Mixture {
     pub(crate) router: Linear,
@@ -109,5 +129,7 @@ impl Mixture {
     }
 }
 
+/// What most checkpoints call gate and up as one matrix, and down.
+pub(crate) const FUSED: [&str; 2] = ["gate_up_proj", "down_proj"];
 /// What most checkpoints call gate, up and down.
 pub(crate) const PROJECTIONS: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];

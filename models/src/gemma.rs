@@ -38,7 +38,7 @@ impl Gemma {
 }
 
 /// The root of the width, rounded to the type of the weights: with that factor the models were trained.
-fn embedding_scale(keys: &Keys<'_>, hidden: usize) -> Result<f32, ConfigError> {
+pub(crate) fn embedding_scale(keys: &Keys<'_>, hidden: usize) -> Result<f32, ConfigError> {
     let dtype = keys.text("dtype")?.or(keys.text("torch_dtype")?);
     // Bits of an f32's mantissa that do not fit. A root of up to 2^12 is far from the bounds of exponents.
     let lost = match dtype {

@@ -24,7 +24,8 @@ pub(crate) const FAMILY: Family = Family {
 };
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
-    let defaults = Defaults { kv_heads: Some(4), head_dim: Some(256), positions: 8192, tied_head: true };
+    let defaults =
+        Defaults { kv_heads: Some(4), head_dim: Some(256), positions: 8192, tied_head: true, ..Defaults::default() };
     let config = Config::read(keys, &defaults)?;
     keys.one_of("hidden_activation", &["gelu_pytorch_tanh"])?;
     let bias = keys.flag("attention_bias", false)?;

@@ -19,7 +19,15 @@ pub(crate) const FAMILY: Family = Family {
 };
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
-    let defaults = Defaults { kv_heads: Some(4), head_dim: Some(256), positions: 131_072, tied_head: true };
+    // Published configs of Gemma 3 4B leave most of it out.
+    let defaults = Defaults {
+        heads: Some(8),
+        kv_heads: Some(4),
+        head_dim: Some(256),
+        positions: 131_072,
+        tied_head: true,
+        vocab: Some(262_208),
+    };
     let config = Config::read(keys, &defaults)?;
     keys.one_of("hidden_activation", &["gelu_pytorch_tanh"])?;
     let (eps, bias) = (keys.share("rms_norm_eps", 1e-6)?, keys.flag("attention_bias", false)?);

@@ -4,11 +4,11 @@
 use crate::attention::AttentionSpec;
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, NormNames, Variant};
-use crate::feed_forward::Inner;
+use crate::feed_forward::{FUSED, Inner};
 use crate::keys::Keys;
 use crate::op::Activation;
 use crate::rope::RopeKeys;
-use crate::windows::WindowKeys;
+use crate::windows;
 use crate::{Family, Model};
 
 pub(crate) const FAMILY: Family =
@@ -22,12 +22,12 @@ const NORMS: NormNames = [
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let defaults = Defaults { kv_heads: Some(2), head_dim: Some(128), positions: 131_072, ..Defaults::default() };
     let config = Config::read(keys, &defaults)?;
-    let windows = WindowKeys::read(keys, None, true)?.same(keys, config.layers, None)?;
+    let windows = windows::none(keys, &config)?;
     let rope = RopeKeys { partial: Some(0.5), pairs: true, ..RopeKeys::of(&config) }.read(keys)?;
     let variant = Variant {
         attention: AttentionSpec { qkv_bias: keys.flag("attention_bias", true)?, ..AttentionSpec::default() },
-        ropes: Some(vec![rope.of_both(); config.layers]),
-        mlp: Inner::FusedGate(Activation::Silu),
+        ropes: Some(rope.everywhere(&config)),
+        mlp: Inner::FusedGate(Activation::Silu, FUSED),
         norms: NORMS,
         ..Variant::new(keys.share("rms_norm_eps", 1.5625e-7)?, windows)
     };

@@ -7,7 +7,7 @@ use crate::exec::Exec;
 use crate::keys::Keys;
 use crate::op::Value;
 use crate::outline::Outline;
-use crate::windows::WindowKeys;
+use crate::windows;
 use crate::{Family, Model};
 
 pub(crate) const FAMILY: Family = Family {
@@ -26,28 +26,49 @@ pub(crate) const FAMILY: Family = Family {
 
 struct Granite {
     decoder: Decoder,
-    embedding_multiplier: f32,
-    residual_multiplier: f32,
-    logits_scaling: f32,
+    factors: Factors,
+}
+
+/// Granite's factors, which its hybrids have, too.
+pub(crate) struct Factors {
+    /// On embeddings.
+    pub(crate) embedding: f32,
+    /// On scores.
+    pub(crate) attention: f32,
+    /// On what each part adds to the residual stream.
+    pub(crate) residual: f32,
+    /// What logits are divided by.
+    logits: f32,
+}
+
+impl Factors {
+    pub(crate) fn read(keys: &Keys<'_>) -> Result<Self, ConfigError> {
+        let factor = |key: &str| keys.positive(key, 1.0).map(|factor| factor as f32);
+        Ok(Self {
+            embedding: factor("embedding_multiplier")?,
+            attention: factor("attention_multiplier")?,
+            residual: factor("residual_multiplier")?,
+            logits: factor("logits_scaling")?,
+        })
+    }
+
+    /// The head is linear: what is divided before it need not be divided after it.
+    pub(crate) fn divide(&self, ex: &mut dyn Exec, h: Value) -> Value {
+        ex.scale(1.0 / self.logits, h)
+    }
 }
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { positions: 2048, ..Defaults::default() })?;
-    let factor = |key: &str| keys.positive(key, 1.0).map(|factor| factor as f32);
+    let factors = Factors::read(keys)?;
     let bias = keys.flag("attention_bias", false)?;
-    let windows = WindowKeys::read(keys, None, true)?.same(keys, config.layers, None)?;
-    let scale = Some(factor("attention_multiplier")?);
+    let scale = Some(factors.attention);
     let variant = Variant {
         attention: AttentionSpec { scale, qkv_bias: bias, o_bias: bias, ..AttentionSpec::default() },
         mlp_bias: keys.flag("mlp_bias", false)?,
-        ..Variant::new(keys.share("rms_norm_eps", 1e-6)?, windows)
+        ..Variant::new(keys.share("rms_norm_eps", 1e-6)?, windows::none(keys, &config)?)
     };
-    Ok(Box::new(Granite {
-        decoder: Decoder::new(keys, config, &variant, &|_, _, _| None)?,
-        embedding_multiplier: factor("embedding_multiplier")?,
-        residual_multiplier: factor("residual_multiplier")?,
-        logits_scaling: factor("logits_scaling")?,
-    }))
+    Ok(Box::new(Granite { decoder: Decoder::new(keys, config, &variant, &|_, _, _| None)?, factors }))
 }
 
 impl Model for Granite {
@@ -57,7 +78,7 @@ impl Model for Granite {
 
     fn embed(&self, ex: &mut dyn Exec) -> Value {
         let x = ex.embed(self.decoder.outline.embedding);
-        ex.scale(self.embedding_multiplier, x)
+        ex.scale(self.factors.embedding, x)
     }
 
     fn layer(&self, ex: &mut dyn Exec, index: usize, x: Value) -> Value {
@@ -65,19 +86,18 @@ impl Model for Granite {
 
         let h = l.attention_norms.before(ex, x);
         let a = l.attention.run(ex, h);
-        let a = ex.scale(self.residual_multiplier, a);
+        let a = ex.scale(self.factors.residual, a);
         let x = ex.add(x, a);
 
         let h = l.mlp_norms.before(ex, x);
         let h = l.mlp.run(ex, h);
-        let h = ex.scale(self.residual_multiplier, h);
+        let h = ex.scale(self.factors.residual, h);
         ex.add(x, h)
     }
 
-    /// The head is linear: what is divided before it need not be divided after it.
     fn norm(&self, ex: &mut dyn Exec, x: Value) -> Value {
         let h = ex.norm(self.decoder.outline.norm, x);
-        ex.scale(1.0 / self.logits_scaling, h)
+        self.factors.divide(ex, h)
     }
 }
 

@@ -5,7 +5,7 @@ use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
 use crate::keys::Keys;
 use crate::rope::RopeKeys;
-use crate::windows::WindowKeys;
+use crate::windows;
 use crate::{Family, Model};
 
 /// The norms are the family's own, whatever two of these keys say, and experts are another family's.
@@ -18,7 +18,7 @@ pub(crate) const FAMILY: Family = Family {
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { positions: 2048, ..Defaults::default() })?;
-    let windows = WindowKeys::read(keys, None, true)?.same(keys, config.layers, None)?;
+    let windows = windows::none(keys, &config)?;
     // All but the first have no effect.
     let more = &["alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"];
     let rope = RopeKeys { more, ..RopeKeys::of(&config) }.read(keys)?;
@@ -27,7 +27,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let norms = Some(QkNorms { names, after_rope: true, ..QkNorms::of_heads(eps) });
     let variant = Variant {
         attention: AttentionSpec { qkv_bias: bias, o_bias: bias, norms, ..AttentionSpec::default() },
-        ropes: Some(vec![rope.of_both(); config.layers]),
+        ropes: Some(rope.everywhere(&config)),
         ..Variant::new(eps, windows)
     };
     decoder::build(keys, config, &variant)

@@ -11,12 +11,17 @@ mod decoder;
 mod ernie4_5;
 mod exaone4;
 mod exec;
+mod falcon_h1;
 mod feed_forward;
 mod gemma;
 mod gemma2;
 mod gemma3_text;
+mod gemma4_attention;
+mod gemma4_text;
 mod glm4;
+mod gpt2;
 mod granite;
+mod granitemoehybrid;
 mod helium;
 mod hunyuan_v1_dense;
 mod keys;
@@ -24,6 +29,8 @@ mod known;
 mod lfm2;
 mod lfm2_moe;
 mod llama;
+mod mamba;
+mod mamba2;
 mod ministral;
 mod ministral3;
 mod mistral;
@@ -43,16 +50,18 @@ mod starcoder2;
 #[cfg(test)]
 mod testing;
 mod windows;
+mod wrapped;
 
 pub use config::{Config, ConfigError};
 pub use exec::Exec;
 pub use op::{
     Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, Routing, Scores,
-    StateId, StateSpec, Value, Width,
+    StateId, StateSpace, StateSpec, Value, Width,
 };
 pub use outline::{Outline, Scaled};
-pub use params::{ParamSpec, Role};
+pub use params::{Layout, ParamSpec, Role, Stack};
 pub use rope::{Growth, LongRope, Rope};
+pub use wrapped::{Wrapped, full_name, text_config, wrapped};
 
 use keys::Keys;
 
@@ -140,15 +149,20 @@ const FAMILIES: &[Family] = &[
     arcee::FAMILY,
     ernie4_5::FAMILY,
     exaone4::FAMILY,
+    falcon_h1::FAMILY,
     gemma2::FAMILY,
     gemma3_text::FAMILY,
+    gemma4_text::FAMILY,
     glm4::FAMILY,
+    gpt2::FAMILY,
     granite::FAMILY,
+    granitemoehybrid::FAMILY,
     helium::FAMILY,
     hunyuan_v1_dense::FAMILY,
     lfm2::FAMILY,
     lfm2_moe::FAMILY,
     llama::FAMILY,
+    mamba2::FAMILY,
     ministral::FAMILY,
     ministral3::FAMILY,
     mistral::FAMILY,
@@ -168,11 +182,13 @@ pub fn families() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.model_type)
 }
 
-/// The model that a Hugging Face `config.json` describes.
+/// The model that a Hugging Face `config.json` describes: of a model for more than text, the text model in it.
 ///
 /// # Errors
 /// A key is missing or out of range, or the family is unknown.
 pub fn build(config: &serde_json::Map<String, serde_json::Value>) -> Result<Box<dyn Model>, ConfigError> {
+    let nested = text_config(config);
+    let config = nested.as_ref().unwrap_or(config);
     // The family first: what else its config has, or lacks, means something there alone.
     let known = || format!("one of `{}`", families().collect::<Vec<_>>().join("`, `"));
     let model_type = match config.get("model_type") {

@@ -4,7 +4,7 @@ use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
 use crate::keys::Keys;
 use crate::rope::{Growth, Rope, RopeKeys};
-use crate::windows::WindowKeys;
+use crate::windows;
 use crate::{Family, Model};
 
 pub(crate) const FAMILY: Family = Family { model_type: "ministral3", honoured: &[], scaled: None, build };
@@ -12,8 +12,7 @@ pub(crate) const FAMILY: Family = Family { model_type: "ministral3", honoured: &
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let defaults = Defaults { kv_heads: Some(8), head_dim: Some(128), positions: 262_144, ..Defaults::default() };
     let config = Config::read(keys, &defaults)?;
-    let window = WindowKeys::read(keys, None, true)?;
-    let windows = window.same(keys, config.layers, window.window)?;
+    let windows = windows::one(keys, &config)?;
     let more = &["llama_4_scaling_beta", "max_position_embeddings"];
     let rope_keys = RopeKeys { theta: 1e6, more, ..RopeKeys::of(&config) };
     let of_k = rope_keys.read(keys)?;

@@ -4,14 +4,14 @@ use crate::attention::{AttentionSpec, QkNorms};
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, POST_NORM, Variant};
 use crate::keys::Keys;
-use crate::windows::WindowKeys;
+use crate::windows;
 use crate::{Family, Model};
 
 pub(crate) const FAMILY: Family = Family { model_type: "olmo2", honoured: &["attention_bias"], scaled: None, build };
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { positions: 2048, ..Defaults::default() })?;
-    let windows = WindowKeys::read(keys, None, true)?.same(keys, config.layers, None)?;
+    let windows = windows::none(keys, &config)?;
     decoder::build(keys, config, &variant(keys, windows)?)
 }
 

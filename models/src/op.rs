@@ -65,7 +65,7 @@ pub struct Linear {
 /// layer norm (Ba et al. 2016), `(x - mean(x)) / rms(x - mean(x)) * w + b`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
-    /// `[width]`; without one nothing is multiplied.
+    /// `[width]`, or that of several such parts one after the other; without one nothing is multiplied.
     pub weight: Option<Param>,
     /// Elements that are normed together: the row's width, or that of a head.
     pub width: usize,
@@ -140,6 +140,27 @@ pub struct DeltaRuleShape {
     pub value_dim: usize,
 }
 
+/// A state space of Mamba 2 (Dao & Gu 2024).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StateSpace {
+    /// `[heads]`, `A_log` in checkpoints.
+    pub rate: Param,
+    /// `[heads]`, `dt_bias`.
+    pub bias: Param,
+    /// `[heads]`, `D`.
+    pub skip: Param,
+    /// Heads, each with a state of its own.
+    pub heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Groups of neighbouring heads that share `b` and `c`.
+    pub groups: usize,
+    /// Rows of a head's state.
+    pub state_dim: usize,
+    /// Least and greatest step.
+    pub limits: (f32, f32),
+}
+
 /// How a token's experts are chosen, and how much each counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Routing {
@@ -182,6 +203,11 @@ pub enum Op {
         /// The embedding.
         table: Param,
     },
+    /// Rows of `table` `[P, C]` for the positions of the current tokens.
+    EmbedPositions {
+        /// The table.
+        table: Param,
+    },
     /// `y = x Wᵀ + b`, plus whatever adapters are attached, for each of `layers`, which read the same `x`.
     Linears {
         /// One output for each.
@@ -211,6 +237,8 @@ pub enum Op {
         shape: AttentionShape,
         /// A [`StateSpec::Kv`].
         state: StateId,
+        /// Keys and values are those of an earlier layer, which has put them into the state.
+        shared: bool,
         /// Queries `[T, heads * D]`.
         q: Value,
         /// Keys `[T, kv_heads * D]`.
@@ -233,6 +261,34 @@ pub enum Op {
         factor: f32,
         /// Any value.
         x: Value,
+    },
+    /// Parts of a row, each times a factor of its own.
+    ScaleParts {
+        /// Widths of the parts, which are the whole row, with their factors.
+        parts: Vec<(usize, f32)>,
+        /// Any value.
+        x: Value,
+    },
+    /// `factor * x` with the one value of a parameter `[1]`.
+    ScaleBy {
+        /// The factor.
+        factor: Param,
+        /// Any value.
+        x: Value,
+    },
+    /// `x` itself, which later layers find under a number, too.
+    Carry {
+        /// The number.
+        slot: u16,
+        /// Any value.
+        x: Value,
+    },
+    /// The elements `part` of each row of what [`Op::Carry`] has put under a number before.
+    Carried {
+        /// The number.
+        slot: u16,
+        /// Elements of each row.
+        part: Range<usize>,
     },
     /// A function of each element.
     Map {
@@ -295,6 +351,22 @@ pub enum Op {
         /// `[T, value_heads]`, from 0 to 1.
         beta: Value,
     },
+    /// A state space: each head has a matrix `S` `[state_dim, head_dim]`, and for each token, with the step
+    /// `d = softplus(dt + bias)` held between limits, `S = e^(-e^rate d) S + b (d x)ᵀ`, `y = Sᵀ c + skip x`.
+    StateSpace {
+        /// Its constants and widths.
+        space: StateSpace,
+        /// A [`StateSpec::Matrix`].
+        state: StateId,
+        /// `[T, heads * head_dim]`.
+        x: Value,
+        /// What is written into the state `[T, groups * state_dim]`.
+        b: Value,
+        /// What is read from it, as wide.
+        c: Value,
+        /// `[T, heads]`.
+        dt: Value,
+    },
     /// Chooses experts for each token. Writes their weights `[T, top]` and their numbers `[T, top]`.
     Route {
         /// The weight that made the logits. A layer that training runs again takes the experts that it took first, which
@@ -341,11 +413,14 @@ impl Op {
     #[must_use]
     pub fn reads(&self) -> Vec<Value> {
         match *self {
-            Self::Embed { .. } => Vec::new(),
+            Self::Embed { .. } | Self::EmbedPositions { .. } | Self::Carried { .. } => Vec::new(),
+            Self::ScaleBy { x, .. } | Self::Carry { x, .. } => vec![x],
             Self::Linears { x, .. } | Self::Norm { x, .. } | Self::Rope { x, .. } | Self::Scale { x, .. } => vec![x],
             Self::Map { x, .. } | Self::Columns { x, .. } | Self::Conv { x, .. } => vec![x],
             Self::Decay { a, .. } => vec![a],
             Self::DeltaRule { q, k, v, g, beta, .. } => vec![q, k, v, g, beta],
+            Self::StateSpace { x, b, c, dt, .. } => vec![x, b, c, dt],
+            Self::ScaleParts { x, .. } => vec![x],
             Self::Route { logits, .. } => vec![logits],
             Self::Experts { x, weights, .. } => vec![x, weights, chosen(weights)],
             Self::Attention { q, k, v, .. } => vec![q, k, v],
@@ -358,7 +433,7 @@ impl Op {
     #[must_use]
     pub fn outputs(&self) -> Vec<Width> {
         match self {
-            Self::Embed { table } => vec![Width::Cols(*table)],
+            Self::Embed { table } | Self::EmbedPositions { table } => vec![Width::Cols(*table)],
             Self::Linears { layers, .. } => layers.iter().map(|layer| Width::Rows(layer.weight)).collect(),
             // The second one is the log-sum-exp of each head's scores.
             Self::Attention { shape, q, .. } => vec![Width::Like(*q), Width::Of(shape.heads)],
@@ -370,6 +445,9 @@ impl Op {
             Self::Columns { blocks, part, .. } => vec![Width::Of(blocks * part.len())],
             Self::Decay { a, .. } => vec![Width::Like(*a)],
             Self::DeltaRule { v, .. } => vec![Width::Like(*v)],
+            Self::StateSpace { x, .. } | Self::ScaleParts { x, .. } => vec![Width::Like(*x)],
+            Self::ScaleBy { x, .. } | Self::Carry { x, .. } => vec![Width::Like(*x)],
+            Self::Carried { part, .. } => vec![Width::Of(part.len())],
             Self::Route { routing, .. } => vec![Width::Of(routing.top); 2],
         }
     }
@@ -379,11 +457,14 @@ impl Op {
     #[must_use]
     pub fn keeps(&self, y: Value) -> Vec<Value> {
         match *self {
-            Self::Embed { .. } | Self::Rope { .. } | Self::Scale { .. } | Self::Add { .. } => Vec::new(),
+            Self::Embed { .. } | Self::EmbedPositions { .. } => Vec::new(),
+            Self::Rope { .. } | Self::Scale { .. } | Self::Add { .. } => Vec::new(),
             Self::Linears { x, .. } | Self::Norm { x, .. } => vec![x],
             Self::Attention { q, k, v, .. } => vec![q, k, v, y, Value(y.0 + 1)],
             Self::Gate { gate, up, .. } => vec![gate, up],
-            Self::Columns { .. } | Self::Conv { .. } => Vec::new(),
+            Self::Columns { .. } | Self::Conv { .. } | Self::ScaleParts { .. } => Vec::new(),
+            Self::ScaleBy { .. } | Self::Carry { .. } | Self::Carried { .. } => Vec::new(),
+            Self::StateSpace { x, b, c, dt, .. } => vec![x, b, c, dt],
             Self::Map { x, .. } => vec![x],
             Self::Multiply { a, b } => vec![a, b],
             Self::Decay { a, .. } => vec![a],
@@ -405,6 +486,9 @@ impl Op {
                 | Self::Multiply { .. }
                 | Self::Columns { .. }
                 | Self::Decay { .. }
+                | Self::ScaleParts { .. }
+                | Self::ScaleBy { .. }
+                | Self::Carried { .. }
         )
     }
 
@@ -414,10 +498,14 @@ impl Op {
         !matches!(
             self,
             Self::Embed { .. }
+                | Self::EmbedPositions { .. }
                 | Self::Attention { .. }
                 | Self::Rope { .. }
                 | Self::Conv { .. }
                 | Self::DeltaRule { .. }
+                | Self::StateSpace { .. }
+                | Self::Carry { .. }
+                | Self::Carried { .. }
         )
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::op::{Conv, Linear, Norm, Param, RopeTable, StateId, StateSpec};
-use crate::params::{ParamSpec, Role};
+use crate::params::{Layout, ParamSpec, Role, Stack};
 use crate::rope::Rope;
 
 /// What a family declares of a model, for those who run it.
@@ -17,6 +17,8 @@ pub struct Outline {
     pub states: Vec<StateSpec>,
     /// The embedding `[V, C]`.
     pub embedding: Param,
+    /// Tensors that files may have, and that nothing reads.
+    pub ignored: Vec<String>,
     /// The last norm.
     pub norm: Norm,
     /// The last product, with a weight `[V, C]`; the embedding's where they are tied.
@@ -46,14 +48,21 @@ pub(crate) struct Builder {
     ropes: Vec<Rope>,
     states: Vec<StateSpec>,
     embedding: Param,
+    ignored: Vec<String>,
 }
 
 impl Builder {
     /// Begins with the embedding.
     pub(crate) fn new(config: Config) -> Self {
+        Self::with_embedding(config, "model.embed_tokens")
+    }
+
+    /// The same where the embedding is the module `module`.
+    pub(crate) fn with_embedding(config: Config, module: &str) -> Self {
         let shape = vec![config.vocab_size, config.hidden_size];
-        let mut new = Self { config, params: Vec::new(), ropes: Vec::new(), states: Vec::new(), embedding: Param(0) };
-        new.embedding = new.param("model.embed_tokens.weight".to_owned(), shape, Role::Embedding);
+        let (params, ropes, states, ignored) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut new = Self { config, params, ropes, states, embedding: Param(0), ignored };
+        new.embedding = new.param(format!("{module}.weight"), shape, Role::Embedding);
         new
     }
 
@@ -64,12 +73,22 @@ impl Builder {
             true => self.embedding,
             false => self.param("lm_head.weight".to_owned(), shape, Role::Head),
         };
-        let Self { config, params, ropes, states, embedding } = self;
-        Outline { config, params, ropes, states, embedding, norm, head: Linear { weight, bias: None } }
+        let Self { config, params, ropes, states, embedding, ignored } = self;
+        Outline { config, params, ropes, states, embedding, ignored, norm, head: Linear { weight, bias: None } }
+    }
+
+    /// Says that files may have a tensor `name`, which nothing reads.
+    pub(crate) fn ignore(&mut self, name: String) {
+        self.ignored.push(name);
+    }
+
+    /// A further embedding.
+    pub(crate) fn embedding(&mut self, module: &str, rows: usize, width: usize) -> Param {
+        self.param(format!("{module}.weight"), vec![rows, width], Role::Embedding)
     }
 
     fn param(&mut self, name: String, shape: Vec<usize>, role: Role) -> Param {
-        self.params.push(ParamSpec { name, shape, role });
+        self.params.push(ParamSpec { name, shape, role, layout: Layout::Whole });
         Param(number(self.params.len()))
     }
 
@@ -91,6 +110,27 @@ impl Builder {
         let weight = self.param(format!("{module}.weight"), vec![out, input], Role::Linear);
         let bias = bias.then(|| self.vector(format!("{module}.bias"), out));
         Linear { weight, bias }
+    }
+
+    /// A linear layer that adapters leave alone.
+    pub(crate) fn fixed(&mut self, module: &str, out: usize, input: usize, bias: bool) -> Linear {
+        let linear = self.linear(module, out, input, bias);
+        self.params[linear.weight.0 as usize].role = Role::Fixed;
+        linear
+    }
+
+    /// A linear layer with a bias, whose weight files hold as `[in, out]`.
+    pub(crate) fn transposed(&mut self, module: &str, out: usize, input: usize) -> Linear {
+        let linear = self.linear(module, out, input, true);
+        self.params[linear.weight.0 as usize].layout = Layout::Transposed;
+        linear
+    }
+
+    /// Rows of a stack of matrices in the tensor `name`, as a linear layer.
+    pub(crate) fn stacked(&mut self, name: &str, stack: Stack, rows: usize) -> Linear {
+        let shape = vec![rows, stack.shape[2]];
+        self.params.push(ParamSpec { name: name.to_owned(), shape, role: Role::Fixed, layout: Layout::Stacked(stack) });
+        Linear { weight: Param(number(self.params.len())), bias: None }
     }
 
     pub(crate) fn router(&mut self, module: &str, experts: usize, input: usize) -> Linear {

@@ -7,6 +7,8 @@ pub enum Role {
     Embedding,
     /// `[out, in]` of a linear layer inside a decoder layer.
     Linear,
+    /// The same, but no adapter may attach: PEFT refuses it, or it is no module there.
+    Fixed,
     /// `[V, C]` of an untied head.
     Head,
     /// `[E, C]`, scores a layer's experts. Too small to be worth fewer bits, and a wrong choice costs much.
@@ -24,9 +26,43 @@ pub struct ParamSpec {
     pub shape: Vec<usize>,
     /// What it is for.
     pub role: Role,
+    /// How the tensor of that name holds it.
+    pub layout: Layout,
+}
+
+/// How a tensor holds a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// As it is.
+    Whole,
+    /// A matrix `[out, in]` as `[in, out]`. In bitsandbytes' 4 bits it is as it is.
+    Transposed,
+    /// Among others.
+    Stacked(Stack),
+}
+
+/// Rows of one of several matrices that are stored as one tensor `[matrices, rows, in]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stack {
+    /// The tensor's shape.
+    pub shape: [usize; 3],
+    /// Which matrix.
+    pub index: usize,
+    /// Its first row of it.
+    pub first: usize,
 }
 
 impl ParamSpec {
+    /// The shape of the tensor that it lies in, if that is not in 4 bits.
+    #[must_use]
+    pub fn stored(&self) -> Vec<usize> {
+        match self.layout {
+            Layout::Whole => self.shape.clone(),
+            Layout::Transposed => self.shape.iter().rev().copied().collect(),
+            Layout::Stacked(stack) => stack.shape.to_vec(),
+        }
+    }
+
     /// Path of the module that holds it: the name without `.weight` or `.bias`.
     #[must_use]
     pub fn module(&self) -> &str {

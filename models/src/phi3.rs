@@ -4,11 +4,11 @@
 use crate::attention::AttentionSpec;
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{self, Variant};
-use crate::feed_forward::Inner;
+use crate::feed_forward::{FUSED, Inner};
 use crate::keys::Keys;
 use crate::op::Activation;
 use crate::rope::RopeKeys;
-use crate::windows::WindowKeys;
+use crate::windows;
 use crate::{Family, Model};
 
 pub(crate) const FAMILY: Family =
@@ -17,12 +17,11 @@ pub(crate) const FAMILY: Family =
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let config = Config::read(keys, &Defaults { positions: 4096, ..Defaults::default() })?;
     let rope = RopeKeys { partial: Some(1.0), ..RopeKeys::of(&config) }.read(keys)?;
-    let window = WindowKeys::read(keys, None, true)?;
-    let windows = window.same(keys, config.layers, window.window)?;
+    let windows = windows::one(keys, &config)?;
     let variant = Variant {
         attention: AttentionSpec { fused: true, ..AttentionSpec::default() },
-        ropes: Some(vec![rope.of_both(); config.layers]),
-        mlp: Inner::FusedGate(Activation::Silu),
+        ropes: Some(rope.everywhere(&config)),
+        mlp: Inner::FusedGate(Activation::Silu, FUSED),
         ..Variant::new(keys.share("rms_norm_eps", 1e-5)?, windows)
     };
     decoder::build(keys, config, &variant)

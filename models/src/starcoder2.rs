@@ -6,7 +6,7 @@ use crate::decoder::{self, NormKind, Variant};
 use crate::feed_forward::Inner;
 use crate::keys::Keys;
 use crate::op::Map;
-use crate::windows::WindowKeys;
+use crate::windows;
 use crate::{Family, Model};
 
 pub(crate) const FAMILY: Family =
@@ -18,8 +18,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     keys.one_of("hidden_act", &["gelu_pytorch_tanh"])?;
     keys.one_of("norm_type", &["layer_norm"])?;
     let bias = keys.flag("use_bias", true)?;
-    let window = WindowKeys::read(keys, None, true)?;
-    let windows = window.same(keys, config.layers, window.window)?;
+    let windows = windows::one(keys, &config)?;
     let variant = Variant {
         attention: AttentionSpec { qkv_bias: bias, o_bias: bias, ..AttentionSpec::default() },
         mlp: Inner::Plain(Map::GeluTanh, ["c_fc", "c_proj"]),

@@ -1,6 +1,6 @@
 //! Kinds of layers, and the sliding windows of those that have one.
 
-use crate::config::ConfigError;
+use crate::config::{Config, ConfigError};
 use crate::keys::Keys;
 
 /// A layer whose tokens see all tokens before them, as `layer_types` spells it.
@@ -54,6 +54,17 @@ pub(crate) struct WindowKeys {
     pub(crate) first: Option<usize>,
     /// `use_sliding_window`.
     pub(crate) on: bool,
+}
+
+/// The windows of a family without any, whatever `sliding_window` might say.
+pub(crate) fn none(keys: &Keys<'_>, config: &Config) -> Result<Vec<Option<usize>>, ConfigError> {
+    WindowKeys::read(keys, None, true)?.same(keys, config.layers, None)
+}
+
+/// The windows of a family whose layers all have the one of `sliding_window`, if the file has it.
+pub(crate) fn one(keys: &Keys<'_>, config: &Config) -> Result<Vec<Option<usize>>, ConfigError> {
+    let given = WindowKeys::read(keys, None, true)?;
+    given.same(keys, config.layers, given.window)
 }
 
 impl WindowKeys {

@@ -35,7 +35,7 @@ const KEYS: &[KeyUse] = &[
     ("ensure_weight_tying", Honoured, ""),
     ("eva_config", NoEffect, ""),
     ("exclude_modules", Honoured, ""),
-    ("fan_in_fan_out", OnlyDefault, "linear layers of the supported families are not transposed: set it to `false`"),
+    ("fan_in_fan_out", NoEffect, ""), // how the base stores a weight, which PEFT sees for itself
     ("init_lora_weights", Honoured, ""),
     ("kasa_config", OnlyDefault, "it changed the base as well: merge it with PEFT's `merge_and_unload`"),
     ("layer_replication", OnlyDefault, RETRAIN),

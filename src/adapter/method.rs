@@ -7,7 +7,7 @@ use super::peft::{Found, KeyUse, Keys};
 use super::tensor::{Stored, TensorSpec};
 use crate::error::{Error, Result};
 use pocketlora_kernels::Backend;
-use pocketlora_models::{Model, Param, ParamSpec, Role};
+use pocketlora_models::{Layout, Model, Param, ParamSpec, Role};
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -168,6 +168,8 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
 pub(crate) fn layer_at(model: &dyn Model, path: &str) -> Option<Param> {
     let is_it = |spec: &ParamSpec| match spec.role {
         Role::Linear | Role::Head => spec.module() == path,
+        // Adapters of older versions of PEFT, which did not refuse it.
+        Role::Fixed => spec.layout == Layout::Whole && spec.module() == path,
         Role::Embedding => path == "lm_head" && model.config().tied_head,
         Role::Vector | Role::Router => false,
     };

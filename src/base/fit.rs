@@ -1,7 +1,7 @@
 //! Whether a model can run, asked before its weights are touched.
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::{Checkpoint, Source, foreign, weight_of};
+use crate::format::{Checkpoint, Source, TensorMeta, foreign, weight_of};
 use pocketlora_models::{Model, ParamSpec, Role};
 use serde_json::{Map, Value};
 use std::collections::{HashMap, HashSet};
@@ -26,11 +26,11 @@ pub(crate) fn architecture(checkpoint: &Checkpoint) -> Result<Box<dyn Model>> {
 pub(crate) fn check_source(source: &dyn Source, place: &Path) -> Result<()> {
     let model = architecture_of(source.config(), place)?;
     check_names(&*model, place, source.tensors().iter().map(|t| t.name.as_str()))?;
-    let shapes: HashMap<&str, &[usize]> = source.tensors().iter().map(|t| (&t.name[..], &t.shape[..])).collect();
+    let metas: HashMap<&str, &TensorMeta> = source.tensors().iter().map(|t| (&t.name[..], t)).collect();
     for spec in model.params() {
-        match shapes.get(spec.name.as_str()) {
-            Some(shape) if *shape == spec.shape => {}
-            Some(shape) => return Err(wrong_shape(place, spec, shape)),
+        match metas.get(spec.name.as_str()) {
+            Some(meta) if meta.shape == spec.stored() || meta.is_four_bit() && meta.shape == spec.shape => {}
+            Some(meta) => return Err(wrong_shape(place, spec, &meta.shape)),
             None => return Err(crate::format::safetensors::missing(place, &spec.name)),
         }
     }
@@ -46,7 +46,7 @@ pub(super) fn wrong_shape(place: &Path, spec: &ParamSpec, shape: &[usize]) -> Er
         }
         _ => "config and weights belong to different models: use both from one place".to_owned(),
     };
-    let message = format!("expected shape `{:?}` from config.json, got `{shape:?}`; {next}", spec.shape);
+    let message = format!("expected shape `{:?}` from config.json, got `{shape:?}`; {next}", spec.stored());
     Error::new(ErrorCode::Format, format!("`{}`: tensor `{}`", place.display(), spec.name), message)
 }
 
@@ -68,6 +68,7 @@ pub(crate) fn architecture_of(config: &Map<String, Value>, place: &Path) -> Resu
 }
 
 fn check_names<'a>(model: &dyn Model, place: &Path, names: impl Iterator<Item = &'a str>) -> Result<()> {
-    let known: HashSet<&str> = model.params().iter().map(|spec| spec.name.as_str()).collect();
+    let ignored = model.outline().ignored.iter().map(String::as_str);
+    let known: HashSet<&str> = model.params().iter().map(|spec| spec.name.as_str()).chain(ignored).collect();
     foreign::check_names(place, names, model.config().layers, |name| known.contains(name))
 }

@@ -12,7 +12,7 @@ pub use pool::Pool;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::Checkpoint;
 use pocketlora_kernels::{Arithmetic, Backend, Counted, Cpu, MatrixSource, Memory, WorkType};
-use pocketlora_models::{Model, Param, ParamSpec, Role};
+use pocketlora_models::{Layout, Model, Param, ParamSpec, Role};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -52,8 +52,12 @@ impl<B: Backend> Base<B> {
                     backend.write(&mut buffer, &values);
                     BaseTensor::Vector(buffer)
                 }
-                Role::Embedding | Role::Linear | Role::Head | Role::Router => {
-                    let source = checkpoint.matrix(&spec.name)?;
+                Role::Embedding | Role::Linear | Role::Fixed | Role::Head | Role::Router => {
+                    let source = match &spec.layout {
+                        Layout::Stacked(stack) => checkpoint.of_stack(&spec.name, stack, spec.shape[0])?,
+                        Layout::Transposed => checkpoint.transposed(&spec.name)?,
+                        Layout::Whole => checkpoint.matrix(&spec.name)?,
+                    };
                     if spec.shape != [source.rows, source.cols] {
                         return wrong_shape(&[source.rows, source.cols]);
                     }
@@ -151,7 +155,9 @@ impl Base<Cpu> {
     /// Measures how many threads decode fastest, with the weights of the first layer, and uses as many from then on.
     pub fn choose_threads(&self) {
         let params = self.model.params().iter().enumerate();
-        let first = params.filter(|(_, p)| p.role == Role::Linear && p.name.contains(".layers.0."));
+        let first = params.filter(|(_, p)| {
+            p.role == Role::Linear && [".layers.0.", ".h.0."].iter().any(|first| p.name.contains(first))
+        });
         let weights: Vec<_> = first.map(|(i, _)| self.matrix(Param(i as u32))).collect();
         self.backend.choose_threads(&weights);
     }

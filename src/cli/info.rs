@@ -6,7 +6,7 @@ use crate::adapter::{AdapterFile, Stored};
 use crate::base::architecture_of;
 use crate::engine::parameters;
 use crate::error::Result;
-use crate::format::{Source, model_of, open_source};
+use crate::format::{LeftOut, Source, model_of, open_source};
 use crate::generate::{GENERATION_CONFIG, Recommended};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
@@ -47,12 +47,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
             recommended.sampling.named().into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
         sampling.insert("from".to_owned(), recommended.source.to_string().into());
         sampling.insert("unused".to_owned(), json!(unused));
+        let left_out = |part: &LeftOut| json!({"part": part.part, "tensors": part.tensors, "bytes": part.bytes});
+        let left_out: Vec<_> = source.left_out().iter().map(left_out).collect();
         let types: Vec<_> = types.iter().map(|(t, (n, e))| json!({"dtype": t, "tensors": n, "elements": e})).collect();
         print_json(&json!({
             "path": path, "model_type": config.model_type, "parameters": parameters, "layers": config.layers,
             "hidden_size": config.hidden_size, "heads": config.heads, "kv_heads": config.kv_heads,
             "vocab_size": config.vocab_size, "context": config.max_positions, "types": types,
-            "sampling": sampling,
+            "sampling": sampling, "left_out": left_out,
         }));
         return Ok(());
     }
@@ -69,6 +71,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     for (dtype, (tensors, elements)) in types {
         println!("  {dtype:<6} {tensors:>5} tensors, {:.1} M elements", elements as f64 / 1e6);
+    }
+    for LeftOut { part, tensors, bytes } in source.left_out() {
+        println!("  left out, for text does not use it: {part} ({tensors} tensors, {})", megabytes(*bytes));
     }
     Ok(())
 }

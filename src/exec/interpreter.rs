@@ -76,6 +76,8 @@ impl<'p, B: Backend> Interpreter<'p, B> {
             Op::Experts { experts, .. } => {
                 experts.iter().any(|expert| [expert.gate, expert.up, expert.down].iter().any(adapted))
             }
+            // Layers before may have something in training.
+            Op::Carried { .. } => true,
             Op::Attention { .. } => i == 0 && self.pass.adapters().prefix().is_some(),
             _ => false,
         }

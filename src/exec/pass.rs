@@ -2,6 +2,7 @@
 
 use super::Tape;
 use super::interpreter::Interpreter;
+use super::ops::Carried;
 use crate::adapter::{Adapters, Dropout};
 use crate::base::{Base, Pool};
 use crate::error::Result;
@@ -52,11 +53,14 @@ pub struct Pass<'a, B: Backend> {
     /// They cover all rows, in order; there is at least one. None of several brings weights in place of the base's.
     pub(super) parts: Vec<Part<'a, B>>,
     pub(super) batch: &'a Batch,
+    /// Of each token in its text.
+    pub(super) positions: Vec<u32>,
     /// `cos` and `sin` `[T, D / 2]` of each rotary table.
     pub(super) angles: Vec<(B::Buffer, B::Buffer)>,
     pub(super) dropout: Option<Dropout>,
     pub(super) arithmetic: Arithmetic,
     pub(super) choices: Choices,
+    pub(super) carried: Carried<B>,
 }
 
 /// The experts that tokens took, by the router's weight: a layer that is run again for its gradients takes the same, though
@@ -122,8 +126,11 @@ impl<'a, B: Backend> Pass<'a, B> {
             let ids = batch.ids.get(part.rows.clone()).unwrap_or_default();
             part.adapters.replaced().check_ids(base, ids)?;
         }
-        let angles = base.rope_angles(&batch.texts(places), pool)?;
-        Ok(Self { base, parts, batch, angles, dropout: None, arithmetic, choices: Choices::default() })
+        let texts = batch.texts(places);
+        let positions = texts.iter().flat_map(|(positions, _)| positions.clone()).map(|p| p as u32).collect();
+        let angles = base.rope_angles(&texts, pool)?;
+        let (choices, carried) = (Choices::default(), Carried::default());
+        Ok(Self { base, parts, batch, positions, angles, dropout: None, arithmetic, choices, carried })
     }
 
     /// The same pass over some `rows` (ascending) of its tokens, for what each row is by itself: rotary tables stay behind.
@@ -132,7 +139,8 @@ impl<'a, B: Backend> Pass<'a, B> {
         let own = |part: &Part<'a, B>| Part { rows: at(part.rows.start)..at(part.rows.end), adapters: part.adapters };
         let parts = self.parts.iter().map(own).filter(|part| !part.rows.is_empty()).collect();
         let Self { base, batch, dropout, arithmetic, .. } = *self;
-        Pass { base, parts, batch, angles: Vec::new(), dropout, arithmetic, choices: Choices::default() }
+        let (angles, choices, carried) = (Vec::new(), Choices::default(), Carried::default());
+        Pass { base, parts, batch, positions: Vec::new(), angles, dropout, arithmetic, choices, carried }
     }
 
     /// What the pass runs on.
@@ -182,6 +190,7 @@ impl<'a, B: Backend> Pass<'a, B> {
             pool.put(&self.base.backend, cos);
             pool.put(&self.base.backend, sin);
         }
+        self.carried.finish(&self.base.backend, pool);
     }
 
     /// An empty tape, whose first value will be `input` if there is one: a row for each token of the batch, or for some.

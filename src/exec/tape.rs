@@ -29,6 +29,12 @@ impl<'p, B: Backend> Tape<'p, B> {
         Self { it, ops: Vec::new(), done: 0 }
     }
 
+    /// Whether something that it records is in training.
+    #[must_use]
+    pub fn learns(&self) -> bool {
+        self.it.slots.iter().any(|slot| slot.needs_grad)
+    }
+
     /// The value `t`; what backward reads is kept beside it.
     ///
     /// # Errors

@@ -2,16 +2,19 @@
 
 use super::bnb::{self, FourBit};
 use super::safetensors::{Tensor, TensorFile, missing};
+use super::source::LeftOut;
 use super::{foreign, place, widen};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{MatrixData, MatrixSource};
+use pocketlora_models::{Stack, Wrapped, full_name, text_config, wrapped};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
+/// Names of embeddings, the usual one first.
+const EMBEDDINGS: [&str; 3] = ["model.embed_tokens.weight", "backbone.embeddings.weight", "transformer.wte.weight"];
 const HEAD: &str = "lm_head.weight";
 
 /// A checkpoint whose weights stay in the mapped files.
@@ -22,6 +25,8 @@ pub struct Checkpoint {
     files: Vec<TensorFile>,
     /// Tensor name to index into `files`.
     owners: BTreeMap<String, usize>,
+    /// Parts that text does not go through.
+    left_out: Vec<LeftOut>,
 }
 
 impl Checkpoint {
@@ -44,9 +49,48 @@ impl Checkpoint {
         for file in &files {
             foreign::check_tensors(file.path(), &file.tensors().collect::<Vec<_>>())?;
         }
-        let mut checkpoint = Self { dir, config, files, owners };
+        let mut checkpoint = Self { dir, config, files, owners, left_out: Vec::new() };
+        if let Some(config) = text_config(&checkpoint.config) {
+            checkpoint.config = config;
+            checkpoint.unwrap_text();
+        }
+        let missing = |name: &String| Some((name.clone(), full_name(&checkpoint.config, name)?));
+        let renamed: Vec<_> = checkpoint.owners.keys().filter_map(missing).collect();
+        renamed.into_iter().for_each(|(name, new)| checkpoint.rename(&name, new));
         checkpoint.settle_head();
         Ok(checkpoint)
+    }
+
+    /// Gives the weights of the text model in a model for more than text the names that they have in a text model by
+    /// itself, and leaves out the other parts.
+    fn unwrap_text(&mut self) {
+        let names: Vec<String> = self.owners.keys().cloned().collect();
+        for name in names {
+            match wrapped(&name) {
+                Wrapped::Text(new) if new != name && !self.contains(&new) => self.rename(&name, new),
+                Wrapped::Text(_) => {}
+                Wrapped::Part(part) => {
+                    let bytes = self.find(&name).map_or(0, |tensor| tensor.bytes.len() as u64);
+                    self.owners.remove(&name);
+                    match self.left_out.iter_mut().find(|left_out| left_out.part == part) {
+                        Some(left_out) => left_out.add(bytes),
+                        None => self.left_out.push(LeftOut { part: part.to_owned(), tensors: 1, bytes }),
+                    }
+                }
+            }
+        }
+    }
+
+    fn rename(&mut self, name: &str, new: String) {
+        let Some(owner) = self.owners.remove(name) else { return };
+        self.files[owner].rename(name, new.clone());
+        self.owners.insert(new, owner);
+    }
+
+    /// The parts of the files that text does not go through, which are not read.
+    #[must_use]
+    pub fn left_out(&self) -> &[LeftOut] {
+        &self.left_out
     }
 
     /// Lets the weights decide whether the head is the embedding, as transformers 5 does: where the config ties them and
@@ -57,23 +101,20 @@ impl Checkpoint {
         if self.config.get(KEY) != Some(&Value::Bool(true)) || !self.contains(HEAD) {
             return;
         }
-        if !self.contains(EMBEDDING) {
+        let Some(embedding) = EMBEDDINGS.into_iter().find(|name| self.contains(name)) else {
             let names: Vec<String> = self.names().filter(|n| bnb::weight_of(n) == HEAD).map(str::to_owned).collect();
             for name in names {
-                let Some(owner) = self.owners.remove(&name) else { continue };
-                let new = name.replacen(HEAD, EMBEDDING, 1);
-                self.files[owner].rename(&name, new.clone());
-                self.owners.insert(new, owner);
+                self.rename(&name, name.replacen(HEAD, EMBEDDINGS[0], 1));
             }
             return;
-        }
+        };
         // With what belongs to them, in case they are in 4 bits.
         let parts = |weight: &str| -> Vec<(String, &Tensor)> {
             let names = self.names().filter(|name| bnb::weight_of(name) == weight);
             names.filter_map(|name| Some((name[weight.len()..].to_owned(), self.find(name)?))).collect()
         };
         let same = |a: &Tensor, b: &Tensor| (a.dtype, &a.shape, &a.bytes) == (b.dtype, &b.shape, &b.bytes);
-        let (head, embedding) = (parts(HEAD), parts(EMBEDDING));
+        let (head, embedding) = (parts(HEAD), parts(embedding));
         let copy = head.len() == embedding.len()
             && head.iter().zip(&embedding).all(|((a, head), (b, embedding))| a == b && same(head, embedding));
         if copy {
@@ -166,6 +207,39 @@ impl Checkpoint {
             }
             _ => Err(self.bad(name, "a matrix of at least 1 by 1", tensor.describe())),
         }
+    }
+
+    /// The matrix called `name`, which is stored as columns unless it is in 4 bits, as rows: a copy in memory.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::matrix`].
+    pub fn transposed(&self, name: &str) -> Result<MatrixSource> {
+        let MatrixSource { rows, cols, data } = self.matrix(name)?;
+        let MatrixData::Dense(float, bytes) = data else { return Ok(MatrixSource { rows, cols, data }) };
+        let mut all = Vec::with_capacity(bytes.len());
+        for col in 0..cols {
+            let element = |row: usize| &bytes[(row * cols + col) * float.size()..][..float.size()];
+            (0..rows).for_each(|row| all.extend_from_slice(element(row)));
+        }
+        Ok(MatrixSource { rows: cols, cols: rows, data: MatrixData::Dense(float, all.into()) })
+    }
+
+    /// `rows` rows of one of the matrices that are stored as the one tensor `name`, which is to have the shape that `stack`
+    /// says.
+    ///
+    /// # Errors
+    /// The tensor is missing, not of floats, or of another shape.
+    pub fn of_stack(&self, name: &str, stack: &Stack, rows: usize) -> Result<MatrixSource> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape != stack.shape || self.is_quantized(name) {
+            let expected = format!("floats of shape `{:?}` from config.json", stack.shape);
+            return Err(self.bad(name, &expected, tensor.describe()));
+        }
+        let (float, [_, of, cols]) = (self.float_type(name, tensor)?, stack.shape);
+        let row = cols * float.size();
+        let start = (stack.index * of + stack.first) * row;
+        let bytes = tensor.bytes.slice(start..start + rows * row);
+        Ok(MatrixSource { rows, cols, data: MatrixData::Dense(float, bytes) })
     }
 
     /// The small tensor called `name` (a norm's weight, a bias, the taps of a convolution), which is to have so many

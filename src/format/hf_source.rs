@@ -1,7 +1,7 @@
 //! A Hugging Face directory as a [`Source`]: dense weights widened, 4-bit weights dequantized.
 
 use super::hf::read_file;
-use super::{Checkpoint, Sidecars, Source, TensorMeta, widen};
+use super::{Checkpoint, LeftOut, Sidecars, Source, TensorMeta, widen};
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use pocketlora_kernels::quant::NF4;
@@ -132,6 +132,10 @@ impl Source for HfSource {
         let dir = self.checkpoint.dir();
         let read = |name: String| read_file(&dir.join(&name)).map(|content| (name, content));
         Ok(Sidecars { files: sidecar_names(dir)?.into_iter().map(read).collect::<Result<_>>()? })
+    }
+
+    fn left_out(&self) -> &[LeftOut] {
+        self.checkpoint.left_out()
     }
 
     fn files(&self) -> Vec<PathBuf> {

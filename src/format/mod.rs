@@ -27,7 +27,7 @@ pub use place::model_of;
 #[cfg(feature = "cli")]
 pub(crate) use place::{folder_of, is_of_parts};
 pub use quantize::{Existing, Progress, Summary, Target, quantize};
-pub use source::{Sidecars, Source, TensorMeta, open_source};
+pub use source::{LeftOut, Sidecars, Source, TensorMeta, open_source};
 pub(crate) use widen::widen;
 pub(crate) use writer::{Entry, Writer};
 

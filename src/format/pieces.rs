@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use pocketlora_kernels::FloatType;
 use pocketlora_kernels::quant::BLOCK;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Elements of a piece, about: 1 MiB of f32, which stays in a core's cache.
 const PIECE: usize = 1 << 18;
@@ -39,7 +40,10 @@ pub(super) fn for_each_piece<T: Send>(
             let rows = piece * rows_per_piece..((piece + 1) * rows_per_piece).min(weight.rows);
             let start = rows.start as u64 * cols as u64;
             buffer.resize(rows.len() * cols, 0.0);
-            source.read_rows(weight.index, rows, buffer)?;
+            match weight.transposed {
+                true => read_columns(source, weight, rows, buffer)?,
+                false => source.read_rows(weight.index, rows, buffer)?,
+            }
             Ok((buffer.len() as u64, work(start, buffer)?))
         };
         // All results are kept, and the first error in order is reported: the same one at any thread count.
@@ -52,6 +56,18 @@ pub(super) fn for_each_piece<T: Send>(
             consume(value)?;
         }
         ticker.advance(&weight.name, elements)?;
+    }
+    Ok(())
+}
+
+/// Rows of a weight that its source has as columns.
+fn read_columns(source: &dyn Source, weight: &Weight, rows: Range<usize>, buffer: &mut [f32]) -> Result<()> {
+    let mut column = vec![0.0; weight.rows];
+    for i in 0..weight.cols {
+        source.read_rows(weight.index, i..i + 1, &mut column)?;
+        for (row, value) in buffer.chunks_exact_mut(weight.cols).zip(&column[rows.clone()]) {
+            row[i] = *value;
+        }
     }
     Ok(())
 }

@@ -8,9 +8,9 @@ use super::{Source, TensorMeta};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::FloatType;
 use pocketlora_kernels::quant::{BLOCK, NESTED_BLOCK};
-use pocketlora_models::Role;
+use pocketlora_models::{Layout, Role};
 use safetensors::Dtype;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 /// Beyond this a weight does not go to binary16, whose largest value is 65504: double quantization may enlarge a
 /// block's scale by half a step of its map, 0.35 %.
@@ -34,6 +34,8 @@ pub(super) struct Weight {
     pub rows: usize,
     pub cols: usize,
     pub store: Store,
+    /// The source has columns in place of rows.
+    pub transposed: bool,
 }
 
 impl Weight {
@@ -44,9 +46,18 @@ impl Weight {
             [rows, ref rest @ ..] => (rows, rest.iter().try_fold(1, |n: usize, &d| n.checked_mul(d))),
         };
         match cols.filter(|&cols| cols.checked_mul(rows).is_some_and(|n| n > 0)) {
-            Some(cols) => Ok(Self { name: meta.name.clone(), index, shape: meta.shape.clone(), rows, cols, store }),
+            Some(cols) => {
+                let (name, shape) = (meta.name.clone(), meta.shape.clone());
+                Ok(Self { name, index, shape, rows, cols, store, transposed: false })
+            }
             None => Err(bad(&meta.name, format!("expected at least one element, got shape `{:?}`", meta.shape))),
         }
+    }
+
+    /// The same matrix with rows and columns exchanged.
+    fn transposed(self) -> Self {
+        let shape = self.shape.iter().rev().copied().collect();
+        Self { shape, rows: self.cols, cols: self.rows, transposed: true, ..self }
     }
 
     pub fn elements(&self) -> u64 {
@@ -90,13 +101,14 @@ impl Plan {
         let linears = Linears::of(source);
         for (index, meta) in source.tensors().iter().enumerate() {
             let four_bit = to == Target::Nf4 && linears.has(meta);
-            if four_bit && matches!(meta.dtype.as_str(), "NF4" | "FP4") {
+            if four_bit && meta.is_four_bit() {
                 let message = "is 4-bit already; use the model as it is, or quantize its 16-bit checkpoint";
                 return Err(Error::new(ErrorCode::Unsupported, format!("tensor `{}`", meta.name), message));
             }
             // The float type is filled in below, when it is known.
             let store = if four_bit { Store::Nf4 } else { Store::Float(FloatType::F32) };
-            weights.push(Weight::new(index, meta, store)?);
+            let weight = Weight::new(index, meta, store)?;
+            weights.push(if four_bit && linears.is_transposed(&meta.name) { weight.transposed() } else { weight });
         }
         ticker.total = weights.iter().map(Weight::elements).sum();
         ticker.advance("", 0)?;
@@ -158,8 +170,8 @@ fn dtype(float: FloatType) -> Dtype {
 
 /// The weights that bitsandbytes quantizes: those of linear layers inside decoder layers.
 enum Linears {
-    /// Names, of a model that we run.
-    Named(HashSet<String>),
+    /// Names, of a model that we run, and whether the source has columns in place of rows.
+    Named(HashMap<String, bool>),
     /// What their names look like in most others.
     Projections,
 }
@@ -167,13 +179,21 @@ enum Linears {
 impl Linears {
     fn of(source: &dyn Source) -> Self {
         let Ok(model) = pocketlora_models::build(source.config()) else { return Self::Projections };
-        let linears = model.params().iter().filter(|spec| spec.role == Role::Linear);
-        Self::Named(linears.map(|spec| spec.name.clone()).collect())
+        let linears = model
+            .params()
+            .iter()
+            .filter(|spec| matches!(spec.role, Role::Linear | Role::Fixed))
+            .filter(|spec| !matches!(spec.layout, Layout::Stacked(_)));
+        Self::Named(linears.map(|spec| (spec.name.clone(), spec.layout == Layout::Transposed)).collect())
+    }
+
+    fn is_transposed(&self, name: &str) -> bool {
+        matches!(self, Self::Named(names) if names.get(name) == Some(&true))
     }
 
     fn has(&self, meta: &TensorMeta) -> bool {
         let named = match self {
-            Self::Named(names) => names.contains(&meta.name),
+            Self::Named(names) => names.contains_key(&meta.name),
             Self::Projections => meta.name.contains("model.layers.") && meta.name.ends_with("_proj.weight"),
         };
         named && meta.shape.len() == 2

@@ -19,6 +19,33 @@ pub struct TensorMeta {
     pub dtype: String,
 }
 
+impl TensorMeta {
+    /// Whether it is in bitsandbytes' 4 bits.
+    #[must_use]
+    pub fn is_four_bit(&self) -> bool {
+        matches!(self.dtype.as_str(), "NF4" | "FP4")
+    }
+}
+
+/// A part of a model for more than text that a text does not go through, such as a tower for pictures.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Its name.
+    pub part: String,
+    /// How many tensors it has.
+    pub tensors: usize,
+    /// The bytes that they take in the files.
+    pub bytes: u64,
+}
+
+impl LeftOut {
+    /// Counts a further tensor.
+    pub(super) fn add(&mut self, bytes: u64) {
+        self.tensors += 1;
+        self.bytes += bytes;
+    }
+}
+
 /// The small text files that travel with a model, ready to be written beside its weights.
 #[derive(Clone, Debug, Default)]
 pub struct Sidecars {
@@ -42,6 +69,10 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// The file has a tokenizer that cannot be expressed.
     fn sidecars(&self) -> Result<Sidecars>;
+    /// Parts of the files that a text does not go through: they are not among the weights.
+    fn left_out(&self) -> &[LeftOut] {
+        &[]
+    }
     /// The files that it reads from, which no output may take away.
     fn files(&self) -> Vec<PathBuf> {
         Vec::new()

@@ -181,7 +181,7 @@ impl<B: Backend> Trainer<B> {
             let message = format!("{attention_dropout} is not supported in training; set it to 0 there");
             return Err(Error::new(
                 ErrorCode::Unsupported,
-                "key `attention_dropout` of the model's config.json",
+                "key `attention_dropout` (GPT-2: `attn_pdrop`) of the model's config.json",
                 message,
             ));
         }

@@ -245,23 +245,41 @@ pub fn micro_step<B: Backend>(
 
     // Backward: each layer runs once more, now with its tape kept until its gradient is through,
     // and without what no gradient needs.
-    if let (Some(grads), Some(mut dx)) = (grads, dx) {
+    if let (Some(grads), Some(dx)) = (grads, dx) {
+        let mut dx = Some(dx);
         for layer in (0..layers).rev() {
+            let Some(dy) = dx.take() else { break };
             watch.check()?;
             let x = inputs.restore(layer, pool, watch)?;
             let mut tape = pass.tape(Some(x), layer > 0, pool);
             let y = base.model.layer(&mut tape, layer, Value(0));
-            match tape.backward_by(y, dx, grads, layout.part, &mut || watch.peak.sample())? {
-                Some(next) => dx = next,
-                None => {
-                    pass.finish(pool);
-                    return Ok(());
-                }
-            }
+            dx = tape.backward_by(y, dy, grads, layout.part, &mut || watch.peak.sample())?;
         }
-        pool.put(&base.backend, dx);
+        if let Some(dx) = dx {
+            pool.put(&base.backend, dx);
+        }
+        before_layers(&pass, grads, pool)?;
     }
     pass.finish(pool);
+    Ok(())
+}
+
+/// Backward through what a family computes of the embeddings beside them, where something in it is in training.
+fn before_layers<B: Backend>(pass: &Pass<'_, B>, grads: &mut Gradients<B>, pool: &mut Pool<B>) -> Result<()> {
+    let (base, backend) = (pass.base(), &pass.base().backend);
+    let mut dx = pool.take(backend, pass.tokens() * base.model.config().hidden_size)?;
+    let mut tape = pass.tape(None, false, pool);
+    let x = base.model.embed(&mut tape);
+    if !tape.learns() {
+        drop(tape);
+        pool.put(backend, dx);
+        return Ok(());
+    }
+    // The embeddings themselves are frozen.
+    backend.run(Call::Zero { x: &mut dx })?;
+    if let Some(dx) = tape.backward(x, dx, grads)? {
+        pool.put(backend, dx);
+    }
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 
 use crate::common::{Tensor, check_all, convert, golden, ids, logits, max_diff, open_exact, tensors};
 use pocketlora::adapter::AdapterFile;
-use pocketlora::format::Target;
+use pocketlora::format::{LeftOut, Target, open_source};
 use pocketlora::internals::Adapters;
 use pocketlora::internals::{Logits, Sequence, Step, Workspace};
 use pocketlora::train::{Dataset, Observer, Sample, StepReport, TrainConfig, TrainPrecision};
@@ -18,19 +18,25 @@ use std::path::{Path, PathBuf};
 
 /// Folders of goldens, with how far logits may be off. Of a recurrence rounding grows along the text: transformers itself
 /// is 6e-5 away from itself there.
-const FAMILIES: [(&str, f32); 26] = [
+const FAMILIES: [(&str, f32); 32] = [
     ("arcee", 1e-4),
     ("ernie4_5", 1e-4),
     ("exaone4", 1e-4),
+    ("falcon_h1", 1e-4),
     ("gemma2", 1e-4),
     ("gemma3_text", 1e-4),
+    ("gemma4_text", 1e-4),
     ("glm4", 1e-4),
+    ("gpt2", 1e-4),
     ("granite", 1e-4),
+    ("granitemoehybrid", 1e-4),
+    ("granitemoehybrid_moe", 1e-4),
     ("helium", 1e-4),
     ("hunyuan_v1_dense", 1e-4),
     ("lfm2", 1e-4),
     ("lfm2_moe", 1e-4),
     ("llama", 1e-4),
+    ("mamba2", 1e-4),
     ("ministral", 1e-4),
     ("ministral3", 1e-4),
     ("mistral", 1e-4),
@@ -415,6 +421,70 @@ fn adapters_on_experts_alone_are_trained() {
     let mut trainer = engine.trainer(config, training_data(&golden), None, None, out.path()).unwrap();
     let losses = [0, 1].map(|_| trainer.step(&mut Quiet).unwrap().loss);
     assert!(losses[1] < losses[0], "{losses:?}");
+}
+
+/// Writes a golden as the text model of a model for more than text, with a tower beside it; `prefix` stands where the text
+/// model's names begin with `model.`.
+fn wrap(name: &str, outer: &str, prefix: &str, dir: &Path) {
+    let read = |path: &Path| serde_json::from_slice::<serde_json::Value>(&fs::read(path).unwrap()).unwrap();
+    let mut text = read(&folder(name).join("config.json"));
+    let dtype = text.as_object_mut().unwrap().remove("dtype");
+    let class = "SomethingForConditionalGeneration";
+    let config = json!({"model_type": outer, "architectures": [class], "dtype": dtype, "text_config": text,
+        "vision_config": {"hidden_size": 8}});
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let bytes = fs::read(folder(name).join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let renamed = |name: &str| name.strip_prefix("model.").map_or_else(|| name.to_owned(), |n| format!("{prefix}{n}"));
+    let tower = [0; 24];
+    let tower =
+        ("model.vision_tower.patch.weight".to_owned(), TensorView::new(Dtype::BF16, vec![3, 4], &tower).unwrap());
+    let views = file.tensors().into_iter().map(|(name, view)| (renamed(&name), view)).chain([tower]);
+    fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn the_text_model_in_a_model_for_more_than_text_is_that_model() {
+    let cases = [
+        ("gemma3_text", "gemma3", "language_model.model."),
+        ("gemma3_text", "gemma3", "model.language_model."),
+        ("gemma4_text", "gemma4", "model.language_model."),
+        ("ministral3", "mistral3", "language_model.model."),
+        ("qwen3_5_text", "qwen3_5", "model.language_model."),
+    ];
+    check_all(cases, |(name, outer, prefix)| {
+        let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        wrap(name, outer, prefix, dir.path());
+        let source = open_source(dir.path()).unwrap();
+        let part = LeftOut { part: "vision_tower".to_owned(), tensors: 1, bytes: 24 };
+        assert_eq!(source.left_out(), [part], "{outer}");
+        let expected = tensors(&folder(name).join("logits.safetensors"));
+        let ids = ids(&expected["ids"]);
+        let engine = open_exact(dir.path(), 1);
+        close(outer, &logits(&engine, &ids), &expected["logits"].data, 3e-4)?;
+        // An adapter with the names of the text model, and one with those of the whole.
+        let adapter = folder(name).join("adapter");
+        fs::copy(adapter.join("adapter_config.json"), other.path().join("adapter_config.json")).unwrap();
+        let bytes = fs::read(adapter.join("adapter_model.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let views = file
+            .tensors()
+            .into_iter()
+            .map(|(n, view)| (n.replace("base_model.model.model.", &format!("base_model.model.{prefix}")), view));
+        fs::write(other.path().join("adapter_model.safetensors"), safetensors::serialize(views, None).unwrap())
+            .unwrap();
+        for adapter in [&adapter, other.path()] {
+            let engine = open_exact(dir.path(), 1);
+            engine.attach(adapter, 1.0).unwrap();
+            close(&format!("{outer} with LoRA"), &logits(&engine, &ids), &expected["lora_logits"].data, 6e-4)?;
+        }
+        // What is made of it is the text model by itself.
+        let (copy, plain) = (other.path().join("copy"), other.path().join("plain"));
+        convert(dir.path(), &copy, Target::Nf4);
+        convert(&folder(name), &plain, Target::Nf4);
+        let [copy, plain] = [copy, plain].map(|dir| logits(&open_exact(&dir, 1), &ids));
+        close(&format!("{outer} in NF4"), &copy, &plain, 1e-6)
+    });
 }
 
 /// What a model is stored as: linear layers in 4 bits, as bitsandbytes has them, and nothing else.

@@ -46,7 +46,7 @@ macro_rules! light {
         }
     };
     (@texts $fma:expr, $attribute:meta, $(fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)? = $text:expr;)*) => {
-        use super::super::{adamw, adamw8, cache, conv, delta_rule, gated, layer_norm, map, rms_norm, rope, sgd, softmax};
+        use super::super::{adamw, adamw8, cache, conv, delta_rule, gated, layer_norm, map, rms_norm, rope, sgd, softmax, state_space};
         use super::{Blocks, Factors, Gradients, KEYS, Light, Map, Token};
 
         /// Whether products and sums may be rounded once.
@@ -64,10 +64,10 @@ macro_rules! light {
 }
 
 light! {
-    /// Rows of `y` from rows of `x`, both as long as `w`.
-    fn rms_norm(w: &[f32], eps: f32, x: &[f32], y: &mut [f32]) = rms_norm::rows;
+    /// Rows of `y` from rows of `x`, both of `width`, with factors `w` of one or several.
+    fn rms_norm(w: &[f32], width: usize, eps: f32, x: &[f32], y: &mut [f32]) = rms_norm::rows;
     /// Adds the gradient of such rows to `dx`.
-    fn rms_norm_vjp(w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) = rms_norm::vjp_rows;
+    fn rms_norm_vjp(w: &[f32], width: usize, eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) = rms_norm::vjp_rows;
     /// Rows of `y` from rows of `x`, as long as the factors and terms `wb`.
     fn layer_norm(wb: [&[f32]; 2], eps: f32, x: &[f32], y: &mut [f32]) = layer_norm::rows;
     /// Adds the gradient of such rows to `dx`.
@@ -131,4 +131,14 @@ light! {
     /// See [`delta_rule::back`].
     fn delta_back(token: Token, states: [&[f32]; 2], r: &[f32], dy: &[f32], ds: &mut [f32], out: Gradients) -> [f32; 2]
         = delta_rule::back::<FMA>;
+    /// See [`state_space::add_rows`].
+    fn add_rows(a: &[f32], a_step: usize, x: &[f32], x_step: usize, rows: usize, y: &mut [f32])
+        = state_space::add_rows::<FMA>;
+    /// See [`state_space::pairs`].
+    fn state_pairs(g: &[f64], d: &[f32], cb: &[f32], weights: &mut [f32]) = state_space::pairs::<FMA>;
+    /// See [`state_space::pairs_vjp`].
+    fn state_pairs_vjp(g: &[f64], d: &[f32], cb: &mut [f32], e: &mut [f32], dg: &mut [f64]) -> f64
+        = state_space::pairs_vjp::<FMA>;
+    /// See [`state_space::step`].
+    fn state_step(decay: f32, d: f32, token: [&[f32]; 3], s: &mut [f32], y: &mut [f32]) = state_space::step::<FMA>;
 }

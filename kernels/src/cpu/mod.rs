@@ -52,6 +52,7 @@ mod shelf;
 mod soft_targets;
 mod softmax;
 mod split;
+mod state_space;
 mod table;
 mod team;
 mod tile;
@@ -214,6 +215,18 @@ impl Backend for Cpu {
             Call::DeltaRuleFrom { spec, q, k, v, g, beta, state, y, rows } => {
                 delta_rule::forward_from(self, delta_rule::Inputs { spec, q, k, v, g, beta }, state, y, rows);
             }
+            Call::StateSpace { spec, segments, rate, bias, skip, x, b, c, dt, y } => {
+                let inputs = state_space::Inputs { spec, rate, bias, skip, x, b, c, dt };
+                state_space::forward(self, inputs, segments, y);
+            }
+            Call::StateSpaceVjp { spec, segments, rate, bias, skip, x, b, c, dt, dy, dx, db, dc, ddt } => {
+                let inputs = state_space::Inputs { spec, rate, bias, skip, x, b, c, dt };
+                state_space::vjp(self, inputs, segments, dy, [dx, db, dc, ddt]);
+            }
+            Call::StateSpaceFrom { spec, rate, bias, skip, x, b, c, dt, state, y, rows } => {
+                let inputs = state_space::Inputs { spec, rate, bias, skip, x, b, c, dt };
+                state_space::forward_from(self, inputs, state, y, rows);
+            }
             Call::TopK { k, x, chosen } => route::top_k(self, k, x, chosen),
             Call::Route { top_k, scores, normalize, logits, chosen, weights } => {
                 route::forward(self, top_k, (scores, normalize), logits, chosen, weights);
@@ -261,6 +274,8 @@ pub(crate) fn cost<M: Memory>(table: &Table, memory: &M, call: &Call<'_, M>) -> 
         Call::Conv { segments, x, .. } | Call::ConvVjpX { segments, dy: x, .. } => conv::cost(segments, memory.len(x)),
         Call::DeltaRule { spec, segments, .. } => delta_rule::cost(spec, segments),
         Call::DeltaRuleVjp { spec, segments, .. } => delta_rule::vjp_cost(spec, segments),
+        Call::StateSpace { spec, segments, .. } => state_space::cost(spec, segments),
+        Call::StateSpaceVjp { spec, segments, .. } => state_space::vjp_cost(spec, segments),
         Call::LinearCrossEntropy { w, targets, weights, arithmetic, .. } => {
             let ids = targets.ids.len();
             linear_cross_entropy::cost(table, *arithmetic, (weights.len(), ids), memory.shape(w))

@@ -1,6 +1,7 @@
 //! Root mean square norm (Zhang & Sennrich 2019).
 //!
-//! `y = r x w` with `r = 1 / sqrt(mean(x²) + eps)`, over rows of `C`; factors `w` may be stored less one, or absent. Forward keeps nothing: backward computes
+//! `y = r x w` with `r = 1 / sqrt(mean(x²) + eps)`, over rows of `C`; factors `w` may be stored less one, or absent, or be
+//! those of several such rows one after the other. Forward keeps nothing: backward computes
 //! `r` again, which is cheaper than to store it.
 
 use super::Cpu;
@@ -22,7 +23,7 @@ impl Factors<'_> {
     fn with(self, work: impl FnOnce(&[f32])) {
         match self.w {
             Some(w) if !self.plus_one => work(w),
-            w => with_scratch(self.width, |factors| {
+            w => with_scratch(w.map_or(self.width, <[f32]>::len), |factors| {
                 match w {
                     Some(w) => map([w], factors, |[w]| 1.0 + w),
                     None => factors.fill(1.0),
@@ -34,8 +35,9 @@ impl Factors<'_> {
 
     /// Asserts that all are whole rows; whether there are any.
     fn fit(self, x: &[f32], y: &[f32]) -> bool {
-        assert!(self.w.is_none_or(|w| w.len() == self.width));
-        assert!(x.len() == y.len() && (x.is_empty() || x.len().is_multiple_of(self.width)));
+        let period = self.w.map_or(self.width, <[f32]>::len);
+        assert!(period > 0 && period.is_multiple_of(self.width));
+        assert!(x.len() == y.len() && x.len().is_multiple_of(period));
         !x.is_empty()
     }
 }
@@ -44,7 +46,9 @@ impl Factors<'_> {
 pub(crate) fn forward(cpu: &Cpu, factors: Factors<'_>, eps: f32, x: &[f32], y: &mut [f32]) {
     if factors.fit(x, y) {
         factors.with(|w| {
-            parts(&cpu.team, y, w.len(), |at, y| cpu.table.light().rms_norm(w, eps, &x[at..][..y.len()], y));
+            parts(&cpu.team, y, w.len(), |at, y| {
+                cpu.table.light().rms_norm(w, factors.width, eps, &x[at..][..y.len()], y)
+            });
         });
     }
 }
@@ -56,7 +60,7 @@ pub(crate) fn vjp_x(cpu: &Cpu, factors: Factors<'_>, eps: f32, x: &[f32], dy: &[
         factors.with(|w| {
             parts(&cpu.team, dx, w.len(), |at, dx| {
                 let n = dx.len();
-                cpu.table.light().rms_norm_vjp(w, eps, &x[at..][..n], &dy[at..][..n], dx);
+                cpu.table.light().rms_norm_vjp(w, factors.width, eps, &x[at..][..n], &dy[at..][..n], dx);
             });
         });
     }
@@ -64,8 +68,9 @@ pub(crate) fn vjp_x(cpu: &Cpu, factors: Factors<'_>, eps: f32, x: &[f32], dy: &[
 
 /// [`forward`] on one thread.
 #[inline(always)]
-pub(super) fn rows(w: &[f32], eps: f32, x: &[f32], y: &mut [f32]) {
-    for (x, y) in x.chunks_exact(w.len()).zip(y.chunks_exact_mut(w.len())) {
+pub(super) fn rows(w: &[f32], width: usize, eps: f32, x: &[f32], y: &mut [f32]) {
+    let factors = w.chunks_exact(width).cycle();
+    for ((x, y), w) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(factors) {
         let r = inverse_rms(x, eps);
         map([x, w], y, |[x, w]| x * r * w);
     }
@@ -73,9 +78,9 @@ pub(super) fn rows(w: &[f32], eps: f32, x: &[f32], y: &mut [f32]) {
 
 /// [`vjp_x`] on one thread.
 #[inline(always)]
-pub(super) fn vjp_rows(w: &[f32], eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) {
-    let rows = x.chunks_exact(w.len()).zip(dy.chunks_exact(w.len()));
-    for ((x, dy), dx) in rows.zip(dx.chunks_exact_mut(w.len())) {
+pub(super) fn vjp_rows(w: &[f32], width: usize, eps: f32, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+    let rows = x.chunks_exact(width).zip(dy.chunks_exact(width)).zip(w.chunks_exact(width).cycle());
+    for (((x, dy), w), dx) in rows.zip(dx.chunks_exact_mut(width)) {
         let r = inverse_rms(x, eps);
         let mean = sum([dy, w, x], |[dy, w, x]| dy * w * x) / w.len() as f32;
         let back = r * r * r * mean;

@@ -93,6 +93,8 @@ enum Stored {
     Whole,
     LessOne,
     Absent,
+    /// Those of two rows one after the other.
+    Pairs,
 }
 
 #[test]
@@ -101,7 +103,8 @@ fn rms_norm_meets_the_oracle() {
     let mut random = Random(23);
     // Rows of a width: those of tokens, or of their heads.
     for (t, c) in [(0, 8), (1, 1), (1, 7), (3, 8), (5, 65), (2, 300)] {
-        for stored in [Stored::Whole, Stored::LessOne, Stored::Absent] {
+        for stored in [Stored::Whole, Stored::LessOne, Stored::Absent, Stored::Pairs] {
+            let t = if stored == Stored::Pairs { 2 * t } else { t };
             if affordable(t * c * t * c) {
                 rms_norm(&mut report, &mut random, stored, t, c);
             }
@@ -110,16 +113,21 @@ fn rms_norm_meets_the_oracle() {
 }
 
 fn rms_norm(report: &mut Report, random: &mut Random, stored: Stored, t: usize, c: usize) {
-    let (w, x, dy) = (random.vector(c), random.vector(t * c), random.vector(t * c));
+    let rows = if stored == Stored::Pairs { 2 } else { 1 };
+    let (w, x, dy) = (random.vector(rows * c), random.vector(t * c), random.vector(t * c));
     let (x64, dy64) = (wide(&x), wide(&dy));
     let factors: Vec<f64> = match stored {
-        Stored::Whole => wide(&w),
+        Stored::Whole | Stored::Pairs => wide(&w),
         Stored::LessOne => wide(&w).iter().map(|w| w + 1.0).collect(),
         Stored::Absent => vec![1.0; c],
     };
     let eps = 1e-5_f32;
-    let y = oracle::rms_norm(&factors, f64::from(eps), &x64);
-    let dx = oracle::gradient(&x64, &dy64, |x| oracle::rms_norm(&factors, f64::from(eps), x));
+    let norm = |x: &[f64]| -> Vec<f64> {
+        let normed = oracle::rms_norm(&vec![1.0; c], f64::from(eps), x);
+        normed.iter().zip(factors.iter().cycle()).map(|(x, w)| x * w).collect()
+    };
+    let y = norm(&x64);
+    let dx = oracle::gradient(&x64, &dy64, norm);
     let dx = dx.iter().map(|dx| dx + 0.5).collect();
     // One division and a sum of c / 8 terms; differences in f64 are good to 1e-9.
     let bound = EPS * (c as f64 / 8.0 + 16.0);

@@ -20,6 +20,7 @@ mod oracle;
 mod robust;
 mod route;
 mod soft;
+mod state_space;
 #[cfg(feature = "vulkan")]
 mod vulkan;
 mod weights;

@@ -55,6 +55,11 @@ impl Rope {
         self.attention_factor * self.growth.map_or(1.0, grown)
     }
 
+    /// The same angles in all layers of `config`'s model.
+    pub(crate) fn everywhere(self, config: &Config) -> Vec<Option<[Self; 2]>> {
+        vec![self.of_both(); config.layers]
+    }
+
     /// The same angles for queries and keys.
     pub(crate) fn of_both(self) -> Option<[Self; 2]> {
         Some([self.clone(), self])
@@ -126,7 +131,12 @@ impl RopeKeys {
         if beside != theta {
             return Err(ConfigError::new(self.theta_key, format!("{theta}, as in `rope_parameters`"), beside));
         }
-        let turned = self.turned(keys, nested.as_ref())?;
+        let proportional = |nested: &Keys<'_>| Ok(nested.text("rope_type")? == Some("proportional"));
+        let turned = match nested.as_ref().map_or(Ok(false), proportional)? {
+            // Pairs that do not turn are among those of the whole head.
+            true => self.head_dim,
+            false => self.turned(keys, nested.as_ref())?,
+        };
         let scaling = match nested {
             Some(rope) => Scaling::read(&Parameters { rope, config: keys, family: self, theta, turned })?,
             None => Scaling::Default,

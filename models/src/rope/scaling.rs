@@ -25,6 +25,7 @@ const KINDS: &[(&str, &[&str])] = &[
         ],
     ),
     ("llama3", &["factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"]),
+    ("proportional", &["factor"]),
     ("longrope", LONGROPE),
     ("su", LONGROPE),
 ];
@@ -52,6 +53,11 @@ pub(super) enum Scaling {
         /// First pair and end of the ramp.
         ramp: (f64, f64),
         attention_factor: f64,
+    },
+    /// So many pairs turn, by angles divided by the factor; the others of the head do not (Gemma 4).
+    Proportional {
+        pairs: usize,
+        factor: f64,
     },
     /// A base of its own for so many dimensions (HunYuan's dynamic NTK, which depends on no length).
     Base(f64, usize),
@@ -154,6 +160,14 @@ impl Scaling {
                 Ok(Self::Llama3 { factor: p.positive("factor", None)?, low, high, original: p.original()? })
             }
             "yarn" => Self::yarn(p),
+            "proportional" => {
+                let share = p.rope.number("partial_rotary_factor", 1.0)?;
+                if !(share > 0.0 && share <= 1.0) {
+                    return Err(ConfigError::new("partial_rotary_factor", "a share of a head from 0 to 1", share));
+                }
+                let pairs = (share * (p.turned as f64 / 2.0)) as usize;
+                Ok(Self::Proportional { pairs, factor: p.positive("factor", Some(1.0))? })
+            }
             "longrope" | "su" => Self::longrope(p),
             _ => Ok(Self::Default),
         }
@@ -246,6 +260,13 @@ impl Scaling {
                 // In f32, as transformers has it.
                 let keep = 1.0 - ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
                 1.0 / (factor as f32 * period) * (1.0 - keep) + 1.0 / period * keep
+            }
+            Self::Proportional { pairs, factor } => {
+                if i < pairs {
+                    (freq / factor) as f32
+                } else {
+                    0.0
+                }
             }
             Self::Base(base, dim) => 1.0 / (base as f32).powf((2 * i) as f32 / dim as f32),
             Self::LongRope { ref short, .. } => 1.0 / (short[i] * period),

@@ -344,7 +344,6 @@ mod tests {
         for (key, value) in [
             ("alora_invocation_tokens", json!([27, 9690])),
             ("arrow_config", json!({"top_k": 3})),
-            ("fan_in_fan_out", json!(true)),
             ("kasa_config", json!({"beta": 1e-4})),
             ("layer_replication", json!([[0, 2], [1, 2]])),
             ("lora_bias", json!(true)),

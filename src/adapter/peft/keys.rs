@@ -12,7 +12,7 @@ const WRAPPERS: &[&str] =
 /// Segments before `layers` that name the text part of a model and nothing else.
 const TEXT_PARTS: &[&str] = &["base_model", "model", "language_model", "text_model"];
 /// What the decoder's parts are called below them.
-const PARTS: &[&str] = &["layers", "embed_tokens", "norm"];
+const PARTS: &[&str] = &["layers", "embed_tokens", "norm", "per_layer_model_projection"];
 
 /// What a tensor is to its module.
 #[derive(Clone, Debug, PartialEq, Eq)]

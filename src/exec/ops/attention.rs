@@ -10,7 +10,7 @@ use pocketlora_models::{AttentionShape, StateId, Value};
 pub(super) fn run<B: Backend>(
     it: &mut Interpreter<'_, B>,
     shape: &AttentionShape,
-    state: StateId,
+    (state, shared): (StateId, bool),
     [q, k, v]: [Value; 3],
     y: Value,
 ) -> Result<()> {
@@ -36,7 +36,7 @@ pub(super) fn run<B: Backend>(
         })?;
         it.set(lse, sums);
     } else {
-        over_caches(it, shape, state, [q, k, v], &mut out)?;
+        over_caches(it, shape, (state, shared), [q, k, v], &mut out)?;
     }
     it.set(y, out);
     Ok(())
@@ -254,11 +254,12 @@ fn log_sum_exp(y: Value) -> Value {
     Value(y.0 + 1)
 }
 
-/// Each sequence's queries over its cache, which takes its new keys and values first.
+/// Each sequence's queries over its cache, which takes its new keys and values first, unless it is one that an earlier layer
+/// has done that for.
 fn over_caches<B: Backend>(
     it: &mut Interpreter<'_, B>,
     shape: &AttentionShape,
-    state: StateId,
+    (state, shared): (StateId, bool),
     [q, k, v]: [Value; 3],
     out: &mut B::Buffer,
 ) -> Result<()> {
@@ -266,7 +267,9 @@ fn over_caches<B: Backend>(
     each_state(it, state, |it, state, rows| {
         let State::Kv(cache) = state else { unreachable!("attention names a state of keys and values") };
         let (q, k, v) = (it.data(q), it.data(k), it.data(v));
-        backend.run(Call::CacheAppend { cache, k, v, rows: rows.clone() })?;
+        if !shared {
+            backend.run(Call::CacheAppend { cache, k, v, rows: rows.clone() })?;
+        }
         Ok(backend.run(Call::AttentionCached { spec, q, cache, y: out, rows })?)
     })
 }

@@ -2,6 +2,7 @@
 
 mod add;
 mod attention;
+mod carry;
 mod columns;
 mod conv;
 mod decay;
@@ -16,6 +17,9 @@ mod norm;
 mod rope;
 mod route;
 mod scale;
+mod scale_by;
+mod scale_parts;
+mod state_space;
 
 use super::interpreter::Interpreter;
 use super::sequence::State;
@@ -32,12 +36,19 @@ use std::ops::Range;
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, op: &Op, y: Value) -> Result<()> {
     match op {
         Op::Embed { table } => embed::run(it, *table, y),
+        Op::EmbedPositions { table } => embed::run_positions(it, *table, y),
         Op::Linears { layers, x } => linear::run(it, layers, *x, y),
         Op::Norm { norm, x } => norm::run(it, norm, *x, y),
         Op::Rope { table, heads, x } => rope::run(it, *table, *heads, *x, y),
-        Op::Attention { shape, state, q, k, v } => attention::run(it, shape, *state, [*q, *k, *v], y),
+        Op::Attention { shape, state, shared, q, k, v } => {
+            attention::run(it, shape, (*state, *shared), [*q, *k, *v], y)
+        }
+        Op::Carry { slot, x } => carry::run(it, *slot, *x, y),
+        Op::Carried { slot, part } => carry::run_read(it, *slot, part, y),
         Op::Gate { activation, gate, up } => gate::run(it, *activation, *gate, *up, y),
         Op::Scale { factor, x } => scale::run(it, *factor, *x, y),
+        Op::ScaleBy { factor, x } => scale_by::run(it, *factor, *x, y),
+        Op::ScaleParts { parts, x } => scale_parts::run(it, parts, *x, y),
         Op::Map { map, x } => map::run(it, *map, *x, y),
         Op::Multiply { a, b } => multiply::run(it, *a, *b, y),
         Op::Columns { x, width, part, .. } => columns::run(it, *x, *width, part, y),
@@ -46,6 +57,7 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, op: &Op, y: Value) ->
         Op::DeltaRule { shape, state, q, k, v, g, beta } => {
             delta_rule::run(it, shape, *state, [*q, *k, *v, *g, *beta], y)
         }
+        Op::StateSpace { space, state, x, b, c, dt } => state_space::run(it, space, *state, [*x, *b, *c, *dt], y),
         Op::Route { router, routing, logits } => route::run(it, *router, routing, *logits, y),
         Op::Experts { experts, x, weights } => experts::run(it, experts, *x, *weights, y),
         Op::Add { a, b } => add::run(it, *a, *b, y),
@@ -67,24 +79,32 @@ pub(super) fn back<B: Backend>(
     if let Op::Linears { layers, x } = op {
         return linear::back(it, layers, *x, y, dying, grads);
     }
-    let Some(dy) = it.slots[y.0 as usize].grad.take() else { return Ok(()) };
+    let dy = it.slots[y.0 as usize].grad.take();
+    if let Op::Carry { slot, x } = op {
+        return carry::back(it, *slot, *x, dy);
+    }
+    let Some(dy) = dy else { return Ok(()) };
     match op {
-        Op::Linears { .. } => unreachable!("has several outputs, see above"),
-        Op::Embed { .. } => {
+        Op::Linears { .. } | Op::Carry { .. } => unreachable!("see above"),
+        Op::Embed { .. } | Op::EmbedPositions { .. } => {
             it.put(dy);
             Ok(())
         }
         Op::Norm { norm, x } => norm::back(it, norm, *x, dy),
         Op::Rope { table, heads, x } => rope::back(it, *table, *heads, *x, dy),
-        Op::Attention { shape, state, q, k, v } => attention::back(it, shape, *state, [*q, *k, *v], y, dy, grads),
+        Op::Attention { shape, state, q, k, v, .. } => attention::back(it, shape, *state, [*q, *k, *v], y, dy, grads),
+        Op::Carried { slot, part } => carry::back_read(it, *slot, part, dy),
         Op::Gate { activation, gate, up } => gate::back(it, *activation, *gate, *up, dy, dying),
         Op::Scale { factor, x } => scale::back(it, *factor, *x, dy),
+        Op::ScaleBy { factor, x } => scale_by::back(it, *factor, *x, dy),
+        Op::ScaleParts { parts, x } => scale_parts::back(it, parts, *x, dy),
         Op::Map { map, x } => map::back(it, *map, *x, dy),
         Op::Multiply { a, b } => multiply::back(it, *a, *b, dy),
         Op::Columns { x, width, part, .. } => columns::back(it, *x, *width, part, dy),
         Op::Conv { conv, x, .. } => conv::back(it, conv, *x, dy),
         Op::Decay { rate, bias, a } => decay::back(it, [*rate, *bias], *a, dy),
         Op::DeltaRule { shape, q, k, v, g, beta, .. } => delta_rule::back(it, shape, [*q, *k, *v, *g, *beta], dy),
+        Op::StateSpace { space, x, b, c, dt, .. } => state_space::back(it, space, [*x, *b, *c, *dt], dy),
         Op::Route { routing, logits, .. } => route::back(it, routing, *logits, y, dy),
         Op::Experts { experts, x, weights } => experts::back(it, experts, *x, *weights, dy, grads),
         Op::Add { a, b } => add::back(it, *a, *b, dy),
@@ -93,6 +113,8 @@ pub(super) fn back<B: Backend>(
 
 /// Runs an addition whose term `into` nobody reads any more in its place.
 pub(super) use add::run_in_place as add_in_place;
+/// What a pass carries between layers.
+pub(super) use carry::Carried;
 
 /// Runs `work` for each sequence of the batch, with its state `id` and its rows.
 fn each_state<B: Backend>(
