@@ -7,7 +7,7 @@ use super::{AdapterFile, Kind, Method, Replaced, TensorSpec, mark};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Backend, WorkType};
-use pocketlora_models::Param;
+use pocketlora_models::{Model, Param};
 use std::path::{Path, PathBuf};
 
 /// The adapters attached to a model. Several of one method work together, in the order in which they were attached.
@@ -73,32 +73,14 @@ impl<B: Backend> Adapters<B> {
         let place = || format!("`{}`", file.dir.display());
         let mismatch = |message: String| Error::new(ErrorCode::AdapterMismatch, place(), message);
         let kind = file.method.kind();
-        if let Some((dir, first)) = self.first.as_ref().filter(|(_, first)| *first != kind) {
-            return Err(mismatch(format!(
-                "expected an adapter of the method {}, as the attached `{}` is, got {}; methods do not work together: \
-                 attach one of the two",
-                first.name(),
-                dir.display(),
-                kind.name()
-            )));
-        }
-        if factor != 1.0 && !kind.has_strength() {
-            let message = format!(
-                "expected a scale of 1, got `{factor}`: what {} does has no strength; attach it without a scale",
-                kind.name()
-            );
-            return Err(Error::new(ErrorCode::Config, place(), message));
-        }
-        if self.first.is_some() && !kind.adds_up() {
-            let message = format!("expected one adapter with {}, got a second one; attach one of the two", kind.name());
-            return Err(Error::new(ErrorCode::Config, place(), message));
-        }
+        check_beside(self.first.as_ref().map(|(dir, kind)| (dir.as_path(), *kind)), file, factor)?;
         // All are built before any is attached: a mismatch in the last one must leave the model as it was.
-        let replaced = self.replaced.with(base, file, factor)?;
+        let replaced = self.replaced.with(base, file)?;
         let mut at = Vec::new();
         for module in file.modules() {
             let param = layer_at(base.model.as_ref(), module);
-            let param = param.ok_or_else(|| foreign_module(base, &file.dir, "a linear layer", module))?;
+            let param =
+                param.ok_or_else(|| foreign_module(base.model.as_ref(), &file.dir, "a linear layer", module))?;
             check_shapes(file, module, replaced.shape(base, param))?;
             at.push((param, module));
         }
@@ -159,12 +141,40 @@ impl<B: Backend> Adapters<B> {
     }
 }
 
+/// Refuses an adapter that cannot work with its effect multiplied by `factor`, or beside `first`, which was attached before
+/// it.
+pub(super) fn check_beside(first: Option<(&Path, Kind)>, file: &AdapterFile, factor: f32) -> Result<()> {
+    let (place, kind) = (format!("`{}`", file.dir.display()), file.method.kind());
+    if let Some((dir, first)) = first.filter(|(_, first)| *first != kind) {
+        let message = format!(
+            "expected an adapter of the method {}, as the attached `{}` is, got {}; methods do not work together: \
+             attach one of the two",
+            first.name(),
+            dir.display(),
+            kind.name()
+        );
+        return Err(Error::new(ErrorCode::AdapterMismatch, place, message));
+    }
+    if factor != 1.0 && !kind.has_strength() {
+        let message = format!(
+            "expected a scale of 1, got `{factor}`: what {} does has no strength; attach it without a scale",
+            kind.name()
+        );
+        return Err(Error::new(ErrorCode::Config, place, message));
+    }
+    if first.is_some() && !kind.adds_up() {
+        let message = format!("expected one adapter with {}, got a second one; attach one of the two", kind.name());
+        return Err(Error::new(ErrorCode::Config, place, message));
+    }
+    file.replaced.check_factor(&file.dir, factor)
+}
+
 fn shape_text(shape: Option<&Vec<usize>>) -> String {
     shape.map_or_else(|| "none".to_owned(), |shape| format!("`{shape:?}`"))
 }
 
 /// Checks that the tensors of `module` fit its layer `[out, in]`.
-fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) -> Result<()> {
+pub(super) fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) -> Result<()> {
     for (part, expected) in file.method.kind().parts().iter().zip(file.method.shapes(module, layer)) {
         let got = file.tensors.get(&format!("{module}.{part}")).map(|t| &t.shape);
         if got != Some(&expected) {
@@ -181,10 +191,10 @@ fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) -> Result<(
 }
 
 /// The error for a module that this base does not have.
-pub(super) fn foreign_module<B: Backend>(base: &Base<B>, dir: &Path, expected: &str, path: &str) -> Error {
+pub(super) fn foreign_module(model: &dyn Model, dir: &Path, expected: &str, path: &str) -> Error {
     let message = format!(
         "expected {expected} of this `{}` base, got module `{path}`; use the base that the adapter was trained on",
-        base.model.config().model_type
+        model.config().model_type
     );
     Error::new(ErrorCode::AdapterMismatch, format!("`{}`", dir.display()), message)
 }

@@ -1,5 +1,6 @@
 //! All adapter methods: a new one is its own file, and one line in the list below.
 
+use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
 use super::held::Loader;
 use super::ia3::Ia3;
@@ -145,6 +146,10 @@ macro_rules! methods {
 
             pub(super) fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {
                 match self { $(Self::$name(m) => m.in_attention(load)),+ }
+            }
+
+            pub(super) fn fold(&self, module: &str, tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {
+                match self { $(Self::$name(m) => m.fold(module, tensors, factor)),+ }
             }
 
             /// Why an adapter of it cannot be trained further, if it cannot.

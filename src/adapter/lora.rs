@@ -1,12 +1,13 @@
 //! LoRA (Hu et al. 2021): `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]`, `B` `[out, r]`, `s = alpha / r`, or
 //! `alpha / sqrt(r)` for rsLoRA (Kalajdzievski 2023).
 
+use super::fold::{Fold, LowRankFold};
 use super::form::LayerForm;
 use super::held::Loader;
 use super::low_rank::LowRankTerm;
 use super::method::{AdapterMethod, Group, Settings, last_parts, target_layers, with_unnamed};
 use super::peft::{CONFIG, Found, KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, number};
-use super::tensor::{Stored, TensorSpec};
+use super::tensor::{Stored, TensorSpec, Tensors};
 use crate::error::{Error, Result};
 use crate::rng::{Rng, mix};
 use Use::{Default as OnlyDefault, Honoured, NoEffect};
@@ -205,6 +206,13 @@ impl AdapterMethod for Lora {
     fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<LayerForm<B>> {
         let (a, b) = (load.matrix("lora_A.weight")?, load.matrix("lora_B.weight")?);
         Ok(LayerForm::Term(Box::new(LowRankTerm { a, b, factor: self.of_module(module).1 * factor })))
+    }
+
+    fn fold(&self, module: &str, tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {
+        let part = |part: &str| tensors[&format!("{module}.{part}")].data.clone();
+        let (rank, own) = self.of_module(module);
+        let (a, b) = (part("lora_A.weight"), part("lora_B.weight"));
+        Some(Box::new(LowRankFold { a, b, rank, factor: own * factor }))
     }
 
     fn group(&self, name: &str, settings: &Settings) -> Group {

@@ -1,10 +1,11 @@
 //! What an adapter method is to the rest of the program: one trait, which a method's file implements. Files, training,
 //! checkpoints and the memory plan know a method by this trait alone.
 
+use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
 use super::held::Loader;
 use super::peft::{Found, KeyUse, Keys};
-use super::tensor::{Stored, TensorSpec};
+use super::tensor::{Stored, TensorSpec, Tensors};
 use crate::error::{Error, Result};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param, ParamSpec, Role};
@@ -133,6 +134,11 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     /// Out of memory.
     fn in_attention<B: Backend>(&self, _load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {
         Ok(None)
+    }
+
+    /// What merging it makes of the layer at the path `module`; none where no other weight of the layer does the same.
+    fn fold(&self, _module: &str, _tensors: &Tensors, _factor: f32) -> Option<Box<dyn Fold>> {
+        None
     }
 
     /// Why an adapter of it cannot be trained further, if it cannot.

@@ -4,6 +4,7 @@
 //! while a model runs (`form.rs`). Whoever trains, saves or plans knows tensors by name and shape alone.
 
 pub(crate) mod attach;
+mod fold;
 pub(crate) mod form;
 mod held;
 mod ia3;
@@ -11,6 +12,7 @@ mod kinds;
 mod lora;
 mod low_rank;
 pub(crate) mod mark;
+mod merge;
 mod method;
 mod peft;
 mod prefix_tuning;
@@ -24,6 +26,7 @@ pub(crate) use held::TensorId;
 pub use ia3::Ia3;
 pub use kinds::{Kind, Method};
 pub use lora::Lora;
+pub use merge::{Merged, Rounding, rounding};
 pub use method::{Group, Settings};
 pub use peft::{AdapterFile, Replacements, Rows, WholeTensor};
 pub use prefix_tuning::PrefixTuning;

@@ -7,10 +7,10 @@ use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::widen;
 use bytes::Bytes;
-use pocketlora_kernels::{Arithmetic, Backend, MatrixData, MatrixSource};
-use pocketlora_models::{Param, ParamSpec, Role};
+use pocketlora_kernels::{Arithmetic, Backend, FloatType, MatrixData, MatrixSource};
+use pocketlora_models::{Model, Param, ParamSpec, Role};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The weights of all attached adapters.
@@ -98,20 +98,11 @@ impl<B: Backend> Replaced<B> {
     }
 
     /// These and the ones of `file`.
-    pub(crate) fn with(&self, base: &Base<B>, file: &AdapterFile, factor: f32) -> Result<Self> {
+    pub(crate) fn with(&self, base: &Base<B>, file: &AdapterFile) -> Result<Self> {
+        let place = || format!("`{}`", file.dir.display());
         let mut all = self.clone();
         if file.replaced.is_empty() {
             return Ok(all);
-        }
-        let names = || file.replaced.names().collect::<Vec<_>>().join("`, `");
-        let place = || format!("`{}`", file.dir.display());
-        if factor != 1.0 {
-            let message = format!(
-                "expected a scale of 1, got `{factor}`: the adapter brings weights in place of the base's, which have \
-                 no strength (`{}`); attach it without a scale",
-                names()
-            );
-            return Err(Error::new(ErrorCode::Config, place(), message));
         }
         if let Some(rows) = file.replaced.rows.first() {
             let what = format!("`trainable_token_indices` (new rows of `{}`)", rows.module);
@@ -140,40 +131,16 @@ impl<B: Backend> Replaced<B> {
 
     /// Puts one weight in its place.
     fn take(&mut self, base: &Base<B>, file: &AdapterFile, whole: &WholeTensor) -> Result<()> {
-        let name = format!("{}.{}", whole.module, whole.kind);
-        let params = base.model.params();
-        let is_it = |p: &ParamSpec| match p.role {
-            Role::Embedding => name == p.name || name == "lm_head.weight" && base.model.config().tied_head,
-            _ => name == p.name,
-        };
-        let at = params.iter().position(is_it);
-        let at = at.ok_or_else(|| foreign_module(base, &file.dir, "a part", &whole.module))?;
-        let (spec, tensor) = (&params[at], &whole.tensor);
-        let place = || format!("`{}`: tensor `{name}`", file.dir.display());
+        let (at, float) = weight_of(base.model.as_ref(), file, whole)?;
+        let (spec, tensor) = (&base.model.params()[at], &whole.tensor);
+        let name = whole.name();
         let key = if whole.copy { format!("{name} (copy)") } else { name.clone() };
         if let Some((other, bytes)) = self.owners.get(&key) {
             if *bytes == tensor.bytes {
                 return Ok(());
             }
-            let message =
-                format!("`{}` brings another one in place of the base's; attach only one of the two", other.display());
-            return Err(Error::new(ErrorCode::AdapterMismatch, place(), message));
+            return Err(brought_twice(file, &name, other));
         }
-        let vocabulary = matches!(spec.role, Role::Embedding | Role::Head);
-        let fits = match (&spec.shape[..], &tensor.shape[..]) {
-            // The vocabulary may have grown.
-            (&[_, cols], &[rows, got]) if vocabulary => rows > 0 && cols == got,
-            (expected, got) => expected == got,
-        };
-        let Some(float) = tensor.float_type().filter(|_| fits) else {
-            let message = format!(
-                "expected F32, F16 or BF16 of shape `{:?}` as in the base, got {}; use the base that the adapter was \
-                 trained on",
-                spec.shape,
-                tensor.describe()
-            );
-            return Err(Error::new(ErrorCode::AdapterMismatch, place(), message));
-        };
         self.owners.insert(key, (file.dir.clone(), tensor.bytes.clone()));
         if spec.role == Role::Vector {
             let mut values = vec![0.0; spec.shape.iter().product()];
@@ -197,18 +164,51 @@ impl<B: Backend> Replaced<B> {
     /// What a tied head becomes: PEFT loads a plain embedding into the base, where the head sees it. Of a trained copy it
     /// does not know, unless the adapter says so.
     fn tie(&mut self, base: &Base<B>, file: &AdapterFile) -> Result<()> {
+        let Some(seen) = file.replaced.seen_by_head(base.model.as_ref()) else { return Ok(()) };
         let head = base.model.head_param();
-        let own = file.replaced.whole.iter().any(|w| w.module == "lm_head");
-        let embedding = &base.model.params()[head.0 as usize];
-        if embedding.role != Role::Embedding || own {
-            return Ok(());
-        }
-        let mut whole = file.replaced.whole.iter().filter(|w| format!("{}.{}", w.module, w.kind) == embedding.name);
-        let Some(seen) = whole.find(|w| !w.copy || file.replaced.ties_copies) else { return Ok(()) };
         let Some(float) = seen.tensor.float_type() else { return Ok(()) };
         let (rows, cols) = (seen.tensor.shape[0], seen.tensor.shape[1]);
         let source = MatrixSource { rows, cols, data: MatrixData::Dense(float, seen.tensor.bytes.clone()) };
         self.factors.insert(head.0, Arc::new(base.backend.matrix(source)?));
         Ok(())
     }
+}
+
+/// The parameter of `model` that `whole`, which the adapter `file` brings, stands in for, and the type of its values. The
+/// embedding or head of another vocabulary fits as well.
+///
+/// # Errors
+/// The model has no such parameter, or one of another shape.
+pub(super) fn weight_of(model: &dyn Model, file: &AdapterFile, whole: &WholeTensor) -> Result<(usize, FloatType)> {
+    let (name, tensor) = (whole.name(), &whole.tensor);
+    let is_it = |p: &ParamSpec| match p.role {
+        Role::Embedding => name == p.name || name == "lm_head.weight" && model.config().tied_head,
+        _ => name == p.name,
+    };
+    let at = model.params().iter().position(is_it);
+    let at = at.ok_or_else(|| foreign_module(model, &file.dir, "a part", &whole.module))?;
+    let spec = &model.params()[at];
+    let vocabulary = matches!(spec.role, Role::Embedding | Role::Head);
+    let fits = match (&spec.shape[..], &tensor.shape[..]) {
+        // The vocabulary may have grown.
+        (&[_, cols], &[rows, got]) if vocabulary => rows > 0 && cols == got,
+        (expected, got) => expected == got,
+    };
+    tensor.float_type().filter(|_| fits).map(|float| (at, float)).ok_or_else(|| {
+        let message = format!(
+            "expected F32, F16 or BF16 of shape `{:?}` as in the base, got {}; use the base that the adapter was \
+             trained on",
+            spec.shape,
+            tensor.describe()
+        );
+        let place = format!("`{}`: tensor `{name}`", file.dir.display());
+        Error::new(ErrorCode::AdapterMismatch, place, message)
+    })
+}
+
+/// The error for two adapters with different weights for the same place.
+pub(super) fn brought_twice(file: &AdapterFile, name: &str, other: &Path) -> Error {
+    let message =
+        format!("`{}` brings another one in place of the base's; attach only one of the two", other.display());
+    Error::new(ErrorCode::AdapterMismatch, format!("`{}`: tensor `{name}`", file.dir.display()), message)
 }

@@ -7,6 +7,7 @@ use crate::adapter::tensor::{HostTensor, Tensors};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::widen;
+use pocketlora_models::{Model, Role};
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -22,6 +23,13 @@ pub struct WholeTensor {
     pub copy: bool,
     /// The values.
     pub tensor: Tensor,
+}
+
+impl WholeTensor {
+    /// The weight's whole name.
+    pub(in crate::adapter) fn name(&self) -> String {
+        format!("{}.{}", self.module, self.kind)
+    }
 }
 
 /// Rows that stand in for single ones of an embedding.
@@ -72,9 +80,33 @@ impl Replacements {
         whole.chain(rows).collect()
     }
 
+    /// Refuses a factor on the adapter in `dir`, for these have no strength.
+    pub(in crate::adapter) fn check_factor(&self, dir: &Path, factor: f32) -> Result<()> {
+        if factor == 1.0 || self.is_empty() {
+            return Ok(());
+        }
+        let message = format!(
+            "expected a scale of 1, got `{factor}`: the adapter brings weights in place of the base's, which have \
+             no strength (`{}`); attach it without a scale",
+            self.names().collect::<Vec<_>>().join("`, `")
+        );
+        Err(Error::new(ErrorCode::Config, format!("`{}`", dir.display()), message))
+    }
+
+    /// What the tied head of `model` becomes: PEFT loads a plain embedding into the base, where the head sees it. Of a
+    /// trained copy it does not know, unless the adapter says so.
+    pub(in crate::adapter) fn seen_by_head(&self, model: &dyn Model) -> Option<&WholeTensor> {
+        let embedding = &model.params()[model.head_param().0 as usize];
+        let own = self.whole.iter().any(|w| w.module == "lm_head");
+        if embedding.role != Role::Embedding || own {
+            return None;
+        }
+        self.whole.iter().find(|w| w.name() == embedding.name && (!w.copy || self.ties_copies))
+    }
+
     /// Their names, as people know them.
     pub fn names(&self) -> impl Iterator<Item = String> {
-        let whole = self.whole.iter().map(|w| format!("{}.{}", w.module, w.kind));
+        let whole = self.whole.iter().map(WholeTensor::name);
         whole.chain(self.rows.iter().map(|r| format!("{} rows of {}", r.ids.len(), r.module)))
     }
 }
