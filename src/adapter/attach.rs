@@ -69,6 +69,8 @@ impl<B: Backend> Adapters<B> {
     /// A module or shape that this base does not have; a weight that another adapter brings, too, or a factor where
     /// there is nothing to multiply; another method than that of the adapters there are. All is as it was then.
     pub fn attach(&mut self, base: &Base<B>, file: &AdapterFile, factor: f32, dtype: WorkType) -> Result<()> {
+        let fitted = file.fitted(base.model.as_ref())?;
+        let file = fitted.as_ref();
         mark::check(base, file)?;
         let place = || format!("`{}`", file.dir.display());
         let mismatch = |message: String| Error::new(ErrorCode::AdapterMismatch, place(), message);

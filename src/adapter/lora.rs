@@ -106,6 +106,32 @@ impl Lora {
         }
     }
 
+    /// A plain LoRA whose modules, by their paths, have the given ranks and alphas: the most frequent ones are the usual
+    /// ones, and others are exceptions.
+    #[must_use]
+    pub(super) fn of_modules(modules: &[(String, usize, f64)]) -> Self {
+        let count = |same: &dyn Fn(usize, f64) -> bool| modules.iter().filter(|(_, r, a)| same(*r, *a)).count();
+        let usual = modules.iter().rev().max_by_key(|(_, rank, alpha)| count(&|r, a| (r, a) == (*rank, *alpha)));
+        let mut lora = usual.map_or_else(|| Self::new(1, 1.0), |(_, rank, alpha)| Self::new(*rank, *alpha));
+        for (module, rank, alpha) in modules {
+            if *rank != lora.rank {
+                lora.rank_pattern.push((module.clone(), *rank as f64));
+            }
+            if *alpha != lora.alpha {
+                lora.alpha_pattern.push((module.clone(), *alpha));
+            }
+            let own = (*rank, lora.factor(*rank, *alpha));
+            if own != lora.of_module(module) {
+                lora.exceptions.insert(module.clone(), own);
+            }
+        }
+        let mut targets: Vec<String> =
+            modules.iter().filter_map(|(module, ..)| module.rsplit('.').next().map(str::to_owned)).collect();
+        targets.sort_unstable();
+        targets.dedup();
+        Self { targets, ..lora }
+    }
+
     /// Factor on `B A`, for a layer whose rank and alpha are given.
     fn factor(&self, rank: usize, alpha: f64) -> f32 {
         let divisor = if self.rslora { (rank as f64).sqrt() } else { rank as f64 };

@@ -4,6 +4,7 @@
 //! while a model runs (`form.rs`). Whoever trains, saves or plans knows tensors by name and shape alone.
 
 pub(crate) mod attach;
+mod exchange;
 mod fold;
 pub(crate) mod form;
 mod held;
@@ -21,6 +22,7 @@ mod scale;
 mod tensor;
 
 pub(crate) use attach::Adapters;
+pub use exchange::{export_gguf, export_mlx};
 pub(crate) use form::{Context, Dropout, Gradients, Prefix};
 pub(crate) use held::TensorId;
 pub use ia3::Ia3;

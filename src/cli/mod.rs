@@ -18,6 +18,7 @@ mod data;
 mod data_check;
 mod demo;
 mod eval;
+mod export;
 mod generate;
 mod info;
 mod interrupt;
@@ -81,6 +82,8 @@ enum Command {
     Quantize(quantize::Args),
     /// Fold adapters into a model's weights.
     Merge(merge::Args),
+    /// Write an adapter in the format of another program.
+    Export(export::Args),
     /// Describe a model or an adapter.
     Info(info::Args),
     /// Talk to a model.
@@ -116,6 +119,7 @@ pub fn run() -> ExitCode {
         Command::Remove(args) => remove::run(&args).map(|()| true),
         Command::Quantize(args) => quantize::run(&args).map(|()| true),
         Command::Merge(args) => merge::run(&args).map(|()| true),
+        Command::Export(args) => export::run(&args).map(|()| true),
         Command::Info(args) => info::run(&args).map(|()| true),
         Command::Chat(args) => chat::run(args).map(|()| true),
         Command::Generate(args) => generate::run(&args).map(|()| true),

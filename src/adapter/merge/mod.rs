@@ -52,13 +52,16 @@ impl Merged {
         let weights = (0..tensors.len()).map(|i| Weight::new(Origin::Base(i))).collect();
         let mut merged = Self { base, model, config, weights, tensors, own: None, brought: BTreeMap::new() };
         let mut first: Option<(&Path, Kind)> = None;
-        for (file, factor) in adapters {
+        let fitted =
+            adapters.iter().map(|(file, factor)| Ok((file.fitted(merged.model.as_ref())?.into_owned(), *factor)));
+        let adapters = fitted.collect::<Result<Vec<_>>>()?;
+        for (file, factor) in &adapters {
             merged.check(file, first, *factor)?;
             first.get_or_insert((&file.dir, file.method.kind()));
             merged.replace(file)?;
         }
-        merged.check_vocabulary(adapters)?;
-        for (file, factor) in adapters {
+        merged.check_vocabulary(&adapters)?;
+        for (file, factor) in &adapters {
             merged.fold(file, *factor)?;
             merged.take_text(file, place)?;
         }

@@ -92,6 +92,11 @@ fn is_part<'n>(rest: &[&'n str], part: &str) -> Option<Option<&'n str>> {
 /// First segments of what PEFT keeps below a module, beside those that begin with `lora_`.
 const OWN: &[&str] = &["base_layer", "original_module", "modules_to_save", "token_adapter", "lora"];
 
+/// The module path `path`, which another program wrote, under the names that a text model on its own has.
+pub(in crate::adapter) fn canonical_path(path: &str) -> String {
+    canonical(&path.split('.').filter(|s| !WRAPPERS.contains(s)).collect::<Vec<_>>())
+}
+
 /// The path under the names that a text model on its own has: `model.language_model.layers.0..` is its `model.layers.0..`.
 fn canonical(module: &[&str]) -> String {
     let first = module.iter().position(|s| !TEXT_PARTS.contains(s)).unwrap_or(module.len());
@@ -112,7 +117,10 @@ fn unknown(path: &Path, name: &str, rest: &[&str]) -> Error {
         "lora_down" | "lora_up" | "lora" => {
             ("a LoRA of an image model", "use an adapter of a language model, in PEFT's format")
         }
-        "lora_a" | "lora_b" => ("an adapter in the format of mlx or GGUF", "export it to PEFT's format"),
+        "lora_a" | "lora_b" => (
+            "an adapter of mlx or GGUF under PEFT's file name",
+            "keep the names and the config that its program gave it",
+        ),
         _ if name.starts_with("lora_unet_") || name.starts_with("lora_te") || name.starts_with("unet.") => {
             ("a LoRA of an image model", "use an adapter of a language model, in PEFT's format")
         }

@@ -1,8 +1,9 @@
 //! GGUF files of llama.cpp as checkpoints: names, row order, `config.json` and tokenizer as Hugging Face has them.
 //!
-//! Read-only, from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral), `qwen2`, `qwen3` and
+//! Read from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral), `qwen2`, `qwen3` and
 //! `gemma3`. The format is described in ggml's `docs/gguf.md`.
 
+mod arch;
 mod config;
 mod container;
 mod cursor;
@@ -14,10 +15,14 @@ mod sidecars;
 mod tied;
 mod tokenizer;
 mod value;
+mod writer;
 
+pub(crate) use arch::Arch;
 pub use container::{Container, GgufTensor};
 pub use dequant::GgmlType;
+pub(crate) use names::{interleaved_row, to_gguf, to_hf};
 pub use value::{Array, Kind, Metadata, Value};
+pub(crate) use writer::{GgufEntry, GgufWriter, Pairs};
 
 use crate::error::Result;
 use crate::format::{Sidecars, Source, TensorMeta};
@@ -103,14 +108,14 @@ impl Source for Gguf {
             let mut stored = vec![0.0; out.len()];
             self.file.read_rows(tensor, rows, &mut stored);
             for (row, y) in out.iter_mut().enumerate() {
-                *y = stored[names::interleaved_row(row, head_dim)];
+                *y = stored[interleaved_row(row, head_dim)];
             }
             return Ok(());
         }
         let columns = tensor.columns();
         assert_eq!(out.len(), rows.len() * columns, "values for rows {rows:?} of `{}`", weight.meta.name);
         for (row, y) in rows.zip(out.chunks_exact_mut(columns)) {
-            let row = names::interleaved_row(row, head_dim);
+            let row = interleaved_row(row, head_dim);
             self.file.read_rows(tensor, row..row + 1, y);
         }
         Ok(())
