@@ -178,6 +178,8 @@ fn what_a_format_cannot_say_is_refused_by_name() {
         check_all(
             [
                 ("ia3", of("ia3"), &peft, "IA3"),
+                ("biases", of("lora_bias"), &peft, "lora_bias"),
+                ("the embedding", of("lora_embedding_head"), &peft, "embed_tokens"),
                 ("whole weights", of("lora_modules_to_save"), &peft, "lm_head.weight"),
                 ("a tied head", tied_head.clone(), &tiny, "head that is the embedding"),
                 ("another base", of("lora"), &tiny, "trained on"),

@@ -49,7 +49,15 @@ fn beside(base: &Path, adapters: &[Part<'_>]) -> Engine {
 fn a_merged_model_gives_the_logits_that_peft_gives_with_the_adapter() {
     let (dir, base) = (tempfile::tempdir().unwrap(), golden("peft/base"));
     let ids = ids(&tensors(&golden("methods/inputs.safetensors"))["ids"]);
-    check_all(["ia3", "lora", "lora_modules_to_save", "lora_trainable_tokens"], |method| {
+    let methods = [
+        "ia3",
+        "lora",
+        "lora_embedding_head",
+        "lora_modules_to_save",
+        "lora_target_parameters",
+        "lora_trainable_tokens",
+    ];
+    check_all(methods, |method| {
         let (adapter, out) = (golden("methods").join(method), dir.path().join(method));
         merge(&base, &[(&adapter, 1.0)], &out, Target::F32);
         let expected = &tensors(&adapter.join("logits.safetensors"))["logits"].data;
@@ -101,8 +109,14 @@ fn a_tied_head_is_set_apart_where_it_must_be() {
     let dir = dir.path();
     const TABLE: &str = "model.embed_tokens.weight";
     let on_head = [("lm_head.lora_A.weight", [2, 128]), ("lm_head.lora_B.weight", [512, 2])];
+    let on_table =
+        [("model.embed_tokens.lora_embedding_A", [2, 512]), ("model.embed_tokens.lora_embedding_B", [128, 2])];
+    let rows = [("model.embed_tokens.token_adapter.trainable_tokens_delta", [3, 128])];
+    let ids = json!({"trainable_token_indices": [80, 4, 511]});
     let cases = [
         ("lora on the head", adapter(dir, "a", &on_head, json!({"target_modules": ["lm_head"]})), false),
+        ("lora on the embedding", adapter(dir, "f", &on_table, json!({"target_modules": ["embed_tokens"]})), false),
+        ("new rows", adapter(dir, "g", &rows, ids), true),
         ("head", adapter(dir, "b", &[("lm_head.weight", [512, 128])], json!({"modules_to_save": ["lm_head"]})), false),
         ("copy", adapter(dir, "c", &[(TABLE, [512, 128])], json!({"modules_to_save": ["embed_tokens"]})), false),
         ("in place", adapter(dir, "d", &[(TABLE, [512, 128])], json!({})), true),
@@ -186,7 +200,9 @@ fn what_cannot_be_merged_is_refused_and_nothing_is_left() {
     let (lora, other) = (golden("adapters/lora"), golden("methods/lora"));
     let (tiny, peft) = (golden("tiny-llama"), golden("peft/base"));
     let [ia3, prefix, saved] = ["ia3", "prefix_tuning", "lora_modules_to_save"].map(|m| golden("methods").join(m));
-    let cases: [(&str, &Path, Vec<Part<'_>>, &str); 6] = [
+    let bias = golden("methods/lora_bias");
+    let cases: [(&str, &Path, Vec<Part<'_>>, &str); 7] = [
+        ("a bias where there is none", &peft, vec![(&bias, 1.0)], "bias"),
         ("beside the weights", &peft, vec![(&prefix, 1.0)], "prefix"),
         ("another base", &tiny, vec![(&other, 1.0)], "use the base that the adapter was trained on"),
         ("two methods", &peft, vec![(&ia3, 1.0), (&other, 1.0)], "methods do not work together"),

@@ -1,6 +1,6 @@
 //! The adapters attached to a model: what they do at each of its places.
 
-use super::form::{OnLayer, Prefix};
+use super::form::{LayerForm, OnLayer, Prefix};
 use super::held::{Held, Loader, Values};
 use super::method::layer_at;
 use super::{AdapterFile, Kind, Method, Replaced, TensorSpec, mark};
@@ -78,13 +78,9 @@ impl<B: Backend> Adapters<B> {
         check_beside(self.first.as_ref().map(|(dir, kind)| (dir.as_path(), *kind)), file, factor)?;
         // All are built before any is attached: a mismatch in the last one must leave the model as it was.
         let replaced = self.replaced.with(base, file)?;
-        let mut at = Vec::new();
-        for module in file.modules() {
-            let param = layer_at(base.model.as_ref(), module);
-            let param =
-                param.ok_or_else(|| foreign_module(base.model.as_ref(), &file.dir, "a linear layer", module))?;
-            check_shapes(file, module, replaced.shape(base, param))?;
-            at.push((param, module));
+        let at = layers_of(base.model.as_ref(), file)?;
+        for (param, module) in &at {
+            check_shapes(file, module, replaced.shape(base, *param))?;
         }
         for spec in file.method.shared(base.model.as_ref()).map_err(|e| e.at(place()))? {
             let got = file.tensors.get(&spec.name).map(|t| &t.shape);
@@ -103,6 +99,9 @@ impl<B: Backend> Adapters<B> {
         }
         self.place(base, &file.method, Values::Of(&file.tensors), at, factor, dtype)?;
         self.first.get_or_insert_with(|| (file.dir.clone(), kind));
+        for (head, term) in replaced.on_head(base, file) {
+            self.by_param[head.0 as usize].push(LayerForm::Term(Box::new(term)));
+        }
         self.replaced = replaced;
         Ok(())
     }
@@ -175,9 +174,38 @@ fn shape_text(shape: Option<&Vec<usize>>) -> String {
     shape.map_or_else(|| "none".to_owned(), |shape| format!("`{shape:?}`"))
 }
 
+/// How many names a message has at most.
+const MOST_NAMES: usize = 20;
+
+/// The layers of `model` that `file` adapts, with the paths of their modules.
+///
+/// # Errors
+/// The model has not all of them; those that are left over are listed.
+pub(super) fn layers_of<'f>(model: &dyn Model, file: &'f AdapterFile) -> Result<Vec<(Param, &'f str)>> {
+    let found: Vec<(Option<Param>, &str)> = file.modules().map(|module| (layer_at(model, module), module)).collect();
+    let left: Vec<&str> = found.iter().filter(|(param, _)| param.is_none()).map(|(_, module)| *module).collect();
+    match left[..] {
+        [] => Ok(found.into_iter().filter_map(|(param, module)| Some((param?, module))).collect()),
+        [one] => Err(foreign_module(model, &file.dir, "a linear layer", one)),
+        ref many => {
+            let shown = many[..many.len().min(MOST_NAMES)].join("`, `");
+            let more = many.len().saturating_sub(MOST_NAMES);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let message = format!(
+                "expected linear layers of this `{}` base, got {} modules that are none of {}: `{shown}`{more}; use the \
+                 base that the adapter was trained on",
+                model.config().model_type,
+                many.len(),
+                found.len(),
+            );
+            Err(Error::new(ErrorCode::AdapterMismatch, format!("`{}`", file.dir.display()), message))
+        }
+    }
+}
+
 /// Checks that the tensors of `module` fit its layer `[out, in]`.
 pub(super) fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) -> Result<()> {
-    for (part, expected) in file.method.kind().parts().iter().zip(file.method.shapes(module, layer)) {
+    for (part, expected) in file.method.parts(module).iter().zip(file.method.shapes(module, layer)) {
         let got = file.tensors.get(&format!("{module}.{part}")).map(|t| &t.shape);
         if got != Some(&expected) {
             let got = shape_text(got);

@@ -9,9 +9,14 @@ pub(super) trait Fold: Send + Sync {
 
     /// Changes the bias `[out]`, if the layer has one.
     fn bias(&self, _bias: &mut [f32]) {}
+
+    /// Whether the layer must have a bias for that.
+    fn needs_bias(&self) -> bool {
+        false
+    }
 }
 
-/// `W + factor B A`.
+/// `W + factor B A` and `b + factor c`.
 pub(super) struct LowRankFold {
     /// `[r, in]`.
     pub a: Vec<f32>,
@@ -19,6 +24,8 @@ pub(super) struct LowRankFold {
     pub b: Vec<f32>,
     /// `r`.
     pub rank: usize,
+    /// `c` `[out]`, the bias of B.
+    pub bias: Option<Vec<f32>>,
     pub factor: f32,
 }
 
@@ -34,6 +41,15 @@ impl Fold for LowRankFold {
             }
             values.iter_mut().zip(&change).for_each(|(w, change)| *w += self.factor * change);
         }
+    }
+
+    fn bias(&self, bias: &mut [f32]) {
+        let own = self.bias.iter().flatten();
+        bias.iter_mut().zip(own).for_each(|(b, c)| *b += self.factor * c);
+    }
+
+    fn needs_bias(&self) -> bool {
+        self.bias.is_some()
     }
 }
 

@@ -5,6 +5,7 @@
 
 pub(crate) mod attach;
 mod exchange;
+mod experts;
 mod fold;
 pub(crate) mod form;
 mod held;

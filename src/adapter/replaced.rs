@@ -1,13 +1,16 @@
 //! Weights that come with an adapter and stand in for the base's while it is attached: an embedding and a head of more
-//! rows, trained copies of modules, biases. They are mapped from the adapter's file, as the base's are from its own.
+//! rows, trained copies of modules, biases, single rows of an embedding. Whole ones are mapped from the adapter's file, as
+//! the base's are from its own.
 
 use super::attach::foreign_module;
-use super::{AdapterFile, WholeTensor};
-use crate::base::Base;
+use super::form::{Context, Gradients, Term};
+use super::method::{EMBEDDING, HEAD, layer_at};
+use super::{AdapterFile, Rows, WholeTensor};
+use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::widen;
 use bytes::Bytes;
-use pocketlora_kernels::{Arithmetic, Backend, FloatType, MatrixData, MatrixSource};
+use pocketlora_kernels::{Arithmetic, Backend, Call, FloatType, MatrixData, MatrixSource};
 use pocketlora_models::{Model, Param, ParamSpec, Role};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,20 +23,29 @@ pub struct Replaced<B: Backend> {
     /// Those that something is multiplied with. A tied head is the embedding's parameter here.
     factors: BTreeMap<u32, Arc<B::Matrix>>,
     vectors: BTreeMap<u32, Arc<B::Buffer>>,
+    /// Single rows of the embedding or of the head.
+    rows: Vec<NewRows<B>>,
     /// What was brought by whom.
     owners: BTreeMap<String, (PathBuf, Bytes)>,
 }
 
 impl<B: Backend> Default for Replaced<B> {
     fn default() -> Self {
-        Self { table: None, factors: BTreeMap::new(), vectors: BTreeMap::new(), owners: BTreeMap::new() }
+        Self {
+            table: None,
+            factors: BTreeMap::new(),
+            vectors: BTreeMap::new(),
+            rows: Vec::new(),
+            owners: BTreeMap::new(),
+        }
     }
 }
 
 impl<B: Backend> Clone for Replaced<B> {
     fn clone(&self) -> Self {
-        let Self { table, factors, vectors, owners } = self;
-        Self { table: table.clone(), factors: factors.clone(), vectors: vectors.clone(), owners: owners.clone() }
+        let Self { table, factors, vectors, rows, owners } = self;
+        let (table, factors, vectors) = (table.clone(), factors.clone(), vectors.clone());
+        Self { table, factors, vectors, rows: rows.clone(), owners: owners.clone() }
     }
 }
 
@@ -104,12 +116,6 @@ impl<B: Backend> Replaced<B> {
         if file.replaced.is_empty() {
             return Ok(all);
         }
-        if let Some(rows) = file.replaced.rows.first() {
-            let what = format!("`trainable_token_indices` (new rows of `{}`)", rows.module);
-            let next =
-                "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
-            return Err(Error::unsupported(&file.dir, what, next));
-        }
         for whole in &file.replaced.whole {
             all.take(base, file, whole)?;
         }
@@ -126,7 +132,66 @@ impl<B: Backend> Replaced<B> {
             );
             return Err(Error::new(ErrorCode::AdapterMismatch, place(), message));
         }
+        for rows in &file.replaced.rows {
+            all.add_rows(base, file, rows)?;
+        }
         Ok(all)
+    }
+
+    /// Puts single rows in their places.
+    fn add_rows(&mut self, base: &Base<B>, file: &AdapterFile, new: &Rows) -> Result<()> {
+        let key = format!("rows of {}", new.module);
+        let bytes = Bytes::from(new.values.data.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>());
+        match self.owners.get(&key) {
+            Some((_, there)) if *there == bytes => return Ok(()),
+            Some((other, _)) => return Err(brought_twice(file, &key, other)),
+            None => {}
+        }
+        let model = base.model.as_ref();
+        let param = layer_at(model, &new.module);
+        let param = param.filter(|_| matches!(new.module.as_str(), EMBEDDING | HEAD));
+        let param = param.ok_or_else(|| foreign_module(model, &file.dir, "an embedding", &new.module))?;
+        let in_table = new.module == EMBEDDING;
+        let matrix = if in_table { self.table(base, param) } else { self.factor(base, param, Arithmetic::Exact) };
+        let (backend, (vocabulary, width)) = (&base.backend, base.backend.shape(matrix));
+        new.check(&file.dir, [vocabulary, width])?;
+        // What is added to the rows that are there: lookups and products stay those of the base.
+        let mut old = backend.buffer(new.ids.len() * width)?;
+        backend.run(Call::Embed { table: matrix, ids: &new.ids, y: &mut old })?;
+        let mut values = vec![0.0; new.values.data.len()];
+        backend.read(&old, &mut values)?;
+        values.iter_mut().zip(&new.values.data).for_each(|(old, new)| *old = new - *old);
+        let data = MatrixData::Dense(FloatType::F32, values.iter().flat_map(|v| v.to_le_bytes()).collect());
+        let difference = Arc::new(backend.matrix(MatrixSource { rows: new.ids.len(), cols: width, data })?);
+        self.rows.push(NewRows { ids: new.ids.clone().into(), difference, in_table });
+        self.owners.insert(key, (file.dir.clone(), bytes));
+        Ok(())
+    }
+
+    /// Adds to `y` `[T, C]`, which was looked up for `ids`, what new rows are beside the old ones.
+    pub(crate) fn look_up(&self, backend: &B, pool: &mut Pool<B>, ids: &[u32], y: &mut B::Buffer) -> Result<()> {
+        for new in self.rows.iter().filter(|new| new.in_table) {
+            let place = |(row, id): (u32, &u32)| Some((row, new.ids.iter().position(|new| new == id)? as u32));
+            let (rows, places): (Vec<u32>, Vec<u32>) = (0..).zip(ids).filter_map(place).unzip();
+            if rows.is_empty() {
+                continue;
+            }
+            let mut term = pool.take(backend, rows.len() * backend.shape(&new.difference).1)?;
+            backend.run(Call::Embed { table: &new.difference, ids: &places, y: &mut term })?;
+            backend.run(Call::ScatterAddRows { x: &term, rows: &rows, y })?;
+            pool.put(backend, term);
+        }
+        Ok(())
+    }
+
+    /// Terms on the head that the new rows of `file` are, which is among these: those of the head itself, and those of an
+    /// embedding that the head is.
+    pub(super) fn on_head(&self, base: &Base<B>, file: &AdapterFile) -> Vec<(Param, RowsTerm<B>)> {
+        let own = file.replaced.rows.len().min(self.rows.len());
+        let seen = |new: &&NewRows<B>| !new.in_table || base.model.config().tied_head;
+        let term = |new: &NewRows<B>| RowsTerm { ids: new.ids.clone(), difference: Arc::clone(&new.difference) };
+        let new = self.rows[self.rows.len() - own..].iter().filter(seen);
+        new.map(|new| (base.model.head_param(), term(new))).collect()
     }
 
     /// Puts one weight in its place.
@@ -171,6 +236,70 @@ impl<B: Backend> Replaced<B> {
         let source = MatrixSource { rows, cols, data: MatrixData::Dense(float, seen.tensor.bytes.clone()) };
         self.factors.insert(head.0, Arc::new(base.backend.matrix(source)?));
         Ok(())
+    }
+}
+
+/// Rows that stand in for single ones of an embedding or a head.
+struct NewRows<B: Backend> {
+    ids: Arc<[u32]>,
+    /// What they are beside the old ones, `[n, C]`.
+    difference: Arc<B::Matrix>,
+    /// They are looked up, or else multiplied with only.
+    in_table: bool,
+}
+
+impl<B: Backend> Clone for NewRows<B> {
+    fn clone(&self) -> Self {
+        Self { ids: Arc::clone(&self.ids), difference: Arc::clone(&self.difference), in_table: self.in_table }
+    }
+}
+
+/// New rows of a head: `y[:, ids] += x Dᵀ` with `D` `[n, C]`, what they are beside the old ones.
+pub(super) struct RowsTerm<B: Backend> {
+    ids: Arc<[u32]>,
+    difference: Arc<B::Matrix>,
+}
+
+impl<B: Backend> RowsTerm<B> {
+    /// Where the values of the columns are in `y` `[T, V]`, row after row.
+    fn places(&self, tokens: usize, y: usize) -> Vec<u32> {
+        let columns = y / tokens.max(1);
+        (0..tokens).flat_map(|t| self.ids.iter().map(move |id| (t * columns) as u32 + id)).collect()
+    }
+}
+
+impl<B: Backend> Term<B> for RowsTerm<B> {
+    fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()> {
+        let backend = cx.backend;
+        let (n, width) = backend.shape(&self.difference);
+        let tokens = backend.len(x) / width;
+        let mut h = cx.pool.take(backend, tokens * n)?;
+        let w = &*self.difference;
+        backend.run(Call::Matmul { arithmetic: cx.arithmetic, w, x, y: &mut h, accumulate: false })?;
+        let places = self.places(tokens, backend.len(y));
+        backend.run(Call::ScatterAddRows { x: &h, rows: &places, y })?;
+        cx.pool.put(backend, h);
+        Ok(())
+    }
+
+    fn backward(
+        &self,
+        cx: &mut Context<'_, B>,
+        x: &B::Buffer,
+        dy: &B::Buffer,
+        _grads: &mut Gradients<B>,
+    ) -> Result<B::Buffer> {
+        let backend = cx.backend;
+        let (n, width) = backend.shape(&self.difference);
+        let tokens = backend.len(x) / width;
+        let mut dh = cx.pool.take(backend, tokens * n)?;
+        backend.run(Call::GatherRows { x: dy, rows: &self.places(tokens, backend.len(dy)), y: &mut dh })?;
+        Ok(dh)
+    }
+
+    fn backward_x(&self, cx: &mut Context<'_, B>, dh: &B::Buffer, dx: &mut B::Buffer) -> Result<()> {
+        let terms = [(&*self.difference, dh)];
+        Ok(cx.backend.run(Call::MatmulVjpX { arithmetic: cx.arithmetic, terms: &terms, dx, accumulate: true })?)
     }
 }
 

@@ -9,8 +9,8 @@ mod mlx;
 pub(super) use gguf::{fit, is_adapter as is_gguf_adapter, open as open_gguf};
 pub(super) use mlx::{is_adapter as is_mlx_adapter, open as open_mlx};
 
-use super::attach::{check_shapes, foreign_module};
-use super::{AdapterFile, HostTensor, Lora, Method, Tensors, layer_at};
+use super::attach::{check_shapes, layers_of};
+use super::{AdapterFile, HostTensor, Lora, Method, Tensors};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_models::{Model, Role};
 use std::borrow::Cow;
@@ -57,19 +57,20 @@ impl<'a> Plain<'a> {
             let next = "merge it into its base with `pocketlora merge`, and give that away";
             Err(Error::unsupported(&file.dir, format!("to write {what} as {format}"), next))
         };
-        let Method::Lora(_) = &file.method else { return refused(file.method.kind().name().to_owned()) };
+        let Method::Lora(lora) = &file.method else { return refused(file.method.kind().name().to_owned()) };
+        if lora.bias {
+            return refused("a LoRA with biases (`lora_bias`)".to_owned());
+        }
         if !file.replaced.is_empty() {
             let names = file.replaced.names().collect::<Vec<_>>().join("`, `");
             return refused(format!("an adapter with weights in place of the base's (`{names}`)"));
         }
         let fitted = file.fitted(model)?;
-        for module in fitted.modules() {
-            let param = layer_at(model, module);
-            let param = param.ok_or_else(|| foreign_module(model, &file.dir, "a linear layer", module))?;
+        for (param, module) in layers_of(model, &fitted)? {
             let spec = &model.params()[param.0 as usize];
             check_shapes(&fitted, module, [spec.shape[0], spec.shape[1]])?;
             if spec.role == Role::Embedding {
-                return refused("an adapter on a head that is the embedding".to_owned());
+                return refused("an adapter on the embedding, or on a head that is the embedding,".to_owned());
             }
         }
         Ok(Self { file: fitted, model })

@@ -8,7 +8,8 @@ mod weights;
 
 pub use rounding::{Rounding, rounding};
 
-use super::attach::{check_beside, check_shapes, foreign_module};
+use super::attach::{check_beside, check_shapes, layers_of};
+use super::fold::Fold;
 use super::{AdapterFile, Kind, layer_at, mark};
 use crate::error::{Error, Result};
 use crate::format::safetensors::Tensor;
@@ -19,6 +20,7 @@ use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use weights::{Origin, Weight};
 
 const HEAD: &str = "lm_head.weight";
@@ -137,7 +139,13 @@ impl Merged {
     fn layer(&mut self, module: &str) -> Option<usize> {
         let param = layer_at(self.model.as_ref(), module)?;
         let spec = &self.model.params()[param.0 as usize];
-        if spec.role == Role::Embedding { Some(self.own_head()) } else { self.find(&spec.name.clone()) }
+        let name = spec.name.clone();
+        if spec.role == Role::Embedding && self.model.config().tied_head {
+            // Terms are on what is looked up, or on the head: the other one keeps what it has.
+            let head = self.own_head();
+            return if name.strip_suffix(".weight") == Some(module) { self.find(&name) } else { Some(head) };
+        }
+        self.find(&name)
     }
 
     /// The number of the head's weight, which is no longer the embedding's from then on.
@@ -154,21 +162,25 @@ impl Merged {
 
     /// Folds what `file` does at its layers into their weights.
     fn fold(&mut self, file: &AdapterFile, factor: f32) -> Result<()> {
-        let modules: Vec<String> = file.modules().map(str::to_owned).collect();
-        for module in &modules {
-            let at = self.layer(module);
-            let at = at.ok_or_else(|| foreign_module(self.model.as_ref(), &file.dir, "a linear layer", module))?;
+        layers_of(self.model.as_ref(), file)?;
+        for module in file.modules() {
+            let at = self.layer(module).expect("asked just now");
             let [out, input] = self.tensors[at].shape[..] else { unreachable!("a layer's weight is a matrix") };
             check_shapes(file, module, [out, input])?;
             let fold = file.method.fold(module, &file.tensors, factor).ok_or_else(|| {
                 let what = format!("to merge {}", file.method.kind().name());
                 Error::unsupported(&file.dir, what, "use the adapter with `-a` instead")
             })?;
-            self.weights[at].folds.push(fold.into());
-            if let Some(bias) = self.find(&format!("{module}.bias")) {
-                let fold = self.weights[at].folds.last().cloned();
-                self.weights[bias].folds.extend(fold);
+            let fold: Arc<dyn Fold> = fold.into();
+            match self.find(&format!("{module}.bias")) {
+                Some(bias) => self.weights[bias].folds.push(Arc::clone(&fold)),
+                None if fold.needs_bias() => {
+                    let what = format!("to merge the bias that it adds to `{module}`, a layer without one,");
+                    return Err(Error::unsupported(&file.dir, what, "use the adapter with `-a` instead"));
+                }
+                None => {}
             }
+            self.weights[at].folds.push(fold);
         }
         Ok(())
     }

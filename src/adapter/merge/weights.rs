@@ -121,15 +121,7 @@ impl Merged {
         let [rows, cols] = self.tensors[at].shape[..] else {
             return Err(mismatch("expected a matrix in the base, got a vector".to_owned()));
         };
-        let beyond = new.ids.iter().find(|id| **id as usize >= rows);
-        if let Some(id) = beyond {
-            return Err(mismatch(format!(
-                "expected ids below the base's {rows}, got `{id}`; use the adapter's own base"
-            )));
-        }
-        if new.values.shape[1] != cols {
-            return Err(mismatch(format!("expected rows of {cols} as in the base, got {}", new.values.shape[1])));
-        }
+        new.check(&file.dir, [rows, cols])?;
         let placed = Arc::make_mut(&mut self.weights[at].rows);
         placed.extend(new.ids.iter().map(|id| *id as usize).zip(new.values.data.chunks(cols).map(<[f32]>::to_vec)));
         Ok(())

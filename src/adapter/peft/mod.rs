@@ -12,6 +12,7 @@ pub(super) use tensors::Found;
 pub use tensors::{Replacements, Rows, WholeTensor};
 
 use super::exchange::{fit, is_gguf_adapter, is_mlx_adapter, open_gguf, open_mlx};
+use super::experts::{apart, is_fused};
 use super::kinds::{Kind, Method};
 use super::tensor::{Stored, Tensors};
 use crate::error::{Error, Result};
@@ -126,14 +127,16 @@ impl AdapterFile {
         })
     }
 
-    /// The same with its rows in the order that `model` has.
+    /// The same with its rows in the order that `model` has, and with what is for all experts of a layer as one put on each
+    /// of them.
     ///
     /// # Errors
     /// Its file names another architecture than the model's.
     pub fn fitted(&self, model: &dyn Model) -> Result<Cow<'_, Self>> {
         match self.arch {
-            None => Ok(Cow::Borrowed(self)),
             Some(arch) => fit(self, arch, model),
+            None if self.modules().any(is_fused) => Ok(Cow::Owned(apart(self, model))),
+            None => Ok(Cow::Borrowed(self)),
         }
     }
 

@@ -43,6 +43,24 @@ pub struct Rows {
     pub values: HostTensor,
 }
 
+impl Rows {
+    /// Refuses rows of the adapter in `dir` that have no place in an embedding `[V, C]`.
+    pub(in crate::adapter) fn check(&self, dir: &Path, [vocabulary, width]: [usize; 2]) -> Result<()> {
+        let refused = |message: String| {
+            let place = format!("`{}`: new rows of `{}`", dir.display(), self.module);
+            let message = format!("{message}; use the base that the adapter was trained on");
+            Err(Error::new(ErrorCode::AdapterMismatch, place, message))
+        };
+        if let Some(id) = self.ids.iter().find(|id| **id as usize >= vocabulary) {
+            return refused(format!("expected ids below the base's {vocabulary}, got `{id}`"));
+        }
+        match self.values.shape[1] {
+            cols if cols == width => Ok(()),
+            cols => refused(format!("expected rows of {width} values as in the base, got {cols}")),
+        }
+    }
+}
+
 /// What stands in for weights of the base while an adapter is attached.
 #[derive(Clone, Debug, Default)]
 pub struct Replacements {
@@ -157,15 +175,26 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
     let mut rows = BTreeMap::new();
     let mut adapters = BTreeSet::new();
     for (name, tensor) in file.tensors() {
-        let Key { module, written, part, adapter } = parse(path, name, kind)?;
+        let Key { mut module, mut written, part, depth, adapter } = parse(path, name, kind)?;
+        if matches!(part, Part::Own(_)) {
+            if let Some(weight) = parsed.targets.weight_of_experts(&module, depth) {
+                (module, written) = (format!("{module}.{weight}"), format!("{written}.{weight}"));
+            } else if depth > 0 {
+                let what = format!("tensor `{name}`, one of several adapters on one module,");
+                let next =
+                    "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
+                return Err(Error::unsupported(path, what, next));
+            }
+        }
         adapters.extend(adapter);
         let again = match part {
             Part::Own(part) => {
-                let value = host_tensor(path, name, tensor)?;
+                let dimensions = if kind.parts()[part].ends_with(".bias") { 1 } else { 2 };
+                let value = host_tensor(path, name, tensor, dimensions)?;
                 let (_, parts) = own.entry(module).or_insert((written, vec![None; kind.parts().len()]));
                 parts[part].replace(value).is_some()
             }
-            Part::Shared(name) => tensors.insert(name.to_owned(), host_tensor(path, name, tensor)?).is_some(),
+            Part::Shared(name) => tensors.insert(name.to_owned(), host_tensor(path, name, tensor, 2)?).is_some(),
             Part::InPlace(kind) => {
                 let copy = is_saved(&parsed.modules_to_save, [&module, &written]);
                 if !copy {
@@ -174,7 +203,7 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
                 whole.insert((module, kind, copy), tensor.clone()).is_some()
             }
             Part::Copy(kind) => whole.insert((module, kind, true), tensor.clone()).is_some(),
-            Part::Rows => rows.insert(module, host_tensor(path, name, tensor)?).is_some(),
+            Part::Rows => rows.insert(module, host_tensor(path, name, tensor, 2)?).is_some(),
         };
         if again {
             let message = "is there twice once wrappers' names are left out; save the adapter again with PEFT";
@@ -204,12 +233,19 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
     }
     let mut found = Vec::with_capacity(own.len());
     for (module, (written, parts)) in own {
-        let mut shapes = Vec::with_capacity(parts.len());
-        for (part, value) in kind.parts().iter().zip(parts) {
-            let missing = || Error::format(path, format!("module `{module}`"), format!("`{part}`"), "none");
-            let value = value.ok_or_else(missing)?;
+        let expected = parsed.method.parts(&module);
+        let mut shapes = Vec::with_capacity(expected.len());
+        let item = || format!("module `{module}`");
+        let mut there: BTreeMap<&str, HostTensor> =
+            kind.parts().iter().zip(parts).filter_map(|(part, value)| Some((*part, value?))).collect();
+        for part in expected {
+            let value = there.remove(part).ok_or_else(|| Error::format(path, item(), format!("`{part}`"), "none"))?;
             shapes.push(value.shape.clone());
             tensors.insert(format!("{module}.{part}"), value);
+        }
+        if let Some(part) = there.into_keys().next() {
+            let expected = format!("no tensor but `{}` there, by {CONFIG}", expected.join("` and `"));
+            return Err(Error::format(path, item(), expected, format!("`{part}`")));
         }
         found.push(Found { path: module, written, shapes });
     }
@@ -285,10 +321,11 @@ fn rows_of(path: &Path, ids: &[(String, Vec<u32>)], mut rows: BTreeMap<String, H
 }
 
 /// Widens a float tensor to f32 and refuses values that would poison every result.
-fn host_tensor(path: &Path, name: &str, tensor: &Tensor) -> Result<HostTensor> {
+fn host_tensor(path: &Path, name: &str, tensor: &Tensor, dimensions: usize) -> Result<HostTensor> {
     let item = || format!("tensor `{name}`");
-    if tensor.shape.len() != 2 {
-        return Err(Error::format(path, item(), "two dimensions", format!("`{:?}`", tensor.shape)));
+    if tensor.shape.len() != dimensions {
+        let expected = if dimensions == 1 { "one dimension" } else { "two dimensions" };
+        return Err(Error::format(path, item(), expected, format!("`{:?}`", tensor.shape)));
     }
     let float =
         tensor.float_type().ok_or_else(|| Error::format(path, item(), "F32, F16 or BF16", tensor.describe()))?;
