@@ -198,3 +198,64 @@ fn the_real_models_weights_have_the_same_bits() {
         assert_eq!(golden["weighted_sum_of_bits"], weighted % (1 << 53), "{name}");
     }
 }
+
+/// The small model's tensors in three files, under names that `gguf-split` gives.
+fn split(dir: &Path, change: impl Fn(usize, &mut Writer)) -> Vec<std::path::PathBuf> {
+    let whole = small_llama();
+    let count = whole.tensors.len();
+    (0..3)
+        .map(|number| {
+            let mut part = if number == 0 { whole.clone() } else { Writer::new() };
+            part.tensors =
+                whole.tensors.iter().enumerate().filter(|(i, _)| i % 3 == number).map(|(_, t)| t.clone()).collect();
+            part.u32("split.no", number as u32).u32("split.count", 3).u32("split.tensors.count", count as u32);
+            change(number, &mut part);
+            let path = dir.join(format!("small-{:05}-of-00003.gguf", number + 1));
+            std::fs::write(&path, part.build()).unwrap();
+            path
+        })
+        .collect()
+}
+
+#[test]
+fn a_model_in_several_files_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = split(dir.path(), |_, _| ());
+    let whole = open(&small_llama());
+    for path in &paths {
+        let found = pocketlora::format::model_of(path);
+        assert_eq!(found, paths[0], "any part stands for the first");
+        let parts = Gguf::open(&found).unwrap();
+        assert_eq!(parts.files(), paths);
+        assert_eq!(parts.config(), whole.config());
+        for tensor in whole.tensors() {
+            assert_eq!(read(&parts, &tensor.name), read(&whole, &tensor.name), "{}", tensor.name);
+        }
+    }
+    let refused = |name: &str, change: &dyn Fn(usize, &mut Writer), said: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = split(dir.path(), change);
+        let error = Gguf::open(&paths[0]).unwrap_err().to_string();
+        assert!(error.contains(said), "{name}: expected `{said}` in: {error}");
+    };
+    let of = |number: usize, change: fn(&mut Writer)| {
+        move |n: usize, w: &mut Writer| {
+            if n == number {
+                change(w)
+            }
+        }
+    };
+    refused("another part", &of(2, |w| _ = w.u32("split.no", 1)), "split.no");
+    refused("another count", &of(1, |w| _ = w.u32("split.count", 4)), "split.count");
+    refused("no part", &of(1, |w| _ = w.remove("split.no")), "split.no");
+    refused("a tensor is missing", &of(1, |w| drop(w.tensors.pop())), "split.tensors.count");
+    let again = |w: &mut Writer| w.tensors.push(small_llama().tensors.swap_remove(0));
+    refused("a tensor twice", &of(2, again), "token_embd.weight");
+    std::fs::remove_file(&paths[1]).unwrap();
+    let error = Gguf::open(&paths[2]).unwrap_err().to_string();
+    assert!(error.contains("small-00002-of-00003.gguf"), "{error}");
+    let renamed = dir.path().join("renamed.gguf");
+    std::fs::rename(&paths[0], &renamed).unwrap();
+    let error = Gguf::open(&renamed).unwrap_err().to_string();
+    assert!(error.contains("-00001-of-00003.gguf"), "{error}");
+}

@@ -12,6 +12,7 @@ mod known;
 mod names;
 mod rope;
 mod sidecars;
+mod split;
 mod tied;
 mod tokenizer;
 mod value;
@@ -21,12 +22,12 @@ pub(crate) use arch::Arch;
 pub use container::{Container, GgufTensor};
 pub use dequant::GgmlType;
 pub(crate) use names::{interleaved_row, to_gguf, to_hf};
+pub(crate) use split::parts_of;
 pub use value::{Array, Kind, Metadata, Value};
 pub(crate) use writer::{GgufEntry, GgufWriter, Pairs};
 
 use crate::error::Result;
 use crate::format::{Sidecars, Source, TensorMeta};
-use crate::mmap;
 use bytes::Bytes;
 use serde_json::Map;
 use std::ops::Range;
@@ -44,12 +45,13 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Maps the file at `path` and checks its header, hyperparameters and tensor shapes. No weight is read.
+    /// Maps the file at `path`, with those that its name says belong to it, and checks headers, hyperparameters and tensor
+    /// shapes. No weight is read.
     ///
     /// # Errors
-    /// The file cannot be mapped, breaks the format, or holds something that is not supported.
+    /// A file cannot be mapped, breaks the format, or holds something that is not supported.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::from_bytes(mmap::map(path)?, path)
+        Self::of(split::open(path)?, path)
     }
 
     /// As [`Gguf::open`], for bytes that are in memory already; `path` is for messages.
@@ -58,6 +60,11 @@ impl Gguf {
     /// The bytes break the format, or hold something that is not supported.
     pub fn from_bytes(bytes: Bytes, path: &Path) -> Result<Self> {
         let file = Container::parse(bytes, path)?;
+        split::check_whole(&file)?;
+        Self::of(file, path)
+    }
+
+    fn of(file: Container, path: &Path) -> Result<Self> {
         let hyper = config::Hyper::read(&file)?;
         let weights = names::weights(&file, &hyper)?;
         let config = hyper.to_json(&file.metadata)?;
@@ -126,6 +133,6 @@ impl Source for Gguf {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        vec![self.path.clone()]
+        parts_of(&self.path)
     }
 }
