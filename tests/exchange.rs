@@ -292,4 +292,19 @@ fn the_command_writes_and_reads_them() {
     assert!(f.said(&["export", lora, "--to", "mlx", "-o", &mlx, "-m", &model]).contains("holds something"));
     assert!(f.said(&["export", lora, "--to", "gguf", "-o", &f.path("none.gguf")]).contains("-m"), "no base is named");
     assert!(!Path::new(&f.path("none.gguf")).exists());
+
+    // A model, too, in one of llama.cpp's types.
+    let (tiny, out) = (golden("tiny-llama"), f.path("model.gguf"));
+    let export = ["export", tiny.to_str().unwrap(), "--to", "gguf", "--type", "q8_0", "-o", &out];
+    f.ok(&export);
+    let types = f.json(&["info", &out, "--json"])["types"].clone();
+    let dtypes: Vec<_> = types.as_array().unwrap().iter().map(|t| t["dtype"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(dtypes, ["F32", "Q8_0"]);
+    assert!(f.said(&export).contains("something is"), "an older one stays");
+    assert!(
+        f.said(&["export", tiny.to_str().unwrap(), "--to", "mlx", "-o", &f.path("m")]).contains("`gguf` for a model")
+    );
+    assert!(
+        f.said(&["export", lora, "--to", "gguf", "--type", "f16", "-o", &f.path("x.gguf")]).contains("model alone")
+    );
 }

@@ -82,7 +82,7 @@ enum Command {
     Quantize(quantize::Args),
     /// Fold adapters into a model's weights.
     Merge(merge::Args),
-    /// Write an adapter in the format of another program.
+    /// Write an adapter or a model in the format of another program.
     Export(export::Args),
     /// Describe a model or an adapter.
     Info(info::Args),

@@ -209,7 +209,8 @@ fn offer(hub: &Hub, path: &Path) {
     }
 }
 
-fn show(bar: &ProgressBar, p: Progress<'_>) {
+/// Shows how far work has come.
+pub(super) fn show(bar: &ProgressBar, p: Progress<'_>) {
     bar.set_length(p.total);
     bar.set_position(p.done);
     bar.set_message(p.tensor.to_owned());

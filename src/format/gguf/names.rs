@@ -91,6 +91,18 @@ pub(crate) fn to_gguf(hf: &str) -> Option<String> {
     MODEL.iter().find(|slot| slot.hf == hf && slot.shape.len() == 2).map(|slot| slot.gguf.to_owned())
 }
 
+/// The GGUF name of the tensor that Hugging Face calls `hf` in `family`, and whether its rows, head by head, are in the order
+/// of rotary positions.
+pub(super) fn of_hf(hf: &str, family: Family) -> Option<(String, bool)> {
+    let Some((layer, rest)) = hf.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) else {
+        return MODEL.iter().find(|slot| slot.hf == hf).map(|slot| (slot.gguf.to_owned(), false));
+    };
+    // Norms behind the parts are Gemma's; others have none, and that name for another one.
+    let there = |slot: &&Slot| family == Family::Gemma3 || !slot.gguf.starts_with("post_");
+    let slot = LAYER.iter().filter(there).find(|slot| layer_name(slot, family) == rest)?;
+    Some((format!("blk.{layer}.{}", slot.gguf), slot.rotary))
+}
+
 /// The Hugging Face name of such a weight, given its GGUF name.
 pub(crate) fn to_hf(gguf: &str) -> Option<String> {
     if let Some((layer, rest)) = gguf.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
