@@ -4,7 +4,9 @@
 
 use crate::chat::ChatTemplate;
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::{sidecar_names, write_bytes};
+use crate::format::foreign::parse_object;
+use crate::format::{Sidecars, sidecar_names, write_bytes};
+use crate::generate::GENERATION_CONFIG;
 use crate::tokenizer::{SpecialText, Tokenizer, declared_tokens, read_json};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -81,6 +83,38 @@ impl Own {
         tokenizer.special_text = special_text;
         let template = ChatTemplate::open(from(self.templates.is_some()), &mut tokenizer)?;
         Ok(Text { tokenizer, template })
+    }
+
+    /// The files of a model with these in place of them.
+    ///
+    /// # Errors
+    /// A file cannot be read, or is broken.
+    pub(crate) fn over(&self, base: Sidecars) -> Result<Sidecars> {
+        const CONFIG: &str = "tokenizer_config.json";
+        const TEMPLATE: &str = "chat_template";
+        let mut files = base.files;
+        let template = match files.iter().find(|(name, _)| name == CONFIG) {
+            Some((name, bytes)) => parse_object(Path::new(name), bytes)?.get(TEMPLATE).cloned(),
+            None => None,
+        };
+        // What would be looked at first, or beside the new ones, goes.
+        let is_template = |name: &str| name.starts_with(TEMPLATE) || name.ends_with(".jinja");
+        let is_vocabulary = |name: &str| matches!(name, "tokenizer.model" | "vocab.json" | "merges.txt");
+        files.retain(|(name, _)| {
+            !(self.templates.is_some() && is_template(name) || self.vocabulary.is_some() && is_vocabulary(name))
+        });
+        for name in sidecar_names(&self.dir)?.into_iter().filter(|name| name != GENERATION_CONFIG) {
+            let path = self.dir.join(&name);
+            let mut bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+            if let (CONFIG, None, Some(template)) = (name.as_str(), &self.templates, &template) {
+                let mut config = parse_object(&path, &bytes)?;
+                config.entry(TEMPLATE).or_insert_with(|| template.clone());
+                bytes = serde_json::to_vec_pretty(&config).unwrap_or(bytes);
+            }
+            files.retain(|(there, _)| *there != name);
+            files.push((name, bytes));
+        }
+        Ok(Sidecars { files })
     }
 
     /// Refuses to join `other`, which another adapter brings.
@@ -171,7 +205,7 @@ fn vocabulary(dir: &Path, base: &Path, new_rows: bool) -> Result<Option<u64>> {
         return Ok(None);
     }
     let parse = |path: &Path, bytes: &[u8]| -> Result<Value> {
-        let mut json = Value::Object(crate::format::foreign::parse_object(path, bytes)?);
+        let mut json = Value::Object(parse_object(path, bytes)?);
         // Trainers leave how they cut and padded; neither is done here.
         for key in ["truncation", "padding"] {
             json.as_object_mut().and_then(|map| map.insert(key.to_owned(), Value::Null));

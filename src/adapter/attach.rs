@@ -1,13 +1,13 @@
 //! The adapters attached to a model: what they do at each of its places.
 
-use super::form::{OnLayer, Prefix};
+use super::form::{LayerForm, OnLayer, Prefix};
 use super::held::{Held, Loader, Values};
 use super::method::layer_at;
 use super::{AdapterFile, Kind, Method, Replaced, TensorSpec, mark};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Backend, WorkType};
-use pocketlora_models::Param;
+use pocketlora_models::{Model, Param};
 use std::path::{Path, PathBuf};
 
 /// The adapters attached to a model. Several of one method work together, in the order in which they were attached.
@@ -69,38 +69,18 @@ impl<B: Backend> Adapters<B> {
     /// A module or shape that this base does not have; a weight that another adapter brings, too, or a factor where
     /// there is nothing to multiply; another method than that of the adapters there are. All is as it was then.
     pub fn attach(&mut self, base: &Base<B>, file: &AdapterFile, factor: f32, dtype: WorkType) -> Result<()> {
+        let fitted = file.fitted(base.model.as_ref())?;
+        let file = fitted.as_ref();
         mark::check(base, file)?;
         let place = || format!("`{}`", file.dir.display());
         let mismatch = |message: String| Error::new(ErrorCode::AdapterMismatch, place(), message);
         let kind = file.method.kind();
-        if let Some((dir, first)) = self.first.as_ref().filter(|(_, first)| *first != kind) {
-            return Err(mismatch(format!(
-                "expected an adapter of the method {}, as the attached `{}` is, got {}; methods do not work together: \
-                 attach one of the two",
-                first.name(),
-                dir.display(),
-                kind.name()
-            )));
-        }
-        if factor != 1.0 && !kind.has_strength() {
-            let message = format!(
-                "expected a scale of 1, got `{factor}`: what {} does has no strength; attach it without a scale",
-                kind.name()
-            );
-            return Err(Error::new(ErrorCode::Config, place(), message));
-        }
-        if self.first.is_some() && !kind.adds_up() {
-            let message = format!("expected one adapter with {}, got a second one; attach one of the two", kind.name());
-            return Err(Error::new(ErrorCode::Config, place(), message));
-        }
+        check_beside(self.first.as_ref().map(|(dir, kind)| (dir.as_path(), *kind)), file, factor)?;
         // All are built before any is attached: a mismatch in the last one must leave the model as it was.
-        let replaced = self.replaced.with(base, file, factor)?;
-        let mut at = Vec::new();
-        for module in file.modules() {
-            let param = layer_at(base.model.as_ref(), module);
-            let param = param.ok_or_else(|| foreign_module(base, &file.dir, "a linear layer", module))?;
-            check_shapes(file, module, replaced.shape(base, param))?;
-            at.push((param, module));
+        let replaced = self.replaced.with(base, file)?;
+        let at = layers_of(base.model.as_ref(), file)?;
+        for (param, module) in &at {
+            check_shapes(file, module, replaced.shape(base, *param))?;
         }
         for spec in file.method.shared(base.model.as_ref()).map_err(|e| e.at(place()))? {
             let got = file.tensors.get(&spec.name).map(|t| &t.shape);
@@ -119,6 +99,9 @@ impl<B: Backend> Adapters<B> {
         }
         self.place(base, &file.method, Values::Of(&file.tensors), at, factor, dtype)?;
         self.first.get_or_insert_with(|| (file.dir.clone(), kind));
+        for (head, term) in replaced.on_head(base, file) {
+            self.by_param[head.0 as usize].push(LayerForm::Term(Box::new(term)));
+        }
         self.replaced = replaced;
         Ok(())
     }
@@ -159,13 +142,70 @@ impl<B: Backend> Adapters<B> {
     }
 }
 
+/// Refuses an adapter that cannot work with its effect multiplied by `factor`, or beside `first`, which was attached before
+/// it.
+pub(super) fn check_beside(first: Option<(&Path, Kind)>, file: &AdapterFile, factor: f32) -> Result<()> {
+    let (place, kind) = (format!("`{}`", file.dir.display()), file.method.kind());
+    if let Some((dir, first)) = first.filter(|(_, first)| *first != kind) {
+        let message = format!(
+            "expected an adapter of the method {}, as the attached `{}` is, got {}; methods do not work together: \
+             attach one of the two",
+            first.name(),
+            dir.display(),
+            kind.name()
+        );
+        return Err(Error::new(ErrorCode::AdapterMismatch, place, message));
+    }
+    if factor != 1.0 && !kind.has_strength() {
+        let message = format!(
+            "expected a scale of 1, got `{factor}`: what {} does has no strength; attach it without a scale",
+            kind.name()
+        );
+        return Err(Error::new(ErrorCode::Config, place, message));
+    }
+    if first.is_some() && !kind.adds_up() {
+        let message = format!("expected one adapter with {}, got a second one; attach one of the two", kind.name());
+        return Err(Error::new(ErrorCode::Config, place, message));
+    }
+    file.replaced.check_factor(&file.dir, factor)
+}
+
 fn shape_text(shape: Option<&Vec<usize>>) -> String {
     shape.map_or_else(|| "none".to_owned(), |shape| format!("`{shape:?}`"))
 }
 
+/// How many names a message has at most.
+const MOST_NAMES: usize = 20;
+
+/// The layers of `model` that `file` adapts, with the paths of their modules.
+///
+/// # Errors
+/// The model has not all of them; those that are left over are listed.
+pub(super) fn layers_of<'f>(model: &dyn Model, file: &'f AdapterFile) -> Result<Vec<(Param, &'f str)>> {
+    let found: Vec<(Option<Param>, &str)> = file.modules().map(|module| (layer_at(model, module), module)).collect();
+    let left: Vec<&str> = found.iter().filter(|(param, _)| param.is_none()).map(|(_, module)| *module).collect();
+    match left[..] {
+        [] => Ok(found.into_iter().filter_map(|(param, module)| Some((param?, module))).collect()),
+        [one] => Err(foreign_module(model, &file.dir, "a linear layer", one)),
+        ref many => {
+            let shown = many[..many.len().min(MOST_NAMES)].join("`, `");
+            let more = many.len().saturating_sub(MOST_NAMES);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            let message = format!(
+                "expected linear layers of this `{}` base, got {} modules that are none of {}: `{shown}`{more}; use the \
+                 base that the adapter was trained on",
+                model.config().model_type,
+                many.len(),
+                found.len(),
+            );
+            Err(Error::new(ErrorCode::AdapterMismatch, format!("`{}`", file.dir.display()), message))
+        }
+    }
+}
+
 /// Checks that the tensors of `module` fit its layer `[out, in]`.
-fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) -> Result<()> {
-    for (part, expected) in file.method.kind().parts().iter().zip(file.method.shapes(module, layer)) {
+pub(super) fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) -> Result<()> {
+    for (part, expected) in file.method.parts(module).iter().zip(file.method.shapes(module, layer)) {
         let got = file.tensors.get(&format!("{module}.{part}")).map(|t| &t.shape);
         if got != Some(&expected) {
             let got = shape_text(got);
@@ -181,10 +221,10 @@ fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) -> Result<(
 }
 
 /// The error for a module that this base does not have.
-pub(super) fn foreign_module<B: Backend>(base: &Base<B>, dir: &Path, expected: &str, path: &str) -> Error {
+pub(super) fn foreign_module(model: &dyn Model, dir: &Path, expected: &str, path: &str) -> Error {
     let message = format!(
         "expected {expected} of this `{}` base, got module `{path}`; use the base that the adapter was trained on",
-        base.model.config().model_type
+        model.config().model_type
     );
     Error::new(ErrorCode::AdapterMismatch, format!("`{}`", dir.display()), message)
 }

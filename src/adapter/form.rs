@@ -125,8 +125,19 @@ pub trait Change<B: Backend>: Send + Sync {
     ) -> Result<()>;
 }
 
-/// A form on a linear layer, by what it works on.
+/// A term of what an embedding gives.
+pub trait Lookup<B: Backend>: Send + Sync {
+    /// Adds the term for the tokens `ids` to the rows `rows` of `y` `[T, C]`, one row for each token.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn apply(&self, cx: &mut Context<'_, B>, ids: &[u32], rows: &[u32], y: &mut B::Buffer) -> Result<()>;
+}
+
+/// A form on a linear layer or an embedding, by what it works on.
 pub enum LayerForm<B: Backend> {
+    /// Adds to what the embedding gives.
+    Lookup(Box<dyn Lookup<B>>),
     /// Changes what the layer reads.
     Input(Box<dyn Change<B>>),
     /// Adds to its product.
@@ -135,7 +146,7 @@ pub enum LayerForm<B: Backend> {
     Output(Box<dyn Change<B>>),
 }
 
-/// The forms on one linear layer, each kind in the order in which they were attached.
+/// The forms on one linear layer or embedding, each kind in the order in which they were attached.
 pub struct OnLayer<B: Backend> {
     /// What changes the layer's input.
     pub inputs: Vec<Box<dyn Change<B>>>,
@@ -143,16 +154,18 @@ pub struct OnLayer<B: Backend> {
     pub terms: Vec<Box<dyn Term<B>>>,
     /// What changes the layer's output, its bias included.
     pub outputs: Vec<Box<dyn Change<B>>>,
+    /// Of an embedding: terms of what is looked up. A tied head is the same parameter, and does not see them.
+    pub lookups: Vec<Box<dyn Lookup<B>>>,
 }
 
 impl<B: Backend> Default for OnLayer<B> {
     fn default() -> Self {
-        Self { inputs: Vec::new(), terms: Vec::new(), outputs: Vec::new() }
+        Self { inputs: Vec::new(), terms: Vec::new(), outputs: Vec::new(), lookups: Vec::new() }
     }
 }
 
 impl<B: Backend> OnLayer<B> {
-    /// Whether there is none.
+    /// Whether there is none on a product.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.inputs.is_empty() && self.terms.is_empty() && self.outputs.is_empty()
@@ -161,6 +174,7 @@ impl<B: Backend> OnLayer<B> {
     /// Attaches a further one.
     pub(super) fn push(&mut self, form: LayerForm<B>) {
         match form {
+            LayerForm::Lookup(form) => self.lookups.push(form),
             LayerForm::Input(form) => self.inputs.push(form),
             LayerForm::Term(form) => self.terms.push(form),
             LayerForm::Output(form) => self.outputs.push(form),

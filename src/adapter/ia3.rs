@@ -1,12 +1,13 @@
 //! (IA)³ (Liu et al. 2022): a vector `l` scales activations. Feed-forward layers read scaled ones, `y = (l x) Wᵀ + b` with
 //! `l` `[1, in]`; others give scaled ones, `y = l (x Wᵀ + b)` with `l` `[out, 1]`.
 
+use super::fold::{Fold, InputFold, OutputFold};
 use super::form::LayerForm;
 use super::held::Loader;
 use super::method::{AUTO, AdapterMethod, Settings, last_parts, target_layers, with_unnamed};
 use super::peft::{CONFIG, Found, KeyUse, Keys, Use, matches_any, regex};
 use super::scale::Scale;
-use super::tensor::{Stored, TensorSpec};
+use super::tensor::{Stored, TensorSpec, Tensors};
 use crate::error::{Error, Result};
 use Use::{Default as OnlyDefault, Honoured, NoEffect};
 use pocketlora_kernels::Backend;
@@ -131,6 +132,11 @@ impl AdapterMethod for Ia3 {
     fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, _factor: f32) -> Result<LayerForm<B>> {
         let scale = Box::new(Scale { l: load.buffer("ia3_l")? });
         Ok(if self.is_feedforward(module) { LayerForm::Input(scale) } else { LayerForm::Output(scale) })
+    }
+
+    fn fold(&self, module: &str, tensors: &Tensors, _factor: f32) -> Option<Box<dyn Fold>> {
+        let l = tensors[&format!("{module}.ia3_l")].data.clone();
+        Some(if self.is_feedforward(module) { Box::new(InputFold(l)) } else { Box::new(OutputFold(l)) })
     }
 
     fn settings(&self, settings: Settings) -> Settings {

@@ -1,5 +1,6 @@
 //! All adapter methods: a new one is its own file, and one line in the list below.
 
+use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
 use super::held::Loader;
 use super::ia3::Ia3;
@@ -63,6 +64,10 @@ macro_rules! methods {
                 match self { $(Self::$name => $name::PARTS),+ }
             }
 
+            fn firsts(self) -> &'static [usize] {
+                match self { $(Self::$name => $name::FIRSTS),+ }
+            }
+
             /// See [`AdapterMethod::SHARED`].
             pub(super) fn shared(self) -> &'static [&'static str] {
                 match self { $(Self::$name => $name::SHARED),+ }
@@ -122,6 +127,11 @@ macro_rules! methods {
                 match self { $(Self::$name(m) => m.check(path, found)),+ }
             }
 
+            /// See [`AdapterMethod::parts`].
+            pub(super) fn parts(&self, module: &str) -> &'static [&'static str] {
+                match self { $(Self::$name(m) => m.parts(module)),+ }
+            }
+
             pub(super) fn shapes(&self, module: &str, layer: [usize; 2]) -> Vec<Vec<usize>> {
                 match self { $(Self::$name(m) => m.shapes(module, layer)),+ }
             }
@@ -145,6 +155,10 @@ macro_rules! methods {
 
             pub(super) fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {
                 match self { $(Self::$name(m) => m.in_attention(load)),+ }
+            }
+
+            pub(super) fn fold(&self, module: &str, tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {
+                match self { $(Self::$name(m) => m.fold(module, tensors, factor)),+ }
             }
 
             /// Why an adapter of it cannot be trained further, if it cannot.
@@ -216,7 +230,8 @@ methods! {
 impl Kind {
     /// The path of the module that the tensor `name` adapts, if `name` is its first one.
     pub(super) fn module_of(self, name: &str) -> Option<&str> {
-        name.strip_suffix(self.parts().first()?)?.strip_suffix('.')
+        let ends = |first: &usize| name.strip_suffix(self.parts().get(*first)?)?.strip_suffix('.');
+        self.firsts().iter().find_map(ends)
     }
 }
 
@@ -237,7 +252,7 @@ impl Method {
         let mut specs = Vec::new();
         for (spec, _) in model.params().iter().zip(0..).filter(|(_, i)| adapts(Param(*i))) {
             let ([out, input], path) = ([spec.shape[0], spec.shape[1]], path_of(spec));
-            for (part, shape) in self.kind().parts().iter().zip(self.shapes(path, [out, input])) {
+            for (part, shape) in self.parts(path).iter().zip(self.shapes(path, [out, input])) {
                 specs.push(TensorSpec { name: format!("{path}.{part}"), shape });
             }
         }
@@ -247,11 +262,14 @@ impl Method {
 
     /// First values of a fresh adapter's tensors `specs`, as [`Method::tensors`] lists them.
     pub(crate) fn fresh(&self, specs: &[TensorSpec], seed: u64) -> Tensors {
-        let parts = self.kind().parts().len().max(1);
-        let one = |(i, spec): (usize, &TensorSpec)| {
-            let data = self.start(spec, i % parts, i / parts, seed);
+        let (mut modules, mut part) = (0, 0);
+        let one = |spec: &TensorSpec| {
+            // What belongs to no module counts as one.
+            let first = self.kind().parts().is_empty() || self.kind().module_of(&spec.name).is_some();
+            (modules, part) = if first { (modules + 1, 0) } else { (modules, part + 1) };
+            let data = self.start(spec, part, modules - 1, seed);
             (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
         };
-        specs.iter().enumerate().map(one).collect()
+        specs.iter().map(one).collect()
     }
 }

@@ -1,12 +1,14 @@
 //! LoRA (Hu et al. 2021): `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]`, `B` `[out, r]`, `s = alpha / r`, or
 //! `alpha / sqrt(r)` for rsLoRA (Kalajdzievski 2023).
 
+use super::experts::is_fused;
+use super::fold::{Fold, LowRankFold};
 use super::form::LayerForm;
 use super::held::Loader;
-use super::low_rank::LowRankTerm;
-use super::method::{AdapterMethod, Group, Settings, last_parts, target_layers, with_unnamed};
+use super::low_rank::{LowRankLookup, LowRankTerm};
+use super::method::{AdapterMethod, EMBEDDING, Group, Settings, last_parts, target_layers, with_unnamed};
 use super::peft::{CONFIG, Found, KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, number};
-use super::tensor::{Stored, TensorSpec};
+use super::tensor::{Stored, TensorSpec, Tensors};
 use crate::error::{Error, Result};
 use crate::rng::{Rng, mix};
 use Use::{Default as OnlyDefault, Honoured, NoEffect};
@@ -43,7 +45,7 @@ const KEYS: &[KeyUse] = &[
     ("layers_to_transform", Honoured, ""),
     ("loftq_config", NoEffect, ""),
     ("lora_alpha", Honoured, ""),
-    ("lora_bias", OnlyDefault, MERGE),
+    ("lora_bias", Honoured, ""),
     ("lora_dropout", Honoured, ""),
     ("lora_dtype", NoEffect, ""),
     ("lora_ga_config", NoEffect, ""),
@@ -57,7 +59,7 @@ const KEYS: &[KeyUse] = &[
     ("r", Honoured, ""),
     ("rank_pattern", Honoured, ""),
     ("target_modules", Honoured, ""),
-    ("target_parameters", OnlyDefault, MERGE),
+    ("target_parameters", Honoured, ""),
     ("trainable_token_indices", Honoured, ""),
     ("use_bdlora", OnlyDefault, MERGE),
     ("use_dora", OnlyDefault, MERGE),
@@ -85,6 +87,8 @@ pub struct Lora {
     pub alpha_pattern: Vec<(String, f64)>,
     /// Suffixes of the adapted modules.
     pub targets: Vec<String>,
+    /// B has a bias (`lora_bias`).
+    pub bias: bool,
     /// What the patterns say of modules for which it is not the usual: rank and factor on `B A`.
     exceptions: BTreeMap<String, (usize, f32)>,
 }
@@ -101,7 +105,38 @@ impl Lora {
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
             targets: Vec::new(),
+            bias: false,
             exceptions: BTreeMap::new(),
+        }
+    }
+
+    /// A plain LoRA whose modules, by their paths, have the given ranks and alphas: the most frequent ones are the usual
+    /// ones, and others are exceptions.
+    #[must_use]
+    pub(super) fn of_modules(modules: &[(String, usize, f64)]) -> Self {
+        let count = |same: &dyn Fn(usize, f64) -> bool| modules.iter().filter(|(_, r, a)| same(*r, *a)).count();
+        let usual = modules.iter().rev().max_by_key(|(_, rank, alpha)| count(&|r, a| (r, a) == (*rank, *alpha)));
+        let mut lora = usual.map_or_else(|| Self::new(1, 1.0), |(_, rank, alpha)| Self::new(*rank, *alpha));
+        for (module, rank, alpha) in modules {
+            if *rank != lora.rank {
+                lora.rank_pattern.push((module.clone(), *rank as f64));
+            }
+            if *alpha != lora.alpha {
+                lora.alpha_pattern.push((module.clone(), *alpha));
+            }
+            lora.set_module(module.clone(), *rank, lora.factor(*rank, *alpha));
+        }
+        let mut targets: Vec<String> =
+            modules.iter().filter_map(|(module, ..)| module.rsplit('.').next().map(str::to_owned)).collect();
+        targets.sort_unstable();
+        targets.dedup();
+        Self { targets, ..lora }
+    }
+
+    /// Says what rank and factor on `B A` the module at the path `module` has.
+    pub(super) fn set_module(&mut self, module: String, rank: usize, factor: f32) {
+        if (rank, factor) != self.of_module(&module) {
+            self.exceptions.insert(module, (rank, factor));
         }
     }
 
@@ -123,7 +158,9 @@ impl AdapterMethod for Lora {
     const PEFT_TYPE: &'static str = "LORA";
     const NAME: &'static str = "LoRA";
     const KEYS: &'static [KeyUse] = KEYS;
-    const PARTS: &'static [&'static str] = &["lora_A.weight", "lora_B.weight"];
+    const PARTS: &'static [&'static str] =
+        &["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"];
+    const FIRSTS: &'static [usize] = &[0, 3];
     const STORED: Stored = Stored::F16;
     const HAS_STRENGTH: bool = true;
     const SETTINGS: &'static [&'static str] = &["rank", "alpha", "rslora", "targets"];
@@ -150,6 +187,7 @@ impl AdapterMethod for Lora {
             rank_pattern,
             alpha_pattern: keys.patterns("alpha_pattern")?,
             targets: Vec::new(),
+            bias: keys.flag("lora_bias")?,
             exceptions: BTreeMap::new(),
         })
     }
@@ -166,8 +204,10 @@ impl AdapterMethod for Lora {
         for module in found {
             let rank = ranks.value_for(module.names())?.map_or(self.rank, |r| r as usize);
             let factor = self.factor(rank, alphas.value_for(module.names())?.unwrap_or(self.alpha));
-            let [a, b] = &module.shapes[..] else { unreachable!("a shape for each of `PARTS`") };
-            if a[0] != rank || b[1] != rank {
+            let [a, b, ..] = &module.shapes[..] else { unreachable!("a shape for each of its parts") };
+            // A weight of all experts has as many terms as there are experts.
+            let experts = if is_fused(&module.path) { (a[0] / rank).max(1) } else { 1 };
+            if a[0] != rank * experts || b[1] != a[0] {
                 let item = format!("module `{}`", module.path);
                 let got = format!("A `{a:?}` and B `{b:?}`");
                 return Err(Error::format(path, item, format!("rank {rank} from {CONFIG}"), got));
@@ -187,14 +227,27 @@ impl AdapterMethod for Lora {
         Ok((Self { rslora, dropout, targets, ..Self::new(settings.rank, settings.alpha) }, layers))
     }
 
+    fn parts(&self, module: &str) -> &'static [&'static str] {
+        match (module, self.bias) {
+            (EMBEDDING, _) => &Self::PARTS[3..],
+            (_, true) => &Self::PARTS[..3],
+            (_, false) => &Self::PARTS[..2],
+        }
+    }
+
     fn shapes(&self, module: &str, [out, input]: [usize; 2]) -> Vec<Vec<usize>> {
         let (rank, _) = self.of_module(module);
-        vec![vec![rank, input], vec![out, rank]]
+        match (module, self.bias) {
+            // Of an embedding, `out` is the vocabulary and `input` the width.
+            (EMBEDDING, _) => vec![vec![rank, out], vec![input, rank]],
+            (_, true) => vec![vec![rank, input], vec![out, rank], vec![out]],
+            (_, false) => vec![vec![rank, input], vec![out, rank]],
+        }
     }
 
     /// A uniform in `±1/sqrt(in)` (PEFT's Kaiming-uniform with a = sqrt 5), B zero.
     fn start(&self, spec: &TensorSpec, part: usize, module: usize, seed: u64) -> Vec<f32> {
-        if part == 1 {
+        if part > 0 {
             return vec![0.0; spec.values()];
         }
         let mut rng = Rng::new(mix(mix(seed, INIT), module as u64));
@@ -203,8 +256,38 @@ impl AdapterMethod for Lora {
     }
 
     fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<LayerForm<B>> {
+        let factor = self.of_module(module).1 * factor;
+        if module == EMBEDDING {
+            let (a, b) = (load.buffer("lora_embedding_A")?, load.matrix("lora_embedding_B")?);
+            return Ok(LayerForm::Lookup(Box::new(LowRankLookup { a, b, factor })));
+        }
         let (a, b) = (load.matrix("lora_A.weight")?, load.matrix("lora_B.weight")?);
-        Ok(LayerForm::Term(Box::new(LowRankTerm { a, b, factor: self.of_module(module).1 * factor })))
+        let bias = if self.bias { Some(load.buffer("lora_B.bias")?) } else { None };
+        Ok(LayerForm::Term(Box::new(LowRankTerm { a, b, bias, factor })))
+    }
+
+    fn fold(&self, module: &str, tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {
+        let part = |part: &str| tensors[&format!("{module}.{part}")].data.clone();
+        let (rank, own) = self.of_module(module);
+        let factor = own * factor;
+        if module == EMBEDDING {
+            // Rows of the embedding are what is looked up: their term is Aᵀ Bᵀ.
+            let transposed = |part: Vec<f32>, cols: usize| -> Vec<f32> {
+                (0..cols).flat_map(|col| part.iter().skip(col).step_by(cols).copied().collect::<Vec<_>>()).collect()
+            };
+            let (a, b) = (part("lora_embedding_A"), part("lora_embedding_B"));
+            let vocabulary = a.len() / rank;
+            let (a, b) = (transposed(b, rank), transposed(a, vocabulary));
+            return Some(Box::new(LowRankFold { a, b, rank, bias: None, factor }));
+        }
+        let (a, b) = (part("lora_A.weight"), part("lora_B.weight"));
+        let bias = self.bias.then(|| part("lora_B.bias"));
+        Some(Box::new(LowRankFold { a, b, rank, bias, factor }))
+    }
+
+    fn is_final(&self) -> Option<&'static str> {
+        let embedding = self.targets.iter().any(|target| EMBEDDING.ends_with(target.as_str()));
+        embedding.then_some("it has terms on the embedding, which are used but not trained here")
     }
 
     fn group(&self, name: &str, settings: &Settings) -> Group {
@@ -234,7 +317,7 @@ impl AdapterMethod for Lora {
         let object = |patterns: &[(String, f64)]| -> Value {
             patterns.iter().map(|(key, v)| (key.clone(), number(*v))).collect::<Map<_, _>>().into()
         };
-        let config = json!({
+        let mut config = json!({
             "alpha_pattern": object(&self.alpha_pattern),
             "bias": "none",
             "fan_in_fan_out": false,
@@ -249,6 +332,10 @@ impl AdapterMethod for Lora {
             "use_dora": false,
             "use_rslora": self.rslora,
         });
+        // Older versions of PEFT do not know it.
+        if self.bias {
+            config["lora_bias"] = true.into();
+        }
         config.as_object().cloned().unwrap_or_default()
     }
 

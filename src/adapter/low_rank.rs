@@ -1,6 +1,7 @@
-//! A low-rank term on a linear layer: `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]` and `B` `[out, r]`.
+//! A low-rank term on a linear layer: `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]` and `B` `[out, r]`; on an embedding, where
+//! `x` is a token's place in the vocabulary, `y = E[id] + s A[:, id] Bᵀ` with `A` `[r, V]` and `B` `[C, r]`.
 
-use super::form::{Context, Gradients, LowRankFactors, Term};
+use super::form::{Context, Gradients, Lookup, LowRankFactors, Term};
 use super::held::{Held, TensorId};
 use crate::error::Result;
 use pocketlora_kernels::{Backend, Call};
@@ -9,6 +10,8 @@ use pocketlora_kernels::{Backend, Call};
 pub(super) struct LowRankTerm {
     pub a: TensorId,
     pub b: TensorId,
+    /// `c` `[out]`, which gives the term `s c`.
+    pub bias: Option<TensorId>,
     /// `s`.
     pub factor: f32,
 }
@@ -48,11 +51,25 @@ impl<B: Backend> Term<B> for LowRankTerm {
         if let Some(buffer) = dropped {
             cx.pool.put(cx.backend, buffer);
         }
+        if let Some(bias) = self.bias {
+            // y += s c
+            let bias = cx.held.buffer(bias);
+            let mut scaled = cx.pool.take(cx.backend, cx.backend.len(bias))?;
+            cx.backend.run(Call::Copy { x: bias, y: &mut scaled })?;
+            cx.backend.run(Call::Scale { factor: self.factor, x: &mut scaled })?;
+            cx.backend.run(Call::AddBias { bias: &scaled, y })?;
+            cx.pool.put(cx.backend, scaled);
+        }
         Ok(())
     }
 
     fn low_rank<'a>(&self, held: &'a Held<B>) -> Option<LowRankFactors<'a, B>> {
-        Some(LowRankFactors { a: held.matrix(self.a), b: held.matrix(self.b), factor: self.factor })
+        // With a bias it is more than that.
+        self.bias.is_none().then(|| LowRankFactors {
+            a: held.matrix(self.a),
+            b: held.matrix(self.b),
+            factor: self.factor,
+        })
     }
 
     fn backward(
@@ -73,6 +90,16 @@ impl<B: Backend> Term<B> for LowRankTerm {
             let h = self.low(cx, x)?;
             backend.run(Call::MatmulVjpW { tokens, dy, x: &h, dw: db })?;
             cx.pool.put(backend, h);
+        }
+
+        if let Some(dc) = self.bias.and_then(|bias| grads.of(bias)) {
+            // dc += s sum over t of dy
+            let mut sum = cx.pool.take(backend, backend.len(dc))?;
+            backend.run(Call::Zero { x: &mut sum })?;
+            backend.run(Call::SumColumns { a: dy, b: None, y: &mut sum })?;
+            backend.run(Call::Scale { factor: self.factor, x: &mut sum })?;
+            backend.run(Call::AddAssign { x: &sum, y: dc })?;
+            cx.pool.put(backend, sum);
         }
 
         let mut dh = cx.pool.take(backend, tokens * rank)?;
@@ -121,6 +148,33 @@ impl<B: Backend> Term<B> for LowRankTerm {
         backend.run(Call::AddAssign { x: &masked, y: dx })?;
         cx.pool.put(backend, part);
         cx.pool.put(backend, masked);
+        Ok(())
+    }
+}
+
+/// A low-rank term on an embedding.
+pub(super) struct LowRankLookup {
+    pub a: TensorId,
+    pub b: TensorId,
+    /// `s`.
+    pub factor: f32,
+}
+
+impl<B: Backend> Lookup<B> for LowRankLookup {
+    fn apply(&self, cx: &mut Context<'_, B>, ids: &[u32], rows: &[u32], y: &mut B::Buffer) -> Result<()> {
+        let (backend, a, b) = (cx.backend, cx.held.buffer(self.a), cx.held.matrix(self.b));
+        let (width, rank) = backend.shape(b);
+        let vocabulary = (backend.len(a) / rank) as u32;
+        // h[t, j] = s A[j, ids[t]]: single values of A.
+        let places: Vec<u32> = ids.iter().flat_map(|id| (0..rank as u32).map(move |j| j * vocabulary + id)).collect();
+        let mut h = cx.pool.take(backend, places.len())?;
+        backend.run(Call::GatherRows { x: a, rows: &places, y: &mut h })?;
+        backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
+        // y += h Bᵀ
+        let mut term = cx.pool.take(backend, ids.len() * width)?;
+        backend.run(Call::Matmul { arithmetic: cx.arithmetic, w: b, x: &h, y: &mut term, accumulate: false })?;
+        backend.run(Call::ScatterAddRows { x: &term, rows, y })?;
+        [h, term].into_iter().for_each(|buffer| cx.pool.put(backend, buffer));
         Ok(())
     }
 }

@@ -6,7 +6,7 @@ use super::AdapterFile;
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Backend, Call};
-use pocketlora_models::{Param, Role};
+use pocketlora_models::{Config, Param, Role};
 use serde::{Deserialize, Serialize};
 
 /// Rows and columns that are looked at.
@@ -32,18 +32,30 @@ struct Mark {
 /// # Errors
 /// Out of memory, device lost.
 pub(crate) fn of<B: Backend>(base: &Base<B>) -> Result<String> {
-    let vocab = base.model.config().vocab_size;
-    let rows: Vec<u32> = (0..SAMPLES).map(|i| ((2 * i + 1) * vocab / (2 * SAMPLES)) as u32).collect();
-    Ok(serde_json::to_string(&read(base, rows)?).expect("plain data serializes"))
+    let config = base.model.config();
+    let rows = (0..SAMPLES).map(|i| ((2 * i + 1) * config.vocab_size / (2 * SAMPLES)) as u32).collect();
+    let mark = mark_of(config, rows, &mut |rows| embedded(base, rows))?;
+    Ok(serde_json::to_string(&mark).expect("plain data serializes"))
 }
+
+/// Reads rows of an embedding.
+pub(super) type ReadRows<'a> = dyn FnMut(&[u32]) -> Result<Vec<f32>> + 'a;
 
 /// Refuses an adapter that was trained on another model than `base`, as far as its file tells.
 ///
 /// # Errors
 /// It was; as [`of`].
 pub(crate) fn check<B: Backend>(base: &Base<B>, file: &AdapterFile) -> Result<()> {
+    check_read(base.model.config(), file, &mut |ids| embedded(base, ids))
+}
+
+/// As [`check`], for the model with `config` and the embedding that `read` reads.
+///
+/// # Errors
+/// As there; those of `read`.
+pub(super) fn check_read(config: &Config, file: &AdapterFile, read: &mut ReadRows<'_>) -> Result<()> {
     let Some(mark) = &file.base_mark else { return Ok(()) };
-    let Some(other) = differs(mark, base)? else { return Ok(()) };
+    let Some(other) = differs(mark, config, read)? else { return Ok(()) };
     let name = file.base.as_ref().map_or(String::new(), |name| format!(" (`{name}`)"));
     let message =
         format!("expected the base{name} that the adapter was trained on, {other}; give that model with `-m`");
@@ -51,9 +63,8 @@ pub(crate) fn check<B: Backend>(base: &Base<B>, file: &AdapterFile) -> Result<()
 }
 
 /// Whether `mark` may be of `base`, or why not. What cannot be read says nothing.
-fn differs<B: Backend>(mark: &str, base: &Base<B>) -> Result<Option<String>> {
+fn differs(mark: &str, config: &Config, read: &mut ReadRows<'_>) -> Result<Option<String>> {
     let Ok(mark) = serde_json::from_str::<Mark>(mark) else { return Ok(None) };
-    let config = base.model.config();
     let shape = |layers, hidden| format!("{layers} layers of {hidden}");
     let (old, new) = (shape(mark.layers, mark.hidden), shape(config.layers, config.hidden_size));
     if mark.family != config.model_type || old != new {
@@ -61,7 +72,7 @@ fn differs<B: Backend>(mark: &str, base: &Base<B>) -> Result<Option<String>> {
         return Ok(Some(format!("a `{family}` of {old}, got a `{kind}` of {new}")));
     }
     let known = mark.rows.iter().all(|&row| (row as usize) < config.vocab_size) && mark.rows.len() == SAMPLES;
-    let here = if known { read(base, mark.rows.clone())?.values } else { Vec::new() };
+    let here = if known { mark_of(config, mark.rows.clone(), read)?.values } else { Vec::new() };
     if here.len() != mark.values.len() {
         return Ok(None);
     }
@@ -71,16 +82,22 @@ fn differs<B: Backend>(mark: &str, base: &Base<B>) -> Result<Option<String>> {
     Ok((!alike).then(|| format!("another `{}` of {old}: its embedding is not this one's", mark.family)))
 }
 
-fn read<B: Backend>(base: &Base<B>, rows: Vec<u32>) -> Result<Mark> {
-    let config = base.model.config();
-    let (hidden, backend) = (config.hidden_size, &base.backend);
-    let table = base.model.params().iter().position(|p| p.role == Role::Embedding);
-    let table = Param(table.expect("every language model has an embedding") as u32);
-    let mut buffer = backend.buffer(rows.len() * hidden)?;
-    backend.run(Call::Embed { table: base.matrix(table), ids: &rows, y: &mut buffer })?;
-    let mut all = vec![0.0; rows.len() * hidden];
-    backend.read(&buffer, &mut all)?;
+fn mark_of(config: &Config, rows: Vec<u32>, read: &mut ReadRows<'_>) -> Result<Mark> {
+    let hidden = config.hidden_size;
+    let all = read(&rows)?;
     let column = |i: usize| i * hidden / SAMPLES;
     let values = all.chunks(hidden).flat_map(|row| (0..SAMPLES).map(|i| row[column(i)])).collect();
     Ok(Mark { family: config.model_type.clone(), layers: config.layers, hidden, rows, values })
+}
+
+/// The rows `ids` of the embedding of `base`.
+fn embedded<B: Backend>(base: &Base<B>, ids: &[u32]) -> Result<Vec<f32>> {
+    let (hidden, backend) = (base.model.config().hidden_size, &base.backend);
+    let table = base.model.params().iter().position(|p| p.role == Role::Embedding);
+    let table = Param(table.expect("every language model has an embedding") as u32);
+    let mut buffer = backend.buffer(ids.len() * hidden)?;
+    backend.run(Call::Embed { table: base.matrix(table), ids, y: &mut buffer })?;
+    let mut all = vec![0.0; ids.len() * hidden];
+    backend.read(&buffer, &mut all)?;
+    Ok(all)
 }

@@ -1,10 +1,11 @@
 //! What an adapter method is to the rest of the program: one trait, which a method's file implements. Files, training,
 //! checkpoints and the memory plan know a method by this trait alone.
 
+use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
 use super::held::Loader;
 use super::peft::{Found, KeyUse, Keys};
-use super::tensor::{Stored, TensorSpec};
+use super::tensor::{Stored, TensorSpec, Tensors};
 use crate::error::{Error, Result};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Layout, Model, Param, ParamSpec, Role};
@@ -72,8 +73,10 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     const NAME: &'static str;
     /// What is done with each key that its configs have beside the common ones, sorted.
     const KEYS: &'static [KeyUse];
-    /// Ends of its tensors' names behind a module's path, in the order in which they are made.
+    /// Ends of its tensors' names behind a module's path.
     const PARTS: &'static [&'static str];
+    /// Which of them may be a module's first one; every module has exactly one of these.
+    const FIRSTS: &'static [usize] = &[0];
     /// Names of tensors that belong to no module.
     const SHARED: &'static [&'static str] = &[];
     /// In what type its tensors are saved.
@@ -106,7 +109,12 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     /// A setting does not fit the model.
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)>;
 
-    /// Shapes of its parts for the layer `[out, in]` at the path `module`, in the order of [`AdapterMethod::PARTS`].
+    /// Those of [`AdapterMethod::PARTS`] that the module at the path `module` has, in the order in which they are made.
+    fn parts(&self, _module: &str) -> &'static [&'static str] {
+        Self::PARTS
+    }
+
+    /// Shapes of the parts of the layer `[out, in]`, or embedding `[V, C]`, at the path `module`, in their order.
     fn shapes(&self, module: &str, layer: [usize; 2]) -> Vec<Vec<usize>>;
 
     /// Its tensors that belong to no module, on `model`.
@@ -133,6 +141,11 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     /// Out of memory.
     fn in_attention<B: Backend>(&self, _load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {
         Ok(None)
+    }
+
+    /// What merging it makes of the layer at the path `module`; none where no other weight of the layer does the same.
+    fn fold(&self, _module: &str, _tensors: &Tensors, _factor: f32) -> Option<Box<dyn Fold>> {
+        None
     }
 
     /// Why an adapter of it cannot be trained further, if it cannot.
@@ -164,13 +177,18 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     fn describe(&self) -> (String, Map<String, Value>);
 }
 
-/// The linear layer that an adapter's module path names; a tied head is the embedding's parameter.
+/// The path of the head.
+pub(super) const HEAD: &str = "lm_head";
+/// The path of the embedding.
+pub(super) const EMBEDDING: &str = "model.embed_tokens";
+
+/// The linear layer or the embedding that an adapter's module path names; a tied head is the embedding's parameter.
 pub(crate) fn layer_at(model: &dyn Model, path: &str) -> Option<Param> {
     let is_it = |spec: &ParamSpec| match spec.role {
         Role::Linear | Role::Head => spec.module() == path,
         // Adapters of older versions of PEFT, which did not refuse it.
         Role::Fixed => spec.layout == Layout::Whole && spec.module() == path,
-        Role::Embedding => path == "lm_head" && model.config().tied_head,
+        Role::Embedding => spec.module() == path || path == HEAD && model.config().tied_head,
         Role::Vector | Role::Router => false,
     };
     model.params().iter().position(is_it).map(|i| Param(i as u32))
@@ -178,7 +196,7 @@ pub(crate) fn layer_at(model: &dyn Model, path: &str) -> Option<Param> {
 
 /// The module that an adapter names; a tied head is the embedding's parameter, but not its module.
 pub(super) fn path_of(spec: &ParamSpec) -> &str {
-    if spec.role == Role::Embedding { "lm_head" } else { spec.module() }
+    if spec.role == Role::Embedding { HEAD } else { spec.module() }
 }
 
 /// Linear layers that `targets` name.

@@ -4,6 +4,9 @@
 //! while a model runs (`form.rs`). Whoever trains, saves or plans knows tensors by name and shape alone.
 
 pub(crate) mod attach;
+mod exchange;
+mod experts;
+mod fold;
 pub(crate) mod form;
 mod held;
 mod ia3;
@@ -11,6 +14,7 @@ mod kinds;
 mod lora;
 mod low_rank;
 pub(crate) mod mark;
+mod merge;
 mod method;
 mod peft;
 mod prefix_tuning;
@@ -19,11 +23,13 @@ mod scale;
 mod tensor;
 
 pub(crate) use attach::Adapters;
+pub use exchange::{export_gguf, export_mlx};
 pub(crate) use form::{Context, Dropout, Gradients, Prefix};
 pub(crate) use held::TensorId;
 pub use ia3::Ia3;
 pub use kinds::{Kind, Method};
 pub use lora::Lora;
+pub use merge::{Merged, Rounding, rounding};
 pub use method::{Group, Settings};
 pub use peft::{AdapterFile, Replacements, Rows, WholeTensor};
 pub use prefix_tuning::PrefixTuning;

@@ -4,9 +4,7 @@
 mod fit;
 mod pool;
 
-#[cfg(feature = "hub")]
-pub(crate) use fit::architecture_of;
-pub(crate) use fit::{architecture, check_source};
+pub(crate) use fit::{architecture, architecture_of, check_source};
 pub use pool::Pool;
 
 use crate::error::{Error, ErrorCode, Result};

@@ -55,7 +55,8 @@ pub(super) struct ModelArgs {
     /// Directory, .gguf file, or name of a model in the cache.
     #[arg(short, long, default_value = super::model::DEFAULT)]
     pub model: String,
-    /// PEFT adapter directory or name of an adapter in the cache, with a factor on its effect if wanted; several add up.
+    /// Adapter (a folder of PEFT or mlx-lm, a .gguf file) or the name of one in the cache, with a factor on its effect if
+    /// wanted; several add up.
     #[arg(short, long = "adapter", value_name = "ADAPTER[=SCALE]")]
     pub adapters: Vec<String>,
     /// Threads; 0 measures how many serve best.

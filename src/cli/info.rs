@@ -14,7 +14,7 @@ use std::path::Path;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Directory, .gguf file, PEFT adapter directory, or name of a model or adapter in the cache.
+    /// Directory or .gguf file of a model or an adapter, or the name of one in the cache.
     what: String,
     /// Report as JSON.
     #[arg(long)]
@@ -26,7 +26,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return adapter(&names::adapter("demo")?, args.json);
     }
     let path = model::find(&args.what)?.path;
-    if path.join("adapter_config.json").exists() {
+    if AdapterFile::is_at(&path) {
         return adapter(&path, args.json);
     }
     let path = model_of(&path);

@@ -18,10 +18,12 @@ mod data;
 mod data_check;
 mod demo;
 mod eval;
+mod export;
 mod generate;
 mod info;
 mod interrupt;
 mod list;
+mod merge;
 mod model;
 mod names;
 mod progress;
@@ -78,6 +80,10 @@ enum Command {
     Remove(remove::Args),
     /// Convert a GGUF file or a Hugging Face directory to bitsandbytes NF4, or to plain 16 or 32 bits.
     Quantize(quantize::Args),
+    /// Fold adapters into a model's weights.
+    Merge(merge::Args),
+    /// Write an adapter or a model in the format of another program.
+    Export(export::Args),
     /// Describe a model or an adapter.
     Info(info::Args),
     /// Talk to a model.
@@ -112,6 +118,8 @@ pub fn run() -> ExitCode {
         Command::List(args) => list::run(&args).map(|()| true),
         Command::Remove(args) => remove::run(&args).map(|()| true),
         Command::Quantize(args) => quantize::run(&args).map(|()| true),
+        Command::Merge(args) => merge::run(&args).map(|()| true),
+        Command::Export(args) => export::run(&args).map(|()| true),
         Command::Info(args) => info::run(&args).map(|()| true),
         Command::Chat(args) => chat::run(args).map(|()| true),
         Command::Generate(args) => generate::run(&args).map(|()| true),

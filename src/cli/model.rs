@@ -9,7 +9,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::format::foreign::{no_tokenizer, no_tokenizer_inside};
 use crate::format::gguf::Gguf;
 use crate::format::{
-    Checkpoint, Existing, Progress, Source, Target, folder_of, is_gguf, model_of, open_source, quantize,
+    Checkpoint, Existing, Progress, Recipe, Source, Summary, folder_of, is_gguf, model_of, open_source, quantize,
 };
 use crate::hub::{self, Copy, Hub, Kind, Making};
 use indicatif::ProgressBar;
@@ -209,26 +209,37 @@ fn offer(hub: &Hub, path: &Path) {
     }
 }
 
-fn show(bar: &ProgressBar, p: Progress<'_>) {
+/// Shows how far work has come.
+pub(super) fn show(bar: &ProgressBar, p: Progress<'_>) {
     bar.set_length(p.total);
     bar.set_position(p.done);
     bar.set_message(p.tensor.to_owned());
 }
 
-fn go_on() -> ControlFlow<()> {
+/// Whether the work may go on, as callers of the library are asked.
+pub(super) fn go_on() -> ControlFlow<()> {
     if interrupt::asked() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
 
 /// Quantizes or converts with a progress bar; Ctrl-C leaves nothing behind.
-pub(super) fn convert(source: &Path, out: &Path, to: Target, existing: Existing) -> Result<crate::format::Summary> {
+pub(super) fn convert(source: &Path, out: &Path, recipe: Recipe, existing: Existing) -> Result<Summary> {
     let path = model_of(source);
     let source: Box<dyn Source> = open_source(&path)?;
     check_import(source.as_ref(), &path)?;
+    with_bar("quantize", out, |progress| quantize(source.as_ref(), out, recipe, existing, progress))
+}
+
+/// Makes the model `out` with a progress bar that is called `label`; Ctrl-C stops the work.
+pub(super) fn with_bar(
+    label: &str,
+    out: &Path,
+    work: impl FnOnce(&mut dyn FnMut(Progress<'_>) -> ControlFlow<()>) -> Result<Summary>,
+) -> Result<Summary> {
     if let Some(parent) = out.parent().filter(|p| !p.as_os_str().is_empty()) {
         fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
     }
-    let bar = progress::count(0, "quantize");
-    let summary = quantize(source.as_ref(), out, to, existing, &mut |p: Progress<'_>| {
+    let bar = progress::count(0, label);
+    let summary = work(&mut |p| {
         show(&bar, p);
         go_on()
     });

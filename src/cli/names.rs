@@ -55,7 +55,8 @@ fn known(text: &str) -> Option<PathBuf> {
         if cached(text).is_some() {
             eprintln!("note: `{text}` is taken as the path of that name here, not as the adapter in the cache");
         }
-        let of_adapter = |n: &std::ffi::OsStr| n == "adapter_model.safetensors" || n == "adapter_config.json";
+        const FILES: [&str; 3] = ["adapter_model.safetensors", "adapter_config.json", "adapters.safetensors"];
+        let of_adapter = |n: &std::ffi::OsStr| FILES.iter().any(|file| n == *file);
         let folder = path.parent().filter(|_| path.is_file() && path.file_name().is_some_and(of_adapter));
         return Some(folder.map_or(path.clone(), |f| if f.as_os_str().is_empty() { ".".into() } else { f.to_owned() }));
     }
@@ -79,8 +80,8 @@ fn unknown(text: &str, looked: &str) -> Error {
         false => "check the path; `pocketlora list` shows the names in the cache",
     };
     let message = format!(
-        "expected a folder with `adapter_config.json`, or the name of an adapter in the cache, but there is no {looked}; \
-         {next}"
+        "expected a folder with `adapter_config.json`, a GGUF file of an adapter, or the name of an adapter in the cache, but \
+         there is no {looked}; {next}"
     );
     Error::new(ErrorCode::Config, format!("adapter `{text}`"), message)
 }

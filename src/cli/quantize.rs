@@ -2,8 +2,8 @@
 
 use super::args::{megabytes, print_json};
 use super::{model, names, shell};
-use crate::error::Result;
-use crate::format::{Existing, Target};
+use crate::error::{Error, Result};
+use crate::format::{Existing, Recipe, Target};
 use clap::ValueEnum;
 use serde_json::json;
 use std::path::PathBuf;
@@ -22,13 +22,17 @@ pub(super) struct Args {
     /// Format of the linear layers.
     #[arg(long, value_enum, default_value = "nf4")]
     to: To,
+    /// Linear layers to leave in 16 bits: parts of their paths, separated by commas, such as down_proj or layers.0; a * stands
+    /// for any one segment.
+    #[arg(long, value_name = "PATTERN", value_delimiter = ',')]
+    skip: Vec<String>,
     /// Report as JSON.
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum To {
+pub(super) enum To {
     /// bitsandbytes NF4 with double quantization, 4.127 bits a weight.
     Nf4,
     /// IEEE half precision.
@@ -39,16 +43,31 @@ enum To {
     F32,
 }
 
+impl To {
+    pub(super) fn target(self) -> Target {
+        match self {
+            Self::Nf4 => Target::Nf4,
+            Self::F16 => Target::F16,
+            Self::Bf16 => Target::BF16,
+            Self::F32 => Target::F32,
+        }
+    }
+}
+
 pub(super) fn run(args: &Args) -> Result<()> {
-    let to = match args.to {
-        To::Nf4 => Target::Nf4,
-        To::F16 => Target::F16,
-        To::Bf16 => Target::BF16,
-        To::F32 => Target::F32,
-    };
+    let to = args.to.target();
+    if to != Target::Nf4 && !args.skip.is_empty() {
+        let expected = "`--to nf4`: in other formats no layer is 4-bit";
+        return Err(Error::config("skip", expected, args.skip.join(",")));
+    }
     let start = Instant::now();
     let existing = if args.overwrite { Existing::Replace } else { Existing::Keep };
-    let summary = model::convert(&model::locate(&args.source)?.path, &args.out, to, existing)?;
+    let summary = model::convert(
+        &model::locate(&args.source)?.path,
+        &args.out,
+        Recipe { to, skip: args.skip.clone() },
+        existing,
+    )?;
     let seconds = start.elapsed().as_secs_f64();
     if args.json {
         print_json(&json!({

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Endings of the companion tensors; whatever carries one is not a weight of its own.
-const COMPANIONS: [&str; 6] = [
+pub(super) const COMPANIONS: [&str; 6] = [
     ".absmax",
     ".quant_map",
     ".nested_absmax",

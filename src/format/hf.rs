@@ -274,6 +274,12 @@ impl Checkpoint {
         FourBit { path: &self.dir, name, find: &|key| self.find(key) }.is_quantized()
     }
 
+    /// The weight called `name` and its companions, by the endings of their names.
+    pub(super) fn parts(&self, name: &str) -> Vec<(&'static str, Tensor)> {
+        let endings = std::iter::once("").chain(bnb::COMPANIONS);
+        endings.filter_map(|ending| Some((ending, self.find(&format!("{name}{ending}"))?.clone()))).collect()
+    }
+
     /// The float type of `tensor`, or why its elements cannot be used.
     pub(super) fn float_type(&self, name: &str, tensor: &Tensor) -> Result<pocketlora_kernels::FloatType> {
         if let Some(float) = tensor.float_type() {

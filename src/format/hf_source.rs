@@ -1,6 +1,7 @@
 //! A Hugging Face directory as a [`Source`]: dense weights widened, 4-bit weights dequantized.
 
 use super::hf::read_file;
+use super::safetensors::Tensor;
 use super::{Checkpoint, LeftOut, Sidecars, Source, TensorMeta, widen};
 use crate::error::{Error, Result};
 use bytes::Bytes;
@@ -126,6 +127,13 @@ impl Source for HfSource {
             Data::FourBit(data) => data.decode(rows.start * cols, out),
         }
         Ok(())
+    }
+
+    fn nf4(&self, index: usize) -> Vec<(&'static str, Tensor)> {
+        match &self.data[index] {
+            Data::FourBit(data) if data.code == NF4 => self.checkpoint.parts(&self.tensors[index].name),
+            _ => Vec::new(),
+        }
     }
 
     fn sidecars(&self) -> Result<Sidecars> {

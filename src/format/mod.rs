@@ -11,6 +11,7 @@ mod pieces;
 mod place;
 mod plan;
 mod quantize;
+mod recipe;
 pub mod safetensors;
 mod source;
 mod widen;
@@ -26,7 +27,9 @@ pub(crate) use hf_source::sidecar_names;
 pub use place::model_of;
 #[cfg(feature = "cli")]
 pub(crate) use place::{folder_of, is_of_parts};
-pub use quantize::{Existing, Progress, Summary, Target, quantize};
+pub(crate) use quantize::convert;
+pub use quantize::{Existing, Progress, Summary, quantize};
+pub use recipe::{Recipe, Target};
 pub use source::{LeftOut, Sidecars, Source, TensorMeta, open_source};
 pub(crate) use widen::widen;
 pub(crate) use writer::{Entry, Writer};

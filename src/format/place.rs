@@ -1,6 +1,7 @@
 //! Where a model lies, from what people give: its folder, or any of its files.
 
 use super::foreign;
+use super::gguf::parts_of;
 use super::hf_source::SIDECARS;
 use super::safetensors::TensorFile;
 use crate::error::{Error, ErrorCode, Result};
@@ -28,7 +29,11 @@ pub fn model_of(path: &Path) -> PathBuf {
         name if is_part(name) => !dir.join(SINGLE).exists() && names_part(&dir, name),
         name => name == CONFIG || SIDECARS.contains(&name),
     };
-    if usual && path.is_file() { dir } else { path.to_path_buf() }
+    if usual && path.is_file() {
+        return dir;
+    }
+    // Any part of a GGUF model in several files stands for the first one.
+    parts_of(path).into_iter().next().unwrap_or_else(|| path.to_path_buf())
 }
 
 /// Whether the index in `dir`, if there is one, names the part called `name`.

@@ -2,7 +2,9 @@
 
 use super::bnb::QUANT_STATE_MAX;
 use super::pieces::for_each_piece;
-use super::quantize::{Target, Ticker};
+use super::quantize::Ticker;
+use super::recipe::{Recipe, Target};
+use super::safetensors::Tensor;
 use super::writer::Entry;
 use super::{Source, TensorMeta};
 use crate::error::{Error, ErrorCode, Result};
@@ -17,10 +19,12 @@ use std::collections::{HashMap, HashSet};
 const F16_LIMIT: f32 = 65_000.0;
 
 /// How a weight will be stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) enum Store {
     Nf4,
     Float(FloatType),
+    /// In NF4 as the source has it: its tensors by the endings of their names.
+    Kept(Vec<(&'static str, Tensor)>),
 }
 
 /// One weight of the source.
@@ -60,6 +64,11 @@ impl Weight {
         Self { shape, rows: self.cols, cols: self.rows, transposed: true, ..self }
     }
 
+    /// Whether it will be in NF4.
+    pub fn is_four_bit(&self) -> bool {
+        !matches!(self.store, Store::Float(_))
+    }
+
     pub fn elements(&self) -> u64 {
         self.rows as u64 * self.cols as u64
     }
@@ -87,6 +96,8 @@ fn bad(name: &str, message: String) -> Error {
 #[derive(Debug)]
 pub(super) struct Plan {
     pub weights: Vec<Weight>,
+    /// Paths of the linear layers that stay in 16 bits where others become 4-bit.
+    pub skipped: Vec<String>,
     /// Type of dense weights, and the one to which 4-bit weights are dequantized.
     pub float: FloatType,
 }
@@ -95,21 +106,32 @@ impl Plan {
     /// Decides on every weight. Reads those of a source without 16-bit types, to see whether binary16 holds them.
     ///
     /// # Errors
-    /// Weights are empty, named twice or 4-bit already, one is not finite, or the caller stops.
-    pub fn new(source: &dyn Source, to: Target, ticker: &mut Ticker<'_>) -> Result<Self> {
-        let mut weights = Vec::new();
+    /// Weights are empty or named twice, one is not finite, a pattern of the recipe names no layer, or the caller stops.
+    pub fn new(source: &dyn Source, recipe: &Recipe, ticker: &mut Ticker<'_>) -> Result<Self> {
+        let Recipe { to, .. } = *recipe;
+        let (mut weights, mut skipped) = (Vec::new(), Vec::new());
         let linears = Linears::of(source);
+        let modules: Vec<&str> = source.tensors().iter().filter(|meta| linears.has(meta)).map(module).collect();
+        recipe.check(&modules)?;
         for (index, meta) in source.tensors().iter().enumerate() {
-            let four_bit = to == Target::Nf4 && linears.has(meta);
-            if four_bit && meta.is_four_bit() {
-                let message = "is 4-bit already; use the model as it is, or quantize its 16-bit checkpoint";
-                return Err(Error::new(ErrorCode::Unsupported, format!("tensor `{}`", meta.name), message));
+            let linear = to == Target::Nf4 && linears.has(meta);
+            let skip = linear && recipe.skips(module(meta));
+            if skip {
+                skipped.push(module(meta).to_owned());
             }
-            // The float type is filled in below, when it is known.
-            let store = if four_bit { Store::Nf4 } else { Store::Float(FloatType::F32) };
+            let store = match linear && !skip {
+                true => match source.nf4(index) {
+                    parts if parts.is_empty() => Store::Nf4,
+                    parts => Store::Kept(parts),
+                },
+                // The float type is filled in below, when it is known.
+                false => Store::Float(FloatType::F32),
+            };
             let weight = Weight::new(index, meta, store)?;
-            weights.push(if four_bit && linears.is_transposed(&meta.name) { weight.transposed() } else { weight });
+            let turned = linear && !skip && linears.is_transposed(&meta.name);
+            weights.push(if turned { weight.transposed() } else { weight });
         }
+        skipped.sort();
         ticker.total = weights.iter().map(Weight::elements).sum();
         ticker.advance("", 0)?;
         let float = match to {
@@ -118,10 +140,10 @@ impl Plan {
             Target::F32 => FloatType::F32,
             Target::Nf4 => sixteen_bit_type(source, &weights, ticker)?,
         };
-        for weight in weights.iter_mut().filter(|w| w.store != Store::Nf4) {
+        for weight in weights.iter_mut().filter(|w| !w.is_four_bit()) {
             weight.store = Store::Float(float);
         }
-        let plan = Self { weights, float };
+        let plan = Self { weights, skipped, float };
         let mut names = HashSet::new();
         let appended = plan.quant_states().into_iter().map(|(name, _)| name);
         match plan.entries().into_iter().map(|entry| entry.name).chain(appended).find(|n| !names.insert(n.clone())) {
@@ -137,8 +159,11 @@ impl Plan {
             let mut add = |ending: &str, dtype, shape| {
                 entries.push(Entry { name: weight.companion(ending), dtype, shape });
             };
-            match weight.store {
-                Store::Float(float) => add("", dtype(float), weight.shape.clone()),
+            match &weight.store {
+                &Store::Float(float) => add("", dtype(float), weight.shape.clone()),
+                Store::Kept(tensors) => {
+                    tensors.iter().for_each(|(ending, tensor)| add(ending, tensor.dtype, tensor.shape.clone()));
+                }
                 Store::Nf4 => {
                     let elements = weight.rows * weight.cols;
                     let blocks = elements.div_ceil(BLOCK);
@@ -155,8 +180,29 @@ impl Plan {
 
     /// Names and greatest lengths of the quant_state tensors.
     pub fn quant_states(&self) -> Vec<(String, usize)> {
-        let four_bit = self.weights.iter().filter(|w| w.store == Store::Nf4);
+        let four_bit = self.weights.iter().filter(|w| matches!(w.store, Store::Nf4));
         four_bit.map(|w| (w.companion(".quant_state.bitsandbytes__nf4"), QUANT_STATE_MAX)).collect()
+    }
+}
+
+/// Path of the module that holds a weight.
+fn module(meta: &TensorMeta) -> &str {
+    meta.name.strip_suffix(".weight").unwrap_or(&meta.name)
+}
+
+/// Refuses to make 4-bit what is 4-bit already: nothing would be gained, and another rounding lost.
+///
+/// # Errors
+/// A linear layer of `source` is.
+pub(super) fn refuse_four_bit(source: &dyn Source, recipe: &Recipe) -> Result<()> {
+    let linears = Linears::of(source);
+    let mut four_bit = source.tensors().iter().filter(|m| matches!(m.dtype.as_str(), "NF4" | "FP4") && linears.has(m));
+    match four_bit.next().filter(|_| recipe.to == Target::Nf4) {
+        None => Ok(()),
+        Some(meta) => {
+            let message = "is 4-bit already; use the model as it is, or quantize its 16-bit checkpoint";
+            Err(Error::new(ErrorCode::Unsupported, format!("tensor `{}`", meta.name), message))
+        }
     }
 }
 
@@ -218,7 +264,8 @@ fn sixteen_bit_type(source: &dyn Source, weights: &[Weight], ticker: &mut Ticker
     if weights.iter().any(|w| dtype(w) == "BF16") {
         return Ok(FloatType::BF16);
     }
-    let unknown: Vec<&Weight> = weights.iter().filter(|w| dtype(w) != "F16").collect();
+    let kept = |w: &&Weight| matches!(w.store, Store::Kept(_));
+    let unknown: Vec<&Weight> = weights.iter().filter(|w| dtype(w) != "F16" && !kept(w)).collect();
     ticker.total += unknown.iter().map(|w| w.elements()).sum::<u64>();
     let mut largest = 0.0f32;
     for weight in unknown {

@@ -8,9 +8,10 @@ use super::bnb::{self, torch_name};
 use super::hf_source::is_sidecar;
 use super::pieces::{for_each_piece, narrow};
 use super::plan::{Plan, Store, Weight};
+use super::recipe::Recipe;
 use super::safetensors::TensorFile;
 use super::writer::Writer;
-use super::{Source, atomic};
+use super::{Source, atomic, plan};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::quant::{BLOCK, NF4, double_quantize, dynamic_map, encode_blocks};
 use serde_json::{Map, Value, json};
@@ -18,7 +19,6 @@ use std::fs::{self, File};
 use std::io::{Seek, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 pub(crate) const MODEL: &str = "model.safetensors";
 pub(crate) const CONFIG: &str = "config.json";
@@ -28,33 +28,6 @@ pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const CONVERSION: u32 = 3;
 /// Key in the safetensors metadata by which an older output is known, and may be replaced.
 const PRODUCER: &str = "producer";
-
-/// What to make of the weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// Linear layers in 4-bit NF4 with double quantization, the rest in 16 bits.
-    Nf4,
-    /// Everything in IEEE binary16.
-    F16,
-    /// Everything in bfloat16.
-    BF16,
-    /// Everything in binary32.
-    F32,
-}
-
-impl FromStr for Target {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "nf4" => Ok(Self::Nf4),
-            "f16" => Ok(Self::F16),
-            "bf16" => Ok(Self::BF16),
-            "f32" => Ok(Self::F32),
-            _ => Err(Error::config("to", "`nf4`, `f16`, `bf16` or `f32`", name)),
-        }
-    }
-}
 
 /// What to do with an older output at the place of the new one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -118,11 +91,29 @@ impl Ticker<'_> {
 ///
 /// # Errors
 /// `out` is the source, holds something, unless it is an older output that `existing` gives away, a weight is malformed
-/// or not finite, the disk refuses, or the caller stops. Nothing is left behind then, and what was there stays.
+/// or not finite, or 4-bit already and to be so again, the disk refuses, or the caller stops. Nothing is left behind then,
+/// and what was there stays.
 pub fn quantize(
     source: &dyn Source,
     out: &Path,
-    to: Target,
+    recipe: impl Into<Recipe>,
+    existing: Existing,
+    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+) -> Result<Summary> {
+    let recipe = recipe.into();
+    let refused = |e| of_source(e, source);
+    plan::refuse_four_bit(source, &recipe).map_err(refused)?;
+    convert(source, out, &recipe, existing, progress)
+}
+
+/// As [`quantize`], but weights of the source that are in NF4 already stay as they are.
+///
+/// # Errors
+/// As there, but for those.
+pub(crate) fn convert(
+    source: &dyn Source,
+    out: &Path,
+    recipe: &Recipe,
     existing: Existing,
     progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<Summary> {
@@ -131,7 +122,7 @@ pub fn quantize(
     let dir = AtomicDir::create(out, if existing == Existing::Replace { is_ours } else { |_| false })?;
     let mut ticker = Ticker { progress, done: 0, total: 0 };
     let named = |e: Error| if e.code() == ErrorCode::Format { of_source(e, source) } else { e };
-    let plan = Plan::new(source, to, &mut ticker).map_err(named)?;
+    let plan = Plan::new(source, recipe, &mut ticker).map_err(named)?;
 
     let path = out.join(MODEL);
     let file = File::create_new(dir.path().join(MODEL)).map_err(|e| Error::io("create", &path, e))?;
@@ -144,7 +135,7 @@ pub fn quantize(
     write_sidecars(source, dir.path())?;
     dir.commit()?;
 
-    let quantized = plan.weights.iter().filter(|w| w.store == Store::Nf4).count();
+    let quantized = plan.weights.iter().filter(|w| w.is_four_bit()).count();
     let elements = plan.weights.iter().map(Weight::elements).sum();
     let dense = plan.weights.len() - quantized;
     Ok(Summary { quantized, dense, elements, bytes, dtype: torch_name(plan.float) })
@@ -261,8 +252,8 @@ fn write_weights(
     let mut writer = Writer::new(sink, metadata, plan.entries(), plan.quant_states());
     let mut states = Vec::new();
     for weight in &plan.weights {
-        match weight.store {
-            Store::Float(float) => {
+        match &weight.store {
+            &Store::Float(float) => {
                 let mut at = 0;
                 let convert = |start, values: &[f32]| narrow(float, values, weight, start);
                 for_each_piece(source, weight, convert, ticker, |bytes| {
@@ -275,6 +266,12 @@ fn write_weights(
                 let absmax = write_packed(source, weight, path, &mut writer, ticker)?;
                 let state = write_scales(weight, plan, &absmax, &mut writer).map_err(refused)?;
                 states.push((weight.companion(".quant_state.bitsandbytes__nf4"), state));
+            }
+            Store::Kept(tensors) => {
+                for (ending, tensor) in tensors {
+                    writer.write(&weight.companion(ending), 0, &tensor.bytes).map_err(refused)?;
+                }
+                ticker.advance(&weight.name, weight.elements())?;
             }
         }
     }
@@ -335,7 +332,12 @@ fn config(source: &Map<String, Value>, plan: &Plan) -> Value {
     for key in ["dtype", "torch_dtype"] {
         config.insert(key.to_owned(), torch_name(plan.float).into());
     }
-    if plan.weights.iter().any(|w| w.store == Store::Nf4) {
+    if plan.weights.iter().any(Weight::is_four_bit) {
+        // Where a list is there, transformers asks of nothing else whether a layer is 4-bit: the head is in it, too.
+        let skipped = match &plan.skipped[..] {
+            [] => Value::Null,
+            modules => std::iter::once("lm_head").chain(modules.iter().map(String::as_str)).collect(),
+        };
         let quantization = json!({
             "_load_in_4bit": true,
             "_load_in_8bit": false,
@@ -345,7 +347,7 @@ fn config(source: &Map<String, Value>, plan: &Plan) -> Value {
             "bnb_4bit_use_double_quant": true,
             "llm_int8_enable_fp32_cpu_offload": false,
             "llm_int8_has_fp16_weight": false,
-            "llm_int8_skip_modules": null,
+            "llm_int8_skip_modules": skipped,
             "llm_int8_threshold": 6.0,
             "load_in_4bit": true,
             "load_in_8bit": false,
@@ -360,7 +362,7 @@ fn config(source: &Map<String, Value>, plan: &Plan) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::HfSource;
+    use crate::format::{HfSource, Target};
     use std::io::{self, Cursor, SeekFrom};
 
     /// A disk that is full after some bytes.
@@ -392,7 +394,7 @@ mod tests {
         let write = |room| {
             let mut go_on = |_: Progress<'_>| ControlFlow::Continue(());
             let mut ticker = Ticker { progress: &mut go_on, done: 0, total: 0 };
-            let plan = Plan::new(&source, Target::Nf4, &mut ticker).unwrap();
+            let plan = Plan::new(&source, &Target::Nf4.into(), &mut ticker).unwrap();
             write_weights(&source, &plan, Path::new("x"), Full(Cursor::default(), room), &mut ticker)
         };
         let whole = write(u64::MAX).unwrap();

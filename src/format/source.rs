@@ -2,6 +2,7 @@
 
 use super::HfSource;
 use super::gguf::Gguf;
+use super::safetensors::Tensor;
 use crate::error::Result;
 use std::fs::File;
 use std::io::Read as _;
@@ -64,6 +65,11 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// The file's bytes contradict its header.
     fn read_rows(&self, index: usize, rows: Range<usize>, out: &mut [f32]) -> Result<()>;
+    /// Tensor number `index` as bitsandbytes' NF4 has it, if that is how it lies in its file: endings of the names of its
+    /// tensors, and these; else none.
+    fn nf4(&self, _index: usize) -> Vec<(&'static str, Tensor)> {
+        Vec::new()
+    }
     /// Tokenizer and chat template.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 use super::record::{hex, sha256};
 use crate::error::{Error, Result};
+use crate::format::gguf::parts_of;
 use crate::format::{CONFIG, CONVERSION, is_gguf, is_of_parts, sidecar_names};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -105,7 +106,7 @@ impl Fingerprints {
         texts.update(env!("CARGO_PKG_VERSION"));
         let single = path.is_file();
         let dir = if single { path.parent().unwrap_or(Path::new("")) } else { path };
-        let files = if single && !is_of_parts(path) { vec![path.to_owned()] } else { weight_files(dir)? };
+        let files = if single && !is_of_parts(path) { parts_of(path) } else { weight_files(dir)? };
         for file in &files {
             sample(&mut weights, file)?;
         }

@@ -186,9 +186,11 @@ impl<B: Backend> Trainer<B> {
             ));
         }
         config.check_evaluated(eval_data.is_some())?;
+        let init = init.map(|file| file.fitted(base.model.as_ref())).transpose()?;
+        let init = init.as_deref();
         init.map_or(Ok(()), |file| mark::check(&base, file))?;
         let kept = init.map(|file| file.replaced.clone()).unwrap_or_default();
-        let replaced = init.map(|file| Replaced::default().with(&base, file, 1.0)).transpose()?.unwrap_or_default();
+        let replaced = init.map(|file| Replaced::default().with(&base, file)).transpose()?.unwrap_or_default();
         check_data(&base, &replaced, &data)?;
         eval_data.iter().try_for_each(|data| check_data(&base, &replaced, data))?;
         let mut batches = Batches::new(&data, &config)?;

@@ -10,5 +10,7 @@ mod cache;
 mod cli;
 #[cfg(unix)] // signals
 mod ends;
+mod exchange;
+mod merge;
 mod said;
 mod study;

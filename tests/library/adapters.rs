@@ -202,6 +202,13 @@ fn what_would_be_ignored_or_wrong_is_refused_by_name() {
             })
         })
         .collect();
+    let beyond: Vec<F16> = [0, 7, 8]
+        .iter()
+        .flat_map(|n| {
+            q_proj(move |p| format!("base_model.model.{}.weight", p.replace("layers.0", &format!("layers.{n}"))))
+        })
+        .collect();
+    let all_layers = json!({"layers_to_transform": null});
     let twice = and(q_proj(|path| format!("base_model.model.{path}.default.weight")));
     let vector = |name: &str| (format!("base_model.model.{name}"), vec![WIDTH], vec![1.0; WIDTH]);
     let layer = |name: &str| (format!("base_model.model.{name}.weight"), vec![WIDTH; 2], vec![0.0; WIDTH * WIDTH]);
@@ -215,6 +222,13 @@ fn what_would_be_ignored_or_wrong_is_refused_by_name() {
         ("alora", plain(), json!({"alora_invocation_tokens": [27, 9690]}), "alora_invocation_tokens"),
         ("a key of tomorrow", plain(), json!({"use_magic": true}), "use_magic"),
         ("two adapters", two_names, json!({"layers_to_transform": null}), "`a` and `b`"),
+        (
+            "layers that are left over",
+            beyond.clone(),
+            all_layers.clone(),
+            "layers.7.self_attn.q_proj`, `model.layers.8",
+        ),
+        ("how many they are", beyond, all_layers, "got 2 modules that are none of 3"),
         ("twice", twice, no_changes.clone(), "twice"),
         ("not named", plain(), json!({"target_modules": ["v_proj"]}), "target_modules"),
         ("excluded", plain(), json!({"exclude_modules": ".*q_proj"}), "target_modules"),
@@ -239,7 +253,12 @@ fn what_would_be_ignored_or_wrong_is_refused_by_name() {
         ("an adapted layer's", and(vec![layer(V_WEIGHT)]), no_changes.clone(), "modules_to_save"),
         ("below no adapter", and(vec![layer(V_BASE)]), no_changes.clone(), "modules_to_save"),
         ("a bias", and(vec![vector("model.layers.0.self_attn.q_proj.bias")]), no_changes.clone(), "`bias`"),
-        ("new rows", and(vec![rows.clone()]), json!({"trainable_token_indices": [3, 4]}), "trainable_token_indices"),
+        (
+            "new rows of other tokens",
+            and(vec![rows.clone()]),
+            json!({"trainable_token_indices": [3, 512]}),
+            "got `512`",
+        ),
         ("rows without ids", and(vec![rows]), no_changes.clone(), "trainable_token_indices"),
         (
             "a text model's vision",
@@ -498,19 +517,22 @@ fn what_is_no_peft_adapter_is_told_by_its_files() {
                 folder("pickle", &[("adapter_config.json", config), ("adapter_model.bin", "x")]),
                 "pickle/adapter_model.bin",
             ),
-            (folder("mlx", &[("adapter_config.json", mlx), ("adapters.safetensors", "x")]), "mlx"),
+            (folder("mlx", &[("adapter_config.json", mlx), ("adapters.safetensors", "x")]), "adapters.safetensors"),
             (folder("image", &[("pytorch_lora_weights.safetensors", "x")]), "image model"),
             (folder("no config", &[("adapter_model.safetensors", "x")]), "adapter_config.json"),
             (folder("a model", &[("config.json", "{}"), ("model.safetensors", "x")]), "`-m`"),
             (folder("empty", &[]), "an empty folder"),
             (folder("no weights", &[("adapter_config.json", config)]), "no `adapter_model.safetensors`"),
-            (folder("of llama.cpp", &[("adapter_config.json", config), ("adapter.gguf", "GGUF")]), "GGUF form"),
+            (
+                folder("of llama.cpp", &[("adapter_config.json", config), ("adapter.gguf", "GGUF")]),
+                "a folder with GGUF files",
+            ),
             (
                 folder("parts", &[("adapter_config.json", config), ("adapter_model.safetensors.index.json", "{}")]),
                 "in several files",
             ),
             (checkpoints.clone(), "checkpoint-100"),
-            (gguf, "GGUF"),
+            (gguf, "version"),
             (good.join("adapter_model.safetensors"), "good"),
             (adapter(dir.path(), "kohya", &unet[..1], json!({})), "image model"),
         ],

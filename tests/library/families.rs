@@ -158,6 +158,9 @@ fn every_family_gives_the_logits_of_transformers_and_peft() {
         close(name, &logits(&engine, &ids), &expected["logits"].data, *bound)?;
         engine.attach(&adapter_of(name, dir.path()), 1.0).unwrap();
         close(&format!("{name} with LoRA"), &logits(&engine, &ids), &expected["lora_logits"].data, 2.0 * bound)?;
+        engine.detach_all();
+        engine.attach(&folder(name).join("adapter"), 1.0).unwrap();
+        close(&format!("{name} with PEFT's"), &logits(&engine, &ids), &expected["lora_logits"].data, 2.0 * bound)?;
         let older = older(name);
         let older = open_exact(older.path(), 1);
         close(&format!("{name} of an older config"), &logits(&older, &ids), &expected["logits"].data, *bound)

@@ -11,11 +11,13 @@ mod checkpoint;
 mod engine;
 #[cfg(feature = "metrics")]
 mod eval;
+mod exchange;
 mod families;
 mod gguf;
 mod golden;
 mod head;
 mod keep;
+mod merge;
 mod methods;
 mod peft_curve;
 #[cfg(feature = "hub")]

@@ -14,6 +14,17 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 const METHODS: [&str; 2] = ["ia3", "prefix_tuning"];
+/// What LoRA can be asked for beside rank and alpha.
+const LORA: [&str; 8] = [
+    "lora",
+    "lora_bias",
+    "lora_embedding_head",
+    "lora_layers_regex",
+    "lora_layers_to_transform",
+    "lora_modules_to_save",
+    "lora_target_parameters",
+    "lora_trainable_tokens",
+];
 
 fn of(method: &str, file: &str) -> PathBuf {
     golden("methods").join(method).join(file)
@@ -34,7 +45,7 @@ fn close(what: &str, got: &[f32], expected: &[f32], bound: f32) -> Result<(), St
 
 #[test]
 fn served_adapters_give_the_logits_of_peft() {
-    check_all(METHODS, |method| {
+    check_all(METHODS.into_iter().chain(LORA), |method| {
         let engine = base(2);
         engine.attach(&of(method, ""), 1.0).unwrap();
         let expected = &tensors(&of(method, "logits.safetensors"))["logits"].data;
@@ -222,7 +233,8 @@ fn train_like_peft(method: &str, accumulate: bool) -> Result<(), String> {
 
 #[test]
 fn losses_and_gradients_are_those_of_peft() {
-    let cases = METHODS.into_iter().flat_map(|method| [(method, false), (method, true)]);
+    let trained = METHODS.into_iter().chain(["lora_bias", "lora_target_parameters"]);
+    let cases = trained.flat_map(|method| [(method, false), (method, true)]);
     check_all(cases, |(method, accumulate)| train_like_peft(method, *accumulate));
 }
 

@@ -4,7 +4,7 @@ use pocketlora::ErrorCode;
 use pocketlora::Result;
 use pocketlora::format::safetensors::{Dtype, TensorFile};
 use pocketlora::format::{
-    Checkpoint, Existing, HfSource, Progress, Sidecars, Source, Summary, Target, TensorMeta, quantize,
+    Checkpoint, Existing, HfSource, Progress, Recipe, Sidecars, Source, Summary, Target, TensorMeta, quantize,
 };
 use pocketlora_kernels::MatrixData;
 use pocketlora_kernels::quant::encode;
@@ -41,6 +41,40 @@ fn all_values(source: &dyn Source) -> Vec<(String, Vec<f32>)> {
     let mut all: Vec<_> = source.tensors().iter().enumerate().map(read).collect();
     all.sort_by(|a, b| a.0.cmp(&b.0));
     all
+}
+
+/// What is left out is 16-bit, and the config names it as transformers looks for it: the head, too, and whole paths.
+#[test]
+fn skipped_layers_stay_in_16_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = HfSource::open(&oracle("tiny-mistral")).unwrap();
+    let made = |name: &str, skip: &[&str]| -> Result<Checkpoint> {
+        let recipe = Recipe { to: Target::Nf4, skip: skip.iter().map(|s| (*s).to_owned()).collect() };
+        let out = dir.path().join(name);
+        quantize(&source, &out, recipe, Existing::Keep, &mut |_| ControlFlow::Continue(()))?;
+        Checkpoint::open(&out)
+    };
+    let skipped = made("skipped", &["down_proj", "layers.1.self_attn"]).unwrap();
+    let expected = [
+        "lm_head",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+        "model.layers.1.self_attn.k_proj",
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ];
+    assert_eq!(skipped.config()["quantization_config"]["llm_int8_skip_modules"], Value::from(expected.to_vec()));
+    let whole = made("whole", &[]).unwrap();
+    for name in whole.weights().filter(|name| whole.is_quantized(name)) {
+        let left_out = expected.contains(&name.trim_end_matches(".weight"));
+        assert_eq!(skipped.is_quantized(name), !left_out, "{name}");
+        if !left_out {
+            assert_eq!(skipped.tensor(name).unwrap().bytes, whole.tensor(name).unwrap().bytes, "{name}");
+        }
+    }
+    let error = made("none", &["dwon_proj"]).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("dwon_proj") && !dir.path().join("none").exists(), "{error}");
 }
 
 #[test]

@@ -11,9 +11,6 @@ pub(super) fn check_files(dir: &Path) -> Result<()> {
     if dir.is_file() {
         let folder = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         return match dir.extension().and_then(|e| e.to_str()) {
-            Some("gguf") => {
-                refused("an adapter in GGUF form", "use the folder of the PEFT adapter that it was made from")
-            }
             _ if folder.join(CONFIG).exists() => {
                 refused("a single file as an adapter", &format!("give its folder: `-a '{}'`", folder.display()))
             }
@@ -24,8 +21,15 @@ pub(super) fn check_files(dir: &Path) -> Result<()> {
     if has(CONFIG) && has(WEIGHTS) {
         return Ok(());
     }
-    if has("adapters.safetensors") || has("adapters.npz") {
-        return refused("an adapter in the format of mlx", "convert it to PEFT's format, or train it anew");
+    if has("adapters.npz") {
+        let next = "save it as `adapters.safetensors`, as newer versions of mlx-lm do";
+        return refused("an adapter of an old mlx-lm (`adapters.npz`)", next);
+    }
+    if has("adapters.safetensors") && !has(CONFIG) {
+        return refused(
+            &format!("an adapter of mlx without {CONFIG}"),
+            "fetch that file, too: it says how strong it is",
+        );
     }
     if has("adapter_model.bin") {
         let next = format!(
@@ -75,8 +79,7 @@ fn lacking(dir: &Path) -> Error {
         return Error::unsupported(dir, "an adapter in several files with an index", next);
     }
     if names.iter().any(|n| n.to_lowercase().ends_with(".gguf")) {
-        let next = "use the folder of the PEFT adapter that it was made from";
-        return Error::unsupported(dir, "an adapter in GGUF form", next);
+        return Error::unsupported(dir, "a folder with GGUF files as an adapter", "give the file itself");
     }
     let (got, next) = match names.iter().any(|n| n == CONFIG) {
         true => (format!("no `{WEIGHTS}`"), "fetch that file, too, for instance by `pocketlora pull OWNER/REPO`"),
@@ -107,11 +110,8 @@ pub(super) fn check_config(path: &Path, json: &Map<String, Value>) -> Result<()>
         return Ok(());
     }
     if has("lora_parameters") || has("fine_tune_type") {
-        return Err(Error::unsupported(
-            path,
-            "an adapter in the format of mlx",
-            "convert it to PEFT's format, or train it anew",
-        ));
+        let next = "fetch its `adapters.safetensors`, too";
+        return Err(Error::unsupported(path, "the config of an adapter of mlx beside another program's weights", next));
     }
     if has("architecture") && has("config") || has("adapter_fusion") {
         let next = "export it to PEFT's format";

@@ -38,6 +38,8 @@ pub(super) struct Key {
     pub written: String,
     /// What the tensor is to it.
     pub part: Part,
+    /// How many adapters are around it: PEFT wraps the weights of a module one around the other.
+    pub depth: usize,
     /// The adapter's name, where the file still has it.
     pub adapter: Option<String>,
 }
@@ -48,7 +50,13 @@ pub(super) struct Key {
 /// It is of another method, another program or another part of a model.
 pub(super) fn parse(path: &Path, name: &str, kind: Kind) -> Result<Key> {
     if let Some(shared) = kind.shared().iter().find(|shared| **shared == name) {
-        return Ok(Key { module: String::new(), written: String::new(), part: Part::Shared(shared), adapter: None });
+        return Ok(Key {
+            module: String::new(),
+            written: String::new(),
+            part: Part::Shared(shared),
+            depth: 0,
+            adapter: None,
+        });
     }
     let mut segments: Vec<&str> = name.split('.').filter(|s| !WRAPPERS.contains(s)).collect();
     while segments.starts_with(&["base_model", "model"]) {
@@ -56,7 +64,10 @@ pub(super) fn parse(path: &Path, name: &str, kind: Kind) -> Result<Key> {
     }
     let begins = |s: &str| kind.parts().iter().any(|part| part.split('.').next() == Some(s));
     let split = segments.iter().position(|s| s.starts_with("lora_") || OWN.contains(s) || begins(s));
-    let (module, rest) = segments.split_at(split.unwrap_or(segments.len().saturating_sub(1)));
+    let (module, mut rest) = segments.split_at(split.unwrap_or(segments.len().saturating_sub(1)));
+    let depth = rest.iter().take_while(|s| **s == "base_layer").count();
+    let depth = if rest.get(depth).is_some_and(|s| begins(s)) { depth } else { 0 };
+    rest = &rest[depth..];
     let own = kind.parts().iter().enumerate().find_map(|(i, part)| Some((Part::Own(i), is_part(rest, part)?)));
     let (part, adapter) = match *rest {
         _ if own.is_some() => own.expect("asked just now"),
@@ -76,7 +87,7 @@ pub(super) fn parse(path: &Path, name: &str, kind: Kind) -> Result<Key> {
         return Err(unknown(path, name, rest));
     }
     let written = module.join(".");
-    Ok(Key { module: canonical(module), written, part, adapter: adapter.map(str::to_owned) })
+    Ok(Key { module: canonical(module), written, part, depth, adapter: adapter.map(str::to_owned) })
 }
 
 /// Whether the end `rest` of a name is `part`, and the adapter's name in it: it stands behind the first segment.
@@ -92,6 +103,11 @@ fn is_part<'n>(rest: &[&'n str], part: &str) -> Option<Option<&'n str>> {
 /// First segments of what PEFT keeps below a module, beside those that begin with `lora_`.
 const OWN: &[&str] = &["base_layer", "original_module", "modules_to_save", "token_adapter", "lora"];
 
+/// The module path `path`, which another program wrote, under the names that a text model on its own has.
+pub(in crate::adapter) fn canonical_path(path: &str) -> String {
+    canonical(&path.split('.').filter(|s| !WRAPPERS.contains(s)).collect::<Vec<_>>())
+}
+
 /// The path under the names that a text model on its own has: `model.language_model.layers.0..` is its `model.layers.0..`.
 fn canonical(module: &[&str]) -> String {
     let first = module.iter().position(|s| !TEXT_PARTS.contains(s)).unwrap_or(module.len());
@@ -106,13 +122,14 @@ fn canonical(module: &[&str]) -> String {
 fn unknown(path: &Path, name: &str, rest: &[&str]) -> Error {
     let merge = "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
     let (what, next) = match rest.first().copied().unwrap_or_default() {
-        "lora_embedding_A" | "lora_embedding_B" => ("low-rank terms on an embedding", merge),
         "lora_magnitude_vector" => ("DoRA", merge),
-        "lora_A" | "lora_B" if rest.last() == Some(&"bias") => ("`lora_bias`", merge),
         "lora_down" | "lora_up" | "lora" => {
             ("a LoRA of an image model", "use an adapter of a language model, in PEFT's format")
         }
-        "lora_a" | "lora_b" => ("an adapter in the format of mlx or GGUF", "export it to PEFT's format"),
+        "lora_a" | "lora_b" => (
+            "an adapter of mlx or GGUF under PEFT's file name",
+            "keep the names and the config that its program gave it",
+        ),
         _ if name.starts_with("lora_unet_") || name.starts_with("lora_te") || name.starts_with("unet.") => {
             ("a LoRA of an image model", "use an adapter of a language model, in PEFT's format")
         }
@@ -189,9 +206,7 @@ mod tests {
     #[test]
     fn other_methods_and_programs_are_named() {
         for (name, said) in [
-            ("base_model.model.model.embed_tokens.lora_embedding_A", "embedding"),
             ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
-            ("base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias", "lora_bias"),
             ("lora_unet_down_blocks_0.lora_down.weight", "image model"),
             ("unet.down_blocks.0.attn.to_q.lora.down.weight", "image model"),
             ("model.layers.0.self_attn.q_proj.lora_a", "mlx"),

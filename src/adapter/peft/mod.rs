@@ -7,18 +7,25 @@ mod targets;
 mod tensors;
 
 pub(super) use config::{KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, matches_any, regex};
+pub(super) use keys::canonical_path;
 pub(super) use tensors::Found;
 pub use tensors::{Replacements, Rows, WholeTensor};
 
+use super::exchange::{fit, is_gguf_adapter, is_mlx_adapter, open_gguf, open_mlx};
+use super::experts::{apart, is_fused};
 use super::kinds::{Kind, Method};
 use super::tensor::{Stored, Tensors};
 use crate::error::{Error, Result};
+use crate::format::gguf::Arch;
+use crate::format::is_gguf;
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::{Entry, Staged, Writer, sweep, sync_dir};
+use half::f16;
 use keys::PREFIX;
 use pocketlora_models::{Model, ParamSpec, Role};
 use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
+use std::borrow::Cow;
 use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -52,6 +59,8 @@ pub struct AdapterFile {
     base_class: Option<String>,
     /// Which layers its config names; nothing is known of one that was made in memory.
     named: Option<Arc<Targets>>,
+    /// In the file's order of rows, which is that of an architecture of llama.cpp; none is that of Hugging Face.
+    pub(super) arch: Option<&'static Arch>,
 }
 
 impl AdapterFile {
@@ -68,6 +77,7 @@ impl AdapterFile {
             warnings: Vec::new(),
             base_class: None,
             named: None,
+            arch: None,
         }
     }
 
@@ -77,11 +87,17 @@ impl AdapterFile {
         Self { replaced, ..self }
     }
 
-    /// Reads a PEFT directory.
+    /// Reads a PEFT directory, a GGUF file of llama.cpp or a directory of mlx-lm.
     ///
     /// # Errors
     /// A file is missing, broken or contradicts the other, or the adapter's method is none of [`Method`].
     pub fn open(dir: &Path) -> Result<Self> {
+        if is_gguf(dir) {
+            return open_gguf(dir);
+        }
+        if is_mlx_adapter(dir) {
+            return open_mlx(dir);
+        }
         foreign::check_files(dir)?;
         let path = dir.join(CONFIG);
         let json = crate::format::foreign::read_object(&path)?;
@@ -107,7 +123,27 @@ impl AdapterFile {
             warnings: parsed.warnings,
             base_class: parsed.base_class,
             named: (!kind.parts().is_empty()).then(|| Arc::new(parsed.targets)),
+            arch: None,
         })
+    }
+
+    /// The same with its rows in the order that `model` has, and with what is for all experts of a layer as one put on each
+    /// of them.
+    ///
+    /// # Errors
+    /// Its file names another architecture than the model's.
+    pub fn fitted(&self, model: &dyn Model) -> Result<Cow<'_, Self>> {
+        match self.arch {
+            Some(arch) => fit(self, arch, model),
+            None if self.modules().any(is_fused) => Ok(Cow::Owned(apart(self, model))),
+            None => Ok(Cow::Borrowed(self)),
+        }
+    }
+
+    /// Whether only a base tells in which order its rows are, see [`AdapterFile::fitted`].
+    #[must_use]
+    pub fn needs_base(&self) -> bool {
+        self.arch.is_some()
     }
 
     /// Checks the config at `path`, whose weights may not be there yet.
@@ -170,6 +206,12 @@ impl AdapterFile {
         Ok(unfilled)
     }
 
+    /// Whether there is an adapter in any of the forms that [`AdapterFile::open`] reads at `path`.
+    #[must_use]
+    pub fn is_at(path: &Path) -> bool {
+        Self::exists(path) || is_gguf_adapter(path)
+    }
+
     /// Whether `dir` holds an adapter: the config is what appears last.
     #[must_use]
     pub fn exists(dir: &Path) -> bool {
@@ -201,6 +243,18 @@ impl AdapterFile {
         self.save_by(&self.dir, shapes, |put| self.tensors.iter().try_for_each(|(name, t)| put(name, &t.data)))
     }
 
+    /// Writes it to the folder `dir` without rounding: in f16 if that holds all values as they are, else in f32.
+    ///
+    /// # Errors
+    /// The files cannot be written.
+    pub fn save_exact(&self, dir: &Path) -> Result<()> {
+        let halves = self.tensors.values().all(|t| t.data.iter().all(|v| f16::from_f32(*v).to_f32() == *v));
+        let stored = if halves && self.method.kind().stored() == Stored::F16 { Stored::F16 } else { Stored::F32 };
+        let shapes = self.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
+        std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
+        self.save_as(stored, dir, shapes, |put| self.tensors.iter().try_for_each(|(name, t)| put(name, &t.data)))
+    }
+
     /// As [`AdapterFile::save`], to the folder `dir`, with tensors of `shapes` in place of its own, which `fill` hands over
     /// one at a time, in any order: no more than one of them is held as the file has it.
     ///
@@ -212,12 +266,22 @@ impl AdapterFile {
         shapes: Vec<(String, Vec<usize>)>,
         fill: impl FnOnce(&mut Put<'_>) -> Result<()>,
     ) -> Result<()> {
+        self.save_as(self.method.kind().stored(), dir, shapes, fill)
+    }
+
+    fn save_as(
+        &self,
+        stored: Stored,
+        dir: &Path,
+        shapes: Vec<(String, Vec<usize>)>,
+        fill: impl FnOnce(&mut Put<'_>) -> Result<()>,
+    ) -> Result<()> {
         let (path, kind) = (dir.join(WEIGHTS), self.method.kind());
         let adapted = adapted(kind, &shapes);
         let kept = self.replaced.tensors(&adapted);
         let weights = Staged::write(&path, |file| {
             let failed = |e| Error::io("write", &path, e);
-            let dtype = match kind.stored() {
+            let dtype = match stored {
                 Stored::F16 => Dtype::F16,
                 Stored::F32 => Dtype::F32,
             };
@@ -234,7 +298,7 @@ impl AdapterFile {
             };
             let mut writer = Writer::new(BufWriter::new(file), metadata, entries, Vec::new());
             fill(&mut |name, values| {
-                writer.write(&written(kind, name), 0, &kind.stored().bytes(values, name)?).map_err(failed)
+                writer.write(&written(kind, name), 0, &stored.bytes(values, name)?).map_err(failed)
             })?;
             for (name, tensor) in &kept {
                 writer.write(&format!("{PREFIX}{name}"), 0, &tensor.bytes).map_err(failed)?;

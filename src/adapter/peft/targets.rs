@@ -1,6 +1,7 @@
 //! Which layers an adapter's config says that it adapts (PEFT `check_target_module_exists`).
 
 use super::config::{Keys, matches_any, regex};
+use crate::adapter::experts::{FUSED, is_fused};
 use crate::error::Result;
 use fancy_regex::Regex;
 use serde_json::Value;
@@ -12,6 +13,8 @@ pub(super) struct Targets {
     path: PathBuf,
     named: Names,
     excluded: Names,
+    /// Ends of the names of weights that are adapted beside those modules (`target_parameters`).
+    parameters: Vec<String>,
     /// Modules of which there is a copy are not adapted.
     copied: Vec<(Regex, String)>,
     /// Numbers of layers, if not all.
@@ -65,16 +68,27 @@ impl Targets {
             path: path.to_owned(),
             named: names("target_modules")?,
             excluded: names("exclude_modules")?,
+            parameters: keys.list("target_parameters")?,
             copied: compile(keys.list("modules_to_save")?, |m| format!(r"(^|\.)(?:{m})($|\.)"))?,
             layers,
             numbers: compile(numbers, |p| format!(r"^(?:.*?\.)?(?:{p})\.(\d+)\."))?,
         })
     }
 
+    /// Which weight an adapter on the experts at the path `module` is for, inside `depth` others: PEFT wraps the module once
+    /// for each weight, and the last one is outside.
+    pub(super) fn weight_of_experts(&self, module: &str, depth: usize) -> Option<&'static str> {
+        if !module.ends_with(".experts") {
+            return None;
+        }
+        let weight = |name: &String| FUSED.iter().copied().find(|fused| is_end(name, fused));
+        self.parameters.iter().rev().filter_map(weight).nth(depth)
+    }
+
     /// The ends of paths, where a list of them says all; exceptions and expressions need full paths to say the same.
     pub(super) fn suffixes(&self) -> Option<&[String]> {
         match (&self.named, &self.excluded, &self.layers) {
-            (Names::Ends(list), Names::Unsaid, None) => Some(list),
+            (Names::Ends(list), Names::Unsaid, None) if self.parameters.is_empty() => Some(list),
             _ => None,
         }
     }
@@ -82,6 +96,15 @@ impl Targets {
     /// Whether a linear layer with these names is adapted: the path that it has in the base, and the one that it had in
     /// training.
     pub(super) fn names(&self, names: [&str; 2]) -> Result<bool> {
+        let weights = names.map(|name| format!("{name}.weight"));
+        // Those of experts have no name of their own below the module's.
+        let by_weight = |end: &String| {
+            let fused = names.into_iter().filter(|name| is_fused(name));
+            weights.iter().map(String::as_str).chain(fused).any(|weight| is_end(weight, end))
+        };
+        if self.parameters.iter().any(by_weight) {
+            return Ok(true);
+        }
         if self.is_in(&self.excluded, names)? {
             return Ok(false);
         }
@@ -90,7 +113,8 @@ impl Targets {
                 return Ok(false);
             }
         }
-        if !matches!(self.named, Names::Unsaid) && !self.is_in(&self.named, names)? {
+        let unsaid = matches!(self.named, Names::Unsaid) && self.parameters.is_empty();
+        if !unsaid && !self.is_in(&self.named, names)? {
             return Ok(false);
         }
         let (Some(layers), Names::Ends(_)) = (&self.layers, &self.named) else { return Ok(true) };
@@ -103,9 +127,7 @@ impl Targets {
     }
 
     fn is_in(&self, list: &Names, names: [&str; 2]) -> Result<bool> {
-        let ends = |end: &str| {
-            names.iter().any(|name| name.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
-        };
+        let ends = |end: &str| names.iter().any(|name| is_end(name, end));
         match list {
             Names::Unsaid => Ok(false),
             Names::AllLinear => Ok(names[0] != "lm_head"),
@@ -113,4 +135,9 @@ impl Targets {
             Names::Whole(regex, key) => matches_any(&self.path, regex, key, names),
         }
     }
+}
+
+/// Whether `name` ends in the segments `end`.
+fn is_end(name: &str, end: &str) -> bool {
+    name.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }

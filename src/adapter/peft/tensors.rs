@@ -7,6 +7,7 @@ use crate::adapter::tensor::{HostTensor, Tensors};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::widen;
+use pocketlora_models::{Model, Role};
 use safetensors::Dtype;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -24,6 +25,13 @@ pub struct WholeTensor {
     pub tensor: Tensor,
 }
 
+impl WholeTensor {
+    /// The weight's whole name.
+    pub(in crate::adapter) fn name(&self) -> String {
+        format!("{}.{}", self.module, self.kind)
+    }
+}
+
 /// Rows that stand in for single ones of an embedding.
 #[derive(Clone, Debug)]
 pub struct Rows {
@@ -33,6 +41,24 @@ pub struct Rows {
     pub ids: Vec<u32>,
     /// Their values.
     pub values: HostTensor,
+}
+
+impl Rows {
+    /// Refuses rows of the adapter in `dir` that have no place in an embedding `[V, C]`.
+    pub(in crate::adapter) fn check(&self, dir: &Path, [vocabulary, width]: [usize; 2]) -> Result<()> {
+        let refused = |message: String| {
+            let place = format!("`{}`: new rows of `{}`", dir.display(), self.module);
+            let message = format!("{message}; use the base that the adapter was trained on");
+            Err(Error::new(ErrorCode::AdapterMismatch, place, message))
+        };
+        if let Some(id) = self.ids.iter().find(|id| **id as usize >= vocabulary) {
+            return refused(format!("expected ids below the base's {vocabulary}, got `{id}`"));
+        }
+        match self.values.shape[1] {
+            cols if cols == width => Ok(()),
+            cols => refused(format!("expected rows of {width} values as in the base, got {cols}")),
+        }
+    }
 }
 
 /// What stands in for weights of the base while an adapter is attached.
@@ -72,9 +98,33 @@ impl Replacements {
         whole.chain(rows).collect()
     }
 
+    /// Refuses a factor on the adapter in `dir`, for these have no strength.
+    pub(in crate::adapter) fn check_factor(&self, dir: &Path, factor: f32) -> Result<()> {
+        if factor == 1.0 || self.is_empty() {
+            return Ok(());
+        }
+        let message = format!(
+            "expected a scale of 1, got `{factor}`: the adapter brings weights in place of the base's, which have \
+             no strength (`{}`); attach it without a scale",
+            self.names().collect::<Vec<_>>().join("`, `")
+        );
+        Err(Error::new(ErrorCode::Config, format!("`{}`", dir.display()), message))
+    }
+
+    /// What the tied head of `model` becomes: PEFT loads a plain embedding into the base, where the head sees it. Of a
+    /// trained copy it does not know, unless the adapter says so.
+    pub(in crate::adapter) fn seen_by_head(&self, model: &dyn Model) -> Option<&WholeTensor> {
+        let embedding = &model.params()[model.head_param().0 as usize];
+        let own = self.whole.iter().any(|w| w.module == "lm_head");
+        if embedding.role != Role::Embedding || own {
+            return None;
+        }
+        self.whole.iter().find(|w| w.name() == embedding.name && (!w.copy || self.ties_copies))
+    }
+
     /// Their names, as people know them.
     pub fn names(&self) -> impl Iterator<Item = String> {
-        let whole = self.whole.iter().map(|w| format!("{}.{}", w.module, w.kind));
+        let whole = self.whole.iter().map(WholeTensor::name);
         whole.chain(self.rows.iter().map(|r| format!("{} rows of {}", r.ids.len(), r.module)))
     }
 }
@@ -125,15 +175,26 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
     let mut rows = BTreeMap::new();
     let mut adapters = BTreeSet::new();
     for (name, tensor) in file.tensors() {
-        let Key { module, written, part, adapter } = parse(path, name, kind)?;
+        let Key { mut module, mut written, part, depth, adapter } = parse(path, name, kind)?;
+        if matches!(part, Part::Own(_)) {
+            if let Some(weight) = parsed.targets.weight_of_experts(&module, depth) {
+                (module, written) = (format!("{module}.{weight}"), format!("{written}.{weight}"));
+            } else if depth > 0 {
+                let what = format!("tensor `{name}`, one of several adapters on one module,");
+                let next =
+                    "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
+                return Err(Error::unsupported(path, what, next));
+            }
+        }
         adapters.extend(adapter);
         let again = match part {
             Part::Own(part) => {
-                let value = host_tensor(path, name, tensor)?;
+                let dimensions = if kind.parts()[part].ends_with(".bias") { 1 } else { 2 };
+                let value = host_tensor(path, name, tensor, dimensions)?;
                 let (_, parts) = own.entry(module).or_insert((written, vec![None; kind.parts().len()]));
                 parts[part].replace(value).is_some()
             }
-            Part::Shared(name) => tensors.insert(name.to_owned(), host_tensor(path, name, tensor)?).is_some(),
+            Part::Shared(name) => tensors.insert(name.to_owned(), host_tensor(path, name, tensor, 2)?).is_some(),
             Part::InPlace(kind) => {
                 let copy = is_saved(&parsed.modules_to_save, [&module, &written]);
                 if !copy {
@@ -142,7 +203,7 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
                 whole.insert((module, kind, copy), tensor.clone()).is_some()
             }
             Part::Copy(kind) => whole.insert((module, kind, true), tensor.clone()).is_some(),
-            Part::Rows => rows.insert(module, host_tensor(path, name, tensor)?).is_some(),
+            Part::Rows => rows.insert(module, host_tensor(path, name, tensor, 2)?).is_some(),
         };
         if again {
             let message = "is there twice once wrappers' names are left out; save the adapter again with PEFT";
@@ -172,12 +233,19 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
     }
     let mut found = Vec::with_capacity(own.len());
     for (module, (written, parts)) in own {
-        let mut shapes = Vec::with_capacity(parts.len());
-        for (part, value) in kind.parts().iter().zip(parts) {
-            let missing = || Error::format(path, format!("module `{module}`"), format!("`{part}`"), "none");
-            let value = value.ok_or_else(missing)?;
+        let expected = parsed.method.parts(&module);
+        let mut shapes = Vec::with_capacity(expected.len());
+        let item = || format!("module `{module}`");
+        let mut there: BTreeMap<&str, HostTensor> =
+            kind.parts().iter().zip(parts).filter_map(|(part, value)| Some((*part, value?))).collect();
+        for part in expected {
+            let value = there.remove(part).ok_or_else(|| Error::format(path, item(), format!("`{part}`"), "none"))?;
             shapes.push(value.shape.clone());
             tensors.insert(format!("{module}.{part}"), value);
+        }
+        if let Some(part) = there.into_keys().next() {
+            let expected = format!("no tensor but `{}` there, by {CONFIG}", expected.join("` and `"));
+            return Err(Error::format(path, item(), expected, format!("`{part}`")));
         }
         found.push(Found { path: module, written, shapes });
     }
@@ -253,10 +321,11 @@ fn rows_of(path: &Path, ids: &[(String, Vec<u32>)], mut rows: BTreeMap<String, H
 }
 
 /// Widens a float tensor to f32 and refuses values that would poison every result.
-fn host_tensor(path: &Path, name: &str, tensor: &Tensor) -> Result<HostTensor> {
+fn host_tensor(path: &Path, name: &str, tensor: &Tensor, dimensions: usize) -> Result<HostTensor> {
     let item = || format!("tensor `{name}`");
-    if tensor.shape.len() != 2 {
-        return Err(Error::format(path, item(), "two dimensions", format!("`{:?}`", tensor.shape)));
+    if tensor.shape.len() != dimensions {
+        let expected = if dimensions == 1 { "one dimension" } else { "two dimensions" };
+        return Err(Error::format(path, item(), expected, format!("`{:?}`", tensor.shape)));
     }
     let float =
         tensor.float_type().ok_or_else(|| Error::format(path, item(), "F32, F16 or BF16", tensor.describe()))?;

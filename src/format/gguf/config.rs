@@ -288,10 +288,6 @@ fn refuse_other_kinds(meta: &Metadata) -> Result<()> {
         let what = format_args!("a GGUF file of type `{kind}` as a model");
         return Err(Error::unsupported(meta.path(), what, "give the language model's file"));
     }
-    if let Some(parts) = meta.uint("split.count")?.filter(|&n| n > 1) {
-        let what = format_args!("a GGUF file in {parts} parts");
-        return Err(Error::unsupported(meta.path(), what, "join them with `llama-gguf-split --merge`"));
-    }
     if let Some(arch) = meta.string("general.architecture")? {
         let key = format!("{arch}.expert_count");
         if let Some(experts) = meta.uint(&key)?.filter(|&n| n > 0) {

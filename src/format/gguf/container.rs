@@ -24,6 +24,8 @@ pub struct GgufTensor {
     pub shape: Vec<usize>,
     /// Element type.
     pub dtype: GgmlType,
+    /// Which of the files it lies in.
+    file: usize,
     /// Its bytes in the file, checked to lie inside it.
     data: Range<usize>,
 }
@@ -41,9 +43,9 @@ impl GgufTensor {
         self.shape.iter().rev().skip(1).product()
     }
 
-    /// Where its bytes begin in the file.
-    pub(super) fn offset(&self) -> usize {
-        self.data.start
+    /// Where its bytes begin: number of the file, and place there.
+    pub(super) fn offset(&self) -> (usize, usize) {
+        (self.file, self.data.start)
     }
 
     fn row_bytes(&self) -> usize {
@@ -52,10 +54,10 @@ impl GgufTensor {
     }
 }
 
-/// A mapped GGUF file, version 2 or 3, little-endian.
+/// A mapped GGUF file, version 2 or 3, little-endian, or several that are one model.
 #[derive(Clone, Debug)]
 pub struct Container {
-    bytes: Bytes,
+    files: Vec<Bytes>,
     /// The key-value pairs.
     pub metadata: Metadata,
     /// The tensors, in the order of the directory.
@@ -90,7 +92,22 @@ impl Container {
             tensors.push(tensor);
         }
         place(&mut tensors, cursor.pos(), alignment, bytes.len(), path)?;
-        Ok(Self { bytes, metadata, tensors })
+        Ok(Self { files: vec![bytes], metadata, tensors })
+    }
+
+    /// Takes the tensors of `part`, a further file of the model at `path`.
+    ///
+    /// # Errors
+    /// A tensor is there already.
+    pub(super) fn join(&mut self, part: Self, path: &Path) -> Result<()> {
+        let names: HashSet<&str> = self.tensors.iter().map(|t| t.name.as_str()).collect();
+        if let Some(again) = part.tensors.iter().find(|t| names.contains(t.name.as_str())) {
+            return Err(tensor_error(path, &again.name, "one entry in all files", "a second one"));
+        }
+        let file = self.files.len();
+        self.files.extend(part.files);
+        self.tensors.extend(part.tensors.into_iter().map(|tensor| GgufTensor { file, ..tensor }));
+        Ok(())
     }
 
     /// Dequantizes `rows` of `tensor` into `out` [rows, columns].
@@ -106,7 +123,7 @@ impl Container {
             out.len()
         );
         let stride = tensor.row_bytes();
-        let data = &self.bytes[tensor.data.clone()];
+        let data = &self.files[tensor.file][tensor.data.clone()];
         tensor.dtype.dequantize(&data[rows.start * stride..rows.end * stride], out);
     }
 }
@@ -182,7 +199,7 @@ fn read_tensor(cursor: &mut Cursor<'_>, path: &Path, place: std::fmt::Arguments<
             format_args!("shape {shape:?} at offset {offset}"),
         ));
     };
-    Ok(GgufTensor { name: name.to_owned(), shape, dtype, data })
+    Ok(GgufTensor { name: name.to_owned(), shape, dtype, file: 0, data })
 }
 
 /// Turns offsets into the data section into offsets into the file and checks that all lie in it, apart from each other.

@@ -1,27 +1,35 @@
 //! GGUF files of llama.cpp as checkpoints: names, row order, `config.json` and tokenizer as Hugging Face has them.
 //!
-//! Read-only, from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral), `qwen2`, `qwen3` and
+//! Read from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral), `qwen2`, `qwen3` and
 //! `gemma3`. The format is described in ggml's `docs/gguf.md`.
 
+mod arch;
 mod config;
 mod container;
 mod cursor;
 mod dequant;
+mod export;
 mod known;
 mod names;
 mod rope;
 mod sidecars;
+mod split;
 mod tied;
 mod tokenizer;
 mod value;
+mod writer;
 
+pub(crate) use arch::Arch;
 pub use container::{Container, GgufTensor};
 pub use dequant::GgmlType;
+pub use export::{GgufTarget, export_model};
+pub(crate) use names::{interleaved_row, to_gguf, to_hf};
+pub(crate) use split::parts_of;
 pub use value::{Array, Kind, Metadata, Value};
+pub(crate) use writer::{GgufEntry, GgufWriter, Pairs};
 
 use crate::error::Result;
 use crate::format::{Sidecars, Source, TensorMeta};
-use crate::mmap;
 use bytes::Bytes;
 use serde_json::Map;
 use std::ops::Range;
@@ -39,12 +47,13 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Maps the file at `path` and checks its header, hyperparameters and tensor shapes. No weight is read.
+    /// Maps the file at `path`, with those that its name says belong to it, and checks headers, hyperparameters and tensor
+    /// shapes. No weight is read.
     ///
     /// # Errors
-    /// The file cannot be mapped, breaks the format, or holds something that is not supported.
+    /// A file cannot be mapped, breaks the format, or holds something that is not supported.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::from_bytes(mmap::map(path)?, path)
+        Self::of(split::open(path)?, path)
     }
 
     /// As [`Gguf::open`], for bytes that are in memory already; `path` is for messages.
@@ -53,6 +62,11 @@ impl Gguf {
     /// The bytes break the format, or hold something that is not supported.
     pub fn from_bytes(bytes: Bytes, path: &Path) -> Result<Self> {
         let file = Container::parse(bytes, path)?;
+        split::check_whole(&file)?;
+        Self::of(file, path)
+    }
+
+    fn of(file: Container, path: &Path) -> Result<Self> {
         let hyper = config::Hyper::read(&file)?;
         let weights = names::weights(&file, &hyper)?;
         let config = hyper.to_json(&file.metadata)?;
@@ -103,14 +117,14 @@ impl Source for Gguf {
             let mut stored = vec![0.0; out.len()];
             self.file.read_rows(tensor, rows, &mut stored);
             for (row, y) in out.iter_mut().enumerate() {
-                *y = stored[names::interleaved_row(row, head_dim)];
+                *y = stored[interleaved_row(row, head_dim)];
             }
             return Ok(());
         }
         let columns = tensor.columns();
         assert_eq!(out.len(), rows.len() * columns, "values for rows {rows:?} of `{}`", weight.meta.name);
         for (row, y) in rows.zip(out.chunks_exact_mut(columns)) {
-            let row = names::interleaved_row(row, head_dim);
+            let row = interleaved_row(row, head_dim);
             self.file.read_rows(tensor, row..row + 1, y);
         }
         Ok(())
@@ -121,6 +135,6 @@ impl Source for Gguf {
     }
 
     fn files(&self) -> Vec<PathBuf> {
-        vec![self.path.clone()]
+        parts_of(&self.path)
     }
 }

@@ -82,6 +82,36 @@ const LAYER: &[Slot] = &[
     slot("post_ffw_norm.weight", "post_feedforward_layernorm.weight", &[Hidden]),
 ];
 
+/// The GGUF name of the weight of a linear layer or of the embedding, given its Hugging Face name.
+pub(crate) fn to_gguf(hf: &str) -> Option<String> {
+    if let Some((layer, rest)) = hf.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+        let slot = LAYER.iter().find(|slot| slot.hf == rest && slot.shape.len() == 2)?;
+        return layer.parse::<usize>().ok().map(|layer| format!("blk.{layer}.{}", slot.gguf));
+    }
+    MODEL.iter().find(|slot| slot.hf == hf && slot.shape.len() == 2).map(|slot| slot.gguf.to_owned())
+}
+
+/// The GGUF name of the tensor that Hugging Face calls `hf` in `family`, and whether its rows, head by head, are in the order
+/// of rotary positions.
+pub(super) fn of_hf(hf: &str, family: Family) -> Option<(String, bool)> {
+    let Some((layer, rest)) = hf.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) else {
+        return MODEL.iter().find(|slot| slot.hf == hf).map(|slot| (slot.gguf.to_owned(), false));
+    };
+    // Norms behind the parts are Gemma's; others have none, and that name for another one.
+    let there = |slot: &&Slot| family == Family::Gemma3 || !slot.gguf.starts_with("post_");
+    let slot = LAYER.iter().filter(there).find(|slot| layer_name(slot, family) == rest)?;
+    Some((format!("blk.{layer}.{}", slot.gguf), slot.rotary))
+}
+
+/// The Hugging Face name of such a weight, given its GGUF name.
+pub(crate) fn to_hf(gguf: &str) -> Option<String> {
+    if let Some((layer, rest)) = gguf.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+        let slot = LAYER.iter().find(|slot| slot.gguf == rest && slot.shape.len() == 2)?;
+        return layer.parse::<usize>().ok().map(|layer| format!("model.layers.{layer}.{}", slot.hf));
+    }
+    MODEL.iter().find(|slot| slot.gguf == gguf && slot.shape.len() == 2).map(|slot| slot.hf.to_owned())
+}
+
 /// The Hugging Face name for a slot of a layer. Gemma has a norm on either side of each part, and the one that llama.cpp
 /// calls `ffn_norm` comes before the feed-forward part.
 fn layer_name(slot: &Slot, family: Family) -> &'static str {
@@ -192,7 +222,7 @@ fn complete(file: &Container, hyper: &Hyper, found: &[FoundWeight]) -> Result<()
 ///
 /// Hugging Face rotates row j of a head with row j + head_dim/2; llama.cpp rotates neighbours, so its converter stores
 /// that pair as rows 2j and 2j + 1 (`LlamaModel.permute` in llama.cpp's converter).
-pub(super) fn interleaved_row(row: usize, head_dim: usize) -> usize {
+pub(crate) fn interleaved_row(row: usize, head_dim: usize) -> usize {
     let (head, r) = (row / head_dim, row % head_dim);
     let half = head_dim / 2;
     head * head_dim + 2 * (r % half) + r / half

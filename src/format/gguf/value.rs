@@ -257,7 +257,7 @@ impl Metadata {
     }
 
     /// The file, for messages.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -268,12 +268,12 @@ impl Metadata {
     }
 
     /// An error at `key`.
-    pub(super) fn fail(&self, key: &str, expected: impl Display, got: impl Display) -> Error {
+    pub(crate) fn fail(&self, key: &str, expected: impl Display, got: impl Display) -> Error {
         Error::format(&self.path, format_args!("metadata `{key}`"), expected, got)
     }
 
     /// `value`, or an error that says that `key` is missing.
-    pub(super) fn required<T>(&self, key: &str, value: Option<T>) -> Result<T> {
+    pub(crate) fn required<T>(&self, key: &str, value: Option<T>) -> Result<T> {
         value.ok_or_else(|| self.fail(key, "a value", "none"))
     }
 
@@ -297,7 +297,7 @@ impl Metadata {
     }
 
     /// A number with a fraction, of either float type.
-    pub(super) fn float(&self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn float(&self, key: &str) -> Result<Option<f64>> {
         self.typed(key, "a finite float", |v| v.as_f64().filter(|x| x.is_finite()))
     }
 
@@ -307,7 +307,7 @@ impl Metadata {
     }
 
     /// A text.
-    pub(super) fn string(&self, key: &str) -> Result<Option<&str>> {
+    pub(crate) fn string(&self, key: &str) -> Result<Option<&str>> {
         self.typed(key, "a string", |v| if let Value::String(s) = v { Some(s.as_str()) } else { None })
     }
 

@@ -14,7 +14,7 @@ const LOOKED_AT: usize = 16;
 const SAMPLES: u64 = 7;
 /// A lower rate is taken if it gets so much of the fall that the best gets: it forgets less, and a longer run will get the
 /// rest.
-const ENOUGH: f64 = 0.9;
+const ENOUGH: f64 = 0.8;
 
 /// What a probe found.
 pub(crate) struct Probe {

@@ -3,9 +3,10 @@
 use super::writer::{Writer, small_llama, small_qwen2};
 use crate::common::real_gguf;
 use bytes::Bytes;
-use pocketlora::format::Source;
-use pocketlora::format::gguf::Gguf;
+use pocketlora::format::gguf::{Gguf, GgufTarget, export_model};
+use pocketlora::format::{Source, open_source};
 use serde_json::{Value, json};
+use std::ops::ControlFlow;
 use std::path::Path;
 
 pub fn open(w: &Writer) -> Gguf {
@@ -196,5 +197,181 @@ fn the_real_models_weights_have_the_same_bits() {
         let weighted = bits().zip(0u64..).fold(0u64, |sum, (b, i)| sum.wrapping_add(b * (i % 65_521)));
         assert_eq!(golden["sum_of_bits"], bits().sum::<u64>() % (1 << 53), "{name}");
         assert_eq!(golden["weighted_sum_of_bits"], weighted % (1 << 53), "{name}");
+    }
+}
+
+/// The small model's tensors in three files, under names that `gguf-split` gives.
+fn split(dir: &Path, change: impl Fn(usize, &mut Writer)) -> Vec<std::path::PathBuf> {
+    let whole = small_llama();
+    let count = whole.tensors.len();
+    (0..3)
+        .map(|number| {
+            let mut part = if number == 0 { whole.clone() } else { Writer::new() };
+            part.tensors =
+                whole.tensors.iter().enumerate().filter(|(i, _)| i % 3 == number).map(|(_, t)| t.clone()).collect();
+            part.u32("split.no", number as u32).u32("split.count", 3).u32("split.tensors.count", count as u32);
+            change(number, &mut part);
+            let path = dir.join(format!("small-{:05}-of-00003.gguf", number + 1));
+            std::fs::write(&path, part.build()).unwrap();
+            path
+        })
+        .collect()
+}
+
+#[test]
+fn a_model_in_several_files_is_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = split(dir.path(), |_, _| ());
+    let whole = open(&small_llama());
+    for path in &paths {
+        let found = pocketlora::format::model_of(path);
+        assert_eq!(found, paths[0], "any part stands for the first");
+        let parts = Gguf::open(&found).unwrap();
+        assert_eq!(parts.files(), paths);
+        assert_eq!(parts.config(), whole.config());
+        for tensor in whole.tensors() {
+            assert_eq!(read(&parts, &tensor.name), read(&whole, &tensor.name), "{}", tensor.name);
+        }
+    }
+    let refused = |name: &str, change: &dyn Fn(usize, &mut Writer), said: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = split(dir.path(), change);
+        let error = Gguf::open(&paths[0]).unwrap_err().to_string();
+        assert!(error.contains(said), "{name}: expected `{said}` in: {error}");
+    };
+    let of = |number: usize, change: fn(&mut Writer)| {
+        move |n: usize, w: &mut Writer| {
+            if n == number {
+                change(w)
+            }
+        }
+    };
+    refused("another part", &of(2, |w| _ = w.u32("split.no", 1)), "split.no");
+    refused("another count", &of(1, |w| _ = w.u32("split.count", 4)), "split.count");
+    refused("no part", &of(1, |w| _ = w.remove("split.no")), "split.no");
+    refused("a tensor is missing", &of(1, |w| drop(w.tensors.pop())), "split.tensors.count");
+    let again = |w: &mut Writer| w.tensors.push(small_llama().tensors.swap_remove(0));
+    refused("a tensor twice", &of(2, again), "token_embd.weight");
+    std::fs::remove_file(&paths[1]).unwrap();
+    let error = Gguf::open(&paths[2]).unwrap_err().to_string();
+    assert!(error.contains("small-00002-of-00003.gguf"), "{error}");
+    let renamed = dir.path().join("renamed.gguf");
+    std::fs::rename(&paths[0], &renamed).unwrap();
+    let error = Gguf::open(&renamed).unwrap_err().to_string();
+    assert!(error.contains("-00001-of-00003.gguf"), "{error}");
+}
+
+/// Writes the model at `base` as a GGUF file and opens that.
+fn exported(base: &Path, out: &Path, to: GgufTarget) -> Gguf {
+    let source = open_source(base).unwrap();
+    export_model(source.as_ref(), base, out, to, &mut |_| ControlFlow::Continue(())).unwrap();
+    Gguf::open(out).unwrap()
+}
+
+#[test]
+fn what_is_exported_is_read_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let golden = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/oracles").join(name);
+    let scaled = dir.path().join("llama3");
+    std::fs::create_dir(&scaled).unwrap();
+    std::fs::copy(golden("tiny-llama/config_llama3_rope.json"), scaled.join("config.json")).unwrap();
+    std::fs::copy(golden("tiny-llama/model.safetensors"), scaled.join("model.safetensors")).unwrap();
+    let models = [
+        ("tiny-llama", golden("tiny-llama")),
+        ("llama3", scaled),
+        ("tiny-qwen2", golden("tiny-qwen2")),
+        ("tiny-mistral", golden("tiny-mistral")),
+        ("qwen3", golden("families/qwen3")),
+    ];
+    for (name, base) in models {
+        let source = open_source(&base).unwrap();
+        // f16 keeps 11 bits, Q8_0 7 of the largest of a block, Q4_0 3, and an eighth of it at the other end.
+        for (to, bound) in [(GgufTarget::F16, 1e-3), (GgufTarget::Q8_0, 5e-3), (GgufTarget::Q4_0, 0.13)] {
+            let gguf = exported(&base, &dir.path().join(format!("{name}-{to:?}.gguf")), to);
+            let build = |config| pocketlora_models::build(config).unwrap();
+            let (was, is) = (build(source.config()), build(gguf.config()));
+            assert_eq!(is.params(), was.params(), "{name}");
+            let ropes = |model: &dyn pocketlora_models::Model| -> Vec<Vec<f32>> {
+                model.ropes().iter().map(|rope| rope.frequencies(64).to_vec()).collect()
+            };
+            for (is, was) in ropes(is.as_ref()).iter().flatten().zip(ropes(was.as_ref()).iter().flatten()) {
+                assert!((is - was).abs() <= 1e-5 * was.abs(), "{name}: a frequency of {is} instead of {was}");
+            }
+            for (i, tensor) in source.tensors().iter().enumerate() {
+                let mut was = vec![0.0; tensor.shape.iter().product()];
+                source.read_rows(i, 0..if tensor.shape.len() > 1 { tensor.shape[0] } else { 1 }, &mut was).unwrap();
+                let is = read(&gguf, &tensor.name);
+                let most = was.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+                let off = is.iter().zip(&was).fold(0.0f32, |off, (is, was)| off.max((is - was).abs()));
+                let exact = tensor.shape.len() == 1;
+                assert!(
+                    off <= if exact { 0.0 } else { bound * most },
+                    "{name} {to:?} {}: {off} of {most}",
+                    tensor.name
+                );
+            }
+        }
+    }
+}
+
+/// Blocks by hand, as ggml's definitions have them.
+#[test]
+fn blocks_are_those_of_ggml() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/oracles/tiny-llama");
+    let source = open_source(&base).unwrap();
+    let at = source.tensors().iter().position(|t| t.name.ends_with("0.mlp.down_proj.weight")).unwrap();
+    let mut row = vec![0.0; 256];
+    source.read_rows(at, 0..1, &mut row).unwrap();
+    let block = &row[..32];
+    let [q8, q4] = [GgufTarget::Q8_0, GgufTarget::Q4_0].map(|to| {
+        let gguf = exported(&base, &dir.path().join(format!("{to:?}.gguf")), to);
+        read(&gguf, "model.layers.0.mlp.down_proj.weight")[..32].to_vec()
+    });
+    let half = |v: f32| half::f16::from_f32(v).to_f32();
+    let most = block.iter().copied().max_by(|a, b| a.abs().total_cmp(&b.abs())).unwrap();
+    for (i, v) in block.iter().enumerate() {
+        assert_eq!(q8[i], (v / (most.abs() / 127.0)).round() * half(most.abs() / 127.0), "{i} in 8 bits");
+        let code = (v / (most / -8.0) + 8.5).floor().min(15.0);
+        assert_eq!(q4[i], (code - 8.0) * half(most / -8.0), "{i} in 4 bits");
+    }
+}
+
+#[test]
+fn what_llama_cpp_has_not_is_refused_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out.gguf");
+    let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/oracles/families");
+    for (family, said) in [("lfm2", "`lfm2`"), ("gemma3_text", "query_pre_attn_scalar")] {
+        let base = families.join(family);
+        let source = open_source(&base).unwrap();
+        let go_on = &mut |_: pocketlora::format::Progress<'_>| ControlFlow::Continue(());
+        let error = export_model(source.as_ref(), &base, &out, GgufTarget::F16, go_on).unwrap_err().to_string();
+        assert!(error.contains(said), "{family}: {error}");
+    }
+    let base = families.join("qwen3");
+    let source = open_source(&base).unwrap();
+    let stop = &mut |_: pocketlora::format::Progress<'_>| ControlFlow::Break(());
+    let error = export_model(source.as_ref(), &base, &out, GgufTarget::F16, stop).unwrap_err();
+    assert_eq!(error.code(), pocketlora::ErrorCode::Cancelled);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// Tokens, their kinds, merges, marks and the template come back as they were.
+#[test]
+fn a_tokenizer_is_exported_as_it_was_read() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, mut w) in [("llama", small_llama()), ("qwen2", small_qwen2())] {
+        w.bool("tokenizer.ggml.add_bos_token", name == "llama");
+        w.u32("tokenizer.ggml.padding_token_id", 3);
+        let path = dir.path().join(format!("{name}.gguf"));
+        std::fs::write(&path, w.build()).unwrap();
+        let (was, is) = (Gguf::open(&path).unwrap(), exported(&path, &dir.path().join("out.gguf"), GgufTarget::F16));
+        let (was, is) = (was.sidecars().unwrap(), is.sidecars().unwrap());
+        assert_eq!(was.files.len(), 3);
+        for ((file, was), (other, is)) in was.files.iter().zip(&is.files) {
+            let json = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).unwrap();
+            assert_eq!((file, json(was)), (other, json(is)), "{name}");
+        }
     }
 }

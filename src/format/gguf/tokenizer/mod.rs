@@ -8,6 +8,8 @@ mod bpe;
 mod pre;
 mod spm;
 
+pub(super) use pre::pre_name;
+
 use super::value::Metadata;
 use crate::error::{Error, Result};
 use serde::ser::{Serialize, Serializer};

@@ -159,6 +159,14 @@ const OTHERS: &[(&str, &str)] = &[
     ("whitespace", "whole words instead of merges"),
 ];
 
+/// The name of what cuts texts by `splits` and then as GPT-2 does, if `gpt2` says so. `composed` and `ignores_merges` are as
+/// in [`Pre`].
+pub(crate) fn pre_name(splits: &[&str], gpt2: bool, composed: bool, ignores_merges: bool) -> Option<&'static str> {
+    let wanted: Vec<&str> = splits.iter().copied().chain(gpt2.then_some(GPT2)).collect();
+    let same = |pre: &&Pre| pre.splits == wanted && pre.composed == composed && pre.ignores_merges == ignores_merges;
+    TABLE.iter().find(same).and_then(|pre| pre.names.first().copied())
+}
+
 impl Pre {
     /// The description of `name`; for others what kind of tokenizer it is, where known.
     pub(super) fn of(name: &str) -> Result<Self, Option<&'static str>> {

@@ -1,0 +1,163 @@
+//! `pocketlora export`: an adapter or a model in the format of another program.
+
+use super::args::megabytes;
+use super::{model, names, progress};
+use crate::adapter::{AdapterFile, export_gguf, export_mlx};
+use crate::base::architecture_of;
+use crate::error::{Error, ErrorCode, Result};
+use crate::format::gguf::{GgufTarget, export_model};
+use crate::format::open_source;
+use clap::ValueEnum;
+use pocketlora_models::Model;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// Adapter or model, or name of one in the cache.
+    what: String,
+    /// Format to write.
+    #[arg(long, value_enum)]
+    to: To,
+    /// File (gguf) or directory (mlx, peft) to write.
+    #[arg(short, long, value_parser = names::path())]
+    out: PathBuf,
+    /// The adapter's base: directory, .gguf file, or name of a model in the cache. [default: what the adapter names]
+    #[arg(short, long)]
+    model: Option<String>,
+    /// Of a model: type of its matrices. [default: f16]
+    #[arg(long = "type", value_enum)]
+    dtype: Option<Type>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Type {
+    /// IEEE half precision.
+    #[value(name = "f16")]
+    F16,
+    /// 8 bits in blocks of 32.
+    #[value(name = "q8_0")]
+    Q8,
+    /// 4 bits in blocks of 32; embedding and head in 8 bits.
+    #[value(name = "q4_0")]
+    Q4,
+}
+
+impl From<Type> for GgufTarget {
+    fn from(dtype: Type) -> Self {
+        match dtype {
+            Type::F16 => Self::F16,
+            Type::Q8 => Self::Q8_0,
+            Type::Q4 => Self::Q4_0,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum To {
+    /// One file, for llama.cpp.
+    Gguf,
+    /// A directory, for mlx-lm.
+    Mlx,
+    /// A directory, for PEFT.
+    Peft,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let path = match names::existing(&args.what) {
+        Some(path) if !AdapterFile::is_at(&path) && !is_adapter_file(&path) => return model_file(args),
+        None if is_model(&args.what) => return model_file(args),
+        _ => names::adapter(&args.what)?,
+    };
+    if args.dtype.is_some() {
+        return Err(Error::config("type", "it for a model alone, for adapters are written in f32", "an adapter"));
+    }
+    let file = AdapterFile::open(&path)?;
+    file.warnings.iter().for_each(|warning| eprintln!("note: {warning}"));
+    check_out(args)?;
+    match args.to {
+        To::Gguf => export_gguf(&file, base_of(args, &file)?.as_ref(), &args.out)?,
+        To::Mlx => export_mlx(&file, base_of(args, &file)?.as_ref(), &args.out)?,
+        To::Peft if file.needs_base() => file.fitted(base_of(args, &file)?.as_ref())?.save_exact(&args.out)?,
+        To::Peft => file.save_exact(&args.out)?,
+    }
+    println!("{}: {} modules", args.out.display(), file.modules().count());
+    Ok(())
+}
+
+/// Whether `path` is a file of an adapter's folder.
+fn is_adapter_file(path: &Path) -> bool {
+    path.is_file() && AdapterFile::exists(&crate::format::folder_of(path))
+}
+
+/// Whether the cache, or a manifest, has a model called `name`.
+fn is_model(name: &str) -> bool {
+    let known = crate::hub::manifests().is_ok_and(|manifests| manifests.iter().any(|m| m.name == name));
+    known || crate::hub::resolve(name).is_some_and(|path| !AdapterFile::is_at(&path))
+}
+
+/// Writes a model as a GGUF file.
+fn model_file(args: &Args) -> Result<()> {
+    if args.to != To::Gguf {
+        let expected = "`gguf` for a model, or an adapter";
+        return Err(Error::config("to", expected, format!("the model `{}`", args.what)));
+    }
+    let found = model::locate(&args.what)?;
+    let source = open_source(&found.path)?;
+    let folder = crate::format::folder_of(&args.out);
+    fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+    check_new(&args.out)?;
+    let to = args.dtype.map_or(GgufTarget::F16, GgufTarget::from);
+    let bar = progress::count(0, "export");
+    let done = export_model(source.as_ref(), &found.path, &args.out, to, &mut |p| {
+        model::show(&bar, p);
+        model::go_on()
+    });
+    bar.finish_and_clear();
+    done?;
+    let bytes = fs::metadata(&args.out).map_or(0, |meta| meta.len());
+    println!("{}: {} tensors, {}", args.out.display(), source.tensors().len(), megabytes(bytes));
+    Ok(())
+}
+
+/// Refuses to write over something, before any work, and makes the folders on the way.
+fn check_out(args: &Args) -> Result<()> {
+    let folder = match args.to {
+        To::Gguf => crate::format::folder_of(&args.out),
+        To::Mlx | To::Peft => args.out.clone(),
+    };
+    fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+    if args.to == To::Gguf {
+        return check_new(&args.out);
+    }
+    if fs::read_dir(&folder).is_ok_and(|mut entries| entries.next().is_none()) {
+        return Ok(());
+    }
+    let message = "expected a new or an empty folder, got one that holds something; name another one";
+    Err(Error::new(ErrorCode::Config, format!("`{}`", folder.display()), message))
+}
+
+/// Refuses a place where something is: models take long to fetch or to make.
+fn check_new(out: &Path) -> Result<()> {
+    if !out.exists() {
+        return Ok(());
+    }
+    let message = "expected a place for a new file, got one where something is; name another, or take that away";
+    Err(Error::new(ErrorCode::Config, format!("`{}`", out.display()), message))
+}
+
+/// The architecture of the adapter's base.
+fn base_of(args: &Args, file: &AdapterFile) -> Result<Box<dyn Model>> {
+    let Some(name) = args.model.as_ref().or(file.base.as_ref()) else {
+        let expected = "the adapter's base, for the adapter does not name it";
+        return Err(Error::config("model", expected, "nothing"));
+    };
+    let found = model::locate(name).map_err(|e| match args.model {
+        Some(_) => e,
+        None => {
+            let message = format!("it names `{name}` as its base, which is not here ({e}); give the base with `-m`");
+            Error::new(ErrorCode::Config, format!("`{}`", file.dir.display()), message)
+        }
+    })?;
+    architecture_of(open_source(&found.path)?.config(), &found.path)
+}
