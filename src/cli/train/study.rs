@@ -7,7 +7,7 @@ use crate::cli::{interrupt, model, progress};
 use crate::engine::{Engine, Reader};
 use crate::error::{Error, ErrorCode, Result};
 use crate::study::{self, Item, Note, NotesRecall, STUDY, Source, Study, StudyOptions};
-use crate::train::auto::parse_time;
+use crate::train::auto::{parse_time, usual_prompt_dropout};
 use crate::train::{Dataset, TrainConfig};
 use serde_json::json;
 use std::path::Path;
@@ -174,6 +174,7 @@ fn settings(made: &Study, engine: &Engine, chosen: &mut Chosen) {
     let batch = if given("batch") { usual.batch } else { 8 };
     let seen = (TIMES_SEEN * made.sentences).div_ceil(learned.max(1)).clamp(2, 8);
     let epochs = seen.max((LEAST_STEPS * batch).div_ceil(learned.max(1)).min(40));
+    let epochs = if given("epochs") || given("steps") { usual.epochs } else { epochs };
     let config = TrainConfig {
         rank: if given("rank") || given("method") { usual.rank } else { 16 },
         lr: if given("lr") {
@@ -184,7 +185,8 @@ fn settings(made: &Study, engine: &Engine, chosen: &mut Chosen) {
             5e-4
         },
         batch,
-        epochs: if given("epochs") || given("steps") { usual.epochs } else { epochs },
+        epochs,
+        prompt_dropout: if given("prompt-dropout") { usual.prompt_dropout } else { usual_prompt_dropout(epochs) },
         ..usual
     };
     chosen.config = config;

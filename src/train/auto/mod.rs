@@ -14,7 +14,7 @@ mod watch;
 
 pub(crate) use probe::{Probe, few};
 pub(crate) use rule::Size;
-pub use rule::usual_rate;
+pub use rule::{usual_prompt_dropout, usual_rate};
 pub use survey::Conflict;
 pub(crate) use survey::Survey;
 pub(crate) use time::steps_within;

@@ -85,6 +85,12 @@ pub fn usual_rate(method: Kind, hidden: usize) -> f32 {
     rounded(rate)
 }
 
+/// The share of a question's tokens to leave out where answers are seen in so many `epochs`.
+#[must_use]
+pub fn usual_prompt_dropout(epochs: usize) -> f32 {
+    if epochs >= OFTEN { THINNED } else { 0.0 }
+}
+
 /// Two digits, as people write rates.
 fn rounded(rate: f64) -> f32 {
     format!("{rate:.1e}").parse().expect("a number that was just written")
@@ -128,8 +134,8 @@ pub(super) fn settings(mut config: TrainConfig, given: &dyn Fn(&str) -> bool, n:
     }
     let in_epoch = n.samples.div_ceil(config.batch).div_ceil(config.accumulate);
     config.epochs = (PASSED / n.samples).clamp(1, EPOCHS).max(STEPS.div_ceil(in_epoch).min(STEPS));
-    if open("prompt-dropout") && n.asks && config.epochs >= OFTEN {
-        config.prompt_dropout = THINNED;
+    if open("prompt-dropout") && n.asks {
+        config.prompt_dropout = usual_prompt_dropout(config.epochs);
     }
     let own = config.eval_data.is_none() && config.eval_split.is_none();
     config.eval_reworded = own && n.can_watch;
