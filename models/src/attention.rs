@@ -25,6 +25,8 @@ pub(crate) struct AttentionSpec {
     pub(crate) o: &'static str,
     /// Norms of q and k.
     pub(crate) norms: Option<QkNorms>,
+    /// See [`AttentionShape::sinks`].
+    pub(crate) sinks: bool,
 }
 
 impl Default for AttentionSpec {
@@ -39,6 +41,7 @@ impl Default for AttentionSpec {
             o_bias: false,
             o: "o_proj",
             norms: None,
+            sinks: false,
         }
     }
 }
@@ -54,6 +57,8 @@ pub(crate) struct QkNorms {
     pub(crate) plus_one: bool,
     /// All heads are normed together.
     pub(crate) whole: bool,
+    /// They have weights.
+    pub(crate) weights: bool,
     /// They come after q and k are turned.
     pub(crate) after_rope: bool,
 }
@@ -61,13 +66,16 @@ pub(crate) struct QkNorms {
 impl QkNorms {
     /// Of each head by itself, before q and k are turned.
     pub(crate) fn of_heads(eps: f32) -> Self {
-        Self { names: ["q_norm", "k_norm"], eps, plus_one: false, whole: false, after_rope: false }
+        Self { names: ["q_norm", "k_norm"], eps, plus_one: false, whole: false, weights: true, after_rope: false }
     }
 
     pub(crate) fn declare(self, b: &mut Builder, at: &str) -> [Norm; 2] {
         let head = b.config.head_dim;
         let widths = if self.whole { [b.config.heads * head, b.config.kv_heads * head] } else { [head; 2] };
         [0, 1].map(|i| {
+            if !self.weights {
+                return Norm::bare(widths[i], self.eps);
+            }
             let norm = b.rms_norm(&format!("{at}.{}", self.names[i]), widths[i], self.eps);
             Norm { plus_one: self.plus_one, ..norm }
         })
@@ -105,6 +113,7 @@ impl Attention {
         let norms = spec.norms.map(|norms| norms.declare(b, at));
         let (norms, norms_after_rope) =
             if spec.norms.is_some_and(|norms| norms.after_rope) { (None, norms) } else { (norms, None) };
+        let sinks = spec.sinks.then(|| b.vector(format!("{at}.sinks"), heads));
         let scale = spec.scale.unwrap_or_else(|| (head_dim as f32).sqrt().recip());
         Self {
             qkv,
@@ -112,7 +121,7 @@ impl Attention {
             norms,
             ropes: spec.ropes,
             norms_after_rope,
-            shape: AttentionShape { heads, kv_heads, head_dim, scale, softcap, window },
+            shape: AttentionShape { heads, kv_heads, head_dim, scale, softcap, window, sinks },
             state: b.state(StateSpec::Kv { kv_heads, head_dim, window }),
         }
     }
