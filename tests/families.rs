@@ -20,9 +20,10 @@ use std::path::{Path, PathBuf};
 
 /// Folders of goldens, with how far logits may be off. Of a recurrence rounding grows along the text: transformers itself
 /// is 6e-5 away from itself there.
-const FAMILIES: [(&str, f32); 42] = [
+const FAMILIES: [(&str, f32); 43] = [
     ("apertus", 1e-4),
     ("arcee", 1e-4),
+    ("bitnet", 1e-4),
     ("cohere2", 1e-4),
     ("ernie4_5", 1e-4),
     ("exaone4", 1e-4),
@@ -498,6 +499,32 @@ fn the_text_model_in_a_model_for_more_than_text_is_that_model() {
         let [copy, plain] = [copy, plain].map(|dir| logits(&open_exact(&dir, 1), &ids));
         close(&format!("{outer} in NF4"), &copy, &plain, 1e-6)
     });
+}
+
+/// The first files of GPT-2 lack what all names begin with and have masks among their weights; a copy in four bits has rows
+/// where the file has columns.
+#[test]
+fn the_matrices_of_gpt2_are_rows_whatever_files_hold() {
+    let expected = tensors(&folder("gpt2").join("logits.safetensors"));
+    let (ids, dir) = (ids(&expected["ids"]), tempfile::tempdir().unwrap());
+    fs::copy(folder("gpt2").join("config.json"), dir.path().join("config.json")).unwrap();
+    let bytes = fs::read(folder("gpt2").join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mask = [0; 8];
+    let mask = ("h.0.attn.bias".to_owned(), TensorView::new(Dtype::BF16, vec![1, 1, 2, 2], &mask).unwrap());
+    let bare = |name: String| name.strip_prefix("transformer.").map(str::to_owned).unwrap();
+    let views = file.tensors().into_iter().map(|(name, view)| (bare(name), view)).chain([mask]);
+    fs::write(dir.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let whole = logits(&open_exact(dir.path(), 1), &ids);
+    close("without the names' beginning", &whole, &expected["logits"].data, 1e-4).unwrap();
+
+    let out = tempfile::tempdir().unwrap();
+    let copy = out.path().join("nf4");
+    convert(dir.path(), &copy, Target::Nf4);
+    let four_bit = logits(&open_exact(&copy, 1), &ids);
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+    let alike = dot(&whole, &four_bit) / (dot(&whole, &whole) * dot(&four_bit, &four_bit)).sqrt();
+    assert!(alike > 0.95, "the cosine between logits is {alike}");
 }
 
 /// What a model is stored as: linear layers in 4 bits, as bitsandbytes has them, and nothing else.

@@ -27,6 +27,8 @@ pub(crate) struct AttentionSpec {
     pub(crate) norms: Option<QkNorms>,
     /// See [`AttentionShape::sinks`].
     pub(crate) sinks: bool,
+    /// Name of a norm before the output's projection, and what it adds to the mean square.
+    pub(crate) o_norm: Option<(&'static str, f32)>,
 }
 
 impl Default for AttentionSpec {
@@ -42,6 +44,7 @@ impl Default for AttentionSpec {
             o: "o_proj",
             norms: None,
             sinks: false,
+            o_norm: None,
         }
     }
 }
@@ -84,6 +87,7 @@ impl QkNorms {
 
 pub(crate) struct Attention {
     qkv: Qkv,
+    o_norm: Option<Norm>,
     o: Linear,
     norms: Option<[Norm; 2]>,
     ropes: Option<[RopeTable; 2]>,
@@ -113,10 +117,12 @@ impl Attention {
         let norms = spec.norms.map(|norms| norms.declare(b, at));
         let (norms, norms_after_rope) =
             if spec.norms.is_some_and(|norms| norms.after_rope) { (None, norms) } else { (norms, None) };
+        let o_norm = spec.o_norm.map(|(name, eps)| b.rms_norm(&format!("{at}.{name}"), width, eps));
         let sinks = spec.sinks.then(|| b.vector(format!("{at}.sinks"), heads));
         let scale = spec.scale.unwrap_or_else(|| (head_dim as f32).sqrt().recip());
         Self {
             qkv,
+            o_norm,
             o,
             norms,
             ropes: spec.ropes,
@@ -142,6 +148,7 @@ impl Attention {
         };
         let (q, k) = normed(ex, self.norms_after_rope, q, k);
         let a = ex.attention(self.state, self.shape, q, k, v);
+        let a = self.o_norm.map_or(a, |norm| ex.norm(norm, a));
         ex.linear(self.o, a)
     }
 }

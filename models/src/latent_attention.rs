@@ -7,6 +7,9 @@ use crate::keys::Keys;
 use crate::op::{AttentionShape, Linear, Norm, Piece, RopeTable, StateId, StateSpec, Value};
 use crate::outline::Builder;
 
+/// Added to the mean square in norms of latent vectors, whatever `rms_norm_eps` says.
+const EPS: f32 = 1e-6;
+
 /// Widths of a head's parts, and of what they come from.
 #[derive(Clone, Copy)]
 pub(crate) struct Widths {
@@ -72,14 +75,14 @@ impl Widths {
 
 impl LatentAttention {
     /// Declares the projections of the module `at`, with biases on those from the hidden state and the output if `bias`.
-    pub(crate) fn new(b: &mut Builder, at: &str, widths: Widths, rope: RopeTable, bias: bool, eps: f32) -> Self {
+    pub(crate) fn new(b: &mut Builder, at: &str, widths: Widths, rope: RopeTable, bias: bool) -> Self {
         let Widths { q_rank, kv_rank, plain, turned, value } = widths;
         let (heads, hidden, head_dim) = (b.config.heads, b.config.hidden_size, widths.head());
         let q = match q_rank {
             None => Query::Whole(b.linear(&format!("{at}.q_proj"), heads * head_dim, hidden, false)),
             Some(rank) => Query::LowRank(
                 b.linear(&format!("{at}.q_a_proj"), rank, hidden, bias),
-                b.rms_norm(&format!("{at}.q_a_layernorm"), rank, eps),
+                b.rms_norm(&format!("{at}.q_a_layernorm"), rank, EPS),
                 b.linear(&format!("{at}.q_b_proj"), heads * head_dim, rank, false),
             ),
         };
@@ -88,7 +91,7 @@ impl LatentAttention {
             widths,
             q,
             kv_a: b.linear(&format!("{at}.kv_a_proj_with_mqa"), kv_rank + turned, hidden, bias),
-            kv_a_norm: b.rms_norm(&format!("{at}.kv_a_layernorm"), kv_rank, eps),
+            kv_a_norm: b.rms_norm(&format!("{at}.kv_a_layernorm"), kv_rank, EPS),
             kv_b: b.linear(&format!("{at}.kv_b_proj"), heads * (plain + value), kv_rank, false),
             o: b.linear(&format!("{at}.o_proj"), hidden, heads * value, bias),
             rope,

@@ -7,6 +7,7 @@
 mod apertus;
 mod arcee;
 mod attention;
+mod bitnet;
 mod cohere2;
 mod config;
 mod decoder;
@@ -159,6 +160,7 @@ pub(crate) struct Family {
 const FAMILIES: &[Family] = &[
     apertus::FAMILY,
     arcee::FAMILY,
+    bitnet::FAMILY,
     cohere2::FAMILY,
     ernie4_5::FAMILY,
     exaone4::FAMILY,

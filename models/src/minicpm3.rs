@@ -58,7 +58,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
         let at = format!("model.layers.{i}");
         Layer {
             input_norm: b.rms_norm(&format!("{at}.input_layernorm"), hidden, eps),
-            attention: LatentAttention::new(&mut b, &format!("{at}.self_attn"), widths, rope, bias, eps),
+            attention: LatentAttention::new(&mut b, &format!("{at}.self_attn"), widths, rope, bias),
             post_norm: b.rms_norm(&format!("{at}.post_attention_layernorm"), hidden, eps),
             mlp: FeedForward::new(&mut b, &format!("{at}.mlp"), Inner::Gated(Activation::Silu), width, mlp_bias),
         }
