@@ -112,6 +112,23 @@ fn the_plan_of_a_state_space_is_within_five_percent_of_what_is_taken() {
     }
 }
 
+/// What layers carry to later ones, with its gradient, is planned, too.
+#[test]
+fn the_plan_of_what_is_carried_is_within_five_percent_of_what_is_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let (full, sliding) = ("full_attention", "sliding_attention");
+    let sizes = json!({"model_type": "gemma4_text", "head_dim": 32, "global_head_dim": 64, "num_kv_shared_layers": 2,
+        "layer_types": [sliding, full, sliding, full, sliding, full], "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 320, "sliding_window": 64, "rope_theta": null, "hidden_act": null,
+        "rope_parameters": {full: {"rope_type": "proportional"}, sliding: {"rope_type": "default"}}});
+    let model = model_of(dir.path(), &sizes);
+    for args in ["--seq 200", "--seq 500"] {
+        let run = measured(&bench(&model, args));
+        let Some(deviation) = run["train_memory"]["deviation_percent"].as_f64() else { return };
+        assert!(deviation.abs() <= 5.0, "{args}: {deviation} % off {}", run["train_memory"]);
+    }
+}
+
 /// Of a model so small that an allocator's own habits show: what it keeps of freed scratch is some hundred kilobytes.
 #[test]
 fn a_plan_of_a_megabyte_is_near_what_is_taken() {

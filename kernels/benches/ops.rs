@@ -161,8 +161,17 @@ fn attention(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     let (q, k, v) = (noise(&cpu, t * 576), noise(&cpu, t * 192), noise(&cpu, t * 192));
     let (mut y, mut lse) = (noise(&cpu, t * 576), noise(&cpu, t * 9));
     bencher.counter(ItemsCount::new(2 * t * t * 576)).bench_local(|| {
-        cpu.run(Call::Attention { spec: &HEADS, segments: &[*t], q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse })
-            .unwrap()
+        cpu.run(Call::Attention {
+            spec: &HEADS,
+            segments: &[*t],
+            q: &q,
+            k: &k,
+            v: &v,
+            sinks: None,
+            y: &mut y,
+            lse: &mut lse,
+        })
+        .unwrap()
     });
 }
 
@@ -200,7 +209,8 @@ fn attention_cached(bencher: Bencher<'_, '_>, Light { table, t }: &Light) {
     cpu.run(Call::CacheAppend { cache: &mut cache, k: &k, v: &v, rows: 0..*t }).unwrap();
     let (q, mut y) = (noise(&cpu, 576), noise(&cpu, 576));
     bencher.counter(BytesCount::new(cache.bytes())).bench_local(|| {
-        cpu.run(Call::AttentionCached { spec: &HEADS, q: &q, cache: &cache, y: &mut y, rows: 0..1 }).unwrap();
+        cpu.run(Call::AttentionCached { spec: &HEADS, q: &q, cache: &cache, sinks: None, y: &mut y, rows: 0..1 })
+            .unwrap();
     });
 }
 

@@ -192,8 +192,9 @@ calls! {
         width: value(usize), w: read_if, plus_one: value(bool), eps: value(f32), x: read, dy: read, dx: write,
     }
 
-    /// `y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) * w + b` for each row as wide as `w` (Ba et al. 2016).
-    LayerNorm { w: read, b: read, eps: value(f32), x: read, y: write, }
+    /// `y = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) * w + b` for each row as wide as `w` (Ba et al. 2016);
+    /// without `b` nothing is added.
+    LayerNorm { w: read, b: read_if, eps: value(f32), x: read, y: write, }
     /// `dx += ` the gradient of [`Call::LayerNorm`] by `x`; `w` and `b` are frozen.
     LayerNormVjpX { w: read, eps: value(f32), x: read, dy: read, dx: write, }
 
@@ -214,9 +215,11 @@ calls! {
 
     /// Causal attention inside each of `segments` (lengths that sum to `T`); no token sees another segment. `q`, `y` are
     /// `[T, H * D]`, `k`, `v` `[T, G * D]`; `lse` `[T, H]` receives the log-sum-exp of the scaled scores, which is all that
-    /// backward needs besides `y` (Dao et al. 2022).
+    /// backward needs besides `y` (Dao et al. 2022). With `sinks` `[H]`, one more score of each head joins the softmax, and what
+    /// it gets goes nowhere (Xiao et al. 2023).
     Attention {
-        spec: value(&'a Attention), segments: value(&'a [usize]), q: read, k: read, v: read, y: write, lse: write,
+        spec: value(&'a Attention), segments: value(&'a [usize]), q: read, k: read, v: read, sinks: read_if, y: write,
+        lse: write,
     }
     /// Gradients of [`Call::Attention`]: recomputes scores block by block.
     AttentionVjp {
@@ -227,7 +230,9 @@ calls! {
     CacheAppend { cache: cache_mut, k: read, v: read, rows: value(Range<usize>), }
     /// Causal attention of as many last cached tokens as there are `rows`: those of `q` `[T, H * D]` are their queries, those
     /// of `y` are written. Other rows, which belong to other sequences of a batch, stay as they are.
-    AttentionCached { spec: value(&'a Attention), q: read, cache: cache, y: write, rows: value(Range<usize>), }
+    AttentionCached {
+        spec: value(&'a Attention), q: read, cache: cache, sinks: read_if, y: write, rows: value(Range<usize>),
+    }
 
     /// `y = f(x)` for each element.
     Map { kind: value(Map), x: read, y: write, }

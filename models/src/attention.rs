@@ -25,6 +25,10 @@ pub(crate) struct AttentionSpec {
     pub(crate) o: &'static str,
     /// Norms of q and k.
     pub(crate) norms: Option<QkNorms>,
+    /// See [`AttentionShape::sinks`].
+    pub(crate) sinks: bool,
+    /// Name of a norm before the output's projection, and what it adds to the mean square.
+    pub(crate) o_norm: Option<(&'static str, f32)>,
 }
 
 impl Default for AttentionSpec {
@@ -39,6 +43,8 @@ impl Default for AttentionSpec {
             o_bias: false,
             o: "o_proj",
             norms: None,
+            sinks: false,
+            o_norm: None,
         }
     }
 }
@@ -54,6 +60,8 @@ pub(crate) struct QkNorms {
     pub(crate) plus_one: bool,
     /// All heads are normed together.
     pub(crate) whole: bool,
+    /// They have weights.
+    pub(crate) weights: bool,
     /// They come after q and k are turned.
     pub(crate) after_rope: bool,
 }
@@ -61,13 +69,16 @@ pub(crate) struct QkNorms {
 impl QkNorms {
     /// Of each head by itself, before q and k are turned.
     pub(crate) fn of_heads(eps: f32) -> Self {
-        Self { names: ["q_norm", "k_norm"], eps, plus_one: false, whole: false, after_rope: false }
+        Self { names: ["q_norm", "k_norm"], eps, plus_one: false, whole: false, weights: true, after_rope: false }
     }
 
     pub(crate) fn declare(self, b: &mut Builder, at: &str) -> [Norm; 2] {
         let head = b.config.head_dim;
         let widths = if self.whole { [b.config.heads * head, b.config.kv_heads * head] } else { [head; 2] };
         [0, 1].map(|i| {
+            if !self.weights {
+                return Norm::bare(widths[i], self.eps);
+            }
             let norm = b.rms_norm(&format!("{at}.{}", self.names[i]), widths[i], self.eps);
             Norm { plus_one: self.plus_one, ..norm }
         })
@@ -76,6 +87,7 @@ impl QkNorms {
 
 pub(crate) struct Attention {
     qkv: Qkv,
+    o_norm: Option<Norm>,
     o: Linear,
     norms: Option<[Norm; 2]>,
     ropes: Option<[RopeTable; 2]>,
@@ -105,14 +117,17 @@ impl Attention {
         let norms = spec.norms.map(|norms| norms.declare(b, at));
         let (norms, norms_after_rope) =
             if spec.norms.is_some_and(|norms| norms.after_rope) { (None, norms) } else { (norms, None) };
+        let o_norm = spec.o_norm.map(|(name, eps)| b.rms_norm(&format!("{at}.{name}"), width, eps));
+        let sinks = spec.sinks.then(|| b.vector(format!("{at}.sinks"), heads));
         let scale = spec.scale.unwrap_or_else(|| (head_dim as f32).sqrt().recip());
         Self {
             qkv,
+            o_norm,
             o,
             norms,
             ropes: spec.ropes,
             norms_after_rope,
-            shape: AttentionShape { heads, kv_heads, head_dim, scale, softcap, window },
+            shape: AttentionShape { heads, kv_heads, head_dim, scale, softcap, window, sinks },
             state: b.state(StateSpec::Kv { kv_heads, head_dim, window }),
         }
     }
@@ -133,6 +148,7 @@ impl Attention {
         };
         let (q, k) = normed(ex, self.norms_after_rope, q, k);
         let a = ex.attention(self.state, self.shape, q, k, v);
+        let a = self.o_norm.map_or(a, |norm| ex.norm(norm, a));
         ex.linear(self.o, a)
     }
 }

@@ -37,6 +37,8 @@ pub(crate) enum NormKind {
     Rms,
     /// The file holds one less than their weights.
     RmsPlusOne,
+    /// Without weights.
+    Bare,
     Layer,
 }
 
@@ -109,6 +111,7 @@ impl Decoder {
         let norm = |b: &mut Builder, module: &str| match variant.norm {
             NormKind::Rms => b.rms_norm(module, hidden, variant.eps),
             NormKind::RmsPlusOne => Norm { plus_one: true, ..b.rms_norm(module, hidden, variant.eps) },
+            NormKind::Bare => Norm::bare(hidden, variant.eps),
             NormKind::Layer => b.layer_norm(module, hidden, variant.eps),
         };
         let [[before_attention, after_attention], [before_mlp, after_mlp]] = variant.norms;

@@ -1,8 +1,8 @@
 //! Operations under the names that model files use.
 
 use crate::op::{
-    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, Routing,
-    StateId, StateSpace, Value,
+    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, Piece, RopeTable, Routing,
+    StateId, StateSpace, Value, Xielu,
 };
 use std::ops::Range;
 
@@ -43,8 +43,7 @@ impl dyn Exec + '_ {
     /// `x / sqrt(sum(x²) + eps)` of each `width` neighbouring elements of a row.
     pub fn l2_norm(&mut self, width: usize, eps: f32, x: Value) -> Value {
         // The mean square is the sum by the width.
-        let norm = Norm { weight: None, width, eps: eps / width as f32, plus_one: false, bias: None };
-        let x = self.norm(norm, x);
+        let x = self.norm(Norm::bare(width, eps / width as f32), x);
         self.scale((width as f32).sqrt().recip(), x)
     }
 
@@ -98,6 +97,11 @@ impl dyn Exec + '_ {
         self.run(Op::Map { map, x })
     }
 
+    /// See [`Xielu`].
+    pub fn xielu(&mut self, xielu: Xielu, x: Value) -> Value {
+        self.run(Op::Xielu { xielu, x })
+    }
+
     /// `a * b`.
     pub fn multiply(&mut self, a: Value, b: Value) -> Value {
         self.run(Op::Multiply { a, b })
@@ -145,6 +149,16 @@ impl dyn Exec + '_ {
     pub fn state_space(&mut self, state: StateId, space: StateSpace, xbc: [Value; 3], dt: Value) -> Value {
         let [x, b, c] = xbc;
         self.run(Op::StateSpace { space, state, x, b, c, dt })
+    }
+
+    /// Each head of `x` times its factor of `factors` `[T, heads]`.
+    pub fn scale_heads(&mut self, factors: Value, x: Value) -> Value {
+        self.run(Op::ScaleHeads { factors, x })
+    }
+
+    /// For each of `heads`, `pieces` side by side.
+    pub fn join(&mut self, heads: usize, pieces: &[Piece]) -> Value {
+        self.run(Op::Join { heads, pieces: pieces.to_vec() })
     }
 
     /// Parts of a row, each times a factor of its own: `parts` are their widths and factors.

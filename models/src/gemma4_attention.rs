@@ -101,7 +101,7 @@ impl Attention {
             }),
             o: b.linear(&format!("{at}.o_proj"), hidden, heads * head_dim, bias),
             rope,
-            shape: AttentionShape { heads, kv_heads, head_dim, scale: 1.0, softcap: None, window },
+            shape: AttentionShape { heads, kv_heads, head_dim, scale: 1.0, softcap: None, window, sinks: None },
             state: owner.unwrap_or_else(|| b.state(StateSpec::Kv { kv_heads, head_dim, window })),
             slots: None,
         }

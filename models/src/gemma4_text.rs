@@ -88,9 +88,8 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
         let expected = "an earlier layer of the same kind for each that shares";
         return Err(ConfigError::new("num_kv_shared_layers", expected, layers - own));
     }
-    let wide = keys.flag("use_double_wide_mlp", false)?;
+    let (wide, same_values) = (keys.flag("use_double_wide_mlp", false)?, keys.flag("attention_k_eq_v", false)?);
     let ffn = keys.size("intermediate_size")?;
-    let same_values = keys.flag("attention_k_eq_v", false)?;
     let ropes = [FULL, SLIDING].map(|name| {
         let kind = kinds.iter().find(|kind| kind.full == (name == FULL));
         let head_dim = kind.map_or(config.head_dim, |kind| kind.head_dim);

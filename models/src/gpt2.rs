@@ -56,7 +56,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let mut b = Builder::with_embedding(config, "transformer.wte");
     let positions = b.embedding("transformer.wpe", rows, hidden);
     let scale = (head_dim as f32).sqrt().recip();
-    let shape = AttentionShape { heads, kv_heads: heads, head_dim, scale, softcap: None, window: None };
+    let shape = AttentionShape { heads, kv_heads: heads, head_dim, scale, softcap: None, window: None, sinks: None };
     let layer = |i| {
         let at = format!("transformer.h.{i}");
         // Masks, which the first files have among their weights.

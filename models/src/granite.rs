@@ -24,9 +24,15 @@ pub(crate) const FAMILY: Family = Family {
     build,
 };
 
-struct Granite {
+pub(crate) struct Granite {
     decoder: Decoder,
     factors: Factors,
+}
+
+impl Granite {
+    pub(crate) fn new(decoder: Decoder, factors: Factors) -> Self {
+        Self { decoder, factors }
+    }
 }
 
 /// Granite's factors, which its hybrids have, too.

@@ -36,7 +36,7 @@ enum Operator {
 }
 
 /// `y = out(C * conv(B * x))` with `B`, `C`, `x` of one projection.
-struct ShortConv {
+pub(crate) struct ShortConv {
     input: Linear,
     conv: Conv,
     state: StateId,
@@ -123,7 +123,7 @@ fn feed_forward_width(keys: &Keys<'_>) -> Result<usize, ConfigError> {
 }
 
 impl ShortConv {
-    fn new(b: &mut Builder, at: &str, taps: usize, bias: bool) -> Self {
+    pub(crate) fn new(b: &mut Builder, at: &str, taps: usize, bias: bool) -> Self {
         let width = b.config.hidden_size;
         let (conv, state) = b.conv(&format!("{at}.conv"), width, taps, bias);
         Self {
@@ -135,7 +135,7 @@ impl ShortConv {
         }
     }
 
-    fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
+    pub(crate) fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
         let bcx = ex.linear(self.input, h);
         let [b, c, x] = ex.split(bcx, [self.width; 3]);
         let x = ex.multiply(b, x);

@@ -4,8 +4,11 @@
 //! quantization, adapters and gradients are the executor's concern.
 #![forbid(unsafe_code)]
 
+mod apertus;
 mod arcee;
 mod attention;
+mod bitnet;
+mod cohere2;
 mod config;
 mod decoder;
 mod ernie4_5;
@@ -21,21 +24,28 @@ mod gemma4_text;
 mod glm4;
 mod gpt2;
 mod granite;
+mod granite_swa;
 mod granitemoehybrid;
 mod helium;
 mod hunyuan_v1_dense;
+mod internlm3;
 mod keys;
 mod known;
+mod latent_attention;
 mod lfm2;
 mod lfm2_moe;
+mod lfm3;
 mod llama;
 mod mamba;
 mod mamba2;
+mod minicpm3;
 mod ministral;
 mod ministral3;
 mod mistral;
+mod nanochat;
 mod olmo2;
 mod olmo3;
+mod olmo_hybrid;
 mod op;
 mod outline;
 mod params;
@@ -45,18 +55,20 @@ mod qwen3;
 mod qwen3_5_text;
 mod qwen3_moe;
 mod rope;
+mod seed_oss;
 mod smollm3;
 mod starcoder2;
 #[cfg(test)]
 mod testing;
 mod windows;
 mod wrapped;
+mod youtu;
 
 pub use config::{Config, ConfigError};
 pub use exec::Exec;
 pub use op::{
-    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, RopeTable, Routing, Scores,
-    StateId, StateSpace, StateSpec, Value, Width,
+    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, Piece, RopeTable, Routing,
+    Scores, StateId, StateSpace, StateSpec, Value, Width, Xielu,
 };
 pub use outline::{Outline, Scaled};
 pub use params::{Layout, ParamSpec, Role, Stack};
@@ -146,7 +158,10 @@ pub(crate) struct Family {
 
 /// All that [`build`] knows.
 const FAMILIES: &[Family] = &[
+    apertus::FAMILY,
     arcee::FAMILY,
+    bitnet::FAMILY,
+    cohere2::FAMILY,
     ernie4_5::FAMILY,
     exaone4::FAMILY,
     falcon_h1::FAMILY,
@@ -156,25 +171,33 @@ const FAMILIES: &[Family] = &[
     glm4::FAMILY,
     gpt2::FAMILY,
     granite::FAMILY,
+    granite_swa::FAMILY,
     granitemoehybrid::FAMILY,
     helium::FAMILY,
     hunyuan_v1_dense::FAMILY,
+    internlm3::FAMILY,
     lfm2::FAMILY,
     lfm2_moe::FAMILY,
+    lfm3::FAMILY,
     llama::FAMILY,
     mamba2::FAMILY,
+    minicpm3::FAMILY,
     ministral::FAMILY,
     ministral3::FAMILY,
     mistral::FAMILY,
+    nanochat::FAMILY,
     olmo2::FAMILY,
     olmo3::FAMILY,
+    olmo_hybrid::FAMILY,
     phi3::FAMILY,
     qwen2::FAMILY,
     qwen3::FAMILY,
     qwen3_5_text::FAMILY,
     qwen3_moe::FAMILY,
+    seed_oss::FAMILY,
     smollm3::FAMILY,
     starcoder2::FAMILY,
+    youtu::FAMILY,
 ];
 
 /// Names of the supported families, as `config.json` spells them.

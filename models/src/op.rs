@@ -73,8 +73,18 @@ pub struct Norm {
     pub eps: f32,
     /// The file holds `w - 1`.
     pub plus_one: bool,
-    /// `[width]`, of a layer norm, which has a weight that is stored whole.
+    /// It is a layer norm, whose weight is there and stored whole.
+    pub centered: bool,
+    /// `[width]`, of a layer norm that has it.
     pub bias: Option<Param>,
+}
+
+impl Norm {
+    /// A root-mean-square norm that multiplies nothing.
+    #[must_use]
+    pub fn bare(width: usize, eps: f32) -> Self {
+        Self { weight: None, width, eps, plus_one: false, centered: false, bias: None }
+    }
 }
 
 /// Shape and masking of an attention layer. Attention is always causal.
@@ -92,6 +102,8 @@ pub struct AttentionShape {
     pub softcap: Option<f32>,
     /// A token sees the last `window` tokens, itself included; `None` sees all.
     pub window: Option<usize>,
+    /// `[heads]`: one more score of each head, of no key (Xiao et al. 2023).
+    pub sinks: Option<Param>,
 }
 
 /// What a gate is put through before it multiplies.
@@ -116,6 +128,20 @@ pub enum Map {
     Softcap(f32),
     /// `max(x, 0)²` (So et al. 2021).
     SquaredRelu,
+}
+
+/// xIELU (Huang & Schlag 2025): with `p = softplus(positive)` and `n = beta + softplus(negative)`, `p x² + beta x` above 0, else
+/// `n (e^min(x, eps) - 1 - x) + beta x`. All are parameters of one value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Xielu {
+    /// See above, as are the others.
+    pub positive: Param,
+    /// Below 0.
+    pub negative: Param,
+    /// The slope at 0.
+    pub beta: Param,
+    /// A bound just below 0.
+    pub eps: Param,
 }
 
 /// A causal convolution of each channel by itself.
@@ -195,6 +221,37 @@ pub struct Expert {
     pub down: Linear,
 }
 
+/// A part of each head that is put together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// `[T, heads * width]`, or `[T, width]` if it is shared; without one it is zeros.
+    pub value: Option<Value>,
+    /// Elements of a head.
+    pub width: usize,
+    /// All heads have the same.
+    pub shared: bool,
+}
+
+impl Piece {
+    /// A piece of each head.
+    #[must_use]
+    pub fn of_heads(value: Value, width: usize) -> Self {
+        Self { value: Some(value), width, shared: false }
+    }
+
+    /// One that all heads have.
+    #[must_use]
+    pub fn of_all(value: Value, width: usize) -> Self {
+        Self { value: Some(value), width, shared: true }
+    }
+
+    /// Zeros.
+    #[must_use]
+    pub fn zeros(width: usize) -> Self {
+        Self { value: None, width, shared: false }
+    }
+}
+
 /// An operation with the values it reads. What it writes is `[T, ..]` as [`Op::outputs`] says.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
@@ -262,6 +319,20 @@ pub enum Op {
         /// Any value.
         x: Value,
     },
+    /// Each head times a factor of its own.
+    ScaleHeads {
+        /// `[T, heads]`.
+        factors: Value,
+        /// `[T, heads * D]`.
+        x: Value,
+    },
+    /// For each head, `pieces` side by side.
+    Join {
+        /// Heads.
+        heads: usize,
+        /// What each has.
+        pieces: Vec<Piece>,
+    },
     /// Parts of a row, each times a factor of its own.
     ScaleParts {
         /// Widths of the parts, which are the whole row, with their factors.
@@ -294,6 +365,13 @@ pub enum Op {
     Map {
         /// Which one.
         map: Map,
+        /// Any value.
+        x: Value,
+    },
+    /// See [`Xielu`].
+    Xielu {
+        /// Its constants.
+        xielu: Xielu,
         /// Any value.
         x: Value,
     },
@@ -413,6 +491,9 @@ impl Op {
     #[must_use]
     pub fn reads(&self) -> Vec<Value> {
         match *self {
+            Self::Join { ref pieces, .. } => pieces.iter().filter_map(|piece| piece.value).collect(),
+            Self::ScaleHeads { factors, x } => vec![factors, x],
+            Self::Xielu { x, .. } => vec![x],
             Self::Embed { .. } | Self::EmbedPositions { .. } | Self::Carried { .. } => Vec::new(),
             Self::ScaleBy { x, .. } | Self::Carry { x, .. } => vec![x],
             Self::Linears { x, .. } | Self::Norm { x, .. } | Self::Rope { x, .. } | Self::Scale { x, .. } => vec![x],
@@ -446,7 +527,11 @@ impl Op {
             Self::Decay { a, .. } => vec![Width::Like(*a)],
             Self::DeltaRule { v, .. } => vec![Width::Like(*v)],
             Self::StateSpace { x, .. } | Self::ScaleParts { x, .. } => vec![Width::Like(*x)],
-            Self::ScaleBy { x, .. } | Self::Carry { x, .. } => vec![Width::Like(*x)],
+            Self::ScaleBy { x, .. } | Self::Carry { x, .. } | Self::ScaleHeads { x, .. } => vec![Width::Like(*x)],
+            Self::Xielu { x, .. } => vec![Width::Like(*x)],
+            Self::Join { heads, pieces } => {
+                vec![Width::Of(heads * pieces.iter().map(|piece| piece.width).sum::<usize>())]
+            }
             Self::Carried { part, .. } => vec![Width::Of(part.len())],
             Self::Route { routing, .. } => vec![Width::Of(routing.top); 2],
         }
@@ -463,9 +548,10 @@ impl Op {
             Self::Attention { q, k, v, .. } => vec![q, k, v, y, Value(y.0 + 1)],
             Self::Gate { gate, up, .. } => vec![gate, up],
             Self::Columns { .. } | Self::Conv { .. } | Self::ScaleParts { .. } => Vec::new(),
-            Self::ScaleBy { .. } | Self::Carry { .. } | Self::Carried { .. } => Vec::new(),
+            Self::ScaleBy { .. } | Self::Carry { .. } | Self::Carried { .. } | Self::Join { .. } => Vec::new(),
+            Self::ScaleHeads { factors, x } => vec![factors, x],
             Self::StateSpace { x, b, c, dt, .. } => vec![x, b, c, dt],
-            Self::Map { x, .. } => vec![x],
+            Self::Map { x, .. } | Self::Xielu { x, .. } => vec![x],
             Self::Multiply { a, b } => vec![a, b],
             Self::Decay { a, .. } => vec![a],
             Self::DeltaRule { q, k, v, g, beta, .. } => vec![q, k, v, g, beta],
@@ -483,11 +569,14 @@ impl Op {
                 | Self::Gate { .. }
                 | Self::Scale { .. }
                 | Self::Map { .. }
+                | Self::Xielu { .. }
                 | Self::Multiply { .. }
                 | Self::Columns { .. }
                 | Self::Decay { .. }
                 | Self::ScaleParts { .. }
                 | Self::ScaleBy { .. }
+                | Self::ScaleHeads { .. }
+                | Self::Join { .. }
                 | Self::Carried { .. }
         )
     }

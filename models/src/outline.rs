@@ -88,7 +88,7 @@ impl Builder {
     }
 
     fn param(&mut self, name: String, shape: Vec<usize>, role: Role) -> Param {
-        self.params.push(ParamSpec { name, shape, role, layout: Layout::Whole });
+        self.params.push(ParamSpec { name, shape, role, layout: Layout::Whole, module: None });
         Param(number(self.params.len()))
     }
 
@@ -96,14 +96,26 @@ impl Builder {
         self.param(name, vec![width], Role::Vector)
     }
 
+    /// A parameter of one value and no dimension.
+    pub(crate) fn number(&mut self, name: String) -> Param {
+        self.param(name, Vec::new(), Role::Vector)
+    }
+
     pub(crate) fn rms_norm(&mut self, module: &str, width: usize, eps: f32) -> Norm {
         let weight = self.vector(format!("{module}.weight"), width);
-        Norm { weight: Some(weight), width, eps, plus_one: false, bias: None }
+        Norm { weight: Some(weight), width, eps, plus_one: false, centered: false, bias: None }
     }
 
     pub(crate) fn layer_norm(&mut self, module: &str, width: usize, eps: f32) -> Norm {
         let norm = self.rms_norm(module, width, eps);
-        Norm { bias: Some(self.vector(format!("{module}.bias"), width)), ..norm }
+        Norm { centered: true, bias: Some(self.vector(format!("{module}.bias"), width)), ..norm }
+    }
+
+    /// The same for a layer that has another name among modules than its tensors in files.
+    pub(crate) fn linear_as(&mut self, names: [&str; 2], out: usize, input: usize, bias: bool) -> Linear {
+        let linear = self.linear(names[0], out, input, bias);
+        self.params[linear.weight.0 as usize].module = Some(names[1].to_owned());
+        linear
     }
 
     pub(crate) fn linear(&mut self, module: &str, out: usize, input: usize, bias: bool) -> Linear {
@@ -129,7 +141,13 @@ impl Builder {
     /// Rows of a stack of matrices in the tensor `name`, as a linear layer.
     pub(crate) fn stacked(&mut self, name: &str, stack: Stack, rows: usize) -> Linear {
         let shape = vec![rows, stack.shape[2]];
-        self.params.push(ParamSpec { name: name.to_owned(), shape, role: Role::Fixed, layout: Layout::Stacked(stack) });
+        self.params.push(ParamSpec {
+            name: name.to_owned(),
+            shape,
+            role: Role::Fixed,
+            layout: Layout::Stacked(stack),
+            module: None,
+        });
         Linear { weight: Param(number(self.params.len())), bias: None }
     }
 

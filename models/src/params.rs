@@ -28,6 +28,8 @@ pub struct ParamSpec {
     pub role: Role,
     /// How the tensor of that name holds it.
     pub layout: Layout,
+    /// Path of the module that holds it, where that is not the name's beginning: adapters name it so.
+    pub module: Option<String>,
 }
 
 /// How a tensor holds a parameter.
@@ -63,9 +65,12 @@ impl ParamSpec {
         }
     }
 
-    /// Path of the module that holds it: the name without `.weight` or `.bias`.
+    /// Path of the module that holds it: usually the name without `.weight` or `.bias`.
     #[must_use]
     pub fn module(&self) -> &str {
+        if let Some(module) = &self.module {
+            return module;
+        }
         self.name.rsplit_once('.').map_or(&self.name, |(module, _)| module)
     }
 }

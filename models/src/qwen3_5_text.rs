@@ -81,7 +81,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     // Text has the same position in all sections.
     let more = &["mrope_section", "mrope_interleaved"];
     let rope = RopeKeys { partial: Some(0.25), more, ..RopeKeys::of(&config) }.read(keys)?;
-    let (shape, taps) = (delta_rule(keys)?, keys.count_or("linear_conv_kernel_dim", 4)?);
+    let (shape, taps) = (delta_rule(keys, [16, 32])?, keys.count_or("linear_conv_kernel_dim", 4)?);
     let hidden = config.hidden_size;
 
     let mut b = Builder::new(config);
@@ -110,11 +110,12 @@ fn kinds(keys: &Keys<'_>, layers: usize) -> Result<Vec<&'static str>, ConfigErro
     Ok(named.unwrap_or_else(|| (1..=layers).map(|i| if i % every == 0 { FULL } else { LINEAR }).collect()))
 }
 
-fn delta_rule(keys: &Keys<'_>) -> Result<DeltaRuleShape, ConfigError> {
+/// The shape that the keys describe; `heads` are those of keys and of values where the file does not say.
+pub(crate) fn delta_rule(keys: &Keys<'_>, heads: [usize; 2]) -> Result<DeltaRuleShape, ConfigError> {
     let count = |key: &str, default| keys.count_or(key, default);
     let shape = DeltaRuleShape {
-        key_heads: count("linear_num_key_heads", 16)?,
-        value_heads: count("linear_num_value_heads", 32)?,
+        key_heads: count("linear_num_key_heads", heads[0])?,
+        value_heads: count("linear_num_value_heads", heads[1])?,
         key_dim: count("linear_key_head_dim", 128)?,
         value_dim: count("linear_value_head_dim", 128)?,
     };
@@ -147,6 +148,7 @@ impl GatedAttention {
                 scale: (head_dim as f32).sqrt().recip(),
                 softcap: None,
                 window: None,
+                sinks: None,
             },
             state: b.state(StateSpec::Kv { kv_heads, head_dim, window: None }),
         }

@@ -49,11 +49,17 @@ pub fn text_config(config: &Map<String, Value>) -> Option<Map<String, Value>> {
 /// Families whose first files leave out what all their names begin with.
 const BARE: &[(&str, &str)] = &[("gpt2", "transformer.")];
 
-/// The whole name of the tensor `name` in a file that may leave out what the names of the model that `config` describes
-/// begin with; none where nothing is missing.
+/// Families of which transformers saves a part of a name in another spelling than the first files have.
+const SPELLINGS: &[(&str, &str, &str)] = &[("olmo_hybrid", ".post_attention_layernorm.", ".feedforward_layer_norm.")];
+
+/// The name that the tensor `name` of a model that `config` describes has here, if it is another: files may leave out what
+/// all names begin with, or spell a part in another way.
 #[must_use]
 pub fn full_name(config: &Map<String, Value>, name: &str) -> Option<String> {
     let family = config.get("model_type")?.as_str()?;
+    if let Some((_, old, new)) = SPELLINGS.iter().find(|(spelt, old, _)| *spelt == family && name.contains(old)) {
+        return Some(name.replacen(old, new, 1));
+    }
     let (_, prefix) = BARE.iter().find(|(bare, _)| *bare == family)?;
     (!name.starts_with(prefix) && !name.starts_with("lm_head.")).then(|| format!("{prefix}{name}"))
 }
@@ -105,6 +111,9 @@ mod tests {
         let config = |family: &str| json!({"model_type": family}).as_object().unwrap().clone();
         let full = |family, name| full_name(&config(family), name);
         assert_eq!(full("gpt2", "h.0.ln_1.weight").as_deref(), Some("transformer.h.0.ln_1.weight"));
+        let norm = "model.layers.1.post_attention_layernorm.weight";
+        assert_eq!(full("olmo_hybrid", norm).as_deref(), Some("model.layers.1.feedforward_layer_norm.weight"));
+        assert_eq!(full("llama", norm), None);
         for (family, name) in [("gpt2", "transformer.wte.weight"), ("gpt2", "lm_head.weight"), ("llama", "norm.weight")]
         {
             assert_eq!(full(family, name), None, "{family} {name}");

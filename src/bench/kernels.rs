@@ -276,7 +276,16 @@ fn attention(engine: &Engine, bench: &mut Bench<'_, '_>) -> Result<()> {
     // Half of T x T scores; two products forward, five back, each a multiplication and an addition.
     let (bytes, product) = (4 * t * (2 * wide + 2 * narrow), t * t * wide);
     bench.time(facts("attention", format!("T={t}"), false, bytes, 2 * product), 1, &mut |_| {
-        backend.run(Call::Attention { spec: &spec, segments: &[t], q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse })
+        backend.run(Call::Attention {
+            spec: &spec,
+            segments: &[t],
+            q: &q,
+            k: &k,
+            v: &v,
+            sinks: None,
+            y: &mut y,
+            lse: &mut lse,
+        })
     })?;
     let (mut dq, mut dk, mut dv) = (buffer(t * wide)?, buffer(t * narrow)?, buffer(t * narrow)?);
     bench.time(facts("attention_vjp", format!("T={t}"), false, 2 * bytes, 5 * product), 1, &mut |_| {
@@ -301,7 +310,7 @@ fn attention(engine: &Engine, bench: &mut Bench<'_, '_>) -> Result<()> {
     let (q, mut y) = (buffer(wide)?, buffer(wide)?);
     let bytes = cache.bytes();
     bench.time(facts("attention_cached", format!("T=1 of {t}"), true, bytes, 4 * t * wide), 1, &mut |_| {
-        backend.run(Call::AttentionCached { spec: &spec, q: &q, cache: &cache, y: &mut y, rows: 0..1 })
+        backend.run(Call::AttentionCached { spec: &spec, q: &q, cache: &cache, sinks: None, y: &mut y, rows: 0..1 })
     })
 }
 

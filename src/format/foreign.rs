@@ -59,8 +59,9 @@ pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>> {
 pub(crate) fn parse_object(path: &Path, bytes: &[u8]) -> Result<Map<String, Value>> {
     check(path, bytes, "a JSON object")?;
     let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    let map: Map<String, Value> =
-        serde_json::from_slice(text).map_err(|e| Error::format(path, "JSON", "an object", &e).caused_by(e))?;
+    let map: Map<String, Value> = serde_json::from_slice(text)
+        .or_else(|e| serde_json::from_slice(&with_infinity(text)).map_err(|_| e))
+        .map_err(|e| Error::format(path, "JSON", "an object", &e).caused_by(e))?;
     match map.get("error").and_then(Value::as_str) {
         // What the hub answers where a model asks for access, saved under the file's name.
         Some(message) if map.len() == 1 => {
@@ -69,5 +70,49 @@ pub(crate) fn parse_object(path: &Path, bytes: &[u8]) -> Result<Map<String, Valu
             Err(Error::format(path, "content", "the file itself", got))
         }
         _ => Ok(map),
+    }
+}
+
+/// JSON in which `Infinity`, as Python writes it, is the object that transformers 5 writes in its place. Configs of Mamba 2
+/// have it as a bound that is none.
+fn with_infinity(text: &[u8]) -> Vec<u8> {
+    const NAME: &[u8] = b"Infinity";
+    let (mut out, mut rest, mut quoted) = (Vec::with_capacity(text.len()), text, false);
+    while let [first, behind @ ..] = rest {
+        if !quoted && rest.starts_with(NAME) {
+            out.extend(br#"{"__float__": "Infinity"}"#);
+            rest = &rest[NAME.len()..];
+            continue;
+        }
+        out.push(*first);
+        rest = behind;
+        match (first, behind) {
+            (b'"', _) => quoted = !quoted,
+            // What follows ends no string.
+            (b'\\', [next, behind @ ..]) if quoted => {
+                out.push(*next);
+                rest = behind;
+            }
+            _ => {}
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn infinity_is_read_where_it_is_no_text() {
+        let read = |text: &str| parse_object(Path::new("config.json"), text.as_bytes()).map(Value::Object);
+        let infinity = json!({"__float__": "Infinity"});
+        let config = r#"{"limit": [0.0, Infinity], "name": "to \"Infinity\\", "last": Infinity}"#;
+        let want = json!({"limit": [0.0, infinity], "name": "to \"Infinity\\", "last": infinity});
+        assert_eq!(read(config).unwrap(), want);
+        for broken in [r#"{"limit": -Infinity}"#, r#"{"limit": Infinity, }"#, r#"{"limit": Infinit}"#] {
+            assert!(read(broken).is_err(), "{broken}");
+        }
     }
 }

@@ -152,7 +152,7 @@ fn a_config_with_impossible_settings_is_refused() {
     let cases: Vec<(&str, Option<Value>, &str)> = vec![
         ("model_type", None, "model_type"),
         ("model_type", Some(json!(7)), "model_type"),
-        ("model_type", Some(json!("gpt2")), "`llama`"),
+        ("model_type", Some(json!("bloom")), "`llama`"),
         ("head_dim", Some(json!(33)), "head_dim"),
         ("head_dim", Some(json!(64)), "[256, 128]"),
         ("head_dim", Some(json!(1 << 20)), "head_dim"),

@@ -288,7 +288,7 @@ fn what_could_not_run_is_refused_before_it_is_converted() {
     let f = fixture();
     let config = f.json("config.json");
     let cases = [
-        ("model_type", json!("gpt2"), ErrorCode::Unsupported, "`mistral`"),
+        ("model_type", json!("bloom"), ErrorCode::Unsupported, "`mistral`"),
         ("architectures", json!(["LlamaForSequenceClassification"]), ErrorCode::Unsupported, "ForCausalLM"),
         ("num_attention_heads", json!(0), ErrorCode::Format, "num_attention_heads"),
         ("vocab_size", json!(300), ErrorCode::Format, "set `vocab_size` to 512"),
@@ -344,7 +344,7 @@ fn a_refused_model_leaves_nothing_in_the_cache() {
     let model = f.model.to_str().unwrap();
     fs::write(f.dir.path().join("x"), "hello").unwrap();
     let cases: [(&str, &[u8], &str); 4] = [
-        ("config.json", br#"{"model_type": "gpt2"}"#, "`mistral`"),
+        ("config.json", br#"{"model_type": "bloom"}"#, "`mistral`"),
         ("tokenizer.json", b"{", "tokenizer.json"),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         ("tokenizer_config.json", br#"{"chat_template": "{% if %}"}"#, "tokenizer_config.json"),

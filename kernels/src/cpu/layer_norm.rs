@@ -5,10 +5,16 @@
 
 use super::Cpu;
 use super::loops::{map, sum, update};
-use super::split::parts;
+use super::split::{parts, with_scratch};
 
-/// `y[T, C]` from `x[T, C]`, `w[C]` and `b[C]`.
-pub(crate) fn forward(cpu: &Cpu, w: &[f32], b: &[f32], eps: f32, x: &[f32], y: &mut [f32]) {
+/// `y[T, C]` from `x[T, C]`, `w[C]` and `b[C]`; without `b` nothing is added.
+pub(crate) fn forward(cpu: &Cpu, w: &[f32], b: Option<&[f32]>, eps: f32, x: &[f32], y: &mut [f32]) {
+    let Some(b) = b else {
+        return with_scratch(w.len(), |zeros| {
+            zeros.fill(0.0);
+            forward(cpu, w, Some(zeros), eps, x, y);
+        });
+    };
     assert!(w.len() == b.len() && x.len() == y.len() && (x.is_empty() || x.len().is_multiple_of(w.len())));
     parts(&cpu.team, y, w.len(), |at, y| cpu.table.light().layer_norm([w, b], eps, &x[at..][..y.len()], y));
 }

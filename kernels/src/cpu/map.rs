@@ -21,6 +21,17 @@ pub enum Map {
     GeluTanh,
     /// `max(x, 0)²` (So et al. 2021).
     SquaredRelu,
+    /// xIELU (Huang & Schlag 2025): `positive x² + beta x` above 0, else `negative (e^min(x, eps) - 1 - x) + beta x`.
+    Xielu {
+        /// How fast it grows above 0.
+        positive: f32,
+        /// How fast it bends below 0.
+        negative: f32,
+        /// Its slope at 0.
+        beta: f32,
+        /// A bound just below 0.
+        eps: f32,
+    },
 }
 
 /// `y` from `x` of the same length.
@@ -48,6 +59,11 @@ pub(super) fn values<const FMA: bool>(kind: Map, x: &[f32], y: &mut [f32]) {
         Map::Softcap(cap) => map([x], y, |[x]| cap * tanh::<FMA>(x / cap)),
         Map::GeluTanh => map([x], y, |[x]| x * logistic::<FMA, true>(x).0),
         Map::SquaredRelu => map([x], y, |[x]| relu(x) * relu(x)),
+        Map::Xielu { positive, negative, beta, eps } => map([x], y, |[x]| {
+            let low = if x > eps { eps } else { x };
+            let bent = negative * (exp::<FMA>(low) - 1.0 - x);
+            beta * x + if x > 0.0 { positive * x * x } else { bent }
+        }),
     }
 }
 
@@ -73,6 +89,11 @@ pub(super) fn slopes<const FMA: bool>(kind: Map, x: &[f32], dy: &[f32], dx: &mut
             dy * s * (1.0 + xz * (1.0 - s))
         }),
         Map::SquaredRelu => map([x, dy], dx, |[x, dy]| 2.0 * dy * relu(x)),
+        Map::Xielu { positive, negative, beta, eps } => map([x, dy], dx, |[x, dy]| {
+            let rise = if x < eps { exp::<FMA>(x) } else { 0.0 };
+            let slope = if x > 0.0 { 2.0 * positive * x } else { negative * (rise - 1.0) };
+            dy * (beta + slope)
+        }),
     }
 }
 

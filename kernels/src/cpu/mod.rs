@@ -166,7 +166,7 @@ impl Backend for Cpu {
             Call::RmsNormVjpX { width, w, plus_one, eps, x, dy, dx } => {
                 rms_norm::vjp_x(self, Factors { width, w: w.map(|w| &w[..]), plus_one }, eps, x, dy, dx);
             }
-            Call::LayerNorm { w, b, eps, x, y } => layer_norm::forward(self, w, b, eps, x, y),
+            Call::LayerNorm { w, b, eps, x, y } => layer_norm::forward(self, w, b.map(|b| &b[..]), eps, x, y),
             Call::LayerNormVjpX { w, eps, x, dy, dx } => layer_norm::vjp_x(self, w, eps, x, dy, dx),
             Call::Rope { heads, head_dim, cos, sin, x, inverse, pairs, y } => {
                 rope::forward(self, heads, head_dim, cos, sin, x, inverse, pairs, y);
@@ -176,15 +176,15 @@ impl Backend for Cpu {
                 gated::vjp(self, activation, gate, up, dy, dgate, dup);
             }
             Call::GateVjpInPlace { activation, dy, gate, up } => gated::vjp_in_place(self, activation, dy, gate, up),
-            Call::Attention { spec, segments, q, k, v, y, lse } => {
-                attention::forward(self, spec, segments, q, k, v, y, lse);
+            Call::Attention { spec, segments, q, k, v, sinks, y, lse } => {
+                attention::forward(self, spec, segments, q, k, v, sinks.map(|s| &s[..]), y, lse);
             }
             Call::AttentionVjp { spec, segments, q, k, v, y, lse, dy, dq, dk, dv } => {
                 attention::vjp(self, spec, segments, q, k, v, y, lse, dy, dq, dk, dv);
             }
             Call::CacheAppend { cache, k, v, rows } => cache.append(light, k, v, rows)?,
-            Call::AttentionCached { spec, q, cache, y, rows } => {
-                attention::forward_cached(self, spec, q, cache, y, rows);
+            Call::AttentionCached { spec, q, cache, sinks, y, rows } => {
+                attention::forward_cached(self, spec, q, cache, sinks.map(|s| &s[..]), y, rows);
             }
             Call::Map { kind, x, y } => map::forward(self, kind, x, y),
             Call::MapVjp { kind, x, dy, dx } => map::vjp(self, kind, x, dy, dx),

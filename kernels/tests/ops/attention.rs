@@ -64,7 +64,17 @@ fn attention_and_its_gradients_meet_the_oracle() {
             let [mut y, mut dq] = [0; 2].map(|_| poisoned(cpu, t * heads * d));
             let [mut dk, mut dv] = [0; 2].map(|_| poisoned(cpu, t * kv_heads * d));
             let mut lse = poisoned(cpu, t * heads);
-            cpu.run(Call::Attention { spec: &spec, segments, q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse }).unwrap();
+            cpu.run(Call::Attention {
+                spec: &spec,
+                segments,
+                q: &q,
+                k: &k,
+                v: &v,
+                sinks: None,
+                y: &mut y,
+                lse: &mut lse,
+            })
+            .unwrap();
             cpu.run(Call::AttentionVjp {
                 spec: &spec,
                 segments,
@@ -160,8 +170,15 @@ fn attention_over_a_cache_meets_the_oracle() {
                 let others = vec![f32::NAN; 2 * heads * d];
                 let batch = buffer(cpu, &[&others, &q[..], &others[..heads * d]].concat());
                 let mut y = buffer(cpu, &vec![7.0; q.len() + 3 * heads * d]);
-                cpu.run(Call::AttentionCached { spec: &spec, q: &batch, cache: &cache, y: &mut y, rows: 2..2 + new })
-                    .unwrap();
+                cpu.run(Call::AttentionCached {
+                    spec: &spec,
+                    q: &batch,
+                    cache: &cache,
+                    sinks: None,
+                    y: &mut y,
+                    rows: 2..2 + new,
+                })
+                .unwrap();
                 let y = read(cpu, &y);
                 let (before, y) = y.split_at(2 * heads * d);
                 let (y, after) = y.split_at(q.len());
@@ -186,8 +203,17 @@ fn large_scores_stay_finite_and_nan_is_carried() {
     case!(report, "attention of large scores", &[Expected::new(y, vec![2000.0 * EPS; t * 8])], |cpu| {
         let [q, k, v] = [&large, &k, &v].map(|x| buffer(cpu, x));
         let (mut y, mut lse) = (poisoned(cpu, t * 8), poisoned(cpu, t));
-        cpu.run(Call::Attention { spec: &spec, segments: &[t], q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse })
-            .unwrap();
+        cpu.run(Call::Attention {
+            spec: &spec,
+            segments: &[t],
+            q: &q,
+            k: &k,
+            v: &v,
+            sinks: None,
+            y: &mut y,
+            lse: &mut lse,
+        })
+        .unwrap();
         vec![read(cpu, &y)]
     });
     let mut broken = q.clone();
@@ -197,8 +223,17 @@ fn large_scores_stay_finite_and_nan_is_carried() {
     case!(report, "attention with a NaN query", &[Expected::new(y, vec![16.0 * EPS; t * 8])], |cpu| {
         let [q, k, v] = [&broken, &k, &v].map(|x| buffer(cpu, x));
         let (mut y, mut lse) = (poisoned(cpu, t * 8), poisoned(cpu, t));
-        cpu.run(Call::Attention { spec: &spec, segments: &[t], q: &q, k: &k, v: &v, y: &mut y, lse: &mut lse })
-            .unwrap();
+        cpu.run(Call::Attention {
+            spec: &spec,
+            segments: &[t],
+            q: &q,
+            k: &k,
+            v: &v,
+            sinks: None,
+            y: &mut y,
+            lse: &mut lse,
+        })
+        .unwrap();
         vec![read(cpu, &y)]
     });
 }
@@ -245,9 +280,107 @@ fn a_nan_in_the_cache_is_carried() {
                 let rows = 0..cpu.len(&k) / (2 * d);
                 cpu.run(Call::CacheAppend { cache: &mut cache, k: &k, v: &v, rows }).unwrap();
                 let mut y = poisoned(cpu, 2 * d);
-                cpu.run(Call::AttentionCached { spec: &spec, q: &q, cache: &cache, y: &mut y, rows: 0..1 }).unwrap();
+                cpu.run(Call::AttentionCached {
+                    spec: &spec,
+                    q: &q,
+                    cache: &cache,
+                    sinks: None,
+                    y: &mut y,
+                    rows: 0..1,
+                })
+                .unwrap();
                 vec![read(cpu, &y)]
             });
         }
+    }
+}
+
+/// What sinks make of the outputs `y` and log-sum-exps `lse` of attention without them.
+fn sunk(spec: &Attention, sinks: &[f64], (y, lse): (Vec<f64>, Vec<f64>)) -> (Vec<f64>, Vec<f64>) {
+    let sink = |row: usize| sinks[row % spec.heads];
+    let all: Vec<f64> = lse.iter().enumerate().map(|(row, lse)| (lse.exp() + sink(row).exp()).ln()).collect();
+    let y = y.iter().enumerate().map(|(i, y)| y * (lse[i / spec.head_dim] - all[i / spec.head_dim]).exp()).collect();
+    (y, all)
+}
+
+#[test]
+fn a_sink_takes_its_share_of_every_row() {
+    let mut report = Report::default();
+    let mut random = Random(17);
+    for (heads, kv_heads, d, window, segments) in
+        [(2, 1, 3, None, &[3][..]), (4, 2, 8, Some(3), &[9, 2]), (2, 2, 4, None, &[70]), (3, 1, 8, Some(5), &[12])]
+    {
+        let (spec, t) = (spec(heads, kv_heads, d, window), segments.iter().sum::<usize>());
+        if !affordable(t * t * heads * d * t * heads * d) {
+            continue;
+        }
+        let (q, dy) = (random.vector(t * heads * d), random.vector(t * heads * d));
+        let [k, v] = [0; 2].map(|_| random.vector(t * kv_heads * d));
+        let sinks: Vec<f32> = random.vector(heads).iter().map(|s| 3.0 * s).collect();
+        let (s64, dy64) = (wide(&sinks), wide(&dy));
+        let x64 = [&q, &k, &v].map(|x| wide(x));
+        let attend = |[q, k, v]: &[Vec<f64>; 3]| sunk(&spec, &s64, oracle::attention(&spec, segments, q, k, v));
+        let (y, lse) = attend(&x64);
+        let mut expected = vec![Expected::norm(y, 32.0 * EPS), Expected::norm(lse, 32.0 * EPS)];
+        for which in 0..3 {
+            let gradient = oracle::gradient(&x64[which], &dy64, |changed| {
+                let mut x = x64.clone();
+                x[which] = changed.to_vec();
+                attend(&x).0
+            });
+            // Differences in f64 are good to 1e-8.
+            expected.push(Expected::norm(gradient, 64.0 * EPS + 1e-7));
+        }
+        case!(report, &format!("attention with sinks {spec:?} {segments:?}"), &expected, |cpu| {
+            let (spec, [q, k, v, dy, sinks]) = (&spec, [&q, &k, &v, &dy, &sinks].map(|x| buffer(cpu, x)));
+            let (q, k, v, dy, sinks) = (&q, &k, &v, &dy, Some(&sinks));
+            let [mut y, mut dq] = [0; 2].map(|_| poisoned(cpu, t * heads * d));
+            let [mut dk, mut dv] = [0; 2].map(|_| poisoned(cpu, t * kv_heads * d));
+            let mut lse = poisoned(cpu, t * heads);
+            cpu.run(Call::Attention { spec, segments, q, k, v, sinks, y: &mut y, lse: &mut lse }).unwrap();
+            let (dq_out, dk_out, dv_out) = (&mut dq, &mut dk, &mut dv);
+            let (y_in, lse_in) = (&y, &lse);
+            cpu.run(Call::AttentionVjp {
+                spec,
+                segments,
+                q,
+                k,
+                v,
+                y: y_in,
+                lse: lse_in,
+                dy,
+                dq: dq_out,
+                dk: dk_out,
+                dv: dv_out,
+            })
+            .unwrap();
+            [y, lse, dq, dk, dv].map(|b| read(cpu, &b)).into()
+        });
+    }
+}
+
+/// Also where the keys of a long text are cut into parts.
+#[test]
+#[cfg_attr(miri, ignore = "too long")]
+fn a_sink_takes_its_share_over_a_cache() {
+    let mut report = Report::default();
+    let mut random = Random(18);
+    for (past, new) in [(0, 1), (3, 2), (40, 30), (700, 1), (700, 3)] {
+        let (spec, t) = (spec(4, 2, 8, None), past + new);
+        let q = random.vector(t * 32);
+        let [k, v] = [0; 2].map(|_| random.vector(t * 16));
+        let sinks: Vec<f32> = random.vector(4).iter().map(|s| 6.0 * s).collect();
+        let plain = oracle::attention(&spec, &[t], &wide(&q), &wide(&k), &wide(&v));
+        let (y, _) = sunk(&spec, &wide(&sinks), plain);
+        let expected = Expected::norm(y[past * 32..].to_vec(), 32.0 * EPS);
+        case!(report, &format!("cached attention with sinks {past} + {new}"), &[expected], |cpu| {
+            let [q, k, v, sinks] = [&q[past * 32..], &k, &v, &sinks].map(|x| buffer(cpu, x));
+            let mut cache = cpu.cache(2, 8, CacheType::F32, None);
+            cpu.run(Call::CacheAppend { cache: &mut cache, k: &k, v: &v, rows: 0..t }).unwrap();
+            let mut y = poisoned(cpu, new * 32);
+            let (spec, sinks, rows) = (&spec, Some(&sinks), 0..new);
+            cpu.run(Call::AttentionCached { spec, q: &q, cache: &cache, sinks, y: &mut y, rows }).unwrap();
+            vec![read(cpu, &y)]
+        });
     }
 }

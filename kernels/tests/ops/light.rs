@@ -146,11 +146,14 @@ fn rms_norm(report: &mut Report, random: &mut Random, stored: Stored, t: usize, 
 fn layer_norm_meets_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(27);
-    for (t, c) in [(0, 8), (1, 1), (1, 7), (3, 8), (5, 65), (2, 300)] {
+    for (t, c, biased) in
+        [(0, 8, true), (1, 1, true), (1, 7, true), (3, 8, true), (5, 65, true), (2, 300, true), (3, 9, false)]
+    {
         if !affordable(t * c * t * c) {
             continue;
         }
         let [w, b] = [0; 2].map(|_| random.vector(c));
+        let b = if biased { b } else { vec![0.0; c] };
         // Their mean is far from zero.
         let x: Vec<f32> = random.vector(t * c).iter().map(|x| x + 1.0).collect();
         let dy = random.vector(t * c);
@@ -164,7 +167,7 @@ fn layer_norm_meets_the_oracle() {
         case!(report, &format!("layer_norm [{t}, {c}]"), &expected, |cpu| {
             let [w, b, x, dy] = [&w, &b, &x, &dy].map(|x| buffer(cpu, x));
             let (mut y, mut dx) = (poisoned(cpu, t * c), buffer(cpu, &vec![0.5; t * c]));
-            cpu.run(Call::LayerNorm { w: &w, b: &b, eps, x: &x, y: &mut y }).unwrap();
+            cpu.run(Call::LayerNorm { w: &w, b: biased.then_some(&b), eps, x: &x, y: &mut y }).unwrap();
             cpu.run(Call::LayerNormVjpX { w: &w, eps, x: &x, dy: &dy, dx: &mut dx }).unwrap();
             vec![read(cpu, &y), read(cpu, &dx)]
         });

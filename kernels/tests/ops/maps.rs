@@ -12,6 +12,10 @@ fn map(kind: Map, x: f64) -> f64 {
         Map::Softcap(cap) => f64::from(cap) * (x / f64::from(cap)).tanh(),
         Map::GeluTanh => oracle::gelu(x),
         Map::SquaredRelu => x.max(0.0).powi(2),
+        Map::Xielu { positive, beta, .. } if x > 0.0 => f64::from(positive) * x * x + f64::from(beta) * x,
+        Map::Xielu { negative, beta, eps, .. } => {
+            f64::from(negative) * (x.min(f64::from(eps)).exp_m1() - x) + f64::from(beta) * x
+        }
     }
 }
 
@@ -27,6 +31,7 @@ fn functions_of_an_element_and_their_gradients_meet_the_oracle() {
         Map::Softcap(0.7),
         Map::GeluTanh,
         Map::SquaredRelu,
+        Map::Xielu { positive: 0.7, negative: 1.1, beta: 0.5, eps: -1e-6 },
     ] {
         for n in [0, 1, 9, 100, 16391] {
             if !affordable(n) {
@@ -42,7 +47,7 @@ fn functions_of_an_element_and_their_gradients_meet_the_oracle() {
             };
             let dx = x.iter().zip(&dy).map(slope).collect();
             // An error of GELU's exponent, which is some times larger than `x`, is one of its slope.
-            let steep = if kind == Map::GeluTanh { 4.0 } else { 1.0 };
+            let steep = if matches!(kind, Map::GeluTanh | Map::Xielu { .. }) { 4.0 } else { 1.0 };
             let expected = [Expected::norm(y, 4.0 * EPS), Expected::new(dx, vec![8.0 * steep * EPS; n])];
             case!(report, &format!("{kind:?} of {n}"), &expected, |device| {
                 let (x, dy) = (&buffer(device, &x), &buffer(device, &dy));

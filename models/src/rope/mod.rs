@@ -75,6 +75,8 @@ pub(crate) struct RopeKeys {
     pub(crate) positions: usize,
     /// The base.
     pub(crate) theta: f64,
+    /// The base, whatever the file says.
+    pub(crate) base: Option<f64>,
     /// Key of the base in files from before transformers 5.
     pub(crate) theta_key: &'static str,
     /// Whether `rope_scaling` of such a file is about these layers.
@@ -96,6 +98,7 @@ impl RopeKeys {
             head_dim: config.head_dim,
             positions: config.max_positions,
             theta: 10_000.0,
+            base: None,
             theta_key: "rope_theta",
             scaled: true,
             layers: None,
@@ -123,13 +126,15 @@ impl RopeKeys {
             Some(nested) => nested.required_number("rope_theta")?,
             None => keys.number(self.theta_key, self.theta)?,
         };
-        // The upper bounds, here and below, keep every angle a finite f32.
-        if !(theta > 1.0 && theta < 1e30) {
-            return Err(ConfigError::new(self.theta_key, "a number from 1 to 1e30", theta));
-        }
+        let named = if self.base.is_some() { "layer_rope_theta" } else { self.theta_key };
         let beside = keys.number(self.theta_key, theta)?;
         if beside != theta {
             return Err(ConfigError::new(self.theta_key, format!("{theta}, as in `rope_parameters`"), beside));
+        }
+        let theta = self.base.unwrap_or(theta);
+        // The upper bounds, here and below, keep every angle a finite f32.
+        if !(theta > 1.0 && theta < 1e30) {
+            return Err(ConfigError::new(named, "a number from 1 to 1e30", theta));
         }
         let proportional = |nested: &Keys<'_>| Ok(nested.text("rope_type")? == Some("proportional"));
         let turned = match nested.as_ref().map_or(Ok(false), proportional)? {
@@ -223,6 +228,7 @@ mod tests {
         head_dim: 16,
         positions: 512,
         theta: 10_000.0,
+        base: None,
         theta_key: "rope_theta",
         scaled: true,
         layers: None,

@@ -31,6 +31,7 @@ pub(super) fn run<B: Backend>(
             q: it.data(q),
             k: it.data(k),
             v: it.data(v),
+            sinks: sinks(it, shape),
             y: &mut out,
             lse: &mut sums,
         })?;
@@ -199,6 +200,7 @@ fn run_behind<B: Backend>(
         q: &q,
         k: &k,
         v: &v,
+        sinks: sinks(it, shape),
         y: &mut out,
         lse: &mut sums,
     })?;
@@ -270,12 +272,17 @@ fn over_caches<B: Backend>(
         if !shared {
             backend.run(Call::CacheAppend { cache, k, v, rows: rows.clone() })?;
         }
-        Ok(backend.run(Call::AttentionCached { spec, q, cache, y: out, rows })?)
+        Ok(backend.run(Call::AttentionCached { spec, q, cache, sinks: sinks(it, shape), y: out, rows })?)
     })
+}
+
+/// The sinks of its heads, if it has any.
+fn sinks<'p, B: Backend>(it: &Interpreter<'p, B>, shape: &AttentionShape) -> Option<&'p B::Buffer> {
+    shape.sinks.map(|sinks| it.pass.vector(sinks))
 }
 
 /// The kernels' form of a model's attention shape.
 fn spec(shape: &AttentionShape) -> Attention {
-    let AttentionShape { heads, kv_heads, head_dim, scale, softcap, window } = *shape;
+    let AttentionShape { heads, kv_heads, head_dim, scale, softcap, window, .. } = *shape;
     Attention { heads, kv_heads, head_dim, scale, softcap, window }
 }

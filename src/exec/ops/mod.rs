@@ -10,6 +10,7 @@ mod delta_rule;
 mod embed;
 mod experts;
 mod gate;
+mod join;
 mod linear;
 mod map;
 mod multiply;
@@ -18,8 +19,10 @@ mod rope;
 mod route;
 mod scale;
 mod scale_by;
+mod scale_heads;
 mod scale_parts;
 mod state_space;
+mod xielu;
 
 use super::interpreter::Interpreter;
 use super::sequence::State;
@@ -48,8 +51,11 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, op: &Op, y: Value) ->
         Op::Gate { activation, gate, up } => gate::run(it, *activation, *gate, *up, y),
         Op::Scale { factor, x } => scale::run(it, *factor, *x, y),
         Op::ScaleBy { factor, x } => scale_by::run(it, *factor, *x, y),
+        Op::ScaleHeads { factors, x } => scale_heads::run(it, *factors, *x, y),
+        Op::Join { heads, pieces } => join::run(it, *heads, pieces, y),
         Op::ScaleParts { parts, x } => scale_parts::run(it, parts, *x, y),
         Op::Map { map, x } => map::run(it, *map, *x, y),
+        Op::Xielu { xielu, x } => xielu::run(it, xielu, *x, y),
         Op::Multiply { a, b } => multiply::run(it, *a, *b, y),
         Op::Columns { x, width, part, .. } => columns::run(it, *x, *width, part, y),
         Op::Conv { conv, state, x } => conv::run(it, conv, *state, *x, y),
@@ -97,8 +103,11 @@ pub(super) fn back<B: Backend>(
         Op::Gate { activation, gate, up } => gate::back(it, *activation, *gate, *up, dy, dying),
         Op::Scale { factor, x } => scale::back(it, *factor, *x, dy),
         Op::ScaleBy { factor, x } => scale_by::back(it, *factor, *x, dy),
+        Op::ScaleHeads { factors, x } => scale_heads::back(it, *factors, *x, dy),
+        Op::Join { heads, pieces } => join::back(it, *heads, pieces, dy),
         Op::ScaleParts { parts, x } => scale_parts::back(it, parts, *x, dy),
         Op::Map { map, x } => map::back(it, *map, *x, dy),
+        Op::Xielu { xielu, x } => xielu::back(it, xielu, *x, dy),
         Op::Multiply { a, b } => multiply::back(it, *a, *b, dy),
         Op::Columns { x, width, part, .. } => columns::back(it, *x, *width, part, dy),
         Op::Conv { conv, x, .. } => conv::back(it, conv, *x, dy),

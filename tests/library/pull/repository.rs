@@ -42,7 +42,7 @@ fn setup() -> (TempDir, Server, Hub) {
 fn weights_of_a_model_that_cannot_run_are_not_fetched() {
     let (_home, server, hub) = setup();
     for (config, word) in [
-        (r#"{"model_type": "gpt2"}"#, "`mistral`"),
+        (r#"{"model_type": "bloom"}"#, "`mistral`"),
         (r#"{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}"#, "AWQ"),
     ] {
         server.state.lock().unwrap().files[0] = small("config.json", config);

@@ -37,9 +37,18 @@ struct Task<'a> {
 }
 
 /// See [`crate::Call::AttentionCached`].
-pub(crate) fn forward(cpu: &Cpu, spec: &Attention, q: &[f32], cache: &Cache, y: &mut [f32], rows: Range<usize>) {
+pub(crate) fn forward(
+    cpu: &Cpu,
+    spec: &Attention,
+    q: &[f32],
+    cache: &Cache,
+    sinks: Option<&[f32]>,
+    y: &mut [f32],
+    rows: Range<usize>,
+) {
     let shape = Shape::new(spec);
     assert!(q.len() == y.len() && q.len().is_multiple_of(shape.q_width) && cache.width() == shape.kv_width);
+    assert!(sinks.is_none_or(|sinks| sinks.len() == spec.heads));
     let rows = rows.start * shape.q_width..rows.end * shape.q_width;
     let (q, y) = (&q[rows.clone()], &mut y[rows]);
     let tokens = q.len() / shape.q_width;
@@ -50,7 +59,7 @@ pub(crate) fn forward(cpu: &Cpu, spec: &Attention, q: &[f32], cache: &Cache, y: 
     let past = cache.len() - tokens;
     let blocks = visible(spec, past).start / KEYS..cache.len().div_ceil(KEYS);
     let small = tokens * blocks.len() * KEYS * shape.q_width < SMALL;
-    let queries = Queries { cpu, spec, shape, q, cache, past };
+    let queries = Queries { cpu, spec, shape, q, cache, sinks, past };
 
     let parts = if tokens <= shape.query_tokens() { TASKS.div_ceil(shape.kv_heads) } else { 1 };
     let length = blocks.len().div_ceil(parts).max(PART);
@@ -78,15 +87,22 @@ pub(crate) fn forward(cpu: &Cpu, spec: &Attention, q: &[f32], cache: &Cache, y: 
         let (t, head) = (i / spec.heads, i % spec.heads);
         let row = head / shape.group * group + t * shape.group + head % shape.group;
         let so_far = so_far.iter().skip(row).step_by(rows);
-        combine(so_far, outputs.chunks_exact(shape.head_dim).skip(i).step_by(rows), y);
+        combine(SoFar::begin(sinks, head), so_far, outputs.chunks_exact(shape.head_dim).skip(i).step_by(rows), y);
     }
 }
 
-/// `y = sum_i e^(max_i - m) y_i / sum_i e^(max_i - m) sum_i` over the parts `i`, with `m` the largest `max_i`.
-fn combine<'a>(so_far: impl Iterator<Item = &'a SoFar> + Clone, parts: impl Iterator<Item = &'a [f32]>, y: &mut [f32]) {
-    let max = so_far.clone().fold(f32::NEG_INFINITY, |max, row| max.max(row.max));
+/// `y = sum_i e^(max_i - m) y_i / sum_i e^(max_i - m) sum_i` over the parts `i`, with `m` the largest `max_i`; `begin` is what
+/// was there before the first, and has no output.
+fn combine<'a>(
+    begin: SoFar,
+    so_far: impl Iterator<Item = &'a SoFar> + Clone,
+    parts: impl Iterator<Item = &'a [f32]>,
+    y: &mut [f32],
+) {
+    let max = so_far.clone().fold(begin.max, |max, row| max.max(row.max));
     let weight = |row: &SoFar| if row.max == max { 1.0 } else { f64::from(row.max - max).exp() };
     let sum: f64 = so_far.clone().map(|row| weight(row) * row.sum).sum();
+    let sum = weight(&begin) * begin.sum + sum;
     y.fill(0.0);
     for (row, part) in so_far.zip(parts) {
         let factor = (weight(row) / sum) as f32;
@@ -119,6 +135,7 @@ struct Queries<'a> {
     shape: Shape,
     q: &'a [f32],
     cache: &'a Cache,
+    sinks: Option<&'a [f32]>,
     /// Tokens in the cache before the first query's.
     past: usize,
 }
@@ -131,7 +148,10 @@ impl Queries<'_> {
         let mut softmax = OnlineSoftmax::new(table.light(), self.spec.softcap, d, task.y.len());
         for (i, y) in task.y.iter_mut().enumerate() {
             let (t, head) = (task.token + i / group, task.kv_head * group + i % group);
-            softmax.push(&self.q[t * q_width + head * d..][..d], self.spec.scale, visible(self.spec, self.past + t));
+            // Where parts are put together, that is where sinks come in.
+            let begin = SoFar::begin(self.sinks.filter(|_| task.so_far.is_none()), head);
+            let q = &self.q[t * q_width + head * d..][..d];
+            softmax.push(q, self.spec.scale, visible(self.spec, self.past + t), begin);
             y.fill(0.0);
         }
         let span = softmax.span();
@@ -231,7 +251,7 @@ mod tests {
             let outputs = [&mut self.all, &mut self.windowed].map(|cache| {
                 cache.append(self.cpu.table.light(), &k, &v, 0..tokens).unwrap();
                 let mut y = vec![f32::NAN; q.len()];
-                forward(&self.cpu, &self.spec, &q, cache, &mut y, 0..tokens);
+                forward(&self.cpu, &self.spec, &q, cache, None, &mut y, 0..tokens);
                 y
             });
             assert_eq!(outputs[0], outputs[1], "window {:?} at {}", self.spec.window, self.all.len());

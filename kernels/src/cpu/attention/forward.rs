@@ -3,7 +3,7 @@
 use super::super::split::{chunks, run};
 use super::super::tile::Rows;
 use super::super::{Cost, Cpu};
-use super::online::OnlineSoftmax;
+use super::online::{OnlineSoftmax, SoFar};
 use super::{KEYS, Shape, columns, turn, visible};
 use crate::Attention;
 
@@ -26,6 +26,7 @@ pub(crate) fn forward(
     q: &[f32],
     k: &[f32],
     v: &[f32],
+    sinks: Option<&[f32]>,
     y: &mut [f32],
     lse: &mut [f32],
 ) {
@@ -33,6 +34,7 @@ pub(crate) fn forward(
     let tokens: usize = segments.iter().sum();
     assert!(q.len() == tokens * shape.q_width && y.len() == q.len() && lse.len() == tokens * spec.heads);
     assert!(k.len() == tokens * shape.kv_width && v.len() == k.len());
+    assert!(sinks.is_none_or(|sinks| sinks.len() == spec.heads));
     let small = tokens * tokens * shape.q_width < 64 * 1024;
     let turned = turned(cpu, &shape, segments, small, k);
     let tasks = tasks(&shape, segments, y, lse);
@@ -41,7 +43,7 @@ pub(crate) fn forward(
         for i in 0..task.y.len() {
             let (t, head) = (task.token + i / shape.group, task.kv_head * shape.group + i % shape.group);
             let q = &q[t * shape.q_width + head * shape.head_dim..][..shape.head_dim];
-            softmax.push(q, spec.scale, visible(spec, t - task.segment));
+            softmax.push(q, spec.scale, visible(spec, t - task.segment), SoFar::begin(sinks, head));
             task.y[i].fill(0.0);
         }
         let span = softmax.span();

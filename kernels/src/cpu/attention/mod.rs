@@ -4,6 +4,7 @@
 //! `s[j] = scale q[t, h] . k[j, g]` over the visible `j` (`t - window < j <= t`, same segment),
 //! `p = softmax(s)`, `y[t, h] = sum_j p[j] v[j, g]`, `lse[t, h] = log sum_j e^s[j]`.
 //! With a softcap `c`, `c tanh(s / c)` takes the place of `s`.
+//! A sink is one more score of its head, of no key: it is in `lse`, and so in `p`, and adds nothing to `y`.
 //! Forward keeps `y` and `lse`; backward computes `p = e^(s - lse)` again.
 //!
 //! All products have the form `axpy`, whose sums stay in vectors until they are done. Scores come out of it when keys are

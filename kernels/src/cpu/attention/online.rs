@@ -39,6 +39,11 @@ impl SoFar {
     /// Before any key.
     pub const START: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 
+    /// Before any key, for a head that may have a sink.
+    pub fn begin(sinks: Option<&[f32]>, head: usize) -> Self {
+        sinks.map_or(Self::START, |sinks| Self { max: sinks[head], sum: 1.0 })
+    }
+
     /// Takes note of a block of scores after which the maximum is `max`, and of its `sum`; the output `y` shrinks to that
     /// maximum.
     fn add(&mut self, max: f32, sum: f32, y: &mut [f32]) {
@@ -72,11 +77,11 @@ impl<'a> OnlineSoftmax<'a> {
         }
     }
 
-    /// Adds a query row; its output must be zeros.
-    pub fn push(&mut self, q: &[f32], scale: f32, visible: Range<usize>) {
+    /// Adds a query row, of which `so_far` is known; its output must be zeros.
+    pub fn push(&mut self, q: &[f32], scale: f32, visible: Range<usize>, so_far: SoFar) {
         assert_eq!(q.len(), self.head_dim);
         self.queries.extend(q.iter().map(|q| q * scale));
-        self.rows.push(Row { visible, so_far: SoFar::START });
+        self.rows.push(Row { visible, so_far });
     }
 
     /// Keys that any row sees.
