@@ -89,8 +89,8 @@ impl HfSource {
     /// A weight is malformed, or neither 4-bit nor F32, F16 or BF16.
     pub fn new(mut checkpoint: Checkpoint) -> Result<Self> {
         let mut all = Vec::new();
-        let (packed, used) = packed::find(&checkpoint, checkpoint.config())?;
-        for (name, packed) in packed {
+        let packed::Found { weights, used } = packed::find(&checkpoint, checkpoint.config())?;
+        for (name, packed) in weights {
             let (shape, dtype) = (vec![packed.rows, packed.cols], packed.name.clone());
             all.push((packed.address(), TensorMeta { name, shape, dtype }, Data::Packed(packed)));
         }

@@ -152,7 +152,7 @@ fn other_quantizations_are_named() {
         file.write(&path);
         refused(name, open(&f.model), ErrorCode::Unsupported, &["model.safetensors", name])?;
         // As a source, its parts are looked at.
-        let source = pocketlora::format::open_source(&f.model).map(|_| ());
+        let source = open_source(&f.model).map(|_| ());
         refused(name, source, ErrorCode::Format, &["model.safetensors", Q])
     });
     let mut file = Tensors(good.0);

@@ -51,16 +51,21 @@ enum Form {
     Awq { group: usize, zeros: Bytes },
 }
 
-/// Finds the packed weights of `checkpoint`, whose `config.json` was `config`: their names, and all tensors that belong to
-/// them.
+/// The packed weights of a checkpoint.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// With the names that they have in other checkpoints.
+    pub weights: Vec<(String, Packed)>,
+    /// All tensors that belong to them.
+    pub used: BTreeSet<String>,
+}
+
+/// Finds the packed weights of `checkpoint`, whose `config.json` was `config`.
 ///
 /// # Errors
 /// A module's tensors contradict each other, or are packed in another way.
-pub(super) fn find(
-    checkpoint: &Checkpoint,
-    config: &Map<String, Value>,
-) -> Result<(Vec<(String, Packed)>, BTreeSet<String>)> {
-    let (mut found, mut used) = (Vec::new(), BTreeSet::new());
+pub(super) fn find(checkpoint: &Checkpoint, config: &Map<String, Value>) -> Result<Found> {
+    let mut found = Found::default();
     let module = |name: &str| -> Option<String> {
         let ending = [".qweight", ".SCB", ".weight_scale_inv", ".weight_scale", ".scales"];
         ending.iter().find_map(|ending| name.strip_suffix(ending)).map(str::to_owned)
@@ -88,10 +93,10 @@ pub(super) fn find(
             "qzeros",
             "g_idx",
         ];
-        used.extend(PARTS.iter().map(|part| format!("{module}.{part}")));
-        found.push((format!("{module}.weight"), packed));
+        found.used.extend(PARTS.iter().map(|part| format!("{module}.{part}")));
+        found.weights.push((format!("{module}.weight"), packed));
     }
-    Ok((found, used))
+    Ok(found)
 }
 
 /// The tensors of one module.
