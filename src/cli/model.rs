@@ -6,7 +6,7 @@ use crate::adapter::{AUTO, target_layers};
 use crate::chat::ChatTemplate;
 use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::foreign::{no_tokenizer, no_tokenizer_inside};
+use crate::format::foreign::{Wanted, no_tokenizer, no_tokenizer_inside};
 use crate::format::gguf::Gguf;
 use crate::format::{
     Checkpoint, Existing, Progress, Recipe, Source, Summary, folder_of, is_gguf, model_of, open_source, quantize,
@@ -37,7 +37,7 @@ pub(super) struct Model {
 /// `quantize`, a model that is not in NF4 is quantized into the cache at first use.
 pub(super) fn resolve(model: &str, quantize: bool) -> Result<Model> {
     let Model { path, name } = locate(model)?;
-    if !is_gguf(&path) && (!quantize || Checkpoint::open(&path)?.is_four_bit()) {
+    if !is_gguf(&path) && (!quantize || Checkpoint::open_for(&path, Wanted::Source)?.is_four_bit()) {
         return Ok(Model { path, name });
     }
     if !quantize {

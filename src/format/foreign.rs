@@ -12,7 +12,7 @@ pub(crate) use content::{content, looks_like_safetensors};
 #[cfg(feature = "cli")]
 pub(crate) use folder::no_tokenizer_inside;
 pub(crate) use folder::{lone_weights, no_tokenizer, no_weights, not_a_model};
-pub(crate) use quantization::{check_config, check_names, check_tensors, is_harmless};
+pub(crate) use quantization::{Wanted, check_config, check_names, check_tensors, is_harmless};
 
 use crate::error::{Error, Result};
 use serde_json::{Map, Value};

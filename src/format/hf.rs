@@ -1,6 +1,7 @@
 //! A Hugging Face model directory, mapped: `config.json` beside one safetensors file or several with an index.
 
 use super::bnb::{self, FourBit};
+use super::foreign::Wanted;
 use super::safetensors::{Tensor, TensorFile, missing};
 use super::source::LeftOut;
 use super::{foreign, place, widen};
@@ -35,8 +36,16 @@ impl Checkpoint {
     /// # Errors
     /// A file is missing, unreadable, malformed or of a form that is not read, or the index contradicts the files.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_for(path, Wanted::ToRun)
+    }
+
+    /// As [`Checkpoint::open`], also for a model that only [`HfSource`](super::HfSource) can read.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn open_for(path: &Path, wanted: Wanted) -> Result<Self> {
         let path = &place::model_of(path);
-        let config = place::config_of(path)?;
+        let config = place::config_of(path, wanted)?;
         let dir = if path.is_dir() { path.clone() } else { place::folder_of(path) };
         let (files, owners) = match place::weights_of(path, &dir)? {
             place::Weights::Single(single) => {
@@ -47,7 +56,7 @@ impl Checkpoint {
             place::Weights::Parts(index) => open_shards(&dir, &index)?,
         };
         for file in &files {
-            foreign::check_tensors(file.path(), &file.tensors().collect::<Vec<_>>())?;
+            foreign::check_tensors(file.path(), &file.tensors().collect::<Vec<_>>(), wanted)?;
         }
         let mut checkpoint = Self { dir, config, files, owners, left_out: Vec::new() };
         if let Some(config) = text_config(&checkpoint.config) {
@@ -122,6 +131,11 @@ impl Checkpoint {
         } else {
             self.config.insert(KEY.to_owned(), Value::Bool(false));
         }
+    }
+
+    /// Takes from the config what it says of how weights were packed.
+    pub(super) fn forget_packing(&mut self) {
+        ["quantization", "quantization_config"].iter().for_each(|key| _ = self.config.shift_remove(*key));
     }
 
     /// The model's `config.json`.

@@ -1,6 +1,8 @@
 //! A Hugging Face directory as a [`Source`]: dense weights widened, 4-bit weights dequantized.
 
+use super::foreign::Wanted;
 use super::hf::read_file;
+use super::packed::{self, Packed};
 use super::safetensors::Tensor;
 use super::{Checkpoint, LeftOut, Sidecars, Source, TensorMeta, widen};
 use crate::error::{Error, Result};
@@ -68,24 +70,31 @@ pub struct HfSource {
 enum Data {
     Dense(FloatType, Bytes),
     FourBit(Nf4Source),
+    Packed(Packed),
 }
 
 impl HfSource {
-    /// Opens the directory or `.safetensors` file at `path`, as [`Checkpoint::open`] does.
+    /// Opens the directory or `.safetensors` file at `path`, as [`Checkpoint::open`] does; also one in the 4 or 8 bits of
+    /// GPTQ, AWQ, mlx or LLM.int8(), or in FP8.
     ///
     /// # Errors
-    /// A file is missing or malformed, or a weight is neither 4-bit nor F32, F16 or BF16.
+    /// A file is missing or malformed, or a weight is neither of these nor F32, F16 or BF16.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::new(Checkpoint::open(path)?)
+        Self::new(Checkpoint::open_for(path, Wanted::Source)?)
     }
 
     /// Reads the weights of `checkpoint`.
     ///
     /// # Errors
     /// A weight is malformed, or neither 4-bit nor F32, F16 or BF16.
-    pub fn new(checkpoint: Checkpoint) -> Result<Self> {
+    pub fn new(mut checkpoint: Checkpoint) -> Result<Self> {
         let mut all = Vec::new();
-        for name in checkpoint.weights() {
+        let packed::Found { weights, used } = packed::find(&checkpoint, checkpoint.config())?;
+        for (name, packed) in weights {
+            let (shape, dtype) = (vec![packed.rows, packed.cols], packed.name.clone());
+            all.push((packed.address(), TensorMeta { name, shape, dtype }, Data::Packed(packed)));
+        }
+        for name in checkpoint.weights().filter(|name| !used.contains(*name)) {
             let tensor = checkpoint.tensor(name)?;
             let (stored, shape, dtype) = if checkpoint.is_quantized(name) {
                 let matrix = checkpoint.matrix(name)?;
@@ -101,6 +110,9 @@ impl HfSource {
         }
         // In the order of the bytes in the files, which is how disks and the OS's read-ahead like it.
         all.sort_by_key(|(address, ..)| *address);
+        if !used.is_empty() {
+            checkpoint.forget_packing();
+        }
         let (tensors, data) = all.into_iter().map(|(_, meta, stored)| (meta, stored)).unzip();
         Ok(Self { checkpoint, tensors, data })
     }
@@ -125,6 +137,7 @@ impl Source for HfSource {
                 widen(*float, &bytes[rows.start * size..rows.end * size], out);
             }
             Data::FourBit(data) => data.decode(rows.start * cols, out),
+            Data::Packed(packed) => packed.decode(rows, out),
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ pub mod gguf;
 mod head;
 mod hf;
 mod hf_source;
+mod packed;
 mod pieces;
 mod place;
 mod plan;

@@ -104,7 +104,7 @@ pub(super) fn weights_of(path: &Path, dir: &Path) -> Result<Weights> {
 ///
 /// # Errors
 /// Nothing is there, it is something else, the config cannot be read, or the weights are in a form that is not read.
-pub(super) fn config_of(path: &Path) -> Result<Map<String, Value>> {
+pub(super) fn config_of(path: &Path, wanted: foreign::Wanted) -> Result<Map<String, Value>> {
     if !path.exists() {
         return Err(nothing_at(path));
     }
@@ -118,7 +118,7 @@ pub(super) fn config_of(path: &Path) -> Result<Map<String, Value>> {
         return Err(if path.is_file() { foreign::lone_weights(path, &dir) } else { foreign::not_a_model(&dir) });
     }
     let json = foreign::read_object(&config)?;
-    foreign::check_config(&config, &json)?;
+    foreign::check_config(&config, &json, wanted)?;
     Ok(json)
 }
 

@@ -9,7 +9,7 @@ use super::{Event, Fetched, Hub, OnEvent, Repository, Stage, TICK, name, tell};
 use crate::adapter::AdapterFile;
 use crate::base::architecture_of;
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::foreign::{check_config, read_object};
+use crate::format::foreign::{Wanted, check_config, read_object};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use serde::Deserialize;
@@ -106,7 +106,7 @@ pub(super) fn check_runs(dir: &Path, name: &str) -> Result<()> {
     let read = || {
         if model.exists() {
             let config = read_object(&model)?;
-            check_config(&model, &config)?;
+            check_config(&model, &config, Wanted::Source)?;
             return architecture_of(&config, dir).map(|_| ());
         }
         if adapter.exists() { AdapterFile::check_config(&adapter) } else { Ok(()) }

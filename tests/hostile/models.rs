@@ -119,15 +119,23 @@ fn other_quantizations_are_named() {
     let f = fixture();
     let (config, path) = (f.json("config.json"), f.model.join("model.safetensors"));
     let methods = [
-        ("quantization_config", json!({"quant_method": "gptq", "bits": 4}), "GPTQ"),
-        ("quantization_config", json!({"quant_method": "compressed-tensors"}), "compressed-tensors"),
-        ("quantization_config", json!({"quant_method": "bitsandbytes", "load_in_8bit": true}), "in 8 bits"),
-        ("quantization", json!({"group_size": 64, "bits": 4}), "MLX"),
+        ("quantization_config", json!({"quant_method": "gptq", "bits": 4}), "GPTQ", "pocketlora quantize"),
+        ("quantization_config", json!({"quant_method": "compressed-tensors"}), "compressed-tensors", "pocketlora pull"),
+        (
+            "quantization_config",
+            json!({"quant_method": "bitsandbytes", "load_in_8bit": true}),
+            "in 8 bits",
+            "pocketlora quantize",
+        ),
+        ("quantization", json!({"group_size": 64, "bits": 4}), "MLX", "pocketlora quantize"),
     ];
-    check_all(methods, |(key, value, name)| {
+    check_all(methods, |(key, value, name, next)| {
         f.with("config.json", &config, key, Some(value));
-        refused_both_ways(name, &f.model, ErrorCode::Unsupported, &["config.json", name, "16-bit", "pocketlora pull"])
+        refused(name, open(&f.model), ErrorCode::Unsupported, &["config.json", name, "16-bit", next])
     });
+    let value = json!({"quant_method": "compressed-tensors"});
+    f.with("config.json", &config, "quantization_config", Some(&value));
+    refused_both_ways("as a source", &f.model, ErrorCode::Unsupported, &["compressed-tensors"]).unwrap();
     // The config says nothing of it.
     f.write("config.json", Value::Object(config).to_string());
     let good = Tensors::read(&path);
@@ -142,7 +150,10 @@ fn other_quantizations_are_named() {
         let mut file = Tensors(good.0.clone());
         endings.iter().for_each(|ending| file.add(&format!("{Q}.{ending}"), "U8", &[1], vec![1]));
         file.write(&path);
-        refused_both_ways(name, &f.model, ErrorCode::Unsupported, &["model.safetensors", name])
+        refused(name, open(&f.model), ErrorCode::Unsupported, &["model.safetensors", name])?;
+        // As a source, its parts are looked at.
+        let source = open_source(&f.model).map(|_| ());
+        refused(name, source, ErrorCode::Format, &["model.safetensors", Q])
     });
     let mut file = Tensors(good.0);
     file.0.retain(|tensor| tensor.0 != "model.norm.weight");

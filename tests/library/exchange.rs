@@ -69,8 +69,11 @@ fn model(engine: &Engine) -> Arc<dyn pocketlora_models::Model> {
     Arc::clone(&internals::base(engine).model)
 }
 
-/// Rank, factor, A and B of every module, in the base's order of rows.
-fn terms(file: &AdapterFile, engine: &Engine) -> Vec<(String, usize, f32, Vec<f32>, Vec<f32>)> {
+/// Module, rank, factor, A and B.
+type Term = (String, usize, f32, Vec<f32>, Vec<f32>);
+
+/// The terms of all modules, in the base's order of rows.
+fn terms(file: &AdapterFile, engine: &Engine) -> Vec<Term> {
     let file = file.fitted(model(engine).as_ref()).unwrap();
     let Method::Lora(lora) = &file.method else { panic!("no LoRA") };
     let part = |module: &str, part: &str| file.tensors[&format!("{module}.{part}.weight")].data.clone();

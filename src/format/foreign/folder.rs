@@ -1,6 +1,6 @@
 //! Folders that are no model of ours: what they are instead, or lack, and what to give.
 
-use super::check_tensors;
+use super::{Wanted, check_tensors};
 use crate::error::{Error, ErrorCode};
 use crate::format::place::{INDEX, SINGLE, is_part};
 use crate::format::safetensors::TensorFile;
@@ -76,7 +76,7 @@ pub(crate) fn no_weights(dir: &Path) -> Error {
         names.iter().filter(|n| n.ends_with(".safetensors") && !n.starts_with("adapter_model")).collect();
     for name in &weights {
         if let Ok(file) = TensorFile::open(&dir.join(name))
-            && let Err(error) = check_tensors(file.path(), &file.tensors().collect::<Vec<_>>())
+            && let Err(error) = check_tensors(file.path(), &file.tensors().collect::<Vec<_>>(), Wanted::ToRun)
         {
             return error;
         }

@@ -42,6 +42,24 @@ const METHODS: &[(&str, &str)] = &[
 
 const EIGHT_BIT: &str = "bitsandbytes in 8 bits";
 
+/// What is read as a source of `quantize`, though it is not run as it is.
+const SOURCES: &[&str] = &["GPTQ", "AWQ", "AWQ or GPTQ", "FP8", "MLX", EIGHT_BIT];
+
+/// Which models are let through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// Those that run as they are.
+    ToRun,
+    /// Those that can be quantized, too.
+    Source,
+}
+
+impl Wanted {
+    fn lets(self, name: &str) -> bool {
+        self == Self::Source && SOURCES.contains(&name)
+    }
+}
+
 /// Endings of tensors that give a method away, in the order in which they are tried. `with` must end another tensor.
 const TENSORS: &[Traces] = &[
     Traces { ending: ".g_idx", with: None, name: "GPTQ" },
@@ -71,8 +89,8 @@ struct Traces {
 ///
 /// # Errors
 /// It does.
-pub(crate) fn check_config(path: &Path, config: &Map<String, Value>) -> Result<()> {
-    match method(config) {
+pub(crate) fn check_config(path: &Path, config: &Map<String, Value>, wanted: Wanted) -> Result<()> {
+    match method(config).filter(|name| !wanted.lets(name)) {
         None => Ok(()),
         Some(name) => Err(refusal(path, &name)),
     }
@@ -121,14 +139,14 @@ fn method(config: &Map<String, Value>) -> Option<String> {
 ///
 /// # Errors
 /// They are.
-pub(crate) fn check_tensors(path: &Path, tensors: &[(&str, &Tensor)]) -> Result<()> {
+pub(crate) fn check_tensors(path: &Path, tensors: &[(&str, &Tensor)], wanted: Wanted) -> Result<()> {
     let ends = |ending: &str| tensors.iter().any(|(name, _)| name.ends_with(ending));
     let scaled = |(name, tensor): &(&str, &Tensor)| name.ends_with(".weight") && tensor.dtype == Dtype::I8;
     if ends(".weight_scale") && tensors.iter().any(scaled) {
         return Err(refusal(path, "whole numbers of 8 bits with scales (W8A8, as compressed-tensors writes it)"));
     }
     if let Some(found) = TENSORS.iter().find(|t| ends(t.ending) && t.with.is_none_or(ends)) {
-        return Err(refusal(path, found.name));
+        return if wanted.lets(found.name) { Ok(()) } else { Err(refusal(path, found.name)) };
     }
     if tensors.iter().any(|(_, tensor)| format!("{:?}", tensor.dtype).starts_with("F8_")) {
         return Err(refusal(path, "FP8"));
@@ -137,6 +155,10 @@ pub(crate) fn check_tensors(path: &Path, tensors: &[(&str, &Tensor)]) -> Result<
 }
 
 fn refusal(path: &Path, name: &str) -> Error {
+    if SOURCES.contains(&name) {
+        let next = "quantize it to bitsandbytes' 4 bits (`pocketlora quantize`), or better the 16-bit model that it was made from";
+        return Error::unsupported(path, format_args!("to run quantization by {name} as it is"), next);
+    }
     let next = "use the 16-bit model that it was made from (`pocketlora pull OWNER/REPO` fetches one; it is quantized to NF4 \
                 at first use), or one in bitsandbytes' 4 bits";
     Error::unsupported(path, format_args!("quantization by {name}"), next)
@@ -246,7 +268,7 @@ mod tests {
         }
         for (key, name) in METHODS {
             let config = json!({"quantization_config": {"quant_method": key}});
-            let error = check_config(Path::new("config.json"), config.as_object().unwrap()).unwrap_err();
+            let error = check_config(Path::new("config.json"), config.as_object().unwrap(), Wanted::ToRun).unwrap_err();
             assert!(error.code() == ErrorCode::Unsupported && error.to_string().contains(name), "{error}");
         }
     }
@@ -259,16 +281,17 @@ mod tests {
             let names: Vec<String> =
                 [*ending, with.unwrap_or(".weight")].map(|e| format!("model.layers.0.q_proj{e}")).into();
             let all: Vec<_> = names.iter().map(|n| (n.as_str(), &plain)).collect();
-            let error = check_tensors(Path::new("x"), &all).unwrap_err().to_string();
+            let error = check_tensors(Path::new("x"), &all, Wanted::ToRun).unwrap_err().to_string();
             assert!(error.contains(name), "{ending}: {error}");
         }
-        let error = check_tensors(Path::new("x"), &[("a.weight", &eight)]).unwrap_err();
+        let error = check_tensors(Path::new("x"), &[("a.weight", &eight)], Wanted::ToRun).unwrap_err();
         assert!(error.to_string().contains("FP8"), "{error}");
         let whole = tensor(Dtype::I8);
-        let error = check_tensors(Path::new("x"), &[("a.weight", &whole), ("a.weight_scale", &plain)]).unwrap_err();
+        let error = check_tensors(Path::new("x"), &[("a.weight", &whole), ("a.weight_scale", &plain)], Wanted::ToRun)
+            .unwrap_err();
         assert!(error.to_string().contains("8 bits"), "{error}");
         // bitsandbytes' own companions, and names that only look like them.
         let ours = [".weight", ".weight.absmax", ".weight.quant_map", ".bias", ".weight.nested_absmax"];
-        check_tensors(Path::new("x"), &ours.map(|n| (n, &plain))).unwrap();
+        check_tensors(Path::new("x"), &ours.map(|n| (n, &plain)), Wanted::ToRun).unwrap();
     }
 }
