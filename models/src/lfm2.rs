@@ -31,7 +31,7 @@ struct Layer {
 
 /// What mixes a layer's tokens.
 enum Operator {
-    Attention(Attention),
+    Attention(Box<Attention>),
     Conv(ShortConv),
 }
 
@@ -81,7 +81,7 @@ impl Lfm2 {
             Layer {
                 operator_norm: b.rms_norm(&format!("{at}.operator_norm"), width, eps),
                 operator: match kind {
-                    FULL => Operator::Attention(Attention::new(&mut b, &format!("{at}.self_attn"), spec)),
+                    FULL => Operator::Attention(Box::new(Attention::new(&mut b, &format!("{at}.self_attn"), spec))),
                     _ => Operator::Conv(ShortConv::new(&mut b, &format!("{at}.conv"), taps, bias)),
                 },
                 ffn_norm: b.rms_norm(&format!("{at}.ffn_norm"), width, eps),

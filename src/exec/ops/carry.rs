@@ -47,7 +47,9 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, slot: u16, x: Value, 
     let mut out = it.buffer(it.len(y))?;
     // y = x
     backend.run(Call::Copy { x: it.data(x), y: &mut out })?;
-    if !pass.carried.all().contains_key(&slot) {
+    // A layer that is run again has carried it before.
+    let known = pass.carried.all().contains_key(&slot);
+    if !known {
         let mut data = it.buffer(it.len(x))?;
         backend.run(Call::Copy { x: it.data(x), y: &mut data })?;
         let width = it.slots[x.0 as usize].width;
