@@ -54,6 +54,10 @@ impl Pairs {
         self.array(key, STRING, values.iter().map(|text| string(text.as_ref())));
     }
 
+    pub fn f32s(&mut self, key: &str, values: &[f32]) {
+        self.array(key, F32, values.iter().map(|value| value.to_le_bytes().to_vec()));
+    }
+
     pub fn i32s(&mut self, key: &str, values: &[i32]) {
         self.array(key, I32, values.iter().map(|value| value.to_le_bytes().to_vec()));
     }

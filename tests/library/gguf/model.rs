@@ -262,7 +262,7 @@ fn a_model_in_several_files_is_one() {
 }
 
 /// Writes the model at `base` as a GGUF file and opens that.
-fn exported(base: &Path, out: &Path, to: GgufTarget) -> Gguf {
+pub fn exported(base: &Path, out: &Path, to: GgufTarget) -> Gguf {
     let source = open_source(base).unwrap();
     export_model(source.as_ref(), base, out, to, &mut |_| ControlFlow::Continue(())).unwrap();
     Gguf::open(out).unwrap()

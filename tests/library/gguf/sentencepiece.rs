@@ -1,7 +1,10 @@
 //! SentencePiece vocabularies: the rebuilt tokenizer does what llama.cpp's loop over scores does.
 
+use super::model::exported;
 use super::tokens::{ids, json_file, load, sidecars};
 use super::writer::{ARRAY, F32, Random, Writer, all, array, small_llama};
+use pocketlora::format::Source;
+use pocketlora::format::gguf::GgufTarget;
 use serde_json::json;
 use std::collections::HashMap;
 
@@ -137,16 +140,22 @@ fn any_text_becomes_the_ids_of_llama_cpp() {
         "<|im_end|>",
         "[TOOL]",
     ];
+    let dir = tempfile::tempdir().unwrap();
     let mut cases = Vec::new();
     for _ in 0..8 {
         let spm = grown(&mut random);
         for prefix in [true, false] {
             let mut w = spm.write();
             w.bool("tokenizer.ggml.add_bos_token", false).bool("tokenizer.ggml.add_space_prefix", prefix);
-            let tokenizer = load(&sidecars(&w));
-            for _ in 0..60 {
+            let (path, out) = (dir.path().join("small.gguf"), dir.path().join("out.gguf"));
+            std::fs::write(&path, w.build()).unwrap();
+            let exported = exported(&path, &out, GgufTarget::F16).sidecars().unwrap();
+            let tokenizers = [load(&sidecars(&w)), load(&exported)];
+            for i in 0..60 {
+                // As it was read, and written and read again.
+                let tokenizer = &tokenizers[i % 2];
                 let text: String = (0..random.below(40)).map(|_| parts[random.below(parts.len())]).collect();
-                let (got, want) = (ids(&tokenizer, &text), spm.oracle(&text, prefix));
+                let (got, want) = (ids(tokenizer, &text), spm.oracle(&text, prefix));
                 let same = if got == want { Ok(()) } else { Err(format!("expected {want:?}, got {got:?}")) };
                 cases.push(((text.clone(), prefix), same));
                 // What the tokenizer puts before text is taken off at the front alone.

@@ -1,4 +1,5 @@
-//! `tokenizer.json` and the files beside it as the metadata of llama.cpp: byte-level BPE.
+//! `tokenizer.json` and the files beside it as the metadata of llama.cpp: byte-level BPE, and SentencePiece's BPE, of which
+//! the order of merges becomes scores.
 
 use super::super::tokenizer::pre_name;
 use super::super::writer::Pairs;
@@ -10,9 +11,13 @@ use std::collections::HashMap;
 use std::path::Path;
 
 const NORMAL: i32 = 1;
+const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
+const BYTE: i32 = 6;
+/// SentencePiece's sign for a space.
+const SPACE: &str = "▁";
 
 /// A model's small files, parsed.
 struct Files<'a> {
@@ -60,6 +65,24 @@ pub(super) fn write(sidecars: &Sidecars, place: &Path, rows: usize, pairs: &mut 
     Ok(())
 }
 
+/// How texts are cut before merges are made.
+enum Cut {
+    /// Into words, by llama.cpp's name for it.
+    Words(&'static str),
+    /// Not at all; whether a space is put before them.
+    Pieces(bool),
+}
+
+/// Scores that make llama.cpp merge in the order of `merges`: a token that is made earlier has a higher one.
+fn scores(tokens: &[(String, i32)], merges: &[String]) -> Vec<f32> {
+    let mut ranks: HashMap<String, usize> = HashMap::with_capacity(merges.len());
+    for (rank, merge) in merges.iter().enumerate() {
+        ranks.entry(merge.replacen(' ', "", 1)).or_insert(rank);
+    }
+    let score = |(text, _): &(String, i32)| -(ranks.get(text).copied().unwrap_or(merges.len()) as f32);
+    tokens.iter().map(score).collect()
+}
+
 impl Files<'_> {
     fn refuse<T>(&self, what: impl std::fmt::Display) -> Result<T> {
         let next = "use llama.cpp's own converter";
@@ -72,13 +95,15 @@ impl Files<'_> {
         let model = self.tokenizer.get("model").and_then(Value::as_object);
         let part = |key: &str| model.and_then(|model| model.get(key));
         let flag = |key: &str| part(key) == Some(&Value::Bool(true));
-        if part("type").and_then(Value::as_str) != Some("BPE") || flag("byte_fallback") {
-            return self.refuse("a tokenizer that is no byte-level BPE");
+        if part("type").and_then(Value::as_str) != Some("BPE") {
+            return self.refuse("a tokenizer that is no BPE");
         }
         let (Some(Value::Object(vocab)), Some(Value::Array(merges))) = (part("vocab"), part("merges")) else {
             return self.refuse("a tokenizer without vocabulary or merges");
         };
-        let Some(pre) = self.pre_tokenizer(flag("ignore_merges")) else {
+        let cut = if flag("byte_fallback") { self.prefix().map(Cut::Pieces) } else { None };
+        let cut = cut.or_else(|| self.pre_tokenizer(flag("ignore_merges")).map(Cut::Words));
+        let Some(cut) = cut else {
             return self.refuse("a tokenizer that cuts texts into words as none of llama.cpp's does");
         };
         let id = |value: &Value| value.as_u64().map(|id| id as usize).filter(|id| *id < rows);
@@ -109,12 +134,57 @@ impl Files<'_> {
         let Some(merges) = merges.iter().map(line).collect::<Option<Vec<String>>>() else {
             return self.refuse("a tokenizer with merges of an unknown form");
         };
-        pairs.text("tokenizer.ggml.model", "gpt2");
-        pairs.text("tokenizer.ggml.pre", pre);
+        match cut {
+            Cut::Words(pre) => {
+                pairs.text("tokenizer.ggml.model", "gpt2");
+                pairs.text("tokenizer.ggml.pre", pre);
+                pairs.texts("tokenizer.ggml.merges", &merges);
+            }
+            Cut::Pieces(prefix) => {
+                let unknown = part("unk_token").and_then(Value::as_str);
+                for (text, kind) in &mut tokens {
+                    *kind = match text.as_str() {
+                        text if Some(text) == unknown => UNKNOWN,
+                        text if text.len() == 6 && text.starts_with("<0x") && text.ends_with('>') => BYTE,
+                        _ => *kind,
+                    };
+                }
+                pairs.text("tokenizer.ggml.model", "llama");
+                pairs.text("tokenizer.ggml.pre", "default");
+                pairs.bool("tokenizer.ggml.add_space_prefix", prefix);
+                pairs.f32s("tokenizer.ggml.scores", &scores(&tokens, &merges));
+            }
+        }
         pairs.texts("tokenizer.ggml.tokens", &tokens.iter().map(|(text, _)| text).collect::<Vec<_>>());
         pairs.i32s("tokenizer.ggml.token_type", &tokens.iter().map(|(_, kind)| *kind).collect::<Vec<_>>());
-        pairs.texts("tokenizer.ggml.merges", &merges);
         Ok(tokens.into_iter().enumerate().map(|(id, (text, _))| (text, id)).collect())
+    }
+
+    /// Whether a space is put before a text, if spaces are written as SentencePiece does and nothing else is done to texts.
+    fn prefix(&self) -> Option<bool> {
+        let list = |value: Option<&Value>, key: &str| -> Vec<Value> {
+            match value {
+                None | Some(Value::Null) => Vec::new(),
+                Some(one) => one.get(key).and_then(Value::as_array).cloned().unwrap_or_else(|| vec![one.clone()]),
+            }
+        };
+        let (mut prefix, mut spaces) = (false, false);
+        let normalizers = list(self.tokenizer.get("normalizer"), "normalizers");
+        for step in normalizers.iter().chain(&list(self.tokenizer.get("pre_tokenizer"), "pretokenizers")) {
+            let is = |key: &str, wanted: &str| step.get(key).and_then(Value::as_str) == Some(wanted);
+            let space = step.pointer("/pattern/String").and_then(Value::as_str) == Some(" ");
+            match step.get("type")?.as_str()? {
+                "Prepend" if is("prepend", SPACE) => prefix = true,
+                "Replace" if space && is("content", SPACE) => spaces = true,
+                // There is none any more.
+                "Split" if space && spaces => {}
+                "Metaspace" if is("replacement", SPACE) => {
+                    (prefix, spaces) = (!is("prepend_scheme", "never"), true);
+                }
+                _ => return None,
+            }
+        }
+        spaces.then_some(prefix)
     }
 
     /// llama.cpp's name for how texts are cut into words.
