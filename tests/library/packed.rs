@@ -1,8 +1,6 @@
 //! Models in the few bits of other programs, as sources of `quantize`.
 
-mod common;
-
-use common::{check_all, golden, logits, open_exact};
+use crate::common::{check_all, golden, logits, open_exact};
 use half::f16;
 use pocketlora::format::{Existing, HfSource, Source, Target, open_source, quantize};
 use pocketlora::{Engine, ErrorCode, Options};
