@@ -301,7 +301,7 @@ fn adapters_for_other_bases_or_of_other_methods_are_refused() {
         (with("rank", &|j| j["r"] = 16.into(), None), golden("tiny-llama"), Format),
         (with("method", &|j| j["peft_type"] = "LOKR".into(), None), golden("tiny-llama"), Unsupported),
         (with("pissa", &|j| j["init_lora_weights"] = "pissa_niter_4".into(), None), golden("tiny-llama"), Unsupported),
-        (with("bias", &|j| j["lora_bias"] = true.into(), None), golden("tiny-llama"), Unsupported),
+        (with("bias", &|j| j["lora_bias"] = true.into(), None), golden("tiny-llama"), Format),
         (with("saved", &|j| j["modules_to_save"] = vec!["lm_head"].into(), None), golden("tiny-llama"), Format),
         (with("alpha", &|j| j["lora_alpha"] = "a".into(), None), golden("tiny-llama"), Format),
         (with("pattern", &|j| j["alpha_pattern"] = serde_json::json!({"(": 1}), None), golden("tiny-llama"), Format),
