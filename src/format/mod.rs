@@ -31,6 +31,7 @@ pub(crate) use place::{folder_of, is_of_parts};
 pub(crate) use quantize::convert;
 pub use quantize::{Existing, Progress, Summary, quantize};
 pub use recipe::{Recipe, Target};
+pub(crate) use source::is_gguf;
 pub use source::{LeftOut, Sidecars, Source, TensorMeta, open_source};
 pub(crate) use widen::widen;
 pub(crate) use writer::{Entry, Writer};
@@ -41,7 +42,6 @@ mod for_cache {
     pub(crate) use super::head::head_origin;
     pub(crate) use super::plan::nf4_bytes;
     pub(crate) use super::quantize::{CONFIG, CONVERSION, MODEL, write_sidecars};
-    pub(crate) use super::source::is_gguf;
 }
 #[cfg(feature = "hub")]
 pub(crate) use for_cache::*;

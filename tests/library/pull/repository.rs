@@ -43,7 +43,10 @@ fn weights_of_a_model_that_cannot_run_are_not_fetched() {
     let (_home, server, hub) = setup();
     for (config, word) in [
         (r#"{"model_type": "bloom"}"#, "`mistral`"),
-        (r#"{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}"#, "AWQ"),
+        (
+            r#"{"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors"}}"#,
+            "compressed-tensors",
+        ),
     ] {
         server.state.lock().unwrap().files[0] = small("config.json", config);
         let error = quietly(&hub, NAME).unwrap_err();
