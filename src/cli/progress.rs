@@ -28,6 +28,20 @@ pub(super) fn count(total: u64, label: &str) -> ProgressBar {
     styled(ProgressBar::new(total), COUNT).with_prefix(label.to_owned())
 }
 
+/// Shows what is done between the things that `bar` counts, under a label of its own; how long it takes is not known.
+pub(super) fn pause(bar: &ProgressBar, label: &str) {
+    bar.set_style(ProgressStyle::with_template(STEPS).expect("the templates here are valid"));
+    bar.set_prefix(label.to_owned());
+}
+
+/// Counts on after [`pause`].
+pub(super) fn resume(bar: &ProgressBar, label: &str) {
+    let style = ProgressStyle::with_template(COUNT).expect("the templates here are valid");
+    bar.set_style(style.progress_chars("━╸ "));
+    bar.set_prefix(label.to_owned());
+    bar.reset_eta();
+}
+
 /// A spinner for work of unknown length.
 pub(super) fn spinner(label: &str) -> ProgressBar {
     styled(ProgressBar::new_spinner(), SPINNER).with_prefix(label.to_owned())
@@ -97,6 +111,12 @@ mod tests {
                     "loss 0.123, 1234 tok/s, 1234.5 MB of model.layers.29.self_attn.q_proj.weight ".repeat(2),
                 );
                 bar.tick();
+                if name == "count" {
+                    pause(&bar, "check");
+                    bar.tick();
+                    resume(&bar, "quantize");
+                    bar.tick();
+                }
                 let longest = *terminal.1.lock().unwrap();
                 assert!(longest > 20 && longest <= usize::from(width), "{name}: {longest} of {width} columns");
             }

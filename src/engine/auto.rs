@@ -5,7 +5,7 @@ use super::reader::Reader;
 use crate::adapter::AdapterFile;
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::score_data;
-use crate::train::auto::{Choice, Draft, Probe, Survey, few, spoken, steps_within};
+use crate::train::auto::{Choice, Draft, LOOK, Probe, Rates, Survey, few, spoken, steps_within};
 use crate::train::{
     Batches, Dataset, Keep, Material, Observer, Schedule, TrainConfig, general_start, keep_share, plain,
 };
@@ -20,8 +20,11 @@ const LANGUAGE_TOKENS: usize = 400;
 const FOREIGN: f64 = 2.5;
 /// Loss of a token below which nothing is left to learn.
 const KNOWN: f64 = 0.05;
-/// A look costs a token so much of what a step costs it, which runs forward twice and backward.
-const LOOK: f64 = 1.0 / 3.0;
+/// Share of what is left of a bound in time that the probe may take, and that looks may take of what is left then.
+const FOR_PROBE: f64 = 1.0 / 3.0;
+const FOR_LOOKS: f64 = 0.25;
+/// Looks of a bounded run at most.
+const LOOKS: u64 = 10;
 
 impl Reader {
     /// Settings for a run on `data`, from its figures and the size of the model: all that nobody has `given`. The draft's
@@ -71,7 +74,7 @@ impl Engine {
         choice.watched = material.eval_data.as_ref().map_or(0, |data| data.samples.len());
         let mut token_seconds = None;
         if draft.open_rate || end.is_some() {
-            let probe = self.probe(&draft, material, init, out, observer);
+            let probe = self.probe(&draft, material, init, out, end, observer);
             let probe = match probe {
                 Err(e) if e.code() == ErrorCode::Cancelled => {
                     return Err(Error::new(ErrorCode::Cancelled, "training", "stopped before the first step"));
@@ -80,13 +83,12 @@ impl Engine {
             };
             config.lr = probe.lr;
             token_seconds = Some(probe.token_seconds);
-            (choice.loss_before, choice.tried) = (Some(probe.before), probe.tried);
+            (choice.loss_before, choice.tried) = (probe.before, probe.tried);
             (choice.probe_tokens, choice.probe_seconds) = (probe.tokens, probe.seconds);
-            if probe.before < KNOWN {
+            if let Some(before) = probe.before.filter(|before| *before < KNOWN) {
                 choice.doubts.push(format!(
-                    "the model knows this data already (a loss of {:.3} before the first step); there is next to nothing to \
-                     learn",
-                    probe.before
+                    "the model knows this data already (a loss of {before:.3} before the first step); there is next to \
+                     nothing to learn"
                 ));
                 if draft.own_length {
                     config.epochs = 1;
@@ -101,12 +103,13 @@ impl Engine {
             let held = keep_share(&config, init.is_some());
             let step = each * (1.0 + held) * material.data.tokens() as f64 / in_epoch as f64;
             let looked_at = material.eval_data.as_ref().map_or(0, Dataset::tokens) as f64;
+            let look = each * LOOK * looked_at;
             let looks = choice.most_steps.checked_div(config.eval_every).unwrap_or(0) as f64;
-            let looking = each * LOOK * looked_at * looks / choice.most_steps as f64;
-            if let Some(end) = end.filter(|_| draft.own_length) {
+            let looking = look * looks / choice.most_steps as f64;
+            if let Some(end) = end {
                 let left = end.saturating_duration_since(Instant::now()).as_secs_f64();
                 let fitting = steps_within(left, step + looking);
-                if fitting < in_epoch {
+                if fitting < in_epoch && in_epoch <= choice.most_steps {
                     choice.doubts.push(format!(
                         "the time is too short for one pass over the data: {} steps of {in_epoch} fit into the {} that are \
                          left; give more `--time`, or less data",
@@ -114,10 +117,12 @@ impl Engine {
                         spoken(left)
                     ));
                 }
-                if fitting < choice.most_steps {
+                if fitting < choice.most_steps && draft.own_length {
                     (config.steps, config.epochs) = (Some(fitting), TrainConfig::default().epochs);
                     choice.most_steps = fitting;
-                    config.eval_every = config.eval_every.min(fitting.div_ceil(10));
+                    // A float to an integer saturates.
+                    let looks = ((FOR_LOOKS * left / look.max(1e-9)) as u64).clamp(1, LOOKS);
+                    config.eval_every = config.eval_every.min(fitting.div_ceil(looks));
                 }
             }
             choice.run_seconds = Some((step + looking) * choice.most_steps as f64);
@@ -126,19 +131,25 @@ impl Engine {
         Ok((config, choice))
     }
 
-    /// A run of a few steps with each of the draft's rates, in a folder of its own that is gone afterwards.
+    /// A run of a few steps with each of the draft's rates, in a folder of its own that is gone afterwards; a run that is to
+    /// end at some time is given a share of it.
     fn probe(
         &self,
         draft: &Draft,
         material: &Material,
         init: Option<&AdapterFile>,
         out: &Path,
+        end: Option<Instant>,
         observer: &mut dyn Observer,
     ) -> Result<Probe> {
-        let rates = draft.rates();
+        let until = end.map(|end| {
+            let now = Instant::now();
+            now + end.saturating_duration_since(now).mul_f64(FOR_PROBE)
+        });
+        let rates = Rates { all: draft.rates(), usual: draft.config.lr, until };
         let usual = TrainConfig::default();
         let config = TrainConfig {
-            lr: rates[0],
+            lr: rates.all[0],
             schedule: Schedule::Constant,
             warmup: 0.0,
             steps: Some(Probe::STEPS as u64),
@@ -155,7 +166,7 @@ impl Engine {
             ..draft.config.clone()
         };
         let samples = Probe::STEPS * config.batch * config.accumulate;
-        let data = few(&material.data, samples, config.seed);
+        let data = few(&material.data, samples, usize::MAX, config.seed);
         let some = Material::of(data);
         let folder = out.join(PROBE);
         let found = self

@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::memory::Peak;
 use crate::mmap::ReleasesFreed;
 use crate::text::carry;
-use crate::train::auto::Probe;
+use crate::train::auto::{Probe, Rates};
 use crate::train::{
     self, DataReport, Dataset, KeepReport, Material, MemoryPlan, Observer, Policy, StepReport, Summary, TrainConfig,
     TrainHandle,
@@ -86,7 +86,7 @@ impl Trainer {
     /// Tries learning rates, see [`train::Trainer::probe`].
     pub(super) fn probe(
         &mut self,
-        rates: &[f32],
+        rates: &Rates,
         watched: Option<&Dataset>,
         observer: &mut dyn Observer,
     ) -> Result<Probe> {

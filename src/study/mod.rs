@@ -102,7 +102,8 @@ impl Study {
 /// is kept in the folder.
 ///
 /// # Errors
-/// The model has no tokenizer, the folder cannot be written, a line of earlier material is broken, stopped, as an answer's.
+/// The model has no tokenizer, the folder cannot be written, earlier material has a broken line or no question to learn,
+/// stopped, as an answer's.
 pub fn make(
     engine: &Engine,
     notes: &[Note],
@@ -114,6 +115,12 @@ pub fn make(
     let units = units(notes);
     if kept.is_finished() {
         let (sentences, edited) = (units.len(), kept.edited);
+        if kept.items.iter().all(|item| item.held) {
+            let file = folder.unwrap_or(Path::new("")).join(STUDY);
+            let message = "expected at least one question to learn, got none; add lines, or delete the file to have it made \
+                           anew";
+            return Err(Error::new(ErrorCode::Data, format!("`{}`", file.display()), message));
+        }
         return Ok(Study { items: kept.items, sentences, found: true, edited });
     }
     let edited = kept.edited && !kept.items.is_empty();

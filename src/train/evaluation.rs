@@ -3,7 +3,7 @@
 use super::best::{Candidate, FOLDER, Rule};
 use super::hold_out::Evaluation;
 use super::sums::Sums;
-use super::{Dataset, Known, MicroBatch, Observer, Parts, Sample, Trainer, quiz};
+use super::{Check, Dataset, Known, MicroBatch, Observer, Parts, Sample, Trainer, quiz};
 use crate::error::{ErrorCode, Result};
 use crate::exec::infer::Numbers;
 use crate::generate::Greedy;
@@ -97,6 +97,7 @@ impl<B: Backend> Trainer<B> {
         let numbers = Numbers { cache: CacheType::F16, arithmetic };
         let mut answers = Vec::with_capacity(quiz.len());
         for group in quiz.ids.chunks(self.at_once) {
+            observer.on_checking(Check::Questions, answers.len(), quiz.len());
             let queue = self.turn.clone();
             let _turn = queue.take();
             let found = self.guarded(observer, |Parts { base, adapters, .. }, keep_going| {
@@ -113,12 +114,12 @@ impl<B: Backend> Trainer<B> {
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Evaluation> {
         let (held_out, general) = (self.eval_data.take(), self.general.take());
         let found = (|| {
-            let held_out = held_out.as_ref().map(|data| self.mean_loss(data, observer)).transpose()?;
+            let held_out = held_out.as_ref().map(|data| self.look(Check::HeldOut, data, observer)).transpose()?;
             // Questions bound what is kept, or else they are for the beginning and the end; so is a general text where looks
             // are many.
             let ends = [0, self.facts.total_steps].contains(&self.facts.step) || self.rule().keeps();
             let general = general.as_ref().filter(|_| ends || !self.config.eval_reworded);
-            let general = general.map(|data| self.mean_loss(data, observer)).transpose()?;
+            let general = general.map(|data| self.look(Check::GeneralText, data, observer)).transpose()?;
             let known = if ends { self.ask_questions(observer)? } else { None };
             Ok(Evaluation { held_out, general, known })
         })();
@@ -132,13 +133,19 @@ impl<B: Backend> Trainer<B> {
             return Ok(Evaluation::default());
         }
         let general = self.general.take();
-        let loss = general.as_ref().map(|data| self.mean_loss(data, observer)).transpose();
+        let loss = general.as_ref().map(|data| self.look(Check::GeneralText, data, observer)).transpose();
         self.general = general;
         match loss.and_then(|general| Ok((general, self.ask_questions(observer)?))) {
             // Who does not wait for it goes without.
             Err(e) if e.code() == ErrorCode::Cancelled => Ok(Evaluation::default()),
             found => found.map(|(general, known)| Evaluation { held_out: None, general, known }),
         }
+    }
+
+    /// The mean loss as a part of an evaluation, of which the observer is told.
+    fn look(&mut self, what: Check, data: &Dataset, observer: &mut dyn Observer) -> Result<f64> {
+        observer.on_checking(what, 0, data.samples.len());
+        self.mean_loss(data, observer)
     }
 
     /// Mean loss of the learned tokens of `data`.

@@ -10,6 +10,8 @@ const ASKED_TOKENS: usize = 2048;
 
 /// Share of the loss that has to go for something to be learned.
 const SOME: f64 = 0.1;
+/// Share of the loss, of one nat at least, by which it has to rise for a run to have done harm.
+const WORSE: f64 = 0.02;
 /// Share of right answers above which a model knew them.
 const KNEW: f64 = 0.9;
 
@@ -51,6 +53,14 @@ impl Change {
         after.right <= before.right && (after.loss > before.loss * (1.0 - SOME) || !after.loss.is_finite())
     }
 
+    /// Whether the run made the model worse at it: its steps were too large.
+    #[must_use]
+    pub fn is_worse(&self) -> bool {
+        let Self { before, after } = self;
+        let most = before.loss + WORSE * before.loss.max(1.0);
+        after.right <= before.right && (after.loss > most || !after.loss.is_finite())
+    }
+
     /// Whether there was next to nothing to learn.
     #[must_use]
     pub fn was_known(&self) -> bool {
@@ -73,11 +83,7 @@ impl Learned {
     /// Some of `data`, to be asked about before and after a run.
     #[must_use]
     pub fn sample(data: &Dataset, seed: u64) -> Dataset {
-        let mut some = few(data, ASKED, seed);
-        while some.samples.len() > 1 && some.tokens() > ASKED_TOKENS {
-            some.samples.pop();
-        }
-        some
+        few(data, ASKED, ASKED_TOKENS, seed)
     }
 
     /// One line.
@@ -100,13 +106,26 @@ impl Learned {
         text
     }
 
+    /// Whether next to nothing was learned: of answers, also where none is right and what was watched got no likelier.
+    fn is_nothing(&self) -> bool {
+        let none_right = self.answers && self.taught.after.right == 0;
+        let no_likelier = |watched: &Change| watched.after.right == 0 && watched.after.loss >= watched.before.loss;
+        self.taught.is_nothing() || none_right && self.watched.as_ref().is_some_and(no_likelier)
+    }
+
     /// What is to be said where nothing was learned.
     #[must_use]
     pub fn warning(&self) -> Option<&'static str> {
+        if self.taught.is_worse() {
+            return Some(
+                "the model knows less of what was to be learned than before: the learning rate was too high; train with a \
+                 lower `--lr`, or leave it out so that it is chosen",
+            );
+        }
         if self.answers && self.taught.was_known() {
             return Some("the model knew nearly all of these answers before; there was next to nothing to learn");
         }
-        self.taught.is_nothing().then_some(
+        self.is_nothing().then_some(
             "the adapter learned next to nothing: train longer (`--epochs`, `--time`) or with a higher `--lr`, leave out \
              settings that were given so that they are chosen, or look at what is learned with `train --dry-run`",
         )
@@ -132,6 +151,27 @@ mod tests {
             let told = Learned { answers: true, taught: change, watched: None };
             assert_eq!(told.warning().is_some(), nothing || knew);
             assert!(told.text().contains(&format!("{} of 20 word for word", after.right)));
+        }
+    }
+
+    #[test]
+    fn a_warning_gives_the_advice_that_helps() {
+        let change = |before, after, right| Change {
+            before: Recall { asked: 20, right: 0, tokens: 100, loss: before },
+            after: Recall { asked: 20, right, tokens: 100, loss: after },
+        };
+        let told =
+            |answers, taught, watched| Learned { answers, taught, watched: Some(watched) }.warning().unwrap_or("");
+        // One step: the answers are a little likelier, and what is held out is not.
+        let short = change(2.5, 2.1, 0);
+        assert!(told(true, short, change(2.212, 2.219, 0)).contains("higher `--lr`"));
+        // Texts are learned without being said word for word, and so are answers that others profit from.
+        assert_eq!(told(false, short, change(2.212, 2.219, 0)), "");
+        assert_eq!(told(true, short, change(2.2, 1.9, 0)), "");
+        assert_eq!(told(true, change(2.5, 0.5, 15), change(2.2, 2.3, 0)), "");
+        for loss in [9.0, f64::NAN, f64::INFINITY] {
+            let said = told(true, change(2.5, loss, 0), change(2.2, loss, 0));
+            assert!(said.contains("lower `--lr`") && !said.contains("higher"), "{loss}: {said}");
         }
     }
 }

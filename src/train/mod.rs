@@ -45,7 +45,7 @@ pub use learned::{Change, Learned, Recall};
 pub use material::Material;
 pub(crate) use material::Shipped;
 use observer::Tally;
-pub use observer::{Observer, StepReport, Summary};
+pub use observer::{Check, Observer, StepReport, Summary};
 pub use plan::MemoryPlan;
 pub(crate) use quiz::{ANSWER as QUIZ_ANSWER, reading};
 pub use quiz::{Known, Quiz};
@@ -223,7 +223,10 @@ impl<B: Backend> Trainer<B> {
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
         let mut journal = Journal::open(&self.out, &self.config, self.facts.step, self.facts.start, observer);
         if let Some(found) = self.evaluate_if_due(observer)? {
-            tally.evaluated(found);
+            // Where no step is left, it is what the end finds; what is found before the first one is not.
+            if self.facts.step > 0 {
+                tally.evaluated(found);
+            }
             journal.evaluated(self.facts.step, found, observer);
         }
         let mut stopped = self.evaluation_pending();

@@ -57,6 +57,27 @@ impl StepReport {
     }
 }
 
+/// What an evaluation looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Check {
+    /// Data that is not learned: held out, given, or other wordings of what is.
+    HeldOut,
+    /// A general text.
+    GeneralText,
+    /// General questions.
+    Questions,
+}
+
+impl std::fmt::Display for Check {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::HeldOut => "held-out data",
+            Self::GeneralText => "general text",
+            Self::Questions => "general questions",
+        })
+    }
+}
+
 /// Who watches a run.
 pub trait Observer {
     /// After every step; `Break` stops the run there, with a checkpoint.
@@ -72,6 +93,12 @@ pub trait Observer {
     /// when all are.
     fn on_preparing(&mut self, done: usize, prompts: usize) {
         let _ = (done, prompts);
+    }
+
+    /// The adapter is being checked: of `all` samples or questions of `what`, `done` have been looked at. Steps go on after
+    /// it, if some are left.
+    fn on_checking(&mut self, what: Check, done: usize, all: usize) {
+        let _ = (what, done, all);
     }
 
     /// Something failed that training outlives: a checkpoint could not be written, which is tried again when the next one
@@ -107,11 +134,11 @@ pub struct Summary {
     pub peak_anonymous_bytes: Option<u64>,
     /// What was found before the first step.
     pub before: Option<Evaluation>,
-    /// Mean loss on the evaluation data at the end.
+    /// Mean loss on the evaluation data after the last step, if it was measured there.
     pub eval_loss: Option<f64>,
-    /// Mean loss on the general text at the end.
+    /// Mean loss on the general text, there too.
     pub general_loss: Option<f64>,
-    /// General questions that were answered rightly at the end, if they were asked.
+    /// General questions that were answered rightly there, if they were asked.
     pub known: Option<Known>,
     /// General questions asked.
     pub asked: usize,
@@ -129,6 +156,25 @@ impl Summary {
     pub fn of_adapter(&self) -> Evaluation {
         let last = Evaluation { held_out: self.eval_loss, general: self.general_loss, known: self.known };
         if self.done { self.kept.unwrap_or(last) } else { Evaluation::default() }
+    }
+
+    /// What was measured before the first step and not of the adapter that is written, for the check at the end was
+    /// stopped. Nothing while the run is not done.
+    #[must_use]
+    pub fn unmeasured(&self) -> Vec<&'static str> {
+        let (before, after) = (self.before.unwrap_or_default(), self.of_adapter());
+        let missing = [
+            ("loss on the held-out data", before.held_out.is_some() && after.held_out.is_none()),
+            ("loss on the general text", before.general.is_some() && after.general.is_none()),
+            ("general questions", before.known.is_some() && after.known.is_none()),
+        ];
+        missing.into_iter().filter(|(_, missing)| self.done && *missing).map(|(name, _)| name).collect()
+    }
+
+    /// The share of the general questions known before that the written adapter does not know any more, in percent.
+    #[must_use]
+    pub fn forgotten_percent(&self) -> Option<f64> {
+        Some(self.of_adapter().known?.lost_percent(self.before?.known?))
     }
 }
 
@@ -151,7 +197,8 @@ impl Tally {
         self.trained += report.trained as u64;
         self.loss = report.loss;
         let StepReport { eval_loss: held_out, general_loss: general, known, .. } = *report;
-        self.evaluated(Evaluation { held_out, general, known });
+        // What was found before this step does not hold after it.
+        self.last = Evaluation { held_out, general, known };
     }
 
     pub fn evaluated(&mut self, found: Evaluation) {

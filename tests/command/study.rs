@@ -133,6 +133,14 @@ fn notes_of_any_kind_are_studied_or_refused_in_words() {
     assert!(told.contains("study.jsonl` line 1") && told.contains("take it out"), "{told}");
     let told = f.said(&train(&f, &dir, &f.path("x"), &["--study-time", "soon"]));
     assert!(told.contains("`10m` or `2h`"), "{told}");
+
+    // Emptied by hand: not the notes are to blame.
+    let emptied = f.path("emptied");
+    let told = f.said(&train(&f, &dir, &emptied, &[]));
+    assert!(told.contains("auto: lr ") && told.contains("2 steps; for "), "{told}");
+    fs::write(Path::new(&emptied).join(STUDY), "").unwrap();
+    let told = f.said(&train(&f, &dir, &emptied, &["--overwrite"]));
+    assert!(told.contains("study.jsonl`") && told.contains("delete the file to have it made anew"), "{told}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::common::tiny_training;
 use pocketlora::adapter::AdapterFile;
-use pocketlora::train::{LogLine, Observer, StepReport, Summary, TrainConfig};
+use pocketlora::train::{Check, LogLine, Observer, StepReport, Summary, TrainConfig};
 use pocketlora::{Engine, ErrorCode, Options};
 use std::fs;
 use std::ops::ControlFlow;
@@ -14,6 +14,28 @@ struct Stopper(Option<u64>);
 impl Observer for Stopper {
     fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
         if self.0 == Some(report.step) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
+
+/// Stops when the check after a step is at something.
+struct Impatient {
+    step: u64,
+    at: (u64, Check),
+    stopped: bool,
+}
+
+impl Observer for Impatient {
+    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
+        self.step = report.step;
+        ControlFlow::Continue(())
+    }
+
+    fn on_checking(&mut self, what: Check, _: usize, _: usize) {
+        self.stopped |= (self.step, what) == self.at;
+    }
+
+    fn keep_going(&mut self) -> bool {
+        !self.stopped
     }
 }
 
@@ -86,6 +108,30 @@ fn the_folder_tells_the_course_of_the_run() {
     let picture = fs::read_to_string(out.join("loss.svg")).unwrap();
     assert!(picture.starts_with("<svg") && picture.contains("held-out"), "{}", &picture[..200]);
     AdapterFile::open(&out).unwrap();
+}
+
+#[test]
+fn a_check_that_was_stopped_has_no_figures() {
+    let f = fixture();
+    let stopped_at = |name: &str, at| {
+        let data = f.engine.dataset(&f.data, 1024).unwrap();
+        let config = TrainConfig { eval_every: 0, ..config() };
+        let mut trainer = f.engine.trainer(config, data, None, None, &f.out(name)).unwrap();
+        trainer.run(&mut Impatient { step: 0, at, stopped: false }).unwrap()
+    };
+    // The observer hears of the last step after its check.
+    let end = stopped_at("end", (11, Check::HeldOut));
+    assert!(end.done && end.before.unwrap().held_out.is_some(), "{end:?}");
+    assert_eq!((end.eval_loss, end.general_loss, end.of_adapter().held_out), (None, None, None));
+    assert_eq!(end.unmeasured(), ["loss on the held-out data", "loss on the general text"]);
+
+    let start = stopped_at("start", (0, Check::GeneralText));
+    assert_eq!((start.done, start.steps, start.before, start.eval_loss), (false, 0, None, None));
+    // What was measured before the first step is not what holds at the end.
+    let out = f.out("first");
+    let first = f.train(&TrainConfig { eval_every: 0, ..config() }, &out, Some(1), false);
+    assert_eq!((first.steps, first.eval_loss, first.general_loss), (1, None, None));
+    assert!(first.before.unwrap().held_out.is_some() && first.unmeasured().is_empty());
 }
 
 #[test]

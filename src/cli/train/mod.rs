@@ -159,6 +159,8 @@ struct Run {
     data: DataReport,
     choice: Option<Choice>,
     learned: Option<Learned>,
+    /// Nobody stopped the questions on what was learned.
+    asked: bool,
 }
 
 /// Reads the data, drafts the settings where they are to be chosen, and lets the tokenizer go: training needs no text.
@@ -210,7 +212,7 @@ fn fit(
     let (material, draft) = read(engine, &mut config, &given, init.as_ref(), studied, args)?;
     let choice = match draft {
         Some(draft) => {
-            let mut watcher = Watcher::new(draft.probe_steps(), 0, false);
+            let mut watcher = Watcher::choosing(draft.probe_steps());
             let settled = engine.settle(draft, &material, init.as_ref(), args.out(), end, &mut watcher);
             watcher.bar.finish_and_clear();
             let (settled, choice) = settled?;
@@ -227,7 +229,10 @@ fn fit(
     let mut trainer = engine.trainer_of(config, material, init.as_ref(), args.out())?;
     drop(init);
     if args.resume {
-        trainer.resume()?;
+        trainer.resume().inspect_err(|_| {
+            let edited = studied.and_then(|studied| studied.edited_text(args.out()));
+            edited.into_iter().for_each(|note| eprintln!("{note}"));
+        })?;
         eprintln!("resuming after step {}", trainer.step_number());
     } else {
         // The folder was looked at before the model was opened.
@@ -248,7 +253,8 @@ fn fit(
     // What is studied is asked about by itself.
     let ask = summary.done && studied.is_none();
     let learned = if ask { learned(engine, &asked, watched.as_ref(), &summary.adapter, args)? } else { None };
-    Ok(Run { summary, plan, data, choice, learned })
+    let asked = !ask || learned.is_some();
+    Ok(Run { summary, plan, data, choice, learned, asked })
 }
 
 /// What the run taught; nothing where somebody would not wait for it.

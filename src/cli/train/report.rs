@@ -82,6 +82,27 @@ pub(in crate::cli) fn known_text(s: &Summary) -> Option<String> {
     Some(format!("general questions: knew {} of {}, still knows {still}{more}", before.count(), s.asked))
 }
 
+/// Share of what the model knew, in percent, above which its loss is warned about.
+const MUCH: f64 = 20.0;
+
+/// What to say where much of what the model knew is gone.
+fn forgetting_warning(s: &Summary) -> Option<String> {
+    let lost = s.forgotten_percent().filter(|lost| *lost > MUCH)?;
+    Some(format!(
+        "the adapter makes the model forget: {lost:.0} % of the general questions that it knew are answered wrongly now; \
+         try a lower `--lr`, fewer `--epochs`, a larger `--keep` (such as 2), or `--max-forgetting 10%`"
+    ))
+}
+
+/// What of the check at the end was stopped.
+fn unmeasured_text(s: &Summary, asked: bool) -> Option<String> {
+    let mut missing = s.unmeasured();
+    if s.done && !asked {
+        missing.push("what was learned");
+    }
+    (!missing.is_empty()).then(|| format!("the check after training was stopped; not measured: {}", missing.join(", ")))
+}
+
 /// The same as JSON.
 pub(in crate::cli) fn known_json(s: &Summary) -> Value {
     let (before, after) = (s.before.and_then(|b| b.known), if s.done { s.of_adapter().known } else { s.known });
@@ -91,8 +112,9 @@ pub(in crate::cli) fn known_json(s: &Summary) -> Value {
 
 /// What a run came to.
 pub(super) fn report(run: &Run, baseline: Option<u64>, engine: &Engine, args: &Args) {
-    let Run { summary: s, plan, data, choice, learned } = run;
-    let rate = s.tokens as f64 / s.time.as_secs_f64();
+    let Run { summary: s, plan, data, choice, learned, asked } = run;
+    // A run that was stopped before its first step has neither a loss nor a speed.
+    let rate = (s.tokens > 0).then(|| s.tokens as f64 / s.time.as_secs_f64());
     if args.json {
         print_json(&json!({
             "done": s.done, "steps": s.steps, "adapter_step": s.adapter_step, "out_of_patience": s.out_of_patience,
@@ -109,10 +131,10 @@ pub(super) fn report(run: &Run, baseline: Option<u64>, engine: &Engine, args: &A
         }));
     } else {
         println!(
-            "{} after {} steps: loss {:.3}; {rate:.0} tok/s, {} anonymous at most, {} mapped",
+            "{} after {} steps: {}{} anonymous at most, {} mapped",
             if s.done { "done" } else { "stopped" },
             s.steps,
-            s.loss,
+            rate.map_or(String::new(), |rate| format!("loss {:.3}; {rate:.0} tok/s, ", s.loss)),
             s.peak_anonymous_bytes.map_or_else(|| "unknown".to_owned(), megabytes),
             megabytes(engine.mapped_bytes())
         );
@@ -132,12 +154,23 @@ pub(super) fn report(run: &Run, baseline: Option<u64>, engine: &Engine, args: &A
     if let Some(text) = known_text(s).filter(|_| !args.json) {
         println!("{text}");
     }
+    forgetting_warning(s).into_iter().for_each(|warning| eprintln!("warning: {warning}"));
+    unmeasured_text(s, *asked).into_iter().for_each(|text| eprintln!("{text}"));
     if s.out_of_patience {
         let what = if choice.is_some() { "what was watched got no likelier" } else { "the held-out loss fell no more" };
         eprintln!("ended early: {what}");
     }
     if s.out_of_time {
         eprintln!("ended early: the time was over");
+        let steps = data.batches.steps as u64;
+        // A run that was planned to be shorter has been warned about.
+        if s.steps < steps && steps <= data.total_steps {
+            eprintln!(
+                "warning: the time was too short for one pass over the data: {} steps of {steps} were done; give more \
+                 `--time`, or less data",
+                s.steps
+            );
+        }
     }
     if let Some(learned) = learned {
         // What a program reads is JSON alone.
@@ -175,4 +208,66 @@ pub(super) fn report(run: &Run, baseline: Option<u64>, engine: &Engine, args: &A
 /// JSON has no NaN; a run that was stopped before its first step has no loss.
 fn finite(value: f64) -> Value {
     if value.is_finite() { value.into() } else { Value::Null }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::{Evaluation, Known};
+    use std::time::Duration;
+
+    fn known(bits: u64) -> Known {
+        serde_json::from_value(bits.into()).unwrap()
+    }
+
+    /// A run that knew five questions and then those of `after`.
+    fn run(after: Option<u64>) -> Summary {
+        let before = Evaluation { held_out: Some(2.5), general: Some(3.0), known: Some(known(0b1_1111)) };
+        Summary {
+            done: true,
+            steps: 4,
+            adapter_step: 4,
+            out_of_patience: false,
+            out_of_time: false,
+            loss: 1.0,
+            tokens: 10,
+            trained_tokens: 10,
+            time: Duration::from_secs(1),
+            peak_anonymous_bytes: None,
+            before: Some(before),
+            eval_loss: Some(2.0),
+            general_loss: after.map(|_| 3.1),
+            known: after.map(known),
+            asked: 40,
+            eval_overlap: None,
+            kept: None,
+            adapter: "out".into(),
+        }
+    }
+
+    #[test]
+    fn heavy_forgetting_is_warned_about() {
+        for (after, warned) in
+            [(Some(0b0_1111), false), (Some(0b0_0111), true), (Some(0b111_0000_0111), true), (None, false)]
+        {
+            let warning = forgetting_warning(&run(after)).unwrap_or_default();
+            assert_eq!(
+                warning.contains("40 %") && warning.contains("--max-forgetting"),
+                warned,
+                "{after:?}: {warning}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_was_not_measured_is_named_and_has_no_figures() {
+        let whole = run(Some(0b1_1111));
+        assert_eq!((unmeasured_text(&whole, true), known_json(&whole)["still"].as_u64()), (None, Some(5)));
+        let stopped = run(None);
+        let text = unmeasured_text(&stopped, false).unwrap();
+        assert!(text.ends_with("loss on the general text, general questions, what was learned"), "{text}");
+        assert_eq!((known_text(&stopped), known_json(&stopped)), (None, Value::Null));
+        // A run that goes on later has its check before it.
+        assert_eq!(unmeasured_text(&Summary { done: false, ..stopped }, true), None);
+    }
 }

@@ -3,7 +3,7 @@
 use crate::adapter::{AUTO, Kind};
 use crate::cli::names;
 use crate::error::{Error, ErrorCode, Result};
-use crate::train::TrainConfig;
+use crate::train::{Forgetting, TrainConfig};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fs;
@@ -215,6 +215,13 @@ impl Settings {
         }
         let config: TrainConfig = toml::Value::Table(table).try_into().map_err(|e| bad_settings(None, &e))?;
         config.validate()?;
+        if let Some(Forgetting::Percent(percent)) = config.max_forgetting.filter(|_| self.skip_check) {
+            let message = format!(
+                "expected the general questions that `--max-forgetting {percent}%` counts, got `--skip-check`, which leaves \
+                 them out; leave out one of the two, or give `--max-forgetting` in nats, such as 0.1"
+            );
+            return Err(Error::new(ErrorCode::Config, "setting `max-forgetting`", message));
+        }
         // A file that a run wrote holds all settings. What of them is as usual was chosen by nobody.
         config.check_effect(&|name| typed.contains(name))?;
         config.check_evaluated(config.eval_data.is_some() || config.eval_split.is_some() || config.eval_reworded)?;
@@ -252,7 +259,7 @@ fn bad_settings(file: Option<&Path>, e: &toml::de::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::{Forgetting, Keep};
+    use crate::train::Keep;
     use clap::Parser;
 
     #[derive(Parser)]
@@ -273,10 +280,17 @@ mod tests {
     fn runs_hold_and_check_unless_told_otherwise() {
         let usual = merged("", &[]).unwrap();
         assert_eq!((usual.keep, usual.check), (Keep::Auto, true));
-        let flags = ["--keep", "0.5", "--skip-check", "--max-forgetting", "5%", "--eval-every", "2"];
+        let flags = ["--keep", "0.5", "--max-forgetting", "5%", "--eval-every", "2"];
         let told = merged("keep = \"off\"", &flags).unwrap();
-        assert_eq!((told.keep, told.check), (Keep::Weight(0.5), false));
+        assert_eq!((told.keep, told.check), (Keep::Weight(0.5), true));
         assert_eq!(told.max_forgetting, Some(Forgetting::Percent(5.0)));
+        // Questions that are not asked cannot bound anything; a loss can.
+        let refused = merged("", &["--skip-check", "--max-forgetting", "5%"]).unwrap_err();
+        assert!(
+            refused.place().contains("`max-forgetting`") && refused.to_string().contains("`--skip-check`"),
+            "{refused}"
+        );
+        assert!(!merged("", &["--skip-check", "--max-forgetting", "0.1"]).unwrap().check);
         assert_eq!(merged("keep = 2\nmax-forgetting = 0.1", &[]).unwrap().keep, Keep::Weight(2.0));
         for (flags, said) in
             [(["--keep", "0"], "`keep`"), (["--keep", "some"], "`some`"), (["--max-forgetting", "x"], "`x`")]

@@ -136,6 +136,9 @@ pub(super) fn prepare(
     })?;
     say(&made, &path);
     settings(&made, engine, chosen);
+    if !args.resume {
+        eprintln!("{}", chosen_text(&made, &chosen.config));
+    }
     let mut studied = Studied { study: made, before: NotesRecall::default() };
     let init = args.init.as_deref().map(crate::cli::names::adapter).transpose()?;
     init.iter().try_for_each(|dir| engine.attach(dir, 1.0).map(|_| ()))?;
@@ -192,7 +195,36 @@ fn settings(made: &Study, engine: &Engine, chosen: &mut Chosen) {
     chosen.config = config;
 }
 
+/// The settings in a line, as those of other data are told.
+fn chosen_text(made: &Study, config: &TrainConfig) -> String {
+    let rank = if config.method.reads("rank") { format!(", rank {}", config.rank) } else { String::new() };
+    let thinned = match config.prompt_dropout {
+        0.0 => String::new(),
+        share => format!(", prompt dropout {share}"),
+    };
+    let length = config.steps.map_or_else(|| format!("{} epochs", config.epochs), |steps| format!("{steps} steps"));
+    let schedule = format!("{:?}", config.schedule).to_lowercase();
+    format!(
+        "auto: lr {:e}{rank}{thinned}, batch {}, {schedule}, {length}; for {} questions on {} sentences",
+        config.lr,
+        config.batch * config.accumulate,
+        made.items.len() - made.held().count(),
+        made.sentences
+    )
+}
+
 impl Studied {
+    /// What to say where a run cannot be resumed, for somebody may have edited its material.
+    pub(super) fn edited_text(&self, out: &Path) -> Option<String> {
+        self.study.edited.then(|| {
+            format!(
+                "note: {} was edited since it was made; a run goes on only with the questions that it began with: undo the \
+                 edit, or begin again with --overwrite instead of --resume",
+                out.join(STUDY).display()
+            )
+        })
+    }
+
     pub(super) fn dataset(&self, reader: &Reader, max_tokens: usize, args: &Args) -> Result<Dataset> {
         self.study.dataset(reader, &args.data, max_tokens)
     }
@@ -213,7 +245,14 @@ impl Studied {
         engine.attach(adapter, 1.0)?;
         let after = self.ask(engine, "after");
         engine.detach_all();
-        let after = after?;
+        let after = match after {
+            // The adapter is written, and who does not wait for its check goes without.
+            Err(e) if e.code() == ErrorCode::Cancelled => {
+                eprintln!("the questions after training were stopped; not measured: what was learned");
+                return Ok(());
+            }
+            after => after?,
+        };
         if args.json {
             print_json(&json!({ "study": { "asked": asked, "before": before, "after": after } }));
         } else {

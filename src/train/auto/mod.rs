@@ -12,7 +12,7 @@ mod survey;
 mod time;
 mod watch;
 
-pub(crate) use probe::{Probe, few};
+pub(crate) use probe::{LOOK, Probe, Rates, few};
 pub(crate) use rule::Size;
 pub use rule::{usual_prompt_dropout, usual_rate};
 pub use survey::Conflict;

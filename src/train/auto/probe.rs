@@ -1,15 +1,20 @@
-//! A short probe: a few steps with each of some learning rates, all from the same adapter and on the same samples.
+//! A short probe: a few steps with each of some learning rates, all from the same adapter and on the same samples. A bound
+//! in time ends it early, with what was found until then.
 
 use super::Tried;
-use crate::error::{ErrorCode, Result};
+use crate::error::{Error, ErrorCode, Result};
 use crate::rng::{Rng, mix};
 use crate::train::optimizer::Moments;
-use crate::train::{Dataset, Observer, Trainer};
+use crate::train::{Dataset, Observer, StepReport, Trainer};
 use pocketlora_kernels::Backend;
+use std::ops::ControlFlow;
 use std::time::Instant;
 
-/// Samples that are looked at after them.
+/// Samples that are looked at after them, and their tokens.
 const LOOKED_AT: usize = 16;
+const LOOKED_AT_TOKENS: usize = 2048;
+/// A look costs a token so much of what a step costs it, which runs forward twice and backward.
+pub(crate) const LOOK: f64 = 1.0 / 3.0;
 /// Stream of random numbers for the choice of samples.
 const SAMPLES: u64 = 7;
 /// A lower rate is taken if it gets so much of the fall that the best gets: it forgets less, and a longer run will get the
@@ -19,13 +24,13 @@ const ENOUGH: f64 = 0.8;
 /// What a probe found.
 pub(crate) struct Probe {
     pub tried: Vec<Tried>,
-    /// Loss before the first step.
-    pub before: f64,
+    /// Loss before the first step, if there was time to look.
+    pub before: Option<f64>,
     /// The rate to take.
     pub lr: f32,
     /// Tokens of all steps and looks.
     pub tokens: u64,
-    /// Seconds that a token of a step took.
+    /// Seconds that a token of a step took, or takes at least where no step was done in time.
     pub token_seconds: f64,
     /// Seconds in all.
     pub seconds: f64,
@@ -36,32 +41,85 @@ impl Probe {
     pub const STEPS: usize = 5;
 }
 
-/// Some of `data`, at most `count` samples in no order.
-pub(crate) fn few(data: &Dataset, count: usize, seed: u64) -> Dataset {
+/// Rates to try, rising, and the one to take where there is no time to compare them.
+pub(crate) struct Rates {
+    pub all: Vec<f32>,
+    pub usual: f32,
+    /// When to stop trying.
+    pub until: Option<Instant>,
+}
+
+/// An observer that stops the work at some time.
+struct Until<'o> {
+    inner: &'o mut dyn Observer,
+    end: Option<Instant>,
+}
+
+impl Until<'_> {
+    fn is_over(&self) -> bool {
+        self.end.is_some_and(|end| Instant::now() >= end)
+    }
+
+    /// What was found, if it was found in time.
+    fn in_time<R>(&mut self, found: Result<R>) -> Result<Option<R>> {
+        match found {
+            Err(e) if e.code() == ErrorCode::Cancelled && self.is_over() && self.inner.keep_going() => Ok(None),
+            found => found.map(Some),
+        }
+    }
+}
+
+impl Observer for Until<'_> {
+    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
+        self.inner.on_step(report)
+    }
+
+    fn keep_going(&mut self) -> bool {
+        self.inner.keep_going() && !self.is_over()
+    }
+
+    fn on_warning(&mut self, warning: &Error) {
+        self.inner.on_warning(warning);
+    }
+}
+
+/// Some of `data` in no order: at most `count` samples, and no more of them than have `tokens`, but one.
+pub(crate) fn few(data: &Dataset, count: usize, tokens: usize, seed: u64) -> Dataset {
     let order = Rng::new(mix(seed, SAMPLES)).permutation(data.samples.len());
     let some = order.into_iter().take(count).map(|i| data.samples[i].clone());
-    Dataset::new(data.path.clone(), some.collect())
+    let mut some = Dataset::new(data.path.clone(), some.collect());
+    while some.samples.len() > 1 && some.tokens() > tokens {
+        some.samples.pop();
+    }
+    some
 }
 
 impl<B: Backend> Trainer<B> {
-    /// Tries `rates`, which rise, on a trainer that was made for it: it has `steps` of at least [`Probe::STEPS`] and a constant
-    /// rate. `watched` tells how well each does, or the learned samples where there is none.
+    /// Tries `rates` on a trainer that was made for it: it has `steps` of at least [`Probe::STEPS`] and a constant rate.
+    /// `watched` tells how well each does, or the learned samples where there is none.
     ///
     /// # Errors
     /// Stopped by the observer, out of memory.
     pub(crate) fn probe(
         &mut self,
-        rates: &[f32],
+        rates: &Rates,
         watched: Option<&Dataset>,
         observer: &mut dyn Observer,
     ) -> Result<Probe> {
         let start = Instant::now();
-        let watched = few(watched.unwrap_or(&self.data), LOOKED_AT, self.config.seed);
+        let observer = &mut Until { inner: observer, end: rates.until };
+        let watched = few(watched.unwrap_or(&self.data), LOOKED_AT, LOOKED_AT_TOKENS, self.config.seed);
         let begin = self.tensors.iter().map(|t| self.adapters.held().read(&self.base.backend, t.id));
         let begin = begin.collect::<Result<Vec<_>>>()?;
-        let before = self.mean_loss(&watched, observer)?;
-        let (mut tried, mut learned, mut learning) = (Vec::with_capacity(rates.len()), 0, 0.0);
-        for &lr in rates {
+        let before = self.mean_loss(&watched, observer);
+        let before = observer.in_time(before)?;
+        // Steps and looks, in tokens and seconds.
+        let (mut looks, looking) = (1, start.elapsed().as_secs_f64());
+        let (mut tried, mut learned, mut learning) = (Vec::with_capacity(rates.all.len()), 0, 0.0);
+        for &lr in &rates.all {
+            if observer.is_over() {
+                break;
+            }
             self.begin_again(&begin, lr)?;
             let loss = (|| {
                 for _ in 0..Probe::STEPS {
@@ -74,17 +132,25 @@ impl<B: Backend> Trainer<B> {
             })();
             let loss = match loss {
                 Err(e) if e.code() == ErrorCode::Diverged => f64::INFINITY,
-                other => other?,
+                other => match observer.in_time(other)? {
+                    Some(loss) => loss,
+                    None => break,
+                },
             };
+            looks += 1;
             tried.push(Tried { lr, loss: if loss.is_nan() { f64::INFINITY } else { loss } });
         }
-        let looks = (1 + rates.len()) * watched.tokens();
+        let looked_at = watched.tokens();
+        let token_seconds = match learned {
+            0 => looking / looked_at as f64 / LOOK,
+            tokens => learning / tokens as f64,
+        };
         Ok(Probe {
-            lr: best(&tried, before),
+            lr: before.map_or(rates.usual, |before| rates.choose(&tried, before)),
             tried,
             before,
-            tokens: (learned + looks) as u64,
-            token_seconds: learning / learned.max(1) as f64,
+            tokens: (learned + looks * looked_at) as u64,
+            token_seconds,
             seconds: start.elapsed().as_secs_f64(),
         })
     }
@@ -98,6 +164,17 @@ impl<B: Backend> Trainer<B> {
         }
         (config.lr, facts.step) = (lr, 0);
         Ok(())
+    }
+}
+
+impl Rates {
+    /// The rate to take after those that were tried; one alone says nothing of the others, unless it diverged.
+    fn choose(&self, tried: &[Tried], before: f64) -> f32 {
+        match tried {
+            [] => self.usual,
+            [one] if self.all.len() > 1 && one.loss.is_finite() => self.usual,
+            tried => best(tried, before),
+        }
     }
 }
 
@@ -123,5 +200,48 @@ mod tests {
         assert_eq!(of([2.9, 2.5, 2.0, 1.5]), 4.0);
         assert_eq!(of([2.0, 2.0, f64::INFINITY, f64::INFINITY]), 1.0);
         assert_eq!(of([3.0, 3.5, 4.0, f64::INFINITY]), 1.0);
+    }
+
+    #[test]
+    fn a_probe_that_was_cut_short_takes_what_it_knows() {
+        let rates = Rates { all: vec![1.0, 2.0, 4.0], usual: 2.0, until: None };
+        let tried = |losses: &[f64]| {
+            let tried: Vec<Tried> = rates.all.iter().zip(losses).map(|(&lr, &loss)| Tried { lr, loss }).collect();
+            rates.choose(&tried, 3.0)
+        };
+        assert_eq!([tried(&[]), tried(&[2.9]), tried(&[2.9, 2.0])], [2.0, 2.0, 2.0]);
+        assert_eq!([tried(&[2.0, 2.0]), tried(&[f64::INFINITY])], [1.0, 1.0]);
+        let given = Rates { all: vec![5.0], usual: 5.0, until: None };
+        assert_eq!(given.choose(&[Tried { lr: 5.0, loss: 2.0 }], 3.0), 5.0);
+    }
+
+    /// Goes on until it is told otherwise.
+    struct Going(bool);
+
+    impl Observer for Going {
+        fn on_step(&mut self, _: &StepReport) -> ControlFlow<()> {
+            ControlFlow::Continue(())
+        }
+
+        fn keep_going(&mut self) -> bool {
+            self.0
+        }
+    }
+
+    #[test]
+    fn what_takes_too_long_is_told_from_what_somebody_stopped() {
+        let stopped = || Err::<(), _>(Error::new(ErrorCode::Cancelled, "here", "stopped"));
+        for (end, going, keeps_going, is_error) in [
+            (None, true, true, true),
+            (Some(Instant::now()), true, false, false),
+            (Some(Instant::now()), false, false, true),
+        ] {
+            let mut until = Until { inner: &mut Going(going), end };
+            assert_eq!(
+                (until.keep_going(), until.in_time(stopped()).is_err()),
+                (keeps_going, is_error),
+                "{end:?} {going}"
+            );
+        }
     }
 }

@@ -6,10 +6,13 @@ use std::time::Duration;
 /// Share of a time that training may take; evaluations and writing need the rest.
 const FOR_STEPS: f64 = 0.85;
 
+/// Longest time that is read, in hours.
+const MOST_HOURS: f64 = 87_600.0;
+
 /// Reads a time such as `90s`, `10m`, `1.5h`; a bare number is one of seconds.
 ///
 /// # Errors
-/// It is none, or not above 0.
+/// It is none, not above 0, or above ten years.
 pub fn parse_time(text: &str) -> Result<Duration> {
     let text = text.trim();
     let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -21,7 +24,10 @@ pub fn parse_time(text: &str) -> Result<Duration> {
     };
     let seconds = number.parse::<f64>().ok().zip(unit).map(|(number, unit)| number * unit);
     match seconds {
-        Some(seconds) if seconds > 0.0 && seconds <= 1e9 => Ok(Duration::from_secs_f64(seconds)),
+        Some(seconds) if seconds > 3600.0 * MOST_HOURS => {
+            Err(Error::config("time", format!("a time of at most ten years (`{MOST_HOURS}h`)"), text))
+        }
+        Some(seconds) if seconds > 0.0 => Ok(Duration::from_secs_f64(seconds)),
         _ => Err(Error::config("time", "a time above 0, such as `90s`, `10m` or `2h`", text)),
     }
 }
@@ -54,6 +60,10 @@ mod tests {
         for text in ["", "m", "0", "-5m", "ten", "5 d", "inf", "nan", "1e99h"] {
             let error = parse_time(text).unwrap_err().to_string();
             assert!(error.contains("`time`"), "{text}: {error}");
+        }
+        for text in ["99999999h", "1e99h"] {
+            let error = parse_time(text).unwrap_err().to_string();
+            assert!(error.contains("at most ten years") && !error.contains("above 0"), "{text}: {error}");
         }
         assert_eq!([0.2, 89.0, 90.0, 600.0, 7200.0].map(spoken), ["1 s", "89 s", "2 min", "10 min", "2.0 h"]);
         assert_eq!((steps_within(100.0, 1.0), steps_within(-3.0, 1.0), steps_within(0.1, 9.0)), (85, 1, 1));
