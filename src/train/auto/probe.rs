@@ -19,7 +19,7 @@ pub(crate) const LOOK: f64 = 1.0 / 3.0;
 const SAMPLES: u64 = 7;
 /// A lower rate is taken if it gets so much of the fall that the best gets: it forgets less, and a longer run will get the
 /// rest.
-const ENOUGH: f64 = 0.8;
+const ENOUGH: f64 = 0.9;
 
 /// What a probe found.
 pub(crate) struct Probe {
