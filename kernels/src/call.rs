@@ -184,8 +184,9 @@ calls! {
     Zero { x: write, }
 
     /// `y = x / sqrt(mean(x²) + eps) * w` for each row of `width` values (Zhang & Sennrich 2019). `w` is `[width]`, or that of
-    /// several rows one after the other, its values one less than the factors if `plus_one`; without it nothing is multiplied. With the width of a head it is the
-    /// norm of each head. The L2 norm `x / sqrt(sum(x²) + e)` is that with `eps = e / width`, divided by `sqrt(width)`.
+    /// several rows one after the other, its values one less than the factors if `plus_one`; without it nothing is
+    /// multiplied. With the width of a head it is the norm of each head. The L2 norm `x / sqrt(sum(x²) + e)` is that with
+    /// `eps = e / width`, divided by `sqrt(width)`.
     RmsNorm { width: value(usize), w: read_if, plus_one: value(bool), eps: value(f32), x: read, y: write, }
     /// `dx += ` the gradient of [`Call::RmsNorm`] by `x`; `w` is frozen.
     RmsNormVjpX {

@@ -1,8 +1,8 @@
 //! Root mean square norm (Zhang & Sennrich 2019).
 //!
 //! `y = r x w` with `r = 1 / sqrt(mean(x²) + eps)`, over rows of `C`; factors `w` may be stored less one, or absent, or be
-//! those of several such rows one after the other. Forward keeps nothing: backward computes
-//! `r` again, which is cheaper than to store it.
+//! those of several such rows one after the other. Forward keeps nothing: backward computes `r` again, which is cheaper
+//! than to store it.
 
 use super::Cpu;
 use super::loops::{map, sum, update};

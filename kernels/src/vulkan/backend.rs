@@ -13,7 +13,10 @@ impl Backend for Vulkan {
         match call {
             Call::Add { a, b, y } if self.sees(&[a, b, y]) => self.record_add(a, Some(b), y),
             Call::AddAssign { x, y } if self.sees(&[x, y]) => self.record_add(x, None, y),
-            Call::RmsNorm { w: Some(w), plus_one: false, eps, x, y, .. } if self.sees(&[w, x, y]) => {
+            // The shader has one row of factors, for all rows.
+            Call::RmsNorm { width, w: Some(w), plus_one: false, eps, x, y }
+                if w.len == width && self.sees(&[w, x, y]) =>
+            {
                 self.record_rms_norm(w, eps, x, y);
             }
             // The shader computes in f32, which is as exact as any arithmetic asks for.
