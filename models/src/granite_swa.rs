@@ -4,25 +4,14 @@
 use crate::attention::AttentionSpec;
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::{Decoder, Variant};
-use crate::granite::{Factors, Granite};
+use crate::granite::{self, Factors, Granite};
 use crate::keys::Keys;
 use crate::rope::{Rope, RopeKeys};
 use crate::windows::{FULL, SLIDING, layer_types, windows_of};
 use crate::{Family, Model};
 
-pub(crate) const FAMILY: Family = Family {
-    model_type: "granite_swa",
-    honoured: &[
-        "attention_bias",
-        "mlp_bias",
-        "attention_multiplier",
-        "embedding_multiplier",
-        "logits_scaling",
-        "residual_multiplier",
-    ],
-    scaled: None,
-    build,
-};
+pub(crate) const FAMILY: Family =
+    Family { model_type: "granite_swa", honoured: granite::FAMILY.honoured, scaled: None, build };
 
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     let defaults = Defaults { kv_heads: Some(4), positions: 8192, tied_head: true, ..Defaults::default() };
