@@ -155,6 +155,11 @@ impl<'a, B: Backend> Pass<'a, B> {
         self.batch.ids.len()
     }
 
+    /// Whether what was carried into layers has a gradient that nothing has taken.
+    pub fn carries_gradient(&self) -> bool {
+        self.carried.has_gradient()
+    }
+
     /// The adapters whose weights stand in for the base's: those of all rows, for only passes of one part have such.
     pub(super) fn adapters(&self) -> &'a Adapters<B> {
         self.parts[0].adapters

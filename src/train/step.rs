@@ -264,8 +264,11 @@ pub fn micro_step<B: Backend>(
     Ok(())
 }
 
-/// Backward through what a family computes of the embeddings beside them, where something in it is in training.
+/// Backward through what a family computes of the embeddings and carries to its layers, where something in it is in training.
 fn before_layers<B: Backend>(pass: &Pass<'_, B>, grads: &mut Gradients<B>, pool: &mut Pool<B>) -> Result<()> {
+    if !pass.carries_gradient() {
+        return Ok(());
+    }
     let (base, backend) = (pass.base(), &pass.base().backend);
     let mut dx = pool.take(backend, pass.tokens() * base.model.config().hidden_size)?;
     let mut tape = pass.tape(None, false, pool);

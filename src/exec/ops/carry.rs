@@ -32,6 +32,11 @@ impl<B: Backend> Carried<B> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether later layers left a gradient for what comes before the first one.
+    pub fn has_gradient(&self) -> bool {
+        self.all().values().any(|kept| kept.grad.is_some())
+    }
+
     /// Hands the buffers back.
     pub fn finish(self, backend: &B, pool: &mut Pool<B>) {
         let all = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
