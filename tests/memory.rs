@@ -204,6 +204,18 @@ fn summary(output: &Output) -> Value {
     serde_json::from_str::<Value>(text.lines().last().unwrap()).unwrap()
 }
 
+/// Checks that a small run took what was planned: less by so many percent at most, more by 5 % and what an allocator keeps
+/// of freed memory. That changes from run to run, for the tokenizer's hash maps differ in order, and with them the gaps
+/// that they leave in the heap: 25 runs of one command spread over 0.9 MB. False where the system does not tell.
+fn keeps_to_its_plan(run: &Value, percent_below: f64) -> bool {
+    const KEPT: f64 = 1e6;
+    let Some(peak) = run["peak_anonymous_bytes"].as_f64() else { return false };
+    let (taken, planned) = (peak - run["plan"]["before"].as_f64().unwrap(), run["planned_bytes"].as_f64().unwrap());
+    let range = planned * (1.0 - percent_below / 100.0)..=planned * 1.05 + KEPT;
+    assert!(range.contains(&taken), "{taken} bytes were taken, {planned} planned: {}", run["plan"]);
+    true
+}
+
 /// General questions are asked when passes hold nothing. What an allocator keeps of that is less than so many bytes.
 #[test]
 fn questions_take_little_more_than_passes() {
@@ -238,10 +250,10 @@ fn a_prefix_is_planned_for_every_sample_of_a_pass() {
     ] {
         let settings = ["--method", "prefix-tuning", "--steps", "3", "--seq", "300"];
         let run = summary(&train(dir, &model, data, &[&settings[..], &more.split(' ').collect::<Vec<_>>()].concat()));
-        let Some(deviation) = run["deviation_percent"].as_f64() else { return };
-        // Of so small a run some percent are less than what an allocator rounds, and than the room that AVX-512's products
-        // get for their longest case; more than planned is what must not be.
-        assert!((-12.0..=5.0).contains(&deviation), "{more}: {deviation} % off {}", run["plan"]);
+        // AVX-512's products get room for their longest case, which is some percent of so small a run.
+        if !keeps_to_its_plan(&run, 12.0) {
+            return;
+        }
     }
 }
 
@@ -260,9 +272,9 @@ fn evaluation_and_saving_keep_to_the_plan_and_to_a_budget() {
     assert!(bytes(&free) > 2 * bytes(&alone), "{} with it, {} without", free["plan"], alone["plan"]);
     let layout = &free["plan"]["layout"];
     assert!(layout["part"].is_null() && layout["loss_rows"].is_null(), "what is not bounded: {layout}");
-    let Some(deviation) = free["deviation_percent"].as_f64() else { return };
-    // Of so small a run a few percent are less than what an allocator rounds; more than planned is what must not be.
-    assert!((-8.0..=5.0).contains(&deviation), "{deviation} % off {}", free["plan"]);
+    if !keeps_to_its_plan(&free, 8.0) {
+        return;
+    }
     let [before, samples, text, loaded] =
         ["before", "data", "tokenizer", "tokenizer_loaded"].map(|key| free["plan"][key].as_u64().unwrap());
     // The held-out sample alone has 900 tokens; the tokenizer is let go before the run.
@@ -271,8 +283,7 @@ fn evaluation_and_saving_keep_to_the_plan_and_to_a_budget() {
     // Whatever is saved on the way, an adapter larger than all activations too, comes one tensor at a time.
     let saving = ["--rank", "64", "--eval-data", data.to_str().unwrap(), "--eval-every", "1"];
     let saving = summary(&train(&[&saving[..], &["--keep-best", "--save-every", "1"]].concat()));
-    let deviation = saving["deviation_percent"].as_f64().unwrap();
-    assert!((-8.0..=5.0).contains(&deviation), "{deviation} % off {} while saving", saving["plan"]);
+    assert!(keeps_to_its_plan(&saving, 8.0));
     assert!(saving["adapter_eval_loss"].is_number() && saving["adapter_general_loss"].is_number(), "{saving}");
 
     let refused = train(&[&held[..], &["--memory-budget", "1"]].concat());
