@@ -150,13 +150,14 @@ impl<B: Backend> Base<B> {
 }
 
 impl Base<Cpu> {
-    /// Measures how many threads decode fastest, with the weights of the first layer, and uses as many from then on.
-    pub fn choose_threads(&self) {
+    /// Measures how many threads, `least` of them or more, decode fastest with the weights of the first layer, and uses as
+    /// many from then on.
+    pub fn choose_threads(&self, least: usize) {
         let params = self.model.params().iter().enumerate();
         let first = params.filter(|(_, p)| {
             p.role == Role::Linear && [".layers.0.", ".h.0."].iter().any(|first| p.name.contains(first))
         });
         let weights: Vec<_> = first.map(|(i, _)| self.matrix(Param(i as u32))).collect();
-        self.backend.choose_threads(&weights);
+        self.backend.choose_threads(&weights, least);
     }
 }

@@ -40,6 +40,7 @@ use pocketlora_models::Model;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::time::Duration;
 
 /// An open model. Clones are of the same one, and may be used from any thread.
 ///
@@ -244,8 +245,25 @@ impl Engine {
         if let Some(once) = &self.0.calibration {
             once.call_once(|| {
                 let _turn = self.0.turn.take();
-                self.0.base.choose_threads();
+                self.0.base.choose_threads(1);
             });
+        }
+    }
+
+    /// As [`Engine::choose_threads`], for work of minutes: fewer threads than there are may have been chosen because
+    /// something else ran at that moment, so further moments are measured, and the highest number stays.
+    fn choose_threads_for_long(&self) {
+        const MOMENTS: usize = 3;
+        const APART: Duration = Duration::from_millis(100);
+        self.choose_threads();
+        let backend = &self.0.base.backend;
+        for _ in 0..MOMENTS {
+            if self.0.calibration.is_none() || backend.threads() == backend.most_threads() {
+                return;
+            }
+            std::thread::sleep(APART);
+            let _turn = self.0.turn.take();
+            self.0.base.choose_threads(backend.threads());
         }
     }
 

@@ -61,7 +61,7 @@ impl Engine {
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Trainer> {
-        self.choose_threads();
+        self.choose_threads_for_long();
         let name = Some(self.0.base_name.clone());
         let base = Arc::clone(self.base());
         let turn = self.turn().take();

@@ -299,6 +299,7 @@ mod tests {
             ("Whoever is late pays for the tea.", "What happens if somebody is late?", "pays for the tea"),
             ("A berth costs 40 francs a day.", "How much does a berth cost?", "40 francs a day"),
             ("My aunt Olga sent a rope. She lives in Bergen.", "Where does my aunt Olga live?", "in Bergen"),
+            ("Mira has a small boat. It is called Quiet Walnut.", "What is the small boat called?", "Quiet Walnut"),
             ("The new pier is open. It was built in 1950.", "When was the new pier built?", "in 1950"),
             (
                 "The warden keeps the key and the score books.",

@@ -35,7 +35,7 @@ impl Unit<'_> {
     }
 
     /// What the pronoun that the sentence begins with stands for, most likely: for `she` the last name before, for `it`
-    /// what the last sentence was about.
+    /// what the last sentence was about, or what it brought up where it was about somebody: Mira has a boat.
     pub fn referent(&self) -> Option<String> {
         let first = words::words_of(self.text).next().unwrap_or_default();
         let person = matches!(first.as_str(), "he" | "she");
@@ -55,6 +55,12 @@ impl Unit<'_> {
             };
             if person {
                 return last(true);
+            }
+            let begins = |chunk: &[Word<'_>], kind| chunk.first().is_some_and(|word| word.kind == kind);
+            let bare = chunks.first().is_some_and(|subject| !begins(subject, Kind::Determiner));
+            let brought_up = chunks.iter().skip(1).rev().find(|chunk| matches!(&*chunk[0].lower, "a" | "an"));
+            if let Some(thing) = brought_up.filter(|thing| first == "it" && bare && thing.len() > 1) {
+                return Some(format!("the {}", templates::phrase(&thing[1..])));
             }
             match Clause::of(&tagged) {
                 Some(clause) if clause.imperative => last(false),

@@ -61,7 +61,7 @@ pub struct TrainConfig {
     pub num_virtual_tokens: Option<usize>,
     /// Dropout of the adapters' input.
     pub dropout: f32,
-    /// Share of the tokens of questions that a pass leaves out at random (word dropout, Iyyer et al. 2015), so that answers
+    /// Share of the words of questions that a pass leaves out at random (word dropout, Iyyer et al. 2015), so that answers
     /// are learned to more than the letters of their questions; every fourth pass over the data leaves a question whole.
     /// What a user says in a conversation is a question; texts have none.
     #[serde(skip_serializing_if = "is_default")]

@@ -36,7 +36,7 @@ pub use checkpoint::has_checkpoint;
 pub use config::{Optimizer, Schedule, TrainConfig, TrainPrecision};
 pub use control::{Directive, Policy, TrainHandle};
 pub(crate) use data::encode;
-pub use data::{Checks, Dataset, Mask, Sample, SampleLimits, SplitRecord, Splits};
+pub use data::{Asked, Checks, Dataset, Mask, Sample, SampleLimits, SplitRecord, Splits};
 pub use hold_out::{Evaluation, Overlap, hold_out};
 pub(crate) use hold_out::{general_start, general_text, plain};
 pub(crate) use keep::keep_share;

@@ -113,28 +113,33 @@ const TRIALS: usize = 8;
 const WORTH: f64 = 0.04;
 
 impl Cpu {
-    /// Times products of one token with `weights` on more and more threads, and lets ops use as many as pay from then
-    /// on. Results do not depend on it. Takes some milliseconds; does nothing on one thread.
-    pub fn choose_threads(&self, weights: &[&Matrix]) {
+    /// Times products of one token with `weights` on `least` and more threads, and lets ops use as many as pay from then
+    /// on. Results do not depend on it. Takes some milliseconds; does nothing on one thread. The numbers take turns, so
+    /// that what else runs for a moment slows them alike.
+    pub fn choose_threads(&self, weights: &[&Matrix], least: usize) {
         let inputs: Vec<_> = weights.iter().map(|w| vec![0.0; w.shape().1]).collect();
         let mut outputs: Vec<_> = weights.iter().map(|w| vec![0.0; w.shape().0]).collect();
-        let mut best = (f64::INFINITY, 1);
         let all = self.team.threads();
-        for threads in (1..=all).filter(|n| *n <= 4 || n.is_multiple_of(2) || *n == all) {
-            self.team.set_active(threads);
-            let mut fastest = f64::INFINITY;
-            for _ in 0..TRIALS {
+        let tried = (least.clamp(1, all)..=all).filter(|n| *n <= 4 || n.is_multiple_of(2) || *n == all);
+        let mut fastest: Vec<_> = tried.map(|threads| (threads, f64::INFINITY)).collect();
+        for _ in 0..TRIALS {
+            for (threads, seconds) in &mut fastest {
+                self.team.set_active(*threads);
                 let start = std::time::Instant::now();
                 for ((w, x), y) in weights.iter().zip(&inputs).zip(&mut outputs) {
                     matmul::forward(self, Arithmetic::Int8, w, x, y, false);
                 }
-                fastest = fastest.min(start.elapsed().as_secs_f64());
-            }
-            if fastest < best.0 * (1.0 - WORTH) {
-                best = (fastest, threads);
+                *seconds = seconds.min(start.elapsed().as_secs_f64());
             }
         }
-        self.team.set_active(best.1);
+        let pays = |best: (usize, f64), next: (usize, f64)| if next.1 < best.1 * (1.0 - WORTH) { next } else { best };
+        self.team.set_active(fastest.into_iter().reduce(pays).map_or(1, |(threads, _)| threads));
+    }
+
+    /// Threads that there are, whether or not ops run on all of them.
+    #[must_use]
+    pub fn most_threads(&self) -> usize {
+        self.team.threads()
     }
 }
 

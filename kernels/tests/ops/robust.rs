@@ -84,9 +84,12 @@ fn the_number_of_threads_is_chosen_among_those_there_are() {
     for threads in [1, 3] {
         let cpu = Cpu::new(threads);
         let weight = cpu.matrix(source.clone()).unwrap();
-        cpu.choose_threads(&[&weight]);
-        assert!((1..=threads).contains(&cpu.threads()), "{} of {threads}", cpu.threads());
-        cpu.choose_threads(&[]);
+        for least in 0..5 {
+            cpu.choose_threads(&[&weight], least);
+            let range = least.clamp(1, threads)..=threads;
+            assert!(range.contains(&cpu.threads()), "{} of {range:?}", cpu.threads());
+        }
+        cpu.choose_threads(&[], 1);
         assert!((1..=threads).contains(&cpu.threads()));
     }
 }

@@ -49,7 +49,7 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     dropout: Option<f32>,
-    /// Share of the tokens of questions that a pass leaves out at random; every fourth leaves a question whole. [default: 0]
+    /// Share of the words of questions that a pass leaves out at random; every fourth leaves a question whole. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_dropout: Option<f32>,

@@ -85,7 +85,7 @@ pub fn usual_rate(method: Kind, hidden: usize) -> f32 {
     rounded(rate)
 }
 
-/// The share of a question's tokens to leave out where answers are seen in so many `epochs`.
+/// The share of a question's words to leave out where answers are seen in so many `epochs`.
 #[must_use]
 pub fn usual_prompt_dropout(epochs: usize) -> f32 {
     if epochs >= OFTEN { THINNED } else { 0.0 }

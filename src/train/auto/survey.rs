@@ -234,9 +234,12 @@ fn asked(record: &Record) -> (Option<String>, String) {
     }
 }
 
-/// The same for what differs in spaces and capitals alone; fixed for all time, for a choice depends on it.
+/// The same for what differs alone in spaces, capitals and the mark at its end; fixed, for a choice depends on it.
 fn normal_hash(text: &str) -> u64 {
-    let words = text.split_whitespace().map(str::to_lowercase);
+    let words = text
+        .trim_end_matches(|c: char| c.is_whitespace() || matches!(c, '.' | '?' | '!'))
+        .split_whitespace()
+        .map(str::to_lowercase);
     words.fold(1, |hash, word| word.bytes().fold(mix(hash, 256), |hash, byte| mix(hash, u64::from(byte))))
 }
 
@@ -267,7 +270,7 @@ mod tests {
 
     #[test]
     fn conflicts_name_both_lines_and_repetitions_are_none() {
-        let lines = [("Who?", "Ann"), ("Where?", "Here"), ("who? ", " ann"), ("WHO?", "Bob"), ("Who?", "Cid")];
+        let lines = [("Who?", "Ann"), ("Where?", "Here"), ("who ", " ann."), ("WHO", "Bob"), ("Who?", "Cid")];
         let found = survey(lines.map(|(q, a)| pair(q, a)));
         let text = found.conflict_text(Path::new("d.jsonl")).unwrap();
         assert!(text.contains("lines 1 and 4") && text.contains("`Ann` and `Bob`") && !text.contains("Here"), "{text}");

@@ -5,7 +5,7 @@
 
 use super::record::Record;
 use super::split::{self, Coded, Splits};
-use super::{Checks, Mask, Sample, SampleLimits, data_error};
+use super::{Asked, Checks, Sample, SampleLimits, data_error};
 use crate::chat::{ChatTemplate, Message, Rendering};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
@@ -254,7 +254,7 @@ impl<'a> Encoder<'a> {
     fn code(&self, rendering: &Rendering, messages: &[Message]) -> Result<(Coded, bool, usize)> {
         let tokens = self.tokenizer.encode_with_offsets(&rendering.text, &rendering.plain)?;
         let mut coded = Coded::new(&tokens, &rendering.answers, 1);
-        coded.asked = asked(&tokens, &rendering.text, messages);
+        coded.asked = Asked::find(&tokens, &rendering.text, messages);
         let stops = |i: usize| self.tokenizer.stop.contains(&tokens[i].0);
         let (mut all_ended, mut said) = (true, Vec::with_capacity(rendering.answers.len()));
         for answer in &rendering.answers {
@@ -415,7 +415,7 @@ impl<'a> Encoder<'a> {
                     context = ids.last().copied().into_iter().collect();
                 }
                 let trained = (0..ids.len()).map(|i| i >= given).collect();
-                self.push(Coded { ids, trained, asked: Mask::default() }, out);
+                self.push(Coded { ids, trained, asked: Asked::default() }, out);
             }
         }
         if let (Some(first), Some(last)) = (out.get(before), out.last()) {
@@ -449,22 +449,6 @@ impl<'a> Encoder<'a> {
             out.push(Sample { ids, trained: coded.trained.into_iter().collect(), asked: coded.asked });
         }
     }
-}
-
-/// Tokens within what a user says. Templates may trim it; what they print in another way is not found.
-fn asked(tokens: &[(u32, Range<usize>)], text: &str, messages: &[Message]) -> Mask {
-    let (mut places, mut from) = (Vec::new(), 0);
-    for content in messages.iter().filter(|m| m.role == "user").filter_map(|m| m.content.as_deref()) {
-        let content = content.trim();
-        if let Some(at) = text[from..].find(content).filter(|_| !content.is_empty()) {
-            let start = from + at;
-            from = start + content.len();
-            places.push(start..from);
-        }
-    }
-    // A token may have the space before its word.
-    let within = |t: &Range<usize>| places.iter().any(|p: &Range<usize>| p.start <= t.start + 1 && t.end <= p.end);
-    tokens.iter().map(|(_, range)| !range.is_empty() && within(range)).collect()
 }
 
 fn starts_with(tokens: &[(u32, Range<usize>)], prefix: &[u32]) -> bool {

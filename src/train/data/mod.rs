@@ -1,10 +1,12 @@
 //! Training data: tokens and which of them are learned.
 
+mod asked;
 mod checks;
 mod encode;
 mod mask;
 mod split;
 
+pub use asked::Asked;
 pub use checks::Checks;
 pub use mask::Mask;
 pub use split::{SplitRecord, Splits};
@@ -24,15 +26,15 @@ pub struct Sample {
     pub ids: Vec<u32>,
     /// Which tokens the model learns to write. The first never is: nothing comes before it.
     pub trained: Mask,
-    /// Tokens of what is asked, without the marks of the chat template around it; none where that is not told apart.
-    pub asked: Mask,
+    /// What is asked, without the marks of the chat template around it; none where that is not told apart.
+    pub asked: Asked,
 }
 
 impl Sample {
     /// A text of which the tokens of `trained` are learned, and in which no question is told apart.
     #[must_use]
     pub fn new(ids: Vec<u32>, trained: Mask) -> Self {
-        Self { ids, trained, asked: Mask::default() }
+        Self { ids, trained, asked: Asked::default() }
     }
 
     /// A text that is learned whole, but for its first token.
@@ -42,15 +44,24 @@ impl Sample {
         Self::new(ids, trained)
     }
 
-    /// The sample without those tokens of what is asked of which `left_out` says so.
+    /// The sample without those words of what is asked of which `left_out` says so.
     #[must_use]
     pub fn thinned(&self, mut left_out: impl FnMut() -> bool) -> Self {
-        let out: Mask = (0..self.ids.len()).map(|i| self.asked.contains(i) && left_out()).collect();
+        let mut word_is_out = false;
+        let out = (0..self.ids.len()).map(|i| {
+            let asked = self.asked.tokens.contains(i);
+            if asked && !self.asked.within_words.contains(i) {
+                word_is_out = left_out();
+            }
+            asked && word_is_out
+        });
+        let out: Mask = out.collect();
         let kept = || (0..self.ids.len()).filter(|&i| !out.contains(i));
+        let of_kept = |mask: &Mask| kept().map(|i| mask.contains(i)).collect();
         Self {
             ids: kept().map(|i| self.ids[i]).collect(),
-            trained: kept().map(|i| self.trained.contains(i)).collect(),
-            asked: kept().map(|i| self.asked.contains(i)).collect(),
+            trained: of_kept(&self.trained),
+            asked: Asked { tokens: of_kept(&self.asked.tokens), within_words: of_kept(&self.asked.within_words) },
         }
     }
 

@@ -1,6 +1,6 @@
 //! What is longer than a sample may be: where it is cut, and a count of it.
 
-use super::Mask;
+use super::{Asked, Mask};
 use serde::Serialize;
 use std::ops::{AddAssign, Range};
 
@@ -48,7 +48,7 @@ pub(super) struct Coded {
     pub ids: Vec<u32>,
     pub trained: Vec<bool>,
     /// Tokens of what is asked, where that is told apart.
-    pub asked: Mask,
+    pub asked: Asked,
 }
 
 impl Coded {
@@ -62,7 +62,7 @@ impl Coded {
             learned.get(next).is_some_and(|l| if t.is_empty() { l.start <= t.start } else { l.start < t.end })
         };
         let trained = tokens.iter().enumerate().map(|(i, (_, range))| i >= given.max(1) && touches(range)).collect();
-        Self { ids: tokens.iter().map(|t| t.0).collect(), trained, asked: Mask::default() }
+        Self { ids: tokens.iter().map(|t| t.0).collect(), trained, asked: Asked::default() }
     }
 
     pub fn learned(&self) -> usize {
@@ -85,7 +85,7 @@ pub(super) fn masked_windows(coded: &Coded, limit: usize, keep: usize) -> (Vec<C
         let ids = coded.ids[..keep].iter().chain(&coded.ids[start..stop]).copied().collect();
         let learned = (start..stop).map(|i| i >= first && coded.trained[i]);
         let trained: Vec<bool> = std::iter::repeat_n(false, keep).chain(learned).collect();
-        windows.push(Coded { ids, trained, asked: Mask::default() });
+        windows.push(Coded { ids, trained, asked: Asked::default() });
         left_out += start.saturating_sub(seen);
         seen = stop;
         next = (stop..end).find(|&i| coded.trained[i]);
@@ -144,7 +144,7 @@ mod tests {
 
     fn coded(mask: &str) -> Coded {
         let trained = mask.chars().map(|c| c == 'x').collect();
-        Coded { ids: (0..mask.len() as u32).collect(), trained, asked: Mask::default() }
+        Coded { ids: (0..mask.len() as u32).collect(), trained, asked: Asked::default() }
     }
 
     #[test]
