@@ -2,6 +2,7 @@
 
 use super::args::{megabytes, print_json};
 use super::data_check::DataCheck;
+use super::train::Chosen;
 use super::{model, print_error};
 use crate::adapter::AdapterFile;
 use crate::base::architecture_of;
@@ -9,7 +10,8 @@ use crate::error::Result;
 use crate::format::{folder_of, model_of, open_source};
 use crate::text::{Text, open_with};
 use crate::tokenizer::{SpecialText, Tokenizer};
-use crate::train::{DataReport, Dataset, Overlap, Sample, SampleLimits, TrainConfig, hold_out};
+use crate::train::auto::draft;
+use crate::train::{DataReport, Dataset, Overlap, Sample, SampleLimits, hold_out};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::IsTerminal as _;
@@ -23,17 +25,23 @@ const SHOWN_TOKENS: usize = 1024;
 /// Widest bar of the histogram, in characters.
 const BAR: usize = 40;
 
+/// A run of which only the data and the choice of settings are shown.
+pub(super) struct DryRun<'a> {
+    pub model: &'a str,
+    pub quantize: bool,
+    pub special_text: SpecialText,
+    pub init: Option<&'a AdapterFile>,
+    pub data: &'a Path,
+    pub chosen: &'a Chosen,
+    /// Whether settings that nobody gave follow from the data.
+    pub auto: bool,
+    pub as_json: bool,
+}
+
 /// Shows the first samples and the figures of the data. Weights are not read; only a single-file model, whose tokenizer
 /// comes with its conversion, is converted at first use.
-pub(super) fn dry_run(
-    model: &str,
-    quantize: bool,
-    special_text: SpecialText,
-    init: Option<&AdapterFile>,
-    data: &Path,
-    config: &TrainConfig,
-    as_json: bool,
-) -> Result<()> {
+pub(super) fn dry_run(run: &DryRun<'_>) -> Result<()> {
+    let DryRun { model, quantize, special_text, init, data, chosen: Chosen { config, given }, as_json, .. } = *run;
     let path = model_of(&model::locate(model)?.path);
     let dir = if path.is_dir() { path } else { model::resolve(model, quantize)?.path };
     let source = open_source(&dir)?;
@@ -52,8 +60,19 @@ pub(super) fn dry_run(
         .map(|path| Dataset::open_held_out(path, &tokenizer, &template, limits))
         .transpose()?;
     say_unused(held.as_ref());
+    let (mut config, mut decided): (_, &[&str]) = (config.clone(), &[]);
+    if let Some(file) = init {
+        config = config.with_adapter(built.as_ref(), file, &|key| given.contains(key))?;
+        decided = file.method.kind().decides();
+    }
+    let given = |key: &str| given.contains(key) || decided.contains(&key);
+    let drafted = run.auto.then(|| draft(config.clone(), &given, &all, built.as_ref())).transpose()?;
+    let config = drafted.as_ref().map_or(&config, |draft| &draft.config);
     let (data, held) = hold_out(config, all, held)?;
     let report = DataReport::new(&data, config)?;
+    let choice = drafted.as_ref().map(|draft| draft.rehearsed(report.total_steps));
+    let doubts = choice.iter().flat_map(|choice| &choice.doubts);
+    doubts.for_each(|doubt| eprintln!("warning: {doubt}"));
     let overlap = held.as_ref().map(|held| Overlap::of(&data, held));
     let learned_too = overlap.and_then(|overlap| overlap.warning(&held.as_ref()?.path));
     let too_warm = config.clone().fitted_to(report.total_steps).1;
@@ -63,7 +82,8 @@ pub(super) fn dry_run(
         let samples: Vec<Value> = shown.map(|s| sample_json(s, &tokenizer)).collect::<Result<_>>()?;
         let check = json!({ "ok": check.faults.is_empty(), "facts": check.facts, "faults": check.faults });
         print_json(
-            &json!({ "dry_run": true, "samples": samples, "data": report, "eval_overlap": overlap, "check": check }),
+            &json!({ "dry_run": true, "samples": samples, "data": report, "eval_overlap": overlap, "check": check,
+                "auto": choice }),
         );
         return Ok(());
     }
@@ -74,6 +94,7 @@ pub(super) fn dry_run(
     }
     print!("{}{}", text(&report), histogram(&report));
     println!("{}", check.line());
+    choice.iter().flat_map(|choice| &choice.lines).for_each(|line| println!("{line}"));
     Ok(())
 }
 

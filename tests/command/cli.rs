@@ -305,6 +305,13 @@ fn a_dry_run_shows_what_is_learned_and_writes_nothing() {
     ] {
         assert!(text.contains(what), "{what}: {text}");
     }
+    // What would be chosen is told; here all is given.
+    assert!(!text.contains("auto:"), "{text}");
+    let chosen = ["train", "-m", f.model.to_str().unwrap(), "-d", f.data.to_str().unwrap(), "--dry-run"];
+    let text = f.ok(&chosen);
+    assert!(text.contains("auto: lr ") && text.contains("a probe will choose") && text.contains("epochs)"), "{text}");
+    let text = f.ok(&[&chosen[..], &["--lr", "1e-3", "--epochs", "4"]].concat());
+    assert!(text.contains("auto: lr 1e-3") && !text.contains("a probe") && text.contains("(4 epochs)"), "{text}");
     let rest = f.json(&with(&["--eval-split", "0.25"]));
     assert_eq!((&rest["data"]["records"], &rest["data"]["samples"]), (&9.into(), &9.into()), "what is learned");
     let report = f.json(&with(&["--packing", "--seq", "128"]));

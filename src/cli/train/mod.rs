@@ -10,6 +10,7 @@ pub(super) use report::{known_json, known_text, plan_text};
 pub(super) use watcher::Watcher;
 
 use super::args::SpecialTokensArg;
+use super::data::DryRun;
 use super::data_check::DataCheck;
 use super::{data, interrupt, model, names};
 use crate::adapter::{AdapterFile, Kind};
@@ -21,7 +22,8 @@ use crate::train::{
     DataReport, Dataset, Learned, Material, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint,
 };
 use report::{keep_text, report};
-use settings::{Chosen, Settings};
+pub(super) use settings::Chosen;
+use settings::Settings;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 use study::Studied;
@@ -105,15 +107,17 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     if args.dry_run {
         let init = args.init.as_deref().map(names::adapter).transpose()?;
         let init = init.as_deref().map(AdapterFile::open).transpose()?;
-        data::dry_run(
-            &args.model,
-            !args.no_quantize,
-            args.special_tokens.into(),
-            init.as_ref(),
-            &args.data,
-            &chosen.config,
-            args.json,
-        )?;
+        data::dry_run(&DryRun {
+            model: &args.model,
+            quantize: !args.no_quantize,
+            special_text: args.special_tokens.into(),
+            init: init.as_ref(),
+            data: &args.data,
+            chosen: &chosen,
+            // What is studied has settings of its own, and so does a run to go on with.
+            auto: args.auto == Auto::On && !args.resume && notes.is_none(),
+            as_json: args.json,
+        })?;
         study::show(notes.as_deref(), args.json);
         return Ok(true);
     }

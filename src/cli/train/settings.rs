@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Settings, and which of them somebody chose.
-pub(super) struct Chosen {
+pub(in crate::cli) struct Chosen {
     pub config: TrainConfig,
     /// Keys of flags that were given, and of the file.
     pub given: BTreeSet<String>,

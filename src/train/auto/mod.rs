@@ -23,6 +23,7 @@ pub(crate) use watch::watched;
 
 use super::{Dataset, TrainConfig};
 use crate::error::Result;
+use pocketlora_models::Model;
 use rule::Numbers;
 use serde::Serialize;
 
@@ -72,6 +73,20 @@ pub struct Draft {
     numbers: Numbers,
 }
 
+/// What follows for `config` without the model's weights: the language of the data is not looked at.
+///
+/// # Errors
+/// A setting is out of range; the data cannot be read again.
+pub(crate) fn draft(
+    config: TrainConfig,
+    given: &dyn Fn(&str) -> bool,
+    data: &Dataset,
+    model: &dyn Model,
+) -> Result<Draft> {
+    let survey = Survey::read(&data.path, config.seed)?;
+    Draft::new(config, given, data, &survey, Size::of(model), None)
+}
+
 impl Draft {
     /// What follows for `config`, of which somebody has `given` some keys, from the data and the size of the model.
     pub(crate) fn new(
@@ -99,6 +114,17 @@ impl Draft {
     #[must_use]
     pub fn probe_steps(&self) -> u64 {
         (self.rates().len() * Probe::STEPS) as u64
+    }
+
+    /// The choice without a probe, for a run of so many steps.
+    pub(crate) fn rehearsed(&self, most_steps: u64) -> Choice {
+        let mut choice = Choice { most_steps, doubts: self.doubts.clone(), ..Choice::default() };
+        choice.lines = self.told(&self.config, &choice, false);
+        if self.open_rate {
+            let rates: Vec<String> = self.rates().iter().map(|rate| format!("{rate:e}")).collect();
+            choice.lines[0].push_str(&format!("; a probe will choose the lr among {}", rates.join(", ")));
+        }
+        choice
     }
 
     /// The choice as it is told.

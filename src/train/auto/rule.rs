@@ -186,6 +186,8 @@ pub(super) fn told(n: &Numbers, config: &TrainConfig, choice: &Choice, open_rate
         }
     }
     let what = match (config.eval_reworded, n.asks) {
+        // Before the data is read anew it is not known how many.
+        (true, _) if choice.watched == 0 => "what is watched".to_owned(),
         (true, true) => format!("{} answers to other wordings", choice.watched),
         (true, false) => format!("{} texts that are left out", choice.watched),
         _ => "what is held out".to_owned(),
