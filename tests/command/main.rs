@@ -13,4 +13,5 @@ mod ends;
 mod exchange;
 mod merge;
 mod said;
+mod strict;
 mod study;

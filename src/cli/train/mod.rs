@@ -67,6 +67,9 @@ pub(super) struct Args {
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
     #[arg(long)]
     no_quantize: bool,
+    /// With --init: refuse an adapter whose file tells that it was trained on another base, which is warned of otherwise.
+    #[arg(long, requires = "init")]
+    strict: bool,
     /// Special tokens, such as <|im_end|>, that are written out in the data.
     #[arg(long, value_enum, default_value = "auto")]
     special_tokens: SpecialTokensArg,
@@ -134,6 +137,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
         // Questions are asked and answered in words.
         ids_only: notes.is_none(),
         special_text: args.special_tokens.into(),
+        strict: args.strict,
         ..super::args::options()
     };
     let engine = Engine::open(&model.path, &options)?;
