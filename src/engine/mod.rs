@@ -6,6 +6,7 @@ mod cancel;
 mod chat;
 mod decoder;
 mod options;
+mod pieces;
 mod reader;
 mod trainer;
 mod transcript;

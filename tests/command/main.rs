@@ -15,3 +15,4 @@ mod merge;
 mod said;
 mod strict;
 mod study;
+mod talk;

@@ -1,30 +1,58 @@
 //! `pocketlora chat`: a conversation at the terminal.
 
-use super::answer::{Printer, context};
-use super::args::{ModelArgs, SamplingArgs, at_least_one, described, warn};
+mod commands;
+mod file;
+mod input;
+
+use super::answer::{AnswerArgs, Printer, context};
+use super::args::{ModelArgs, SamplingArgs, at_least_one};
 use super::generate::stats_line;
 use super::{interrupt, names, print_error};
 use crate::chat::Message;
 use crate::engine::{self, Engine};
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::Finish;
-use crate::hub::Hub;
-use rustyline::DefaultEditor;
-use rustyline::error::ReadlineError;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead as _, IsTerminal as _, Read as _, Seek as _, SeekFrom, Write as _};
-use std::path::{Path, PathBuf};
+use input::{Input, Typed};
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-const HELP: &str = "\
-/adapter WHICH[=SCALE] attach an adapter by folder or name; `/adapter none` removes all, `/adapter` lists them
-/reset                forget the conversation
-/save FILE            append the conversation to FILE as one line of training data
-/sampling             show how answers are sampled
-/stats                print speed and memory after each answer, or stop doing so
-/help                 this text
-/quit                 leave (so does Ctrl-D)
-Ctrl-C stops an answer, also while a long text is read. A question that begins with a slash needs a space before it.";
+/// Commands, what they take, and what they do.
+const COMMANDS: [(&str, &str, &str); 15] = [
+    ("/regenerate", "", "answer the last question once more"),
+    ("/edit", "[TEXT]", "change the last question and ask it in its new words"),
+    ("/system", "[TEXT]", "show the system prompt, or set it; `none` takes it away"),
+    (
+        "/think",
+        "[on|off|auto]",
+        "whether a model that can think before it answers is to; auto leaves it to its template",
+    ),
+    ("/set", "[NAME VALUE]", "show how answers are sampled, or set temperature, top-p, max-tokens, .."),
+    ("/adapter", "WHICH[=SCALE]", "attach an adapter by folder or name; `none` removes all, nothing lists them"),
+    ("/tool", "TEXT", "what a tool gave that the model called; it answers"),
+    ("/reset", "", "forget the conversation"),
+    ("/save", "FILE", "append the conversation to FILE as one line of training data"),
+    ("/load", "FILE", "go on with the conversation in the last line of FILE"),
+    ("/sampling", "", "show how answers are sampled"),
+    ("/stats", "[on|off]", "print speed and memory after each answer, or stop doing so"),
+    ("/help", "", "this text"),
+    ("/bye", "", "leave (so does Ctrl-D)"),
+    ("/quit", "", "the same"),
+];
+
+/// What `/set` sets.
+const SETTINGS: [&str; 11] = [
+    "temperature",
+    "top-k",
+    "top-p",
+    "min-p",
+    "repetition-penalty",
+    "dry-multiplier",
+    "dry-base",
+    "dry-allowed-length",
+    "dry-after",
+    "seed",
+    "max-tokens",
+];
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -38,6 +66,11 @@ pub(super) struct Args {
     /// Most tokens in one answer.
     #[arg(short = 'n', long, default_value_t = 512, value_parser = at_least_one)]
     max_tokens: usize,
+    #[command(flatten)]
+    answers: AnswerArgs,
+    /// Keep the chat and what the model remembers of it in this file, and go on with what is in it.
+    #[arg(long, value_name = "FILE", value_parser = names::path())]
+    state: Option<PathBuf>,
     /// Print speed and memory after each answer.
     #[arg(long)]
     stats: bool,
@@ -48,10 +81,14 @@ struct Chat {
     inner: engine::Chat,
     system: Option<String>,
     stats: bool,
+    state: Option<PathBuf>,
+    /// What the file holds.
+    kept: Vec<Message>,
 }
 
 pub(super) fn run(args: Args) -> Result<()> {
     args.sampling.check()?;
+    let tools = args.answers.tools()?;
     let engine = args.model.open_for_text()?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
     let recommended = engine.recommended()?;
@@ -64,62 +101,41 @@ pub(super) fn run(args: Args) -> Result<()> {
     let mut inner = engine.chat()?;
     (inner.sampling, inner.max_tokens) = (sampling, args.max_tokens);
     inner.set_cancel_token(interrupt::cancel());
-    let mut chat = Chat { engine, inner, system: args.system, stats: args.stats };
-    chat.forget();
-    eprintln!("{} is listening; /help shows the commands", args.model.model);
-    let piped = !io::stdin().is_terminal();
-    let unread = |e: ReadlineError| {
-        let place = if piped { "stdin" } else { "terminal" };
-        Error::new(ErrorCode::Io, place, "could not read it").caused_by(e)
-    };
-    let mut editor = DefaultEditor::new().map_err(unread)?;
-    let history = history();
-    if let Some(path) = &history {
-        let _ = editor.load_history(path);
+    let mut chat = Chat { engine, inner, system: None, stats: args.stats, state: args.state, kept: Vec::new() };
+    match chat.state.clone().filter(|path| path.exists()) {
+        Some(path) => {
+            chat.inner.load_state(&path)?;
+            let kept = chat.inner.sampling.clone();
+            chat.inner.sampling = args.sampling.over(kept.clone(), kept.seed)?;
+            chat.inner.max_tokens = args.max_tokens;
+            chat.take(chat.inner.messages().to_vec());
+            chat.kept = chat.inner.messages().to_vec();
+            eprintln!("(going on after {} turns, from {})", chat.turns(), path.display());
+        }
+        None => chat.forget(),
     }
-    loop {
-        // A Ctrl-C was meant for what is over now; other wishes are for all.
-        interrupt::take();
-        if interrupt::asked() {
-            break;
-        }
-        match interrupt::idle(|| editor.readline("> ")) {
-            Ok(line) if line.trim().is_empty() => {}
-            Ok(line) => {
-                let _ = editor.add_history_entry(&line);
-                // At once, for there are ends that leave no time for it.
-                if let Some(path) = &history {
-                    let _ = editor.append_history(path);
-                }
-                match line.strip_prefix('/').map(str::trim) {
-                    Some("quit" | "exit") => break,
-                    command => {
-                        let done = match command {
-                            None => chat.answer(line.trim()),
-                            Some(command) => chat.command(command),
-                        };
-                        done.unwrap_or_else(|e| print_error("error", &e));
-                    }
-                }
-            }
-            Err(ReadlineError::Interrupted) => eprintln!("(Ctrl-D or /quit leaves)"),
-            Err(ReadlineError::Eof) => break,
-            // Of a pipe, the line was taken whole; the next may be sound.
-            Err(ReadlineError::Io(e)) if piped && e.kind() == io::ErrorKind::InvalidData => {
-                let message = "expected a question in UTF-8, got other bytes; passed over: convert it";
-                print_error("error", &Error::new(ErrorCode::Data, "line of stdin", message));
-            }
-            Err(e) => return Err(unread(e)),
-        }
+    if args.system.is_some() && chat.system != args.system {
+        let said = chat.inner.messages()[chat.system.iter().len()..].to_vec();
+        chat.system = args.system;
+        let system = chat.system.iter().map(|text| Message::new("system", text));
+        chat.inner.set_messages(system.chain(said).collect());
+    }
+    args.answers.apply(&mut chat.inner, tools)?;
+    eprintln!("{} is listening; /help shows the commands", args.model.model);
+    let mut input = Input::new()?;
+    while let Some(typed) = input.next()? {
+        let done = match &typed {
+            Typed::Text(text) => chat.say(Message::new("user", text)),
+            Typed::Line(line) => match line.strip_prefix('/').map(str::trim) {
+                Some("bye" | "quit" | "exit") => break,
+                Some(command) => chat.command(command, &mut input),
+                None => chat.say(Message::new("user", line.trim())),
+            },
+        };
+        done.unwrap_or_else(|e| print_error("error", &e));
+        chat.keep().unwrap_or_else(|e| print_error("error", &e));
     }
     Ok(())
-}
-
-/// Where earlier questions are kept. They are a comfort: a chat goes on without them.
-fn history() -> Option<PathBuf> {
-    let home = Hub::from_env().ok()?.home;
-    fs::create_dir_all(&home).ok()?;
-    Some(home.join("chat-history"))
 }
 
 impl Chat {
@@ -127,28 +143,48 @@ impl Chat {
         self.inner.set_messages(self.system.iter().map(|s| Message::new("system", s)).collect());
     }
 
+    /// Goes on with `messages`.
+    fn take(&mut self, messages: Vec<Message>) {
+        let first = messages.first().filter(|message| message.role == "system");
+        self.system = first.map(|message| message.content.clone().unwrap_or_default());
+        self.inner.set_messages(messages);
+    }
+
+    /// Writes what has changed to the file that keeps the chat, if there is one.
+    fn keep(&mut self) -> Result<()> {
+        let Some(path) = self.state.clone().filter(|_| self.kept != self.inner.messages()) else { return Ok(()) };
+        self.inner.save_state(&path)?;
+        self.kept = self.inner.messages().to_vec();
+        Ok(())
+    }
+
     /// Turns that were said, the system prompt not counted.
     fn turns(&self) -> usize {
         self.inner.messages().len() - self.system.iter().len()
     }
 
-    /// The answer to `question`, as it comes.
-    fn answer(&mut self, question: &str) -> Result<()> {
+    /// The answer to `message`, as it comes.
+    fn say(&mut self, message: Message) -> Result<()> {
         let mut turns = self.inner.messages().to_vec();
-        turns.push(Message::new("user", question));
+        turns.push(message.clone());
         let (tokens, limit) = (self.inner.prompt_of(&turns)?.len(), self.inner.context_tokens()?);
         if tokens >= limit {
             return Err(self.too_long(tokens, limit));
         }
         let mut printer = Printer::new(true);
-        let answered = self.inner.ask(question, &mut printer);
+        let answered = self.inner.say(message, &mut printer);
         drop(printer);
         println!();
         let answer = answered?;
-        match answer.generated.finish {
+        let (finish, max) = (answer.generated.finish, self.inner.max_tokens);
+        let used = answer.generated.prompt_tokens + answer.generated.ids.len();
+        match finish {
+            Finish::Length if answer.text.is_empty() && !answer.thoughts.is_empty() => eprintln!(
+                "(cut after {max} tokens, while it was thinking; the question is forgotten: `/set max-tokens` with a larger \
+                 number cuts later, `/think off` has it answer at once)"
+            ),
             Finish::Length => eprintln!(
-                "(cut after {} tokens, before its end; `go on` may continue it, `chat -n` with a larger number cuts later)",
-                self.inner.max_tokens
+                "(cut after {max} tokens, before its end; `go on` may continue it, `chat -n` with a larger number cuts later)"
             ),
             Finish::Context if self.turns() > 2 => {
                 eprintln!("(cut: the conversation fills the {}; /reset forgets it)", context(&self.engine));
@@ -156,6 +192,10 @@ impl Chat {
             Finish::Context => eprintln!("(cut: question and answer fill the {})", context(&self.engine)),
             Finish::Cancelled if answer.text.is_empty() => eprintln!("(stopped; the question is forgotten)"),
             Finish::Stop | Finish::Cancelled => {}
+        }
+        if finish != Finish::Context && 4 * used >= 3 * limit {
+            let whole = context(&self.engine);
+            eprintln!("(the conversation takes {used} of {limit} tokens of the {whole}; /reset forgets it)");
         }
         if self.stats {
             let (peak, mapped) = (self.engine.peak_anonymous_bytes(), self.engine.mapped_bytes());
@@ -174,84 +214,4 @@ impl Chat {
         let message = format!("expected fewer than the {context} tokens {whose}, got `{tokens}`; {next}");
         Error::new(ErrorCode::ContextFull, what, message)
     }
-
-    fn command(&mut self, command: &str) -> Result<()> {
-        let (name, rest) = command.split_once(' ').unwrap_or((command, ""));
-        match (name, rest.trim()) {
-            ("help", _) => println!("{HELP}"),
-            ("reset", _) => {
-                eprintln!("(forgot {} turns)", self.turns());
-                self.forget();
-            }
-            ("stats", "" | "on" | "off") => {
-                self.stats = if rest.trim().is_empty() { !self.stats } else { rest.trim() == "on" };
-                eprintln!("(speed and memory after each answer: {})", if self.stats { "on" } else { "off" });
-            }
-            ("sampling", "") => println!("{}", described(&self.inner.sampling)),
-            ("adapter", "") => {
-                let attached = self.engine.attached();
-                if attached.is_empty() {
-                    eprintln!("(no adapter is attached)");
-                }
-                attached.iter().for_each(|adapter| println!("{}={}", adapter.dir.display(), adapter.scale));
-            }
-            ("adapter", "none") => {
-                self.engine.detach_all();
-                eprintln!("(no adapter is attached)");
-            }
-            ("adapter", which) => {
-                let (dir, scale) = names::scaled_adapter(which)?;
-                self.engine.attach(&dir, scale)?;
-                self.engine.attached().last().into_iter().for_each(warn);
-                eprintln!("(attached {})", dir.display());
-            }
-            ("save", "") => return Err(Error::config("/save", "a file name", "nothing")),
-            ("save", file) => self.save(&names::expanded(Path::new(file)))?,
-            (other, _) => {
-                let message =
-                    "there is no such command; `/help` lists them, and a space before the slash makes it a question";
-                return Err(Error::new(ErrorCode::Config, format!("`/{other}`"), message));
-            }
-        }
-        Ok(())
-    }
-
-    /// Appends the conversation as one JSON line, in the form that `train` reads.
-    fn save(&self, path: &Path) -> Result<()> {
-        if self.turns() == 0 {
-            let message = "expected a question and its answer, got none yet; ask something first";
-            return Err(Error::new(ErrorCode::Data, "/save", message));
-        }
-        let line = serde_json::json!({ "messages": self.inner.messages() });
-        let failed = |e| Error::io("write", path, e);
-        let mut file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(failed)?;
-        if !is_empty_or_json_lines(&mut file).map_err(failed)? {
-            let message = "expected a new file or one of conversations, a line each, got another; name a new file";
-            return Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message));
-        }
-        // A last line without its end would swallow this one.
-        let mut last = [b'\n'];
-        if file.seek(SeekFrom::End(-1)).is_ok() {
-            file.read_exact(&mut last).map_err(failed)?;
-        }
-        let start = if last == *b"\n" { "" } else { "\n" };
-        file.write_all(format!("{start}{line}\n").as_bytes()).map_err(failed)?;
-        eprintln!("(saved {} turns to {})", self.turns(), path.display());
-        Ok(())
-    }
-}
-
-/// Whether the first line that is not blank is an object, if there is one.
-fn is_empty_or_json_lines(file: &mut File) -> io::Result<bool> {
-    /// Longer lines are no conversation of this program.
-    const LINE: u64 = 1 << 26;
-    let mut lines = io::BufReader::new(file.take(LINE));
-    let mut line = Vec::new();
-    while line.trim_ascii().is_empty() {
-        line.clear();
-        if lines.read_until(b'\n', &mut line)? == 0 {
-            return Ok(true);
-        }
-    }
-    Ok(serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&line).is_ok())
 }
