@@ -16,6 +16,7 @@ use crate::adapter::{AdapterFile, Kind};
 use crate::engine::{Engine, Options, check_threads};
 use crate::error::{ErrorCode, Result};
 use crate::eval;
+use crate::hub::Hub;
 use crate::train::auto::{Choice, Draft, parse_time, usual_rate};
 use crate::train::{
     DataReport, Dataset, Learned, Material, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint,
@@ -145,6 +146,10 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let run = fit(&engine, chosen, init, studied.as_ref(), args, end)?;
     if let Some(studied) = studied.as_mut().filter(|_| run.summary.done) {
         studied.report(&engine, &run.summary.adapter, args)?;
+    }
+    if run.summary.done {
+        // For `list`, which can do without.
+        let _ = Hub::from_env().and_then(|hub| hub.note_trained(&run.summary.adapter));
     }
     report(&run, baseline, &engine, args);
     Ok(run.summary.done)
