@@ -57,6 +57,11 @@ struct RenderContext<'a> {
     /// There are none, which templates may ask.
     documents: Option<&'a Value>,
     add_generation_prompt: bool,
+    /// Whether to think first, under the two names that templates have for it; absent where nobody says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    enable_thinking: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    thinking: Option<bool>,
     #[serde(flatten)]
     special: BTreeMap<&'a str, &'a str>,
 }
@@ -211,10 +216,36 @@ impl ChatTemplate {
     /// # Errors
     /// The template refuses these messages (order of roles, unknown role, ...), or does not come to an end.
     pub fn render(&self, messages: &[Message], tools: Option<&Value>, add_generation_prompt: bool) -> Result<Rendered> {
+        self.render_thinking(messages, tools, add_generation_prompt, None)
+    }
+
+    /// As [`ChatTemplate::render`], for a model that is to think before it answers, or is not to, where `thinking` says so
+    /// and the template knows of it ([`ChatTemplate::knows_thinking`]).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn render_thinking(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+        thinking: Option<bool>,
+    ) -> Result<Rendered> {
         let text = self.with_marks(messages, tools, |messages, tools| {
-            on_deep_stack(|| self.render_here(messages, tools, add_generation_prompt))?
+            on_deep_stack(|| self.render_marked(messages, tools, add_generation_prompt, thinking))?
+                .map(|(text, _)| text)
         })?;
         Ok(plain::unmark(&text, &mut []))
+    }
+
+    /// Whether the template asks if the model is to think first: by `enable_thinking`, as most do, or by `thinking`.
+    #[must_use]
+    pub fn knows_thinking(&self) -> bool {
+        let names = || {
+            let mut asked = self.env.templates().flat_map(|(_, template)| template.undeclared_variables(false));
+            asked.any(|name| matches!(name.as_str(), "enable_thinking" | "thinking"))
+        };
+        on_deep_stack(names).unwrap_or(false)
     }
 
     /// Runs `work` on the messages and tools, in which special tokens have marks if they are not to be parsed.
@@ -231,7 +262,7 @@ impl ChatTemplate {
     }
 
     fn render_here(&self, messages: &[Message], tools: Option<&Value>, add_generation_prompt: bool) -> Result<String> {
-        Ok(self.render_marked(messages, tools, add_generation_prompt)?.0)
+        Ok(self.render_marked(messages, tools, add_generation_prompt, None)?.0)
     }
 
     /// The text, and the bytes of it within `{% generation %}` blocks.
@@ -240,6 +271,7 @@ impl ChatTemplate {
         messages: &[Message],
         tools: Option<&Value>,
         add_generation_prompt: bool,
+        thinking: Option<bool>,
     ) -> Result<(String, Vec<Range<usize>>)> {
         let template = self.env.get_template(self.name(tools)?).expect("`name` found it");
         let context = RenderContext {
@@ -247,6 +279,8 @@ impl ChatTemplate {
             tools,
             documents: None,
             add_generation_prompt,
+            enable_thinking: thinking,
+            thinking,
             special: self.special.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect(),
         };
         let marks = Arc::new(Marks::default());

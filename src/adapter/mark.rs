@@ -1,12 +1,13 @@
-//! A mark of the base that an adapter was trained on: some numbers of its embedding, kept in the adapter's file. An
-//! embedding is the same whether the rest is quantized or not, and nearly the same after further training, but that of
-//! another model has nothing to do with it.
+//! A mark of the base that an adapter was trained on, kept in the adapter's file: some numbers of its embedding, and a
+//! hash of its content (`content.rs`). An embedding is the same whether the rest is quantized or not, and nearly the same
+//! after further training, but that of another model has nothing to do with it: such a base is refused. The hash tells
+//! the rest apart, which may still be meant: it is spoken of, and refused where somebody asks for that.
 
-use super::AdapterFile;
+use super::{AdapterFile, content};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Backend, Call};
-use pocketlora_models::{Config, Param, Role};
+use pocketlora_models::{Config, Model, Param, Role};
 use serde::{Deserialize, Serialize};
 
 /// Rows and columns that are looked at.
@@ -25,6 +26,9 @@ struct Mark {
     rows: Vec<u32>,
     /// Columns 0, hidden / 8, .. of each.
     values: Vec<f32>,
+    /// Of the content; files of earlier versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    hash: Option<String>,
 }
 
 /// The mark of `base`.
@@ -34,7 +38,8 @@ struct Mark {
 pub(crate) fn of<B: Backend>(base: &Base<B>) -> Result<String> {
     let config = base.model.config();
     let rows = (0..SAMPLES).map(|i| ((2 * i + 1) * config.vocab_size / (2 * SAMPLES)) as u32).collect();
-    let mark = mark_of(config, rows, &mut |rows| embedded(base, rows))?;
+    let mut mark = mark_of(config, rows, &mut |rows| embedded(base, rows))?;
+    mark.hash = content_of(base)?;
     Ok(serde_json::to_string(&mark).expect("plain data serializes"))
 }
 
@@ -87,17 +92,77 @@ fn mark_of(config: &Config, rows: Vec<u32>, read: &mut ReadRows<'_>) -> Result<M
     let all = read(&rows)?;
     let column = |i: usize| i * hidden / SAMPLES;
     let values = all.chunks(hidden).flat_map(|row| (0..SAMPLES).map(|i| row[column(i)])).collect();
-    Ok(Mark { family: config.model_type.clone(), layers: config.layers, hidden, rows, values })
+    Ok(Mark { family: config.model_type.clone(), layers: config.layers, hidden, rows, values, hash: None })
+}
+
+/// The hash of the base that `file` was trained on, where the file tells it.
+pub(crate) fn hash_in(file: &AdapterFile) -> Option<String> {
+    serde_json::from_str::<Mark>(file.base_mark.as_ref()?).ok()?.hash
+}
+
+/// That `file` was trained on other weights than those of `base`, in words, if its file says so.
+///
+/// # Errors
+/// As [`of`].
+pub(crate) fn doubt<B: Backend>(base: &Base<B>, file: &AdapterFile) -> Result<Option<String>> {
+    match hash_in(file) {
+        Some(old) => Ok(another(&old, content_of(base)?.as_deref())),
+        None => Ok(None),
+    }
+}
+
+/// As [`doubt`], for `model` whose parameters `read` reads.
+///
+/// # Errors
+/// Those of `read`.
+pub(super) fn doubt_read(
+    model: &dyn Model,
+    file: &AdapterFile,
+    read: &mut content::ReadRows<'_>,
+) -> Result<Option<String>> {
+    match hash_in(file) {
+        Some(old) => Ok(another(&old, content::hash(model.params(), read)?.as_deref())),
+        None => Ok(None),
+    }
+}
+
+/// What is to be said of an adapter for the base with the hash `old` on that with the hash `new`. Hashes that later
+/// versions make in another way say nothing.
+fn another(old: &str, new: Option<&str>) -> Option<String> {
+    let (way, here) = (|hash: &str| hash.split_once(':').map(|(way, _)| way.to_owned()), new?);
+    (old != here && way(old) == way(here)).then(|| {
+        format!(
+            "it was trained on other weights of this shape (content hash `{old}`, here `{here}`): another quantization \
+             of the model, such as a GGUF file, or the model before or after further training"
+        )
+    })
+}
+
+/// The hash of what `base` holds.
+///
+/// # Errors
+/// As [`of`].
+pub(crate) fn content_of<B: Backend>(base: &Base<B>) -> Result<Option<String>> {
+    content::hash(base.model.params(), &mut |number, rows| {
+        let ids: Vec<u32> = rows.map(|row| row as u32).collect();
+        let param = Param(number as u32);
+        rows_of(base, param, &ids, base.backend.shape(base.matrix(param)).1)
+    })
 }
 
 /// The rows `ids` of the embedding of `base`.
 fn embedded<B: Backend>(base: &Base<B>, ids: &[u32]) -> Result<Vec<f32>> {
-    let (hidden, backend) = (base.model.config().hidden_size, &base.backend);
     let table = base.model.params().iter().position(|p| p.role == Role::Embedding);
     let table = Param(table.expect("every language model has an embedding") as u32);
-    let mut buffer = backend.buffer(ids.len() * hidden)?;
-    backend.run(Call::Embed { table: base.matrix(table), ids, y: &mut buffer })?;
-    let mut all = vec![0.0; ids.len() * hidden];
+    rows_of(base, table, ids, base.model.config().hidden_size)
+}
+
+/// The rows `ids` of a matrix of `cols` columns.
+fn rows_of<B: Backend>(base: &Base<B>, matrix: Param, ids: &[u32], cols: usize) -> Result<Vec<f32>> {
+    let backend = &base.backend;
+    let mut buffer = backend.buffer(ids.len() * cols)?;
+    backend.run(Call::Embed { table: base.matrix(matrix), ids, y: &mut buffer })?;
+    let mut all = vec![0.0; ids.len() * cols];
     backend.read(&buffer, &mut all)?;
     Ok(all)
 }

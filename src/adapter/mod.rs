@@ -4,6 +4,7 @@
 //! while a model runs (`form.rs`). Whoever trains, saves or plans knows tensors by name and shape alone.
 
 pub(crate) mod attach;
+mod content;
 mod exchange;
 mod experts;
 mod fold;

@@ -64,7 +64,7 @@ impl ChatTemplate {
     }
 
     fn by_markers(&self, messages: &[Message], tools: Option<&Value>, from: usize) -> Result<Rendering> {
-        let (text, mut answers) = self.render_marked(messages, tools, false)?;
+        let (text, mut answers) = self.render_marked(messages, tools, false, None)?;
         if from > 0 {
             let before = self.render_here(&messages[..from], tools, false)?;
             let given = common_prefix(&before, &text);

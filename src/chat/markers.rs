@@ -17,7 +17,8 @@ pub(super) fn replace(text: &str) -> (String, bool) {
     let mut out = String::with_capacity(text.len());
     let (mut rest, mut marked) = (text, false);
     while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}") else { break };
+        // In `{%}` nothing ends.
+        let Some(len) = rest[start + 2..].find("%}").map(|at| at + 2) else { break };
         let (tag, end) = (&rest[start + 2..start + len], start + len + 2);
         let signs = |c: char| matches!(c, '-' | '+');
         let method = match tag.trim_matches(|c: char| signs(c) || c.is_whitespace()) {
@@ -91,5 +92,25 @@ impl Write for Counted<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::replace;
+
+    #[test]
+    fn tags_are_told_from_what_looks_like_them() {
+        for (text, marked) in [
+            ("{%- generation -%}a{% endgeneration %}", true),
+            ("{%}{{ a }}{% if b %}", false),
+            ("{%", false),
+            ("{%}", false),
+            ("{% generation", false),
+            ("%}{%%}{%-%}", false),
+        ] {
+            let (out, found) = replace(text);
+            assert_eq!((found, out == text), (marked, !marked), "{text}: {out}");
+        }
     }
 }

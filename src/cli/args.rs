@@ -74,6 +74,9 @@ pub(super) struct ModelArgs {
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
     #[arg(long)]
     pub no_quantize: bool,
+    /// Refuse an adapter whose file tells that it was trained on another base, which is warned of otherwise.
+    #[arg(long)]
+    pub strict: bool,
     /// Special tokens, such as <|im_end|>, that are written out in a text.
     #[arg(long, value_enum, default_value = "auto")]
     pub special_tokens: SpecialTokensArg,
@@ -96,6 +99,7 @@ impl ModelArgs {
                 int8_cache: self.int8_cache,
                 context: self.context,
                 special_text: self.special_tokens.into(),
+                strict: self.strict,
                 ..options()
             },
         )?;
@@ -129,7 +133,7 @@ pub(super) fn options() -> Options {
 }
 
 /// How tokens are chosen.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub(super) struct SamplingArgs {
     /// Divides the logits; 0 takes the likeliest token. [default: 0 in generate; in chat as `info` shows for the model]
     #[arg(long)]
@@ -170,6 +174,30 @@ impl SamplingArgs {
     /// Refuses what is out of range: asked before a model is opened, which may take long.
     pub fn check(&self) -> Result<()> {
         self.over(Sampling::default(), 0).map(|_| ())
+    }
+
+    /// The flag `name` alone, given as `value`; none if there is no such flag.
+    pub fn one(name: &str, value: &str) -> Option<Result<Self>> {
+        fn number<T: std::str::FromStr>(name: &str, value: &str, expected: &str) -> Result<Option<T>> {
+            value.parse().map(Some).map_err(|_| Error::config(name, expected, value))
+        }
+        let real = |value| number::<f32>(name, value, "a number");
+        let whole = |value| number::<usize>(name, value, "a whole number");
+        let mut args = Self::default();
+        let done = match name {
+            "temperature" => real(value).map(|value| args.temperature = value),
+            "top-k" => whole(value).map(|value| args.top_k = value),
+            "top-p" => real(value).map(|value| args.top_p = value),
+            "min-p" => real(value).map(|value| args.min_p = value),
+            "repetition-penalty" => real(value).map(|value| args.repetition_penalty = value),
+            "dry-multiplier" => real(value).map(|value| args.dry_multiplier = value),
+            "dry-base" => real(value).map(|value| args.dry_base = value),
+            "dry-allowed-length" => whole(value).map(|value| args.dry_allowed_length = value),
+            "dry-after" => whole(value).map(|value| args.dry_after = value),
+            "seed" => number(name, value, "a whole number").map(|value| args.seed = value),
+            _ => return None,
+        };
+        Some(done.map(|()| args))
     }
 
     /// `defaults` with what was given instead.

@@ -1,13 +1,17 @@
 //! `pocketlora generate`: one prompt, one answer.
 
-use super::answer::{Printer, context};
+use super::answer::{AnswerArgs, Printer, context};
 use super::args::{ModelArgs, SamplingArgs, at_least_one, megabytes, print_json};
-use super::interrupt;
+use super::{interrupt, names};
 use crate::chat::Message;
 use crate::engine::Answer;
-use crate::error::Result;
+use crate::error::{Error, ErrorCode, Result};
+use crate::format::foreign;
 use crate::generate::{Dry, Finish, Sampling};
 use serde_json::json;
+use std::borrow::Cow;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(super) struct Args {
@@ -15,9 +19,10 @@ pub(super) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
-    /// The prompt.
-    #[arg(short, long)]
-    prompt: String,
+    #[command(flatten)]
+    answers: AnswerArgs,
+    #[command(flatten)]
+    prompt: PromptArgs,
     /// Put the prompt through the model's chat template, as the user's turn.
     #[arg(long)]
     chat: bool,
@@ -35,9 +40,47 @@ pub(super) struct Args {
     stats: bool,
 }
 
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct PromptArgs {
+    /// The prompt; `-` reads it from stdin.
+    #[arg(short, long)]
+    prompt: Option<String>,
+    /// A file with the prompt; the end of its last line is no part of it.
+    #[arg(short = 'f', long, value_name = "FILE", value_parser = names::path())]
+    prompt_file: Option<PathBuf>,
+}
+
+impl PromptArgs {
+    fn read(&self) -> Result<Cow<'_, str>> {
+        let (place, bytes) = match (&self.prompt, &self.prompt_file) {
+            (Some(prompt), _) if prompt != "-" => return Ok(prompt.into()),
+            (_, Some(path)) => (path.as_path(), std::fs::read(path).map_err(|e| Error::io("read", path, e))?),
+            _ => {
+                let (place, mut bytes) = (Path::new("stdin"), Vec::new());
+                std::io::stdin().lock().read_to_end(&mut bytes).map_err(|e| Error::io("read", place, e))?;
+                (place, bytes)
+            }
+        };
+        let text = foreign::text(place, bytes)?;
+        let text = text.strip_suffix('\n').map_or(&*text, |text| text.strip_suffix('\r').unwrap_or(text));
+        if text.is_empty() {
+            let message = "expected a prompt, got nothing; write it there, or give it with `-p`";
+            return Err(Error::new(ErrorCode::Data, format!("`{}`", place.display()), message));
+        }
+        Ok(text.to_owned().into())
+    }
+}
+
 pub(super) fn run(args: &Args) -> Result<()> {
     // The likeliest tokens, so that the same command gives the same answer.
     let sampling = args.sampling.over(Sampling { dry: Dry::GUARD, ..Sampling::default() }, 0)?;
+    if args.answers.for_template() && !args.chat {
+        let message = "expected `--chat` beside `--think`, `--no-think` and `--tools`, for they are in the chat template's \
+                       hands; give it, or leave them out";
+        return Err(Error::new(ErrorCode::Config, "generate", message));
+    }
+    let (prompt, tools) = (args.prompt.read()?, args.answers.tools()?);
     let engine = args.model.open_for_text()?;
     if args.system.is_some() {
         engine.text()?.template.check_system()?;
@@ -45,19 +88,21 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let mut chat = engine.chat()?;
     (chat.sampling, chat.max_tokens) = (sampling, args.max_tokens);
     chat.set_cancel_token(interrupt::cancel());
+    args.answers.apply(&mut chat, tools)?;
     let mut printer = Printer::new(!args.json);
-    let Answer { text, generated: done, .. } = if args.chat {
+    let Answer { text, thoughts, generated: done } = if args.chat {
         let mut messages: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();
-        messages.push(Message::new("user", &args.prompt));
+        messages.push(Message::new("user", prompt));
         chat.reply(&messages, &mut printer)?
     } else {
-        chat.complete(&args.prompt, &mut printer)?
+        chat.complete(&prompt, &mut printer)?
     };
     drop(printer);
     let peak = engine.peak_anonymous_bytes();
     if args.json {
         print_json(&json!({
             "text": text,
+            "thoughts": thoughts,
             "prompt_tokens": done.prompt_tokens,
             "tokens": done.ids.len(),
             "finish": done.finish,

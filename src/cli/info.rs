@@ -94,8 +94,8 @@ fn adapter(path: &Path, as_json: bool) -> Result<()> {
     if as_json {
         let mut report = json!({"path": path, "method": file.method.kind()});
         let rest = json!({
-            "targets": targets, "modules": modules, "parameters": parameters, "base": file.base, "replaces": replaced,
-            "warnings": file.warnings,
+            "targets": targets, "modules": modules, "parameters": parameters, "base": file.base, "base_hash": file.base_hash(),
+            "replaces": replaced, "warnings": file.warnings,
         });
         let rest = rest.as_object().cloned().unwrap_or_default();
         keys.into_iter().chain(rest).for_each(|(key, value)| report[key] = value);
@@ -113,7 +113,8 @@ fn adapter(path: &Path, as_json: bool) -> Result<()> {
     if !replaced.is_empty() {
         println!("  in place of the base's: {}", replaced.join(", "));
     }
-    println!("  base: {}", file.base.as_deref().unwrap_or("not said"));
+    let hash = file.base_hash().map_or_else(String::new, |hash| format!(" (content hash {hash})"));
+    println!("  base: {}{hash}", file.base.as_deref().unwrap_or("not said"));
     file.warnings.iter().for_each(|warning| println!("  note: {warning}"));
     Ok(())
 }

@@ -24,7 +24,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         "home": hub.home, "hub_cache": hub.hub_cache, "limit": hub.limit,
         "bytes": items.iter().map(|i| i.bytes).sum::<u64>(),
         "stale_bytes": stale_bytes(&items),
-        "items": items.iter().map(value).collect::<Vec<_>>(),
+        "items": items.iter().map(|item| with_adapters(&hub, item, &items)).collect::<Vec<_>>(),
     }));
     Ok(())
 }
@@ -40,7 +40,7 @@ pub(super) fn print() -> Result<()> {
         return Ok(());
     }
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(["what", "size", "used", "name", ""]);
+    table.load_style(presets::NOTHING).set_header(["what", "size", "used", "name", "family", ""]);
     if let Some(column) = table.column_mut(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
@@ -50,8 +50,13 @@ pub(super) fn print() -> Result<()> {
             megabytes(item.bytes),
             ago(item.used),
             item.name.clone(),
+            item.family().unwrap_or_default(),
             note(item),
         ]);
+        for adapter in hub.adapters_of(item, &items) {
+            let on = ["  trained on it".to_owned(), String::new(), String::new(), String::new(), String::new()];
+            table.add_row(on.into_iter().chain([adapter.display().to_string()]));
+        }
     }
     for line in table.lines() {
         println!("{}", line.trim_end());
@@ -65,6 +70,14 @@ pub(super) fn print() -> Result<()> {
 
 fn stale_bytes(items: &[Item]) -> u64 {
     items.iter().filter(|i| i.stale.is_some()).map(|i| i.bytes).sum()
+}
+
+/// What is told of `item` among all `items`.
+fn with_adapters(hub: &Hub, item: &Item, items: &[Item]) -> Value {
+    let mut value = value(item);
+    value["family"] = item.family().into();
+    value["adapters"] = hub.adapters_of(item, items).iter().map(|path| path.display().to_string()).collect();
+    value
 }
 
 pub(super) fn value(item: &Item) -> Value {

@@ -3,7 +3,7 @@
 use super::args::{at_least_one, megabytes, options, print_json, stopped};
 use super::{interrupt, model, names, progress, quantize, shell};
 use crate::adapter::{AdapterFile, Merged, Rounding, rounding};
-use crate::engine::{Engine, Options, Precision, check_threads};
+use crate::engine::{Engine, Options, Precision, check_threads, of_another_base};
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{Score, score_text};
 use crate::format::{Existing, Target, foreign, is_gguf, open_source};
@@ -39,6 +39,9 @@ pub(super) struct Args {
     /// Threads for --text; 0 measures how many serve best.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Refuse an adapter whose file tells that it was trained on another base, which is warned of otherwise.
+    #[arg(long)]
+    strict: bool,
     /// Report as JSON.
     #[arg(long)]
     json: bool,
@@ -56,6 +59,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let found = model::locate(&args.model)?;
     let merged = Merged::new(open_source(&found.path)?, &found.path, &files)?;
     files.iter().flat_map(|(file, _)| &file.warnings).for_each(|warning| eprintln!("note: {warning}"));
+    for (file, _) in &files {
+        match merged.doubt(file)? {
+            Some(doubt) if args.strict => return Err(of_another_base(file, &doubt)),
+            Some(doubt) => eprintln!("note: `{}`: {doubt}", file.dir.display()),
+            None => {}
+        }
+    }
     let to = args.to.map_or_else(|| merged.own_type(), quantize::To::target);
     let start = Instant::now();
     let existing = if args.overwrite { Existing::Replace } else { Existing::Keep };

@@ -159,9 +159,10 @@ fn parse() -> Result<Cli, clap::Error> {
 }
 
 /// What the library's messages name of its own settings, and the flags that set them here.
-const FLAGS: [(&str, &str); 6] = [
+const FLAGS: [(&str, &str); 7] = [
     ("`Existing::Replace`", "`--overwrite`"),
     ("`Options::context`", "`--context`"),
+    ("`Options::strict`", "`--strict`"),
     ("`Precision::Exact`", "`--precision exact`"),
     ("`SpecialText::Text`", "`--special-tokens text`"),
     ("`TaskOptions::chat`", "`--chat`"),

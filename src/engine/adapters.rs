@@ -4,7 +4,7 @@
 //! its set to the end of the answer, whatever is attached meanwhile.
 
 use super::{Engine, lock};
-use crate::adapter::{AdapterFile, Adapters};
+use crate::adapter::{AdapterFile, Adapters, mark};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use crate::text::{Own, Text};
@@ -121,6 +121,7 @@ impl Engine {
         if !(-MOST_SCALE..=MOST_SCALE).contains(&scale) {
             return Err(Error::config("scale", format!("a number from -{MOST_SCALE} to {MOST_SCALE}"), scale));
         }
+        self.check_strictly(&file)?;
         let mut registry = lock(&self.0.adapters);
         let mut warnings = self.doubts(&file)?;
         let own = self.own_text(&file, &registry.entries)?;
@@ -196,6 +197,21 @@ impl Engine {
         Ok(set)
     }
 
+    /// What tells the adapters of `set` from others, in their order: a hash of the values, and the factor on the effect.
+    /// None where one was detached meanwhile.
+    pub(super) fn identities(&self, set: &AdapterSet) -> Option<Vec<(u64, f32)>> {
+        let registry = lock(&self.0.adapters);
+        let identity = |id: &AdapterId| {
+            let entry = registry.entries.iter().find(|entry| entry.told.id == *id)?;
+            let hash = match &entry.values {
+                Values::Folder(hash) => *hash,
+                Values::Memory(file) => fingerprint(file),
+            };
+            Some((hash, entry.told.scale))
+        };
+        set.ids.iter().map(identity).collect()
+    }
+
     /// Puts a set on the device. The values of the `last` may be here already.
     fn build(&self, entries: &[Entry], last: Option<&Arc<AdapterFile>>) -> Result<Arc<AdapterSet>> {
         let base = self.base();
@@ -226,12 +242,42 @@ impl Engine {
     /// What is odd about `file` on this base.
     fn doubts(&self, file: &AdapterFile) -> Result<Vec<String>> {
         let mut doubts = file.doubts(self.base().model.as_ref())?;
-        if let Some(named) = file.base.as_deref().filter(|named| is_another(named, &self.0.base_name)) {
-            doubts.push(format!("it names `{named}` as its base, and this is `{}`", self.0.base_name));
-        }
+        doubts.extend(self.name_doubt(file));
+        doubts.extend(mark::doubt(self.base(), file)?);
         doubts.iter_mut().for_each(|doubt| *doubt = format!("`{}`: {doubt}", file.dir.display()));
         Ok(doubts)
     }
+
+    /// That `file` names another base.
+    fn name_doubt(&self, file: &AdapterFile) -> Option<String> {
+        let named = file.base.as_deref().filter(|named| is_another(named, &self.0.base_name))?;
+        Some(format!("it names `{named}` as its base, and this is `{}`", self.0.base_name))
+    }
+
+    /// Where [`Options::strict`](super::Options::strict) asks for it, refuses an adapter of another base: by the content
+    /// hash that its file has, by the name of the base, or by its class. A file that tells none of these passes.
+    ///
+    /// # Errors
+    /// It is of another base.
+    pub(super) fn check_strictly(&self, file: &AdapterFile) -> Result<()> {
+        if !self.0.strict {
+            return Ok(());
+        }
+        let class = file.class_doubt(self.base().model.as_ref());
+        match mark::doubt(self.base(), file)?.or_else(|| self.name_doubt(file)).or(class) {
+            Some(doubt) => Err(of_another_base(file, &doubt)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The error for `file` on a base that `doubt` tells from its own.
+pub(crate) fn of_another_base(file: &AdapterFile, doubt: &str) -> Error {
+    let message = format!(
+        "expected the base that the adapter was trained on, got another: {doubt}; give that base with `-m`, or leave \
+         `Options::strict` out to use the adapter all the same"
+    );
+    Error::new(ErrorCode::AdapterMismatch, format!("`{}`", file.dir.display()), message)
 }
 
 fn not_attached(id: AdapterId) -> Error {

@@ -1,11 +1,15 @@
 //! A conversation on an engine.
 
+mod state;
+
 use super::adapters::{AdapterId, AdapterSet};
+use super::pieces::{Stops, Thoughts, shown};
 use super::{Cancel, Decoder, Engine, Transcript};
 use crate::chat::Message;
 use crate::error::{Error, Result};
-use crate::generate::{Generated, LogitFilter, Sampling};
+use crate::generate::{Finish, Generated, LogitFilter, Sampling};
 use crate::mmap::ReleasesFreed;
+use serde_json::Value;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -13,6 +17,12 @@ use std::sync::Arc;
 pub trait Listener {
     /// A piece of the answer, of whole characters; `Break` ends the answer there.
     fn on_text(&mut self, piece: &str) -> ControlFlow<()>;
+
+    /// A piece of what the model thinks before it answers a conversation, without what stands around thoughts; to those who
+    /// do not tell the two apart it is a piece of the answer.
+    fn on_thought(&mut self, piece: &str) -> ControlFlow<()> {
+        self.on_text(piece)
+    }
 
     /// So many of the prompt's `tokens` are read; those known from earlier turns are at once.
     fn on_prompt(&mut self, done: usize, tokens: usize) {
@@ -32,6 +42,8 @@ impl<F: FnMut(&str) -> ControlFlow<()>> Listener for F {
 pub struct Answer {
     /// What was said.
     pub text: String,
+    /// What was thought before, in an answer to a conversation; empty where the model does not think.
+    pub thoughts: String,
     /// Tokens, times, and why it ended.
     pub generated: Generated,
 }
@@ -51,6 +63,12 @@ pub struct Chat {
     pub sampling: Sampling,
     /// Most tokens of an answer.
     pub max_tokens: usize,
+    /// Texts at which an answer stops; they are no part of it.
+    pub stop: Vec<String>,
+    /// Whether a model that can think before it answers is to; its template decides where nobody says.
+    pub thinking: Option<bool>,
+    /// Tools that the model may call, a list of JSON schemas as its template takes them.
+    pub tools: Option<Value>,
     /// What has a say in every choice, in this order, whichever way an answer is asked for.
     pub filters: Vec<Box<dyn LogitFilter>>,
     _release: ReleasesFreed,
@@ -67,6 +85,9 @@ impl Chat {
             cancel: Cancel::new(),
             sampling: Sampling::default(),
             max_tokens: 512,
+            stop: Vec::new(),
+            thinking: None,
+            tools: None,
             filters: Vec::new(),
             _release: ReleasesFreed,
         })
@@ -125,18 +146,31 @@ impl Chat {
         self.messages = messages;
     }
 
-    /// Says `question` and returns the answer; both are kept. A question without an answer, because of an error or because
-    /// it was stopped before the first word, is forgotten.
+    /// Says `question` and returns the answer; both are kept, thoughts as the answer's `reasoning_content`, which templates
+    /// leave out of later turns or not. A question without an answer, because of an error or because it was stopped before
+    /// the first word, is forgotten.
     ///
     /// # Errors
     /// As [`Chat::reply`].
     pub fn ask(&mut self, question: &str, listener: &mut dyn Listener) -> Result<Answer> {
+        self.say(Message::new("user", question), listener)
+    }
+
+    /// As [`Chat::ask`], for a turn that is made already, such as what a tool gave.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn say(&mut self, message: Message, listener: &mut dyn Listener) -> Result<Answer> {
         // A copy, so that a listener's panic leaves the conversation as it was.
         let mut messages = self.messages.clone();
-        messages.push(Message::new("user", question));
+        messages.push(message);
         let answer = self.reply(&messages, listener)?;
         if !answer.text.is_empty() {
-            messages.push(Message::new("assistant", &answer.text));
+            let mut turn = Message::new("assistant", &answer.text);
+            if !answer.thoughts.is_empty() {
+                turn.extra.insert("reasoning_content".to_owned(), answer.thoughts.trim_end().into());
+            }
+            messages.push(turn);
             self.messages = messages;
             self.sampling.seed = self.sampling.seed.wrapping_add(1);
         }
@@ -148,8 +182,8 @@ impl Chat {
     /// # Errors
     /// As [`Chat::prompt_of`] and [`Decoder::next_token`]; the prompt fills the context.
     pub fn reply(&mut self, messages: &[Message], listener: &mut dyn Listener) -> Result<Answer> {
-        let ids = self.prompt_of(messages)?;
-        self.generate(ids, listener)
+        let (ids, thoughts) = self.prompt(messages)?;
+        self.go_on(ids, thoughts, listener)
     }
 
     /// Continues a text, taken as it is.
@@ -167,25 +201,44 @@ impl Chat {
     /// # Errors
     /// As [`Chat::decoder`] and [`Decoder::next_token`]; the model has no tokenizer.
     pub fn generate(&mut self, ids: Vec<u32>, listener: &mut dyn Listener) -> Result<Answer> {
+        self.go_on(ids, Thoughts::none(), listener)
+    }
+
+    fn go_on(&mut self, ids: Vec<u32>, mut parts: Thoughts, listener: &mut dyn Listener) -> Result<Answer> {
         let set = self.current()?;
         let text = self.engine.text_of(&set)?;
+        let (stop, shown) = (self.stop.clone(), shown(&text.tokenizer));
+        let (mut stops, mut stream) = (Stops::new(&stop), text.tokenizer.stream());
         let mut decoder = self.decoder(ids)?;
-        let (mut stream, mut said) = (text.tokenizer.stream(), String::new());
+        let hear = |[thought, said]: [String; 2], listener: &mut dyn Listener| {
+            let thought = thought.is_empty() || listener.on_thought(&thought).is_continue();
+            let said = said.is_empty() || listener.on_text(&said).is_continue();
+            thought && said
+        };
         decoder.read_prompt(&mut |done, tokens| listener.on_prompt(done, tokens))?;
+        let mut stopped = false;
         while let Some(id) = decoder.next_token()? {
-            let piece = stream.push(id)?;
-            said.push_str(&piece);
-            if !piece.is_empty() && listener.on_text(&piece).is_break() {
-                decoder.break_off();
+            let mut piece = stream.push(id)?;
+            piece.extend(shown.iter().find(|(special, _)| *special == id).map(|(_, name)| *name));
+            let (piece, end) = stops.push(&piece);
+            stopped = end;
+            if !piece.is_empty() && !hear(parts.push(&piece), listener) {
+                decoder.end(Finish::Cancelled);
+            } else if stopped {
+                decoder.end(Finish::Stop);
             }
         }
-        let rest = stream.finish()?;
-        if !rest.is_empty() {
-            said.push_str(&rest);
-            // It is the last piece anyway.
-            let _ = listener.on_text(&rest);
+        if !stopped {
+            let (rest, end) = stops.push(&stream.finish()?);
+            // What comes last is heard, whether it is wanted or not.
+            hear(parts.push(&rest), listener);
+            match end {
+                true => decoder.end(Finish::Stop),
+                false => drop(hear(parts.push(&stops.finish()), listener)),
+            }
         }
-        Ok(Answer { text: said, generated: decoder.into_generated() })
+        hear(parts.finish(), listener);
+        Ok(Answer { text: parts.said, thoughts: parts.thoughts, generated: decoder.into_generated() })
     }
 
     /// The token ids that ask for an answer to `messages`.
@@ -193,10 +246,16 @@ impl Chat {
     /// # Errors
     /// The model has no tokenizer; the chat template refuses the messages; a chosen adapter was detached.
     pub fn prompt_of(&mut self, messages: &[Message]) -> Result<Vec<u32>> {
+        self.prompt(messages).map(|(ids, _)| ids)
+    }
+
+    /// The same, and what tells thoughts in an answer to it.
+    fn prompt(&mut self, messages: &[Message]) -> Result<(Vec<u32>, Thoughts)> {
         let set = self.current()?;
         let text = self.engine.text_of(&set)?;
-        let prompt = text.template.render(messages, None, true)?;
-        self.checked(&set, text.tokenizer.encode_chat(&prompt.text, &prompt.plain)?)
+        let prompt = text.template.render_thinking(messages, self.tools.as_ref(), true, self.thinking)?;
+        let ids = self.checked(&set, text.tokenizer.encode_chat(&prompt.text, &prompt.plain)?)?;
+        Ok((ids, Thoughts::after(&prompt.text)))
     }
 
     /// Continues token ids one token at a time, with more filters than [`Chat::filters`] if wanted.

@@ -218,8 +218,8 @@ impl<'c> Decoder<'c> {
         }
     }
 
-    /// Ends the answer here.
-    pub(super) fn break_off(&mut self) {
-        self.finish = Some(Finish::Cancelled);
+    /// Ends the answer here, for that reason.
+    pub(super) fn end(&mut self, why: Finish) {
+        self.finish = Some(why);
     }
 }

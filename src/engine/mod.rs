@@ -6,10 +6,13 @@ mod cancel;
 mod chat;
 mod decoder;
 mod options;
+mod pieces;
 mod reader;
 mod trainer;
 mod transcript;
 
+#[cfg(feature = "cli")]
+pub(crate) use adapters::of_another_base;
 pub use adapters::{AdapterId, Attached};
 pub use cancel::Cancel;
 pub use chat::{Answer, Chat, Listener};
@@ -60,6 +63,8 @@ struct Shared {
     text: Option<Arc<Text>>,
     /// Asked for by [`Options::ids_only`].
     ids_only: bool,
+    /// Asked for by [`Options::strict`].
+    strict: bool,
     /// What ends an answer where there is no text, by the model's configuration.
     ends: Vec<u32>,
     /// Anonymous bytes that a text took when it was last loaded.
@@ -114,6 +119,7 @@ impl Engine {
             mapped_bytes,
             text,
             ids_only: options.ids_only,
+            strict: options.strict,
             ends,
             text_bytes: AtomicU64::new(text_bytes),
             special_text: options.special_text,

@@ -77,6 +77,9 @@ pub struct Options {
     pub ids_only: bool,
     /// What becomes of special tokens that are written out in a text.
     pub special_text: SpecialText,
+    /// Refuses adapters, attached or learned on from, whose files tell that they were trained on another base: by the hash
+    /// of its content that Pocketlora's have, or by its name. Without it they are warned of.
+    pub strict: bool,
 }
 
 impl Options {
@@ -138,6 +141,12 @@ impl Options {
     #[must_use]
     pub fn special_text(self, special_text: SpecialText) -> Self {
         Self { special_text, ..self }
+    }
+
+    /// Sets [`Options::strict`].
+    #[must_use]
+    pub fn strict(self, strict: bool) -> Self {
+        Self { strict, ..self }
     }
 
     /// How numbers are kept and multiplied.

@@ -5,6 +5,7 @@ use crate::adapter::Adapters;
 use crate::base::Base;
 use crate::error::Result;
 use crate::exec::infer::{Logits, Numbers, PREFILL_CHUNK, Sequence, Step, Workspace};
+use crate::exec::{Find, KeptFacts, Parts};
 use crate::turn::Turn;
 use pocketlora_kernels::Cpu;
 
@@ -40,6 +41,33 @@ impl Transcript {
     /// What was read.
     pub fn ids(&self) -> &[u32] {
         &self.ids
+    }
+
+    /// What it remembers, for a file.
+    ///
+    /// # Errors
+    /// Device lost.
+    pub fn kept(&mut self, base: &Base<Cpu>) -> Result<(KeptFacts, Parts<'_>)> {
+        self.sequence.kept(base)
+    }
+
+    /// Remembers what was kept of a transcript that had read `ids` with these numbers and adapters; returns `false`, with
+    /// nothing changed, where the parts contradict each other.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn restore(
+        &mut self,
+        on: On<'_>,
+        numbers: Numbers,
+        ids: Vec<u32>,
+        facts: &KeptFacts,
+        find: &Find<'_>,
+    ) -> Result<bool> {
+        let sequence = Sequence::restored(on.base, numbers.cache, on.adapters, facts, find)?;
+        let Some(sequence) = sequence.filter(|sequence| sequence.len() == ids.len()) else { return Ok(false) };
+        (self.sequence, self.ids) = (sequence, ids);
+        Ok(true)
     }
 
     /// Keeps the tokens that it has in common with the beginning of `ids`, or fewer where a model cannot go back that

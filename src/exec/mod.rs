@@ -6,6 +6,7 @@
 mod back;
 pub mod infer;
 mod interpreter;
+mod kept;
 mod lives;
 mod ops;
 mod pass;
@@ -20,6 +21,7 @@ pub mod train {
     pub use super::pass::{Batch, Pass};
 }
 
+pub(crate) use kept::{Find, KeptFacts, Parts};
 #[cfg(feature = "bench")]
 pub(crate) use lives::multiplied_once;
 use tape::Tape;

@@ -10,7 +10,7 @@ use pocketlora_models::StateSpec;
 /// Why calls that only move numbers do not fail.
 const NO_MEMORY: &str = "a call that takes no memory cannot fail";
 /// Snapshots that a sequence keeps; the oldest goes first.
-const SNAPSHOTS: usize = 2;
+pub(super) const SNAPSHOTS: usize = 2;
 
 /// One of a model's states, see [`StateSpec`].
 pub(super) enum State<B: Backend> {
@@ -33,7 +33,7 @@ impl<B: Backend> State<B> {
     }
 
     /// What must be copied to come back to it later.
-    fn buffer(&mut self) -> Option<&mut B::Buffer> {
+    pub(super) fn buffer(&mut self) -> Option<&mut B::Buffer> {
         match self {
             Self::Kv(_) => None,
             Self::Conv(buffer) | Self::Matrix(buffer) => Some(buffer),
@@ -54,9 +54,9 @@ pub fn state_bytes(specs: &[StateSpec], dtype: CacheType, tokens: usize) -> u64 
 }
 
 /// Copies of the states that cannot be cut back, as they were after `len` tokens.
-struct Snapshot<B: Backend> {
-    len: usize,
-    copies: Vec<B::Buffer>,
+pub(super) struct Snapshot<B: Backend> {
+    pub len: usize,
+    pub copies: Vec<B::Buffer>,
 }
 
 /// A text that grows by steps. It owns what each layer remembers of it.
@@ -67,12 +67,12 @@ pub struct Sequence<B: Backend> {
     /// angles.
     pub(super) reach: usize,
     /// What was said with [`Sequence::expect`].
-    expected: usize,
+    pub(super) expected: usize,
     /// Of such a model all tokens, which it then reads anew.
-    ids: Vec<u32>,
+    pub(super) ids: Vec<u32>,
     /// The virtual tokens before its own: they are in its caches, and are not counted.
-    prefix: Option<Prefix>,
-    snapshots: Vec<Snapshot<B>>,
+    pub(super) prefix: Option<Prefix>,
+    pub(super) snapshots: Vec<Snapshot<B>>,
 }
 
 impl<B: Backend> Sequence<B> {

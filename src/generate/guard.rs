@@ -11,12 +11,13 @@
 //! four hundred. Numbers alone may go on.
 
 use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// What keeps an answer from repeating itself: Don't Repeat Yourself (p-e-w 2024,
 /// [text-generation-webui#5677](https://github.com/oobabooga/text-generation-webui/pull/5677)), asleep until it is needed.
 /// Only the answer counts: what stands in the prompt may be said again.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Dry {
     /// What is taken from the logit of a token that would prolong a repetition of the allowed length; 0 switches all of it
     /// off.

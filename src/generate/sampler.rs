@@ -3,9 +3,10 @@
 use super::{Dry, LogitFilter};
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::Rng;
+use serde::{Deserialize, Serialize};
 
 /// How the next token is chosen. The defaults choose the likeliest one.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     /// Divides the logits; 0 chooses the likeliest token.
     pub temperature: f32,

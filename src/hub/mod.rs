@@ -13,6 +13,7 @@ mod name;
 mod origin;
 mod record;
 mod repository;
+mod trained;
 mod wheel;
 
 pub use contents::{Item, Kind, is_made_from, is_named};

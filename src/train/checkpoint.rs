@@ -231,12 +231,12 @@ fn read(path: &Path, facts: &RunFacts, entries: &[Entry]) -> Result<(RunFacts, T
 }
 
 /// What a tensor adds to the checksum.
-fn sum_of(name: &str, bytes: &[u8]) -> u64 {
+pub(crate) fn sum_of(name: &str, bytes: &[u8]) -> u64 {
     add(add(0, name.as_bytes()), bytes)
 }
 
 /// `sum` with `bytes` added, eight at a time.
-fn add(sum: u64, bytes: &[u8]) -> u64 {
+pub(crate) fn add(sum: u64, bytes: &[u8]) -> u64 {
     let word = |bytes: &[u8]| {
         let mut word = [0; 8];
         word[..bytes.len()].copy_from_slice(bytes);

@@ -236,7 +236,8 @@ impl<B: Backend> Trainer<B> {
         let (mut plan, config) = choose(&work, &config)?;
         plan.data += general.as_ref().map_or(0, Dataset::bytes) as u64;
         let at_once = asking(&base, &mut plan, held.as_ref(), quiz.as_ref());
-        let doubts = init.map_or(Ok(Vec::new()), |file| file.doubts(base.model.as_ref()))?;
+        let mut doubts = init.map_or(Ok(Vec::new()), |file| file.doubts(base.model.as_ref()))?;
+        doubts.extend(init.map_or(Ok(None), |file| mark::doubt(&base, file))?);
         let doubt = |message| {
             let place = init.map_or_else(String::new, |file| format!("`{}`", file.dir.display()));
             Error::new(ErrorCode::AdapterMismatch, place, message)

@@ -216,6 +216,31 @@ fn adapters_name_their_base_as_it_was_named() {
 }
 
 #[test]
+fn the_list_tells_families_and_the_adapters_of_each_model() {
+    let c = Cache::new();
+    let (name, other) = (c.pull("tiny", &c.model), c.pull("other", &c.model));
+    let data = tiny_chats(c.dir.path(), 4);
+    let out = c.path("trained here");
+    let train = ["train", "--auto", "off", "-m", &name, "-d", data.to_str().unwrap(), "-o", &out, "--steps", "1"];
+    c.ok(&train);
+    let of = |name: &str| c.items().into_iter().find(|item| item["kind"] == "model" && item["name"] == name).unwrap();
+    assert_eq!(of(&name)["family"], "llama");
+    let full = Path::new(&out).canonicalize().unwrap();
+    assert_eq!(of(&name)["adapters"], serde_json::json!([full]));
+    assert_eq!(of(&other)["adapters"], serde_json::json!([]));
+    let copy = c.items().into_iter().find(|item| item["kind"] == "quantized").unwrap();
+    assert_eq!((&copy["family"], &copy["adapters"]), (&"llama".into(), &serde_json::json!([])));
+    let said = c.ok(&["list"]).0;
+    assert!(said.contains("family") && said.contains("trained on it") && said.contains("trained here"), "{said}");
+    assert!(c.ok(&["pull", "--list"]).0.contains("smollm2-135m"));
+    // One that is gone is no longer told of; one that moved is found no more.
+    fs::remove_dir_all(&out).unwrap();
+    assert_eq!(of(&name)["adapters"], serde_json::json!([]));
+    c.ok(&["remove", &name]);
+    assert!(!c.items().iter().any(|item| item["name"] == name) && c.run(&["remove", &name]).status.code() == Some(1));
+}
+
+#[test]
 fn programs_that_start_together_make_one_copy() {
     let c = Cache::new();
     let args = ["generate", "-m", c.model(), "-p", "hi", "-n", "1"];

@@ -11,6 +11,9 @@ mod cli;
 #[cfg(unix)] // signals
 mod ends;
 mod exchange;
+mod gated;
 mod merge;
 mod said;
+mod strict;
 mod study;
+mod talk;

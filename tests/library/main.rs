@@ -7,6 +7,7 @@ mod common;
 mod adapters;
 mod answers;
 mod batch;
+mod chats;
 mod checkpoint;
 mod engine;
 #[cfg(feature = "metrics")]

@@ -39,6 +39,19 @@ pub struct Cache {
     scales: Vec<f32>,
 }
 
+/// What a [`Cache`] holds, see [`Cache::image`].
+#[derive(Clone, Copy, Debug)]
+pub struct Image<'a> {
+    /// Tokens appended, those that were dropped included.
+    pub len: usize,
+    /// Blocks dropped.
+    pub dropped: usize,
+    /// The blocks held.
+    pub blocks: &'a [u8],
+    /// Their scales, in 8 bits.
+    pub scales: &'a [f32],
+}
+
 /// `count` rows of `width` elements, `stride` apart.
 #[derive(Clone, Copy)]
 pub(crate) struct Tile<'a> {
@@ -241,6 +254,63 @@ impl Cache {
         }
     }
 
+    /// What it holds as it lies in memory, for a file: the tokens appended, the blocks dropped, the blocks held, and their
+    /// scales where they are in 8 bits. [`Cache::restore`] takes it back. What forgotten tokens left is cleared first.
+    #[must_use]
+    pub fn image(&mut self) -> Image<'_> {
+        self.clear_rest();
+        let tiles = (self.len.div_ceil(BLOCK) - self.dropped) * self.kv_heads * 2;
+        let scales = if self.dtype == CacheType::I8 { tiles * BLOCK } else { 0 };
+        let blocks = &self.bytes[self.aligned.min(self.bytes.len())..][..tiles * self.tile_bytes()];
+        Image { len: self.len, dropped: self.dropped, blocks, scales: &self.scales[..scales] }
+    }
+
+    /// Zeros behind the last token, up to the end of its block.
+    fn clear_rest(&mut self) {
+        let (block, slot, size) = (self.len / BLOCK, self.len % BLOCK, size(self.dtype));
+        if slot == 0 {
+            return;
+        }
+        for head in 0..self.kv_heads {
+            for side in [Side::Keys, Side::Values] {
+                let tile = self.tile(block, head, side);
+                let (at, bytes) = (self.aligned + tile * self.tile_bytes(), self.tile_bytes());
+                let tile_bytes = &mut self.bytes[at..][..bytes];
+                match side {
+                    Side::Keys => tile_bytes.chunks_exact_mut(BLOCK * size).for_each(|row| row[slot * size..].fill(0)),
+                    Side::Values => tile_bytes[slot * self.head_dim * size..].fill(0),
+                }
+                if self.dtype == CacheType::I8 {
+                    self.scales[tile * BLOCK..][slot..BLOCK].fill(0.0);
+                }
+            }
+        }
+    }
+
+    /// Holds what `image` does, which comes from a cache of the same sizes; returns `false`, with nothing held, where it
+    /// cannot.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn restore(&mut self, image: &Image<'_>) -> Result<bool, Error> {
+        (self.len, self.dropped) = (0, 0);
+        let &Image { len, dropped, blocks, scales } = image;
+        let held = len.div_ceil(BLOCK).checked_sub(dropped);
+        let tiles = held.and_then(|held| held.checked_mul(self.kv_heads * 2));
+        let of = |size: usize| tiles.and_then(|tiles| tiles.checked_mul(size));
+        let own_scales = if self.dtype == CacheType::I8 { of(BLOCK) } else { Some(0) };
+        let fits = of(self.tile_bytes()) == Some(blocks.len()) && own_scales == Some(scales.len());
+        // The next query sees nothing that was dropped.
+        if !fits || dropped > self.oldest(len) / BLOCK {
+            return Ok(false);
+        }
+        self.make_room(held.unwrap_or(0))?;
+        self.bytes[self.aligned..][..blocks.len()].copy_from_slice(blocks);
+        self.scales[..scales.len()].copy_from_slice(scales);
+        (self.len, self.dropped) = (len, dropped);
+        Ok(true)
+    }
+
     /// Keeps the first `len` tokens, or none where the next query would miss keys that were dropped; returns how many.
     pub(crate) fn rewind(&mut self, len: usize) -> usize {
         assert!(len <= self.len);
@@ -379,6 +449,40 @@ mod tests {
         assert!((0.5..0.56).contains(&ratio), "{ratio}");
         let least = 1000 * 2 * 192 * 2;
         assert!((least..least * 8 / 5).contains(&f16.capacity()), "{}", f16.capacity());
+    }
+
+    #[test]
+    fn what_was_kept_comes_back_and_what_contradicts_itself_does_not() {
+        let tokens = if cfg!(miri) { 70 } else { 300 };
+        for (dtype, window) in [(CacheType::F32, None), (CacheType::F16, Some(40)), (CacheType::I8, None)] {
+            let fill = |cache: &mut Cache, from: usize, to: usize| {
+                for t in from..to {
+                    let row = [(t % 7) as f32 - 3.0; 3 * WIDTH];
+                    cache.append(Table::best().light(), &row, &row, 0..1).unwrap();
+                }
+            };
+            let new = || Cache::new(3, WIDTH, dtype, window);
+            let (mut whole, mut back) = (new(), new());
+            fill(&mut whole, 0, tokens);
+            // Some that were forgotten.
+            fill(&mut whole, tokens, tokens + 3);
+            assert_eq!(whole.rewind(tokens), tokens);
+            let image = whole.image();
+            assert!(back.restore(&image).unwrap() && back.len() == tokens);
+            let mut other = new();
+            for (len, dropped) in [(tokens + BLOCK, image.dropped), (tokens, image.dropped + 1), (usize::MAX, 0)] {
+                let wrong = Image { len, dropped, ..image };
+                assert!(!other.restore(&wrong).unwrap() && other.len() == 0, "{len} {dropped}");
+            }
+            assert!(!other.restore(&Image { blocks: &image.blocks[1..], ..image }).unwrap());
+            // Both go on alike, over the end of the block.
+            for cache in [&mut whole, &mut back] {
+                fill(cache, tokens, tokens + BLOCK);
+            }
+            let (a, b) = (whole.image(), back.image());
+            assert_eq!((a.len, a.dropped, a.scales), (b.len, b.dropped, b.scales), "{dtype:?}");
+            assert!(a.blocks == b.blocks, "{dtype:?}");
+        }
     }
 
     #[test]

@@ -60,7 +60,7 @@ mod turns;
 
 pub use adamw8::Codes;
 pub use buffer::Buffer;
-pub use cache::Cache;
+pub use cache::{Cache, Image};
 pub use map::Map;
 pub use matrix::Matrix;
 pub use table::{Isa, Table};

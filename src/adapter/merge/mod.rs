@@ -114,6 +114,20 @@ impl Merged {
         Ok(())
     }
 
+    /// What tells that `file` was trained on another base than this, though nothing that stops it from working.
+    ///
+    /// # Errors
+    /// The base cannot be read.
+    pub fn doubt(&self, file: &AdapterFile) -> Result<Option<String>> {
+        let params = self.model.params();
+        mark::doubt_read(self.model.as_ref(), file, &mut |number, rows| {
+            let at = self.base.tensors().iter().position(|meta| meta.name == params[number].name);
+            let mut values = vec![0.0; rows.len() * params[number].shape[1]];
+            self.base.read_rows(at.expect("the base was checked to have all its weights"), rows, &mut values)?;
+            Ok(values)
+        })
+    }
+
     /// The rows `ids` of the base's embedding.
     fn embedded(&self, ids: &[u32]) -> Result<Vec<f32>> {
         let hidden = self.model.config().hidden_size;

@@ -178,10 +178,7 @@ impl AdapterFile {
     /// What is odd about it on `model`, though nothing that stops it from working.
     pub(crate) fn doubts(&self, model: &dyn Model) -> Result<Vec<String>> {
         let mut doubts = self.warnings.clone();
-        let family = &model.config().model_type;
-        if let Some(class) = self.base_class.as_deref().filter(|class| !is_of_family(class, family)) {
-            doubts.push(format!("it was trained on a `{class}`, and this model is of the family `{family}`"));
-        }
+        doubts.extend(self.class_doubt(model));
         let unfilled = self.unfilled(model.params())?;
         if let Some(first) = unfilled.first() {
             let count = unfilled.len();
@@ -191,6 +188,19 @@ impl AdapterFile {
             ));
         }
         Ok(doubts)
+    }
+
+    /// That its config names another class of models than that of `model`.
+    pub(crate) fn class_doubt(&self, model: &dyn Model) -> Option<String> {
+        let family = &model.config().model_type;
+        let class = self.base_class.as_deref().filter(|class| !is_of_family(class, family))?;
+        Some(format!("it was trained on a `{class}`, and this model is of the family `{family}`"))
+    }
+
+    /// A hash of the content of the base that it was trained on, where its file tells.
+    #[must_use]
+    pub fn base_hash(&self) -> Option<String> {
+        super::mark::hash_in(self)
     }
 
     /// Linear layers of a model with `params` that the config names, but the file has nothing for: they stay as they are.

@@ -17,6 +17,7 @@ use crate::adapter::{AdapterFile, Kind};
 use crate::engine::{Engine, Options, check_threads};
 use crate::error::{ErrorCode, Result};
 use crate::eval;
+use crate::hub::Hub;
 use crate::train::auto::{Choice, Draft, parse_time, usual_rate};
 use crate::train::{
     DataReport, Dataset, Learned, Material, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint,
@@ -69,6 +70,9 @@ pub(super) struct Args {
     /// Run 16- and 32-bit weights as they are instead of quantizing them at first use.
     #[arg(long)]
     no_quantize: bool,
+    /// With --init: refuse an adapter whose file tells that it was trained on another base, which is warned of otherwise.
+    #[arg(long, requires = "init")]
+    strict: bool,
     /// Special tokens, such as <|im_end|>, that are written out in the data.
     #[arg(long, value_enum, default_value = "auto")]
     special_tokens: SpecialTokensArg,
@@ -138,6 +142,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
         // Questions are asked and answered in words.
         ids_only: notes.is_none(),
         special_text: args.special_tokens.into(),
+        strict: args.strict,
         ..super::args::options()
     };
     let engine = Engine::open(&model.path, &options)?;
@@ -145,6 +150,10 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let run = fit(&engine, chosen, init, studied.as_ref(), args, end)?;
     if let Some(studied) = studied.as_mut().filter(|_| run.summary.done) {
         studied.report(&engine, &run.summary.adapter, args)?;
+    }
+    if run.summary.done {
+        // For `list`, which can do without.
+        let _ = Hub::from_env().and_then(|hub| hub.note_trained(&run.summary.adapter));
     }
     report(&run, baseline, &engine, args);
     Ok(run.summary.done)

@@ -255,7 +255,7 @@ fn generate(
             Ask::Text(text) => chat.complete(text, &mut on_text),
             Ask::Chat(messages) => chat.reply(messages, &mut on_text),
         };
-        let Answer { text, generated: made } = answered.map_err(|e| in_line(e, record))?;
+        let Answer { text, generated: made, .. } = answered.map_err(|e| in_line(e, record))?;
         if made.finish == Finish::Cancelled || !progress(made.prefilled) {
             return Err(stopped());
         }

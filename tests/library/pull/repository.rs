@@ -151,6 +151,53 @@ fn refusals_say_what_to_do() {
     }
 }
 
+/// The hub sends large files on to another host, which has no business with the token. The client library gives it the
+/// token all the same when it asks for a file's size (`bytes=0-0`), but not with the request for the file.
+#[test]
+fn redirects_are_followed_and_files_are_fetched_without_the_token() {
+    for other_host in [false, true] {
+        let (_home, server, mut hub) = setup();
+        hub.token = Some("secret".to_owned());
+        let store = start(files());
+        let moved = format!("{}/moved", store.endpoint.replace("127.0.0.1", "localhost"));
+        {
+            let mut state = server.state.lock().unwrap();
+            state.elsewhere = Some(if other_host { moved } else { "/moved".to_owned() });
+            state.gate = Some(("secret".to_owned(), 401));
+        }
+        let path = quietly(&hub, NAME).unwrap();
+        assert_eq!(fs::read(path.join("model.safetensors")).unwrap(), weights());
+        let (at_home, there) = (server.state.lock().unwrap(), store.state.lock().unwrap());
+        assert!(at_home.tokens.iter().all(|token| token.as_deref() == Some("Bearer secret")), "{:?}", at_home.tokens);
+        let fetched =
+            there.log.iter().zip(&there.tokens).filter(|(request, _)| !request.contains("Some((0, Some(0)))"));
+        let fetched: Vec<_> = fetched.collect();
+        assert_eq!(fetched.iter().any(|(request, _)| request.contains("model.safetensors")), other_host);
+        assert!(fetched.iter().all(|(_, token)| token.is_none()), "{fetched:?}");
+    }
+}
+
+#[test]
+fn a_gated_repository_says_what_it_wants() {
+    for (token, status, expected) in [
+        (None, 401, "set `HF_TOKEN`"),
+        (Some("old"), 401, "set `HF_TOKEN`"),
+        (Some("good"), 403, "accept the model's terms"),
+    ] {
+        let (_home, server, mut hub) = setup();
+        hub.token = token.map(str::to_owned);
+        server.state.lock().unwrap().gate = Some(("another".to_owned(), status));
+        let error = quietly(&hub, NAME).unwrap_err();
+        assert!(
+            error.code() == ErrorCode::Network && error.to_string().contains(expected),
+            "{token:?} {status}: {error}"
+        );
+        assert!(!error.to_string().contains("good") && hub.resolve(NAME).is_none(), "{error}");
+        hub.token = Some("another".to_owned());
+        quietly(&hub, NAME).unwrap();
+    }
+}
+
 #[test]
 fn a_dead_endpoint_is_given_up_within_ten_seconds() {
     // Connections are accepted by the system and never answered.

@@ -36,8 +36,14 @@ pub struct State {
     pub cut: usize,
     /// Bodies stop in the middle, and the connection stays open.
     pub stall: bool,
+    /// Files are elsewhere: requests for them are sent on to this address, relative or of another server.
+    pub elsewhere: Option<String>,
+    /// Who does not come with this token gets this status.
+    pub gate: Option<(String, u16)>,
     /// `path range` of every request so far.
     pub log: Vec<String>,
+    /// The header `Authorization` of each of them.
+    pub tokens: Vec<Option<String>>,
 }
 
 #[derive(Clone)]
@@ -66,30 +72,51 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let request = lines.next().unwrap_or_else(|| Ok(String::new()))?;
     let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
-    let mut range = None;
+    let (mut range, mut token) = (None, None);
     for line in lines {
         let line = line?;
         if line.is_empty() {
             break;
         }
+        if line.to_ascii_lowercase().starts_with("authorization: ") {
+            token = Some(line["authorization: ".len()..].to_owned());
+        }
         if let Some(value) = line.to_ascii_lowercase().strip_prefix("range: bytes=") {
             range = value.split_once('-').map(|(from, to)| (from.parse::<usize>().unwrap(), to.parse::<usize>().ok()));
         }
     }
-    let (file, commit, cut, stall, info) = {
+    let (file, commit, cut, stall, info, refusal, elsewhere) = {
         let mut state = state.lock().unwrap();
+        state.tokens.push(token.clone());
+        let allowed = |(wanted, _): &(String, u16)| token.as_deref() == Some(&*format!("Bearer {wanted}"));
+        let refusal = state.gate.as_ref().filter(|gate| !allowed(gate)).map(|(_, status)| *status);
         state.log.push(format!("{path} {range:?}"));
         let commit = if state.commit.is_empty() { COMMIT.into() } else { state.commit.clone() };
         let siblings: Vec<_> = state.files.iter().map(|f| serde_json::json!({ "rfilename": f.name })).collect();
         let info = serde_json::json!({ "sha": commit, "siblings": siblings, "cardData": { "license": "mit" } });
         let prefix = format!("/maker/model/resolve/{commit}/");
-        let file = state.files.iter().find(|f| path.strip_prefix(&prefix) == Some(&f.name)).cloned();
+        let asked = path.strip_prefix("/moved").unwrap_or(&path).strip_prefix(&prefix);
+        let file = state.files.iter().find(|f| asked == Some(&f.name)).cloned();
+        let elsewhere = state.elsewhere.clone().filter(|_| file.is_some() && !path.starts_with("/moved"));
         // Only whole-file requests have a middle.
         let body = file.is_some() && range.is_some_and(|(_, to)| to.is_none());
         let cut = body && state.cut > 0;
         state.cut -= usize::from(cut);
-        (file, commit, cut, body && state.stall, info.to_string())
+        (file, commit, cut, body && state.stall, info.to_string(), refusal, elsewhere)
     };
+    if let Some(status) = refusal {
+        return write!(stream, "HTTP/1.1 {status} No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
+    }
+    if let (Some(elsewhere), Some(file)) = (elsewhere, &file) {
+        // As the hub does, which names size and checksum itself.
+        return write!(
+            stream,
+            "HTTP/1.1 302 Found\r\nConnection: close\r\nLocation: {elsewhere}{path}\r\nX-Linked-Etag: \"{}\"\r\n\
+             X-Linked-Size: {}\r\nX-Repo-Commit: {commit}\r\nContent-Length: 0\r\n\r\n",
+            file.etag,
+            file.bytes.len()
+        );
+    }
     if path == "/api/models/maker/model/revision/main" {
         return write!(stream, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{info}", info.len());
     }
