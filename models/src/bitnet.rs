@@ -4,9 +4,9 @@
 use crate::attention::{Attention, AttentionSpec};
 use crate::config::{Config, ConfigError, Defaults};
 use crate::exec::Exec;
-use crate::feed_forward::{PROJECTIONS, expert};
+use crate::feed_forward::{PROJECTIONS, projections};
 use crate::keys::Keys;
-use crate::op::{Expert, Map, Norm, Value};
+use crate::op::{Linear, Map, Norm, Value};
 use crate::outline::{Builder, Outline};
 use crate::rope::RopeKeys;
 use crate::windows;
@@ -24,7 +24,7 @@ struct Layer {
     input_norm: Norm,
     attention: Attention,
     post_norm: Norm,
-    mlp: Expert,
+    mlp: [Linear; 3],
     ffn_sub_norm: Norm,
 }
 
@@ -48,7 +48,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
             input_norm: b.rms_norm(&format!("{at}.input_layernorm"), hidden, eps),
             attention: Attention::new(&mut b, &format!("{at}.self_attn"), spec),
             post_norm: b.rms_norm(&format!("{at}.post_attention_layernorm"), hidden, eps),
-            mlp: expert(&mut b, &format!("{at}.mlp"), PROJECTIONS, width),
+            mlp: projections(&mut b, &format!("{at}.mlp"), PROJECTIONS, width),
             ffn_sub_norm: b.rms_norm(&format!("{at}.mlp.ffn_sub_norm"), width, eps),
         }
     };
@@ -70,11 +70,12 @@ impl Model for BitNet {
         let x = ex.add(x, h);
 
         let h = ex.norm(l.post_norm, x);
-        let [gate, up] = ex.linear_group([l.mlp.gate, l.mlp.up], h);
+        let [gate, up, down] = l.mlp;
+        let [gate, up] = ex.linear_group([gate, up], h);
         let gate = ex.map(Map::SquaredRelu, gate);
         let h = ex.multiply(gate, up);
         let h = ex.norm(l.ffn_sub_norm, h);
-        let h = ex.linear(l.mlp.down, h);
+        let h = ex.linear(down, h);
         ex.add(x, h)
     }
 }

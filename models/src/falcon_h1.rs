@@ -4,10 +4,10 @@
 use crate::attention::{Attention, AttentionSpec};
 use crate::config::{Config, ConfigError, Defaults};
 use crate::exec::Exec;
-use crate::feed_forward::{PROJECTIONS, expert};
+use crate::feed_forward::{PROJECTIONS, projections};
 use crate::keys::Keys;
 use crate::mamba::{GatedNorm, Mamba, MambaSpec};
-use crate::op::{Expert, Norm, Value};
+use crate::op::{Linear, Norm, Value};
 use crate::outline::{Builder, Outline};
 use crate::rope::RopeKeys;
 use crate::{Family, Model};
@@ -30,7 +30,7 @@ struct Layer {
     attention: Attention,
     mamba: Mamba,
     pre_ff_norm: Norm,
-    mlp: Expert,
+    mlp: [Linear; 3],
 }
 
 /// `.._multiplier`s on what goes into a part and what comes out of it.
@@ -77,7 +77,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
             attention: Attention::new(&mut b, &format!("{at}.self_attn"), attention),
             mamba: Mamba::new(&mut b, &format!("{at}.mamba"), mamba),
             pre_ff_norm: b.rms_norm(&format!("{at}.pre_ff_layernorm"), hidden, eps),
-            mlp: expert(&mut b, &format!("{at}.feed_forward"), PROJECTIONS, width),
+            mlp: projections(&mut b, &format!("{at}.feed_forward"), PROJECTIONS, width),
         }
     };
     let layers = (0..keys.count("num_hidden_layers")?).map(layer).collect();
@@ -118,10 +118,11 @@ impl Model for FalconH1 {
         let x = ex.add(x, h);
 
         let h = ex.norm(l.pre_ff_norm, x);
-        let [gate, up] = ex.linear_group([l.mlp.gate, l.mlp.up], h);
+        let [gate, up, down] = l.mlp;
+        let [gate, up] = ex.linear_group([gate, up], h);
         let gate = ex.scale(f.mlp[0], gate);
         let h = ex.swiglu(gate, up);
-        let h = ex.linear(l.mlp.down, h);
+        let h = ex.linear(down, h);
         let h = ex.scale(f.mlp[1], h);
         ex.add(x, h)
     }

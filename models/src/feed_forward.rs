@@ -2,7 +2,7 @@
 
 use crate::config::ConfigError;
 use crate::exec::Exec;
-use crate::op::{Activation, Expert, Linear, Map, Op, Routing, Value};
+use crate::op::{Activation, Expert, GateUp, Linear, Map, Op, Routing, Value};
 use crate::outline::Builder;
 use crate::params::Stack;
 
@@ -49,9 +49,9 @@ impl FeedForward {
         Self { input, down: b.linear(&format!("{at}.{down}"), hidden, width, bias) }
     }
 
-    /// A SiLU gate whose projections are those of `expert`.
-    pub(crate) fn of(expert: Expert) -> Self {
-        Self { input: Input::Gated(Activation::Silu, [expert.gate, expert.up]), down: expert.down }
+    /// A SiLU gate whose projections are `gate`, `up` and `down`.
+    pub(crate) fn of([gate, up, down]: [Linear; 3]) -> Self {
+        Self { input: Input::Gated(Activation::Silu, [gate, up]), down }
     }
 
     pub(crate) fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
@@ -75,25 +75,36 @@ impl FeedForward {
 }
 
 /// Declares the projections `names` (gate, up, down) of the module `at`, with `width` in between.
-pub(crate) fn expert(b: &mut Builder, at: &str, names: [&str; 3], width: usize) -> Expert {
+pub(crate) fn projections(b: &mut Builder, at: &str, names: [&str; 3], width: usize) -> [Linear; 3] {
     let (hidden, [gate, up, down]) = (b.config.hidden_size, names);
-    Expert {
-        gate: b.linear(&format!("{at}.{gate}"), width, hidden, false),
-        up: b.linear(&format!("{at}.{up}"), width, hidden, false),
-        down: b.linear(&format!("{at}.{down}"), hidden, width, false),
-    }
+    [
+        b.linear(&format!("{at}.{gate}"), width, hidden, false),
+        b.linear(&format!("{at}.{up}"), width, hidden, false),
+        b.linear(&format!("{at}.{down}"), hidden, width, false),
+    ]
+}
+
+/// The same as an expert with a SiLU gate.
+pub(crate) fn expert(b: &mut Builder, at: &str, names: [&str; 3], width: usize) -> Expert {
+    let [gate, up, down] = projections(b, at, names, width);
+    Expert { inner: GateUp::Apart(Activation::Silu, [gate, up]), down }
 }
 
 /// Experts whose gates and ups are one stack `[experts, 2 * width, in]` in the tensor `names[0]`, and whose downs are one
 /// `[experts, in, width]` in `names[1]`.
-pub(crate) fn stacked_experts(b: &mut Builder, names: [&str; 2], experts: usize, width: usize) -> Vec<Expert> {
+pub(crate) fn stacked_experts(
+    b: &mut Builder,
+    names: [&str; 2],
+    experts: usize,
+    width: usize,
+    activation: Activation,
+) -> Vec<Expert> {
     let hidden = b.config.hidden_size;
     let gate_up = |index, first| Stack { shape: [experts, 2 * width, hidden], index, first };
     let down = |index| Stack { shape: [experts, hidden, width], index, first: 0 };
-    let expert = |index| Expert {
-        gate: b.stacked(names[0], gate_up(index, 0), width),
-        up: b.stacked(names[0], gate_up(index, width), width),
-        down: b.stacked(names[1], down(index), hidden),
+    let expert = |index| {
+        let gate_up = [0, width].map(|first| b.stacked(names[0], gate_up(index, first), width));
+        Expert { inner: GateUp::Apart(activation, gate_up), down: b.stacked(names[1], down(index), hidden) }
     };
     (0..experts).map(expert).collect()
 }
@@ -126,6 +137,25 @@ impl Mixture {
     pub(crate) fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
         let y = ex.mixture(self.router, &self.experts, self.routing, h);
         if self.scale == 1.0 { y } else { ex.scale(self.scale, y) }
+    }
+}
+
+/// Experts, and one that all tokens go through, as far as the sigmoid of `gate` lets it.
+pub(crate) struct SharedMixture {
+    pub(crate) mixture: Mixture,
+    pub(crate) shared: FeedForward,
+    /// `[1, C]`.
+    pub(crate) gate: Linear,
+}
+
+impl SharedMixture {
+    pub(crate) fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
+        let y = self.mixture.run(ex, h);
+        let shared = self.shared.run(ex, h);
+        let gate = ex.linear(self.gate, h);
+        let gate = ex.map(Map::Sigmoid, gate);
+        let shared = ex.scale_heads(gate, shared);
+        ex.add(y, shared)
     }
 }
 

@@ -1,11 +1,13 @@
 //! Gemma 4 (Gemma Team 2026), text: a second embedding has a part for each layer, which comes in at the layer's end; full
 //! layers have wider heads than sliding ones; the last layers take keys and values of the last earlier layer of their kind.
+//! There may be experts beside the feed-forward part of each layer.
 
 use crate::config::{Config, ConfigError, Defaults};
 use crate::exec::Exec;
 use crate::feed_forward::{FeedForward, Inner};
 use crate::gemma::embedding_scale;
 use crate::gemma4_attention::{Attention, kinds};
+use crate::gemma4_experts::{Experts, MixtureKeys};
 use crate::keys::Keys;
 use crate::op::{Activation, Linear, Map, Norm, Param, StateId, Value};
 use crate::outline::{Builder, Outline};
@@ -19,6 +21,7 @@ pub(crate) const FAMILY: Family = Family {
         "hidden_activation",
         "attention_bias",
         "final_logit_softcapping",
+        "num_experts",
         "num_kv_shared_layers",
         "use_bidirectional_attention",
     ],
@@ -51,6 +54,7 @@ struct Layer {
     norms: [Norm; 4],
     attention: Attention,
     mlp: FeedForward,
+    experts: Option<Experts>,
     input: Option<LayerInput>,
     scalar: Param,
 }
@@ -75,9 +79,6 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     keys.one_of("hidden_activation", &["gelu_pytorch_tanh"])?;
     // Tokens of pictures would see each other; in a text there are none.
     keys.one_of("use_bidirectional_attention", &["vision"])?;
-    if keys.flag("enable_moe_block", false)? {
-        return Err(ConfigError::unsupported("enable_moe_block", "nothing or false", true));
-    }
     let (eps, hidden, layers) = (keys.share("rms_norm_eps", 1e-6)?, config.hidden_size, config.layers);
     let bias = keys.flag("attention_bias", false)?;
     let kinds = kinds(keys, &config)?;
@@ -90,6 +91,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
     }
     let (wide, same_values) = (keys.flag("use_double_wide_mlp", false)?, keys.flag("attention_k_eq_v", false)?);
     let ffn = keys.size("intermediate_size")?;
+    let experts = if keys.flag("enable_moe_block", false)? { Some(MixtureKeys::read(keys, layers)?) } else { None };
     let ropes = [FULL, SLIDING].map(|name| {
         let kind = kinds.iter().find(|kind| kind.full == (name == FULL));
         let head_dim = kind.map_or(config.head_dim, |kind| kind.head_dim);
@@ -149,6 +151,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
             .map(|name| norm(&mut b, name)),
             attention: attention.carrying(slots),
             mlp: FeedForward::new(&mut b, &format!("{at}.mlp"), Inner::Gated(Activation::GeluTanh), width, false),
+            experts: experts.map(|keys| Experts::new(&mut b, &at, keys, eps)),
             input: inputs.as_ref().map(|_| LayerInput {
                 gate: b.linear(&format!("{at}.per_layer_input_gate"), input_width, hidden, false),
                 projection: b.linear(&format!("{at}.per_layer_projection"), hidden, input_width, false),
@@ -196,6 +199,7 @@ impl Model for Gemma4 {
 
         let h = ex.norm(l.norms[2], x);
         let h = l.mlp.run(ex, h);
+        let h = l.experts.as_ref().map_or(h, |experts| experts.beside(ex, x, h));
         let h = ex.norm(l.norms[3], h);
         let mut x = ex.add(x, h);
 
@@ -236,7 +240,8 @@ mod tests {
             all
         };
         for (change, key) in [
-            (json!({"enable_moe_block": true}), "enable_moe_block"),
+            (json!({"enable_moe_block": true, "top_k_experts": 2, "moe_intermediate_size": 8}), "num_experts"),
+            (json!({"enable_moe_block": true, "num_experts": 2, "top_k_experts": 3}), "num_experts_per_tok"),
             (json!({"num_kv_shared_layers": 3}), "num_kv_shared_layers"),
             (json!({"vocab_size_per_layer_input": 99}), "vocab_size_per_layer_input"),
             (json!({"per_layer_config": {"0": {"head_dim": 32}}}), "per_layer_config"),

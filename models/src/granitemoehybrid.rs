@@ -101,9 +101,9 @@ fn mixture(b: &mut Builder, at: &str, experts: usize, width: usize, top: usize) 
     let names = ["input_linear", "output_linear"].map(|name| format!("{at}.{name}.weight"));
     Mixture {
         router: b.router(&format!("{at}.router.layer"), experts, b.config.hidden_size),
-        experts: stacked_experts(b, names.each_ref().map(String::as_str), experts, width),
+        experts: stacked_experts(b, names.each_ref().map(String::as_str), experts, width, Activation::Silu),
         // The softmax of the chosen logits alone is that of all, divided by its sum.
-        routing: Routing { top, scores: Scores::Softmax, normalize: true },
+        routing: Routing { top, scores: Scores::Softmax, normalize: true, factors: None },
         scale: 1.0,
     }
 }

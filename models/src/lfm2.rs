@@ -4,7 +4,7 @@ use crate::attention::{Attention, AttentionSpec, QkNorms};
 use crate::config::{Config, ConfigError, Defaults};
 use crate::decoder::Mlp;
 use crate::exec::Exec;
-use crate::feed_forward::{FeedForward, expert};
+use crate::feed_forward::{FeedForward, projections};
 use crate::keys::Keys;
 use crate::op::{Conv, Linear, Norm, StateId, Value};
 use crate::outline::{Builder, Outline};
@@ -51,7 +51,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
 
 /// A feed-forward part of so many between its products.
 pub(crate) fn dense(b: &mut Builder, at: &str, width: usize) -> Mlp {
-    Mlp::Dense(FeedForward::of(expert(b, at, PROJECTIONS, width)))
+    Mlp::Dense(FeedForward::of(projections(b, at, PROJECTIONS, width)))
 }
 
 /// Names of a feed-forward part's gate, up and down.

@@ -42,7 +42,12 @@ impl MixtureKeys {
         Mixture {
             router,
             experts: names.map(|at| expert(b, &at, PROJECTIONS, self.width)).collect(),
-            routing: Routing { top: self.top, scores: Scores::Sigmoid { bias }, normalize: self.normalize },
+            routing: Routing {
+                top: self.top,
+                scores: Scores::Sigmoid { bias },
+                normalize: self.normalize,
+                factors: None,
+            },
             scale: self.scale,
         }
     }

@@ -4,7 +4,7 @@
 use crate::attention::QkNorms;
 use crate::config::{Config, ConfigError, Defaults};
 use crate::exec::Exec;
-use crate::feed_forward::{FeedForward, expert};
+use crate::feed_forward::{FeedForward, projections};
 use crate::keys::Keys;
 use crate::lfm2::{PROJECTIONS, ShortConv};
 use crate::op::{AttentionShape, Linear, Map, Norm, RopeTable, StateId, StateSpec, Value};
@@ -77,7 +77,7 @@ fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
             },
             post_operator_norm: sandwich.then(|| norm(&mut b, "post_operator_norm")),
             ffn_norm: norm(&mut b, "ffn_norm"),
-            feed_forward: FeedForward::of(expert(&mut b, &format!("{at}.feed_forward"), PROJECTIONS, width)),
+            feed_forward: FeedForward::of(projections(&mut b, &format!("{at}.feed_forward"), PROJECTIONS, width)),
             post_ffn_norm: sandwich.then(|| norm(&mut b, "post_ffn_norm")),
         }
     });

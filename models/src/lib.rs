@@ -16,13 +16,16 @@ mod exaone4;
 mod exec;
 mod falcon_h1;
 mod feed_forward;
+mod gated_delta_net;
 mod gemma;
 mod gemma2;
 mod gemma3_text;
 mod gemma4_attention;
+mod gemma4_experts;
 mod gemma4_text;
 mod glm4;
 mod gpt2;
+mod gpt_oss;
 mod granite;
 mod granite_swa;
 mod granitemoehybrid;
@@ -54,6 +57,7 @@ mod qwen2;
 mod qwen3;
 mod qwen3_5_text;
 mod qwen3_moe;
+mod qwen3_next;
 mod rope;
 mod seed_oss;
 mod smollm3;
@@ -67,13 +71,13 @@ mod youtu;
 pub use config::{Config, ConfigError};
 pub use exec::Exec;
 pub use op::{
-    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, Linear, Map, Norm, Op, Param, Piece, RopeTable, Routing,
-    Scores, StateId, StateSpace, StateSpec, Value, Width, Xielu,
+    Activation, AttentionShape, Conv, DeltaRuleShape, Expert, GateUp, Linear, Map, Norm, Op, Param, Piece, RopeTable,
+    Routing, Scores, StateId, StateSpace, StateSpec, Value, Width, Xielu,
 };
 pub use outline::{Outline, Scaled};
 pub use params::{Layout, ParamSpec, Role, Stack};
 pub use rope::{Growth, LongRope, Rope};
-pub use wrapped::{Wrapped, full_name, text_config, wrapped};
+pub use wrapped::{Wrapped, full_name, parts_of, text_config, wrapped};
 
 use keys::Keys;
 
@@ -170,6 +174,7 @@ const FAMILIES: &[Family] = &[
     gemma4_text::FAMILY,
     glm4::FAMILY,
     gpt2::FAMILY,
+    gpt_oss::FAMILY,
     granite::FAMILY,
     granite_swa::FAMILY,
     granitemoehybrid::FAMILY,
@@ -194,6 +199,7 @@ const FAMILIES: &[Family] = &[
     qwen3::FAMILY,
     qwen3_5_text::FAMILY,
     qwen3_moe::FAMILY,
+    qwen3_next::FAMILY,
     seed_oss::FAMILY,
     smollm3::FAMILY,
     starcoder2::FAMILY,

@@ -128,6 +128,20 @@ pub enum Map {
     Softcap(f32),
     /// `max(x, 0)²` (So et al. 2021).
     SquaredRelu,
+    /// `x / (1 + e^(-alpha x))` with `x` at most `limit`.
+    ClampedSwish {
+        /// How steep it is.
+        alpha: f32,
+        /// The largest `x`.
+        limit: f32,
+    },
+    /// `x`, not beyond `limit` on either side, plus `plus`.
+    Clamp {
+        /// The largest magnitude.
+        limit: f32,
+        /// Added to it.
+        plus: f32,
+    },
 }
 
 /// xIELU (Huang & Schlag 2025): with `p = softplus(positive)` and `n = beta + softplus(negative)`, `p x² + beta x` above 0, else
@@ -196,6 +210,8 @@ pub struct Routing {
     pub scores: Scores,
     /// The weights of a token, which are the chosen scores, are divided by their sum.
     pub normalize: bool,
+    /// `[experts]`: a factor on the weight of each, after that.
+    pub factors: Option<Param>,
 }
 
 /// The scores of experts.
@@ -211,14 +227,41 @@ pub enum Scores {
 }
 
 /// One expert of a mixture: a gated feed-forward part.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Expert {
-    /// `[F, C]`.
-    pub gate: Linear,
-    /// `[F, C]`.
-    pub up: Linear,
+    /// What comes before `down`.
+    pub inner: GateUp,
     /// `[C, F]`.
     pub down: Linear,
+}
+
+/// The gate of an expert, and what passes it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum GateUp {
+    /// `activation(gate) * up`, of a gate and an up `[F, C]`.
+    Apart(Activation, [Linear; 2]),
+    /// Gate and up by turns `[2 F, C]`: `clamped_swish(gate) * (clamp(up) + 1)`, see [`Map`] (gpt-oss).
+    ByTurns {
+        /// Their one layer.
+        layer: Linear,
+        /// `F`.
+        width: usize,
+        /// How steep the gate is.
+        alpha: f32,
+        /// The largest gate, and the largest up of either sign.
+        limit: f32,
+    },
+}
+
+impl Expert {
+    /// All its layers.
+    #[must_use]
+    pub fn layers(&self) -> Vec<Linear> {
+        match self.inner {
+            GateUp::Apart(_, [gate, up]) => vec![gate, up, self.down],
+            GateUp::ByTurns { layer, .. } => vec![layer, self.down],
+        }
+    }
 }
 
 /// A part of each head that is put together.
@@ -455,7 +498,7 @@ pub enum Op {
         /// `[T, experts]`.
         logits: Value,
     },
-    /// The sum of what a token's chosen experts make of it, `down(silu(gate(x)) * up(x))`, each times its weight.
+    /// The sum of what a token's chosen experts make of it, `down(inner(x))`, each times its weight.
     Experts {
         /// All of them.
         experts: Vec<Expert>,

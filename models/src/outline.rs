@@ -138,6 +138,13 @@ impl Builder {
         linear
     }
 
+    /// A linear layer with a bias that adapters leave alone, whose weight files hold as `[in, out]`.
+    pub(crate) fn expert(&mut self, module: &str, out: usize, input: usize) -> Linear {
+        let linear = self.transposed(module, out, input);
+        self.params[linear.weight.0 as usize].role = Role::Fixed;
+        linear
+    }
+
     /// Rows of a stack of matrices in the tensor `name`, as a linear layer.
     pub(crate) fn stacked(&mut self, name: &str, stack: Stack, rows: usize) -> Linear {
         let shape = vec![rows, stack.shape[2]];

@@ -1,17 +1,12 @@
-//! Qwen3.5 (Qwen Team 2026), text: three of four layers are a gated delta net (Yang et al. 2024), linear attention with a
-//! state of fixed size; the others are attention whose output passes a gate.
+//! Qwen3.5 (Qwen Team 2026), text: three of four layers are a gated delta net, the others attention whose output passes a
+//! gate.
 
-use crate::attention::QkNorms;
-use crate::config::{Config, ConfigError, Defaults};
-use crate::exec::Exec;
+use crate::config::ConfigError;
 use crate::feed_forward::{FeedForward, Inner};
+use crate::gated_delta_net::{Hybrid, InputsBy, Mlp};
 use crate::keys::Keys;
-use crate::op::{
-    Activation, AttentionShape, Conv, DeltaRuleShape, Linear, Map, Norm, Param, RopeTable, StateId, StateSpec, Value,
-};
-use crate::outline::{Builder, Outline};
-use crate::rope::RopeKeys;
-use crate::windows::{FULL, layer_types};
+use crate::op::Activation;
+use crate::outline::Builder;
 use crate::{Family, Model};
 
 pub(crate) const FAMILY: Family = Family {
@@ -21,210 +16,10 @@ pub(crate) const FAMILY: Family = Family {
     build,
 };
 
-/// A layer of the delta rule, as `layer_types` spells it.
-const LINEAR: &str = "linear_attention";
-
-struct Qwen3_5 {
-    outline: Outline,
-    layers: Vec<Layer>,
-}
-
-struct Layer {
-    input_norm: Norm,
-    mixer: Mixer,
-    post_attention_norm: Norm,
-    feed_forward: FeedForward,
-}
-
-/// What mixes a layer's tokens.
-enum Mixer {
-    Attention(GatedAttention),
-    DeltaNet(DeltaNet),
-}
-
-/// Attention with a gate for each element of its output; `q` holds a head's queries and gates in turn.
-struct GatedAttention {
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    o: Linear,
-    norms: [Norm; 2],
-    rope: RopeTable,
-    shape: AttentionShape,
-    state: StateId,
-}
-
-struct DeltaNet {
-    qkv: Linear,
-    z: Linear,
-    b: Linear,
-    a: Linear,
-    conv: Conv,
-    conv_state: StateId,
-    rate: Param,
-    bias: Param,
-    shape: DeltaRuleShape,
-    state: StateId,
-    norm: Norm,
-    out: Linear,
-}
-
 fn build(keys: &Keys<'_>) -> Result<Box<dyn Model>, ConfigError> {
-    let defaults = Defaults { kv_heads: Some(4), head_dim: Some(256), positions: 32768, ..Defaults::default() };
-    let config = Config::read(keys, &defaults)?;
-    if !keys.flag("attn_output_gate", true)? {
-        return Err(ConfigError::unsupported("attn_output_gate", "nothing or true", false));
-    }
-    let (ffn, eps) = (keys.size("intermediate_size")?, keys.share("rms_norm_eps", 1e-6)?);
-    let bias = keys.flag("attention_bias", false)?;
-    let types = kinds(keys, config.layers)?;
-    // Text has the same position in all sections.
-    let more = &["mrope_section", "mrope_interleaved"];
-    let rope = RopeKeys { partial: Some(0.25), more, ..RopeKeys::of(&config) }.read(keys)?;
-    let (shape, taps) = (delta_rule(keys, [16, 32])?, keys.count_or("linear_conv_kernel_dim", 4)?);
-    let hidden = config.hidden_size;
-
-    let mut b = Builder::new(config);
-    let rope = b.rope(rope);
-    let layers = types.into_iter().enumerate().map(|(i, kind)| {
-        let at = format!("model.layers.{i}");
-        Layer {
-            input_norm: plus_one(b.rms_norm(&format!("{at}.input_layernorm"), hidden, eps)),
-            mixer: match kind {
-                FULL => Mixer::Attention(GatedAttention::new(&mut b, &format!("{at}.self_attn"), rope, bias, eps)),
-                _ => Mixer::DeltaNet(DeltaNet::new(&mut b, &format!("{at}.linear_attn"), shape, taps, eps)),
-            },
-            post_attention_norm: plus_one(b.rms_norm(&format!("{at}.post_attention_layernorm"), hidden, eps)),
-            feed_forward: FeedForward::new(&mut b, &format!("{at}.mlp"), Inner::Gated(Activation::Silu), ffn, false),
-        }
-    });
-    let layers = layers.collect();
-    let norm = plus_one(b.rms_norm("model.norm", hidden, eps));
-    Ok(Box::new(Qwen3_5 { outline: b.finish(norm), layers }))
-}
-
-/// The kind of each layer: named, or every fourth full, or as often as `full_attention_interval` says.
-fn kinds(keys: &Keys<'_>, layers: usize) -> Result<Vec<&'static str>, ConfigError> {
-    let every = keys.optional_size("full_attention_interval")?.unwrap_or(4);
-    let named = layer_types(keys, layers, &[FULL, LINEAR])?;
-    Ok(named.unwrap_or_else(|| (1..=layers).map(|i| if i % every == 0 { FULL } else { LINEAR }).collect()))
-}
-
-/// The shape that the keys describe; `heads` are those of keys and of values where the file does not say.
-pub(crate) fn delta_rule(keys: &Keys<'_>, heads: [usize; 2]) -> Result<DeltaRuleShape, ConfigError> {
-    let count = |key: &str, default| keys.count_or(key, default);
-    let shape = DeltaRuleShape {
-        key_heads: count("linear_num_key_heads", heads[0])?,
-        value_heads: count("linear_num_value_heads", heads[1])?,
-        key_dim: count("linear_key_head_dim", 128)?,
-        value_dim: count("linear_value_head_dim", 128)?,
+    let width = keys.size("intermediate_size")?;
+    let mlp = |b: &mut Builder, at: &str, _| {
+        Mlp::Dense(FeedForward::new(b, at, Inner::Gated(Activation::Silu), width, false))
     };
-    if !shape.value_heads.is_multiple_of(shape.key_heads) {
-        let expected = format!("a multiple of {} heads of keys", shape.key_heads);
-        return Err(ConfigError::new("linear_num_value_heads", expected, shape.value_heads));
-    }
-    Ok(shape)
-}
-
-fn plus_one(norm: Norm) -> Norm {
-    Norm { plus_one: true, ..norm }
-}
-
-impl GatedAttention {
-    fn new(b: &mut Builder, at: &str, rope: RopeTable, bias: bool, eps: f32) -> Self {
-        let Config { heads, kv_heads, head_dim, hidden_size, .. } = b.config;
-        let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-        Self {
-            q: b.linear(&format!("{at}.q_proj"), 2 * width, hidden_size, bias),
-            k: b.linear(&format!("{at}.k_proj"), kv_width, hidden_size, bias),
-            v: b.linear(&format!("{at}.v_proj"), kv_width, hidden_size, bias),
-            o: b.linear(&format!("{at}.o_proj"), hidden_size, width, bias),
-            norms: QkNorms { plus_one: true, ..QkNorms::of_heads(eps) }.declare(b, at),
-            rope,
-            shape: AttentionShape {
-                heads,
-                kv_heads,
-                head_dim,
-                scale: (head_dim as f32).sqrt().recip(),
-                softcap: None,
-                window: None,
-                sinks: None,
-            },
-            state: b.state(StateSpec::Kv { kv_heads, head_dim, window: None }),
-        }
-    }
-
-    fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
-        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let [q, k, v] = ex.linear_group([self.q, self.k, self.v], h);
-        let [q, gate] = ex.split_heads(q, heads, [head_dim; 2]);
-        let (q, k) = (ex.norm(self.norms[0], q), ex.norm(self.norms[1], k));
-        let (q, k) = (ex.rope(self.rope, heads, q), ex.rope(self.rope, kv_heads, k));
-        let a = ex.attention(self.state, self.shape, q, k, v);
-        let gate = ex.map(Map::Sigmoid, gate);
-        let a = ex.multiply(gate, a);
-        ex.linear(self.o, a)
-    }
-}
-
-impl DeltaNet {
-    fn new(b: &mut Builder, at: &str, shape: DeltaRuleShape, taps: usize, eps: f32) -> Self {
-        let DeltaRuleShape { key_heads, value_heads, key_dim, value_dim } = shape;
-        let (hidden, values) = (b.config.hidden_size, value_heads * value_dim);
-        let channels = 2 * key_heads * key_dim + values;
-        let (conv, conv_state) = b.conv(&format!("{at}.conv1d"), channels, taps, false);
-        Self {
-            qkv: b.linear(&format!("{at}.in_proj_qkv"), channels, hidden, false),
-            z: b.linear(&format!("{at}.in_proj_z"), values, hidden, false),
-            b: b.linear(&format!("{at}.in_proj_b"), value_heads, hidden, false),
-            a: b.linear(&format!("{at}.in_proj_a"), value_heads, hidden, false),
-            conv,
-            conv_state,
-            rate: b.vector(format!("{at}.A_log"), value_heads),
-            bias: b.vector(format!("{at}.dt_bias"), value_heads),
-            shape,
-            state: b.state(StateSpec::Matrix { heads: value_heads, key: key_dim, value: value_dim }),
-            norm: b.rms_norm(&format!("{at}.norm"), value_dim, eps),
-            out: b.linear(&format!("{at}.out_proj"), hidden, values, false),
-        }
-    }
-
-    fn run(&self, ex: &mut dyn Exec, h: Value) -> Value {
-        let DeltaRuleShape { key_heads, value_heads, key_dim, value_dim } = self.shape;
-        let [qkv, z, b, a] = ex.linear_group([self.qkv, self.z, self.b, self.a], h);
-        let qkv = ex.conv(self.conv_state, self.conv, qkv);
-        let qkv = ex.map(Map::Silu, qkv);
-        let keys = key_heads * key_dim;
-        let [q, k, v] = ex.split(qkv, [keys, keys, value_heads * value_dim]);
-        // Queries and keys of length 1; queries are divided by the root of their width, too.
-        let root = (key_dim as f32).sqrt();
-        let (q, k) = (ex.l2_norm(key_dim, 1e-6, q), ex.l2_norm(key_dim, 1e-6, k));
-        let q = ex.scale(root.recip(), q);
-        let (g, beta) = (ex.decay(self.rate, self.bias, a), ex.map(Map::Sigmoid, b));
-        let y = ex.delta_rule(self.state, self.shape, [q, k, v], g, beta);
-        let y = ex.norm(self.norm, y);
-        let y = ex.swiglu(z, y);
-        ex.linear(self.out, y)
-    }
-}
-
-impl Model for Qwen3_5 {
-    fn outline(&self) -> &Outline {
-        &self.outline
-    }
-
-    fn layer(&self, ex: &mut dyn Exec, index: usize, x: Value) -> Value {
-        let l = &self.layers[index];
-
-        let h = ex.norm(l.input_norm, x);
-        let h = match &l.mixer {
-            Mixer::Attention(attention) => attention.run(ex, h),
-            Mixer::DeltaNet(net) => net.run(ex, h),
-        };
-        let x = ex.add(x, h);
-
-        let h = ex.norm(l.post_attention_norm, x);
-        let h = l.feed_forward.run(ex, h);
-        ex.add(x, h)
-    }
+    Ok(Box::new(Hybrid::new(keys, 4, InputsBy::Kind, &mlp)?))
 }

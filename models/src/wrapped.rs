@@ -64,6 +64,14 @@ pub fn full_name(config: &Map<String, Value>, name: &str) -> Option<String> {
     (!name.starts_with(prefix) && !name.starts_with("lm_head.")).then(|| format!("{prefix}{name}"))
 }
 
+/// What comes before and after the number of a matrix in its name, where the tensor `name` of a model that `config` describes
+/// holds matrices, or vectors, that are parameters of their own here.
+#[must_use]
+pub fn parts_of(config: &Map<String, Value>, name: &str) -> Option<(String, &'static str)> {
+    let family = config.get("model_type")?.as_str()?;
+    if family == crate::gpt_oss::FAMILY.model_type { crate::gpt_oss::expert_names(name) } else { None }
+}
+
 /// What a tensor of a model for more than text is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Wrapped<'n> {

@@ -26,11 +26,13 @@ pub(crate) fn architecture(checkpoint: &Checkpoint) -> Result<Box<dyn Model>> {
 pub(crate) fn check_source(source: &dyn Source, place: &Path) -> Result<()> {
     let model = architecture_of(source.config(), place)?;
     check_names(&*model, place, source.tensors().iter().map(|t| t.name.as_str()))?;
-    let metas: HashMap<&str, &TensorMeta> = source.tensors().iter().map(|t| (&t.name[..], t)).collect();
+    let metas: HashMap<&str, (usize, &TensorMeta)> =
+        source.tensors().iter().enumerate().map(|(i, t)| (&t.name[..], (i, t))).collect();
     for spec in model.params() {
         match metas.get(spec.name.as_str()) {
-            Some(meta) if meta.shape == spec.stored() || meta.is_four_bit() && meta.shape == spec.shape => {}
-            Some(meta) => return Err(wrong_shape(place, spec, &meta.shape)),
+            Some((index, meta))
+                if meta.shape == if source.by_rows(*index) { spec.shape.clone() } else { spec.stored() } => {}
+            Some((_, meta)) => return Err(wrong_shape(place, spec, &meta.shape)),
             None => return Err(crate::format::safetensors::missing(place, &spec.name)),
         }
     }

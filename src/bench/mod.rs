@@ -19,6 +19,7 @@ mod learn;
 mod machine;
 mod profile;
 pub mod shape;
+mod shapes;
 mod work;
 
 #[cfg(feature = "ggml")]

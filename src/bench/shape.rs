@@ -1,5 +1,6 @@
 //! Models of known shapes with random weights: what they say is noise, how fast they say it is not.
 
+use super::shapes::SHAPES;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Checkpoint, Existing, Progress, Sidecars, Source, Summary, Target, TensorMeta, quantize};
 use crate::rng::mix;
@@ -8,8 +9,13 @@ use serde_json::{Map, Value, json};
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
 
+/// Plain shapes; [`SHAPES`] has those of other families.
+const PLAIN: [&str; 5] = ["smollm2-135m", "qwen2.5-0.5b", "llama-1b", "qwen2.5-1.5b", "qwen2.5-3b"];
+
 /// The shapes that have names here.
-pub const NAMES: [&str; 5] = ["smollm2-135m", "qwen2.5-0.5b", "llama-1b", "qwen2.5-1.5b", "qwen2.5-3b"];
+pub fn names() -> impl Iterator<Item = &'static str> {
+    PLAIN.into_iter().chain(SHAPES.iter().map(|(name, _)| *name))
+}
 
 /// Key of `config.json` by which a folder is known to hold a shape.
 const MARK: &str = "_name_or_path";
@@ -19,6 +25,26 @@ const MARK: &str = "_name_or_path";
 /// # Errors
 /// There is no shape of that name.
 pub fn config(name: &str) -> Result<Map<String, Value>> {
+    let mut config = match SHAPES.iter().find(|(known, _)| *known == name) {
+        Some((_, config)) => {
+            let mut config = config();
+            config["tie_word_embeddings"] = true.into();
+            config["torch_dtype"] = "bfloat16".into();
+            config["bos_token_id"] = 1.into();
+            config["eos_token_id"] = 2.into();
+            config
+        }
+        None => plain(name)?,
+    };
+    config[MARK] = format!("synthetic/{name}").into();
+    match config {
+        Value::Object(config) => Ok(config),
+        _ => unreachable!("`json!` made an object"),
+    }
+}
+
+/// The same of a plain shape.
+fn plain(name: &str) -> Result<Value> {
     let family = |family: &str, theta: f64| {
         json!({
             "model_type": family, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": theta,
@@ -32,7 +58,10 @@ pub fn config(name: &str) -> Result<Map<String, Value>> {
         "qwen2.5-0.5b" => (family("qwen2", 1e6), [896, 24, 4864, 14, 2, 151_936, 32768]),
         "qwen2.5-1.5b" => (family("qwen2", 1e6), [1536, 28, 8960, 12, 2, 151_936, 32768]),
         "qwen2.5-3b" => (family("qwen2", 1e6), [2048, 36, 11008, 16, 2, 151_936, 32768]),
-        _ => return Err(Error::config("shape", format!("one of `{}`", NAMES.join("`, `")), name)),
+        _ => {
+            let known: Vec<&str> = names().collect();
+            return Err(Error::config("shape", format!("one of `{}`", known.join("`, `")), name));
+        }
     };
     let keys = [
         "hidden_size",
@@ -46,11 +75,7 @@ pub fn config(name: &str) -> Result<Map<String, Value>> {
     for (key, size) in keys.into_iter().zip(sizes) {
         config[key] = size.into();
     }
-    config[MARK] = format!("synthetic/{name}").into();
-    match config {
-        Value::Object(config) => Ok(config),
-        _ => unreachable!("`json!` made an object"),
-    }
+    Ok(config)
 }
 
 /// Writes the shape `name` as a bitsandbytes-NF4 checkpoint to `out`, or takes what is there already. Weights stream
@@ -136,12 +161,39 @@ mod tests {
     fn shapes_have_the_sizes_of_their_models() {
         // Parameters as the model cards count them, embeddings included; the plain Llama's by hand.
         let cards = [134_515_008u64, 494_032_768, 1_038_682_112, 1_543_714_304, 3_085_938_688];
-        for (name, expected) in NAMES.iter().zip(cards) {
-            let source = Synthetic::new(config(name).unwrap()).unwrap();
-            let count: u64 = source.tensors.iter().map(|t| t.shape.iter().map(|&d| d as u64).product::<u64>()).sum();
-            assert_eq!(count, expected, "{name}");
+        for (name, expected) in PLAIN.iter().zip(cards) {
+            assert_eq!(parameters(name), expected, "{name}");
         }
-        assert!(config("llama-9b").is_err());
+        let error = config("llama-9b").unwrap_err().to_string();
+        assert!(error.contains("`gemma4-e2b`"), "{error}");
+    }
+
+    fn parameters(name: &str) -> u64 {
+        let source = Synthetic::new(config(name).unwrap()).unwrap();
+        source.tensors.iter().map(|t| t.shape.iter().map(|&d| d as u64).product::<u64>()).sum()
+    }
+
+    #[test]
+    fn families_have_about_the_published_sizes() {
+        // In millions, of the text model: Qwen3.5, Gemma 4 and Ministral 3 are published with towers for pictures and
+        // sound, which are not counted here.
+        let published = [
+            ("qwen3-0.6b", 596.0),
+            ("gemma3-1b", 1000.0),
+            ("qwen3.5-0.8b", 752.0),
+            ("gemma4-e2b", 4628.0),
+            ("lfm2-1.2b", 1170.0),
+            ("granite-3.3-2b", 2534.0),
+            ("granite-4.0-h-350m", 340.0),
+            ("phi4-mini", 3836.0),
+            ("smollm3-3b", 3075.0),
+            ("ministral3-3b", 3430.0),
+        ];
+        assert_eq!(published.map(|(name, _)| name), SHAPES.map(|(name, _)| name));
+        for (name, millions) in published {
+            let count = parameters(name) as f64 / 1e6;
+            assert!((count / millions - 1.0).abs() < 0.01, "{name}: {count} million instead of {millions}");
+        }
     }
 
     #[test]

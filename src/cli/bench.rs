@@ -16,8 +16,9 @@ pub(super) struct Args {
     /// Directory, .gguf file, or name of a model in the cache.
     #[arg(short, long, default_value = model::DEFAULT, conflicts_with = "shape")]
     model: String,
-    /// Instead of a model: random weights in the shape of smollm2-135m, qwen2.5-0.5b, llama-1b, qwen2.5-1.5b or
-    /// qwen2.5-3b.
+    /// Instead of a model: random weights in the shape of smollm2-135m, qwen2.5-0.5b, llama-1b, qwen2.5-1.5b,
+    /// qwen2.5-3b, qwen3-0.6b, gemma3-1b, qwen3.5-0.8b, gemma4-e2b, lfm2-1.2b, granite-3.3-2b, granite-4.0-h-350m,
+    /// phi4-mini, smollm3-3b or ministral3-3b.
     #[arg(long, value_name = "NAME")]
     shape: Option<String>,
     /// With --shape: keep its files in this folder and use them again next time.

@@ -73,9 +73,7 @@ impl<'p, B: Backend> Interpreter<'p, B> {
         let adapted = |layer: &Linear| !self.pass.adapters().on(layer.weight).is_empty();
         match op {
             Op::Linears { layers, .. } => adapted(&layers[i]),
-            Op::Experts { experts, .. } => {
-                experts.iter().any(|expert| [expert.gate, expert.up, expert.down].iter().any(adapted))
-            }
+            Op::Experts { experts, .. } => experts.iter().any(|expert| expert.layers().iter().any(adapted)),
             // Layers before may have something in training.
             Op::Carried { .. } => true,
             Op::Attention { .. } => i == 0 && self.pass.adapters().prefix().is_some(),

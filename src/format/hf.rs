@@ -7,7 +7,7 @@ use super::source::LeftOut;
 use super::{foreign, place, widen};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{MatrixData, MatrixSource};
-use pocketlora_models::{Stack, Wrapped, full_name, text_config, wrapped};
+use pocketlora_models::{Stack, Wrapped, full_name, parts_of, text_config, wrapped};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
@@ -17,6 +17,8 @@ use std::path::{Component, Path, PathBuf};
 /// Names of embeddings, the usual one first.
 const EMBEDDINGS: [&str; 3] = ["model.embed_tokens.weight", "backbone.embeddings.weight", "transformer.wte.weight"];
 const HEAD: &str = "lm_head.weight";
+/// Upper bound on the parts of one tensor.
+const MAX_PARTS: usize = 4096;
 
 /// A checkpoint whose weights stay in the mapped files.
 #[derive(Debug)]
@@ -62,10 +64,13 @@ impl Checkpoint {
         if let Some(config) = text_config(&checkpoint.config) {
             checkpoint.config = config;
             checkpoint.unwrap_text();
+        } else {
+            checkpoint.leave_out_guesses();
         }
         let missing = |name: &String| Some((name.clone(), full_name(&checkpoint.config, name)?));
         let renamed: Vec<_> = checkpoint.owners.keys().filter_map(missing).collect();
         renamed.into_iter().for_each(|(name, new)| checkpoint.rename(&name, new));
+        checkpoint.divide_stacks();
         checkpoint.settle_head();
         Ok(checkpoint)
     }
@@ -78,14 +83,39 @@ impl Checkpoint {
             match wrapped(&name) {
                 Wrapped::Text(new) if new != name && !self.contains(&new) => self.rename(&name, new),
                 Wrapped::Text(_) => {}
-                Wrapped::Part(part) => {
-                    let bytes = self.find(&name).map_or(0, |tensor| tensor.bytes.len() as u64);
-                    self.owners.remove(&name);
-                    match self.left_out.iter_mut().find(|left_out| left_out.part == part) {
-                        Some(left_out) => left_out.add(bytes),
-                        None => self.left_out.push(LeftOut { part: part.to_owned(), tensors: 1, bytes }),
-                    }
-                }
+                Wrapped::Part(part) => self.leave_out(&name, part),
+            }
+        }
+    }
+
+    /// Leaves out the layers that guess several tokens at once, which models for text alone may have, too (Qwen3-Next).
+    fn leave_out_guesses(&mut self) {
+        let names: Vec<String> = self.names().filter(|name| name.starts_with("mtp.")).map(str::to_owned).collect();
+        names.iter().for_each(|name| self.leave_out(name, "mtp"));
+    }
+
+    fn leave_out(&mut self, name: &str, part: &str) {
+        let bytes = self.find(name).map_or(0, |tensor| tensor.bytes.len() as u64);
+        self.owners.remove(name);
+        match self.left_out.iter_mut().find(|left_out| left_out.part == part) {
+            Some(left_out) => left_out.add(bytes),
+            None => self.left_out.push(LeftOut { part: part.to_owned(), tensors: 1, bytes }),
+        }
+    }
+
+    /// Puts single matrices and vectors in the place of the tensors that hold all of a layer's, where the family has
+    /// those: they lie there one after the other.
+    fn divide_stacks(&mut self) {
+        let stack = |name: &String| Some((name.clone(), parts_of(&self.config, name)?));
+        let stacks: Vec<_> = self.owners.keys().filter_map(stack).collect();
+        for (name, (before, after)) in stacks {
+            let owner = self.owners[&name];
+            let parts = self.find(&name).and_then(|tensor| tensor.shape.first().copied()).unwrap_or_default();
+            // More have no model, and their names would fill the memory.
+            let names: Vec<String> = (0..parts.min(MAX_PARTS)).map(|i| format!("{before}{i}.{after}")).collect();
+            if names.iter().all(|name| !self.owners.contains_key(name)) && self.files[owner].divide(&name, &names) {
+                self.owners.remove(&name);
+                self.owners.extend(names.into_iter().map(|name| (name, owner)));
             }
         }
     }

@@ -75,7 +75,7 @@ enum Data {
 
 impl HfSource {
     /// Opens the directory or `.safetensors` file at `path`, as [`Checkpoint::open`] does; also one in the 4 or 8 bits of
-    /// GPTQ, AWQ, mlx or LLM.int8(), or in FP8.
+    /// GPTQ, AWQ, mlx or LLM.int8(), in FP8 or MXFP4.
     ///
     /// # Errors
     /// A file is missing or malformed, or a weight is neither of these nor F32, F16 or BF16.
@@ -147,6 +147,10 @@ impl Source for HfSource {
             Data::FourBit(data) if data.code == NF4 => self.checkpoint.parts(&self.tensors[index].name),
             _ => Vec::new(),
         }
+    }
+
+    fn by_rows(&self, index: usize) -> bool {
+        !matches!(self.data[index], Data::Dense(..))
     }
 
     fn sidecars(&self) -> Result<Sidecars> {

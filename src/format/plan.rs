@@ -128,7 +128,8 @@ impl Plan {
                 false => Store::Float(FloatType::F32),
             };
             let weight = Weight::new(index, meta, store)?;
-            let turned = linear && !skip && linears.is_transposed(&meta.name);
+            // In four bits all have rows.
+            let turned = linears.is_transposed(&meta.name) && (linear && !skip) != source.by_rows(index);
             weights.push(if turned { weight.transposed() } else { weight });
         }
         skipped.sort();

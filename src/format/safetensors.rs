@@ -125,6 +125,23 @@ impl TensorFile {
         }
     }
 
+    /// Puts the parts `names` of equal length, one for each number of the first dimension, in the place of the tensor
+    /// `name`; returns whether it has so many.
+    pub(super) fn divide(&mut self, name: &str, names: &[String]) -> bool {
+        let whole = self.tensors.get(name).filter(|t| t.shape.len() > 1 && t.shape[0] == names.len());
+        let Some(whole) = whole.filter(|t| !names.is_empty() && t.bytes.len().is_multiple_of(names.len())).cloned()
+        else {
+            return false;
+        };
+        self.tensors.remove(name);
+        let size = whole.bytes.len() / names.len();
+        for (i, name) in names.iter().enumerate() {
+            let bytes = whole.bytes.slice(i * size..(i + 1) * size);
+            self.tensors.insert(name.clone(), Tensor { dtype: whole.dtype, shape: whole.shape[1..].to_vec(), bytes });
+        }
+        true
+    }
+
     /// All tensors by name, sorted.
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))

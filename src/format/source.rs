@@ -70,6 +70,11 @@ pub trait Source: Send + Sync {
     fn nf4(&self, _index: usize) -> Vec<(&'static str, Tensor)> {
         Vec::new()
     }
+    /// Whether tensor number `index` has rows where other files of its family have columns, as what was packed in few bits
+    /// does.
+    fn by_rows(&self, _index: usize) -> bool {
+        false
+    }
     /// Tokenizer and chat template.
     ///
     /// # Errors

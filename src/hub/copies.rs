@@ -184,6 +184,10 @@ impl Source for WithOrigin {
         self.inner.read_rows(index, rows, out)
     }
 
+    fn by_rows(&self, index: usize) -> bool {
+        self.inner.by_rows(index)
+    }
+
     fn sidecars(&self) -> Result<Sidecars> {
         let mut sidecars = self.inner.sidecars()?;
         let sizes = sidecars.files.iter().map(|(name, bytes)| (name.clone(), bytes.len() as u64));

@@ -69,6 +69,15 @@ pub(crate) fn refuse_model(out: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Says that the dropout of attention that a base asks for in training is left out, as it is of all whose config has none.
+fn left_out_dropout(share: f32) -> Option<Error> {
+    let message = format!(
+        "the base's own attention dropout of {share} is left out in training; `--dropout` drops inputs of the adapter"
+    );
+    let place = "key `attention_dropout` (GPT-2: `attn_pdrop`) of the model's config.json";
+    (share > 0.0).then(|| Error::new(ErrorCode::Unsupported, place, message))
+}
+
 /// Refuses `virtual_tokens` that leave too few of the model's positions for the samples.
 fn check_places<B: Backend>(base: &Base<B>, virtual_tokens: usize, data: &Dataset) -> Result<()> {
     let (places, longest) = (base.model.config().max_positions, data.longest());
@@ -176,15 +185,6 @@ impl<B: Backend> Trainer<B> {
     ) -> Result<Self> {
         let Material { data, eval_data, general, prompts, quiz } = material;
         config.validate()?;
-        let attention_dropout = base.model.config().attention_dropout;
-        if attention_dropout > 0.0 {
-            let message = format!("{attention_dropout} is not supported in training; set it to 0 there");
-            return Err(Error::new(
-                ErrorCode::Unsupported,
-                "key `attention_dropout` (GPT-2: `attn_pdrop`) of the model's config.json",
-                message,
-            ));
-        }
         config.check_evaluated(eval_data.is_some())?;
         let init = init.map(|file| file.fitted(base.model.as_ref())).transpose()?;
         let init = init.as_deref();
@@ -242,6 +242,9 @@ impl<B: Backend> Trainer<B> {
             let place = init.map_or_else(String::new, |file| format!("`{}`", file.dir.display()));
             Error::new(ErrorCode::AdapterMismatch, place, message)
         };
+        let undropped = left_out_dropout(base.model.config().attention_dropout);
+        let doubts = doubts.into_iter().map(doubt);
+        let warnings = too_warm.into_iter().chain(undropped).chain(learned_too).chain(doubts).collect();
         let named = init.and_then(|file| file.base.clone()).filter(|name| !is_copy(name)).or(base_name);
         let tensors = match init {
             Some(file) => file.tensors.clone(),
@@ -274,7 +277,7 @@ impl<B: Backend> Trainer<B> {
         Ok(Self {
             base,
             config,
-            warnings: too_warm.into_iter().chain(learned_too).chain(doubts.into_iter().map(doubt)).collect(),
+            warnings,
             eval_overlap,
             data,
             batches,

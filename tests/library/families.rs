@@ -11,14 +11,14 @@ use pocketlora::{Engine, internals};
 use pocketlora_kernels::WorkType;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 /// Folders of goldens, with how far logits may be off. Of a recurrence rounding grows along the text: transformers itself
 /// is 6e-5 away from itself there.
-const FAMILIES: [(&str, f32); 43] = [
+const FAMILIES: [(&str, f32); 46] = [
     ("apertus", 1e-4),
     ("arcee", 1e-4),
     ("bitnet", 1e-4),
@@ -29,8 +29,10 @@ const FAMILIES: [(&str, f32); 43] = [
     ("gemma2", 1e-4),
     ("gemma3_text", 1e-4),
     ("gemma4_text", 1e-4),
+    ("gemma4_text_moe", 1e-4),
     ("glm4", 1e-4),
     ("gpt2", 1e-4),
+    ("gpt_oss", 1e-4),
     ("granite", 1e-4),
     ("granite_swa", 1e-4),
     ("granitemoehybrid", 1e-4),
@@ -58,6 +60,7 @@ const FAMILIES: [(&str, f32); 43] = [
     ("qwen3", 1e-4),
     ("qwen3_5_text", 3e-4),
     ("qwen3_moe", 1e-4),
+    ("qwen3_next", 3e-4),
     ("seed_oss", 1e-4),
     ("smollm3", 1e-4),
     ("starcoder2", 1e-4),
@@ -99,7 +102,8 @@ fn adapter_of(name: &str, dir: &Path) -> PathBuf {
         .zip(&bytes)
         .map(|((name, t), bytes)| (name.as_str(), TensorView::new(Dtype::F32, t.shape.clone(), bytes).unwrap()));
     fs::write(dir.join("adapter_model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
-    let targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    let targets = all.keys().filter(|name| !name.contains(".experts.")).filter_map(|name| name.rsplit('.').nth(2));
+    let targets: BTreeSet<&str> = targets.chain(["gate_proj", "up_proj", "down_proj"]).collect();
     let config = json!({"peft_type": "LORA", "r": EXPERT_RANK, "lora_alpha": 2 * EXPERT_RANK, "target_modules": targets,
                         "task_type": "CAUSAL_LM"});
     fs::write(dir.join("adapter_config.json"), config.to_string()).unwrap();

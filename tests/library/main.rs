@@ -20,6 +20,7 @@ mod head;
 mod keep;
 mod merge;
 mod methods;
+mod mxfp4;
 mod packed;
 mod peft_curve;
 #[cfg(feature = "hub")]

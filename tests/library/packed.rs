@@ -167,7 +167,10 @@ fn model(dir: &Path, name: &str, pack: Pack, config: &Value) -> (PathBuf, BTreeM
     let bytes = fs::read(base.join("model.safetensors")).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let (mut all, mut weights, mut n) = (Parts::new(), BTreeMap::new(), Numbers(7));
-    for (name, tensor) in file.tensors() {
+    // In a fixed order, so that each run has the same numbers.
+    let mut tensors = file.tensors();
+    tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+    for (name, tensor) in tensors {
         match name.strip_suffix("_proj.weight") {
             Some(_) => {
                 let module = name.trim_end_matches(".weight");

@@ -229,7 +229,7 @@ fn only_what_the_assistant_says_is_learned() {
 }
 
 #[test]
-fn dropped_attention_is_refused_in_training_alone() {
+fn dropout_of_attention_is_left_out_with_a_warning() {
     let f = fixture();
     let path = f.model.join("config.json");
     let mut model: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
@@ -237,9 +237,35 @@ fn dropped_attention_is_refused_in_training_alone() {
     fs::write(&path, model.to_string()).unwrap();
     let engine = f.engine(1);
     let data = engine.dataset(&f.data, 1024).unwrap();
-    let error = engine.trainer(config(), data, None, None, &f.out("dropped")).err().unwrap();
-    assert_eq!(error.code(), ErrorCode::Unsupported);
-    assert!(error.to_string().contains("attention_dropout"), "{error}");
+    let out = f.out("dropped");
+    let mut trainer = engine.trainer(config(), data, None, None, &out).unwrap();
+    let mut warned = Warned(Vec::new());
+    trainer.step(&mut warned).unwrap();
+    trainer.step(&mut warned).unwrap();
+    let [warning] = &warned.0[..] else { panic!("{:?}", warned.0) };
+    assert!(warning.contains("the base's own attention dropout of 0.1 is left out in training"), "{warning}");
+    drop(trainer);
+    // Nothing else is different.
+    model["attention_dropout"] = 0.0.into();
+    fs::write(&path, model.to_string()).unwrap();
+    let engine = f.engine(1);
+    let plain = f.out("plain");
+    let mut trainer = engine.trainer(config(), engine.dataset(&f.data, 1024).unwrap(), None, None, &plain).unwrap();
+    let mut quiet = Warned(Vec::new());
+    trainer.step(&mut quiet).unwrap();
+    assert_eq!(quiet.0, Vec::<String>::new());
+}
+
+struct Warned(Vec<String>);
+
+impl Observer for Warned {
+    fn on_step(&mut self, _: &StepReport) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    fn on_warning(&mut self, warning: &pocketlora::Error) {
+        self.0.push(warning.to_string());
+    }
 }
 
 #[test]

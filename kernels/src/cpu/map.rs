@@ -21,6 +21,20 @@ pub enum Map {
     GeluTanh,
     /// `max(x, 0)²` (So et al. 2021).
     SquaredRelu,
+    /// `x / (1 + e^(-alpha x))` with `x` at most `limit`.
+    ClampedSwish {
+        /// How steep it is.
+        alpha: f32,
+        /// The largest `x`.
+        limit: f32,
+    },
+    /// `x`, not beyond `limit` on either side, plus `plus`.
+    Clamp {
+        /// The largest magnitude.
+        limit: f32,
+        /// Added to it.
+        plus: f32,
+    },
     /// xIELU (Huang & Schlag 2025): `positive x² + beta x` above 0, else `negative (e^min(x, eps) - 1 - x) + beta x`.
     Xielu {
         /// How fast it grows above 0.
@@ -59,6 +73,14 @@ pub(super) fn values<const FMA: bool>(kind: Map, x: &[f32], y: &mut [f32]) {
         Map::Softcap(cap) => map([x], y, |[x]| cap * tanh::<FMA>(x / cap)),
         Map::GeluTanh => map([x], y, |[x]| x * logistic::<FMA, true>(x).0),
         Map::SquaredRelu => map([x], y, |[x]| relu(x) * relu(x)),
+        Map::ClampedSwish { alpha, limit } => map([x], y, |[x]| {
+            let x = if x > limit { limit } else { x };
+            x * sigmoid::<FMA>(alpha * x)
+        }),
+        Map::Clamp { limit, plus } => map([x], y, |[x]| {
+            let low = if x < -limit { -limit } else { x };
+            plus + if low > limit { limit } else { low }
+        }),
         Map::Xielu { positive, negative, beta, eps } => map([x], y, |[x]| {
             let low = if x > eps { eps } else { x };
             let bent = negative * (exp::<FMA>(low) - 1.0 - x);
@@ -89,6 +111,12 @@ pub(super) fn slopes<const FMA: bool>(kind: Map, x: &[f32], dy: &[f32], dx: &mut
             dy * s * (1.0 + xz * (1.0 - s))
         }),
         Map::SquaredRelu => map([x, dy], dx, |[x, dy]| 2.0 * dy * relu(x)),
+        Map::ClampedSwish { alpha, limit } => map([x, dy], dx, |[x, dy]| {
+            let s = sigmoid::<FMA>(alpha * x);
+            let slope = s * (1.0 + alpha * x * (1.0 - s));
+            if x > limit { 0.0 } else { dy * slope }
+        }),
+        Map::Clamp { limit, .. } => map([x, dy], dx, |[x, dy]| if x.abs() > limit { 0.0 } else { dy }),
         Map::Xielu { positive, negative, beta, eps } => map([x, dy], dx, |[x, dy]| {
             let rise = if x < eps { exp::<FMA>(x) } else { 0.0 };
             let slope = if x > 0.0 { 2.0 * positive * x } else { negative * (rise - 1.0) };

@@ -12,6 +12,11 @@ fn map(kind: Map, x: f64) -> f64 {
         Map::Softcap(cap) => f64::from(cap) * (x / f64::from(cap)).tanh(),
         Map::GeluTanh => oracle::gelu(x),
         Map::SquaredRelu => x.max(0.0).powi(2),
+        Map::ClampedSwish { alpha, limit } => {
+            let x = x.min(f64::from(limit));
+            x / (1.0 + (-f64::from(alpha) * x).exp())
+        }
+        Map::Clamp { limit, plus } => x.clamp(-f64::from(limit), f64::from(limit)) + f64::from(plus),
         Map::Xielu { positive, beta, .. } if x > 0.0 => f64::from(positive) * x * x + f64::from(beta) * x,
         Map::Xielu { negative, beta, eps, .. } => {
             f64::from(negative) * (x.min(f64::from(eps)).exp_m1() - x) + f64::from(beta) * x
@@ -31,6 +36,8 @@ fn functions_of_an_element_and_their_gradients_meet_the_oracle() {
         Map::Softcap(0.7),
         Map::GeluTanh,
         Map::SquaredRelu,
+        Map::ClampedSwish { alpha: 1.702, limit: 2.0 },
+        Map::Clamp { limit: 2.5, plus: 1.0 },
         Map::Xielu { positive: 0.7, negative: 1.1, beta: 0.5, eps: -1e-6 },
     ] {
         for n in [0, 1, 9, 100, 16391] {

@@ -233,6 +233,10 @@ impl Source for Merged {
         }
     }
 
+    fn by_rows(&self, index: usize) -> bool {
+        self.weights[index].of_base().is_some_and(|at| self.base.by_rows(at))
+    }
+
     fn sidecars(&self) -> Result<Sidecars> {
         let base = self.base.sidecars()?;
         self.own.as_ref().map_or(Ok(base.clone()), |own| own.over(base))

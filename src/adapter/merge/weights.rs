@@ -42,6 +42,14 @@ impl Weight {
         Self { origin: self.origin.clone(), rows: Arc::clone(&self.rows), folds: Vec::new() }
     }
 
+    /// The number of what it is made of in the base, if that is a weight of it.
+    pub fn of_base(&self) -> Option<usize> {
+        match self.origin {
+            Origin::Base(at) => Some(at),
+            _ => None,
+        }
+    }
+
     /// Its number in the base, if it is that one.
     pub fn unchanged(&self) -> Option<usize> {
         match self.origin {

@@ -76,13 +76,13 @@ impl Targets {
     }
 
     /// Which weight an adapter on the experts at the path `module` is for, inside `depth` others: PEFT wraps the module once
-    /// for each weight, and the last one is outside.
+    /// for each weight in the module's own order, whatever the order of the list, and the last one is outside.
     pub(super) fn weight_of_experts(&self, module: &str, depth: usize) -> Option<&'static str> {
         if !module.ends_with(".experts") {
             return None;
         }
-        let weight = |name: &String| FUSED.iter().copied().find(|fused| is_end(name, fused));
-        self.parameters.iter().rev().filter_map(weight).nth(depth)
+        let named = |fused: &&&str| self.parameters.iter().any(|name| is_end(name, fused));
+        FUSED.iter().rev().filter(named).nth(depth).copied()
     }
 
     /// The ends of paths, where a list of them says all; exceptions and expressions need full paths to say the same.

@@ -1,4 +1,4 @@
-//! `y` is the sum of `weight * down(silu(gate(x)) * up(x))` over the experts that a token chose.
+//! `y` is the sum of `weight * down(inner(x))` over the experts that a token chose.
 //!
 //! An expert takes the rows of its tokens at once, on a tape of its own. Backward computes again what it makes of them: only
 //! the choice is kept.
@@ -8,7 +8,7 @@ use super::route::chosen;
 use crate::adapter::Gradients;
 use crate::error::Result;
 use pocketlora_kernels::{Backend, Call};
-use pocketlora_models::{Exec, Expert, Value};
+use pocketlora_models::{Exec, Expert, GateUp, Map, Op, Value};
 
 /// The tokens of one expert.
 #[derive(Default)]
@@ -39,7 +39,7 @@ pub(super) fn run<B: Backend>(
         let made = record(&mut tape, expert);
         let made = tape.into_value(made)?;
         let mut term = it.buffer(backend.len(&made))?;
-        // y += weight * down(silu(gate(x)) * up(x))
+        // y += weight * down(inner(x))
         backend.run(Call::ScaleRows { factors: &factors, x: &made, y: &mut term })?;
         backend.run(Call::ScatterAddRows { x: &term, rows: &tokens.rows, y: &mut out })?;
         [factors, made, term].into_iter().for_each(|buffer| it.put(buffer));
@@ -98,10 +98,21 @@ pub(super) fn back<B: Backend>(
     it.add_grad(weights, dweights)
 }
 
-/// `down(silu(gate(x)) * up(x))` of the tape's first value.
+/// `down(inner(x))` of the tape's first value.
 fn record(ex: &mut dyn Exec, expert: &Expert) -> Value {
-    let [gate, up] = ex.linear_group([expert.gate, expert.up], Value(0));
-    let h = ex.swiglu(gate, up);
+    let h = match expert.inner {
+        GateUp::Apart(activation, gate_up) => {
+            let [gate, up] = ex.linear_group(gate_up, Value(0));
+            ex.run(Op::Gate { activation, gate, up })
+        }
+        GateUp::ByTurns { layer, width, alpha, limit } => {
+            let gate_up = ex.linear(layer, Value(0));
+            let [gate, up] = ex.split_heads(gate_up, width, [1, 1]);
+            let gate = ex.map(Map::ClampedSwish { alpha, limit }, gate);
+            let up = ex.map(Map::Clamp { limit, plus: 1.0 }, up);
+            ex.multiply(gate, up)
+        }
+    };
     ex.linear(expert.down, h)
 }
 

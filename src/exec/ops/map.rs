@@ -29,5 +29,7 @@ fn kind(map: Map) -> pocketlora_kernels::Map {
         Map::GeluTanh => pocketlora_kernels::Map::GeluTanh,
         Map::Softcap(cap) => pocketlora_kernels::Map::Softcap(cap),
         Map::SquaredRelu => pocketlora_kernels::Map::SquaredRelu,
+        Map::ClampedSwish { alpha, limit } => pocketlora_kernels::Map::ClampedSwish { alpha, limit },
+        Map::Clamp { limit, plus } => pocketlora_kernels::Map::Clamp { limit, plus },
     }
 }

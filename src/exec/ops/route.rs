@@ -12,7 +12,7 @@ pub(super) fn run<B: Backend>(
     logits: Value,
     y: Value,
 ) -> Result<()> {
-    let Routing { top: top_k, normalize, scores } = *routing;
+    let Routing { top: top_k, normalize, scores, .. } = *routing;
     let (pass, backend) = (it.pass, it.backend());
     let numbers = chosen(y);
     let (mut weights, mut chosen) = (it.buffer(it.len(y))?, it.buffer(it.len(numbers))?);
@@ -31,6 +31,13 @@ pub(super) fn run<B: Backend>(
     // weights = scores(logits)[chosen]
     let (scores, logits) = (kernel(scores), it.data(logits));
     backend.run(Call::Route { top_k, scores, normalize, logits, chosen: &chosen, weights: &mut weights })?;
+    if let Some(of_experts) = routing.factors {
+        let factors = factors_of(it, of_experts, &as_numbers(backend, &chosen)?)?;
+        let mut scaled = it.buffer(it.len(y))?;
+        // weights = factors[chosen] * weights
+        it.backend().run(Call::Multiply { a: &factors, b: &weights, y: &mut scaled })?;
+        [factors, std::mem::replace(&mut weights, scaled)].into_iter().for_each(|buffer| it.put(buffer));
+    }
     it.set(y, weights);
     it.set(numbers, chosen);
     Ok(())
@@ -56,6 +63,20 @@ fn choose<B: Backend>(
     Ok(())
 }
 
+/// The factors `of_experts` of those that were chosen.
+fn factors_of<B: Backend>(it: &mut Interpreter<'_, B>, of_experts: Param, chosen: &[u32]) -> Result<B::Buffer> {
+    let mut factors = it.buffer(chosen.len())?;
+    it.backend().run(Call::GatherRows { x: it.pass.vector(of_experts), rows: chosen, y: &mut factors })?;
+    Ok(factors)
+}
+
+/// Numbers of experts, which a device holds as floats.
+fn as_numbers<B: Backend>(backend: &B, chosen: &B::Buffer) -> Result<Vec<u32>> {
+    let mut numbers = vec![0.0; backend.len(chosen)];
+    backend.read(chosen, &mut numbers)?;
+    Ok(numbers.into_iter().map(|number| number as u32).collect())
+}
+
 /// The kernels' name of a kind of scores.
 fn kernel(scores: Scores) -> kernels::Scores {
     match scores {
@@ -69,9 +90,16 @@ pub(super) fn back<B: Backend>(
     routing: &Routing,
     logits: Value,
     y: Value,
-    dweights: B::Buffer,
+    mut dweights: B::Buffer,
 ) -> Result<()> {
     let [mut dlogits] = it.like([logits])?;
+    if let Some(of_experts) = routing.factors {
+        let factors = factors_of(it, of_experts, &as_numbers(it.backend(), it.data(chosen(y)))?)?;
+        let [mut scaled] = it.like([y])?;
+        // weights = factors[chosen] * weights, so dweights = factors[chosen] * dweights
+        it.backend().run(Call::Multiply { a: &factors, b: &dweights, y: &mut scaled })?;
+        [factors, std::mem::replace(&mut dweights, scaled)].into_iter().for_each(|buffer| it.put(buffer));
+    }
     // weights, chosen = top(scores(logits)); the choice stays as it was
     it.backend().run(Call::RouteVjp {
         top_k: routing.top,
@@ -114,7 +142,7 @@ mod tests {
             let mut logits = base.backend.buffer(3 * width).unwrap();
             logits.chunks_mut(width).for_each(|row| (row[best], row[best + 1]) = (2.0, 1.0));
             let mut it = Interpreter::new(&pass, Some(logits), false, &mut pool);
-            let routing = Routing { top: 2, scores: Scores::Softmax, normalize: true };
+            let routing = Routing { top: 2, scores: Scores::Softmax, normalize: true, factors: None };
             let op = Op::Route { router: Param(router), routing, logits: Value(0) };
             let y = it.declare(&op);
             it.run(&op, y).unwrap();

@@ -43,7 +43,7 @@ const METHODS: &[(&str, &str)] = &[
 const EIGHT_BIT: &str = "bitsandbytes in 8 bits";
 
 /// What is read as a source of `quantize`, though it is not run as it is.
-const SOURCES: &[&str] = &["GPTQ", "AWQ", "AWQ or GPTQ", "FP8", "MLX", EIGHT_BIT];
+const SOURCES: &[&str] = &["GPTQ", "AWQ", "AWQ or GPTQ", "FP8", "MXFP4", "MLX", EIGHT_BIT];
 
 /// Which models are let through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -17,6 +17,17 @@ impl Packed {
     fn row(&self, row: usize, out: &mut [f32]) {
         let (cols, scales) = (self.cols, &self.scales);
         match &self.form {
+            Form::Mxfp4 { exponents } => {
+                let blocks = cols / 32;
+                let codes = self.codes[row * blocks * 16..].chunks_exact(16);
+                let of_row = exponents[row * blocks..].iter().zip(codes);
+                for (out, (exponent, codes)) in out.chunks_exact_mut(32).zip(of_row) {
+                    let scale = e8m0(*exponent);
+                    for (y, code) in out.chunks_exact_mut(2).zip(codes) {
+                        (y[0], y[1]) = (E2M1[usize::from(code & 15)] * scale, E2M1[usize::from(code >> 4)] * scale);
+                    }
+                }
+            }
             Form::Fp8 { block: [rows, width] } => {
                 let own = &scales[row / rows * cols.div_ceil(*width)..];
                 let codes = &self.codes[row * cols..];
@@ -70,6 +81,18 @@ fn code_at(bytes: &[u8], first: usize, i: usize, bits: usize) -> u32 {
     word(bytes, first + i / per_word) >> (i % per_word * bits) & mask(bits)
 }
 
+/// A sign, two bits of exponent, one of fraction.
+const E2M1: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+
+/// Eight bits of exponent: `2^(e - 127)`, and a NaN as the last.
+fn e8m0(exponent: u8) -> f32 {
+    match exponent {
+        0 => f32::from_bits(1 << 22),
+        255 => f32::NAN,
+        e => f32::from_bits(u32::from(e) << 23),
+    }
+}
+
 /// A sign, four bits of exponent, three of fraction; no infinity.
 fn e4m3(code: u8) -> f32 {
     let (exponent, fraction) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
@@ -83,7 +106,15 @@ fn e4m3(code: u8) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::e4m3;
+    use super::{e4m3, e8m0};
+
+    #[test]
+    fn exponents_are_powers_of_two() {
+        for (code, value) in [(0, 2f32.powi(-126) / 2.0), (1, 2f32.powi(-126)), (127, 1.0), (254, 2f32.powi(127))] {
+            assert_eq!(e8m0(code), value, "{code}");
+        }
+        assert!(e8m0(255).is_nan());
+    }
 
     #[test]
     fn e4m3_is_what_the_standard_says() {

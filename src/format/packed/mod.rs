@@ -2,6 +2,7 @@
 //!
 //! | form | tensors of a module | a weight |
 //! |---|---|---|
+//! | MXFP4 | `mxfp4_blocks` `[out, in / 32, 16]`, `mxfp4_scales` `[out, in / 32]`, as [`Checkpoint`] names those of an expert | `w 2^(s - 127)` |
 //! | FP8 (E4M3) | `weight` `[out, in]`, `weight_scale_inv` by blocks or for all, or `weight_scale` by rows or for all | `w s` |
 //! | LLM.int8() | `weight` `[out, in]`, `SCB` `[out]` | `w SCB / 127` |
 //! | mlx | `weight` `[out, in bits / 32]`, `scales`, `biases` `[out, in / group]` | `q s + b` |
@@ -39,6 +40,8 @@ impl Packed {
 /// How codes become numbers.
 #[derive(Debug)]
 enum Form {
+    /// E2M1, an exponent for each 32 inputs (OCP 2023).
+    Mxfp4 { exponents: Bytes },
     /// E4M3, a scale for each block of so many rows and columns.
     Fp8 { block: [usize; 2] },
     /// Whole numbers, a scale for each row.
@@ -67,19 +70,22 @@ pub(super) struct Found {
 pub(super) fn find(checkpoint: &Checkpoint, config: &Map<String, Value>) -> Result<Found> {
     let mut found = Found::default();
     let module = |name: &str| -> Option<String> {
-        let ending = [".qweight", ".SCB", ".weight_scale_inv", ".weight_scale", ".scales"];
+        let ending = [".mxfp4_blocks", ".qweight", ".SCB", ".weight_scale_inv", ".weight_scale", ".scales"];
         ending.iter().find_map(|ending| name.strip_suffix(ending)).map(str::to_owned)
     };
     let modules: BTreeSet<String> = checkpoint.names().filter_map(module).collect();
     for module in modules {
         let parts = Parts { checkpoint, config, module: &module };
         let packed = match () {
+            () if parts.has("mxfp4_blocks") => parts.mxfp4()?,
             () if parts.has("qweight") => parts.by_columns()?,
             () if parts.has("SCB") => parts.int8()?,
             () if parts.has("weight_scale_inv") || parts.has("weight_scale") => parts.fp8()?,
             () => parts.affine()?,
         };
-        const PARTS: [&str; 12] = [
+        const PARTS: [&str; 14] = [
+            "mxfp4_blocks",
+            "mxfp4_scales",
             "weight",
             "qweight",
             "SCB",
@@ -157,6 +163,21 @@ impl<'a> Parts<'a> {
 
     fn packed(&self, name: &str, [rows, cols]: [usize; 2], form: Form, codes: &Tensor, scales: Vec<f32>) -> Packed {
         Packed { rows, cols, name: name.to_owned(), form, codes: codes.bytes.clone(), scales }
+    }
+
+    fn mxfp4(&self) -> Result<Packed> {
+        let bytes = |part: &str| {
+            let tensor = self.checkpoint.tensor(&format!("{}.{part}", self.module)).ok();
+            tensor.filter(|tensor| tensor.dtype == Dtype::U8)
+        };
+        let codes = bytes("mxfp4_blocks").filter(|t| matches!(t.shape[..], [rows, blocks, 16] if rows * blocks > 0));
+        let codes = codes.ok_or_else(|| self.bad("mxfp4_blocks", "`U8` of shape `[out, in / 32, 16]`"))?;
+        let exponents = bytes("mxfp4_scales").filter(|t| t.shape == codes.shape[..2]);
+        let exponents = exponents.ok_or_else(|| {
+            self.bad("mxfp4_scales", format!("`U8` of shape `{:?}`, one for each block", &codes.shape[..2]))
+        })?;
+        let form = Form::Mxfp4 { exponents: exponents.bytes.clone() };
+        Ok(self.packed("MXFP4", [codes.shape[0], 32 * codes.shape[1]], form, codes, Vec::new()))
     }
 
     fn fp8(&self) -> Result<Packed> {
