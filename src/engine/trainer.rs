@@ -61,7 +61,7 @@ impl Engine {
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Trainer> {
-init.map_or(Ok(()), |file| self.check_strictly(file))?;
+        init.map_or(Ok(()), |file| self.check_strictly(file))?;
         self.choose_threads_for_long();
         let name = Some(self.0.base_name.clone());
         let base = Arc::clone(self.base());
