@@ -68,6 +68,16 @@ aarch64:
 phones:
     .ci/run phones
 
+# Fuzz one target of `fuzz/` for ten minutes, or as `cargo fuzz run` is told. Needs cargo-fuzz and a nightly compiler.
+fuzz TARGET *ARGS="-- -max_total_time=600 -rss_limit_mb=4096":
+    mkdir -p fuzz/corpus/{{ TARGET }}
+    cargo +nightly fuzz run {{ TARGET }} fuzz/corpus/{{ TARGET }} fuzz/seeds/{{ TARGET }} {{ ARGS }}
+
+# Compare with transformers, bitsandbytes, PEFT, llama.cpp and mlx-lm, in a venv of pinned versions. Takes long the first time.
+interop *ARGS:
+    cargo build --release
+    tests/interop/run {{ ARGS }}
+
 # The documentation, without broken links.
 doc:
     .ci/run doc

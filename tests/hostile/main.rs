@@ -4,6 +4,7 @@
 mod common;
 #[cfg(all(unix, feature = "cli"))]
 mod full_disk;
+mod fuzz;
 mod models;
 mod sidecars;
 mod values;
