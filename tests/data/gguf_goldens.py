@@ -1,4 +1,5 @@
 """Writes tests/data/gguf_types.gguf (every supported type, by gguf-py) with gguf-py's dequantization beside each tensor,
+tests/data/gguf_few_bits.gguf (the same of the types of few bits),
 and tests/data/gguf_smollm2_rows.json (rows of the real model in Hugging Face order). usage: gguf_goldens.py OUT_DIR MODEL.gguf"""
 import json, sys
 import numpy as np, gguf
@@ -37,6 +38,24 @@ for t in [T.F32, T.F16, T.BF16] + list(HALF):
     assert np.isfinite(want).all(), t
     w.add_tensor(t.name, data, raw_dtype=t)
     w.add_tensor(t.name + ".f32", want)
+w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
+
+# Types of few bits, which gguf-py cannot quantize to: random codes under ordinary scales.
+FEW = {T.Q2_K: [80, 82], T.Q3_K: [108], T.IQ1_S: [0], T.IQ1_M: [], T.IQ2_XXS: [0], T.IQ2_XS: [0], T.IQ2_S: [0], T.IQ3_XXS: [0],
+       T.IQ3_S: [0], T.IQ4_NL: [0], T.IQ4_XS: [0], T.TQ1_0: [52], T.TQ2_0: [64], T.MXFP4: []}
+w = GGUFWriter(f"{out}/gguf_few_bits.gguf", "llama")
+for t, scales in FEW.items():
+    n, size = GGML_QUANT_SIZES[t]
+    block = rng.integers(0, 256, (1 if n == 256 else 2, size), dtype=np.uint8)
+    for b in block:
+        for at in scales:
+            b[at:at + 2] = np.frombuffer(np.float16(rng.normal() * 0.01).tobytes(), dtype=np.uint8)
+        if t == T.IQ1_M:
+            b[55] = b[55] & 15 | 0x20
+        if t == T.MXFP4:
+            b[0] = rng.choice([0, 1, 2, 118, 125])
+    w.add_tensor(t.name, block, raw_dtype=t)
+    w.add_tensor(t.name + ".f32", dequantize(block, t).astype(np.float32))
 w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()
 
 r = GGUFReader(model)

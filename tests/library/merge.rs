@@ -219,3 +219,18 @@ fn what_cannot_be_merged_is_refused_and_nothing_is_left() {
     assert_eq!(stopped.code(), ErrorCode::Cancelled);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "something is left behind");
 }
+
+/// GPT-2's 16-bit matrices lie as columns, its 4-bit ones as rows.
+#[test]
+fn gpt2_is_merged_in_four_bits_alone() {
+    let (dir, base) = (tempfile::tempdir().unwrap(), golden("families/gpt2"));
+    let (adapter, ids) = (base.join("adapter"), ids(&tensors(&base.join("logits.safetensors"))["ids"]));
+    let error = merged(&base, &[(&adapter, 1.0)]).err().expect("its rows are no rows of a layer");
+    assert!(error.code() == ErrorCode::Unsupported && error.to_string().contains("columns"), "{error}");
+    let four_bit = dir.path().join("nf4");
+    convert(&base, &four_bit, Target::Nf4);
+    let out = dir.path().join("whole");
+    merge(&four_bit, &[(&adapter, 1.0)], &out, Target::F32);
+    let expected = logits(&beside(&four_bit, &[(&adapter, 1.0)]), &ids);
+    close("merged", &logits(&open_exact(&out, 1), &ids), &expected, 1e-4).unwrap();
+}

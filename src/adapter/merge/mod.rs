@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::format::safetensors::Tensor;
 use crate::format::{Existing, Progress, Recipe, Sidecars, Source, Summary, Target, TensorMeta, convert};
 use crate::text::Own;
-use pocketlora_models::{Model, ParamSpec, Role};
+use pocketlora_models::{Layout, Model, ParamSpec, Role};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::ops::{ControlFlow, Range};
@@ -180,6 +180,11 @@ impl Merged {
         for module in file.modules() {
             let at = self.layer(module).expect("asked just now");
             let [out, input] = self.tensors[at].shape[..] else { unreachable!("a layer's weight is a matrix") };
+            if self.has_columns(at) {
+                let what = format!("to merge into `{module}`, which is stored as columns,");
+                let next = "quantize the model first (`pocketlora quantize`), and merge into that";
+                return Err(Error::unsupported(&file.dir, what, next));
+            }
             check_shapes(file, module, [out, input])?;
             let fold = file.method.fold(module, &file.tensors, factor).ok_or_else(|| {
                 let what = format!("to merge {}", file.method.kind().name());
@@ -197,6 +202,13 @@ impl Merged {
             self.weights[at].folds.push(fold);
         }
         Ok(())
+    }
+
+    /// Whether weight number `at` lies in the base as columns, as GPT-2's do: rows that are read of it are none of the layer's.
+    fn has_columns(&self, at: usize) -> bool {
+        let name = &self.tensors[at].name;
+        let stored = self.model.params().iter().find(|spec| spec.name == *name).map(|spec| spec.layout);
+        stored == Some(Layout::Transposed) && !self.by_rows(at)
     }
 
     /// Takes the tokenizer and the template that `file` brings.

@@ -25,7 +25,9 @@ pub(super) enum Family {
     Mistral,
     Qwen2,
     Qwen3,
+    Qwen3Moe,
     Gemma3,
+    Lfm2,
 }
 
 /// Sizes in elements, before any shape is checked against them.
@@ -46,6 +48,13 @@ pub(super) struct Hyper {
     pub(super) copy: Option<&'static str>,
     pub(super) attention_bias: bool,
     pub(super) mlp_bias: bool,
+    /// Experts of each layer, how many a token goes through, and what each has inside.
+    pub(super) experts: usize,
+    top: usize,
+    pub(super) expert_ffn: usize,
+    /// For LFM2: which layers are short convolutions, of so many taps.
+    pub(super) convs: Vec<bool>,
+    pub(super) taps: usize,
     context: usize,
     sliding_window: Option<usize>,
     /// For Gemma 3: every so many layers see all, the others a window.
@@ -70,12 +79,14 @@ impl Hyper {
             "llama" => Family::Llama,
             "qwen2" => Family::Qwen2,
             "qwen3" => Family::Qwen3,
+            "qwen3moe" => Family::Qwen3Moe,
             "gemma3" => Family::Gemma3,
+            "lfm2" => Family::Lfm2,
             other => {
                 return Err(Error::unsupported(
                     meta.path(),
                     format_args!("architecture `{other}` in GGUF"),
-                    "`llama` (with Mistral), `qwen2`, `qwen3` and `gemma3` run; use one of these families, as `pocketlora pull --list` has some",
+                    "`llama` (with Mistral), `qwen2`, `qwen3`, `qwen3moe`, `gemma3` and `lfm2` run; use one of these families, as `pocketlora pull --list` has some",
                 ));
             }
         };
@@ -83,7 +94,12 @@ impl Hyper {
         let keys = Keys { meta, arch };
         let hidden = keys.size("embedding_length")?;
         let heads = keys.size("attention.head_count")?;
-        let kv_heads = keys.optional_size("attention.head_count_kv")?.unwrap_or(heads);
+        let layers = keys.size("block_count")?;
+        let (kv_heads, convs) = match keys.sizes("attention.head_count_kv", layers)? {
+            Some(list) if family == Family::Lfm2 => keys.kv_heads_of_layers(&list)?,
+            Some(_) => return Err(keys.fail("attention.head_count_kv", "a number", "a list")),
+            None => (keys.optional_size("attention.head_count_kv")?.unwrap_or(heads), Vec::new()),
+        };
         let head_dim = match keys.optional_size("attention.key_length")? {
             Some(n) => n,
             None if hidden % heads == 0 => hidden / heads,
@@ -107,7 +123,9 @@ impl Hyper {
         let epsilon = keys.positive("attention.layer_norm_rms_epsilon")?;
         let sliding_window = keys.optional_size("attention.sliding_window")?;
         let context = keys.size("context_length")?;
-        if matches!(family, Family::Qwen2 | Family::Qwen3) && sliding_window.is_some_and(|window| window < context) {
+        if matches!(family, Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe | Family::Lfm2)
+            && sliding_window.is_some_and(|window| window < context)
+        {
             let what = format_args!("a sliding window ({}) in `{arch}`", keys.name("attention.sliding_window"));
             return Err(Error::unsupported(meta.path(), what, "use the model's safetensors files"));
         }
@@ -116,8 +134,11 @@ impl Hyper {
         let hyper = Self {
             family: if family == Family::Llama && sliding_window.is_some() { Family::Mistral } else { family },
             hidden,
-            ffn: keys.size("feed_forward_length")?,
-            layers: keys.size("block_count")?,
+            ffn: keys.optional_size("feed_forward_length")?.map_or_else(
+                || if family == Family::Qwen3Moe { Ok(hidden) } else { keys.size("feed_forward_length") },
+                Ok,
+            )?,
+            layers,
             heads,
             kv_heads,
             head_dim,
@@ -127,6 +148,11 @@ impl Hyper {
             copy,
             attention_bias: has("blk.0.attn_q.bias"),
             mlp_bias: has("blk.0.ffn_gate.bias"),
+            experts: if family == Family::Qwen3Moe { keys.size("expert_count")? } else { 0 },
+            top: if family == Family::Qwen3Moe { keys.size("expert_used_count")? } else { 0 },
+            expert_ffn: if family == Family::Qwen3Moe { keys.size("expert_feed_forward_length")? } else { 0 },
+            convs,
+            taps: if family == Family::Lfm2 { keys.size("shortconv.l_cache")? } else { 0 },
             context,
             sliding_window,
             // llama.cpp's defaults, which its converter does not write.
@@ -145,9 +171,10 @@ impl Hyper {
     fn check_biases(&self, meta: &Metadata) -> Result<()> {
         let what = match self.family {
             Family::Mistral if self.attention_bias || self.mlp_bias => "a Mistral model with biases",
-            Family::Qwen2 | Family::Qwen3 | Family::Gemma3 if self.mlp_bias => {
-                "a Qwen or Gemma model with feed-forward biases"
+            Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe | Family::Gemma3 | Family::Lfm2 if self.mlp_bias => {
+                "a Qwen, Gemma or LFM2 model with feed-forward biases"
             }
+            Family::Lfm2 if self.attention_bias => "an LFM2 model with biases",
             _ => return Ok(()),
         };
         Err(Error::unsupported(meta.path(), what, "use a model of the plain family"))
@@ -160,7 +187,9 @@ impl Hyper {
             Family::Mistral => ("mistral", "MistralForCausalLM"),
             Family::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
             Family::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
+            Family::Qwen3Moe => ("qwen3_moe", "Qwen3MoeForCausalLM"),
             Family::Gemma3 => ("gemma3_text", "Gemma3ForCausalLM"),
+            Family::Lfm2 => ("lfm2", "Lfm2ForCausalLM"),
         };
         let mut config = Map::new();
         let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
@@ -194,6 +223,27 @@ impl Hyper {
             Family::Qwen3 => {
                 set("attention_bias", json!(self.attention_bias));
                 set("use_sliding_window", json!(false));
+            }
+            Family::Qwen3Moe => {
+                set("attention_bias", json!(self.attention_bias));
+                set("use_sliding_window", json!(false));
+                set("num_experts", json!(self.experts));
+                set("num_experts_per_tok", json!(self.top));
+                set("moe_intermediate_size", json!(self.expert_ffn));
+                // All layers have experts in llama.cpp's model, and their weights are divided by their sum.
+                set("norm_topk_prob", json!(true));
+                set("decoder_sparse_step", json!(1));
+                set("mlp_only_layers", json!([]));
+            }
+            Family::Lfm2 => {
+                let kind = |conv: &bool| if *conv { "conv" } else { FULL };
+                let all = vec![FULL; self.layers];
+                let kinds = if self.convs.is_empty() { all } else { self.convs.iter().map(kind).collect() };
+                set("layer_types", json!(kinds));
+                set("conv_L_cache", json!(self.taps));
+                set("conv_bias", json!(false));
+                set("norm_eps", json!(self.epsilon));
+                set("block_auto_adjust_ff_dim", json!(false));
             }
             Family::Gemma3 => {
                 let full = |i| self.sliding_window.is_none() || i % self.full_every == 0;
@@ -265,6 +315,31 @@ impl Keys<'_> {
         size.ok_or_else(|| self.fail(key, "a positive size", "none"))
     }
 
+    /// The whole numbers of a list with one for each of `layers`; `None` where there is no list.
+    fn sizes(&self, key: &str, layers: usize) -> Result<Option<Vec<usize>>> {
+        let name = self.name(key);
+        let Some(value::Value::Array(list)) = self.meta.get(&name) else { return Ok(None) };
+        if list.len() != layers {
+            return Err(self.fail(key, format_args!("one for each of {layers} layers"), list.len()));
+        }
+        let number = |value: Result<value::Value>| {
+            let value = value?;
+            let size = value.as_u64().and_then(|n| usize::try_from(n).ok());
+            size.ok_or_else(|| self.fail(key, "whole numbers", format_args!("{value:?}")))
+        };
+        list.values(self.meta.path(), &name).map(number).collect::<Result<_>>().map(Some)
+    }
+
+    /// The heads of keys of LFM2's layers of attention, and which layers have none and are convolutions.
+    fn kv_heads_of_layers(&self, list: &[usize]) -> Result<(usize, Vec<bool>)> {
+        let mut some: Vec<usize> = list.iter().copied().filter(|heads| *heads > 0).collect();
+        some.dedup();
+        match some[..] {
+            [heads] => Ok((heads, list.iter().map(|heads| *heads == 0).collect())),
+            _ => Err(self.fail("attention.head_count_kv", "0 or one other number", format_args!("{some:?}"))),
+        }
+    }
+
     fn positive(&self, key: &str) -> Result<Option<f64>> {
         match self.meta.float(&self.name(key))? {
             Some(x) if x <= 0.0 => Err(self.fail(key, "a positive number", x)),
@@ -290,7 +365,7 @@ fn refuse_other_kinds(meta: &Metadata) -> Result<()> {
     }
     if let Some(arch) = meta.string("general.architecture")? {
         let key = format!("{arch}.expert_count");
-        if let Some(experts) = meta.uint(&key)?.filter(|&n| n > 0) {
+        if let Some(experts) = meta.uint(&key)?.filter(|&n| n > 0 && arch != "qwen3moe") {
             let what = format_args!("a mixture of {experts} experts");
             return Err(Error::unsupported(meta.path(), what, "use a dense model"));
         }

@@ -3,12 +3,13 @@
 //! Every function does the f32 operations of `dequantize_row_*` in ggml's `ggml-quants.c`, in the same order, so the
 //! values are the same bits. Names follow ggml: `d` scale, `m` minimum, `qs` low bits, `qh` high bits, `sc` sub-scale.
 
+use super::few_bits;
 use half::{bf16, f16};
 
 /// Values in a block of the simple types.
-const QK: usize = 32;
+pub(super) const QK: usize = 32;
 /// Values in a super-block of the K types.
-const QK_K: usize = 256;
+pub(super) const QK_K: usize = 256;
 
 /// An element type this version reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,34 +23,65 @@ pub enum GgmlType {
     Q5_0,
     Q5_1,
     Q8_0,
+    Q2_K,
+    Q3_K,
     Q4_K,
     Q5_K,
     Q6_K,
+    IQ1_S,
+    IQ1_M,
+    IQ2_XXS,
+    IQ2_XS,
+    IQ2_S,
+    IQ3_XXS,
+    IQ3_S,
+    IQ4_NL,
+    IQ4_XS,
+    TQ1_0,
+    TQ2_0,
+    MXFP4,
 }
+
+use GgmlType as T;
+
+/// Each type with its number in files, and the values and bytes of a block.
+const TYPES: [(T, u32, usize, usize); 25] = [
+    (T::F32, 0, 1, 4),
+    (T::F16, 1, 1, 2),
+    (T::Q4_0, 2, QK, 18),
+    (T::Q4_1, 3, QK, 20),
+    (T::Q5_0, 6, QK, 22),
+    (T::Q5_1, 7, QK, 24),
+    (T::Q8_0, 8, QK, 34),
+    (T::Q2_K, 10, QK_K, 84),
+    (T::Q3_K, 11, QK_K, 110),
+    (T::Q4_K, 12, QK_K, 144),
+    (T::Q5_K, 13, QK_K, 176),
+    (T::Q6_K, 14, QK_K, 210),
+    (T::IQ2_XXS, 16, QK_K, 66),
+    (T::IQ2_XS, 17, QK_K, 74),
+    (T::IQ3_XXS, 18, QK_K, 98),
+    (T::IQ1_S, 19, QK_K, 50),
+    (T::IQ4_NL, 20, QK, 18),
+    (T::IQ3_S, 21, QK_K, 110),
+    (T::IQ2_S, 22, QK_K, 82),
+    (T::IQ4_XS, 23, QK_K, 136),
+    (T::IQ1_M, 29, QK_K, 56),
+    (T::BF16, 30, 1, 2),
+    (T::TQ1_0, 34, QK_K, 54),
+    (T::TQ2_0, 35, QK_K, 66),
+    (T::MXFP4, 39, QK, 17),
+];
 
 /// `enum ggml_type`, for the types that are only named in errors.
 const UNSUPPORTED: &[(u32, &str)] = &[
     (9, "Q8_1"),
-    (10, "Q2_K"),
-    (11, "Q3_K"),
     (15, "Q8_K"),
-    (16, "IQ2_XXS"),
-    (17, "IQ2_XS"),
-    (18, "IQ3_XXS"),
-    (19, "IQ1_S"),
-    (20, "IQ4_NL"),
-    (21, "IQ3_S"),
-    (22, "IQ2_S"),
-    (23, "IQ4_XS"),
     (24, "I8"),
     (25, "I16"),
     (26, "I32"),
     (27, "I64"),
     (28, "F64"),
-    (29, "IQ1_M"),
-    (34, "TQ1_0"),
-    (35, "TQ2_0"),
-    (39, "MXFP4"),
     (40, "NVFP4"),
     (41, "Q1_0"),
 ];
@@ -57,57 +89,27 @@ const UNSUPPORTED: &[(u32, &str)] = &[
 impl GgmlType {
     /// The type numbered `id` in the file, or the name of one that is not supported.
     pub(super) fn from_id(id: u32) -> Result<Self, String> {
-        Ok(match id {
-            0 => Self::F32,
-            1 => Self::F16,
-            2 => Self::Q4_0,
-            3 => Self::Q4_1,
-            6 => Self::Q5_0,
-            7 => Self::Q5_1,
-            8 => Self::Q8_0,
-            12 => Self::Q4_K,
-            13 => Self::Q5_K,
-            14 => Self::Q6_K,
-            30 => Self::BF16,
-            _ => {
-                let known = UNSUPPORTED.iter().find(|(known, _)| *known == id);
-                return Err(known.map_or_else(|| format!("number {id}"), |(_, name)| (*name).to_owned()));
-            }
+        let known = TYPES.iter().find(|(_, known, ..)| *known == id).map(|(dtype, ..)| *dtype);
+        known.ok_or_else(|| {
+            let named = UNSUPPORTED.iter().find(|(known, _)| *known == id);
+            named.map_or_else(|| format!("number {id}"), |(_, name)| (*name).to_owned())
         })
+    }
+
+    fn row(self) -> (T, u32, usize, usize) {
+        *TYPES.iter().find(|(known, ..)| *known == self).expect("the table has every type")
     }
 
     /// Its number in files.
     pub(super) fn id(self) -> u32 {
-        match self {
-            Self::F32 => 0,
-            Self::F16 => 1,
-            Self::Q4_0 => 2,
-            Self::Q4_1 => 3,
-            Self::Q5_0 => 6,
-            Self::Q5_1 => 7,
-            Self::Q8_0 => 8,
-            Self::Q4_K => 12,
-            Self::Q5_K => 13,
-            Self::Q6_K => 14,
-            Self::BF16 => 30,
-        }
+        self.row().1
     }
 
     /// Values and bytes of one block.
     #[must_use]
     pub fn block(self) -> (usize, usize) {
-        match self {
-            Self::F32 => (1, 4),
-            Self::F16 | Self::BF16 => (1, 2),
-            Self::Q4_0 => (QK, 18),
-            Self::Q4_1 => (QK, 20),
-            Self::Q5_0 => (QK, 22),
-            Self::Q5_1 => (QK, 24),
-            Self::Q8_0 => (QK, 34),
-            Self::Q4_K => (QK_K, 144),
-            Self::Q5_K => (QK_K, 176),
-            Self::Q6_K => (QK_K, 210),
-        }
+        let (_, _, values, bytes) = self.row();
+        (values, bytes)
     }
 
     /// Dequantizes whole blocks: `bytes` holds `out.len()` values.
@@ -126,6 +128,20 @@ impl GgmlType {
             Self::Q4_K => each(bytes, out, q4_k),
             Self::Q5_K => each(bytes, out, q5_k),
             Self::Q6_K => each(bytes, out, q6_k),
+            Self::Q2_K => each(bytes, out, few_bits::q2_k),
+            Self::Q3_K => each(bytes, out, few_bits::q3_k),
+            Self::IQ1_S => each(bytes, out, few_bits::iq1_s),
+            Self::IQ1_M => each(bytes, out, few_bits::iq1_m),
+            Self::IQ2_XXS => each(bytes, out, few_bits::iq2_xxs),
+            Self::IQ2_XS => each(bytes, out, few_bits::iq2_xs),
+            Self::IQ2_S => each(bytes, out, few_bits::iq2_s),
+            Self::IQ3_XXS => each(bytes, out, few_bits::iq3_xxs),
+            Self::IQ3_S => each(bytes, out, few_bits::iq3_s),
+            Self::IQ4_NL => each(bytes, out, few_bits::iq4_nl),
+            Self::IQ4_XS => each(bytes, out, few_bits::iq4_xs),
+            Self::TQ1_0 => each(bytes, out, few_bits::tq1_0),
+            Self::TQ2_0 => each(bytes, out, few_bits::tq2_0),
+            Self::MXFP4 => each(bytes, out, few_bits::mxfp4),
         }
     }
 }
@@ -147,7 +163,7 @@ fn each<const BYTES: usize, const VALUES: usize>(
     }
 }
 
-fn half_at(block: &[u8], at: usize) -> f32 {
+pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
@@ -283,6 +299,6 @@ mod tests {
             }
             checked += 1;
         }
-        assert!(checked >= 10, "ggml knew {checked} of our types only");
+        assert!(checked >= 24, "ggml knew {checked} of our types only");
     }
 }

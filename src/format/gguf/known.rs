@@ -49,6 +49,11 @@ const KEYS: &[(&str, Use)] = &[
     ("attention.value_scale", Only(&[0.0, 1.0])),
     ("attention.temperature_scale", Only(&[0.0])),
     ("attention.temperature_length", Only(&[0.0])),
+    ("expert_weights_norm", OnlyTrue),
+    ("expert_weights_scale", Only(&[0.0, 1.0])),
+    // 1 is the softmax.
+    ("expert_gating_func", Only(&[0.0, 1.0])),
+    ("expert_shared_count", Only(&[0.0])),
     ("attn_logit_softcapping", Only(&[0.0])),
     ("final_logit_softcapping", Only(&[0.0])),
     ("logit_scale", Only(&[0.0, 1.0])),

@@ -1,7 +1,7 @@
 //! GGUF files of llama.cpp as checkpoints: names, row order, `config.json` and tokenizer as Hugging Face has them.
 //!
-//! Read from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral), `qwen2`, `qwen3` and
-//! `gemma3`. The format is described in ggml's `docs/gguf.md`.
+//! Read from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral), `qwen2`, `qwen3`,
+//! `qwen3moe`, `gemma3` and `lfm2`. The format is described in ggml's `docs/gguf.md`.
 
 mod arch;
 mod config;
@@ -9,6 +9,8 @@ mod container;
 mod cursor;
 mod dequant;
 mod export;
+mod few_bits;
+mod grids;
 mod known;
 mod names;
 mod rope;
@@ -106,7 +108,7 @@ impl Source for Gguf {
         let weight = &self.weights[index];
         let tensor = &self.file.tensors[weight.tensor];
         let Some(head_dim) = weight.interleaved else {
-            self.file.read_rows(tensor, rows, out);
+            self.file.read_rows(tensor, rows.start + weight.first..rows.end + weight.first, out);
             if weight.plus_one {
                 out.iter_mut().for_each(|x| *x -= 1.0);
             }

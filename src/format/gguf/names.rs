@@ -13,6 +13,8 @@ pub(super) struct FoundWeight {
     pub(super) meta: TensorMeta,
     /// Number of its tensor in the directory.
     pub(super) tensor: usize,
+    /// The tensor's row where it begins: one of several experts lies behind the others.
+    pub(super) first: usize,
     /// For query and key projections of Llama: the rows of each head are interleaved in the file. Size of a head.
     pub(super) interleaved: Option<usize>,
     /// For norms of Gemma: the file has 1 added, as the norm itself does in Hugging Face's model.
@@ -31,8 +33,16 @@ enum Dim {
     Key,
     /// One head.
     Head,
+    /// The experts of a layer.
+    Experts,
+    /// What an expert has inside.
+    ExpertFfn,
+    /// What a convolution reads and gates: three times the hidden width.
+    Thrice,
+    /// Inputs of one output of a convolution.
+    Taps,
 }
-use Dim::{Ffn, Head, Hidden, Key, Query, Vocab};
+use Dim::{ExpertFfn, Experts, Ffn, Head, Hidden, Key, Query, Taps, Thrice, Vocab};
 
 /// A place in the model for a tensor.
 struct Slot {
@@ -51,10 +61,14 @@ const fn rotary(gguf: &'static str, hf: &'static str, shape: &'static [Dim]) -> 
     Slot { gguf, hf, shape, rotary: true }
 }
 
+/// What LFM2 has in the place of the last norm.
+const LFM2_NORM: &str = "token_embd_norm.weight";
+
 /// Tensors outside the layers.
 const MODEL: &[Slot] = &[
     slot(EMBEDDING, "model.embed_tokens.weight", &[Vocab, Hidden]),
     slot("output_norm.weight", "model.norm.weight", &[Hidden]),
+    slot(LFM2_NORM, "model.embedding_norm.weight", &[Hidden]),
     slot(HEAD, "lm_head.weight", &[Vocab, Hidden]),
 ];
 
@@ -80,6 +94,13 @@ const LAYER: &[Slot] = &[
     slot("ffn_down.weight", "mlp.down_proj.weight", &[Hidden, Ffn]),
     slot("ffn_down.bias", "mlp.down_proj.bias", &[Hidden]),
     slot("post_ffw_norm.weight", "post_feedforward_layernorm.weight", &[Hidden]),
+    slot("ffn_gate_inp.weight", "mlp.gate.weight", &[Experts, Hidden]),
+    slot("ffn_gate_exps.weight", "gate_proj.weight", &[Experts, ExpertFfn, Hidden]),
+    slot("ffn_up_exps.weight", "up_proj.weight", &[Experts, ExpertFfn, Hidden]),
+    slot("ffn_down_exps.weight", "down_proj.weight", &[Experts, Hidden, ExpertFfn]),
+    slot("shortconv.in_proj.weight", "conv.in_proj.weight", &[Thrice, Hidden]),
+    slot("shortconv.conv.weight", "conv.conv.weight", &[Hidden, Taps]),
+    slot("shortconv.out_proj.weight", "conv.out_proj.weight", &[Hidden, Hidden]),
 ];
 
 /// The GGUF name of the weight of a linear layer or of the embedding, given its Hugging Face name.
@@ -117,16 +138,33 @@ pub(crate) fn to_hf(gguf: &str) -> Option<String> {
 fn layer_name(slot: &Slot, family: Family) -> &'static str {
     match (slot.gguf, family) {
         ("ffn_norm.weight", Family::Gemma3) => "pre_feedforward_layernorm.weight",
+        ("attn_norm.weight", Family::Lfm2) => "operator_norm.weight",
+        ("attn_output.weight", Family::Lfm2) => "self_attn.out_proj.weight",
+        ("attn_q_norm.weight", Family::Lfm2) => "self_attn.q_layernorm.weight",
+        ("attn_k_norm.weight", Family::Lfm2) => "self_attn.k_layernorm.weight",
+        ("ffn_norm.weight", Family::Lfm2) => "ffn_norm.weight",
+        ("ffn_gate.weight", Family::Lfm2) => "feed_forward.w1.weight",
+        ("ffn_down.weight", Family::Lfm2) => "feed_forward.w2.weight",
+        ("ffn_up.weight", Family::Lfm2) => "feed_forward.w3.weight",
         _ => slot.hf,
     }
 }
 
-/// Whether a model with these hyperparameters has a tensor in the slot named `gguf`.
-fn expected(gguf: &str, hyper: &Hyper) -> bool {
+/// Whether a model with these hyperparameters has a tensor in the slot named `gguf`, of its layer number `layer` or outside.
+fn expected(gguf: &str, hyper: &Hyper, layer: Option<usize>) -> bool {
+    let conv = layer.is_some_and(|layer| hyper.convs.get(layer) == Some(&true));
     match (gguf, hyper.family) {
+        (name, _) if name.starts_with("shortconv.") => conv,
+        (name, Family::Lfm2) if name.starts_with("attn_") && name != "attn_norm.weight" && conv => false,
+        (LFM2_NORM, family) => family == Family::Lfm2,
+        ("output_norm.weight", Family::Lfm2) => false,
+        (name, family) if name.starts_with("ffn_gate_inp.") || name.contains("_exps.") => family == Family::Qwen3Moe,
+        ("ffn_gate.weight" | "ffn_up.weight" | "ffn_down.weight", Family::Qwen3Moe) => false,
         (HEAD | EMBEDDING, _) if hyper.copy.is_some() => hyper.copy != Some(gguf),
         (HEAD, _) => !hyper.tied,
-        ("attn_q_norm.weight" | "attn_k_norm.weight", family) => matches!(family, Family::Qwen3 | Family::Gemma3),
+        ("attn_q_norm.weight" | "attn_k_norm.weight", family) => {
+            matches!(family, Family::Qwen3 | Family::Qwen3Moe | Family::Gemma3 | Family::Lfm2)
+        }
         ("post_attention_norm.weight" | "post_ffw_norm.weight", family) => family == Family::Gemma3,
         ("attn_output.bias", Family::Qwen2) => false,
         ("attn_q.bias" | "attn_k.bias" | "attn_v.bias", Family::Qwen2) => true,
@@ -145,12 +183,34 @@ pub(super) fn weights(file: &Container, hyper: &Hyper) -> Result<Vec<FoundWeight
     let mut found = Vec::new();
     for (index, tensor) in file.tensors.iter().enumerate() {
         if tensor.name != rope::FREQS && hyper.copy != Some(tensor.name.as_str()) {
-            found.push(weight(file, hyper, index)?);
+            let weight = weight(file, hyper, index)?;
+            if weight.meta.shape.len() == 3 && hyper.family == Family::Qwen3Moe {
+                found.extend(experts(&weight));
+            } else {
+                found.push(weight);
+            }
         }
     }
     complete(file, hyper, &found)?;
-    found.sort_by_key(|w| file.tensors[w.tensor].offset());
+    found.sort_by_key(|w| (file.tensors[w.tensor].offset(), w.first));
     Ok(found)
+}
+
+/// Each expert's part of `stack`, which has those of a layer one behind the other.
+fn experts(stack: &FoundWeight) -> Vec<FoundWeight> {
+    let [experts, rows, cols] = stack.meta.shape[..] else { return vec![stack.clone()] };
+    let (layer, projection) =
+        stack.meta.name.rsplit_once(".weight").map_or(("", ""), |(name, _)| name.rsplit_once('.').unwrap_or_default());
+    let expert = |e: usize| FoundWeight {
+        meta: TensorMeta {
+            name: format!("{layer}.mlp.experts.{e}.{projection}.weight"),
+            shape: vec![rows, cols],
+            dtype: stack.meta.dtype.clone(),
+        },
+        first: e * rows,
+        ..stack.clone()
+    };
+    (0..experts).map(expert).collect()
 }
 
 /// Finds the place of tensor number `index` and checks its shape.
@@ -161,13 +221,13 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<FoundWeight> 
         // `blk.01` would be a second name for `blk.1`.
         let layer = n.parse::<usize>().ok().filter(|layer| *layer < hyper.layers && layer.to_string() == n)?;
         let slot = LAYER.iter().find(|s| s.gguf == rest)?;
-        Some((slot, format!("model.layers.{layer}.{}", layer_name(slot, hyper.family))))
+        Some((slot, format!("model.layers.{layer}.{}", layer_name(slot, hyper.family)), Some(layer)))
     });
     // The better copy of a tied matrix is the embedding, whatever the file calls it.
     let tied = |s: &Slot| if s.gguf == HEAD && hyper.tied { MODEL[0].hf } else { s.hf };
-    let outside = || MODEL.iter().find(|s| s.gguf == tensor.name).map(|s| (s, tied(s).to_owned()));
-    let place = in_layer.or_else(outside).filter(|(slot, _)| expected(slot.gguf, hyper));
-    let Some((slot, name)) = place else {
+    let outside = || MODEL.iter().find(|s| s.gguf == tensor.name).map(|s| (s, tied(s).to_owned(), None));
+    let place = in_layer.or_else(outside).filter(|(slot, _, layer)| expected(slot.gguf, hyper, *layer));
+    let Some((slot, name, _)) = place else {
         return Err(Error::unsupported(
             meta.path(),
             format_args!("tensor `{}` in a {:?} model of {} layers", tensor.name, hyper.family, hyper.layers),
@@ -182,17 +242,26 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<FoundWeight> 
         Head => hyper.head_dim,
         // Fits, for there are no more of them than query heads.
         Key => hyper.kv_heads * hyper.head_dim,
+        Experts => hyper.experts,
+        ExpertFfn => hyper.expert_ffn,
+        Thrice => hyper.hidden.saturating_mul(3),
+        Taps => hyper.taps,
     };
-    let shape: Vec<usize> = slot.shape.iter().map(size).collect();
+    let mut shape: Vec<usize> = slot.shape.iter().map(size).collect();
     if tensor.shape != shape {
         let item = format_args!("tensor `{}`", tensor.name);
         let (want, got) = (format!("shape {shape:?} from metadata"), format!("{:?}", tensor.shape));
         return Err(Error::format(meta.path(), item, want, got));
     }
+    if matches!(slot.shape, [Hidden, Taps]) {
+        // Hugging Face's convolutions have a dimension more.
+        shape.insert(1, 1);
+    }
     let permuted = slot.rotary && matches!(hyper.family, Family::Llama | Family::Mistral);
     Ok(FoundWeight {
         meta: TensorMeta { name, shape, dtype: tensor.dtype.to_string() },
         tensor: index,
+        first: 0,
         interleaved: permuted.then_some(hyper.head_dim),
         plus_one: hyper.family == Family::Gemma3 && slot.gguf.ends_with("norm.weight"),
     })
@@ -207,11 +276,11 @@ fn complete(file: &Container, hyper: &Hyper, found: &[FoundWeight]) -> Result<()
         }
         Err(Error::format(file.metadata.path(), format_args!("tensor `{name}`"), "a tensor", "none"))
     };
-    for slot in MODEL.iter().filter(|s| expected(s.gguf, hyper)) {
+    for slot in MODEL.iter().filter(|s| expected(s.gguf, hyper, None)) {
         check(slot.gguf)?;
     }
     for layer in 0..hyper.layers {
-        for slot in LAYER.iter().filter(|s| expected(s.gguf, hyper)) {
+        for slot in LAYER.iter().filter(|s| expected(s.gguf, hyper, Some(layer))) {
             check(&format!("blk.{layer}.{}", slot.gguf))?;
         }
     }

@@ -1,6 +1,7 @@
 //! GGUF files as checkpoints: values, names, row order, `config.json`, tokenizer, and files that lie.
 
 mod families;
+mod goldens;
 mod hostile;
 mod model;
 mod sentencepiece;
@@ -88,9 +89,23 @@ fn alignment_moves_the_data() {
 /// under the extremes of f16 scales, and quantized normal values.
 #[test]
 fn dequantizes_every_type_to_the_same_bits_as_ggml() {
-    let path = Path::new("tests/data/gguf_types.gguf");
-    let file = Container::parse(Bytes::from(std::fs::read(path).unwrap()), path).unwrap();
     let types = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"];
+    check_types("tests/data/gguf_types.gguf", types);
+}
+
+/// `gguf_few_bits.gguf` is from the same program: random codes.
+#[test]
+fn dequantizes_types_of_few_bits_to_the_same_bits_as_ggml() {
+    let types = [
+        "Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
+        "TQ1_0", "TQ2_0", "MXFP4",
+    ];
+    check_types("tests/data/gguf_few_bits.gguf", types);
+}
+
+fn check_types<const N: usize>(path: &str, types: [&'static str; N]) {
+    let path = Path::new(path);
+    let file = Container::parse(Bytes::from(std::fs::read(path).unwrap()), path).unwrap();
     assert_eq!(file.tensors.len(), 2 * types.len());
     all(types.map(|name| {
         let tensor = |name: &str| file.tensors.iter().find(|t| t.name == name).unwrap();

@@ -98,7 +98,8 @@ fn window(
 ) -> Result<()> {
     let size = config.number("sliding_window");
     match family {
-        Family::Qwen2 | Family::Qwen3 => {
+        // The last two do not come here: they are not written.
+        Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe | Family::Lfm2 => {
             if config.json.get("use_sliding_window") == Some(&Value::Bool(true)) {
                 return config.refuse("a Qwen model with a sliding window");
             }
