@@ -100,6 +100,28 @@ fn thoughts_are_told_apart_and_left_out_of_later_turns() {
     assert!(!open(&tiny_chat_model(dir.path())).text().unwrap().template.knows_thinking());
 }
 
+/// Some tokenizers have as special tokens what stands around thoughts and calls of tools, and no text shows those.
+#[test]
+fn marks_that_are_special_tokens_are_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_chat_model(dir.path());
+    let path = model.join("tokenizer.json");
+    let mut tokenizer: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    for (id, name) in (259..).zip(["<think>", "</think>", "<|tool_call_start|>", "<|other|>"]) {
+        tokenizer["model"]["vocab"][name] = id.into();
+        let mut added = tokenizer["added_tokens"][0].clone();
+        (added["id"], added["content"]) = (id.into(), name.into());
+        tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    }
+    fs::write(&path, tokenizer.to_string()).unwrap();
+    let byte = |byte: u8| u32::from(byte) + 3;
+    let ids = vec![259, byte(b'h'), byte(b'm'), 260, 261, byte(b'f'), 262, byte(b'('), 2];
+    let mut chat = open(&model).chat().unwrap();
+    chat.filters = vec![Box::new(Says(ids, 0))];
+    let answer = chat.ask("so?", &mut quiet).unwrap();
+    assert_eq!((&*answer.thoughts, &*answer.text), ("hm", "<|tool_call_start|>f("));
+}
+
 #[test]
 fn an_answer_ends_before_a_stop_text() {
     let dir = tempfile::tempdir().unwrap();
