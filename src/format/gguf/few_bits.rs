@@ -180,7 +180,7 @@ pub(super) fn tq1_0(b: &[u8; 54], y: &mut [f32; QK_K]) {
     for (bytes, digits) in [(&b[..32], 5), (&b[32..48], 5), (&b[48..52], 4)] {
         for power in &POWERS[..digits] {
             for (q, y) in bytes.iter().zip(y.by_ref()) {
-                let digit = u16::from(q.wrapping_mul(*power)) * 3 >> 8;
+                let digit = (u16::from(q.wrapping_mul(*power)) * 3) >> 8;
                 *y = d * f32::from(digit as i8 - 1);
             }
         }
