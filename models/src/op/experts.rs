@@ -41,7 +41,7 @@ pub struct Expert {
 pub enum GateUp {
     /// `activation(gate) * up`, of a gate and an up `[F, C]`.
     Apart(Activation, [Linear; 2]),
-    /// Gate and up by turns `[2 F, C]`: `clamped_swish(gate) * (clamp(up) + 1)`, see [`Map`] (gpt-oss).
+    /// Gate and up by turns `[2 F, C]`: `clamped_swish(gate) * (clamp(up) + 1)`, see [`Map`](super::Map) (gpt-oss).
     ByTurns {
         /// Their one layer.
         layer: Linear,
