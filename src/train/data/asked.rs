@@ -31,12 +31,15 @@ impl Asked {
         let asked = |t: &Range<usize>| !t.is_empty() && within(t);
         // Bytes and not characters: a token may end inside of one.
         let space = |at: usize| text.as_bytes().get(at).is_some_and(u8::is_ascii_whitespace);
-        let begins_word = |t: &Range<usize>| {
-            space(t.start) || t.start.checked_sub(1).is_none_or(space) || places.iter().any(|p| p.start == t.start)
+        // A word has the space before it, be that a token of its own or part of one, and is apart where no token has it.
+        let goes_on = |i: usize| {
+            let (t, before) = (&tokens[i].1, i.checked_sub(1).map(|i| &tokens[i].1));
+            let opens = space(t.start) && !t.start.checked_sub(1).is_some_and(space);
+            !opens && before.is_some_and(|before| asked(before) && before.end >= t.start)
         };
         Self {
             tokens: tokens.iter().map(|(_, t)| asked(t)).collect(),
-            within_words: tokens.iter().map(|(_, t)| asked(t) && !begins_word(t)).collect(),
+            within_words: tokens.iter().enumerate().map(|(i, (_, t))| asked(t) && goes_on(i)).collect(),
         }
     }
 

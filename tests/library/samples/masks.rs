@@ -60,7 +60,7 @@ fn what_is_asked_is_told_apart_from_the_marks_of_the_template() {
             words % 2 == 0
         });
         let left: Vec<u32> = thinned.asked.tokens.iter().map(|i| thinned.ids[i]).collect();
-        assert_eq!(reader.text(&left).split_whitespace().collect::<String>(), "howwhat?", "{family}");
+        assert_eq!(reader.text(&left).split_whitespace().collect::<String>(), "howwhat?", "{family}: {sample:?}");
         assert_eq!(thinned.trained_tokens(), sample.trained_tokens(), "{family}");
         assert!(sample.asked.tokens.iter().all(|i| !sample.trained.contains(i)), "{family}");
     }

@@ -113,7 +113,7 @@ fn memory_of_a_data_set_is_four_bytes_a_token_and_little_more() {
     let lines: String =
         (0..50).map(|i| format!("{}\n", chat("S", &[("a question", &format!("answer {i}"))]))).collect();
     let data = reader.read("a.jsonl", lines, 4096).unwrap();
-    assert!(data.bytes() >= 4 * data.tokens() && data.bytes() < 4 * data.tokens() + 50 * 80, "{}", data.bytes());
+    assert!(data.bytes() >= 4 * data.tokens() && data.bytes() < 4 * data.tokens() + 50 * 128, "{}", data.bytes());
 }
 
 /// Texts of one letter each, most of them of several samples.
