@@ -23,6 +23,7 @@ pub(crate) use watch::watched;
 
 use super::{Dataset, TrainConfig};
 use crate::error::Result;
+#[cfg(feature = "cli")]
 use pocketlora_models::Model;
 use rule::Numbers;
 use serde::Serialize;
@@ -77,6 +78,7 @@ pub struct Draft {
 ///
 /// # Errors
 /// A setting is out of range; the data cannot be read again.
+#[cfg(feature = "cli")]
 pub(crate) fn draft(
     config: TrainConfig,
     given: &dyn Fn(&str) -> bool,
@@ -117,7 +119,8 @@ impl Draft {
     }
 
     /// The choice without a probe, for a run of so many steps.
-    pub(crate) fn rehearsed(&self, most_steps: u64) -> Choice {
+    #[must_use]
+    pub fn rehearsed(&self, most_steps: u64) -> Choice {
         let mut choice = Choice { most_steps, doubts: self.doubts.clone(), ..Choice::default() };
         choice.lines = self.told(&self.config, &choice, false);
         if self.open_rate {
