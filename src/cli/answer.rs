@@ -28,7 +28,7 @@ pub(super) fn context(engine: &Engine) -> String {
 #[derive(clap::Args, Clone, Debug)]
 pub(super) struct AnswerArgs {
     /// End an answer before this text; may be given several times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = clap::builder::NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     /// Have a model that can think before it answers do so. [default: as its chat template has it]
     #[arg(long, overrides_with = "no_think")]

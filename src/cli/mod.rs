@@ -121,7 +121,7 @@ pub fn run() -> ExitCode {
         Command::Merge(args) => merge::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
         Command::Info(args) => info::run(&args).map(|()| true),
-        Command::Chat(args) => chat::run(args).map(|()| true),
+        Command::Chat(args) => chat::run(args),
         Command::Generate(args) => generate::run(&args).map(|()| true),
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args).map(|()| true),

@@ -79,7 +79,12 @@ pub(super) fn find(model: &str) -> Result<Model> {
         return Ok(Model { name: path.to_string_lossy().into_owned(), path });
     }
     let hub = Hub::from_env()?;
-    let path = match hub.resolve(model) {
+    // Adapters name their base by its repository, for others to find it; here a manifest may have another name for it.
+    let by_repository = || -> Result<Option<PathBuf>> {
+        let manifest = hub::manifests()?.into_iter().find(|m| hub.base_name(&m.name) == model);
+        Ok(manifest.and_then(|m| hub.resolve(&m.name)))
+    };
+    let path = match hub.resolve(model).map_or_else(by_repository, |path| Ok(Some(path)))? {
         Some(path) => path,
         None if hub::manifests()?.iter().any(|m| m.name == model) => pull::fetch(model)?,
         None if model.contains("://") => return Err(address(model)),

@@ -128,10 +128,8 @@ pub struct TrainConfig {
     /// written.
     pub max_forgetting: Option<Forgetting>,
     /// Holds the model to what it says without the adapter, on general prompts.
-    #[serde(skip_serializing_if = "is_default")]
     pub keep: Keep,
     /// Asks general questions before the run and after it.
-    #[serde(skip_serializing_if = "is_default")]
     pub check: bool,
     /// Evaluations in a row without a lower held-out loss after which the run ends; 0 for never.
     pub patience: u64,

@@ -4,8 +4,10 @@ use crate::common::golden;
 use crate::fixture::{Fixture, fixture};
 use serde_json::{Value, json};
 use std::fs;
-use std::io::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::Path;
 use std::process::{Output, Stdio};
+use std::time::Duration;
 
 /// A model that says words: each of its ids has one.
 fn talking() -> Fixture {
@@ -146,11 +148,9 @@ fn a_chat_goes_on_from_its_file_as_if_it_had_not_ended() {
     let drawn = ["--temperature", "1", "-a", adapter.to_str().unwrap(), "--context", "250", "--state"];
     let (all, _) = chat(&f, &[&drawn[..], &[&whole]].concat(), "first\nsecond\nthird\n");
     let (first, _) = chat(&f, &[&drawn[..], &[&file]].concat(), "first\n");
-    // The seed goes on with the chat.
+    // The seed goes on with the chat, even if the command names the first one.
     let model = f.model.to_str().unwrap();
-    let resume = ["chat", "-m", model, "--no-quantize", "--precision", "exact", "-n", "6"];
-    let out = piped(&f, &[&resume[..], &drawn, &[&file]].concat(), "second\nthird\n");
-    let (rest, said) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    let (rest, said) = chat(&f, &[&drawn[..], &[&file]].concat(), "second\nthird\n");
     assert!(said.contains("(going on after 2 turns"), "{said}");
     assert_eq!(all, first + &rest);
     assert_eq!(fs::read(&file).unwrap(), fs::read(whole).unwrap(), "keys, values, history and seed");
@@ -160,6 +160,38 @@ fn a_chat_goes_on_from_its_file_as_if_it_had_not_ended() {
     fs::write(&file, "no chat").unwrap();
     let out = piped(&f, &["chat", "-m", model, "--no-quantize", "--state", &file], "hello\n");
     assert!(!out.status.success() && fs::read(&file).unwrap() == b"no chat");
+}
+
+/// What a chat said is not written over by another one, and what cannot be kept is known before the first question.
+#[test]
+fn a_file_of_a_chat_has_one_writer_and_a_place() {
+    let f = talking();
+    let (model, dir) = (f.model.to_str().unwrap().to_owned(), f.dir.path().to_str().unwrap().to_owned());
+    let of = |file: &str| {
+        let args = ["chat", "-m", &model, "--no-quantize", "-n", "6", "--state", file].map(str::to_owned);
+        let mut command = f.command(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let file = f.path("new/shared.state");
+    let mut slow = of(&file);
+    let mut out = BufReader::new(slow.stdout.take().unwrap());
+    slow.stdin.as_mut().unwrap().write_all(b"first\n").unwrap();
+    out.read_line(&mut String::new()).unwrap();
+    while !Path::new(&file).exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut other = of(&file);
+    other.stdin.take().unwrap().write_all(b"second of the other\n").unwrap();
+    assert!(other.wait_with_output().unwrap().status.success());
+    let theirs = fs::read(&file).unwrap();
+    slow.stdin.take().unwrap().write_all(b"second\n").unwrap();
+    let done = slow.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.code() == Some(1) && said.contains("something else has written since"), "{said}");
+    assert_eq!(fs::read(&file).unwrap(), theirs);
+    let folder = of(&dir).wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&folder.stderr);
+    assert!(!folder.status.success() && said.contains("got a folder") && !said.contains("is listening"), "{said}");
 }
 
 #[test]
@@ -255,7 +287,7 @@ fn a_terminal_has_tab_and_the_last_question_to_edit() {
         format!("/sav\t{saved}\r"),
         "/b\t\r".into(),
     ] {
-        std::thread::sleep(std::time::Duration::from_millis(1500));
+        std::thread::sleep(Duration::from_millis(1500));
         input.write_all(keys.as_bytes()).unwrap();
     }
     let out = child.wait_with_output().unwrap();

@@ -40,6 +40,10 @@ pub(super) fn last(path: &Path) -> Result<Vec<Message>> {
     let mut record: Map<String, Value> = serde_json::from_str(line).map_err(|e| wrong("another").caused_by(e))?;
     let messages = record.remove("messages").ok_or_else(|| wrong("one without them"))?;
     let mut messages: Vec<Message> = serde_json::from_value(messages).map_err(|e| wrong("others").caused_by(e))?;
+    let known = |role: &str| matches!(role, "system" | "user" | "assistant" | "tool");
+    if let Some(other) = messages.iter().find(|message| !known(&message.role)) {
+        return Err(wrong(&format!("a turn of `{}`", other.role)));
+    }
     messages.iter_mut().for_each(Message::parse_arguments);
     if messages.is_empty() { Err(wrong("an empty conversation")) } else { Ok(messages) }
 }

@@ -3,6 +3,7 @@
 mod commands;
 mod file;
 mod input;
+mod state;
 
 use super::answer::{AnswerArgs, Printer, context};
 use super::args::{ModelArgs, SamplingArgs, at_least_one};
@@ -11,8 +12,10 @@ use super::{interrupt, names, print_error};
 use crate::chat::Message;
 use crate::engine::{self, Engine};
 use crate::error::{Error, ErrorCode, Result};
-use crate::generate::Finish;
+use crate::generate::{Finish, Sampling};
 use input::{Input, Typed};
+use state::StateFile;
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -81,13 +84,14 @@ struct Chat {
     inner: engine::Chat,
     system: Option<String>,
     stats: bool,
-    state: Option<PathBuf>,
-    /// What the file holds.
-    kept: Vec<Message>,
+    state: Option<StateFile>,
 }
 
-pub(super) fn run(args: Args) -> Result<()> {
+/// A conversation until its end. False where a question was not answered or not kept, and nobody is there to see it.
+pub(super) fn run(args: Args) -> Result<bool> {
     args.sampling.check()?;
+    // Before the model, which may take long to make.
+    let state = args.state.map(StateFile::open).transpose()?;
     let tools = args.answers.tools()?;
     let engine = args.model.open_for_text()?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64);
@@ -101,15 +105,15 @@ pub(super) fn run(args: Args) -> Result<()> {
     let mut inner = engine.chat()?;
     (inner.sampling, inner.max_tokens) = (sampling, args.max_tokens);
     inner.set_cancel_token(interrupt::cancel());
-    let mut chat = Chat { engine, inner, system: None, stats: args.stats, state: args.state, kept: Vec::new() };
-    match chat.state.clone().filter(|path| path.exists()) {
+    let mut chat = Chat { engine, inner, system: None, stats: args.stats, state };
+    let path = chat.state.as_mut().and_then(|state| state.load(&mut chat.inner).transpose()).transpose()?;
+    match path {
         Some(path) => {
-            chat.inner.load_state(&path)?;
             let kept = chat.inner.sampling.clone();
-            chat.inner.sampling = args.sampling.over(kept.clone(), kept.seed)?;
+            // The same command goes on with the random numbers where they were, and does not begin them anew.
+            chat.inner.sampling = Sampling { seed: kept.seed, ..args.sampling.over(kept, 0)? };
             chat.inner.max_tokens = args.max_tokens;
             chat.take(chat.inner.messages().to_vec());
-            chat.kept = chat.inner.messages().to_vec();
             eprintln!("(going on after {} turns, from {})", chat.turns(), path.display());
         }
         None => chat.forget(),
@@ -122,7 +126,7 @@ pub(super) fn run(args: Args) -> Result<()> {
     }
     args.answers.apply(&mut chat.inner, tools)?;
     eprintln!("{} is listening; /help shows the commands", args.model.model);
-    let mut input = Input::new()?;
+    let (mut input, mut whole) = (Input::new()?, true);
     while let Some(typed) = input.next()? {
         let done = match &typed {
             Typed::Text(text) => chat.say(Message::new("user", text)),
@@ -132,10 +136,17 @@ pub(super) fn run(args: Args) -> Result<()> {
                 None => chat.say(Message::new("user", line.trim())),
             },
         };
-        done.unwrap_or_else(|e| print_error("error", &e));
-        chat.keep().unwrap_or_else(|e| print_error("error", &e));
+        let kept = chat.state.as_mut().map_or(Ok(()), |state| state.keep(&mut chat.inner));
+        // A command that is not there, or not possible now, costs no answer.
+        let costs = !matches!(&typed, Typed::Line(line) if line.starts_with('/'));
+        for (failed, costs) in
+            [(done, costs), (kept, true)].into_iter().filter_map(|(r, costs)| Some((r.err()?, costs)))
+        {
+            print_error("error", &failed);
+            whole &= !costs;
+        }
     }
-    Ok(())
+    Ok(whole || std::io::stdin().is_terminal())
 }
 
 impl Chat {
@@ -148,14 +159,6 @@ impl Chat {
         let first = messages.first().filter(|message| message.role == "system");
         self.system = first.map(|message| message.content.clone().unwrap_or_default());
         self.inner.set_messages(messages);
-    }
-
-    /// Writes what has changed to the file that keeps the chat, if there is one.
-    fn keep(&mut self) -> Result<()> {
-        let Some(path) = self.state.clone().filter(|_| self.kept != self.inner.messages()) else { return Ok(()) };
-        self.inner.save_state(&path)?;
-        self.kept = self.inner.messages().to_vec();
-        Ok(())
     }
 
     /// Turns that were said, the system prompt not counted.
