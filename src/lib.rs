@@ -31,6 +31,7 @@ mod base;
 #[cfg(feature = "bench")]
 pub mod bench;
 pub mod chat;
+mod checksum;
 #[cfg(feature = "cli")]
 pub mod cli;
 mod clock;

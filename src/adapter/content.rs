@@ -6,6 +6,7 @@
 //! one hash. What other quantizations have rounded, and what was trained further or merged into, has another. Norms,
 //! biases, embeddings, experts in stacks and transposed layers are not covered. It tells slips apart, not forgeries.
 
+use crate::checksum::add;
 use crate::error::Result;
 use pocketlora_kernels::{mix, quant};
 use pocketlora_models::{Layout, ParamSpec, Role};
@@ -42,15 +43,6 @@ pub(super) fn hash(params: &[ParamSpec], read: &mut ReadRows<'_>) -> Result<Opti
         }
     }
     Ok(covered.then(|| format!("nf4-codes-1:{sum:016x}")))
-}
-
-/// `sum` with `bytes` added, eight at a time.
-fn add(sum: u64, bytes: &[u8]) -> u64 {
-    bytes.chunks(8).fold(mix(sum, bytes.len() as u64), |sum, chunk| {
-        let mut word = [0; 8];
-        word[..chunk.len()].copy_from_slice(chunk);
-        mix(sum, u64::from_le_bytes(word))
-    })
 }
 
 fn gcd(a: usize, b: usize) -> usize {

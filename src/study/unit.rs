@@ -56,8 +56,7 @@ impl Unit<'_> {
             if person {
                 return last(true);
             }
-            let begins = |chunk: &[Word<'_>], kind| chunk.first().is_some_and(|word| word.kind == kind);
-            let bare = chunks.first().is_some_and(|subject| !begins(subject, Kind::Determiner));
+            let bare = chunks.first().is_some_and(|subject| subject[0].kind != Kind::Determiner);
             let brought_up = chunks.iter().skip(1).rev().find(|chunk| matches!(&*chunk[0].lower, "a" | "an"));
             if let Some(thing) = brought_up.filter(|thing| first == "it" && bare && thing.len() > 1) {
                 return Some(format!("the {}", templates::phrase(&thing[1..])));

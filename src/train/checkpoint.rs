@@ -8,10 +8,10 @@
 use super::best::Candidates;
 use super::hold_out::Evaluation;
 use crate::adapter::AdapterFile;
+use crate::checksum::{add, sum_of};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::{Entry, Staged, Writer};
-use crate::rng::mix;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::fs::{self, File};
@@ -228,21 +228,6 @@ fn read(path: &Path, facts: &RunFacts, entries: &[Entry]) -> Result<(RunFacts, T
         }
     }
     Ok((saved, file))
-}
-
-/// What a tensor adds to the checksum.
-pub(crate) fn sum_of(name: &str, bytes: &[u8]) -> u64 {
-    add(add(0, name.as_bytes()), bytes)
-}
-
-/// `sum` with `bytes` added, eight at a time.
-pub(crate) fn add(sum: u64, bytes: &[u8]) -> u64 {
-    let word = |bytes: &[u8]| {
-        let mut word = [0; 8];
-        word[..bytes.len()].copy_from_slice(bytes);
-        u64::from_le_bytes(word)
-    };
-    bytes.chunks(8).fold(mix(sum, bytes.len() as u64), |sum, bytes| mix(sum, word(bytes)))
 }
 
 /// Removes the checkpoints of a finished run, the older one first.

@@ -33,7 +33,6 @@ pub use crate::data::Unused;
 pub use batches::BatchReport;
 pub(crate) use batches::{Batches, largest_micro_batch};
 pub use checkpoint::has_checkpoint;
-pub(crate) use checkpoint::{add, sum_of};
 pub use config::{Optimizer, Schedule, TrainConfig, TrainPrecision};
 pub use control::{Directive, Policy, TrainHandle};
 pub(crate) use data::encode;

@@ -3,13 +3,13 @@
 use super::{Chat, Engine};
 use crate::adapter::mark;
 use crate::chat::Message;
+use crate::checksum::{add, sum_of};
 use crate::engine::Precision;
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::{KeptFacts, Parts};
 use crate::format::safetensors::TensorFile;
 use crate::format::{Entry, Staged, Writer};
 use crate::generate::Sampling;
-use crate::train::{add, sum_of};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
