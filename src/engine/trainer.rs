@@ -57,10 +57,12 @@ impl Engine {
     pub fn trainer_of(
         &self,
         config: TrainConfig,
-        material: Material,
+        mut material: Material,
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Trainer> {
+        // A choice may have left out what the material was made for.
+        material.heed(&config);
         init.map_or(Ok(()), |file| self.check_strictly(file))?;
         self.choose_threads_for_long();
         let name = Some(self.0.base_name.clone());
