@@ -100,6 +100,20 @@ pub(crate) fn hash_in(file: &AdapterFile) -> Option<String> {
     serde_json::from_str::<Mark>(file.base_mark.as_ref()?).ok()?.hash
 }
 
+/// Why `one` and `other` are for different bases, if their files tell that they are.
+pub(super) fn apart(one: &AdapterFile, other: &AdapterFile) -> Option<String> {
+    let mark = |file: &AdapterFile| serde_json::from_str::<Mark>(file.base_mark.as_ref()?).ok();
+    let (one, other) = (mark(one)?, mark(other)?);
+    let shown = |mark: &Mark| format!("a `{}` of {} layers of {}", mark.family, mark.layers, mark.hidden);
+    if shown(&one) != shown(&other) {
+        return Some(format!("{} and {}", shown(&one), shown(&other)));
+    }
+    let way = |hash: &str| hash.split_once(':').map(|(way, _)| way.to_owned());
+    let (one, other) = (one.hash?, other.hash?);
+    let differ = one != other && way(&one) == way(&other);
+    differ.then(|| format!("content hashes `{one}` and `{other}`"))
+}
+
 /// That `file` was trained on other weights than those of `base`, in words, if its file says so.
 ///
 /// # Errors

@@ -4,6 +4,7 @@
 //! while a model runs (`form.rs`). Whoever trains, saves or plans knows tensors by name and shape alone.
 
 pub(crate) mod attach;
+mod compose;
 mod content;
 mod exchange;
 mod experts;
@@ -24,6 +25,7 @@ mod scale;
 mod tensor;
 
 pub(crate) use attach::Adapters;
+pub use compose::{Combination, Composed, Composition, MajoritySign, compose};
 pub use exchange::{export_gguf, export_mlx};
 pub(crate) use form::{Context, Dropout, Gradients, Prefix};
 pub(crate) use held::TensorId;

@@ -14,6 +14,7 @@ mod answer;
 mod args;
 mod bench;
 mod chat;
+mod compose;
 mod data;
 mod data_check;
 mod demo;
@@ -82,6 +83,8 @@ enum Command {
     Quantize(quantize::Args),
     /// Fold adapters into a model's weights.
     Merge(merge::Args),
+    /// Join several LoRA adapters to one.
+    Compose(compose::Args),
     /// Write an adapter or a model in the format of another program.
     Export(export::Args),
     /// Describe a model or an adapter.
@@ -119,6 +122,7 @@ pub fn run() -> ExitCode {
         Command::Remove(args) => remove::run(&args).map(|()| true),
         Command::Quantize(args) => quantize::run(&args).map(|()| true),
         Command::Merge(args) => merge::run(&args).map(|()| true),
+        Command::Compose(args) => compose::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
         Command::Info(args) => info::run(&args).map(|()| true),
         Command::Chat(args) => chat::run(args),

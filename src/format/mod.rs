@@ -18,6 +18,7 @@ mod source;
 mod widen;
 mod writer;
 
+pub(crate) use atomic::AtomicDir;
 pub use atomic::{Staged, write_bytes, write_file};
 pub(crate) use atomic::{sweep, sync_dir};
 pub(crate) use bnb::weight_of;

@@ -8,6 +8,7 @@ mod fixture;
 mod auto;
 mod cache;
 mod cli;
+mod compose;
 #[cfg(unix)] // signals
 mod ends;
 mod exchange;

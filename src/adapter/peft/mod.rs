@@ -262,7 +262,7 @@ impl AdapterFile {
         let stored = if halves && self.method.kind().stored() == Stored::F16 { Stored::F16 } else { Stored::F32 };
         let shapes = self.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
         std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-        self.save_as(stored, dir, shapes, |put| self.tensors.iter().try_for_each(|(name, t)| put(name, &t.data)))
+        self.save_in(stored, dir, shapes, |put| self.tensors.iter().try_for_each(|(name, t)| put(name, &t.data)))
     }
 
     /// As [`AdapterFile::save`], to the folder `dir`, with tensors of `shapes` in place of its own, which `fill` hands over
@@ -276,10 +276,14 @@ impl AdapterFile {
         shapes: Vec<(String, Vec<usize>)>,
         fill: impl FnOnce(&mut Put<'_>) -> Result<()>,
     ) -> Result<()> {
-        self.save_as(self.method.kind().stored(), dir, shapes, fill)
+        self.save_in(self.method.kind().stored(), dir, shapes, fill)
     }
 
-    fn save_as(
+    /// As [`AdapterFile::save_by`], in the type `stored`.
+    ///
+    /// # Errors
+    /// As there.
+    pub(in crate::adapter) fn save_in(
         &self,
         stored: Stored,
         dir: &Path,
