@@ -44,6 +44,18 @@ impl Rng {
     }
 }
 
+/// `n` normal numbers with the given deviation, of the stream that `keys` name.
+#[must_use]
+pub fn normals(keys: &[u64], deviation: f32, n: usize) -> Vec<f32> {
+    let mut rng = Rng::new(keys.iter().copied().reduce(mix).unwrap_or_default());
+    // Box and Muller (1958): two uniform numbers give two normal ones, of which one is used.
+    let mut normal = || {
+        let (a, b) = (1.0 - f64::from(rng.unit()), f64::from(rng.unit()));
+        ((-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32
+    };
+    (0..n).map(|_| deviation * normal()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -156,7 +156,12 @@ impl AdapterMethod for PrefixTuning {
         (0..spec.values()).map(|_| normal()).collect()
     }
 
-    fn on_layer<B: Backend>(&self, _module: &str, _load: &mut Loader<'_, B>, _factor: f32) -> Result<LayerForm<B>> {
+    fn on_layer<B: Backend>(
+        &self,
+        _module: &str,
+        _load: &mut Loader<'_, B>,
+        _factor: f32,
+    ) -> Result<Vec<LayerForm<B>>> {
         unreachable!("it has no parts on layers")
     }
 

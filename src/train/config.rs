@@ -5,6 +5,7 @@ use crate::adapter::{Kind, Settings};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Arithmetic, MOMENT_BLOCK};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::path::PathBuf;
 
 /// How the learning rate moves after the warm-up.
@@ -59,6 +60,9 @@ pub struct TrainConfig {
     /// Virtual tokens of a prefix; 20 unless given.
     #[serde(alias = "num_virtual_tokens", skip_serializing_if = "Option::is_none")]
     pub num_virtual_tokens: Option<usize>,
+    /// Keys of PEFT's config of the method that have no name of their own here, such as `group_size` of ROAD.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub options: Map<String, Value>,
     /// Dropout of the adapters' input.
     pub dropout: f32,
     /// Share of the words of questions that a pass leaves out at random (word dropout, Iyyer et al. 2015), so that answers
@@ -192,6 +196,7 @@ impl Default for TrainConfig {
             targets: vec!["all".to_owned()],
             feedforward_modules: Vec::new(),
             num_virtual_tokens: None,
+            options: Map::new(),
             dropout: 0.0,
             prompt_dropout: 0.0,
             rslora: false,
@@ -251,16 +256,18 @@ impl TrainConfig {
             feedforward_modules: self.feedforward_modules.clone(),
             num_virtual_tokens: self.num_virtual_tokens.unwrap_or(20),
             lora_plus_ratio: self.lora_plus_ratio,
+            options: self.options.clone(),
         }
     }
 
     /// These with what an adapter has decided.
     pub(super) fn of_method(self, method: Kind, theirs: Settings) -> Self {
-        let Settings { rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens: tokens, .. } = theirs;
+        let Settings { rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens: tokens, options, .. } =
+            theirs;
         let num_virtual_tokens = (method == Kind::PrefixTuning).then_some(tokens);
         // A setting that the method does not read would be refused as idle.
         let alpha = if method.reads("alpha") { Some(alpha) } else { self.alpha };
-        Self { method, rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens, ..self }
+        Self { method, rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens, options, ..self }
     }
 
     /// As a run's `train.toml` has them: without what the adapter's method does not read.

@@ -5,8 +5,17 @@ use super::config::Optimizer;
 use crate::error::{Error, ErrorCode, Result};
 
 /// Settings that some methods of adapters read, and others do not.
-const ADAPTER: [&str; 8] =
-    ["rank", "alpha", "rslora", "targets", "feedforward-modules", "num-virtual-tokens", "dropout", "lora-plus-ratio"];
+const ADAPTER: [&str; 9] = [
+    "rank",
+    "alpha",
+    "rslora",
+    "targets",
+    "feedforward-modules",
+    "num-virtual-tokens",
+    "dropout",
+    "lora-plus-ratio",
+    "options",
+];
 
 impl TrainConfig {
     /// Whether `key` is one that the adapter's method does not read.
@@ -23,6 +32,8 @@ impl TrainConfig {
             "beta2" => self.beta2 != usual.beta2,
             "eps" => self.eps != usual.eps,
             "epochs" => self.epochs != usual.epochs,
+            // Unless it is given it follows from the rank.
+            "alpha" => self.alpha != usual.alpha,
             key if ADAPTER.contains(&key) => self.adapter().shown(key) != usual.adapter().shown(key),
             _ => false,
         }

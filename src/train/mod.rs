@@ -179,12 +179,13 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// Device lost.
     pub fn gradients(&self) -> Result<Vec<(String, Vec<f32>)>> {
-        let read = |(t, grad): (&Trained<B>, &B::Buffer)| {
+        let read = |t: &Trained<B>| {
+            let grad = self.grads.tensors[t.id.number()].as_ref().expect("what is trained has a gradient");
             let mut host = vec![0.0; self.base.backend.len(grad)];
             self.base.backend.read(grad, &mut host)?;
             Ok((t.spec.name.clone(), host))
         };
-        self.tensors.iter().zip(&self.grads.tensors).map(read).collect()
+        self.tensors.iter().map(read).collect()
     }
 
     /// A handle that pauses, resumes and stops this trainer, and asks for snapshots, from any thread.
@@ -333,8 +334,9 @@ impl<B: Backend> Trainer<B> {
         let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();
         let mut sums = Sums::new(&base.backend, 1 + most)?;
         let passes = self.accumulate(number, &micros, trained, &mut sums, observer)?;
-        for grad in &self.grads.tensors {
-            sums.add_squares(&base.backend, 0, grad)?;
+        let penalty = self.adapters.pull(&base, &mut self.grads)?;
+        for t in &self.tensors {
+            sums.add_squares(&base.backend, 0, self.grads.of(t.id).expect("what is trained has a gradient"))?;
         }
         let sums = sums.read(&base.backend)?;
         let [loss, held_loss] = mean_losses(number, &micros, &passes, &sums)?;
@@ -345,18 +347,20 @@ impl<B: Backend> Trainer<B> {
         self.clip(grad_norm)?;
         let lr = self.config.lr_at(number, self.facts.total_steps);
         let Self { base, config, adapters, grads, tensors, .. } = self;
-        for (Trained { group, id, moments, .. }, grad) in tensors.iter_mut().zip(&grads.tensors) {
+        for Trained { group, id, moments, .. } in tensors.iter_mut() {
+            let grad = &*grads.of(*id).expect("what is trained has a gradient");
             let mut done = Ok(());
             adapters.held_mut().update(&base.backend, *id, &mut |master| {
                 done = moments.step(&base.backend, config, *group, lr, number, grad, master);
             });
             done?;
         }
+        adapters.renew(base)?;
         self.facts.step = number;
         Ok(StepReport {
             step: number,
             total_steps: self.facts.total_steps,
-            loss: loss.unwrap_or(f64::NAN),
+            loss: loss.unwrap_or(f64::NAN) + penalty,
             lr,
             grad_norm,
             tokens: micros.iter().map(MicroBatch::tokens).sum(),
@@ -383,7 +387,7 @@ impl<B: Backend> Trainer<B> {
             let place = format!("step {number}, {}", samples_of(micros));
             return Err(Error::new(ErrorCode::Data, place, "expected at least one token to learn, got none"));
         }
-        for grad in &mut self.grads.tensors {
+        for grad in self.grads.tensors.iter_mut().flatten() {
             self.base.backend.run(Call::Zero { x: grad })?;
         }
         let mut places = Vec::with_capacity(micros.len());
@@ -431,7 +435,8 @@ impl<B: Backend> Trainer<B> {
     fn clip(&mut self, grad_norm: f64) -> Result<()> {
         if self.config.clip > 0.0 && grad_norm > self.config.clip {
             let factor = (self.config.clip / (grad_norm + 1e-6)) as f32;
-            for grad in &mut self.grads.tensors {
+            for t in &self.tensors {
+                let grad = self.grads.of(t.id).expect("what is trained has a gradient");
                 self.base.backend.run(Call::Scale { factor, x: grad })?;
             }
         }

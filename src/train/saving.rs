@@ -63,6 +63,7 @@ impl<B: Backend> Trainer<B> {
             let parts: Vec<&[u8]> = layout.iter().map(|(prefix, ..)| part(prefix)).collect::<Result<_>>()?;
             t.moments.write(backend, &parts);
         }
+        self.adapters.renew(&self.base)?;
         // A damaged newest one must not become the previous one, in place of a sound one.
         self.saved = warning.is_none();
         self.earlier = None;
@@ -176,11 +177,14 @@ impl<B: Backend> Trainer<B> {
     pub(super) fn write_adapter(&mut self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
         let Self { base, adapters, tensors, file, peak, .. } = self;
-        let shapes = tensors.iter().map(|t| (t.spec.name.clone(), t.spec.shape.clone())).collect();
+        let trained = tensors.iter().map(|t| (t.spec.name.clone(), t.spec.shape.clone()));
+        let frozen = file.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone()));
+        let shapes = trained.chain(frozen).collect();
         file.save_by(dir, shapes, |put| {
             for t in &*tensors {
                 put(&t.spec.name, &adapters.held().read(&base.backend, t.id)?)?;
             }
+            file.tensors.iter().try_for_each(|(name, t)| put(name, &t.data))?;
             peak.sample();
             Ok(())
         })

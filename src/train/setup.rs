@@ -12,7 +12,8 @@ use super::plan::Work;
 use super::saving::sweep_folder;
 use super::{Batches, Dataset, Keep, Material, MemoryPlan, Quiz, Sample, TrainConfig, Trainer, largest_micro_batch};
 use crate::adapter::{
-    AdapterFile, Adapters, Gradients, Group, Kind, Method, Replaced, Settings, TensorId, TensorSpec, layer_at, mark,
+    AdapterFile, Adapters, Gradients, Group, Kind, Method, Replaced, Settings, TensorId, TensorPart, TensorSpec,
+    layer_at, mark,
 };
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
@@ -20,7 +21,7 @@ use crate::exec::infer::state_bytes;
 use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::mix;
 use crate::turn::Turn;
-use pocketlora_kernels::{Backend, CacheType, WorkType};
+use pocketlora_kernels::{Backend, CacheType};
 use pocketlora_models::Param;
 use std::path::Path;
 use std::sync::Arc;
@@ -110,10 +111,10 @@ pub(super) fn trained_tensors<B: Backend>(
     Ok((tensors, gradients(base, adapters)?))
 }
 
-/// A gradient for every tensor of the attached adapters.
+/// A gradient for every tensor of the attached adapters that has one.
 pub(super) fn gradients<B: Backend>(base: &Base<B>, adapters: &Adapters<B>) -> Result<Gradients<B>> {
-    let one = |(_, spec): (TensorId, &TensorSpec)| Ok(base.backend.buffer(spec.values())?);
-    Ok(Gradients { tensors: adapters.held().specs().map(one).collect::<Result<_>>()? })
+    let one = |(part, values)| Ok((part != TensorPart::Fixed).then(|| base.backend.buffer(values)).transpose()?);
+    Ok(Gradients { tensors: adapters.held().parts().map(one).collect::<Result<_>>()? })
 }
 
 /// What a run on `data` that is evaluated on `eval_data` and `held` takes memory for: an adapter of `method` with tensors
@@ -248,7 +249,7 @@ impl<B: Backend> Trainer<B> {
         let named = init.and_then(|file| file.base.clone()).filter(|name| !is_copy(name)).or(base_name);
         let tensors = match init {
             Some(file) => file.tensors.clone(),
-            None => method.fresh(&specs, config.seed),
+            None => method.fresh(&specs, &base, config.seed)?,
         };
         let facts = RunFacts {
             step: 0,
@@ -264,10 +265,13 @@ impl<B: Backend> Trainer<B> {
         let mut file = AdapterFile::new(out.to_owned(), method, tensors).with(kept);
         (file.base, file.base_mark) = (named, Some(mark::of(&base)?));
         let mut adapters = Adapters::none(&base);
-        adapters.attach(&base, &file, 1.0, WorkType::F32)?;
+        adapters.attach_to_train(&base, &file)?;
+        adapters.renew(&base)?;
         check_places(&base, adapters.virtual_tokens(), &data)?;
         // What follows may take their place. Where they are few and large, an allocator would keep what it does not reuse.
-        file.tensors.clear();
+        // Those that stay as they are go into the file as they were.
+        let frozen = file.method.clone();
+        file.tensors.retain(|name, _| frozen.is_frozen(name));
         crate::mmap::release_freed();
         let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
         refuse_model(out)?;

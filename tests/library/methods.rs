@@ -26,19 +26,19 @@ const LORA: [&str; 8] = [
     "lora_trainable_tokens",
 ];
 
-fn of(method: &str, file: &str) -> PathBuf {
+pub(super) fn of(method: &str, file: &str) -> PathBuf {
     golden("methods").join(method).join(file)
 }
 
-fn base(threads: usize) -> Engine {
+pub(super) fn base(threads: usize) -> Engine {
     open_exact(&golden("peft/base"), threads)
 }
 
-fn inputs() -> Vec<u32> {
+pub(super) fn inputs() -> Vec<u32> {
     ids(&tensors(&golden("methods/inputs.safetensors"))["ids"])
 }
 
-fn close(what: &str, got: &[f32], expected: &[f32], bound: f32) -> Result<(), String> {
+pub(super) fn close(what: &str, got: &[f32], expected: &[f32], bound: f32) -> Result<(), String> {
     let (diff, at) = max_diff(got, expected);
     if diff <= bound { Ok(()) } else { Err(format!("{what}: logit {at} is off by {diff}, bound {bound}")) }
 }
@@ -159,7 +159,7 @@ fn sequences_of_a_batch_have_adapters_of_their_own() {
 }
 
 /// The two sequences of the training goldens; the reference pads the second, we do not.
-fn data() -> Dataset {
+pub(super) fn data() -> Dataset {
     let t = tensors(&golden("methods/inputs.safetensors"));
     let width = t["train_ids"].shape[1];
     let [ids, labels, mask] = ["train_ids", "train_labels", "train_mask"].map(|name| t[name].data.chunks(width));
@@ -171,8 +171,8 @@ fn data() -> Dataset {
     Dataset::new("golden", samples.collect())
 }
 
-struct Quiet {
-    stop_after: u64,
+pub(super) struct Quiet {
+    pub stop_after: u64,
 }
 
 impl Observer for Quiet {
@@ -181,7 +181,7 @@ impl Observer for Quiet {
     }
 }
 
-fn config() -> TrainConfig {
+pub(super) fn config() -> TrainConfig {
     TrainConfig {
         lr: 5e-3,
         schedule: Schedule::Constant,
@@ -200,7 +200,7 @@ fn norm(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 /// Five AdamW steps as the reference ran them, its losses before each and after, and the gradients of the first.
-fn train_like_peft(method: &str, accumulate: bool) -> Result<(), String> {
+pub(super) fn train_like_peft(method: &str, accumulate: bool) -> Result<(), String> {
     let expected = tensors(&of(method, "train.safetensors"));
     let (batch, accumulate) = if accumulate { (1, 2) } else { (2, 1) };
     let config = TrainConfig { batch, accumulate, ..config() };
@@ -218,6 +218,7 @@ fn train_like_peft(method: &str, accumulate: bool) -> Result<(), String> {
         for (tensor, grad) in trainer.gradients().unwrap() {
             let name = match &*tensor {
                 "prompt_embeddings" => "grad.prompt_encoder.embedding.weight".to_owned(),
+                other if other.ends_with("lora_magnitude_vector") => format!("grad.base_model.model.{other}.weight"),
                 other => format!("grad.base_model.model.{other}"),
             };
             let expected = &expected[&name].data;
@@ -257,7 +258,7 @@ fn train(method: &str, out: &Path, resume: bool, change: impl Fn(&mut TrainConfi
     trainer.run(&mut Quiet { stop_after }).unwrap().done
 }
 
-fn json(path: &Path) -> Map<String, Value> {
+pub(super) fn json(path: &Path) -> Map<String, Value> {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 

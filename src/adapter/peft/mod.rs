@@ -299,7 +299,13 @@ impl AdapterFile {
                 Stored::F16 => Dtype::F16,
                 Stored::F32 => Dtype::F32,
             };
-            let entry = |(name, shape): (String, Vec<usize>)| Entry { name: written(kind, &name), dtype, shape };
+            let is_places = |name: &str| {
+                kind.places().is_some_and(|(part, _)| name.strip_suffix(part).is_some_and(|rest| rest.ends_with('.')))
+            };
+            let entry = |(name, shape): (String, Vec<usize>)| {
+                let dtype = if is_places(&name) { Dtype::I32 } else { dtype };
+                Entry { name: written(kind, &name), dtype, shape }
+            };
             let kept_entry = |(name, tensor): &(String, Tensor)| Entry {
                 name: format!("{PREFIX}{name}"),
                 dtype: tensor.dtype,
@@ -312,7 +318,11 @@ impl AdapterFile {
             };
             let mut writer = Writer::new(BufWriter::new(file), metadata, entries, Vec::new());
             fill(&mut |name, values| {
-                writer.write(&written(kind, name), 0, &stored.bytes(values, name)?).map_err(failed)
+                let bytes = match is_places(name) {
+                    true => values.iter().flat_map(|place| (*place as i32).to_le_bytes()).collect(),
+                    false => stored.bytes(values, name)?,
+                };
+                writer.write(&written(kind, name), 0, &bytes).map_err(failed)
             })?;
             for (name, tensor) in &kept {
                 writer.write(&format!("{PREFIX}{name}"), 0, &tensor.bytes).map_err(failed)?;
