@@ -19,7 +19,7 @@ mod widen;
 mod writer;
 
 pub use atomic::{Staged, write_bytes, write_file};
-pub(crate) use atomic::{sweep, sync_dir};
+pub(crate) use atomic::{create_folder, sweep, sync_dir};
 pub(crate) use bnb::weight_of;
 pub use head::int8_head;
 pub use hf::Checkpoint;
