@@ -22,6 +22,7 @@ mod optimizer;
 mod plan;
 mod quiz;
 mod report;
+mod room;
 mod run_folder;
 mod saving;
 mod setup;
@@ -70,6 +71,7 @@ use checkpoint::RunFacts;
 use keep::{Held, Lessons};
 use lock::{Earlier, FolderLock};
 use pocketlora_kernels::{Backend, Call};
+use room::Room;
 use saving::Pace;
 use setup::Trained;
 use std::ops::Range;
@@ -124,6 +126,8 @@ pub(crate) struct Trainer<B: Backend> {
     warnings: Vec<Error>,
     /// The checkpoint in the output folder is this run's.
     saved: bool,
+    /// Held on the disk for the adapter.
+    room: Option<Room>,
     /// What an earlier run left in the output folder and this one may not replace.
     earlier: Option<Earlier>,
     _lock: FolderLock,
@@ -219,6 +223,9 @@ impl<B: Backend> Trainer<B> {
     /// Non-finite loss or gradients (the last checkpoint is kept), files that cannot be written, out of memory.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
         self.check_earlier()?;
+        if !self.finished() {
+            self.room = Some(self.hold_room()?);
+        }
         let _running = self.handle.enter();
         let mut tally = Tally::new();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
@@ -267,6 +274,8 @@ impl<B: Backend> Trainer<B> {
             tally.evaluated(self.evaluate_end(observer)?);
             self.finish(observer)?;
         } else {
+            // What the adapter will need again is the checkpoint's now, which is all that there is.
+            self.room = None;
             self.save_checkpoint()?;
         }
         self.handle.serve(&|| self.snapshot());

@@ -275,7 +275,7 @@ impl<B: Backend> Trainer<B> {
         crate::mmap::release_freed();
         let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
         refuse_model(out)?;
-        std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        crate::format::create_folder(out)?;
         let lock = FolderLock::take(out)?;
         sweep_folder(out);
         Ok(Self {
@@ -308,6 +308,7 @@ impl<B: Backend> Trainer<B> {
             end_by: None,
             out_of_time: false,
             saved: false,
+            room: None,
             earlier: Earlier::find(out),
             _lock: lock,
         })

@@ -237,6 +237,11 @@ impl AdapterFile {
         Ok(())
     }
 
+    /// Where its weights lie in the folder `dir`.
+    pub(crate) fn weights_in(dir: &Path) -> PathBuf {
+        dir.join(WEIGHTS)
+    }
+
     /// Takes away what killed writers have left half-written in `dir`.
     pub(crate) fn sweep(dir: &Path) {
         [CONFIG, WEIGHTS].iter().for_each(|name| sweep(&dir.join(name)));
@@ -261,7 +266,7 @@ impl AdapterFile {
         let halves = self.tensors.values().all(|t| t.data.iter().all(|v| f16::from_f32(*v).to_f32() == *v));
         let stored = if halves && self.method.kind().stored() == Stored::F16 { Stored::F16 } else { Stored::F32 };
         let shapes = self.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
-        std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
+        crate::format::create_folder(dir)?;
         self.save_in(stored, dir, shapes, |put| self.tensors.iter().try_for_each(|(name, t)| put(name, &t.data)))
     }
 
