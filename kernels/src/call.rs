@@ -8,8 +8,8 @@
 //! written is overwritten, whatever it held before, unless it is said to be added to.
 
 use crate::{
-    Activation, AdamW, Arithmetic, Attention, Blocks, Columns, DeltaRule, Lends, Lion, Map, Memory, Scores, Sgd, StateSpace,
-    Targets,
+    Activation, AdamW, Arithmetic, Attention, Blocks, Columns, DeltaRule, Lends, Lion, Map, Memory, Scores, Sgd,
+    StateSpace, Targets,
 };
 use std::ops::Range;
 

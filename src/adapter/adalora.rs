@@ -170,7 +170,8 @@ impl AdapterMethod for AdaLora {
             let kept = self.pattern.iter().flat_map(|p| p.as_object()).flatten().find_map(|(key, mask)| {
                 let of = key.strip_suffix(".lora_E")?;
                 let named = module.names().iter().any(|name| name == &of || name.ends_with(&format!(".{of}")));
-                named.then(|| mask.as_array().map_or(0, |m| m.iter().filter(|kept| **kept == Value::Bool(true)).count()))
+                named
+                    .then(|| mask.as_array().map_or(0, |m| m.iter().filter(|kept| **kept == Value::Bool(true)).count()))
             });
             if rank != kept.unwrap_or(self.rank) {
                 let expected = format!("rank {}", kept.unwrap_or(self.rank));
@@ -195,7 +196,11 @@ impl AdapterMethod for AdaLora {
 
     /// A and B normal with a deviation of 0.02, E zero, as PEFT begins.
     fn start(&self, spec: &TensorSpec, part: usize, module: usize, seed: u64) -> Vec<f32> {
-        if part == 2 { vec![0.0; spec.values()] } else { normals(&[seed, INIT, module as u64, part as u64], 0.02, spec.values()) }
+        if part == 2 {
+            vec![0.0; spec.values()]
+        } else {
+            normals(&[seed, INIT, module as u64, part as u64], 0.02, spec.values())
+        }
     }
 
     fn plan(&self, module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {

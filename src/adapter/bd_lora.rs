@@ -30,9 +30,7 @@ pub struct BdLora {
 impl BdLora {
     /// Which factor of the module has blocks: 0 for A, 1 for B.
     fn blocked(&self, module: &str) -> Option<usize> {
-        let named = |ends: &Vec<String>| {
-            ends.iter().any(|end| module == end || module.ends_with(&format!(".{end}")))
-        };
+        let named = |ends: &Vec<String>| ends.iter().any(|end| module == end || module.ends_with(&format!(".{end}")));
         self.of.iter().position(named)
     }
 }
@@ -81,7 +79,8 @@ impl AdapterMethod for BdLora {
 
     fn read(keys: &Keys<'_>) -> Result<Self> {
         let lora = Lora::read(keys)?;
-        let wrong = || keys.wrong("use_bdlora", "an object of `nblocks` and names in `target_modules_bd_a` and `.._bd_b`");
+        let wrong =
+            || keys.wrong("use_bdlora", "an object of `nblocks` and names in `target_modules_bd_a` and `.._bd_b`");
         let of = keys.get("use_bdlora").and_then(Value::as_object).ok_or_else(wrong)?;
         let blocks = of.get("nblocks").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
         let blocks = blocks.filter(|n| *n > 0 && lora.rank.is_multiple_of(*n)).ok_or_else(wrong)?;
@@ -101,7 +100,9 @@ impl AdapterMethod for BdLora {
     }
 
     fn check(&mut self, path: &Path, found: &[Found]) -> Result<Vec<String>> {
-        let Some(other) = found.iter().find(|module| self.blocked(&module.path).is_none()) else { return Ok(Vec::new()) };
+        let Some(other) = found.iter().find(|module| self.blocked(&module.path).is_none()) else {
+            return Ok(Vec::new());
+        };
         let (item, expected) = (format!("module `{}`", other.path), "its name in `use_bdlora` of the config");
         Err(Error::format(path, item, expected, "none"))
     }
@@ -173,7 +174,8 @@ impl AdapterMethod for BdLora {
     fn write(&self, adapted: &[String]) -> Object<String, Value> {
         let mut config = self.lora.write(adapted);
         let [a, b] = &self.of;
-        let own = json!({"match_strict": true, "nblocks": self.blocks, "target_modules_bd_a": a, "target_modules_bd_b": b});
+        let own =
+            json!({"match_strict": true, "nblocks": self.blocks, "target_modules_bd_a": a, "target_modules_bd_b": b});
         config.insert("use_bdlora".to_owned(), own);
         config
     }

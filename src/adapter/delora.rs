@@ -93,12 +93,14 @@ impl Map for Directions {
         };
         let of_a: Vec<f64> = norms[0].iter().enumerate().map(|(k, norm)| pull(k, *norm)).collect();
         let of_b: Vec<f64> = norms[1].iter().enumerate().map(|(k, norm)| pull(k, *norm)).collect();
-        let da = a.iter().zip(grads[0]).enumerate().map(|(i, (a, g))| {
-            (f64::from(*g) * f64::from(w_norm[i % input]) + of_a[i / input] * f64::from(*a)) as f32
-        });
-        let db = b.iter().zip(grads[1]).enumerate().map(|(i, (b, g))| {
-            (f64::from(*g) * lambda * factors[i % rank] + of_b[i % rank] * f64::from(*b)) as f32
-        });
+        let da =
+            a.iter().zip(grads[0]).enumerate().map(|(i, (a, g))| {
+                (f64::from(*g) * f64::from(w_norm[i % input]) + of_a[i / input] * f64::from(*a)) as f32
+            });
+        let db =
+            b.iter().zip(grads[1]).enumerate().map(|(i, (b, g))| {
+                (f64::from(*g) * lambda * factors[i % rank] + of_b[i % rank] * f64::from(*b)) as f32
+            });
         vec![da.collect(), db.collect(), vec![dlambda as f32], Vec::new()]
     }
 }

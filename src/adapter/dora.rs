@@ -97,7 +97,8 @@ impl AdapterMethod for Dora {
 
     fn check(&mut self, path: &Path, found: &[Found]) -> Result<Vec<String>> {
         if found.iter().any(|module| module.path == EMBEDDING) {
-            let next = "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
+            let next =
+                "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
             return Err(Error::unsupported(path, "DoRA on the embedding", next));
         }
         self.0.check(path, found)

@@ -17,8 +17,7 @@ use serde_json::{Map as Object, Value, json};
 
 /// Stream of random numbers for fresh matrices.
 const INIT: u64 = 0x6772_616c;
-const PARTS: &[&str] =
-    &["gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"];
+const PARTS: &[&str] = &["gralora_A", "gralora_B", "gralora_A_general.weight", "gralora_B_general.weight"];
 
 /// The keys of PEFT's GraLoRA configs (0.21).
 const KEYS: &[KeyUse] = &[
@@ -186,7 +185,8 @@ impl AdapterMethod for GraLora {
 
     fn describe(&self) -> (String, Object<String, Value>) {
         let keys = json!({"rank": self.rank, "alpha": self.alpha, "gralora_k": self.k, "hybrid_r": self.hybrid});
-        let text = format!("{} of rank {}, alpha {}, {} by {} blocks", Self::NAME, self.rank, self.alpha, self.k, self.k);
+        let text =
+            format!("{} of rank {}, alpha {}, {} by {} blocks", Self::NAME, self.rank, self.alpha, self.k, self.k);
         (text, keys.as_object().cloned().unwrap_or_default())
     }
 }

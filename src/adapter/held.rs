@@ -3,9 +3,9 @@
 use super::made::Link;
 use super::tensor::{TensorSpec, Tensors};
 use super::weight::Weight;
+use crate::adapter::Replaced;
 use crate::base::Base;
 use crate::error::Result;
-use crate::adapter::Replaced;
 use pocketlora_kernels::{Backend, WorkType};
 use pocketlora_models::Param;
 use std::collections::BTreeMap;

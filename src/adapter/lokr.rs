@@ -205,7 +205,8 @@ impl AdapterMethod for Lokr {
 
     fn plan(&self, module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {
         let ([shape, right], products) = (self.sides(weight.shape()), self.of_module(module));
-        let of = |product: bool, part, shape: [usize; 2]| if product { Of::Made(shape.to_vec()) } else { Of::Part(part) };
+        let of =
+            |product: bool, part, shape: [usize; 2]| if product { Of::Made(shape.to_vec()) } else { Of::Part(part) };
         let (left, right) = (of(products[0], "lokr_w1", shape), of(products[1], "lokr_w2", right));
         let factor = factor * (self.alpha / self.rank as f64) as f32;
         let pieces = vec![Piece::Kronecker { left, right, shape, factor }];

@@ -4,8 +4,8 @@
 use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
 use super::held::Loader;
-use super::pieces::{NoWeight, Plan, fold, forms};
 use super::peft::{Found, KeyUse, Keys, Use};
+use super::pieces::{NoWeight, Plan, fold, forms};
 use super::tensor::{Stored, TensorSpec, Tensors};
 use super::weight::LayerWeight;
 use crate::error::{Error, Result};
@@ -162,12 +162,12 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
         forms(self.parts(module), Self::FROZEN, plan, load)
     }
 
-    /// The same as pieces: for methods that have no forms of their own.
+    /// The same as pieces, which is all that a method needs that has no form of its own.
     ///
     /// # Errors
     /// Out of memory; it merges only.
     fn plan(&self, _module: &str, _weight: &dyn LayerWeight, _factor: f32) -> Result<Plan> {
-        unreachable!("it has forms of its own")
+        Ok(Plan::plain(Vec::new()))
     }
 
     /// First values of a fresh adapter's part that depend on the layer's `weight`; none where [`AdapterMethod::start`] has
@@ -314,8 +314,7 @@ pub(super) fn begin_with<M: AdapterMethod>(
 }
 
 /// Keys that choose layers, which settings do under names of their own.
-const COMMONLY_READ: [&str; 5] =
-    ["bias", "exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"];
+const COMMONLY_READ: [&str; 5] = ["bias", "exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"];
 
 /// Those of `options` with the values that `config` has.
 pub(super) fn options_of(options: &Map<String, Value>, config: &Map<String, Value>) -> Map<String, Value> {

@@ -59,7 +59,11 @@ impl Oft {
     /// Columns of a block of a layer with `input` of them; 0 where they are no whole number of blocks.
     fn size(&self, input: usize) -> usize {
         let size = if self.block_size > 0 { self.block_size } else { input / self.blocks.max(1) };
-        if size > 0 && input.is_multiple_of(size) && (self.block_size > 0 || size * self.blocks == input) { size } else { 0 }
+        if size > 0 && input.is_multiple_of(size) && (self.block_size > 0 || size * self.blocks == input) {
+            size
+        } else {
+            0
+        }
     }
 }
 
@@ -179,7 +183,9 @@ impl AdapterMethod for Oft {
         let blocks = keys.whole("r", 0, 0)?;
         let block_size = keys.whole("oft_block_size", 0, if blocks > 0 { 0 } else { 32 })?;
         if (blocks == 0) == (block_size == 0) || block_size == 1 {
-            return Err(keys.wrong("oft_block_size", "a size of blocks from 2 beside `r: 0`, or 0 beside a number of them"));
+            return Err(
+                keys.wrong("oft_block_size", "a size of blocks from 2 beside `r: 0`, or 0 beside a number of them")
+            );
         }
         let (eps, terms) = (keys.number("eps", Some(6e-5))?, keys.whole("num_cayley_neumann_terms", 1, 5)?);
         let series = keys.get("use_cayley_neumann").is_none() || keys.flag("use_cayley_neumann")?;
@@ -246,7 +252,11 @@ impl AdapterMethod for Oft {
 
     fn describe(&self) -> (String, Object<String, Value>) {
         let keys = json!({"r": self.blocks, "oft_block_size": self.block_size});
-        let of = if self.block_size > 0 { format!("blocks of {}", self.block_size) } else { format!("{} blocks", self.blocks) };
+        let of = if self.block_size > 0 {
+            format!("blocks of {}", self.block_size)
+        } else {
+            format!("{} blocks", self.blocks)
+        };
         (format!("{} with {of}", Self::NAME), keys.as_object().cloned().unwrap_or_default())
     }
 }

@@ -78,7 +78,8 @@ impl AdapterMethod for Supertuning {
     }
 
     fn begin(_settings: &Settings, _model: &dyn Model) -> Result<(Self, Vec<Param>)> {
-        let expected = format!("a method that can be begun here, or `--init` with an adapter of PEFT (targets `{AUTO}`)");
+        let expected =
+            format!("a method that can be begun here, or `--init` with an adapter of PEFT (targets `{AUTO}`)");
         Err(Error::config("method", expected, "supertuning"))
     }
 

@@ -23,7 +23,7 @@ const KEYS: &[KeyUse] = &[
     ("d_initial", Honoured, ""),
     ("exclude_modules", Honoured, ""),
     ("fan_in_fan_out", OnlyDefault, "linear layers of the supported families are not transposed: set it to `false`"),
-    ("init_weights", NoEffect, ""),        // how it began
+    ("init_weights", NoEffect, ""), // how it began
     ("layers_pattern", Honoured, ""),
     ("layers_to_transform", Honoured, ""),
     ("projection_prng_key", NoEffect, ""), // what the shared pair was drawn with: it is in the file

@@ -262,7 +262,8 @@ impl TrainConfig {
 
     /// These with what an adapter has decided.
     pub(super) fn of_method(self, method: Kind, theirs: Settings) -> Self {
-        let Settings { rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens: tokens, options, .. } = theirs;
+        let Settings { rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens: tokens, options, .. } =
+            theirs;
         let num_virtual_tokens = (method == Kind::PrefixTuning).then_some(tokens);
         // A setting that the method does not read would be refused as idle.
         let alpha = if method.reads("alpha") { Some(alpha) } else { self.alpha };

@@ -75,7 +75,9 @@ fn products_of_blocks_and_their_gradients_meet_the_oracle() {
 fn sparse_products_and_their_gradients_meet_the_oracle() {
     let mut report = Report::default();
     let mut random = Random(92);
-    for (tokens, [out, input], n) in [(1, [1, 1], 1), (3, [7, 5], 9), (0, [4, 4], 2), (2, [6, 9], 0), (60, [96, 64], 2500)] {
+    for (tokens, [out, input], n) in
+        [(1, [1, 1], 1), (3, [7, 5], 9), (0, [4, 4], 2), (2, [6, 9], 0), (60, [96, 64], 2500)]
+    {
         if !affordable(tokens * n) {
             continue;
         }
