@@ -19,6 +19,8 @@ use super::method::{AdapterMethod, Group, Settings, layer_at, path_of};
 use super::miss::Miss;
 use super::oft::Oft;
 use super::peft::{Found, KeyUse, Keys};
+#[cfg(test)]
+use super::pieces::Plan;
 use super::prefix_tuning::PrefixTuning;
 use super::replaced::Replaced;
 use super::road::Road;
@@ -210,6 +212,11 @@ macro_rules! methods {
                 factor: f32,
             ) -> Option<Box<dyn Fold>> {
                 match self { $(Self::$name(m) => m.fold(module, layer, tensors, factor)),+ }
+            }
+
+            #[cfg(test)]
+            pub(super) fn plan(&self, module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {
+                match self { $(Self::$name(m) => m.plan(module, weight, factor)),+ }
             }
 
             fn start_from(&self, part: &str, weight: &dyn LayerWeight) -> Result<Option<Vec<f32>>> {

@@ -5,7 +5,7 @@
 //! In a layer with a window, virtual tokens are as far away as their positions say, and are seen no more once the window has
 //! passed them, as in PEFT.
 
-use super::form::{LayerForm, Prefix};
+use super::form::Prefix;
 use super::held::Loader;
 use super::method::{AdapterMethod, Settings};
 use super::peft::{Found, KeyUse, Keys, Use};
@@ -154,15 +154,6 @@ impl AdapterMethod for PrefixTuning {
             ((-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32
         };
         (0..spec.values()).map(|_| normal()).collect()
-    }
-
-    fn on_layer<B: Backend>(
-        &self,
-        _module: &str,
-        _load: &mut Loader<'_, B>,
-        _factor: f32,
-    ) -> Result<Vec<LayerForm<B>>> {
-        unreachable!("it has no parts on layers")
     }
 
     fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {
