@@ -8,6 +8,13 @@ use pocketlora_kernels::{Backend, WorkType};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorId(pub(super) usize);
 
+impl TensorId {
+    /// The number of none.
+    pub(super) fn none() -> Self {
+        Self(usize::MAX)
+    }
+}
+
 /// A tensor of an attached adapter.
 struct Attached<B: Backend> {
     spec: TensorSpec,

@@ -5,8 +5,22 @@ use super::config::Optimizer;
 use crate::error::{Error, ErrorCode, Result};
 
 /// Settings that some methods of adapters read, and others do not.
-const ADAPTER: [&str; 8] =
-    ["rank", "alpha", "rslora", "targets", "feedforward-modules", "num-virtual-tokens", "dropout", "lora-plus-ratio"];
+const ADAPTER: [&str; 14] = [
+    "rank",
+    "alpha",
+    "rslora",
+    "targets",
+    "feedforward-modules",
+    "num-virtual-tokens",
+    "num-frozen-tokens",
+    "encoder-hidden-size",
+    "prompt-init-text",
+    "trainable-token-indices",
+    "alora-invocation-tokens",
+    "bias",
+    "dropout",
+    "lora-plus-ratio",
+];
 
 impl TrainConfig {
     /// Whether `key` is one that the adapter's method does not read.

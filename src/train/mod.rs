@@ -333,6 +333,9 @@ impl<B: Backend> Trainer<B> {
         let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();
         let mut sums = Sums::new(&base.backend, 1 + most)?;
         let passes = self.accumulate(number, &micros, trained, &mut sums, observer)?;
+        for (trained, grad) in self.tensors.iter().zip(&mut self.grads.tensors) {
+            trained.hold(&base.backend, grad, false)?;
+        }
         for grad in &self.grads.tensors {
             sums.add_squares(&base.backend, 0, grad)?;
         }
@@ -345,10 +348,12 @@ impl<B: Backend> Trainer<B> {
         self.clip(grad_norm)?;
         let lr = self.config.lr_at(number, self.facts.total_steps);
         let Self { base, config, adapters, grads, tensors, .. } = self;
-        for (Trained { group, id, moments, .. }, grad) in tensors.iter_mut().zip(&grads.tensors) {
+        for (trained, grad) in tensors.iter_mut().zip(&grads.tensors) {
             let mut done = Ok(());
-            adapters.held_mut().update(&base.backend, *id, &mut |master| {
+            adapters.held_mut().update(&base.backend, trained.id, &mut |master| {
+                let Trained { group, moments, .. } = trained;
                 done = moments.step(&base.backend, config, *group, lr, number, grad, master);
+                done = std::mem::replace(&mut done, Ok(())).and_then(|()| trained.hold(&base.backend, master, true));
             });
             done?;
         }
