@@ -9,7 +9,7 @@ mod plain;
 mod probe;
 
 pub use answers::Rendering;
-pub use message::Message;
+pub use message::{CUT, Message};
 pub use plain::Rendered;
 
 use crate::error::{Error, ErrorCode, Result};

@@ -50,6 +50,13 @@ impl Rng {
     }
 }
 
+/// `n` normal numbers with the given deviation, of the stream that `keys` name.
+#[must_use]
+pub fn normals(keys: &[u64], deviation: f32, n: usize) -> Vec<f32> {
+    let mut rng = Rng::new(keys.iter().copied().reduce(mix).unwrap_or_default());
+    (0..n).map(|_| deviation * rng.normal()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -189,7 +189,7 @@ pub(crate) fn carry(init: Option<&Own>, base: &Path, out: &Path) -> Result<()> {
         let (from, to) = (init.dir.join(&name), out.join(&name));
         let bytes = fs::read(&from).map_err(|e| Error::io("read", &from, e))?;
         if let Some(folder) = to.parent() {
-            fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+            crate::format::create_folder(folder)?;
         }
         write_bytes(&to, &bytes)?;
     }

@@ -8,8 +8,8 @@
 //! written is overwritten, whatever it held before, unless it is said to be added to.
 
 use crate::{
-    Activation, AdamW, Arithmetic, Attention, Columns, DeltaRule, Lends, Lion, Map, Memory, Scores, Sgd, StateSpace,
-    Targets,
+    Activation, AdamW, Arithmetic, Attention, Blocks, Columns, DeltaRule, Lends, Lion, Map, Memory, Scores, Sgd,
+    StateSpace, Targets,
 };
 use std::ops::Range;
 
@@ -255,6 +255,21 @@ calls! {
     /// they are. With the width of a head in [`Columns::of`], `t` counts heads: that takes a part of each.
     CopyColumns {
         width: value(usize), x: read, x_at: value(Columns), y: write, y_at: value(Columns), accumulate: value(bool),
+    }
+
+    /// `y[t, g, o, s] = sum_k w[g, o, k] x[t, g, k, s]` for each block `g` of columns, see [`Blocks`]; where `w` has fewer
+    /// matrices than there are blocks, it repeats. With `transposed` the sum is over `o`, which is the gradient by `x`.
+    BlockProduct { spec: value(Blocks), transposed: value(bool), w: read, x: read, y: write, }
+    /// `dw[g, o, k] += sum_t,s dy[t, g, o, s] x[t, g, k, s]`, for the blocks that share a matrix together.
+    BlockProductVjpW { spec: value(Blocks), dy: read, x: read, dw: write, }
+    /// `y[t, rows[n]] += w[n] x[t, cols[n]]`; with `rows` and `cols` exchanged it is the gradient by `x`. All of them are
+    /// columns that there are.
+    SparseProduct {
+        rows: value(&'a [u32]), cols: value(&'a [u32]), tokens: value(usize), w: read, x: read, y: write,
+    }
+    /// `dw[n] += sum_t dy[t, rows[n]] x[t, cols[n]]`.
+    SparseProductVjpW {
+        rows: value(&'a [u32]), cols: value(&'a [u32]), tokens: value(usize), dy: read, x: read, dw: write,
     }
 
     /// Causal convolution of each channel over the tokens of each of `segments` (lengths that sum to `T`), with `P` taps:

@@ -29,7 +29,7 @@ pub use matrix::{Absmax, FloatType, MatrixData, MatrixSource, Nf4Source};
 pub use memory::{Lends, Memory};
 pub use random::mix;
 pub use settings::{
-    Activation, AdamW, Arithmetic, Attention, CacheType, Columns, DeltaRule, Lion, MOMENT_BLOCK, Scores, Sgd,
+    Activation, AdamW, Arithmetic, Attention, Blocks, CacheType, Columns, DeltaRule, Lion, MOMENT_BLOCK, Scores, Sgd,
     StateSpace, WorkType, narrow_width,
 };
 pub use targets::Targets;

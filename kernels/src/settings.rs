@@ -78,6 +78,17 @@ pub struct Columns {
     pub first: usize,
 }
 
+/// Shape of a product with one small matrix for each block of columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// How many blocks there are.
+    pub count: usize,
+    /// `[out, in]` of a matrix.
+    pub shape: [usize; 2],
+    /// Columns side by side that share a row or column of the matrix.
+    pub inner: usize,
+}
+
 /// Shape of a gated delta rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeltaRule {

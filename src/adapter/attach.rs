@@ -116,6 +116,25 @@ impl<B: Backend> Adapters<B> {
     /// A module or shape that this base does not have; a weight that another adapter brings, too, or a factor where
     /// there is nothing to multiply; another method than that of the adapters there are. All is as it was then.
     pub fn attach(&mut self, base: &Base<B>, file: &AdapterFile, factor: f32, dtype: WorkType) -> Result<()> {
+        self.attach_as(base, file, factor, dtype, false)
+    }
+
+    /// As [`Adapters::attach`], for training: tensors of the file are there for an optimizer to move, in f32.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn attach_to_train(&mut self, base: &Base<B>, file: &AdapterFile) -> Result<()> {
+        self.attach_as(base, file, 1.0, WorkType::F32, true)
+    }
+
+    fn attach_as(
+        &mut self,
+        base: &Base<B>,
+        file: &AdapterFile,
+        factor: f32,
+        dtype: WorkType,
+        trains: bool,
+    ) -> Result<()> {
         let fitted = file.fitted(base.model.as_ref())?;
         let file = fitted.as_ref();
         mark::check(base, file)?;
@@ -155,7 +174,8 @@ impl<B: Backend> Adapters<B> {
                 return Err(mismatch(message));
             }
         }
-        self.place(base, &file.method, Values::Of(&file.tensors), at, factor, dtype)?;
+        let loader = Loader::new(base, &replaced, Values::Of(&file.tensors), dtype, trains, &self.held);
+        self.place(base, &file.method, loader, at, factor)?;
         self.there.push((file.dir.clone(), kind));
         self.invocation = invocation.map(Arc::from).or(self.invocation.take());
         for (head, term) in replaced.on_head(base, file) {
@@ -173,7 +193,11 @@ impl<B: Backend> Adapters<B> {
         let modules: Vec<&str> = specs.iter().filter_map(|spec| method.kind().module_of(&spec.name)).collect();
         let layers = modules.into_iter().filter_map(|module| Some((layer_at(base.model.as_ref(), module)?, module)));
         self.invocation = method.invocation().map(Arc::from);
-        self.place(base, method, Values::Zeros(specs), layers.collect(), 1.0, WorkType::F32)
+        let (at, replaced) = (layers.collect(), std::mem::take(&mut self.replaced));
+        let loader = Loader::new(base, &replaced, Values::Zeros(specs), WorkType::F32, true, &self.held);
+        let placed = self.place(base, method, loader, at, 1.0);
+        self.replaced = replaced;
+        placed
     }
 
     /// Builds what `method` does at each of the layers `at` and elsewhere, then attaches it.
@@ -181,21 +205,21 @@ impl<B: Backend> Adapters<B> {
         &mut self,
         base: &Base<B>,
         method: &Method,
-        values: Values<'_>,
+        mut loader: Loader<'_, B>,
         mut at: Vec<(Param, &str)>,
         factor: f32,
-        dtype: WorkType,
     ) -> Result<()> {
         at.sort_by_key(|(param, _)| param.0);
-        let mut loader = Loader::new(&base.backend, values, dtype, &self.held);
         let mut forms = Vec::with_capacity(at.len());
         for (param, module) in at {
-            forms.push((param, method.on_layer(module, loader.at(module), factor)?));
+            for form in method.on_layer(module, loader.at(module, Some(param)), factor)? {
+                forms.push((param, form));
+            }
         }
-        let prefix = method.in_attention(loader.at(""))?;
+        let prefix = method.in_attention(loader.at("", None))?;
         if let Some(prefix) = prefix.as_ref().filter(|prefix| prefix.is_read()) {
             let factor = super::prompt::factor(base.model.as_ref()).unwrap_or(1.0);
-            let rows = match method.encoder(loader.at(""))? {
+            let rows = match method.encoder(loader.at("", None))? {
                 Some(encoder) => From::Encoder(encoder),
                 None => From::Tensor(prefix.tensor()),
             };
@@ -299,6 +323,24 @@ pub(super) fn check_shapes(file: &AdapterFile, module: &str, layer: [usize; 2]) 
             let place = format!("`{}`: module `{module}`", file.dir.display());
             return Err(Error::new(ErrorCode::AdapterMismatch, place, message));
         }
+    }
+    check_places(file, module, layer)
+}
+
+/// Checks that places in the weight of `module` are in its layer `[out, in]`.
+fn check_places(file: &AdapterFile, module: &str, [out, input]: [usize; 2]) -> Result<()> {
+    let Some((part, flat)) = file.method.kind().places() else { return Ok(()) };
+    let places = &file.tensors[&format!("{module}.{part}")].data;
+    let (rows, cols) = if flat { (&places[..], &places[..0]) } else { places.split_at(places.len() / 2) };
+    let beyond = |places: &[f32], end: usize| places.iter().find(|place| **place >= end as f32).copied();
+    let rows = beyond(rows, if flat { out * input } else { out });
+    if let Some(place) = rows.or_else(|| beyond(cols, input)) {
+        let message = format!(
+            "expected places in a layer `[{out}, {input}]`, got `{place}` in `{part}`; use the base that the adapter was \
+             trained on"
+        );
+        let at = format!("`{}`: module `{module}`", file.dir.display());
+        return Err(Error::new(ErrorCode::AdapterMismatch, at, message));
     }
     Ok(())
 }

@@ -2,10 +2,10 @@
 //! `num_frozen_tokens` rows are never moved: attention leans on a text's first tokens whatever they are. A file is as that of
 //! prefix tuning, `prompt_embeddings` `[n, 2 layers kv_width]`, but that keys of a text are turned already.
 
-use super::form::{LayerForm, Prefix};
+use super::form::Prefix;
 use super::held::Loader;
 use super::method::{AdapterMethod, Settings};
-use super::peft::{Found, KeyUse, Keys, Use};
+use super::peft::{KeyUse, Keys, Use};
 use super::prefix_tuning::{EMBEDDINGS, PrefixTuning};
 use super::prompt::NUMBERS;
 use super::tensor::{Stored, TensorSpec};
@@ -14,7 +14,6 @@ use Use::Honoured;
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param};
 use serde_json::{Map, Value, json};
-use std::path::Path;
 
 /// The keys of PEFT's cartridge configs (0.21).
 const KEYS: &[KeyUse] =
@@ -48,11 +47,6 @@ impl AdapterMethod for Cartridge {
         Ok(Self { prefix, frozen })
     }
 
-    fn check(&mut self, _path: &Path, _found: &[Found]) -> Result<Vec<String>> {
-        // The one tensor's shape is that of the base, which is not known here.
-        Ok(Vec::new())
-    }
-
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
         let (prefix, layers) = PrefixTuning::begin(settings, model)?;
         let frozen = settings.num_frozen_tokens;
@@ -74,10 +68,6 @@ impl AdapterMethod for Cartridge {
     /// Zeros until the base has read a text (`begun.rs`).
     fn start(&self, spec: &TensorSpec, _part: usize, _module: usize, _seed: u64) -> Vec<f32> {
         vec![0.0; spec.values()]
-    }
-
-    fn on_layer<B: Backend>(&self, _module: &str, _load: &mut Loader<'_, B>, _factor: f32) -> Result<LayerForm<B>> {
-        unreachable!("it has no parts on layers")
     }
 
     fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {

@@ -7,6 +7,11 @@ pub(super) trait Fold: Send + Sync {
     /// Changes `rows` of the weight `[out, in]`; they lie in `values` `[rows, in]`.
     fn weight(&self, rows: Range<usize>, values: &mut [f32]);
 
+    /// The rows that must be there for `rows` to be changed, these among them.
+    fn span(&self, rows: Range<usize>) -> Range<usize> {
+        rows
+    }
+
     /// Changes the bias `[out]`, if the layer has one.
     fn bias(&self, _bias: &mut [f32]) {}
 

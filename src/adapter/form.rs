@@ -43,16 +43,17 @@ pub struct Dropout {
     pub first: u64,
 }
 
-/// Gradients of the tensors in training. Tensors of adapters that are attached beside have none.
+/// Gradients of the tensors in training and of what is made of them. Fixed tensors have none, and neither have those of
+/// adapters that are attached beside.
 pub struct Gradients<B: Backend> {
     /// By the number of the tensor.
-    pub tensors: Vec<B::Buffer>,
+    pub tensors: Vec<Option<B::Buffer>>,
 }
 
 impl<B: Backend> Gradients<B> {
-    /// The gradient of a tensor, to be added to, if it is in training.
+    /// The gradient of a tensor, to be added to, if it has one.
     pub fn of(&mut self, id: TensorId) -> Option<&mut B::Buffer> {
-        self.tensors.get_mut(id.0)
+        self.tensors.get_mut(id.0)?.as_mut()
     }
 }
 
@@ -109,11 +110,11 @@ pub trait Change<B: Backend>: Send + Sync {
     /// Out of memory.
     fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()>;
 
-    /// Whether one of its tensors is in training: only then [`Change::backward`] is given `x`.
+    /// Whether a gradient of its tensors depends on `x`: only then [`Change::backward`] is given it.
     fn learns(&self, grads: &mut Gradients<B>) -> bool;
 
-    /// Given the gradient `dy` of `f(x)`, writes that of `x` to `dx`, and adds to the gradients of its tensors if `x` is
-    /// there.
+    /// Given the gradient `dy` of `f(x)`, writes that of `x` to `dx`, and adds to the gradients of its tensors: to those that
+    /// depend on `x` if it is there.
     ///
     /// # Errors
     /// Out of memory.

@@ -48,6 +48,7 @@ impl AdapterMethod for Ia3 {
     const KEYS: &'static [KeyUse] = KEYS;
     const PARTS: &'static [&'static str] = &["ia3_l"];
     // Scales lie near 1, where f16 has but three digits.
+    const DIMENSIONS: &'static [usize] = &[2];
     const STORED: Stored = Stored::F32;
     const SETTINGS: &'static [&'static str] = &["targets", "feedforward-modules"];
 
@@ -129,12 +130,12 @@ impl AdapterMethod for Ia3 {
         vec![1.0; spec.values()]
     }
 
-    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, _factor: f32) -> Result<LayerForm<B>> {
+    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, _factor: f32) -> Result<Vec<LayerForm<B>>> {
         let scale = Box::new(Scale { l: load.buffer("ia3_l")? });
-        Ok(if self.is_feedforward(module) { LayerForm::Input(scale) } else { LayerForm::Output(scale) })
+        Ok(vec![if self.is_feedforward(module) { LayerForm::Input(scale) } else { LayerForm::Output(scale) }])
     }
 
-    fn fold(&self, module: &str, tensors: &Tensors, _factor: f32) -> Option<Box<dyn Fold>> {
+    fn fold(&self, module: &str, _layer: [usize; 2], tensors: &Tensors, _factor: f32) -> Option<Box<dyn Fold>> {
         let l = tensors[&format!("{module}.ia3_l")].data.clone();
         Some(if self.is_feedforward(module) { Box::new(InputFold(l)) } else { Box::new(OutputFold(l)) })
     }

@@ -1,24 +1,43 @@
 //! All adapter methods: a new one is its own file, and one line in the list below.
 
+use super::adalora::AdaLora;
+use super::bd_lora::BdLora;
+use super::beft::Beft;
 use super::cartridge::Cartridge;
+use super::delora::Delora;
+use super::dora::Dora;
 use super::encoder::Encoder;
 use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
+use super::gralora::GraLora;
 use super::held::Loader;
+use super::hra::Hra;
 use super::ia3::Ia3;
 #[cfg(feature = "cli")]
 use super::learned::norms_named;
 use super::ln_tuning::LnTuning;
+use super::loha::Loha;
+use super::lokr::Lokr;
 use super::lora::Lora;
+use super::lora_fa::LoraFa;
 #[cfg(feature = "cli")]
 use super::method::with_embedding;
-use super::method::{AdapterMethod, Group, Settings, paths_of};
+use super::method::{AdapterMethod, Group, Settings, layer_at, paths_of};
+use super::miss::Miss;
+use super::oft::Oft;
 use super::p_tuning::PTuning;
 use super::peft::{Found, KeyUse, Keys};
 use super::prefix_tuning::PrefixTuning;
 use super::prompt_tuning::PromptTuning;
+use super::replaced::Replaced;
+use super::road::Road;
+use super::shira::Shira;
+use super::supertuning::Supertuning;
 use super::tensor::{HostTensor, Stored, TensorSpec, Tensors};
 use super::trainable_tokens::TrainableTokens;
+use super::vera::Vera;
+use super::weight::{LayerWeight, Weight};
+use crate::base::Base;
 use crate::error::Result;
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param};
@@ -48,8 +67,29 @@ macro_rules! methods {
             pub const ALL: &'static [Self] = &[$(Self::$name),+];
 
             /// The method that PEFT calls `peft_type`.
-            pub(super) fn of_peft(peft_type: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|kind| kind.peft_type() == peft_type)
+            pub(super) fn of_peft(peft_type: &str, asks: &dyn Fn(&str) -> bool) -> Option<Self> {
+                let named = || Self::ALL.iter().copied().filter(|kind| kind.peft_type() == peft_type);
+                let asked = named().find(|kind| kind.asked_by().is_some_and(asks));
+                asked.or_else(|| named().find(|kind| kind.asked_by().is_none()))
+            }
+
+            fn asked_by(self) -> Option<&'static str> {
+                match self { $(Self::$name => $name::ASKED_BY),+ }
+            }
+
+            /// See [`AdapterMethod::DIMENSIONS`].
+            pub(super) fn dimensions(self) -> &'static [usize] {
+                match self { $(Self::$name => $name::DIMENSIONS),+ }
+            }
+
+            /// See [`AdapterMethod::PLACES`].
+            pub(super) fn places(self) -> Option<(&'static str, bool)> {
+                match self { $(Self::$name => $name::PLACES),+ }
+            }
+
+            /// See [`AdapterMethod::FROZEN`].
+            pub(super) fn frozen(self) -> &'static [&'static str] {
+                match self { $(Self::$name => $name::FROZEN),+ }
             }
 
             /// `peft_type` in PEFT's configs.
@@ -137,6 +177,11 @@ macro_rules! methods {
                 match self { $(Self::$name(m) => m.check(path, found)),+ }
             }
 
+            /// See [`AdapterMethod::note_parts`].
+            pub(super) fn note_parts(&mut self, module: &str, there: &[&'static str]) {
+                match self { $(Self::$name(m) => m.note_parts(module, there)),+ }
+            }
+
             /// See [`AdapterMethod::parts`].
             pub(super) fn parts(&self, module: &str) -> &'static [&'static str] {
                 match self { $(Self::$name(m) => m.parts(module)),+ }
@@ -159,7 +204,7 @@ macro_rules! methods {
                 module: &str,
                 load: &mut Loader<'_, B>,
                 factor: f32,
-            ) -> Result<LayerForm<B>> {
+            ) -> Result<Vec<LayerForm<B>>> {
                 match self { $(Self::$name(m) => m.on_layer(module, load, factor)),+ }
             }
 
@@ -167,8 +212,18 @@ macro_rules! methods {
                 match self { $(Self::$name(m) => m.in_attention(load)),+ }
             }
 
-            pub(super) fn fold(&self, module: &str, tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {
-                match self { $(Self::$name(m) => m.fold(module, tensors, factor)),+ }
+            pub(super) fn fold(
+                &self,
+                module: &str,
+                layer: [usize; 2],
+                tensors: &Tensors,
+                factor: f32,
+            ) -> Option<Box<dyn Fold>> {
+                match self { $(Self::$name(m) => m.fold(module, layer, tensors, factor)),+ }
+            }
+
+            fn start_from(&self, part: &str, weight: &dyn LayerWeight) -> Result<Option<Vec<f32>>> {
+                match self { $(Self::$name(m) => m.start_from(part, weight)),+ }
             }
 
             /// See [`AdapterMethod::fixed_rows`].
@@ -251,6 +306,38 @@ methods! {
     PromptTuning,
     /// The same, made by a network.
     PTuning,
+    /// Low-rank terms beside lengths of rows.
+    Dora,
+    /// Trained scales of fixed low-rank terms.
+    Vera,
+    /// Rows that inputs share.
+    Miss,
+    /// Low-rank terms with singular values.
+    AdaLora,
+    /// Low-rank terms of a given strength.
+    Delora,
+    /// Products of low-rank terms, element by element.
+    Loha,
+    /// Outputs turned in pairs.
+    Road,
+    /// Biases.
+    Beft,
+    /// Low-rank terms of blocks.
+    GraLora,
+    /// Reflected inputs.
+    Hra,
+    /// Turned inputs.
+    Oft,
+    /// Kronecker terms.
+    Lokr,
+    /// Sparse terms.
+    Shira,
+    /// Sparse terms, with low-rank ones beside them.
+    Supertuning,
+    /// Low-rank terms of which one half is trained.
+    LoraFa,
+    /// Low-rank terms with blocks.
+    BdLora,
 }
 
 impl Kind {
@@ -330,15 +417,38 @@ impl Method {
         }
     }
 
-    /// First values of a fresh adapter's tensors `specs`, as [`Method::tensors`] lists them.
-    pub(crate) fn fresh(&self, specs: &[TensorSpec], seed: u64) -> Tensors {
-        let (mut modules, mut part) = (0, 0);
+    /// Whether the tensor `name` is never trained.
+    #[must_use]
+    pub fn is_frozen(&self, name: &str) -> bool {
+        let is_it = |part: &&str| name == *part || name.strip_suffix(*part).is_some_and(|rest| rest.ends_with('.'));
+        self.kind().frozen().iter().any(is_it)
+    }
+
+    /// First values of a fresh adapter's tensors `specs`, as [`Method::tensors`] lists them, on `base`.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn fresh<B: Backend>(&self, specs: &[TensorSpec], base: &Base<B>, seed: u64) -> Result<Tensors> {
+        let replaced = Replaced::default();
+        let (mut modules, mut part, mut layer) = (0, 0, None);
         let one = |spec: &TensorSpec| {
             // What belongs to no module counts as one.
-            let first = self.kind().parts().is_empty() || self.kind().module_of(&spec.name).is_some();
+            let module = self.kind().module_of(&spec.name);
+            let first = self.kind().parts().is_empty() || module.is_some();
             (modules, part) = if first { (modules + 1, 0) } else { (modules, part + 1) };
-            let data = self.start(spec, part, modules - 1, seed);
-            (spec.name.clone(), HostTensor { shape: spec.shape.clone(), data })
+            layer = module.map_or(layer, |path| layer_at(base.model.as_ref(), path));
+            let known = match layer.filter(|_| !self.kind().shared().contains(&spec.name.as_str())) {
+                Some(layer) => {
+                    let weight = Weight { base, replaced: &replaced, layer, counts: false };
+                    let names = self.kind().parts().iter().filter(|name| spec.name.ends_with(*name));
+                    // The longest: one part's name may be the end of another's.
+                    let name = names.max_by_key(|name| name.len()).copied().unwrap_or_default();
+                    self.start_from(name, &weight)?
+                }
+                None => None,
+            };
+            let data = known.unwrap_or_else(|| self.start(spec, part, modules.max(1) - 1, seed));
+            Ok((spec.name.clone(), HostTensor { shape: spec.shape.clone(), data }))
         };
         specs.iter().map(one).collect()
     }

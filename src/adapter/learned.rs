@@ -9,7 +9,7 @@ use super::method::{EMBEDDING, Settings, layer_at};
 use super::peft::{Replacements, Rows, WholeTensor};
 use super::rows::{From, NewRows, NewRowsOnHead, Whose};
 use super::tensor::{HostTensor, TensorSpec, Tensors};
-use super::{Kind, Method};
+use super::{Kind, Method, Replaced};
 use crate::base::Base;
 use crate::error::{Error, Result};
 use crate::format::safetensors::Tensor;
@@ -256,14 +256,15 @@ impl<B: Backend> Adapters<B> {
         let specs: Vec<TensorSpec> = learned.iter().map(|one| one.spec.clone()).collect();
         let tensors = of.map(|(replaced, kind, adapted)| replaced.values(kind, adapted));
         let values = tensors.as_ref().map_or(Values::Zeros(&specs), Values::Of);
-        let mut loader = Loader::new(&base.backend, values, WorkType::F32, self.held());
+        let replaced = Replaced::default();
+        let mut loader = Loader::new(base, &replaced, values, WorkType::F32, true, self.held());
         let mut forms = Vec::new();
         let mut vectors = Vec::new();
         for Learned { spec, place } in learned {
             match place {
-                Place::Vector(param) => vectors.push((*param, loader.at("").buffer(&spec.name)?)),
+                Place::Vector(param) => vectors.push((*param, loader.at("", None).buffer(&spec.name)?)),
                 Place::Rows { table, ids, on_head } => {
-                    let rows = loader.at("").matrix(&spec.name)?;
+                    let rows = loader.at("", None).matrix(&spec.name)?;
                     let is_table = base.model.outline().embedding == *table;
                     if is_table {
                         let form = NewRows { rows: From::Tensor(rows), whose: Whose::Tokens(Arc::clone(ids)) };

@@ -2,18 +2,14 @@
 //! `NORM.ln_tuning_layers.weight`; they stand in for the base's (`learned.rs`). Backward keeps a norm's input, as it does
 //! without: `dw[c] = sum over t of dy[t, c] x[t, c] / rms(x[t])`.
 
-use super::form::LayerForm;
-use super::held::Loader;
 use super::learned::{norms_named, usual_norms};
 use super::method::{AUTO, AdapterMethod, Settings};
-use super::peft::{Found, KeyUse, Keys, Use};
+use super::peft::{KeyUse, Keys, Use};
 use super::tensor::{Stored, TensorSpec};
 use crate::error::Result;
 use Use::Honoured;
-use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param};
 use serde_json::{Map, Value, json};
-use std::path::Path;
 
 /// The keys of PEFT's LN tuning configs (0.21).
 const KEYS: &[KeyUse] = &[("exclude_modules", Honoured, ""), ("target_modules", Honoured, "")];
@@ -38,10 +34,6 @@ impl AdapterMethod for LnTuning {
         Ok(Self { targets: Vec::new() })
     }
 
-    fn check(&mut self, _path: &Path, _found: &[Found]) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
         let targets = match &settings.targets[..] {
             [auto] if auto == AUTO || auto == "all" => usual_norms(model),
@@ -57,10 +49,6 @@ impl AdapterMethod for LnTuning {
 
     fn start(&self, _spec: &TensorSpec, _part: usize, _module: usize, _seed: u64) -> Vec<f32> {
         unreachable!("it has no tensors but those that stand in for the base's")
-    }
-
-    fn on_layer<B: Backend>(&self, _module: &str, _load: &mut Loader<'_, B>, _factor: f32) -> Result<LayerForm<B>> {
-        unreachable!("it has no parts on layers")
     }
 
     fn settings(&self, settings: Settings) -> Settings {

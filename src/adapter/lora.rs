@@ -7,7 +7,7 @@ use super::fold::{Fold, LowRankFold};
 use super::form::LayerForm;
 use super::held::Loader;
 use super::low_rank::{LowRankLookup, LowRankTerm};
-use super::method::{AdapterMethod, EMBEDDING, Group, HEAD, Settings, last_parts, with_embedding, with_unnamed};
+use super::method::{AUTO, AdapterMethod, EMBEDDING, Group, HEAD, Settings, last_parts, with_embedding, with_unnamed};
 use super::peft::{CONFIG, Found, KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, number};
 use super::tensor::{Stored, TensorSpec, Tensors};
 use crate::error::{Error, Result};
@@ -28,7 +28,7 @@ const PLAIN_INIT: &[&str] = &["gaussian", "eva", "orthogonal", "mica", "true", "
 
 /// Every key of PEFT's LoRA configs (0.21) and of programs that write such files: what is done with it, and what to do
 /// instead where that is not enough.
-const KEYS: &[KeyUse] = &[
+pub(super) const KEYS: &[KeyUse] = &[
     ("alora_invocation_tokens", Honoured, ""),
     ("alpha_pattern", Honoured, ""),
     ("arrow_config", OnlyDefault, "use the adapters that it routes between one at a time"),
@@ -62,8 +62,8 @@ const KEYS: &[KeyUse] = &[
     ("target_modules", Honoured, ""),
     ("target_parameters", Honoured, ""),
     ("trainable_token_indices", Honoured, ""),
-    ("use_bdlora", OnlyDefault, MERGE),
-    ("use_dora", OnlyDefault, MERGE),
+    ("use_bdlora", Honoured, ""),
+    ("use_dora", Honoured, ""),
     ("use_merged_linear", OnlyDefault, MERGE),
     ("use_qa_lora", OnlyDefault, MERGE),
     ("use_qalora", OnlyDefault, MERGE),
@@ -165,6 +165,7 @@ impl AdapterMethod for Lora {
     const PARTS: &'static [&'static str] =
         &["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"];
     const FIRSTS: &'static [usize] = &[0, 3];
+    const DIMENSIONS: &'static [usize] = &[2, 2, 1, 2, 2];
     const STORED: Stored = Stored::F16;
     const HAS_STRENGTH: bool = true;
     const SETTINGS: &'static [&'static str] = &["rank", "alpha", "rslora", "targets", "alora-invocation-tokens"];
@@ -275,19 +276,20 @@ impl AdapterMethod for Lora {
         (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
     }
 
-    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<LayerForm<B>> {
+    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<Vec<LayerForm<B>>> {
         let factor = self.of_module(module).1 * factor;
         if module == EMBEDDING {
             let (a, b) = (load.buffer("lora_embedding_A")?, load.matrix("lora_embedding_B")?);
-            return Ok(LayerForm::Lookup(Box::new(LowRankLookup { a, b, factor })));
+            return Ok(vec![LayerForm::Lookup(Box::new(LowRankLookup { a, b, factor }))]);
         }
         let (a, b) = (load.matrix("lora_A.weight")?, load.matrix("lora_B.weight")?);
         let bias = if self.bias { Some(load.buffer("lora_B.bias")?) } else { None };
         let term = LowRankTerm { a, b, bias, factor };
-        Ok(LayerForm::Term(if self.invocation.is_some() { Box::new(Activated { term }) } else { Box::new(term) }))
+        let activated = self.invocation.is_some();
+        Ok(vec![LayerForm::Term(if activated { Box::new(Activated { term }) } else { Box::new(term) })])
     }
 
-    fn fold(&self, module: &str, tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {
+    fn fold(&self, module: &str, _layer: [usize; 2], tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {
         if self.invocation.is_some() {
             return None;
         }
@@ -385,4 +387,10 @@ fn check_init(keys: &Keys<'_>) -> Result<()> {
         }
         Some(_) => Err(keys.wrong("init_lora_weights", "true, false or a name")),
     }
+}
+
+/// `settings` for a method that is for all layers where nobody named any.
+pub(super) fn all_for_auto(settings: &Settings) -> Settings {
+    let targets = if settings.targets == [AUTO] { vec!["all".to_owned()] } else { settings.targets.clone() };
+    Settings { targets, ..settings.clone() }
 }

@@ -4,12 +4,15 @@
 use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
 use super::held::Loader;
-use super::peft::{Found, KeyUse, Keys};
+use super::peft::{Found, KeyUse, Keys, Use};
+use super::pieces::{NoWeight, Plan, fold, forms};
 use super::tensor::{Stored, TensorSpec, Tensors};
+use super::weight::LayerWeight;
 use crate::error::{Error, Result};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Layout, Model, Param, ParamSpec, Role};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// As a target: the layers that PEFT adapts by default with the method, in the model's family.
@@ -47,6 +50,8 @@ pub struct Settings {
     pub bias: String,
     /// The learning rate of B over that of A (LoRA+).
     pub lora_plus_ratio: f32,
+    /// Keys of PEFT's config of the method, beside those above.
+    pub options: Map<String, Value>,
 }
 
 impl Settings {
@@ -72,6 +77,10 @@ impl Settings {
             }
             "bias" => self.bias.clone(),
             "lora-plus-ratio" => self.lora_plus_ratio.to_string(),
+            "options" => {
+                let sorted: BTreeMap<_, _> = self.options.iter().collect();
+                sorted.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(",")
+            }
             _ => unreachable!("`{key}` is no setting of an adapter"),
         }
     }
@@ -103,6 +112,15 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     const SHARED: &'static [&'static str] = &[];
     /// In what type its tensors are saved.
     const STORED: Stored;
+    /// How many dimensions each of [`AdapterMethod::PARTS`] has, for a method that reads shapes in [`AdapterMethod::check`].
+    const DIMENSIONS: &'static [usize] = &[];
+    /// A key of PEFT's configs that asks for it, where several methods have one `peft_type`.
+    const ASKED_BY: Option<&'static str> = None;
+    /// Those of [`AdapterMethod::PARTS`] and [`AdapterMethod::SHARED`] that are never trained.
+    const FROZEN: &'static [&'static str] = &[];
+    /// Its part that holds places in a weight as whole numbers: rows, then columns, or with `true` numbers of the weight's
+    /// values in their order.
+    const PLACES: Option<(&'static str, bool)> = None;
     /// Whether its effect can be multiplied.
     const HAS_STRENGTH: bool = false;
     /// Whether several of it can work together.
@@ -123,7 +141,12 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     ///
     /// # Errors
     /// The tensors contradict the config.
-    fn check(&mut self, path: &Path, found: &[Found]) -> Result<Vec<String>>;
+    fn check(&mut self, _path: &Path, _found: &[Found]) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// Notes which of [`AdapterMethod::PARTS`] a file has for a module, where its config does not say.
+    fn note_parts(&mut self, _module: &str, _there: &[&'static str]) {}
 
     /// A fresh adapter for `model`, with the layers that it is for.
     ///
@@ -155,7 +178,28 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     ///
     /// # Errors
     /// Out of memory.
-    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<LayerForm<B>>;
+    fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<Vec<LayerForm<B>>> {
+        let (_, weight) = load.weight();
+        let plan = self.plan(module, &weight, factor)?;
+        forms(self.parts(module), Self::FROZEN, plan, load)
+    }
+
+    /// The same as pieces: for methods that have no forms of their own.
+    ///
+    /// # Errors
+    /// Out of memory; it merges only.
+    fn plan(&self, _module: &str, _weight: &dyn LayerWeight, _factor: f32) -> Result<Plan> {
+        unreachable!("it has forms of its own")
+    }
+
+    /// First values of a fresh adapter's part that depend on the layer's `weight`; none where [`AdapterMethod::start`] has
+    /// them.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn start_from(&self, _part: &str, _weight: &dyn LayerWeight) -> Result<Option<Vec<f32>>> {
+        Ok(None)
+    }
 
     /// What it does in the attention of all layers, with tensors of its own that belong to no module.
     ///
@@ -165,9 +209,10 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
         Ok(None)
     }
 
-    /// What merging it makes of the layer at the path `module`; none where no other weight of the layer does the same.
-    fn fold(&self, _module: &str, _tensors: &Tensors, _factor: f32) -> Option<Box<dyn Fold>> {
-        None
+    /// What merging it makes of the layer `[out, in]` at the path `module`; none where no other weight of the layer does the same.
+    fn fold(&self, module: &str, layer: [usize; 2], tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {
+        let plan = self.plan(module, &NoWeight(layer), factor).ok()?;
+        fold(self.parts(module), &plan, module, tensors, layer)
     }
 
     /// How many of the first rows of its shared tensors training leaves as they are.
@@ -295,4 +340,41 @@ pub(super) fn with_unnamed<'a>(targets: &'a [String], adapted: &'a [String]) -> 
             .any(|end| module.strip_suffix(end.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')))
     };
     targets.iter().chain(adapted.iter().filter(|m| !named(m))).collect()
+}
+
+/// A fresh adapter of a method whose config is `config`, of settings that have names of their own, and the options among
+/// `settings`, which are keys of PEFT's; with the layers that it is for, all where nobody named any.
+///
+/// # Errors
+/// A target names no layer, or the method does not take an option.
+pub(super) fn begin_with<M: AdapterMethod>(
+    config: &[(&str, Value)],
+    settings: &Settings,
+    model: &dyn Model,
+) -> Result<(M, Vec<Param>)> {
+    let auto = settings.targets == [AUTO];
+    let all = ["all".to_owned()];
+    let layers = target_layers(model.params(), if auto { &all } else { &settings.targets })?;
+    let own: Map<String, Value> = config.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+    for key in settings.options.keys() {
+        let known = M::KEYS.iter().any(|(k, used, _)| k == key && *used == Use::Honoured);
+        if !known || own.contains_key(key) || key.starts_with("target_") {
+            let can = M::KEYS.iter().filter(|(k, used, _)| *used == Use::Honoured && !own.contains_key(*k));
+            let can: Vec<&str> = can.map(|(k, ..)| *k).filter(|k| !COMMONLY_READ.contains(k)).collect();
+            let can = if can.is_empty() { "no option".to_owned() } else { format!("some of `{}`", can.join("`, `")) };
+            return Err(Error::config("options", format!("{can} with the method {}", M::NAME), key));
+        }
+    }
+    let config: Map<String, Value> = own.into_iter().chain(settings.options.clone()).collect();
+    let mut method = M::read(&Keys::of_settings(&config, M::KEYS))?;
+    method.set_targets(last_parts(model, &layers));
+    Ok((method, layers))
+}
+
+/// Keys that choose layers, which settings do under names of their own.
+const COMMONLY_READ: [&str; 5] = ["bias", "exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"];
+
+/// Those of `options` with the values that `config` has.
+pub(super) fn options_of(options: &Map<String, Value>, config: &Map<String, Value>) -> Map<String, Value> {
+    options.keys().filter_map(|key| Some((key.clone(), config.get(key)?.clone()))).collect()
 }

@@ -3,10 +3,10 @@
 //! so that training goes on from a checkpoint, and not from a file. PEFT's LSTM is used from files alone.
 
 use super::encoder::{encoded, specs};
-use super::form::{LayerForm, Prefix};
+use super::form::Prefix;
 use super::held::{Loader, TensorId};
 use super::method::{AdapterMethod, Settings};
-use super::peft::{Found, KeyUse, Keys, Use};
+use super::peft::{KeyUse, Keys, Use};
 use super::prompt::{EMBEDDINGS, NUMBERS, Prompt, whole};
 use super::tensor::{HostTensor, Stored, TensorSpec, Tensors};
 use crate::error::Result;
@@ -15,7 +15,6 @@ use Use::{Honoured, NoEffect};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param};
 use serde_json::{Map, Value, json};
-use std::path::Path;
 
 /// The keys of PEFT's P-tuning configs (0.21).
 const KEYS: &[KeyUse] = &[
@@ -76,11 +75,6 @@ impl AdapterMethod for PTuning {
         Ok(Self { prompt, encoder, hidden, encoder_layers, encodes: false })
     }
 
-    fn check(&mut self, _path: &Path, _found: &[Found]) -> Result<Vec<String>> {
-        // The one tensor's shape is that of the base, which is not known here.
-        Ok(Vec::new())
-    }
-
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
         let (prompt, hidden) = (Prompt::begin(settings, model)?, settings.encoder_hidden_size);
         Ok((Self { prompt, encoder: "MLP".to_owned(), hidden, encoder_layers: 2, encodes: true }, Vec::new()))
@@ -104,10 +98,6 @@ impl AdapterMethod for PTuning {
         let first = spec.name.starts_with("mlp_head.0");
         let bound = (if first { self.prompt.width } else { self.hidden } as f32).sqrt().recip();
         (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
-    }
-
-    fn on_layer<B: Backend>(&self, _module: &str, _load: &mut Loader<'_, B>, _factor: f32) -> Result<LayerForm<B>> {
-        unreachable!("it has no parts on layers")
     }
 
     fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {

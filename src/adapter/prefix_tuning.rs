@@ -5,10 +5,10 @@
 //! In a layer with a window, virtual tokens are as far away as their positions say, and are seen no more once the window has
 //! passed them, as in PEFT.
 
-use super::form::{LayerForm, Prefix};
+use super::form::Prefix;
 use super::held::Loader;
 use super::method::{AdapterMethod, Settings};
-use super::peft::{Found, KeyUse, Keys, Use};
+use super::peft::{KeyUse, Keys, Use};
 use super::prompt::whole;
 use super::tensor::{Stored, TensorSpec};
 use crate::error::{Error, ErrorCode, Result};
@@ -17,7 +17,6 @@ use Use::{Default as OnlyDefault, Honoured};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param, StateSpec};
 use serde_json::{Map, Value, json};
-use std::path::Path;
 
 /// The keys of PEFT's prefix tuning configs (0.21).
 const KEYS: &[KeyUse] = &[
@@ -123,11 +122,6 @@ impl AdapterMethod for PrefixTuning {
         Ok(Self { hidden, projected: keys.flag("prefix_projection")?, zero, ..own })
     }
 
-    fn check(&mut self, _path: &Path, _found: &[Found]) -> Result<Vec<String>> {
-        // The one tensor's shape is that of the base, which is not known here.
-        Ok(Vec::new())
-    }
-
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
         let [layers, heads, width] = shape_of(model).map_err(|got| {
             Error::config("method", "another one, or a model whose layers all keep keys and values alike", got)
@@ -150,10 +144,6 @@ impl AdapterMethod for PrefixTuning {
     fn start(&self, spec: &TensorSpec, _part: usize, _module: usize, seed: u64) -> Vec<f32> {
         let mut rng = Rng::new(mix(seed, INIT));
         (0..spec.values()).map(|_| rng.normal()).collect()
-    }
-
-    fn on_layer<B: Backend>(&self, _module: &str, _load: &mut Loader<'_, B>, _factor: f32) -> Result<LayerForm<B>> {
-        unreachable!("it has no parts on layers")
     }
 
     fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {

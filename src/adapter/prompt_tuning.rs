@@ -2,10 +2,10 @@
 //! They begin as those of a text (`prompt_tuning_init_text`), cut or repeated to their number, or of tokens by chance.
 //! Backward passes the gradient of the first layer's input on to them; their own outputs are not learned from.
 
-use super::form::{LayerForm, Prefix};
+use super::form::Prefix;
 use super::held::Loader;
 use super::method::{AdapterMethod, Settings};
-use super::peft::{Found, KeyUse, Keys, Use};
+use super::peft::{KeyUse, Keys, Use};
 use super::prompt::{EMBEDDINGS, NUMBERS, Prompt};
 use super::tensor::{Stored, TensorSpec};
 use crate::error::Result;
@@ -13,7 +13,6 @@ use Use::{Honoured, NoEffect};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param};
 use serde_json::{Map, Value, json};
-use std::path::Path;
 
 /// The keys of PEFT's prompt tuning configs (0.21).
 const KEYS: &[KeyUse] = &[
@@ -55,11 +54,6 @@ impl AdapterMethod for PromptTuning {
         Ok(Self { prompt: Prompt::read(keys)?, init, init_text: keys.text("prompt_tuning_init_text")? })
     }
 
-    fn check(&mut self, _path: &Path, _found: &[Found]) -> Result<Vec<String>> {
-        // The one tensor's shape is that of the base, which is not known here.
-        Ok(Vec::new())
-    }
-
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
         let init_text = settings.prompt_init_text.clone();
         let init = if init_text.is_some() { "TEXT" } else { "SAMPLE_VOCAB" }.to_owned();
@@ -77,10 +71,6 @@ impl AdapterMethod for PromptTuning {
     /// Zeros until the base is asked (`begun.rs`).
     fn start(&self, spec: &TensorSpec, _part: usize, _module: usize, _seed: u64) -> Vec<f32> {
         vec![0.0; spec.values()]
-    }
-
-    fn on_layer<B: Backend>(&self, _module: &str, _load: &mut Loader<'_, B>, _factor: f32) -> Result<LayerForm<B>> {
-        unreachable!("it has no parts on layers")
     }
 
     fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {

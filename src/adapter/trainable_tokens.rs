@@ -1,17 +1,13 @@
 //! Trainable tokens (PEFT): rows of single tokens in the embedding are trained, and nothing else. A file has the new rows,
 //! though it calls them a delta; they stand in for the base's (`learned.rs`, `rows.rs`).
 
-use super::form::LayerForm;
-use super::held::Loader;
 use super::method::{AdapterMethod, EMBEDDING, Settings};
-use super::peft::{Found, KeyUse, Keys, Use};
+use super::peft::{KeyUse, Keys, Use};
 use super::tensor::{Stored, TensorSpec};
 use crate::error::{Error, Result};
 use Use::{Honoured, NoEffect};
-use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param};
 use serde_json::{Map, Value, json};
-use std::path::Path;
 
 /// The keys of PEFT's configs of trainable tokens (0.21).
 const KEYS: &[KeyUse] = &[
@@ -46,10 +42,6 @@ impl AdapterMethod for TrainableTokens {
         Ok(Self { ids, targets: Vec::new() })
     }
 
-    fn check(&mut self, _path: &Path, _found: &[Found]) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
-
     fn begin(settings: &Settings, _model: &dyn Model) -> Result<(Self, Vec<Param>)> {
         let ids = settings.trainable_token_indices.clone();
         if ids.is_empty() {
@@ -65,10 +57,6 @@ impl AdapterMethod for TrainableTokens {
 
     fn start(&self, _spec: &TensorSpec, _part: usize, _module: usize, _seed: u64) -> Vec<f32> {
         unreachable!("it has no tensors but those that stand in for the base's")
-    }
-
-    fn on_layer<B: Backend>(&self, _module: &str, _load: &mut Loader<'_, B>, _factor: f32) -> Result<LayerForm<B>> {
-        unreachable!("it has no parts on layers")
     }
 
     fn settings(&self, settings: Settings) -> Settings {

@@ -95,7 +95,7 @@ pub(super) fn prefill(on: On<'_>, transcript: &mut Transcript, ids: &[u32]) -> R
 fn random_adapter(base: &Base<Cpu>) -> Result<Adapters<Cpu>> {
     let (model, method) = (base.model.as_ref(), Method::Lora(Lora::new(RANK, RANK as f64)));
     let specs = method.tensors(model, |p: Param| model.params()[p.0 as usize].role == Role::Linear)?;
-    let mut tensors = method.fresh(&specs, 0);
+    let mut tensors = method.fresh(&specs, base, 0)?;
     let b = specs.iter().filter(|spec| spec.name.ends_with("lora_B.weight"));
     for (i, spec) in b.enumerate() {
         let mut rng = Rng::new(i as u64);

@@ -4,6 +4,9 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+/// Key of a turn that was cut before its end, with the value true.
+pub const CUT: &str = "cut";
+
 /// One turn. Keys that only some templates know (tool calls, names) are passed through.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Message {

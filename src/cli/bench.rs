@@ -1,7 +1,7 @@
 //! `pocketlora bench`: how fast a model runs and learns here, against the machine's limits.
 
 use super::args::{PrecisionArg, at_least_one, megabytes, options, print_json, stopped};
-use super::{interrupt, model, names, progress};
+use super::{interrupt, model, names, outputs, progress};
 use crate::bench::{self, Figure, Kernel, Options, Profile, Report, Run, TrainReport, shape};
 use crate::engine;
 use crate::error::{Error, ErrorCode, Result};
@@ -66,7 +66,7 @@ pub(super) struct Args {
     #[cfg(feature = "ggml")]
     #[command(flatten)]
     against: super::against::Args,
-    /// Write the report, with the command that made it, to this file.
+    /// Write the report, with the command that made it, to this file. An older report there is replaced, nothing else.
     #[arg(long, value_name = "FILE", value_parser = names::path())]
     record: Option<PathBuf>,
     /// Report as JSON.
@@ -77,6 +77,9 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<()> {
     args.threads.iter().try_for_each(|&threads| engine::check_threads(threads))?;
     let settings = settings(args)?;
+    if let Some(record) = &args.record {
+        outputs::check(record, [], outputs::has_record)?;
+    }
     let work = tempfile::tempdir().map_err(|e| Error::io("create a folder in", &std::env::temp_dir(), e))?;
     let mut open = engine::Options { precision: args.precision.into(), ids_only: true, ..options() };
     let folder = args.keep.as_deref().unwrap_or(work.path());
@@ -159,7 +162,7 @@ fn settings(args: &Args) -> Result<TrainConfig> {
 fn synthetic(name: &str, folder: &Path) -> Result<PathBuf> {
     // Asked first, so that a wrong name makes no folder.
     shape::config(name)?;
-    std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+    crate::format::create_folder(folder)?;
     let (out, bar) = (folder.join(name), progress::count(0, "weights"));
     let written = shape::write(name, &out, &mut |done, total| {
         bar.set_length(total);

@@ -11,7 +11,6 @@ use crate::train::{Keep, Summary, TrainConfig};
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
 use serde::Deserialize;
 use serde_json::json;
-use std::fs;
 use std::io::IsTerminal as _;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -145,7 +144,7 @@ fn ask(engine: &Engine, questions: &[Question]) -> Result<(Vec<String>, usize)> 
 
 /// Trains on the facts that are asked about; data and adapter stay in the cache for the curious.
 fn teach(engine: &Engine, questions: &[Question], home: &Path, args: &Args) -> Result<Summary> {
-    fs::create_dir_all(home).map_err(|e| Error::io("create", home, e))?;
+    crate::format::create_folder(home)?;
     let asked = |line: &&str| questions.iter().any(|q| line.contains(&format!("\"fact\":\"{}\"", q.fact)));
     let lines: Vec<&str> = TRAIN.lines().filter(asked).collect();
     let path = home.join("facts.jsonl");

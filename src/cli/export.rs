@@ -6,7 +6,7 @@ use crate::adapter::{AdapterFile, export_gguf, export_mlx};
 use crate::base::architecture_of;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::gguf::{GgufTarget, export_model};
-use crate::format::open_source;
+use crate::format::{create_folder, folder_of, open_source};
 use clap::ValueEnum;
 use pocketlora_models::Model;
 use std::fs;
@@ -75,11 +75,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let file = AdapterFile::open(&path)?;
     file.warnings.iter().for_each(|warning| eprintln!("note: {warning}"));
     check_out(args)?;
-    match args.to {
-        To::Gguf => export_gguf(&file, base_of(args, &file)?.as_ref(), &args.out)?,
-        To::Mlx => export_mlx(&file, base_of(args, &file)?.as_ref(), &args.out)?,
-        To::Peft if file.needs_base() => file.fitted(base_of(args, &file)?.as_ref())?.save_exact(&args.out)?,
-        To::Peft => file.save_exact(&args.out)?,
+    let base = (args.to != To::Peft || file.needs_base()).then(|| base_of(args, &file)).transpose()?;
+    // Only now, so that what could not begin leaves no folder.
+    create_folder(&folder_of(&args.out))?;
+    match (args.to, base) {
+        (To::Gguf, Some(base)) => export_gguf(&file, base.as_ref(), &args.out)?,
+        (To::Mlx, Some(base)) => export_mlx(&file, base.as_ref(), &args.out)?,
+        (_, Some(base)) => file.fitted(base.as_ref())?.save_exact(&args.out)?,
+        (_, None) => file.save_exact(&args.out)?,
     }
     println!("{}: {} modules", args.out.display(), file.modules().count());
     Ok(())
@@ -87,7 +90,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
 /// Whether `path` is a file of an adapter's folder.
 fn is_adapter_file(path: &Path) -> bool {
-    path.is_file() && AdapterFile::exists(&crate::format::folder_of(path))
+    path.is_file() && AdapterFile::exists(&folder_of(path))
 }
 
 /// Whether the cache, or a manifest, has a model called `name`.
@@ -104,9 +107,8 @@ fn model_file(args: &Args) -> Result<()> {
     }
     let found = model::locate(&args.what)?;
     let source = open_source(&found.path)?;
-    let folder = crate::format::folder_of(&args.out);
-    fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
     check_new(&args.out)?;
+    create_folder(&folder_of(&args.out))?;
     let to = args.dtype.map_or(GgufTarget::F16, GgufTarget::from);
     let bar = progress::count(0, "export");
     let done = export_model(source.as_ref(), &found.path, &args.out, to, &mut |p| {
@@ -120,21 +122,18 @@ fn model_file(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Refuses to write over something, before any work, and makes the folders on the way.
+/// Refuses to write over something, before any work.
 fn check_out(args: &Args) -> Result<()> {
-    let folder = match args.to {
-        To::Gguf => crate::format::folder_of(&args.out),
-        To::Mlx | To::Peft => args.out.clone(),
-    };
-    fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
-    if args.to == To::Gguf {
+    let empty = |folder: &Path| fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+    if args.to == To::Gguf || !args.out.exists() {
         return check_new(&args.out);
     }
-    if fs::read_dir(&folder).is_ok_and(|mut entries| entries.next().is_none()) {
+    if empty(&args.out) {
         return Ok(());
     }
-    let message = "expected a new or an empty folder, got one that holds something; name another one";
-    Err(Error::new(ErrorCode::Config, format!("`{}`", folder.display()), message))
+    let got = if args.out.is_dir() { "one that holds something" } else { "a file" };
+    let message = format!("expected a new or an empty folder, got {got}; name another one");
+    Err(Error::new(ErrorCode::Config, format!("`{}`", args.out.display()), message))
 }
 
 /// Refuses a place where something is: models take long to fetch or to make.

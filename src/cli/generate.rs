@@ -90,12 +90,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     chat.set_cancel_token(interrupt::cancel());
     args.answers.apply(&mut chat, tools)?;
     let mut printer = Printer::new(!args.json);
-    let Answer { text, thoughts, generated: done } = if args.chat {
-        let mut messages: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();
-        messages.push(Message::new("user", prompt));
-        chat.reply(&messages, &mut printer)?
-    } else {
-        chat.complete(&prompt, &mut printer)?
+    let mut messages: Vec<Message> = args.system.iter().map(|s| Message::new("system", s)).collect();
+    messages.push(Message::new("user", &*prompt));
+    let prompt_ids =
+        if args.chat { chat.prompt_of(&messages)? } else { engine.text()?.tokenizer.encode(&prompt, true)? };
+    let Answer { text, thoughts, generated: done } = match args.chat {
+        true => chat.reply(&messages, &mut printer)?,
+        false => chat.complete(&prompt, &mut printer)?,
     };
     drop(printer);
     let peak = engine.peak_anonymous_bytes();
@@ -104,6 +105,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
             "text": text,
             "thoughts": thoughts,
             "prompt_tokens": done.prompt_tokens,
+            "prompt_ids": prompt_ids,
             "tokens": done.ids.len(),
             "finish": done.finish,
             "ids": done.ids,

@@ -13,7 +13,6 @@ use crate::format::{
 };
 use crate::hub::{self, Copy, Hub, Kind, Making};
 use indicatif::ProgressBar;
-use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -81,8 +80,10 @@ pub(super) fn find(model: &str) -> Result<Model> {
     let hub = Hub::from_env()?;
     // Adapters name their base by its repository, for others to find it; here a manifest may have another name for it.
     let by_repository = || -> Result<Option<PathBuf>> {
-        let manifest = hub::manifests()?.into_iter().find(|m| hub.base_name(&m.name) == model);
-        Ok(manifest.and_then(|m| hub.resolve(&m.name)))
+        let mut names: Vec<String> = hub::manifests()?.into_iter().map(|manifest| manifest.name).collect();
+        // One file of it, or of another revision than the usual.
+        names.extend(hub.list_cached().unwrap_or_default().into_iter().map(|cached| cached.name));
+        Ok(names.iter().filter(|name| hub.base_name(name) == model).find_map(|name| hub.resolve(name)))
     };
     let path = match hub.resolve(model).map_or_else(by_repository, |path| Ok(Some(path)))? {
         Some(path) => path,
@@ -241,7 +242,7 @@ pub(super) fn with_bar(
     work: impl FnOnce(&mut dyn FnMut(Progress<'_>) -> ControlFlow<()>) -> Result<Summary>,
 ) -> Result<Summary> {
     if let Some(parent) = out.parent().filter(|p| !p.as_os_str().is_empty()) {
-        fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+        crate::format::create_folder(parent)?;
     }
     let bar = progress::count(0, label);
     let summary = work(&mut |p| {

@@ -24,6 +24,7 @@ pub(super) fn check<'a>(
         let message = "expected a folder to write the file to, got none of that name; make it, or name another place";
         return Err(Error::new(ErrorCode::Io, format!("`{}`", folder.display()), message));
     }
+    tempfile::tempfile_in(&folder).map_err(|e| Error::io("write into", &folder, e))?;
     let Ok(full) = out.canonicalize() else { return Ok(()) };
     if full.is_dir() {
         return refuse("a folder");
@@ -43,6 +44,12 @@ pub(super) fn check_readable(path: &Path) -> Result<()> {
 /// Whether the file at `path` has logits and nothing else.
 pub(super) fn has_logits(path: &Path) -> bool {
     TensorFile::open(path).is_ok_and(|file| file.tensors().all(|(name, _)| name.starts_with("logits.")))
+}
+
+/// Whether the file at `path` is a report of `bench`.
+pub(super) fn has_record(path: &Path) -> bool {
+    let value = fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    value.is_some_and(|value| value["command"].is_string() && value["machine"].is_object())
 }
 
 /// Whether the file at `path` begins like a file of answers.

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub(super) struct Args {
-    /// Short name (see `pocketlora pull --list`) or OWNER/REPO of the model hub.
+    /// Short name (see `pocketlora pull --list`), or OWNER/REPO[:FILE.gguf][@REVISION] of the model hub: all that a model in
+    /// safetensors needs, or one GGUF file; of a branch, tag or commit.
     #[arg(default_value = super::model::DEFAULT)]
     name: String,
     /// List the short names, and what the cache holds as `pocketlora list` does.

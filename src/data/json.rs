@@ -192,11 +192,22 @@ impl Scanner<'_> {
         Error::new(ErrorCode::Data, format!("{}: JSON", place(self.path, self.line, 0)), message)
     }
 
+    /// Passes over what stands between records: also byte order marks, which come into the middle where files were joined.
     fn space(&mut self) -> Result<()> {
-        while self.peek()?.is_some_and(|b| b.is_ascii_whitespace()) {
-            self.advance();
+        loop {
+            match self.peek()? {
+                Some(byte) if byte.is_ascii_whitespace() => self.advance(),
+                Some(byte) if byte == stream::BOM[0] => {
+                    for byte in stream::BOM {
+                        if self.peek()? != Some(*byte) {
+                            return Err(self.error("expected JSON, got something else; correct it"));
+                        }
+                        self.advance();
+                    }
+                }
+                _ => return Ok(()),
+            }
         }
-        Ok(())
     }
 
     fn push(&self, out: &mut Vec<u8>, byte: u8) -> Result<()> {

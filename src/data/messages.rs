@@ -2,7 +2,7 @@
 
 use super::keys::{self, Fields, Key, Named, kind, same};
 use super::{Unused, data_error};
-use crate::chat::Message;
+use crate::chat::{CUT, Message};
 use crate::error::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -12,8 +12,8 @@ use std::collections::BTreeSet;
 pub(super) const ROLE: &[&str] = &["role", "from", "speaker"];
 /// Keys of what is said.
 const CONTENT: &[&str] = &["content", "value", "text"];
-/// Keys that templates know; all others are shown to the template, too, and said not to be used.
-const PASSED: [&str; 10] = [
+/// Keys that templates know, and the mark of our own; all others are shown to the template, too, and said not to be used.
+const PASSED: [&str; 11] = [
     "name",
     "tool_calls",
     "tool_call_id",
@@ -24,6 +24,7 @@ const PASSED: [&str; 10] = [
     "tools",
     "documents",
     "citations",
+    CUT,
 ];
 
 /// Names of roles, and the one that templates know.

@@ -10,7 +10,8 @@ use std::path::Path;
 
 /// Bytes that tell what a file is.
 const HEAD: usize = 4096;
-const BOM: &[u8] = b"\xef\xbb\xbf";
+/// The byte order mark of UTF-8.
+pub(super) const BOM: &[u8] = b"\xef\xbb\xbf";
 
 pub(super) type Reader = Box<dyn Read>;
 

@@ -23,6 +23,8 @@ const KNOWN: f64 = 0.05;
 /// Share of what is left of a bound in time that the probe may take, and that looks may take of what is left then.
 const FOR_PROBE: f64 = 1.0 / 3.0;
 const FOR_LOOKS: f64 = 0.25;
+/// Share of what is left of a bound in time that may go to the check and to what the model is held to.
+const FOR_EXTRAS: f64 = 0.4;
 /// Looks of a bounded run at most.
 const LOOKS: u64 = 10;
 
@@ -50,6 +52,28 @@ impl Reader {
         let language = own.map(|own| Ok::<_, Error>([own, general_start(tokenizer)?])).transpose()?;
         Draft::new(config, given, data, &survey, self.size(), language)
     }
+}
+
+/// What the check before and after a run, and the answers that the model is held to, cost beside the steps, in tokens of
+/// training. Where that is too much of the `left` ones of a bound in time, what nobody asked for is left out, the check
+/// first, and the choice says so.
+fn extras(draft: &Draft, material: &Material, left: f64, config: &mut TrainConfig, choice: &mut Choice) -> f64 {
+    // Answers are made a token at a time, which costs about as much as a step on it.
+    let cost = |[read, answered]: [usize; 2]| LOOK * read as f64 + answered as f64;
+    let (mut check, mut keep) = (2.0 * cost(material.check_tokens()), cost(material.keep_tokens()));
+    let [own_check, own_keep] = draft.own_extras;
+    let mut out = |what: &str, instead: &str| {
+        choice.doubts.push(format!("the time is too short for {what}, so there is none; give more `--time`{instead}"));
+    };
+    if own_check && config.check && check + keep > FOR_EXTRAS * left {
+        (config.check, check) = (false, 0.0);
+        out("the check of general questions", ", or run `pocketlora eval --general` afterwards");
+    }
+    if own_keep && config.keep != Keep::Off && check + keep > FOR_EXTRAS * left {
+        (config.keep, keep) = (Keep::Off, 0.0);
+        out("holding the model to its answers on general prompts", ", or it may forget more than it would");
+    }
+    check + keep
 }
 
 impl Engine {
@@ -96,6 +120,13 @@ impl Engine {
                 }
             }
         }
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()).as_secs_f64());
+        let left = match (left, token_seconds) {
+            (Some(left), Some(each)) => {
+                Some(left - extras(&draft, material, left / each, &mut config, &mut choice) * each)
+            }
+            (left, _) => left,
+        };
         let in_epoch =
             Batches::new(&material.data, &TrainConfig { epochs: 1, steps: None, ..config.clone() })?.total_steps();
         choice.most_steps = Batches::new(&material.data, &config)?.total_steps();
@@ -106,8 +137,7 @@ impl Engine {
             let look = each * LOOK * looked_at;
             let looks = choice.most_steps.checked_div(config.eval_every).unwrap_or(0) as f64;
             let looking = look * looks / choice.most_steps as f64;
-            if let Some(end) = end {
-                let left = end.saturating_duration_since(Instant::now()).as_secs_f64();
+            if let Some(left) = left {
                 let fitting = steps_within(left, step + looking);
                 if fitting < in_epoch && in_epoch <= choice.most_steps {
                     choice.doubts.push(format!(

@@ -5,7 +5,7 @@ mod state;
 use super::adapters::{AdapterId, AdapterSet};
 use super::pieces::{Stops, Thoughts, shown};
 use super::{Cancel, Decoder, Engine, Transcript};
-use crate::chat::Message;
+use crate::chat::{CUT, Message};
 use crate::error::{Error, Result};
 use crate::generate::{Finish, Generated, LogitFilter, Sampling};
 use crate::mmap::ReleasesFreed;
@@ -147,8 +147,8 @@ impl Chat {
     }
 
     /// Says `question` and returns the answer; both are kept, thoughts as the answer's `reasoning_content`, which templates
-    /// leave out of later turns or not. A question without an answer, because of an error or because it was stopped before
-    /// the first word, is forgotten.
+    /// leave out of later turns or not. An answer that was cut before its end has the key `cut`. A question without an answer,
+    /// because of an error or because it was stopped before the first word, is forgotten.
     ///
     /// # Errors
     /// As [`Chat::reply`].
@@ -169,6 +169,9 @@ impl Chat {
             let mut turn = Message::new("assistant", &answer.text);
             if !answer.thoughts.is_empty() {
                 turn.extra.insert("reasoning_content".to_owned(), answer.thoughts.trim_end().into());
+            }
+            if answer.generated.finish != Finish::Stop {
+                turn.extra.insert(CUT.to_owned(), true.into());
             }
             messages.push(turn);
             self.messages = messages;

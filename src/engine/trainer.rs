@@ -57,10 +57,12 @@ impl Engine {
     pub fn trainer_of(
         &self,
         config: TrainConfig,
-        material: Material,
+        mut material: Material,
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Trainer> {
+        // A choice may have left out what the material was made for.
+        material.heed(&config);
         init.map_or(Ok(()), |file| self.check_strictly(file))?;
         let mut material = material;
         if let Some(text) = config.prompt_init_text.as_ref().filter(|_| init.is_none()) {

@@ -1,6 +1,7 @@
 //! Files and directories that appear whole or not at all: written beside, synced, renamed.
 //!
-//! Temporary names begin with `.NAME.tmp-`; only a kill leaves one behind, and it may be deleted.
+//! Temporary names begin with `.NAME.tmp-pocketlora-`, and their makers hold a lock on them. Only a kill leaves one behind, and
+//! whoever writes to the same folder next takes away what nobody holds.
 
 use crate::error::{Error, ErrorCode, Result};
 use std::ffi::{OsStr, OsString};
@@ -8,6 +9,12 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use tempfile::{NamedTempFile, TempDir};
+
+/// What marks a temporary name, whoever made it, and as one of this program.
+const TEMP: &str = ".tmp-";
+const OURS: &str = ".tmp-pocketlora-";
+/// Another program may take what it finds unlocked for left behind; nobody is that unlucky more often.
+const TRIES: usize = 8;
 
 /// Writes the file at `path` through `write`. Readers see the old file or the new one, also after a power cut.
 ///
@@ -32,11 +39,12 @@ impl Staged {
     /// `write` failed, or the system refused.
     pub fn write(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<Self> {
         let place = Place::of(path)?;
+        sweep_killed(&place.parent);
+        let prefix = place.hidden(OURS);
         // `make_in` rather than `tempfile_in`, which would leave the final file readable by its owner only.
-        let mut temp = tempfile::Builder::new()
-            .prefix(&place.temp_prefix())
-            .make_in(&place.parent, |path| File::create_new(path))
-            .map_err(|e| Error::io("create a temporary file for", path, e))?;
+        let make = || tempfile::Builder::new().prefix(&prefix).make_in(&place.parent, |path| File::create_new(path));
+        let held = held(make, |temp| temp.as_file().lock().is_err() || temp.path().exists());
+        let mut temp = held.map_err(|e| Error::io("create a temporary file for", path, e))?;
         write(temp.as_file_mut())?;
         sync(temp.as_file()).map_err(|e| Error::io("sync", path, e))?;
         Ok(Self { place, temp })
@@ -65,11 +73,42 @@ pub fn write_bytes(path: &Path, bytes: &[u8]) -> Result<()> {
 /// is at work. What cannot be deleted stays: it only takes room.
 pub(crate) fn sweep(path: &Path) {
     let Ok(place) = Place::of(path) else { return };
-    let prefix = place.temp_prefix();
+    let prefix = place.hidden(TEMP);
     for entry in fs::read_dir(&place.parent).into_iter().flatten().flatten() {
         if entry.file_name().as_encoded_bytes().starts_with(prefix.as_encoded_bytes()) {
             fs::remove_file(entry.path()).ok();
         }
+    }
+}
+
+/// Makes something temporary until `holds` says that it is locked and still there.
+fn held<T>(make: impl Fn() -> io::Result<T>, holds: impl Fn(&T) -> bool) -> io::Result<T> {
+    let mut made = make()?;
+    for _ in 1..TRIES {
+        if holds(&made) {
+            break;
+        }
+        made = make()?;
+    }
+    Ok(made)
+}
+
+/// Deletes what killed programs of this kind have left half-written in `folder`: what bears our mark and nobody holds. Where a
+/// file system has no locks, and folders on Windows, nothing is known to be left behind, and all stays.
+pub(crate) fn sweep_killed(folder: &Path) {
+    let is_ours = |name: &OsStr| {
+        let name = name.to_string_lossy();
+        name.starts_with('.') && name.contains(OURS)
+    };
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten().filter(|entry| is_ours(&entry.file_name())) {
+        let path = entry.path();
+        // The lock is held until what it is on is gone, so that nobody begins to fill it meanwhile.
+        let Some(lock) = File::open(&path).ok().filter(|file| file.try_lock().is_ok()) else { continue };
+        match path.is_dir() {
+            true => fs::remove_dir_all(&path).ok(),
+            false => fs::remove_file(&path).ok(),
+        };
+        drop(lock);
     }
 }
 
@@ -79,6 +118,8 @@ pub struct AtomicDir {
     place: Place,
     temp: TempDir,
     may_replace: fn(&Path) -> bool,
+    /// Tells others that somebody is at work here.
+    lock: Option<File>,
 }
 
 impl AtomicDir {
@@ -91,15 +132,20 @@ impl AtomicDir {
         let place = Place::of(path)?;
         place.recover()?;
         place.occupant(may_replace)?;
+        sweep_killed(&place.parent);
         let mut builder = tempfile::Builder::new();
-        let prefix = place.temp_prefix();
+        let prefix = place.hidden(OURS);
         builder.prefix(&prefix);
         #[cfg(unix)] // the usual permissions instead of the owner's only
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let temp = builder
-            .tempdir_in(&place.parent)
+        let make = || {
+            let temp = builder.tempdir_in(&place.parent)?;
+            let lock = File::open(temp.path()).ok().filter(|dir| dir.lock().is_ok());
+            Ok((temp, lock))
+        };
+        let (temp, lock) = held(make, |(temp, _)| temp.path().exists())
             .map_err(|e| Error::io("create a temporary directory for", &place.path, e))?;
-        Ok(Self { place, temp, may_replace })
+        Ok(Self { place, temp, may_replace, lock })
     }
 
     /// Where to put the files meanwhile.
@@ -114,7 +160,7 @@ impl AtomicDir {
     /// # Errors
     /// The system refused, or something irreplaceable has appeared at the final name; what was there is untouched.
     pub fn commit(self) -> Result<()> {
-        let Self { place, temp, may_replace } = self;
+        let Self { place, temp, may_replace, lock } = self;
         sync_tree(temp.path())?;
         let (path, previous) = (&place.path, place.previous());
         let rename = |from: &Path, to: &Path| fs::rename(from, to).map_err(|e| Error::io("rename to", to, e));
@@ -134,7 +180,7 @@ impl AtomicDir {
                 fs::remove_dir_all(&previous).ok();
             }
         }
-        drop(temp.keep()); // renamed: there is nothing left to delete under the temporary name
+        drop((temp.keep(), lock)); // renamed: there is nothing left to delete under the temporary name
         sync_dir(&place.parent)
     }
 }
@@ -189,10 +235,6 @@ impl Place {
         name
     }
 
-    fn temp_prefix(&self) -> OsString {
-        self.hidden(".tmp-")
-    }
-
     /// Where a replaced directory waits while its successor is renamed into place.
     fn previous(&self) -> PathBuf {
         self.parent.join(self.hidden(".previous"))
@@ -237,6 +279,20 @@ fn sync_tree(dir: &Path) -> Result<()> {
         }
     }
     sync_dir(dir)
+}
+
+/// Makes the folder `path`, with those that it lies in.
+///
+/// # Errors
+/// The system refuses, or something on the way is a file.
+pub(crate) fn create_folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|e| match path.ancestors().find(|part| part.exists() && !part.is_dir()) {
+        Some(file) => {
+            let message = "expected a folder, or a place for one, got a file; name another, or move it away";
+            Error::new(ErrorCode::Config, format!("`{}`", file.display()), message)
+        }
+        None => Error::io("create", path, e),
+    })
 }
 
 /// Makes renames in `dir` durable. Windows has no such call and needs none.

@@ -14,7 +14,8 @@ pub(crate) use folder::no_tokenizer_inside;
 pub(crate) use folder::{lone_weights, no_tokenizer, no_weights, not_a_model};
 pub(crate) use quantization::{Wanted, check_config, check_names, check_tensors, is_harmless};
 
-use crate::error::{Error, Result};
+use super::safetensors::TensorFile;
+use crate::error::{Error, ErrorCode, Result};
 use serde_json::{Map, Value};
 use std::fs;
 use std::path::Path;
@@ -27,7 +28,39 @@ pub(crate) fn check(path: &Path, bytes: &[u8], wanted: &str) -> Result<()> {
     content(bytes).map_or(Ok(()), |content| Err(content.error(path, wanted)))
 }
 
-/// `bytes` of the file at `path` as text, which may be a page of the web, but not a pointer to the text.
+/// Key in the metadata of the file that keeps a chat.
+pub(crate) const CHAT: &str = "pocketlora-chat";
+/// The same of a checkpoint, and what its files are called, the newer one first.
+pub(crate) const CHECKPOINT: &str = "pocketlora";
+pub(crate) const CHECKPOINTS: [&str; 2] = ["checkpoint.safetensors", "checkpoint.previous.safetensors"];
+
+/// What `file` is, if it is one of ours that is neither a model nor an adapter: refused where `wanted` is expected.
+///
+/// # Errors
+/// It is.
+pub(crate) fn check_own(file: &TensorFile, wanted: &str) -> Result<()> {
+    let has = |key| file.metadata().contains_key(key);
+    let (what, next) = match () {
+        () if has(CHAT) => ("a chat that `--state` keeps", "give it with `chat --state`, and the model with `-m`"),
+        () if has(CHECKPOINT) => ("a checkpoint of a training run", RESUME),
+        () => return Ok(()),
+    };
+    let message = format!("expected {wanted}, got {what}; {next}");
+    Err(Error::new(ErrorCode::Config, format!("`{}`", file.path().display()), message))
+}
+
+/// What is done with a run that was stopped.
+const RESUME: &str = "finish the run by the same `pocketlora train` with `--resume`, and its folder is an adapter";
+
+/// The error for the folder `dir` of a run that was stopped, where `wanted` is expected; `None` where it is none.
+pub(crate) fn stopped_run(dir: &Path, wanted: &str) -> Option<Error> {
+    let stopped = CHECKPOINTS.iter().any(|name| dir.join(name).is_file());
+    let message = format!("expected {wanted}, got the folder of a training run that was stopped; {RESUME}");
+    stopped.then(|| Error::new(ErrorCode::Config, format!("`{}`", dir.display()), message))
+}
+
+/// `bytes` of the file at `path` as text, which may be a page of the web, but not a pointer to the text. A byte order mark
+/// before it is no part of it.
 ///
 /// # Errors
 /// They are a pointer, or not UTF-8.
@@ -37,10 +70,21 @@ pub(crate) fn text(path: &Path, bytes: Vec<u8>) -> Result<String> {
         Some(content) if content.name.ends_with("pointer") => return Err(content.error(path, "a text")),
         _ => {}
     }
-    String::from_utf8(bytes).map_err(|e| match content(e.as_bytes()) {
+    let mut text = String::from_utf8(bytes).map_err(|e| match content(e.as_bytes()) {
         Some(content) => content.error(path, "a text"),
-        None => Error::format(path, "text", "UTF-8", e.utf8_error()).caused_by(e),
-    })
+        None => {
+            let at = e.utf8_error().valid_up_to();
+            let message = format!(
+                "expected text in UTF-8, got another encoding, at byte {at} at the latest; convert it, as from Latin-1: `iconv \
+                 -f ISO-8859-1 -t UTF-8 OLD > NEW`"
+            );
+            Error::new(ErrorCode::Data, format!("`{}`", path.display()), message).caused_by(e)
+        }
+    })?;
+    if text.starts_with('\u{feff}') {
+        text.drain(..'\u{feff}'.len_utf8());
+    }
+    Ok(text)
 }
 
 /// The JSON object in the file at `path`. A byte order mark before it is left out, as editors write them.

@@ -20,7 +20,7 @@ mod writer;
 
 pub(crate) use atomic::AtomicDir;
 pub use atomic::{Staged, write_bytes, write_file};
-pub(crate) use atomic::{sweep, sync_dir};
+pub(crate) use atomic::{create_folder, sweep, sync_dir};
 pub(crate) use bnb::weight_of;
 pub use head::int8_head;
 pub use hf::Checkpoint;

@@ -111,7 +111,7 @@ pub(super) fn config_of(path: &Path, wanted: foreign::Wanted) -> Result<Map<Stri
     let dir = if path.is_dir() { path.to_path_buf() } else { folder_of(path) };
     if path.is_file() && path.file_name().is_none_or(|name| name != INDEX) {
         // A file of another kind is known without its config.
-        TensorFile::open(path)?;
+        foreign::check_own(&TensorFile::open(path)?, "a model")?;
     }
     let config = dir.join(CONFIG);
     if !config.exists() {

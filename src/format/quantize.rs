@@ -162,7 +162,7 @@ pub(crate) fn write_sidecars(source: &dyn Source, dir: &Path) -> Result<()> {
     for (name, content) in source.sidecars()?.files {
         let path = dir.join(name);
         let folder = path.parent().unwrap_or(dir);
-        fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+        crate::format::create_folder(folder)?;
         fs::write(&path, content).map_err(|e| Error::io("write", &path, e))?;
     }
     Ok(())
@@ -213,7 +213,7 @@ fn check_vacant(out: &Path, existing: Existing) -> Result<()> {
     } else {
         let what = foreign(out, "").map_or_else(|| "a model".to_owned(), |name| format!("`{name}`"));
         refused(format!(
-            "holds {what} that `quantize` did not write, and that it will not take away; name another folder"
+            "holds {what} that this program did not write there, and that it will not take away; name another folder"
         ))
     }
 }

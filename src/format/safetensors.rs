@@ -51,6 +51,18 @@ pub struct TensorFile {
     metadata: HashMap<String, String>,
 }
 
+/// Whether `bytes` begin as no safetensors file does, but as people's notes do: with letters where the header's length stands.
+fn looks_like_text(bytes: &[u8]) -> bool {
+    let start = &bytes[..bytes.len().min(1024)];
+    let text = match std::str::from_utf8(start) {
+        Ok(text) => text,
+        // The middle of a letter.
+        Err(e) if e.error_len().is_none() => std::str::from_utf8(&start[..e.valid_up_to()]).unwrap_or_default(),
+        Err(_) => return false,
+    };
+    !text.is_empty() && text.chars().all(|c| !c.is_control() || c.is_whitespace())
+}
+
 impl TensorFile {
     /// Maps the file at `path` and checks its header.
     ///
@@ -68,6 +80,11 @@ impl TensorFile {
         foreign::check(path, &bytes, "safetensors")?;
         if bytes.starts_with(b"GGUF") {
             let message = "expected safetensors, got GGUF; give the file the ending `.gguf`";
+            return Err(Error::new(ErrorCode::Format, format!("`{}`", path.display()), message));
+        }
+        if looks_like_text(&bytes) {
+            let message =
+                "expected safetensors, got a text; give a model's or an adapter's folder, or one of its files";
             return Err(Error::new(ErrorCode::Format, format!("`{}`", path.display()), message));
         }
         let header_len = match bytes.first_chunk::<8>() {

@@ -73,13 +73,9 @@ impl Hub {
             // Of a model that could not run nothing is left, not even a folder.
             check_import(open_source(&full)?.as_ref(), &full)?;
         }
-        if let Err(e) = fs::create_dir_all(&folder) {
+        if let Err(e) = self.create(&folder) {
             // A cache that cannot be written to still serves what it has.
-            return if is_whole(&dir) {
-                Ok(Copy { dir, new: false, _lock: None })
-            } else {
-                Err(Error::io("create", &folder, e))
-            };
+            return if is_whole(&dir) { Ok(Copy { dir, new: false, _lock: None }) } else { Err(e) };
         }
         let (at, mut new) = (lock_of(&dir), false);
         loop {

@@ -1,7 +1,7 @@
 //! What `pull` knows by name: one TOML file per model in `models/manifests/`, compiled in.
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::hub::name;
+use crate::hub::name::{self, OnHub};
 use serde::Deserialize;
 use std::fmt;
 
@@ -111,7 +111,7 @@ impl fmt::Display for Source {
 }
 
 impl Manifest {
-    /// The model `wanted`: a short name, or `OWNER/REPO` on the hub.
+    /// The model `wanted`: a short name, or `OWNER/REPO[:FILE.gguf][@REVISION]` on the hub.
     ///
     /// # Errors
     /// Neither a known name nor the form of a repository's.
@@ -120,8 +120,12 @@ impl Manifest {
         if let Some(manifest) = known.iter().find(|m| m.name == wanted) {
             return Ok(manifest.clone());
         }
-        if super::is_repository(wanted) {
-            let repo = Repository { repo: wanted.into(), revision: "main".into(), files: Vec::new() };
+        if let Some(OnHub { repo, file, revision }) = name::on_hub(wanted) {
+            let repo = Repository {
+                repo: repo.into(),
+                revision: revision.unwrap_or("main").into(),
+                files: file.into_iter().map(str::to_owned).collect(),
+            };
             return Ok(Self {
                 name: wanted.into(),
                 title: wanted.into(),
@@ -131,7 +135,11 @@ impl Manifest {
             });
         }
         let names = known.iter().map(|m| m.name.as_str()).collect::<Vec<_>>().join("`, `");
-        Err(Error::config("model", format!("one of `{names}`, or `OWNER/REPO` on the hub"), wanted))
+        Err(Error::config(
+            "model",
+            format!("one of `{names}`, or `OWNER/REPO[:FILE.gguf][@REVISION]` on the hub"),
+            wanted,
+        ))
     }
 
     /// Reads a manifest, also one that an app brings.
@@ -153,7 +161,8 @@ impl Manifest {
         });
         let empty = self.sources.iter().any(|source| matches!(source, Source::Wheel(wheel) if wheel.parts.is_empty()));
         let place = || format!("manifest of `{}`", self.name);
-        match files.into_iter().find(|f| !name::is_plain(f)) {
+        let is_right = |f: &str| if name::on_hub(&self.name).is_some() { name::is_path(f) } else { name::is_plain(f) };
+        match files.into_iter().find(|f| !is_right(f)) {
             _ if name::folder(&self.name).is_none() => {
                 Err(Error::new(ErrorCode::Format, place(), "expected a plain `name`"))
             }

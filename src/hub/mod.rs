@@ -5,8 +5,10 @@
 //! compared: a killed or failed pull leaves nothing under a final name, and the next one removes its leftovers. Files of
 //! a hub repository stay in the hub's own cache, which resumes downloads and which other programs share.
 
+mod client;
 mod contents;
 mod copies;
+mod download;
 mod lock;
 mod manifest;
 mod name;
@@ -199,7 +201,7 @@ impl Hub {
         Ok(found)
     }
 
-    /// Fetches the model `name` (a short name, or `OWNER/REPO` on the hub) unless it is there, and says where it is.
+    /// Fetches the model `name` (a short name, or `OWNER/REPO[:FILE.gguf][@REVISION]` on the hub) unless it is there, and says where it is.
     /// Pulls of one model wait for each other.
     ///
     /// # Errors
@@ -217,7 +219,7 @@ impl Hub {
         manifest.check()?;
         let name = manifest.name.as_str();
         let folder = self.folder(name).ok_or_else(|| Error::config("model", "a plain name", name))?;
-        fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+        self.create(&folder)?;
         let _lock = Lock::take(&folder.join(".lock"), Mode::Exclusive, &mut || tell(progress, Event::Waiting))?;
         let current = |r: &Record| manifest.sources.iter().any(|s| s.to_string() == r.source);
         if let Some(record) = Record::of(&folder).filter(current) {
@@ -277,6 +279,18 @@ impl Hub {
         Manifest::find(name).ok().and_then(repository).unwrap_or_else(|| name.to_owned())
     }
 
+    /// Makes `folder`, which is one of the cache.
+    ///
+    /// # Errors
+    /// The cache cannot be written.
+    fn create(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder).map_err(|e| {
+            let message =
+                "expected a cache that can be written to, got another; name a folder of yours in `POCKETLORA_HOME`";
+            Error::new(ErrorCode::Io, format!("`{}`", self.home.display()), message).caused_by(e)
+        })
+    }
+
     fn folder(&self, name: &str) -> Option<PathBuf> {
         Some(self.home.join("models").join(name::folder(name)?))
     }
@@ -304,7 +318,7 @@ pub fn list_cached() -> Result<Vec<Cached>> {
     Hub::from_env()?.list_cached()
 }
 
-/// Whether `name` has the form `OWNER/REPO` of a repository on the hub.
+/// Whether `name` has the form `OWNER/REPO[:FILE.gguf][@REVISION]` of a repository on the hub.
 #[must_use]
 pub fn is_repository(name: &str) -> bool {
     name.contains('/') && name::folder(name).is_some()

@@ -1,21 +1,20 @@
 //! A model in a repository on the hub, through the hub's own cache: downloads resume there, and what another program
 //! fetched is not fetched again.
 //!
-//! The client library cannot be told to give up or to stop. It therefore works in a thread that reports, and whoever
+//! A connection that says nothing cannot be told to stop. The work is therefore done in a thread that reports, and whoever
 //! waits for the reports decides: silence beyond a limit counts as a dead network.
 
+use super::client::{Client, Failure};
+use super::download::{Place, is_commit};
 use super::record::{Entry, sha256, wrong_checksum};
 use super::{Event, Fetched, Hub, OnEvent, Repository, Stage, TICK, name, tell};
 use crate::adapter::AdapterFile;
 use crate::base::architecture_of;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::foreign::{Wanted, check_config, read_object};
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
-use serde::Deserialize;
+use crate::format::gguf::{Gguf, parts_of};
+use crate::format::{Source as _, is_gguf};
 use std::fs::{self, File};
-use std::io;
-use std::panic;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -45,6 +44,8 @@ const ADAPTER_CONFIG: &str = "adapter_config.json";
 const TEMPLATES: &str = "additional_chat_templates/";
 /// Tries per file. Each continues where the last one broke off, so that a flaky network gets somewhere.
 const TRIES: usize = 3;
+/// Files that an error names.
+const MOST_NAMED: usize = 12;
 
 /// Fetches `source` into the hub's cache.
 ///
@@ -74,7 +75,7 @@ pub(super) fn fetch(hub: &Hub, source: &Repository, progress: &mut OnEvent<'_>) 
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
-                return thread.join().unwrap_or_else(|_| Err(refused(source, "the client library failed")));
+                return thread.join().unwrap_or_else(|_| Err(refused(source, "the thread that fetches it failed")));
             }
         }
         let Report { stage, ref item, done, total } = last;
@@ -96,14 +97,17 @@ fn refused(source: &Repository, why: impl Into<String>) -> Error {
     Error::new(ErrorCode::Network, format!("`{}`", source.repo), why)
 }
 
-/// Refuses what is known not to run by the config in the folder `dir`, be it a model or an adapter; `name` is what people
-/// know it by. What is merely wrong with it shows when it is opened.
+/// Refuses what is known not to run by the config in the folder `dir`, be it a model or an adapter, or in the GGUF file of that
+/// name; `name` is what people know it by. What is merely wrong with it shows when it is opened.
 ///
 /// # Errors
 /// `Unsupported`.
 pub(super) fn check_runs(dir: &Path, name: &str) -> Result<()> {
     let (model, adapter) = (dir.join(CONFIG), dir.join(ADAPTER_CONFIG));
     let read = || {
+        if is_gguf(dir) {
+            return architecture_of(Gguf::open(dir)?.config(), dir).map(|_| ());
+        }
         if model.exists() {
             let config = read_object(&model)?;
             check_config(&model, &config, Wanted::Source)?;
@@ -133,27 +137,6 @@ struct Report {
     total: Option<u64>,
 }
 
-/// What the hub tells about a repository, as far as it matters here.
-#[derive(Deserialize)]
-struct Info {
-    sha: String,
-    siblings: Vec<Sibling>,
-    #[serde(rename = "cardData", default)]
-    card: Option<Card>,
-}
-
-#[derive(Deserialize)]
-struct Sibling {
-    rfilename: String,
-}
-
-/// The head of the repository's README. Authors write it by hand, so nothing in it is certain to be there.
-#[derive(Deserialize)]
-struct Card {
-    #[serde(default)]
-    license: serde_json::Value,
-}
-
 /// The thread that speaks with the hub.
 struct Worker {
     hub: Hub,
@@ -164,116 +147,103 @@ struct Worker {
 
 impl Worker {
     fn run(self) -> Result<Fetched> {
-        let cache = Cache::new(self.hub.hub_cache.clone());
+        let place = Place::new(&self.hub.hub_cache, &self.source.repo);
         let (snapshot, names, licence) =
-            if self.hub.offline { self.find_offline(&cache)? } else { self.download(&cache)? };
-        // Whoever fetched it may not have asked.
-        check_runs(&snapshot, &self.source.repo)?;
+            if self.hub.offline { self.find_offline(&place)? } else { self.download(&place)? };
         let mut files = Vec::new();
-        for name in names {
-            files.push(self.check(&name, &snapshot.join(&name))?);
+        for name in &names {
+            files.push(self.check(name, &snapshot.join(name))?);
         }
-        Ok(Fetched { licence, path: snapshot, files })
+        // A GGUF file that was asked for is the model; else the folder is.
+        let file = self.source.files.first().filter(|file| file.to_ascii_lowercase().ends_with(".gguf"));
+        let path = file.map_or(snapshot.clone(), |_| snapshot.join(&names[0]));
+        // Whoever fetched it may not have asked.
+        check_runs(&path, &self.source.repo)?;
+        Ok(Fetched { licence, path, files })
     }
 
     /// What earlier downloads, by whatever program, left in the hub's cache.
-    fn find_offline(&self, cache: &Cache) -> Result<(PathBuf, Vec<String>, Option<String>)> {
-        let repo = cache.repo(self.repo(&self.source.revision));
-        let config = repo.get(CONFIG).or_else(|| repo.get("adapter_config.json"));
-        let snapshot = config.as_deref().and_then(Path::parent).ok_or_else(|| {
+    fn find_offline(&self, place: &Place) -> Result<(PathBuf, Vec<String>, Option<String>)> {
+        let snapshot = place.commit_of(&self.source.revision).map(|commit| place.snapshot(&commit));
+        let snapshot = snapshot.filter(|snapshot| snapshot.is_dir()).ok_or_else(|| {
             refused(
                 &self.source,
                 "not in the hub's cache, and `HF_HUB_OFFLINE` forbids to ask; unset it and pull again",
             )
         })?;
         let mut present = Vec::new();
-        for (folder, prefix) in [(snapshot.to_owned(), ""), (snapshot.join("additional_chat_templates"), TEMPLATES)] {
-            if folder.is_dir() {
-                let entries = fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
-                let names = entries.filter_map(|e| e.ok()?.file_name().into_string().ok());
-                present.extend(names.map(|name| format!("{prefix}{name}")));
-            }
-        }
-        Ok((snapshot.into(), self.choose(present)?, None))
+        files_below(&snapshot, "", &mut present).map_err(|e| Error::io("list", &snapshot, e))?;
+        Ok((snapshot, self.choose(present)?, None))
     }
 
-    fn download(&self, cache: &Cache) -> Result<(PathBuf, Vec<String>, Option<String>)> {
-        let mut builder = ApiBuilder::from_cache(cache.clone()).with_progress(false).with_token(self.hub.token.clone());
-        if let Some(endpoint) = &self.hub.endpoint {
-            builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_owned());
-        }
-        let api = builder.build().map_err(|e| self.failed("the repository", e))?;
-        let info = self.info(&api)?;
-        self.report(Stage::Download, &self.source.repo, 0, None)?;
+    fn download(&self, place: &Place) -> Result<(PathBuf, Vec<String>, Option<String>)> {
+        let Hub { endpoint, token, stall_within, .. } = &self.hub;
+        let client = Client::new(endpoint.as_deref(), token.clone(), *stall_within);
+        let Repository { repo, revision, .. } = &self.source;
+        let info = client.info(repo, revision).map_err(|e| self.failed("the list of files", e))?;
+        self.report(Stage::Download, repo, 0, None)?;
         // All files come from one commit, whatever is pushed meanwhile. The hash becomes a folder's name.
-        if info.sha.len() != 40 || !info.sha.bytes().all(|b| b.is_ascii_hexdigit()) {
+        if !is_commit(&info.sha) {
             return Err(refused(&self.source, format!("expected a commit hash from the hub, got `{}`", info.sha)));
         }
-        let mut names = self.choose(info.siblings.into_iter().map(|s| s.rfilename).collect())?;
+        let names = self.choose(info.files())?;
+        let snapshot = place.snapshot(&info.sha);
         // The configs first: they tell whether the weights are worth the wait.
         let is_config = |name: &str| [CONFIG, ADAPTER_CONFIG].contains(&name);
-        names.sort_by_key(|name| !is_config(name));
-        let repo = self.repo(&info.sha);
-        let (remote, local) = (api.repo(repo.clone()), cache.repo(repo));
-        for name in &names {
-            let path = local.pointer_path(&info.sha).join(name);
-            self.download_file(&api, &remote, &path, name)?;
+        let (configs, others): (Vec<&String>, Vec<&String>) = names.iter().partition(|name| is_config(name));
+        for name in configs.into_iter().chain(others) {
+            self.download_file(&client, place, &info.sha, name)?;
             if is_config(name) {
-                check_runs(path.parent().unwrap_or(&path), &self.source.repo)?;
+                check_runs(&snapshot, repo)?;
             }
         }
-        let licence = info.card.and_then(|c| c.license.as_str().map(str::to_owned));
-        Ok((local.pointer_path(&info.sha), names, licence))
+        // What is asked for offline is asked for by this name.
+        place.refer(revision, &info.sha).map_err(|e| self.failed("the note of the commit", Failure::Disk(e)))?;
+        Ok((snapshot, names, info.licence()))
     }
 
-    fn info(&self, api: &Api) -> Result<Info> {
-        let what = "the list of files";
-        let request = api.repo(self.repo(&self.source.revision)).info_request();
-        let mut response = request.call().map_err(|e| self.failed(what, ApiError::RequestError(Box::new(e))))?;
-        response.body_mut().read_json().map_err(|e| self.failed(what, ApiError::RequestError(Box::new(e))))
-    }
-
-    fn download_file(&self, api: &Api, remote: &ApiRepo, path: &Path, name: &str) -> Result<()> {
+    fn download_file(&self, client: &Client, place: &Place, commit: &str, name: &str) -> Result<()> {
+        let url = client.address(&self.source.repo, commit, name);
+        let mut report = |done, total| self.report(Stage::Download, name, done, total);
         for attempt in 1.. {
-            if path.exists() {
-                break;
-            }
-            self.report(Stage::Download, name, 0, None)?;
-            let meter = Meter { worker: self, name, done: 0, size: 0, last: None };
-            match remote.download_with_progress(name, meter) {
-                Ok(_) => {}
-                Err(e) if attempt == TRIES || is_full(&e) => return Err(self.failed(name, e)),
-                Err(ApiError::RequestError(_) | ApiError::IoError(_) | ApiError::InvalidResume) => {
-                    self.drop_stuck_part(api, remote, path, name)?;
+            report(0, None)?;
+            match place.fetch(client, &url, (commit, name), &mut report) {
+                Ok(()) => break,
+                Err(Failure::Stopped(e)) => return Err(e),
+                // What came is gone on from; a refusal stays one.
+                Err(e) if attempt == TRIES || matches!(e.status(), Some(400..=415 | 417..)) => {
+                    return Err(self.failed(name, e));
                 }
-                Err(e) => return Err(self.failed(name, e)),
+                Err(e @ (Failure::Disk(_) | Failure::Answer(_))) => return Err(self.failed(name, e)),
+                Err(Failure::Broken(_) | Failure::Http(_)) => {}
             }
-        }
-        Ok(())
-    }
-
-    /// Removes a part file that is as long as the whole file: whoever wrote it was killed before the rename, and asking
-    /// the server for what follows its end fails for ever.
-    fn drop_stuck_part(&self, api: &Api, remote: &ApiRepo, path: &Path, name: &str) -> Result<()> {
-        let metadata = api.metadata(&remote.url(name)).map_err(|e| self.failed(name, e))?;
-        // <repository>/snapshots/<commit>/<name> and <repository>/blobs/<etag>.part
-        let above = 3 + name.matches('/').count();
-        let Some(repository) = path.ancestors().nth(above) else { return Ok(()) };
-        let part = repository.join("blobs").join(metadata.etag()).with_extension("part");
-        if fs::metadata(&part).is_ok_and(|m| m.len() >= metadata.size() as u64) {
-            fs::remove_file(&part).map_err(|e| Error::io("remove", &part, e))?;
         }
         Ok(())
     }
 
     /// Which of the files that are `present` to take.
     fn choose(&self, present: Vec<String>) -> Result<Vec<String>> {
-        let missing = |what: &str| refused(&self.source, format!("has no `{what}`; choose another repository"));
-        if let Some(file) = self.source.files.iter().find(|f| !present.contains(f)) {
-            return Err(missing(file));
-        }
+        let missing = |what: &str, next: &str| refused(&self.source, format!("has no `{what}`; {next}"));
+        let ggufs = || {
+            let names: Vec<String> =
+                present.iter().filter(|f| f.ends_with(".gguf")).map(|f| format!("`{f}`")).collect();
+            let more = if names.len() > MOST_NAMED { ", .." } else { "" };
+            (!names.is_empty()).then(|| format!("{}{more}", names[..names.len().min(MOST_NAMED)].join(", ")))
+        };
         if !self.source.files.is_empty() {
-            return Ok(self.source.files.clone());
+            // A file in several parts is wanted whole.
+            let parts = self.source.files.iter().flat_map(|file| parts_of(Path::new(file)));
+            let wanted: Vec<String> = parts.map(|part| part.to_string_lossy().into_owned()).collect();
+            return match wanted.iter().find(|file| !present.contains(file)) {
+                None => Ok(wanted),
+                Some(file) => Err(missing(
+                    file,
+                    &match ggufs() {
+                        Some(names) => format!("it has {names}"),
+                        None => "choose another repository".to_owned(),
+                    },
+                )),
+            };
         }
         let weights = |f: &str| f.ends_with(".safetensors");
         // Some authors ship the same weights once more under another name.
@@ -282,17 +252,21 @@ impl Worker {
             let file = f.strip_prefix(TEMPLATES);
             file.is_some_and(|file| name::is_plain(file) && file.ends_with(".jinja"))
         };
-        let wanted = |f: &String| {
+        let wanted = |f: &&String| {
             SMALL_FILES.contains(&f.as_str())
                 || template(f)
                 || weights(f) && name::is_plain(f) && (!model || f.starts_with("model"))
         };
-        let names: Vec<String> = present.into_iter().filter(wanted).collect();
-        if !names.iter().any(|f| f == CONFIG || f == "adapter_config.json") {
-            return Err(missing("config.json"));
-        }
+        let names: Vec<String> = present.iter().filter(wanted).cloned().collect();
+        let next = match ggufs() {
+            Some(files) => format!("but it has GGUF files: pull one as `{}:FILE`, one of {files}", self.source.repo),
+            None => "choose another repository".to_owned(),
+        };
         if !names.iter().any(|f| weights(f)) {
-            return Err(missing("*.safetensors"));
+            return Err(missing("*.safetensors", &next));
+        }
+        if !names.iter().any(|f| f == CONFIG || f == ADAPTER_CONFIG) {
+            return Err(missing(CONFIG, &next));
         }
         Ok(names)
     }
@@ -325,67 +299,36 @@ impl Worker {
         Ok(Entry { path: path.into(), bytes, sha256: promised.map(str::to_owned) })
     }
 
-    fn repo(&self, revision: &str) -> Repo {
-        Repo::with_revision(self.source.repo.clone(), RepoType::Model, revision.into())
-    }
-
     fn report(&self, stage: Stage, item: &str, done: u64, total: Option<u64>) -> Result<()> {
         let report = Report { stage, item: item.into(), done, total };
         let gone = || Error::new(ErrorCode::Cancelled, "pull", "stopped");
         if self.stop.load(Ordering::Relaxed) { Err(gone()) } else { self.reports.send(report).map_err(|_| gone()) }
     }
 
-    fn failed(&self, what: &str, error: ApiError) -> Error {
-        if is_full(&error) {
+    fn failed(&self, what: &str, failure: Failure) -> Error {
+        if let Failure::Disk(error) = failure {
             return Error::new(ErrorCode::Io, format!("`{}`", self.hub.hub_cache.display()), "could not write to it")
                 .caused_by(error);
         }
-        let status = |code: &str| error.to_string().contains(code);
-        let next = if status("401") || status("403") {
-            "; accept the model's terms on its page and set `HF_TOKEN`"
-        } else if status("404") {
-            "; check the name"
-        } else {
-            ""
+        let next = match failure.status() {
+            Some(401 | 403) => "; accept the model's terms on its page and set `HF_TOKEN`",
+            Some(404) if self.source.revision == "main" => "; check the name",
+            Some(404) => "; check the name, and the branch, tag or commit behind the `@`",
+            _ => "",
         };
-        refused(&self.source, format!("{what} could not be fetched{next}")).caused_by(error)
+        refused(&self.source, format!("{what} could not be fetched{next}")).caused_by(failure)
     }
 }
 
-fn is_full(error: &ApiError) -> bool {
-    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
-    matches!(error, ApiError::IoError(e)
-        if matches!(e.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem | PermissionDenied))
-}
-
-/// Carries the client library's progress into reports.
-struct Meter<'a> {
-    worker: &'a Worker,
-    name: &'a str,
-    done: u64,
-    size: u64,
-    last: Option<Instant>,
-}
-
-impl hf_hub::api::Progress for Meter<'_> {
-    /// Comes twice, the second time when the transfer starts; a resumed one then reports what is there already.
-    fn init(&mut self, size: usize, _: &str) {
-        (self.done, self.size) = (0, size as u64);
-    }
-
-    fn update(&mut self, size: usize) {
-        self.done += size as u64;
-        if self.last.is_some_and(|last| last.elapsed() < TICK) {
-            return;
-        }
-        self.last = Some(Instant::now());
-        let stopped = self.worker.report(Stage::Download, self.name, self.done, Some(self.size)).is_err();
-        // The only way out of the library's copy loop; `resume_unwind` ends this thread without a panic message.
-        // Where panics abort, the thread finishes its file unheard instead.
-        if stopped && cfg!(panic = "unwind") {
-            panic::resume_unwind(Box::new("stopped"));
+/// Adds the names of all files in `dir` and the folders in it, with `prefix` before each.
+fn files_below(dir: &Path, prefix: &str, names: &mut Vec<String>) -> std::io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        match entry.path().is_dir() {
+            true => files_below(&entry.path(), &format!("{prefix}{name}/"), names)?,
+            false => names.push(format!("{prefix}{name}")),
         }
     }
-
-    fn finish(&mut self) {}
+    Ok(())
 }

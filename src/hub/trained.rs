@@ -28,7 +28,7 @@ impl Hub {
         if !places.insert(line.to_owned()) {
             return Ok(());
         }
-        fs::create_dir_all(&self.home).map_err(|e| Error::io("create", &self.home, e))?;
+        self.create(&self.home)?;
         let text: String = places.iter().map(|place| format!("{place}\n")).collect();
         write_bytes(&self.home.join(FILE), text.as_bytes())
     }

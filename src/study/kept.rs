@@ -177,7 +177,7 @@ impl Kept {
     pub fn save(&mut self) -> Result<()> {
         self.saved = Instant::now();
         let Some(folder) = &self.folder else { return Ok(()) };
-        fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+        crate::format::create_folder(folder)?;
         let line = |item: &Item| serde_json::to_string(item).expect("texts and numbers are JSON") + "\n";
         let text: String = self.items.iter().map(line).collect();
         // The lines first: a kill between the two leaves lines that the state does not know, and they are made again.

@@ -10,6 +10,7 @@ use super::hold_out::Evaluation;
 use crate::adapter::AdapterFile;
 use crate::checksum::{add, sum_of};
 use crate::error::{Error, ErrorCode, Result};
+use crate::format::foreign::{CHECKPOINT, CHECKPOINTS};
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::{Entry, Staged, Writer};
 use serde::{Deserialize, Serialize};
@@ -19,14 +20,14 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 /// Names of the file in the output folder and of the one before it.
-const FILE: &str = "checkpoint.safetensors";
-const PREVIOUS: &str = "checkpoint.previous.safetensors";
-pub(super) const FILES: [&str; 2] = [FILE, PREVIOUS];
+pub(super) const FILES: [&str; 2] = CHECKPOINTS;
+const FILE: &str = FILES[0];
+const PREVIOUS: &str = FILES[1];
 /// The settings that may change, by their keys in the facts: no adapter depends on them.
 const FREE: [&str; 4] = [BUDGET, "check", "save-every", "save-seconds"];
 const BUDGET: &str = "memory-budget";
 /// Key of the run's facts in the file's metadata.
-const META: &str = "pocketlora";
+const META: &str = CHECKPOINT;
 /// A tensor of 8 bytes: a sum over the facts and all other tensors, which tells flipped bits.
 const CHECKSUM: &str = "checksum";
 
@@ -201,7 +202,8 @@ fn read(path: &Path, facts: &RunFacts, entries: &[Entry]) -> Result<(RunFacts, T
         let message = format!("expected {what}, got {got}; if no other is left, start again with `--overwrite`");
         Error::new(ErrorCode::Format, format!("`{}`", path.display()), message)
     };
-    let file = TensorFile::open(path).map_err(|e| broken("a complete checkpoint", &e).caused_by(e))?;
+    let file = TensorFile::open(path)
+        .map_err(|e| broken("a complete checkpoint", &"one that is cut or damaged").caused_by(e))?;
     let text = file.metadata().get(META).ok_or_else(|| broken("the run's facts", &"none"))?;
     let saved: RunFacts = serde_json::from_str(text).map_err(|e| broken("the run's facts", &e))?;
     // Before anything is compared, for a flipped bit could look like a difference.
@@ -235,8 +237,16 @@ fn read(path: &Path, facts: &RunFacts, entries: &[Entry]) -> Result<(RunFacts, T
 /// # Errors
 /// The system refuses.
 pub fn remove(out: &Path) -> Result<()> {
-    remove_file(&out.join(PREVIOUS))?;
+    remove_previous(out)?;
     remove_file(&out.join(FILE))
+}
+
+/// Removes the older of the two.
+///
+/// # Errors
+/// The system refuses.
+pub fn remove_previous(out: &Path) -> Result<()> {
+    remove_file(&out.join(PREVIOUS))
 }
 
 fn remove_file(path: &PathBuf) -> Result<()> {

@@ -5,6 +5,7 @@ use crate::adapter::{Kind, Settings};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Arithmetic, MOMENT_BLOCK};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::path::PathBuf;
 
 /// How the learning rate moves after the warm-up.
@@ -78,6 +79,9 @@ pub struct TrainConfig {
     /// Which biases of the base LoRA trains beside (BitFit): `none`, `all`, or `lora_only` for those of adapted layers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bias: Option<String>,
+    /// Keys of PEFT's config of the method that have no name of their own here, such as `group_size` of ROAD.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub options: Map<String, Value>,
     /// Dropout of the adapters' input.
     pub dropout: f32,
     /// Share of the words of questions that a pass leaves out at random (word dropout, Iyyer et al. 2015), so that answers
@@ -217,6 +221,7 @@ impl Default for TrainConfig {
             trainable_token_indices: Vec::new(),
             alora_invocation_tokens: Vec::new(),
             bias: None,
+            options: Map::new(),
             dropout: 0.0,
             prompt_dropout: 0.0,
             rslora: false,
@@ -290,12 +295,13 @@ impl TrainConfig {
             alora_invocation_tokens: self.alora_invocation_tokens.clone(),
             bias: self.bias.clone().unwrap_or_else(|| "none".to_owned()),
             lora_plus_ratio: self.lora_plus_ratio,
+            options: self.options.clone(),
         }
     }
 
     /// These with what an adapter has decided.
     pub(super) fn of_method(self, method: Kind, theirs: Settings) -> Self {
-        let Settings { rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens: tokens, .. } =
+        let Settings { rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens: tokens, options, .. } =
             theirs.clone();
         let (ids, alora_invocation_tokens) = (theirs.trainable_token_indices, theirs.alora_invocation_tokens);
         let num_virtual_tokens = method.reads("num-virtual-tokens").then_some(tokens);
@@ -319,6 +325,7 @@ impl TrainConfig {
             encoder_hidden_size,
             trainable_token_indices,
             alora_invocation_tokens,
+            options,
             ..self
         }
     }

@@ -5,7 +5,7 @@ use super::config::Optimizer;
 use crate::error::{Error, ErrorCode, Result};
 
 /// Settings that some methods of adapters read, and others do not.
-const ADAPTER: [&str; 14] = [
+const ADAPTER: [&str; 15] = [
     "rank",
     "alpha",
     "rslora",
@@ -20,6 +20,7 @@ const ADAPTER: [&str; 14] = [
     "bias",
     "dropout",
     "lora-plus-ratio",
+    "options",
 ];
 
 impl TrainConfig {
@@ -37,6 +38,8 @@ impl TrainConfig {
             "beta2" => self.beta2 != usual.beta2,
             "eps" => self.eps != usual.eps,
             "epochs" => self.epochs != usual.epochs,
+            // Unless it is given it follows from the rank.
+            "alpha" => self.alpha != usual.alpha,
             key if ADAPTER.contains(&key) => self.adapter().shown(key) != usual.adapter().shown(key),
             _ => false,
         }

@@ -75,4 +75,32 @@ impl Material {
         }
         Ok(Self { data, eval_data, general, prompts, quiz, prompt_ids: None })
     }
+
+    /// Tokens that one check reads, and that it answers at most.
+    #[must_use]
+    pub(crate) fn check_tokens(&self) -> [usize; 2] {
+        let questions = self.quiz.iter().flat_map(|quiz| &quiz.ids).map(Vec::len).sum::<usize>();
+        let general = self.general.as_ref().map_or(0, Dataset::tokens);
+        [questions + general, self.quiz.as_ref().map_or(0, Quiz::len) * super::quiz::ANSWER]
+    }
+
+    /// Tokens that the model reads, and that it answers at most, before it is held to its answers.
+    #[must_use]
+    pub(crate) fn keep_tokens(&self) -> [usize; 2] {
+        let prompts = self.prompts.as_ref().map_or(&[][..], |prompts| &prompts.ids);
+        [prompts.iter().map(Vec::len).sum(), prompts.len() * super::keep::ANSWER]
+    }
+
+    /// Leaves out the questions and the prompts that a run with `config` has no use for any more.
+    pub(crate) fn heed(&mut self, config: &TrainConfig) {
+        if !config.check && !matches!(config.max_forgetting, Some(Forgetting::Percent(_))) {
+            self.quiz = None;
+        }
+        if !config.check && config.max_forgetting.is_none() && self.eval_data.is_none() {
+            self.general = None;
+        }
+        if config.keep == Keep::Off {
+            self.prompts = None;
+        }
+    }
 }

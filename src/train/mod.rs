@@ -22,6 +22,7 @@ mod optimizer;
 mod plan;
 mod quiz;
 mod report;
+mod room;
 mod run_folder;
 mod saving;
 mod setup;
@@ -70,6 +71,7 @@ use checkpoint::RunFacts;
 use keep::{Held, Lessons};
 use lock::{Earlier, FolderLock};
 use pocketlora_kernels::{Backend, Call};
+use room::Room;
 use saving::Pace;
 use setup::Trained;
 use std::ops::Range;
@@ -124,6 +126,8 @@ pub(crate) struct Trainer<B: Backend> {
     warnings: Vec<Error>,
     /// The checkpoint in the output folder is this run's.
     saved: bool,
+    /// Held on the disk for the adapter.
+    room: Option<Room>,
     /// What an earlier run left in the output folder and this one may not replace.
     earlier: Option<Earlier>,
     _lock: FolderLock,
@@ -179,12 +183,13 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// Device lost.
     pub fn gradients(&self) -> Result<Vec<(String, Vec<f32>)>> {
-        let read = |(t, grad): (&Trained<B>, &B::Buffer)| {
+        let read = |t: &Trained<B>| {
+            let grad = self.grads.tensors[t.id.number()].as_ref().expect("what is trained has a gradient");
             let mut host = vec![0.0; self.base.backend.len(grad)];
             self.base.backend.read(grad, &mut host)?;
             Ok((t.spec.name.clone(), host))
         };
-        self.tensors.iter().zip(&self.grads.tensors).map(read).collect()
+        self.tensors.iter().map(read).collect()
     }
 
     /// A handle that pauses, resumes and stops this trainer, and asks for snapshots, from any thread.
@@ -218,6 +223,9 @@ impl<B: Backend> Trainer<B> {
     /// Non-finite loss or gradients (the last checkpoint is kept), files that cannot be written, out of memory.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
         self.check_earlier()?;
+        if !self.finished() {
+            self.room = Some(self.hold_room()?);
+        }
         let _running = self.handle.enter();
         let mut tally = Tally::new();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
@@ -266,6 +274,8 @@ impl<B: Backend> Trainer<B> {
             tally.evaluated(self.evaluate_end(observer)?);
             self.finish(observer)?;
         } else {
+            // What the adapter will need again is the checkpoint's now, which is all that there is.
+            self.room = None;
             self.save_checkpoint()?;
         }
         self.handle.serve(&|| self.snapshot());
@@ -333,10 +343,10 @@ impl<B: Backend> Trainer<B> {
         let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();
         let mut sums = Sums::new(&base.backend, 1 + most)?;
         let passes = self.accumulate(number, &micros, trained, &mut sums, observer)?;
-        for (trained, grad) in self.tensors.iter().zip(&mut self.grads.tensors) {
-            trained.hold(&base.backend, grad, false)?;
-        }
-        for grad in &self.grads.tensors {
+        let penalty = self.adapters.pull(&base, &mut self.grads)?;
+        for t in &self.tensors {
+            let grad = self.grads.of(t.id).expect("what is trained has a gradient");
+            t.hold(&base.backend, grad, false)?;
             sums.add_squares(&base.backend, 0, grad)?;
         }
         let sums = sums.read(&base.backend)?;
@@ -348,7 +358,8 @@ impl<B: Backend> Trainer<B> {
         self.clip(grad_norm)?;
         let lr = self.config.lr_at(number, self.facts.total_steps);
         let Self { base, config, adapters, grads, tensors, .. } = self;
-        for (trained, grad) in tensors.iter_mut().zip(&grads.tensors) {
+        for trained in tensors.iter_mut() {
+            let grad = &*grads.of(trained.id).expect("what is trained has a gradient");
             let mut done = Ok(());
             adapters.held_mut().update(&base.backend, trained.id, &mut |master| {
                 let Trained { group, moments, .. } = trained;
@@ -357,11 +368,12 @@ impl<B: Backend> Trainer<B> {
             });
             done?;
         }
+        adapters.renew(base)?;
         self.facts.step = number;
         Ok(StepReport {
             step: number,
             total_steps: self.facts.total_steps,
-            loss: loss.unwrap_or(f64::NAN),
+            loss: loss.unwrap_or(f64::NAN) + penalty,
             lr,
             grad_norm,
             tokens: micros.iter().map(MicroBatch::tokens).sum(),
@@ -388,7 +400,7 @@ impl<B: Backend> Trainer<B> {
             let place = format!("step {number}, {}", samples_of(micros));
             return Err(Error::new(ErrorCode::Data, place, "expected at least one token to learn, got none"));
         }
-        for grad in &mut self.grads.tensors {
+        for grad in self.grads.tensors.iter_mut().flatten() {
             self.base.backend.run(Call::Zero { x: grad })?;
         }
         let mut places = Vec::with_capacity(micros.len());
@@ -436,7 +448,8 @@ impl<B: Backend> Trainer<B> {
     fn clip(&mut self, grad_norm: f64) -> Result<()> {
         if self.config.clip > 0.0 && grad_norm > self.config.clip {
             let factor = (self.config.clip / (grad_norm + 1e-6)) as f32;
-            for grad in &mut self.grads.tensors {
+            for t in &self.tensors {
+                let grad = self.grads.of(t.id).expect("what is trained has a gradient");
                 self.base.backend.run(Call::Scale { factor, x: grad })?;
             }
         }

@@ -11,7 +11,7 @@ use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};
 use super::sums::Sums;
 use super::{Optimizer, TrainConfig};
-use crate::adapter::{Adapters, Dropout, Gradients, Learned, Method, TensorSpec};
+use crate::adapter::{Adapters, Dropout, Gradients, Learned, Method, TensorPart, TensorSpec};
 use crate::base::{Base, Pool};
 use crate::error::Result;
 use crate::memory::Peak;
@@ -122,10 +122,10 @@ pub(super) struct Work {
 impl Work {
     /// Trained values.
     pub fn values(&self) -> usize {
-        self.all().map(TensorSpec::values).sum()
+        self.all().filter(|spec| !self.method.is_frozen(&spec.name)).map(TensorSpec::values).sum()
     }
 
-    /// All tensors in training.
+    /// All tensors of the adapter.
     fn all(&self) -> impl Iterator<Item = &TensorSpec> {
         self.specs.iter().chain(self.learned.iter().map(|learned| &learned.spec))
     }
@@ -185,18 +185,25 @@ impl Work {
             pass(&MicroBatch::of_lengths(vec![self.evaluated], self.evaluated), None, None)?;
         }
         let count = base.backend.count();
-        let values = 4 * self.values() as u64;
+        let on_device = |fixed: bool| {
+            let parts = adapters.held().parts().filter(|(part, _)| fixed || *part != TensorPart::Fixed);
+            4 * parts.map(|(_, values)| values as u64).sum::<u64>()
+        };
+        // What is never trained is held for the file as well.
+        let frozen = self.specs.iter().filter(|spec| self.method.is_frozen(&spec.name));
+        let frozen = 4 * frozen.map(|spec| spec.values() as u64).sum::<u64>();
         Ok(MemoryPlan {
             weights_mapped: 0,
-            adapter: values,
-            gradients: values,
+            adapter: on_device(true) + frozen,
+            gradients: on_device(false),
             optimizer: config.state_bytes(self.values()),
             layer_inputs: count.regions[1] as u64,
             layer_workspace: count.regions[0] as u64,
             attention: count.attention as u64,
             logits: count.loss as u64,
             // Its values, and the bytes of the file.
-            saving: 2 * 4 * self.all().map(TensorSpec::values).max().unwrap_or(0) as u64,
+            saving: (2 * 4 * self.all().map(TensorSpec::values).max().unwrap_or(0) as u64)
+                .max(adapters.held().made_bytes()),
             kernels: count.kernels as u64,
             references: self.references,
             asking: 0,

@@ -64,6 +64,7 @@ impl<B: Backend> Trainer<B> {
             let parts: Vec<&[u8]> = layout.iter().map(|(prefix, ..)| part(prefix)).collect::<Result<_>>()?;
             t.moments.write(backend, &parts);
         }
+        self.adapters.renew(&self.base)?;
         // A damaged newest one must not become the previous one, in place of a sound one.
         self.saved = warning.is_none();
         self.earlier = None;
@@ -142,18 +143,30 @@ impl<B: Backend> Trainer<B> {
                            space and train again";
             return Err(Error::new(ErrorCode::Io, format!("`{}`", best.display()), message));
         }
-        if self.facts.candidates.kept.is_some() && self.rule().keeps() {
-            AdapterFile::copy(&best, &self.out)?;
-            self.peak.sample();
-        } else {
-            self.save_adapter()?;
+        self.room = None;
+        let mut written = self.write_result();
+        if written.as_ref().is_err_and(|e| e.code() == ErrorCode::Io) && self.saved {
+            // The newest checkpoint is enough to come back to this point; the one before it takes room.
+            checkpoint::remove_previous(&self.out)?;
+            written = self.write_result();
         }
+        written?;
         checkpoint::remove(&self.out)?;
         self.leave_lessons()?;
         if self.facts.candidates.kept.is_some() {
             AdapterFile::remove(&best)?;
         }
         Ok(())
+    }
+
+    /// Writes the adapter that the run ends with.
+    fn write_result(&mut self) -> Result<()> {
+        if self.facts.candidates.kept.is_some() && self.rule().keeps() {
+            AdapterFile::copy(&self.out.join(FOLDER), &self.out)?;
+            self.peak.sample();
+            return Ok(());
+        }
+        self.save_adapter()
     }
 
     /// The adapter as it is now, rounded as its file would hold it: for generating while training goes on.
@@ -175,7 +188,7 @@ impl<B: Backend> Trainer<B> {
 
     /// Writes it to another folder, one tensor at a time, for it comes beside all else that the run holds.
     pub(super) fn write_adapter(&mut self, dir: &Path) -> Result<()> {
-        std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
+        crate::format::create_folder(dir)?;
         if self.file.method.converts() {
             let mut file = self.snapshot()?;
             file.dir = dir.to_owned();
@@ -187,11 +200,14 @@ impl<B: Backend> Trainer<B> {
             put_back(file, t, adapters.held().read(&base.backend, t.id)?)?;
         }
         let own = || tensors.iter().filter(|t| !standing_in.contains(&t.spec.name));
-        let shapes = own().map(|t| (t.spec.name.clone(), t.spec.shape.clone())).collect();
+        let trained = own().map(|t| (t.spec.name.clone(), t.spec.shape.clone()));
+        let frozen = file.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone()));
+        let shapes = trained.chain(frozen).collect();
         file.save_by(dir, shapes, |put| {
             for t in own() {
                 put(&t.spec.name, &adapters.held().read(&base.backend, t.id)?)?;
             }
+            file.tensors.iter().try_for_each(|(name, t)| put(name, &t.data))?;
             peak.sample();
             Ok(())
         })

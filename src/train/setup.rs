@@ -12,7 +12,8 @@ use super::plan::Work;
 use super::saving::sweep_folder;
 use super::{Batches, Dataset, Keep, Material, MemoryPlan, Quiz, Sample, TrainConfig, Trainer, largest_micro_batch};
 use crate::adapter::{
-    AdapterFile, Adapters, Gradients, Group, Learned, Method, Replaced, Settings, TensorId, TensorSpec, begin, fresh,
+    AdapterFile, Adapters, Gradients, Group, Learned, Method, Replaced, Settings, TensorId, TensorPart, TensorSpec, begin,
+    fresh,
     layer_at, mark,
 };
 use crate::base::{Base, Pool};
@@ -21,7 +22,7 @@ use crate::exec::infer::state_bytes;
 use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::mix;
 use crate::turn::Turn;
-use pocketlora_kernels::{Backend, CacheType, Call, WorkType};
+use pocketlora_kernels::{Backend, CacheType, Call};
 use pocketlora_models::Param;
 use std::path::Path;
 use std::sync::Arc;
@@ -143,10 +144,10 @@ pub(super) fn trained_tensors<B: Backend>(
     Ok((tensors, gradients(base, adapters)?))
 }
 
-/// A gradient for every tensor of the attached adapters.
+/// A gradient for every tensor of the attached adapters that has one.
 pub(super) fn gradients<B: Backend>(base: &Base<B>, adapters: &Adapters<B>) -> Result<Gradients<B>> {
-    let one = |(_, spec): (TensorId, &TensorSpec)| Ok(base.backend.buffer(spec.values())?);
-    Ok(Gradients { tensors: adapters.held().specs().map(one).collect::<Result<_>>()? })
+    let one = |(part, values)| Ok((part != TensorPart::Fixed).then(|| base.backend.buffer(values)).transpose()?);
+    Ok(Gradients { tensors: adapters.held().parts().map(one).collect::<Result<_>>()? })
 }
 
 /// What a run on `data` that is evaluated on `eval_data` and `held` takes memory for: an adapter of `method` with tensors
@@ -300,7 +301,7 @@ impl<B: Backend> Trainer<B> {
         let tensors = match init {
             Some(file) => file.tensors.clone(),
             None => {
-                let mut tensors = method.fresh(&specs, config.seed);
+                let mut tensors = method.fresh(&specs, &base, config.seed)?;
                 let texts = data.samples.iter().map(|sample| &sample.ids[..]);
                 begin(&base, &method, &mut tensors, prompt_ids.as_deref(), texts, config.seed)?;
                 tensors
@@ -320,16 +321,19 @@ impl<B: Backend> Trainer<B> {
         let mut file = AdapterFile::new(out.to_owned(), method, tensors).with(frozen);
         (file.base, file.base_mark) = (named, Some(mark::of(&base)?));
         let mut adapters = Adapters::none(&base);
-        adapters.attach(&base, &file, 1.0, WorkType::F32)?;
+        adapters.attach_to_train(&base, &file)?;
         adapters.attach_learned(&base, &learned, Some((&kept, kind, &adapted)))?;
         file.replaced = kept;
+        adapters.renew(&base)?;
         check_places(&base, adapters.virtual_tokens(), &data)?;
         // What follows may take their place. Where they are few and large, an allocator would keep what it does not reuse.
-        file.tensors.clear();
+        // Those that stay as they are go into the file as they were.
+        let frozen = file.method.clone();
+        file.tensors.retain(|name, _| frozen.is_frozen(name));
         crate::mmap::release_freed();
         let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
         refuse_model(out)?;
-        std::fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        crate::format::create_folder(out)?;
         let lock = FolderLock::take(out)?;
         sweep_folder(out);
         Ok(Self {
@@ -362,6 +366,7 @@ impl<B: Backend> Trainer<B> {
             end_by: None,
             out_of_time: false,
             saved: false,
+            room: None,
             earlier: Earlier::find(out),
             _lock: lock,
         })

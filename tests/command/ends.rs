@@ -80,6 +80,29 @@ fn signals_end_training_with_a_checkpoint() {
     });
 }
 
+/// Who does not wait for the last check has the adapter all the same.
+#[test]
+fn ctrl_c_in_the_last_check_leaves_the_adapter() {
+    let f = fixture();
+    let (many, out) = (f.path("many.jsonl"), f.path("checked"));
+    // So many that looking at them takes far longer than the only step.
+    fs::write(&many, fs::read_to_string(&f.data).unwrap().repeat(300)).unwrap();
+    let (model, data) = (f.model.to_str().unwrap(), f.data.to_str().unwrap());
+    let run = ["train", "--auto", "off", "-m", model, "-d", data, "-o", &out, "--steps", "1", "--batch", "1", "--json"];
+    let child = start(&f, &[&run[..], &["--eval-data", &many, "--keep", "off", "--threads", "1"]].concat());
+    // The first check is done, and the step will be soon.
+    await_file(&Path::new(&out).join("log.jsonl"));
+    thread::sleep(Duration::from_millis(200));
+    signal(&child, "-INT");
+    let done = child.wait_with_output().unwrap();
+    let (stdout, stderr) = (text(&done.stdout), text(&done.stderr));
+    let last: Value = serde_json::from_str(stdout.lines().last().unwrap_or_default()).unwrap_or_default();
+    assert!(done.status.code() == Some(0) && last["done"] == true, "{:?}, {last}: {stderr}", done.status);
+    assert!(last["eval_loss_before"].is_number() && last["eval_loss"].is_null(), "{last}");
+    assert!(Path::new(&out).join("adapter_model.safetensors").exists(), "{stderr}");
+    assert!(!Path::new(&out).join("checkpoint.safetensors").exists(), "{stderr}");
+}
+
 /// `nohup` means that a terminal may go.
 #[cfg(target_os = "linux")]
 #[test]

@@ -14,6 +14,7 @@ mod ends;
 mod exchange;
 mod gated;
 mod merge;
+mod mistakes;
 mod said;
 mod strict;
 mod study;

@@ -152,7 +152,6 @@ fn a_dry_run_shows_questions_and_writes_nothing() {
 }
 
 #[test]
-#[ignore = "takes minutes, and has not been run to its end yet"]
 fn a_real_model_asks_about_notes_and_then_knows_them() {
     let Some(gguf) = real_gguf() else { return };
     let f = fixture();

@@ -112,6 +112,27 @@ fn a_conversation_comes_back_from_its_file() {
     assert!(errors.contains("`messages`, as `/save` writes it") && errors.contains("nowhere"), "{errors}");
 }
 
+/// An answer that `-n` cut is no whole one to those who read the file later: it is marked, and not learned.
+#[test]
+fn an_answer_that_was_cut_is_saved_as_such() {
+    let f = talking();
+    let messages = conversation(&f, &[], "hello\n/set max-tokens 3\nmore\n");
+    let marks: Vec<_> = messages.iter().map(|m| (m["cut"] == true, m["weight"] == 0)).collect();
+    assert_eq!(marks, [(false, false), (true, true), (false, false), (true, true)], "{messages:?}");
+    let file = f.path("conversation.jsonl");
+    let text = fs::read_to_string(&file).unwrap();
+    let (_, said) = chat(&f, &[], &format!("/load {file}\n/save {file}\n"));
+    assert!(said.contains("2 of them, cut before their end"), "{said}");
+    assert_eq!(fs::read_to_string(&file).unwrap(), text.repeat(2));
+    // Beside an answer that ended, it is read and not learned.
+    let whole = r#"{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b"}]}"#;
+    fs::write(&file, format!("{whole}\n{text}")).unwrap();
+    let model = f.model.to_str().unwrap();
+    let report = f.json(&["train", "-m", model, "--no-quantize", "-d", &file, "-o", "unused", "--dry-run", "--json"]);
+    assert_eq!(report["data"]["trained_tokens"], 2);
+    assert!(!report["data"]["unused"].to_string().contains("cut"), "{report}");
+}
+
 #[test]
 fn a_text_of_several_lines_is_one_question() {
     let f = talking();

@@ -18,6 +18,7 @@ mod gguf;
 mod golden;
 mod head;
 mod keep;
+mod layer_methods;
 mod merge;
 mod methods;
 mod mxfp4;

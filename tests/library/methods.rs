@@ -29,11 +29,11 @@ const LORA: [&str; 9] = [
     "lora_trainable_tokens",
 ];
 
-fn of(method: &str, file: &str) -> PathBuf {
+pub(super) fn of(method: &str, file: &str) -> PathBuf {
     golden("methods").join(method).join(file)
 }
 
-fn base(threads: usize) -> Engine {
+pub(super) fn base(threads: usize) -> Engine {
     open_exact(&golden("peft/base"), threads)
 }
 
@@ -45,11 +45,11 @@ fn inputs_of(method: &str) -> Vec<u32> {
     }
 }
 
-fn inputs() -> Vec<u32> {
+pub(super) fn inputs() -> Vec<u32> {
     ids(&tensors(&golden("methods/inputs.safetensors"))["ids"])
 }
 
-fn close(what: &str, got: &[f32], expected: &[f32], bound: f32) -> Result<(), String> {
+pub(super) fn close(what: &str, got: &[f32], expected: &[f32], bound: f32) -> Result<(), String> {
     // PEFT gives logits behind the virtual tokens of a prompt, too.
     let expected = &expected[expected.len() - got.len()..];
     let (diff, at) = max_diff(got, expected);
@@ -173,7 +173,7 @@ fn sequences_of_a_batch_have_adapters_of_their_own() {
 }
 
 /// The two sequences of the training goldens; the reference pads the second, we do not.
-fn data() -> Dataset {
+pub(super) fn data() -> Dataset {
     data_of("train_ids")
 }
 
@@ -189,8 +189,8 @@ fn data_of(ids: &str) -> Dataset {
     Dataset::new("golden", samples.collect())
 }
 
-struct Quiet {
-    stop_after: u64,
+pub(super) struct Quiet {
+    pub stop_after: u64,
 }
 
 impl Observer for Quiet {
@@ -199,7 +199,7 @@ impl Observer for Quiet {
     }
 }
 
-fn config() -> TrainConfig {
+pub(super) fn config() -> TrainConfig {
     TrainConfig {
         lr: 5e-3,
         schedule: Schedule::Constant,
@@ -218,7 +218,7 @@ fn norm(values: impl Iterator<Item = f64>) -> f64 {
 }
 
 /// Five AdamW steps as the reference ran them, its losses before each and after, and the gradients of the first.
-fn train_like_peft(method: &str, accumulate: bool) -> Result<(), String> {
+pub(super) fn train_like_peft(method: &str, accumulate: bool) -> Result<(), String> {
     let expected = tensors(&of(method, "train.safetensors"));
     let (batch, accumulate) = if accumulate { (1, 2) } else { (2, 1) };
     let config = TrainConfig { batch, accumulate, ..config() };
@@ -238,6 +238,7 @@ fn train_like_peft(method: &str, accumulate: bool) -> Result<(), String> {
             let name = match &*tensor {
                 "prompt_embeddings" if method == "cartridge" => "grad.prompt_encoder.trainable_embedding".to_owned(),
                 "prompt_embeddings" => "grad.prompt_encoder.embedding.weight".to_owned(),
+                other if other.ends_with("lora_magnitude_vector") => format!("grad.base_model.model.{other}.weight"),
                 other => format!("grad.base_model.model.{other}"),
             };
             // Rows that are not moved have none.
@@ -288,7 +289,7 @@ fn train(method: &str, out: &Path, resume: bool, change: impl Fn(&mut TrainConfi
     trainer.run(&mut Quiet { stop_after }).unwrap().done
 }
 
-fn json(path: &Path) -> Map<String, Value> {
+pub(super) fn json(path: &Path) -> Map<String, Value> {
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 

@@ -319,11 +319,11 @@ fn adapters_for_other_bases_or_of_other_methods_are_refused() {
     let good = fs::read(lora.join("adapter_model.safetensors")).unwrap();
     use ErrorCode::{AdapterMismatch, Format, Unsupported};
     let cases = [
-        (golden("adapters/dora"), golden("tiny-llama"), Unsupported),
-        (golden("adapters/vera"), golden("tiny-llama"), Unsupported),
+        (golden("adapters/dora"), golden("tiny-qwen2"), AdapterMismatch),
+        (golden("adapters/vera"), golden("tiny-qwen2"), AdapterMismatch),
         (lora.clone(), golden("tiny-qwen2"), AdapterMismatch),
         (with("rank", &|j| j["r"] = 16.into(), None), golden("tiny-llama"), Format),
-        (with("method", &|j| j["peft_type"] = "LOKR".into(), None), golden("tiny-llama"), Unsupported),
+        (with("method", &|j| j["peft_type"] = "FOURIERFT".into(), None), golden("tiny-llama"), Unsupported),
         (with("pissa", &|j| j["init_lora_weights"] = "pissa_niter_4".into(), None), golden("tiny-llama"), Unsupported),
         (with("bias", &|j| j["lora_bias"] = true.into(), None), golden("tiny-llama"), Format),
         (with("saved", &|j| j["modules_to_save"] = vec!["lm_head"].into(), None), golden("tiny-llama"), Format),

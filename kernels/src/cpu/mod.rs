@@ -13,6 +13,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod bf16;
+mod blocks;
 mod buffer;
 mod cache;
 mod columns;
@@ -200,6 +201,14 @@ impl Backend for Cpu {
             Call::SumColumns { a, b, y } => factors::sum_columns(team, a, b.map(|b| &b[..]), y),
             Call::CopyColumns { width, x, x_at, y, y_at, accumulate } => {
                 columns::copy(team, width, x, x_at, y, y_at, accumulate);
+            }
+            Call::BlockProduct { spec, transposed, w, x, y } => blocks::product(self, spec, transposed, w, x, y),
+            Call::BlockProductVjpW { spec, dy, x, dw } => blocks::vjp_w(self, spec, dy, x, dw),
+            Call::SparseProduct { rows, cols, tokens, w, x, y } => {
+                blocks::sparse(team, (rows, cols), tokens, w, x, y);
+            }
+            Call::SparseProductVjpW { rows, cols, tokens, dy, x, dw } => {
+                blocks::sparse_vjp_w(team, (rows, cols), tokens, dy, x, dw);
             }
             Call::Conv { w, bias, segments, x, y } => {
                 conv::forward(self, w, bias.map(|bias| &bias[..]), segments, x, y);

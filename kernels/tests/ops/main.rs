@@ -4,6 +4,7 @@
 //! another device: the first result must meet the oracle within its bound, the second must be the same bits.
 
 mod attention;
+mod blocks;
 mod conv;
 mod delta_rule;
 mod golden;

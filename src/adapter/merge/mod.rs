@@ -186,7 +186,7 @@ impl Merged {
                 return Err(Error::unsupported(&file.dir, what, next));
             }
             check_shapes(file, module, [out, input])?;
-            let fold = file.method.fold(module, &file.tensors, factor).ok_or_else(|| {
+            let fold = file.method.fold(module, [out, input], &file.tensors, factor).ok_or_else(|| {
                 let what = format!("to merge {}", file.method.kind().name());
                 Error::unsupported(&file.dir, what, "use the adapter with `-a` instead")
             })?;

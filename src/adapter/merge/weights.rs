@@ -67,6 +67,19 @@ impl Weight {
 
     /// Reads `rows` of it, which `meta` describes, into `out`.
     pub fn read(&self, base: &dyn Source, meta: &TensorMeta, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let wide = self.folds.iter().rev().fold(rows.clone(), |rows, fold| fold.span(rows));
+        if meta.shape.len() > 1 && wide != rows {
+            let cols = out.len() / rows.len().max(1);
+            let mut all = vec![0.0; wide.len() * cols];
+            self.read_rows(base, meta, wide.clone(), &mut all)?;
+            out.copy_from_slice(&all[(rows.start - wide.start) * cols..][..out.len()]);
+            return Ok(());
+        }
+        self.read_rows(base, meta, rows, out)
+    }
+
+    /// Reads `rows`, which are all that the changes of them need.
+    fn read_rows(&self, base: &dyn Source, meta: &TensorMeta, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
         self.read_origin(base, rows.clone(), out)?;
         let cols = out.len() / rows.len().max(1);
         for (row, values) in self.rows.range(rows.clone()) {

@@ -110,7 +110,7 @@ pub(super) struct Parsed {
 pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
     let mut keys = Keys { path, json, own: &[] };
     let kind = match keys.get("peft_type").and_then(Value::as_str) {
-        Some(name) => Kind::of_peft(name).ok_or_else(|| {
+        Some(name) => Kind::of_peft(name, &|key| json.get(key).is_some_and(asks)).ok_or_else(|| {
             let next = "export it as plain LoRA, or merge it into its base";
             Error::unsupported(path, format!("adapter method `{name}`"), next)
         })?,
@@ -147,6 +147,9 @@ pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
     })
 }
 
+/// Bound on whole numbers: far beyond any use, and small enough that hostile files cannot ask for absurd work.
+const MOST: usize = 1 << 16;
+
 /// A config's keys, with what is said where one is wrong.
 pub(in crate::adapter) struct Keys<'a> {
     pub path: &'a Path,
@@ -155,7 +158,22 @@ pub(in crate::adapter) struct Keys<'a> {
     own: &'static [KeyUse],
 }
 
-impl Keys<'_> {
+impl<'a> Keys<'a> {
+    /// Keys of a fresh adapter's settings.
+    pub fn of_settings(json: &'a Map<String, Value>, own: &'static [KeyUse]) -> Self {
+        Self { path: Path::new("settings of the adapter"), json, own }
+    }
+
+    /// The whole number that `key` has, from `least` on.
+    ///
+    /// # Errors
+    /// It is none, or below.
+    pub fn whole(&self, key: &str, least: usize, default: usize) -> Result<usize> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        let number = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| (least..=MOST).contains(n));
+        number.ok_or_else(|| self.wrong(key, &format!("a whole number from {least} to {MOST}")))
+    }
+
     /// The value of `key` if there is one. Of a method that does not have the key, there is none.
     pub fn get(&self, key: &str) -> Option<&Value> {
         let used = self.find(key)?;
@@ -382,8 +400,7 @@ mod tests {
             ("layer_replication", json!([[0, 2], [1, 2]])),
             ("megatron_config", json!({"tensor_model_parallel_size": 2})),
             ("monteclora_config", json!({"num_samples": 8})),
-            ("use_bdlora", json!({"nblocks": 2})),
-            ("use_dora", json!(true)),
+            ("use_bdlora", json!({"nblocks": 3})),
             ("use_qalora", json!(true)),
             ("velora_config", json!({"num_groups": 4})),
             ("a_key_of_tomorrow", json!(0.5)),

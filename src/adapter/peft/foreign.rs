@@ -2,6 +2,8 @@
 
 use super::{CONFIG, WEIGHTS};
 use crate::error::{Error, ErrorCode, Result};
+use crate::format::foreign::{check_own, stopped_run};
+use crate::format::safetensors::TensorFile;
 use serde_json::{Map, Value};
 use std::path::Path;
 
@@ -9,6 +11,9 @@ use std::path::Path;
 pub(super) fn check_files(dir: &Path) -> Result<()> {
     let refused = |what: &str, next: &str| Err(Error::unsupported(dir, what, next));
     if dir.is_file() {
+        if let Ok(file) = TensorFile::open(dir) {
+            check_own(&file, "an adapter")?;
+        }
         let folder = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         return match dir.extension().and_then(|e| e.to_str()) {
             _ if folder.join(CONFIG).exists() => {
@@ -61,7 +66,7 @@ pub(super) fn check_files(dir: &Path) -> Result<()> {
             format!("expected an adapter, got a model; {next}"),
         ));
     }
-    Err(lacking(dir))
+    Err(stopped_run(dir, "an adapter").unwrap_or_else(|| lacking(dir)))
 }
 
 /// What is said of the folder `dir`, which has not both files of an adapter and is nothing else that is known.

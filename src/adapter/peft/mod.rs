@@ -238,6 +238,11 @@ impl AdapterFile {
         Ok(())
     }
 
+    /// Where its weights lie in the folder `dir`.
+    pub(crate) fn weights_in(dir: &Path) -> PathBuf {
+        dir.join(WEIGHTS)
+    }
+
     /// Takes away what killed writers have left half-written in `dir`.
     pub(crate) fn sweep(dir: &Path) {
         [CONFIG, WEIGHTS].iter().for_each(|name| sweep(&dir.join(name)));
@@ -262,7 +267,7 @@ impl AdapterFile {
         let halves = self.tensors.values().all(|t| t.data.iter().all(|v| f16::from_f32(*v).to_f32() == *v));
         let stored = if halves && self.method.kind().stored() == Stored::F16 { Stored::F16 } else { Stored::F32 };
         let shapes = self.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
-        std::fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
+        crate::format::create_folder(dir)?;
         self.save_in(stored, dir, shapes, |put| self.tensors.iter().try_for_each(|(name, t)| put(name, &t.data)))
     }
 
@@ -300,7 +305,13 @@ impl AdapterFile {
                 Stored::F16 => Dtype::F16,
                 Stored::F32 => Dtype::F32,
             };
-            let entry = |(name, shape): (String, Vec<usize>)| Entry { name: written(kind, &name), dtype, shape };
+            let is_places = |name: &str| {
+                kind.places().is_some_and(|(part, _)| name.strip_suffix(part).is_some_and(|rest| rest.ends_with('.')))
+            };
+            let entry = |(name, shape): (String, Vec<usize>)| {
+                let dtype = if is_places(&name) { Dtype::I32 } else { dtype };
+                Entry { name: written(kind, &name), dtype, shape }
+            };
             let kept_entry = |(name, tensor): &(String, Tensor)| Entry {
                 name: format!("{PREFIX}{name}"),
                 dtype: tensor.dtype,
@@ -313,7 +324,11 @@ impl AdapterFile {
             };
             let mut writer = Writer::new(BufWriter::new(file), metadata, entries, Vec::new());
             fill(&mut |name, values| {
-                writer.write(&written(kind, name), 0, &stored.bytes(values, name)?).map_err(failed)
+                let bytes = match is_places(name) {
+                    true => values.iter().flat_map(|place| (*place as i32).to_le_bytes()).collect(),
+                    false => stored.bytes(values, name)?,
+                };
+                writer.write(&written(kind, name), 0, &bytes).map_err(failed)
             })?;
             for (name, tensor) in &kept {
                 writer.write(&format!("{PREFIX}{name}"), 0, &tensor.bytes).map_err(failed)?;

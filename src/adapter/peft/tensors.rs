@@ -200,12 +200,15 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
         adapters.extend(adapter);
         let again = match part {
             Part::Own(part) => {
-                let dimensions = if kind.parts()[part].ends_with(".bias") { 1 } else { 2 };
-                let value = host_tensor(path, name, tensor, dimensions)?;
+                let dimensions = kind.dimensions().get(part).copied();
+                let value = match kind.places() {
+                    Some((places, _)) if places == kind.parts()[part] => whole_numbers(path, name, tensor, dimensions)?,
+                    _ => host_tensor(path, name, tensor, dimensions)?,
+                };
                 let (_, parts) = own.entry(module).or_insert((written, vec![None; kind.parts().len()]));
                 parts[part].replace(value).is_some()
             }
-            Part::Shared(name) => tensors.insert(name.to_owned(), host_tensor(path, name, tensor, 2)?).is_some(),
+            Part::Shared(name) => tensors.insert(name.to_owned(), host_tensor(path, name, tensor, Some(2))?).is_some(),
             Part::InPlace(kind) => {
                 let copy = is_saved(&parsed.modules_to_save, [&module, &written]);
                 if !copy {
@@ -214,7 +217,7 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
                 whole.insert((module, kind, copy), tensor.clone()).is_some()
             }
             Part::Copy(kind) => whole.insert((module, kind, true), tensor.clone()).is_some(),
-            Part::Rows => rows.insert(module, host_tensor(path, name, tensor, 2)?).is_some(),
+            Part::Rows => rows.insert(module, host_tensor(path, name, tensor, Some(2))?).is_some(),
         };
         if again {
             let message = "is there twice once wrappers' names are left out; save the adapter again with PEFT";
@@ -244,6 +247,9 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
     }
     let mut found = Vec::with_capacity(own.len());
     for (module, (written, parts)) in own {
+        let names = kind.parts().iter().zip(&parts);
+        let there: Vec<&'static str> = names.filter(|(_, value)| value.is_some()).map(|(name, _)| *name).collect();
+        parsed.method.note_parts(&module, &there);
         let expected = parsed.method.parts(&module);
         let mut shapes = Vec::with_capacity(expected.len());
         let item = || format!("module `{module}`");
@@ -331,10 +337,28 @@ fn rows_of(path: &Path, ids: &[(String, Vec<u32>)], mut rows: BTreeMap<String, H
     }
 }
 
+/// Whole numbers of 4 or 8 bytes as f32, which must hold them exactly.
+fn whole_numbers(path: &Path, name: &str, tensor: &Tensor, dimensions: Option<usize>) -> Result<HostTensor> {
+    let numbers: Vec<i64> = match tensor.dtype {
+        Dtype::I32 => tensor.bytes.as_chunks().0.iter().map(|b| i32::from_le_bytes(*b).into()).collect(),
+        Dtype::I64 => tensor.bytes.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b)).collect(),
+        _ => return Err(Error::format(path, format!("tensor `{name}`"), "I32 or I64", tensor.describe())),
+    };
+    if let Some(dimensions) = dimensions.filter(|n| *n != tensor.shape.len()) {
+        let got = format!("`{:?}`", tensor.shape);
+        return Err(Error::format(path, format!("tensor `{name}`"), format!("{dimensions} dimensions"), got));
+    }
+    if let Some(other) = numbers.iter().find(|n| !(0..1 << f32::MANTISSA_DIGITS).contains(*n)) {
+        let next = "use it with PEFT, or merge it there";
+        return Err(Error::unsupported(path, format!("tensor `{name}` with the place `{other}`"), next));
+    }
+    Ok(HostTensor { shape: tensor.shape.clone(), data: numbers.into_iter().map(|n| n as f32).collect() })
+}
+
 /// Widens a float tensor to f32 and refuses values that would poison every result.
-fn host_tensor(path: &Path, name: &str, tensor: &Tensor, dimensions: usize) -> Result<HostTensor> {
+fn host_tensor(path: &Path, name: &str, tensor: &Tensor, dimensions: Option<usize>) -> Result<HostTensor> {
     let item = || format!("tensor `{name}`");
-    if tensor.shape.len() != dimensions {
+    if let Some(dimensions) = dimensions.filter(|n| tensor.shape.len() != *n) {
         let expected = if dimensions == 1 { "one dimension" } else { "two dimensions" };
         return Err(Error::format(path, item(), expected, format!("`{:?}`", tensor.shape)));
     }

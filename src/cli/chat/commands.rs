@@ -172,8 +172,11 @@ impl Chat {
             let message = "expected a question and its answer, got none yet; ask something first";
             return Err(Error::new(ErrorCode::Data, "/save", message));
         }
-        file::append(path, self.inner.messages())?;
-        eprintln!("(saved {} turns to {})", self.turns(), path.display());
+        let cut = match file::append(path, self.inner.messages())? {
+            0 => String::new(),
+            n => format!("; {n} of them, cut before their end, are marked so and are not learned"),
+        };
+        eprintln!("(saved {} turns to {}{cut})", self.turns(), path.display());
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! Conversations in files of training data, one a line.
 
-use crate::chat::Message;
+use crate::chat::{CUT, Message};
 use crate::error::{Error, ErrorCode, Result};
 use serde_json::{Map, Value};
 use std::fs::{self, File, OpenOptions};
@@ -10,8 +10,18 @@ use std::path::Path;
 /// Longer lines are no conversation of this program.
 const LINE: u64 = 1 << 26;
 
-/// Appends `messages` as one JSON line, in the form that `train` reads.
-pub(super) fn append(path: &Path, messages: &[Message]) -> Result<()> {
+/// Key of a turn that tells whether it is learned.
+const WEIGHT: &str = "weight";
+
+/// Appends `messages` as one JSON line, in the form that `train` reads. Answers that were cut are not to be learned: nobody
+/// wants an end in the middle of a sentence. Returns how many these are.
+pub(super) fn append(path: &Path, messages: &[Message]) -> Result<usize> {
+    let mut messages = messages.to_vec();
+    let mut cut = 0;
+    for message in messages.iter_mut().filter(|message| message.extra.contains_key(CUT)) {
+        message.extra.insert(WEIGHT.to_owned(), 0.into());
+        cut += 1;
+    }
     let line = serde_json::json!({ "messages": messages });
     let failed = |e| Error::io("write", path, e);
     let mut file = OpenOptions::new().create(true).read(true).append(true).open(path).map_err(failed)?;
@@ -25,7 +35,8 @@ pub(super) fn append(path: &Path, messages: &[Message]) -> Result<()> {
         file.read_exact(&mut last).map_err(failed)?;
     }
     let start = if last == *b"\n" { "" } else { "\n" };
-    file.write_all(format!("{start}{line}\n").as_bytes()).map_err(failed)
+    file.write_all(format!("{start}{line}\n").as_bytes()).map_err(failed)?;
+    Ok(cut)
 }
 
 /// The conversation in the last line.
@@ -44,7 +55,10 @@ pub(super) fn last(path: &Path) -> Result<Vec<Message>> {
     if let Some(other) = messages.iter().find(|message| !known(&message.role)) {
         return Err(wrong(&format!("a turn of `{}`", other.role)));
     }
-    messages.iter_mut().for_each(Message::parse_arguments);
+    for message in &mut messages {
+        message.parse_arguments();
+        message.extra.remove(WEIGHT);
+    }
     if messages.is_empty() { Err(wrong("an empty conversation")) } else { Ok(messages) }
 }
 

@@ -30,7 +30,7 @@ impl StateFile {
             return Err(Error::new(ErrorCode::Config, format!("`{}`", path.display()), message));
         }
         let folder = crate::format::folder_of(&path);
-        fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
+        crate::format::create_folder(&folder)?;
         tempfile::tempfile_in(&folder).map_err(|e| Error::io("write into", &folder, e))?;
         let stamp = stamp(&path);
         Ok(Self { path, kept: Vec::new(), stamp })

@@ -73,6 +73,10 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     bias: Option<String>,
+    /// A key of PEFT's config of the method that has no flag of its own, such as group_size=32 for road; may be repeated.
+    #[arg(long = "option", value_name = "KEY=VALUE")]
+    #[serde(skip)]
+    options: Vec<String>,
     /// Dropout of the adapters' input. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -227,6 +231,7 @@ impl Settings {
             lay(&mut table, read(path)?);
         }
         let flags = toml::Table::try_from(self).map_err(|e| Error::config("flags", "plain values", e))?;
+        let flags = self.with_options(flags)?;
         let typed: BTreeSet<String> = flags.keys().cloned().collect();
         lay(&mut table, flags);
         let given = table.keys().cloned().collect();
@@ -254,6 +259,25 @@ impl Settings {
         config.check_effect(&|name| typed.contains(name))?;
         config.check_evaluated(config.eval_data.is_some() || config.eval_split.is_some() || config.eval_reworded)?;
         Ok(Chosen { config, given })
+    }
+}
+
+impl Settings {
+    /// `flags` with the options that were given.
+    fn with_options(&self, mut flags: toml::Table) -> Result<toml::Table> {
+        let mut options = toml::Table::new();
+        for option in &self.options {
+            let pair = option.split_once('=');
+            let (key, value) = pair.ok_or_else(|| Error::config("option", "`KEY=VALUE`", option))?;
+            // A number or a word that TOML has is such; anything else is a text.
+            let read: Option<toml::Table> = format!("v = {value}").parse().ok();
+            let value = read.and_then(|mut table| table.remove("v")).unwrap_or_else(|| value.into());
+            options.insert(key.to_owned(), value);
+        }
+        if !options.is_empty() {
+            flags.insert("options".to_owned(), options.into());
+        }
+        Ok(flags)
     }
 }
 
@@ -344,7 +368,7 @@ mod tests {
             (&["--num-virtual-tokens", "7"][..], "`num-virtual-tokens`"),
             (&["--method", "ia3", "--rank", "8"], "`rank`"),
             (&["--method", "prefix-tuning", "--targets", "q_proj"], "`targets`"),
-            (&["--method", "lokr"], "lokr"),
+            (&["--method", "fourierft"], "fourierft"),
         ] {
             let error = merged("", flags).unwrap_err().to_string();
             assert!(error.contains(said), "{flags:?}: {error}");

@@ -8,7 +8,7 @@ use crate::engine::Precision;
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::{KeptFacts, Parts};
 use crate::format::safetensors::TensorFile;
-use crate::format::{Entry, Staged, Writer};
+use crate::format::{Entry, Staged, Writer, foreign};
 use crate::generate::Sampling;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Key of the facts in the file's metadata.
-const META: &str = "pocketlora-chat";
+const META: &str = foreign::CHAT;
 /// A tensor of 8 bytes: a sum over the facts and all other tensors, which tells flipped bits.
 const CHECKSUM: &str = "checksum";
 /// How the parts are laid out. Files of another layout are refused.
@@ -109,7 +109,10 @@ impl Chat {
                 format!("expected {expected}, got a damaged or another file; begin a new chat with a new file");
             Error::new(ErrorCode::Format, &place, message)
         };
-        let file = TensorFile::open(path)?;
+        let file = TensorFile::open(path).map_err(|e| match e.code() {
+            ErrorCode::Io => e,
+            _ => broken("a chat that `--state` kept").caused_by(e),
+        })?;
         let text = file.metadata().get(META).ok_or_else(|| broken("a chat that `--state` kept"))?;
         let stored = file.find(CHECKSUM).and_then(|t| Some(u64::from_le_bytes(t.bytes[..].try_into().ok()?)));
         let tensors = file.tensors().filter(|(name, _)| *name != CHECKSUM);

@@ -137,7 +137,7 @@ pub(crate) fn no_tokenizer_inside(path: &Path) -> Error {
 
 /// The error for the folder `dir`, which has no `config.json`.
 pub(crate) fn not_a_model(dir: &Path) -> Error {
-    if let Some(error) = adapter_as_model(dir) {
+    if let Some(error) = adapter_as_model(dir).or_else(|| super::stopped_run(dir, "a model or an adapter")) {
         return error;
     }
     let place = format!("`{}`", dir.display());

@@ -68,6 +68,8 @@ pub struct Draft {
     pub(crate) open_rate: bool,
     /// Whether the run is to end by itself.
     pub(crate) own_length: bool,
+    /// Whether the check, and holding, may be left out for want of time: nobody asked for them.
+    pub(crate) own_extras: [bool; 2],
     /// Some of the data as plain text, and a general text, with their characters: whether the model knows the language.
     pub(crate) language: Option<[(Dataset, usize); 2]>,
     pub(crate) doubts: Vec<String>,
@@ -104,7 +106,8 @@ impl Draft {
         config.validate()?;
         let doubts = survey.conflict_text(&data.path).into_iter().collect();
         let own_length = !given("epochs") && !given("steps");
-        Ok(Self { config, open_rate: !given("lr"), own_length, language, doubts, numbers })
+        let own_extras = [!given("check") && config.max_forgetting.is_none(), !given("keep")];
+        Ok(Self { config, open_rate: !given("lr"), own_length, own_extras, language, doubts, numbers })
     }
 
     /// Rates to try, rising; the given one alone where one was given.

@@ -162,6 +162,7 @@ impl<B: Backend> Trainer<B> {
             adapters.held_mut().update(&base.backend, t.id, &mut |master| base.backend.write(master, values));
             t.moments = Moments::new(&base.backend, config, t.spec.values())?;
         }
+        adapters.renew(base)?;
         (config.lr, facts.step) = (lr, 0);
         Ok(())
     }

@@ -26,7 +26,7 @@ use crate::exec::infer::Numbers;
 use crate::generate::Greedy;
 use crate::rng::{Rng, mix};
 use pocketlora_kernels::{Backend, CacheType};
-use prompts::ANSWER;
+pub(crate) use prompts::ANSWER;
 use references::{References, TOP, Tops, fingerprint, share};
 
 /// Stream of random numbers for the order of held texts.

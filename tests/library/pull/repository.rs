@@ -151,10 +151,9 @@ fn refusals_say_what_to_do() {
     }
 }
 
-/// The hub sends large files on to another host, which has no business with the token. The client library gives it the
-/// token all the same when it asks for a file's size (`bytes=0-0`), but not with the request for the file.
+/// The hub sends large files on to another host, which has no business with the token.
 #[test]
-fn redirects_are_followed_and_files_are_fetched_without_the_token() {
+fn redirects_are_followed_and_the_token_stays_with_the_hub() {
     for other_host in [false, true] {
         let (_home, server, mut hub) = setup();
         hub.token = Some("secret".to_owned());
@@ -169,12 +168,58 @@ fn redirects_are_followed_and_files_are_fetched_without_the_token() {
         assert_eq!(fs::read(path.join("model.safetensors")).unwrap(), weights());
         let (at_home, there) = (server.state.lock().unwrap(), store.state.lock().unwrap());
         assert!(at_home.tokens.iter().all(|token| token.as_deref() == Some("Bearer secret")), "{:?}", at_home.tokens);
-        let fetched =
-            there.log.iter().zip(&there.tokens).filter(|(request, _)| !request.contains("Some((0, Some(0)))"));
-        let fetched: Vec<_> = fetched.collect();
-        assert_eq!(fetched.iter().any(|(request, _)| request.contains("model.safetensors")), other_host);
-        assert!(fetched.iter().all(|(_, token)| token.is_none()), "{fetched:?}");
+        assert_eq!(there.log.iter().any(|request| request.contains("model.safetensors")), other_host);
+        assert!(there.tokens.iter().all(Option::is_none), "{:?}", there.tokens);
     }
+}
+
+/// `OWNER/REPO[:FILE.gguf][@REVISION]`: one file, one revision, each beside the others in the cache.
+#[test]
+fn one_file_or_another_revision_arrives() {
+    let (home, server, mut hub) = setup();
+    let part = |n: u32| format!("big/model-0000{n}-of-00002.gguf");
+    for file in
+        [large("model-Q4_0.gguf", weights()), large(&part(1), weights()), large(&part(2), weights()[4..].to_vec())]
+    {
+        server.state.lock().unwrap().files.push(file);
+    }
+    let mut found = Vec::new();
+    for name in [
+        "maker/model".to_owned(),
+        "maker/model:model-Q4_0.gguf".to_owned(),
+        format!("maker/model:{}@v1/x", part(1)),
+        format!("maker/model@{COMMIT}"),
+    ] {
+        let path = quietly(&hub, &name).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(hub.resolve(&name).as_ref(), Some(&path), "{name}");
+        assert_eq!(hub.base_name(&name), NAME);
+        assert_eq!(path.is_file(), name.contains(".gguf"), "{name}");
+        found.push((name, path));
+    }
+    assert_eq!(fs::read(&found[1].1).unwrap(), weights());
+    let second = found[2].1.with_file_name("model-00002-of-00002.gguf");
+    assert_eq!(fs::read(second).unwrap(), weights()[4..], "a file comes with its other parts");
+    let mut cached: Vec<_> = hub.list_cached().unwrap().into_iter().map(|cached| cached.name).collect();
+    let mut names: Vec<_> = found.iter().map(|(name, _)| name.clone()).collect();
+    (cached.sort(), names.sort());
+    assert_eq!(cached, names);
+    // All of them are found offline by another program's cache, also by the names of revisions.
+    (hub.home, hub.offline) = (home.path().join("another"), true);
+    for (name, path) in &found {
+        assert_eq!(quietly(&hub, name).unwrap_or_else(|e| panic!("{name}: {e}")), *path);
+    }
+    hub.offline = false;
+    for (name, expected) in [
+        ("maker/model:model-Q9.gguf", "it has `model-Q4_0.gguf`, `big/model-00001-of-00002.gguf`"),
+        ("maker/model@nowhere", "the branch, tag or commit behind the `@`"),
+    ] {
+        let error = quietly(&hub, name).unwrap_err().to_string();
+        assert!(error.contains(expected), "{name}: {error}");
+    }
+    server.state.lock().unwrap().files.retain(|file| !file.name.ends_with(".safetensors"));
+    hub.home = home.path().join("third");
+    let error = quietly(&hub, NAME).unwrap_err().to_string();
+    assert!(error.contains("pull one as `maker/model:FILE`") && error.contains("model-Q4_0.gguf"), "{error}");
 }
 
 #[test]
@@ -220,7 +265,7 @@ fn a_transfer_that_stands_still_is_given_up_and_resumed_by_the_next_pull() {
     let error = quietly(&hub, NAME).unwrap_err();
     assert!(error.to_string().contains("no answer within 0.7 s"), "{error}");
     server.state.lock().unwrap().stall = false;
-    // The hung thread keeps the lock of its file until its connection ends: as if another process pulled it. The lock
+    // The hung thread keeps the lock of its file until its connection is given up: as if another process pulled it. The lock
     // ends with the process, which a new folder stands for here.
     hub.hub_cache = hub.hub_cache.with_extension("2");
     quietly(&hub, NAME).unwrap();
@@ -244,9 +289,6 @@ fn a_caller_can_stop_it() {
 fn offline_uses_what_the_hubs_cache_has() {
     let (home, server, mut hub) = setup();
     let path = quietly(&hub, NAME).unwrap();
-    let repository = path.ancestors().nth(2).unwrap();
-    fs::create_dir_all(repository.join("refs")).unwrap();
-    fs::write(repository.join("refs/main"), COMMIT).unwrap();
     let asked = server.state.lock().unwrap().log.len();
     hub.home = home.path().join("another");
     hub.offline = true;

@@ -1,4 +1,4 @@
-//! A model hub on this machine: just enough HTTP for the client library, with faults on request.
+//! A model hub on this machine: just enough HTTP to pull from it, with faults on request.
 
 use sha2::{Digest, Sha256};
 use std::io::{BufRead, BufReader, Write};
@@ -71,6 +71,7 @@ pub fn start(files: Vec<Served>) -> Server {
 fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let request = lines.next().unwrap_or_else(|| Ok(String::new()))?;
+    let only_head = request.starts_with("HEAD ");
     let path = request.split(' ').nth(1).unwrap_or_default().to_owned();
     let (mut range, mut token) = (None, None);
     for line in lines {
@@ -99,7 +100,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
         let file = state.files.iter().find(|f| asked == Some(&f.name)).cloned();
         let elsewhere = state.elsewhere.clone().filter(|_| file.is_some() && !path.starts_with("/moved"));
         // Only whole-file requests have a middle.
-        let body = file.is_some() && range.is_some_and(|(_, to)| to.is_none());
+        let body = file.is_some() && !only_head && range.is_some_and(|(_, to)| to.is_none());
         let cut = body && state.cut > 0;
         state.cut -= usize::from(cut);
         (file, commit, cut, body && state.stall, info.to_string(), refusal, elsewhere)
@@ -117,7 +118,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
             file.bytes.len()
         );
     }
-    if path == "/api/models/maker/model/revision/main" {
+    if ["main", "v1%2Fx", COMMIT].iter().any(|name| path == format!("/api/models/maker/model/revision/{name}")) {
         return write!(stream, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{info}", info.len());
     }
     let Some(file) = file else {
@@ -125,6 +126,13 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
     };
     let (from, to) = range.unwrap_or((0, None));
     let total = file.bytes.len();
+    if only_head {
+        return write!(
+            stream,
+            "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {total}\r\nETag: \"{}\"\r\nX-Repo-Commit: {commit}\r\n\r\n",
+            file.etag
+        );
+    }
     if from >= total {
         return write!(stream, "HTTP/1.1 416 Out Of Range\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
     }

@@ -1,0 +1,249 @@
+//! AdaLoRA (Zhang et al. 2023): `y = x Wᵀ + s ((x Aᵀ) E) Bᵀ` with `E` `[r, 1]` in place of singular values, and `s = alpha /
+//! (init_r + 1e-5)`, however many ranks a file has left. Served, `E` is folded into A. Training adds `orth_reg_weight` times the
+//! mean over all A and B of `|P Pᵀ - 1|` to the loss, so that the ranks stay apart. Which ranks a file of PEFT kept is in
+//! `rank_pattern`; here training keeps all ranks that it began with.
+
+use super::made::Map;
+use super::method::{AdapterMethod, Settings, begin_with, options_of, with_unnamed};
+use super::peft::{Found, KeyUse, Keys, MERGE, RETRAIN, Use};
+use super::pieces::{Of, Piece, Plan};
+use super::tensor::{Stored, TensorSpec};
+use super::weight::LayerWeight;
+use crate::error::{Error, Result};
+use crate::rng::normals;
+use Use::{Default as OnlyDefault, Honoured, NoEffect};
+use pocketlora_models::{Model, Param};
+use serde_json::{Map as Object, Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Stream of random numbers for fresh matrices.
+const INIT: u64 = 0x6164_616c;
+const PARTS: &[&str] = &["lora_A", "lora_B", "lora_E"];
+
+/// The keys of PEFT's AdaLoRA configs (0.21), which have LoRA's beside their own.
+const KEYS: &[KeyUse] = &[
+    ("alora_invocation_tokens", OnlyDefault, RETRAIN),
+    ("alpha_pattern", OnlyDefault, MERGE),
+    ("arrow_config", OnlyDefault, MERGE),
+    ("beta1", NoEffect, ""), // how ranks were chosen
+    ("beta2", NoEffect, ""),
+    ("bias", Honoured, ""),
+    ("corda_config", NoEffect, ""),
+    ("deltaT", NoEffect, ""),
+    ("ensure_weight_tying", Honoured, ""),
+    ("eva_config", NoEffect, ""),
+    ("exclude_modules", Honoured, ""),
+    ("fan_in_fan_out", NoEffect, ""),
+    ("init_lora_weights", NoEffect, ""),
+    ("init_r", Honoured, ""),
+    ("kasa_config", OnlyDefault, MERGE),
+    ("layer_replication", OnlyDefault, RETRAIN),
+    ("layers_pattern", Honoured, ""),
+    ("layers_to_transform", Honoured, ""),
+    ("loftq_config", NoEffect, ""),
+    ("lora_alpha", Honoured, ""),
+    ("lora_bias", OnlyDefault, MERGE),
+    ("lora_dropout", NoEffect, ""),
+    ("lora_ga_config", NoEffect, ""),
+    ("megatron_config", OnlyDefault, MERGE),
+    ("megatron_core", NoEffect, ""),
+    ("monteclora_config", OnlyDefault, MERGE),
+    ("orth_reg_weight", Honoured, ""),
+    ("qalora_group_size", NoEffect, ""),
+    ("r", NoEffect, ""), // LoRA's, which AdaLoRA does not read
+    ("rank_pattern", Honoured, ""),
+    ("target_modules", Honoured, ""),
+    ("target_parameters", OnlyDefault, MERGE),
+    ("target_r", NoEffect, ""),
+    ("tfinal", NoEffect, ""),
+    ("tinit", NoEffect, ""),
+    ("total_step", NoEffect, ""),
+    ("trainable_token_indices", Honoured, ""),
+    ("use_bdlora", OnlyDefault, MERGE),
+    ("use_dora", OnlyDefault, MERGE),
+    ("use_qalora", OnlyDefault, MERGE),
+    ("use_rslora", OnlyDefault, MERGE),
+    ("velora_config", OnlyDefault, MERGE),
+];
+
+/// Settings of AdaLoRA.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdaLora {
+    /// Ranks at the start (`init_r`).
+    pub rank: usize,
+    /// `lora_alpha`.
+    pub alpha: f64,
+    /// `orth_reg_weight`.
+    pub orth_reg_weight: f64,
+    /// Suffixes of the adapted modules.
+    pub targets: Vec<String>,
+    /// `rank_pattern` as the file has it.
+    pattern: Option<Value>,
+    /// Ranks of modules that have others than `rank`.
+    ranks: BTreeMap<String, usize>,
+}
+
+/// `E A`, and what keeps ranks apart.
+struct Singular {
+    rank: usize,
+    orth_reg_weight: f64,
+}
+
+impl Map for Singular {
+    fn forward(&self, own: &[&[f32]], _weight: &dyn LayerWeight) -> Result<Vec<Vec<f32>>> {
+        let input = own[0].len() / self.rank.max(1);
+        Ok(vec![own[0].iter().enumerate().map(|(i, a)| a * own[2][i / input.max(1)]).collect()])
+    }
+
+    fn backward(&self, own: &[&[f32]], grads: &[&[f32]]) -> Vec<Vec<f32>> {
+        let input = (own[0].len() / self.rank.max(1)).max(1);
+        let da = grads[0].iter().enumerate().map(|(i, g)| g * own[2][i / input]).collect();
+        let rows = grads[0].chunks(input).zip(own[0].chunks(input));
+        let de = rows.map(|(g, a)| g.iter().zip(a).map(|(g, a)| g * a).sum()).collect();
+        vec![da, Vec::new(), de]
+    }
+
+    fn penalty(&self, own: &[&[f32]], weight: f32, grads: &mut [Vec<f32>]) -> f64 {
+        let weight = self.orth_reg_weight * f64::from(weight) / 2.0;
+        let mut sum = 0.0;
+        grads[1].resize(own[1].len(), 0.0);
+        for (i, by_rows) in [(0, true), (1, false)] {
+            let (values, rank) = (own[i], self.rank);
+            let width = values.len() / rank.max(1);
+            let at = |k: usize, j: usize| if by_rows { k * width + j } else { j * rank + k };
+            let mut gram = vec![0.0; rank * rank];
+            for (kl, gram) in gram.iter_mut().enumerate() {
+                let (k, l) = (kl / rank, kl % rank);
+                let dot = (0..width).map(|j| f64::from(values[at(k, j)]) * f64::from(values[at(l, j)])).sum::<f64>();
+                *gram = dot - f64::from(u8::from(k == l));
+            }
+            let norm = gram.iter().map(|g| g * g).sum::<f64>().sqrt();
+            sum += weight * norm;
+            // The gradient of |P Pᵀ - 1| is 2 (P Pᵀ - 1) P / |P Pᵀ - 1|.
+            for k in (0..rank).filter(|_| norm > 0.0) {
+                for j in 0..width {
+                    let row = (0..rank).map(|l| gram[k * rank + l] * f64::from(values[at(l, j)])).sum::<f64>();
+                    grads[i][at(k, j)] += (2.0 * weight * row / norm) as f32;
+                }
+            }
+        }
+        sum
+    }
+}
+
+impl AdaLora {
+    fn of_module(&self, module: &str) -> usize {
+        self.ranks.get(module).copied().unwrap_or(self.rank)
+    }
+}
+
+impl AdapterMethod for AdaLora {
+    const PEFT_TYPE: &'static str = "ADALORA";
+    const NAME: &'static str = "AdaLoRA";
+    const KEYS: &'static [KeyUse] = KEYS;
+    const PARTS: &'static [&'static str] = PARTS;
+    const DIMENSIONS: &'static [usize] = &[2, 2, 2];
+    const STORED: Stored = Stored::F32;
+    const HAS_STRENGTH: bool = true;
+    const SETTINGS: &'static [&'static str] = &["rank", "alpha", "targets", "options"];
+
+    fn read(keys: &Keys<'_>) -> Result<Self> {
+        let pattern = keys.get("rank_pattern").filter(|pattern| pattern.as_object().is_none_or(|p| !p.is_empty()));
+        if pattern.is_some_and(|pattern| !pattern.is_object()) {
+            return Err(keys.wrong("rank_pattern", "an object of lists of booleans"));
+        }
+        Ok(Self {
+            rank: keys.whole("init_r", 1, 12)?,
+            alpha: keys.number("lora_alpha", Some(8.0))?,
+            orth_reg_weight: keys.number("orth_reg_weight", Some(0.5))?,
+            targets: Vec::new(),
+            pattern: pattern.cloned(),
+            ranks: BTreeMap::new(),
+        })
+    }
+
+    fn check(&mut self, path: &Path, found: &[Found]) -> Result<Vec<String>> {
+        for module in found {
+            let rank = module.shapes[0][0];
+            // How many the pattern keeps, which must be what the file has.
+            let kept = self.pattern.iter().flat_map(|p| p.as_object()).flatten().find_map(|(key, mask)| {
+                let of = key.strip_suffix(".lora_E")?;
+                let named = module.names().iter().any(|name| name == &of || name.ends_with(&format!(".{of}")));
+                named
+                    .then(|| mask.as_array().map_or(0, |m| m.iter().filter(|kept| **kept == Value::Bool(true)).count()))
+            });
+            if rank != kept.unwrap_or(self.rank) {
+                let expected = format!("rank {}", kept.unwrap_or(self.rank));
+                return Err(Error::format(path, format!("module `{}`", module.path), expected, rank));
+            }
+            if rank != self.rank {
+                self.ranks.insert(module.path.clone(), rank);
+            }
+        }
+        Ok(Vec::new())
+    }
+
+    fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
+        let config = [("init_r", settings.rank.into()), ("lora_alpha", super::peft::number(settings.alpha))];
+        begin_with(&config, settings, model)
+    }
+
+    fn shapes(&self, module: &str, [out, input]: [usize; 2]) -> Vec<Vec<usize>> {
+        let rank = self.of_module(module);
+        vec![vec![rank, input], vec![out, rank], vec![rank, 1]]
+    }
+
+    /// A and B normal with a deviation of 0.02, E zero, as PEFT begins.
+    fn start(&self, spec: &TensorSpec, part: usize, module: usize, seed: u64) -> Vec<f32> {
+        if part == 2 {
+            vec![0.0; spec.values()]
+        } else {
+            normals(&[seed, INIT, module as u64, part as u64], 0.02, spec.values())
+        }
+    }
+
+    fn plan(&self, module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {
+        let ([_, input], rank) = (weight.shape(), self.of_module(module));
+        if rank == 0 {
+            // Nothing of it was kept.
+            return Ok(Plan::plain(Vec::new()));
+        }
+        let factor = factor * (self.alpha / (self.rank as f64 + 1e-5)) as f32;
+        let pieces = vec![Piece::LowRank { a: Of::Made(vec![rank, input]), b: Of::Part(PARTS[1]), factor }];
+        Ok(Plan::made(pieces, Singular { rank, orth_reg_weight: self.orth_reg_weight }))
+    }
+
+    fn is_final(&self) -> Option<&'static str> {
+        self.pattern.is_some().then_some("some of its ranks were taken away (`rank_pattern`)")
+    }
+
+    fn settings(&self, settings: Settings) -> Settings {
+        let options = options_of(&settings.options, &self.write(&[]));
+        Settings { rank: self.rank, alpha: self.alpha, targets: self.targets.clone(), options, ..settings }
+    }
+
+    fn targets(&self) -> &[String] {
+        &self.targets
+    }
+
+    fn set_targets(&mut self, targets: Vec<String>) {
+        self.targets = targets;
+    }
+
+    fn write(&self, adapted: &[String]) -> Object<String, Value> {
+        let config = json!({
+            "beta1": 0.85, "beta2": 0.85, "bias": "none", "deltaT": 1, "exclude_modules": null, "fan_in_fan_out": false,
+            "init_lora_weights": true, "init_r": self.rank, "layers_pattern": null, "layers_to_transform": null,
+            "lora_alpha": super::peft::number(self.alpha), "lora_dropout": 0.0, "orth_reg_weight": self.orth_reg_weight,
+            "r": 8, "rank_pattern": self.pattern, "target_modules": with_unnamed(&self.targets, adapted),
+            "target_r": self.rank, "tfinal": 0, "tinit": 0, "total_step": 1, "use_dora": false, "use_rslora": false,
+        });
+        config.as_object().cloned().unwrap_or_default()
+    }
+
+    fn describe(&self) -> (String, Object<String, Value>) {
+        let keys = json!({"rank": self.rank, "alpha": self.alpha}).as_object().cloned().unwrap_or_default();
+        (format!("{} of rank {}, alpha {}", Self::NAME, self.rank, self.alpha), keys)
+    }
+}

@@ -1,0 +1,262 @@
+//! OFT (Qiu et al. 2023) as PEFT has it: `y = W (M x) + b` with orthogonal `M` in blocks of columns. The file has the upper triangle of
+//! a skew matrix `S` for each block. By Cayley, `M = (1 - S)^-1 (1 + S) = 2 (1 - S)^-1 - 1`; with `use_cayley_neumann` its series, `1 +
+//! 2 Q + 2 Q² + .. + Q^(t-1)` of `Q = -S`. `block_share` has one block for all; `coft` keeps the norm of each `S` below `eps /
+//! sqrt(blocks)`, and what is trained is put back to that after each step. Backward reads the layer's input.
+
+use super::made::Map;
+use super::method::{AdapterMethod, Settings, begin_with, options_of, with_unnamed};
+use super::peft::{KeyUse, Keys, Use};
+use super::pieces::{Of, Piece, Plan};
+use super::square::{Square, inverse};
+use super::tensor::{Stored, TensorSpec};
+use super::weight::LayerWeight;
+use crate::error::{Error, Result};
+use Use::{Default as OnlyDefault, Honoured, NoEffect};
+use pocketlora_models::{Model, Param};
+use serde_json::{Map as Object, Value, json};
+
+/// The keys of PEFT's OFT configs (0.21).
+const KEYS: &[KeyUse] = &[
+    ("bias", Honoured, ""),
+    ("block_share", Honoured, ""),
+    ("coft", Honoured, ""),
+    ("eps", Honoured, ""),
+    ("exclude_modules", Honoured, ""),
+    ("fan_in_fan_out", OnlyDefault, "linear layers of the supported families are not transposed: set it to `false`"),
+    ("init_weights", NoEffect, ""), // how it began
+    ("layers_pattern", Honoured, ""),
+    ("layers_to_transform", Honoured, ""),
+    ("module_dropout", NoEffect, ""),
+    ("num_cayley_neumann_terms", Honoured, ""),
+    ("oft_block_size", Honoured, ""),
+    ("r", Honoured, ""),
+    ("target_modules", Honoured, ""),
+    ("use_cayley_neumann", Honoured, ""),
+];
+
+/// Settings of OFT.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Oft {
+    /// Blocks (`r`), 0 where their size is given.
+    pub blocks: usize,
+    /// Columns of a block (`oft_block_size`), 0 where their number is given.
+    pub block_size: usize,
+    /// One matrix for all blocks (`block_share`).
+    pub shared: bool,
+    /// Bound on the norm of all that is stored (`eps` of `coft`).
+    pub bound: Option<f64>,
+    /// `eps` of the config, which only `coft` reads.
+    pub eps: f64,
+    /// Terms of the series (`num_cayley_neumann_terms`), where it is used.
+    pub series: Option<usize>,
+    /// The same as the config has it.
+    pub terms: usize,
+    /// Suffixes of the adapted modules.
+    pub targets: Vec<String>,
+}
+
+impl Oft {
+    /// Columns of a block of a layer with `input` of them; 0 where they are no whole number of blocks.
+    fn size(&self, input: usize) -> usize {
+        let size = if self.block_size > 0 { self.block_size } else { input / self.blocks.max(1) };
+        if size > 0 && input.is_multiple_of(size) && (self.block_size > 0 || size * self.blocks == input) {
+            size
+        } else {
+            0
+        }
+    }
+}
+
+/// The matrices `M`.
+struct Rotations {
+    size: usize,
+    series: Option<usize>,
+    /// Bound on the norm of each `S`.
+    bound: Option<f64>,
+}
+
+impl Rotations {
+    /// Places of the upper triangle, row by row.
+    fn places(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let n = self.size;
+        (0..n).flat_map(move |i| (i + 1..n).map(move |j| (i, j)))
+    }
+
+    /// Factor that brings `triangle` into the bound.
+    fn factor(&self, triangle: &[f32]) -> f64 {
+        let norm = (2.0 * triangle.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>()).sqrt();
+        self.bound.filter(|bound| norm > *bound).map_or(1.0, |bound| bound / norm)
+    }
+
+    fn skew(&self, triangle: &[f32]) -> Square {
+        let (mut s, factor) = (Square::zeros(self.size), self.factor(triangle));
+        for ((i, j), v) in self.places().zip(triangle) {
+            s[(i, j)] = f64::from(*v) * factor;
+            s[(j, i)] = -f64::from(*v) * factor;
+        }
+        s
+    }
+
+    fn triangle(&self) -> usize {
+        self.size * (self.size - 1) / 2
+    }
+
+    /// The factors of `Q`, `Q²` and so on.
+    fn coefficients(terms: usize) -> impl DoubleEndedIterator<Item = f64> + ExactSizeIterator {
+        (1..terms).map(move |k| if k + 1 < terms { 2.0 } else { 1.0 })
+    }
+}
+
+impl Map for Rotations {
+    fn forward(&self, own: &[&[f32]], _weight: &dyn LayerWeight) -> Result<Vec<Vec<f32>>> {
+        let mut all = Vec::new();
+        for triangle in own[0].chunks(self.triangle().max(1)) {
+            let s = self.skew(triangle);
+            let m = match self.series {
+                None => inverse(&Square::one(self.size).plus(-1.0, &s)).scaled(2.0).plus(-1.0, &Square::one(self.size)),
+                Some(terms) => {
+                    let (q, mut power, mut m) = (s.scaled(-1.0), Square::one(self.size), Square::one(self.size));
+                    for factor in Self::coefficients(terms) {
+                        power = power.times(&q);
+                        m = m.plus(factor, &power);
+                    }
+                    m
+                }
+            };
+            all.extend(m.values().iter().map(|v| *v as f32));
+        }
+        Ok(vec![all])
+    }
+
+    fn backward(&self, own: &[&[f32]], grads: &[&[f32]]) -> Vec<Vec<f32>> {
+        let mut all = Vec::with_capacity(own[0].len());
+        let blocks = own[0].chunks(self.triangle().max(1)).zip(grads[0].chunks(self.size * self.size));
+        for (triangle, grad) in blocks {
+            let (s, dm) = (self.skew(triangle), Square::of(self.size, grad));
+            let ds = match self.series {
+                // M = 2 X - 1 with X = (1 - S)^-1, so dS = Xᵀ (2 dM) Xᵀ.
+                None => {
+                    let x = inverse(&Square::one(self.size).plus(-1.0, &s)).transposed();
+                    x.times(&dm).times(&x).scaled(2.0)
+                }
+                Some(terms) => {
+                    let q = s.scaled(-1.0);
+                    let mut powers = vec![Square::one(self.size)];
+                    for k in 1..terms {
+                        powers.push(powers[k - 1].times(&q));
+                    }
+                    let (mut dq, mut dpower) = (Square::zeros(self.size), Square::zeros(self.size));
+                    for (k, factor) in (1..terms).zip(Self::coefficients(terms)).rev() {
+                        // P_k = P_{k-1} Q
+                        dpower = dpower.plus(factor, &dm);
+                        dq = dq.plus(1.0, &powers[k - 1].transposed().times(&dpower));
+                        dpower = dpower.times(&q.transposed());
+                    }
+                    dq.scaled(-1.0)
+                }
+            };
+            // What the bound took away is taken away from the tensor itself: no gradient goes through it.
+            all.extend(self.places().map(|(i, j)| (ds[(i, j)] - ds[(j, i)]) as f32));
+        }
+        vec![all]
+    }
+
+    fn settled(&self, own: &[&[f32]]) -> Option<(usize, Vec<f32>)> {
+        self.bound?;
+        let bounded = own[0].chunks(self.triangle().max(1)).flat_map(|triangle| {
+            let factor = self.factor(triangle);
+            triangle.iter().map(move |v| (f64::from(*v) * factor) as f32)
+        });
+        Some((0, bounded.collect()))
+    }
+}
+
+impl AdapterMethod for Oft {
+    const PEFT_TYPE: &'static str = "OFT";
+    const NAME: &'static str = "OFT";
+    const KEYS: &'static [KeyUse] = KEYS;
+    const PARTS: &'static [&'static str] = &["oft_R.weight"];
+    const STORED: Stored = Stored::F32;
+    const SETTINGS: &'static [&'static str] = &["targets", "options"];
+
+    fn read(keys: &Keys<'_>) -> Result<Self> {
+        let blocks = keys.whole("r", 0, 0)?;
+        let block_size = keys.whole("oft_block_size", 0, if blocks > 0 { 0 } else { 32 })?;
+        if (blocks == 0) == (block_size == 0) || block_size == 1 {
+            return Err(
+                keys.wrong("oft_block_size", "a size of blocks from 2 beside `r: 0`, or 0 beside a number of them")
+            );
+        }
+        let (eps, terms) = (keys.number("eps", Some(6e-5))?, keys.whole("num_cayley_neumann_terms", 1, 5)?);
+        let series = keys.get("use_cayley_neumann").is_none() || keys.flag("use_cayley_neumann")?;
+        let (shared, bounded) = (keys.flag("block_share")?, keys.flag("coft")?);
+        let (bound, series) = (bounded.then_some(eps), series.then_some(terms));
+        Ok(Self { blocks, block_size, shared, bound, eps, series, terms, targets: Vec::new() })
+    }
+
+    fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
+        let (method, layers): (Self, Vec<Param>) = begin_with(&[], settings, model)?;
+        let mut inputs = layers.iter().map(|p| model.params()[p.0 as usize].shape[1]);
+        match inputs.find(|input| method.size(*input) < 2) {
+            Some(input) => {
+                let expected = format!("an `oft_block_size` that divides the {input} inputs of every layer");
+                Err(Error::config("options", expected, method.block_size))
+            }
+            None => Ok((method, layers)),
+        }
+    }
+
+    fn shapes(&self, _module: &str, [_, input]: [usize; 2]) -> Vec<Vec<usize>> {
+        let size = self.size(input);
+        let count = if self.shared { 1 } else { input / size.max(1) };
+        vec![vec![count, size * size.saturating_sub(1) / 2]]
+    }
+
+    fn start(&self, spec: &TensorSpec, _part: usize, _module: usize, _seed: u64) -> Vec<f32> {
+        vec![0.0; spec.values()]
+    }
+
+    fn plan(&self, _module: &str, weight: &dyn LayerWeight, _factor: f32) -> Result<Plan> {
+        let [_, input] = weight.shape();
+        let size = self.size(input);
+        let stored = if self.shared { 1 } else { input / size };
+        let bound = self.bound.map(|eps| eps / (stored as f64).sqrt());
+        let r = Of::Made(vec![stored, size, size]);
+        let map = Rotations { size, series: self.series, bound };
+        Ok(Plan::made(vec![Piece::Rotate { r, count: input / size, size }], map))
+    }
+
+    fn settings(&self, settings: Settings) -> Settings {
+        let options = options_of(&settings.options, &self.write(&[]));
+        Settings { targets: self.targets.clone(), options, ..settings }
+    }
+
+    fn targets(&self) -> &[String] {
+        &self.targets
+    }
+
+    fn set_targets(&mut self, targets: Vec<String>) {
+        self.targets = targets;
+    }
+
+    fn write(&self, adapted: &[String]) -> Object<String, Value> {
+        let config = json!({
+            "bias": "none", "block_share": self.shared, "coft": self.bound.is_some(), "eps": self.eps,
+            "exclude_modules": null, "fan_in_fan_out": false, "init_weights": true, "layers_pattern": null,
+            "layers_to_transform": null, "module_dropout": 0.0, "num_cayley_neumann_terms": self.terms,
+            "oft_block_size": self.block_size, "r": self.blocks, "target_modules": with_unnamed(&self.targets, adapted),
+            "use_cayley_neumann": self.series.is_some(),
+        });
+        config.as_object().cloned().unwrap_or_default()
+    }
+
+    fn describe(&self) -> (String, Object<String, Value>) {
+        let keys = json!({"r": self.blocks, "oft_block_size": self.block_size});
+        let of = if self.block_size > 0 {
+            format!("blocks of {}", self.block_size)
+        } else {
+            format!("{} blocks", self.blocks)
+        };
+        (format!("{} with {of}", Self::NAME), keys.as_object().cloned().unwrap_or_default())
+    }
+}
