@@ -12,9 +12,8 @@ use super::plan::Work;
 use super::saving::sweep_folder;
 use super::{Batches, Dataset, Keep, Material, MemoryPlan, Quiz, Sample, TrainConfig, Trainer, largest_micro_batch};
 use crate::adapter::{
-    AdapterFile, Adapters, Gradients, Group, Learned, Method, Replaced, Settings, TensorId, TensorPart, TensorSpec, begin,
-    fresh,
-    layer_at, mark,
+    AdapterFile, Adapters, Gradients, Group, Learned, Method, Replaced, Settings, TensorId, TensorPart, TensorSpec,
+    begin, fresh, layer_at, mark,
 };
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
