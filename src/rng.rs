@@ -29,6 +29,12 @@ impl Rng {
         (self.bits() >> 40) as f32 / (1u32 << 24) as f32
     }
 
+    /// Normal with a deviation of 1: two uniform numbers give two such, of which one is used (Box & Muller 1958).
+    pub fn normal(&mut self) -> f32 {
+        let (a, b) = (1.0 - f64::from(self.unit()), f64::from(self.unit()));
+        ((-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32
+    }
+
     /// Uniform in `0..n`, by the high half of a 128-bit product (bias below `n / 2^64`).
     pub fn below(&mut self, n: usize) -> usize {
         ((u128::from(self.bits()) * n as u128) >> 64) as usize
@@ -48,12 +54,7 @@ impl Rng {
 #[must_use]
 pub fn normals(keys: &[u64], deviation: f32, n: usize) -> Vec<f32> {
     let mut rng = Rng::new(keys.iter().copied().reduce(mix).unwrap_or_default());
-    // Box and Muller (1958): two uniform numbers give two normal ones, of which one is used.
-    let mut normal = || {
-        let (a, b) = (1.0 - f64::from(rng.unit()), f64::from(rng.unit()));
-        ((-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32
-    };
-    (0..n).map(|_| deviation * normal()).collect()
+    (0..n).map(|_| deviation * rng.normal()).collect()
 }
 
 #[cfg(test)]

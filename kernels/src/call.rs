@@ -147,7 +147,7 @@ calls! {
     Embed { table: matrix, ids: value(&'a [u32]), y: write, }
     /// `y[t, :] = x[rows[t], :]`; `y` is `[rows.len(), C]`.
     GatherRows { x: read, rows: value(&'a [u32]), y: write, }
-    /// `y[rows[t], :] += x[t, :]`; `rows` are distinct.
+    /// `y[rows[t], :] += x[t, :]`; a row that is there several times takes each, in their order.
     ScatterAddRows { x: read, rows: value(&'a [u32]), y: write, }
 
     /// `y[T, O] = x[T, K] Wᵀ`, added to `y` if `accumulate`.

@@ -1,31 +1,46 @@
 //! The adapters attached to a model: what they do at each of its places.
 
 use super::form::{LayerForm, OnLayer, Prefix};
-use super::held::{Held, Loader, Values};
+use super::held::{Held, Loaded, Loader, TensorId, Values};
 use super::method::layer_at;
+use super::rows::{From, NewRows, Whose};
 use super::{AdapterFile, Kind, Method, Replaced, TensorSpec, mark};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Backend, WorkType};
 use pocketlora_models::{Model, Param};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// The adapters attached to a model. Several of one method work together, in the order in which they were attached.
 pub struct Adapters<B: Backend> {
     held: Held<B>,
     by_param: Vec<OnLayer<B>>,
     prefix: Option<Prefix>,
+    /// Vectors in training, in place of the base's, by the number of the parameter.
+    vectors: BTreeMap<u32, TensorId>,
+    /// The tokens behind which adapters with such work.
+    invocation: Option<Arc<[u32]>>,
     /// Weights that they bring with them, in place of the base's.
     replaced: Replaced<B>,
-    /// The first one.
-    first: Option<(PathBuf, Kind)>,
+    /// Whose they are.
+    there: Vec<(PathBuf, Kind)>,
 }
 
 impl<B: Backend> Adapters<B> {
     /// None.
     pub fn none(base: &Base<B>) -> Self {
         let by_param = base.model.params().iter().map(|_| OnLayer::default()).collect();
-        Self { held: Held::default(), by_param, prefix: None, replaced: Replaced::default(), first: None }
+        Self {
+            held: Held::default(),
+            by_param,
+            prefix: None,
+            vectors: BTreeMap::new(),
+            invocation: None,
+            replaced: Replaced::default(),
+            there: Vec::new(),
+        }
     }
 
     /// What they do on the linear layer with weight `p`.
@@ -33,16 +48,48 @@ impl<B: Backend> Adapters<B> {
         &self.by_param[p.0 as usize]
     }
 
-    /// Keys and values that come before those of each sequence's own tokens, if an adapter has such.
+    /// What comes before each sequence's own tokens, if an adapter has such.
+    #[must_use]
+    pub fn before(&self) -> Option<&Prefix> {
+        self.prefix.as_ref()
+    }
+
+    /// Of that, keys and values.
     #[must_use]
     pub fn prefix(&self) -> Option<&Prefix> {
-        self.prefix.as_ref()
+        self.prefix.as_ref().filter(|prefix| !prefix.is_read())
+    }
+
+    /// How many virtual tokens are read before a sequence's own.
+    #[must_use]
+    pub fn prompt_tokens(&self) -> usize {
+        self.prefix.as_ref().filter(|prefix| prefix.is_read()).map_or(0, |prefix| prefix.tokens)
+    }
+
+    /// The vector `p` of `base`, unless one of them has another.
+    pub(crate) fn vector<'a>(&'a self, base: &'a Base<B>, p: Param) -> &'a B::Buffer {
+        self.vectors.get(&p.0).map_or_else(|| self.replaced.vector(base, p), |id| self.held.buffer(*id))
+    }
+
+    /// The number of the tensor in training that stands in for the vector `p`.
+    pub(crate) fn learned_vector(&self, p: Option<Param>) -> Option<TensorId> {
+        self.vectors.get(&p?.0).copied()
     }
 
     /// Virtual tokens before a sequence's own.
     #[must_use]
     pub fn virtual_tokens(&self) -> usize {
         self.prefix.as_ref().map_or(0, |prefix| prefix.tokens)
+    }
+
+    /// The tokens from whose last occurrence in a text on those adapters work that have an invocation (activated LoRA).
+    pub(crate) fn invocation(&self) -> Option<&Arc<[u32]>> {
+        self.invocation.as_ref()
+    }
+
+    /// Whether sequences with them cannot share products with those of others, for they multiply by other weights.
+    pub(crate) fn is_alone(&self) -> bool {
+        !self.replaced.is_empty() || !self.vectors.is_empty()
     }
 
     /// What stands in for weights of the base.
@@ -94,7 +141,18 @@ impl<B: Backend> Adapters<B> {
         let place = || format!("`{}`", file.dir.display());
         let mismatch = |message: String| Error::new(ErrorCode::AdapterMismatch, place(), message);
         let kind = file.method.kind();
-        check_beside(self.first.as_ref().map(|(dir, kind)| (dir.as_path(), *kind)), file, factor)?;
+        let there: Vec<(&Path, Kind)> = self.there.iter().map(|(dir, kind)| (dir.as_path(), *kind)).collect();
+        check_beside(&there, file, factor)?;
+        let invocation = file.method.invocation();
+        if let (Some(there), Some(own)) = (&self.invocation, invocation)
+            && there[..] != *own
+        {
+            let message = format!(
+                "expected the invocation tokens `{there:?}`, which an attached adapter has, got `{own:?}`; attach one of the \
+                 two"
+            );
+            return Err(mismatch(message));
+        }
         // All are built before any is attached: a mismatch in the last one must leave the model as it was.
         let replaced = self.replaced.with(base, file)?;
         let at = layers_of(base.model.as_ref(), file)?;
@@ -117,8 +175,9 @@ impl<B: Backend> Adapters<B> {
             }
         }
         let loader = Loader::new(base, &replaced, Values::Of(&file.tensors), dtype, trains, &self.held);
-        self.place(&file.method, loader, at, factor)?;
-        self.first.get_or_insert_with(|| (file.dir.clone(), kind));
+        self.place(base, &file.method, loader, at, factor)?;
+        self.there.push((file.dir.clone(), kind));
+        self.invocation = invocation.map(Arc::from).or(self.invocation.take());
         for (head, term) in replaced.on_head(base, file) {
             self.by_param[head.0 as usize].push(LayerForm::Term(Box::new(term)));
         }
@@ -133,9 +192,10 @@ impl<B: Backend> Adapters<B> {
     pub(crate) fn attach_zeros(&mut self, base: &Base<B>, method: &Method, specs: &[TensorSpec]) -> Result<()> {
         let modules: Vec<&str> = specs.iter().filter_map(|spec| method.kind().module_of(&spec.name)).collect();
         let layers = modules.into_iter().filter_map(|module| Some((layer_at(base.model.as_ref(), module)?, module)));
+        self.invocation = method.invocation().map(Arc::from);
         let (at, replaced) = (layers.collect(), std::mem::take(&mut self.replaced));
         let loader = Loader::new(base, &replaced, Values::Zeros(specs), WorkType::F32, true, &self.held);
-        let placed = self.place(method, loader, at, 1.0);
+        let placed = self.place(base, method, loader, at, 1.0);
         self.replaced = replaced;
         placed
     }
@@ -143,6 +203,7 @@ impl<B: Backend> Adapters<B> {
     /// Builds what `method` does at each of the layers `at` and elsewhere, then attaches it.
     fn place(
         &mut self,
+        base: &Base<B>,
         method: &Method,
         mut loader: Loader<'_, B>,
         mut at: Vec<(Param, &str)>,
@@ -156,6 +217,15 @@ impl<B: Backend> Adapters<B> {
             }
         }
         let prefix = method.in_attention(loader.at("", None))?;
+        if let Some(prefix) = prefix.as_ref().filter(|prefix| prefix.is_read()) {
+            let factor = super::prompt::factor(base.model.as_ref()).unwrap_or(1.0);
+            let rows = match method.encoder(loader.at("", None))? {
+                Some(encoder) => From::Encoder(encoder),
+                None => From::Tensor(prefix.tensor()),
+            };
+            let form = NewRows { rows, whose: Whose::Virtual { factor } };
+            forms.push((base.model.outline().embedding, LayerForm::Lookup(Box::new(form))));
+        }
         self.prefix = prefix.or(self.prefix.take());
         self.held.extend(loader.finish());
         for (param, form) in forms {
@@ -163,22 +233,26 @@ impl<B: Backend> Adapters<B> {
         }
         Ok(())
     }
+
+    /// Attaches tensors that stand in for parts of the base while they are in training.
+    pub(super) fn take_learned(
+        &mut self,
+        loaded: Loaded<B>,
+        vectors: Vec<(Param, TensorId)>,
+        forms: Vec<(Param, LayerForm<B>)>,
+    ) {
+        self.held.extend(loaded);
+        self.vectors.extend(vectors.into_iter().map(|(param, id)| (param.0, id)));
+        for (param, form) in forms {
+            self.by_param[param.0 as usize].push(form);
+        }
+    }
 }
 
-/// Refuses an adapter that cannot work with its effect multiplied by `factor`, or beside `first`, which was attached before
-/// it.
-pub(super) fn check_beside(first: Option<(&Path, Kind)>, file: &AdapterFile, factor: f32) -> Result<()> {
+/// Refuses an adapter that cannot work with its effect multiplied by `factor`, or beside those `there`, which were attached
+/// before it. Adapters of different methods work beside each other, in the order that `form.rs` states.
+pub(super) fn check_beside(there: &[(&Path, Kind)], file: &AdapterFile, factor: f32) -> Result<()> {
     let (place, kind) = (format!("`{}`", file.dir.display()), file.method.kind());
-    if let Some((dir, first)) = first.filter(|(_, first)| *first != kind) {
-        let message = format!(
-            "expected an adapter of the method {}, as the attached `{}` is, got {}; methods do not work together: \
-             attach one of the two",
-            first.name(),
-            dir.display(),
-            kind.name()
-        );
-        return Err(Error::new(ErrorCode::AdapterMismatch, place, message));
-    }
     if factor != 1.0 && !kind.has_strength() {
         let message = format!(
             "expected a scale of 1, got `{factor}`: what {} does has no strength; attach it without a scale",
@@ -186,8 +260,18 @@ pub(super) fn check_beside(first: Option<(&Path, Kind)>, file: &AdapterFile, fac
         );
         return Err(Error::new(ErrorCode::Config, place, message));
     }
-    if first.is_some() && !kind.adds_up() {
+    if !kind.adds_up() && there.iter().any(|(_, other)| *other == kind) {
         let message = format!("expected one adapter with {}, got a second one; attach one of the two", kind.name());
+        return Err(Error::new(ErrorCode::Config, place, message));
+    }
+    let virtual_tokens = |kind: Kind| kind.reads("num-virtual-tokens");
+    if let Some((dir, other)) = there.iter().find(|(_, other)| virtual_tokens(kind) && virtual_tokens(*other)) {
+        let message = format!(
+            "expected one adapter with virtual tokens, got {} beside `{}` with {}; attach one of the two",
+            kind.name(),
+            dir.display(),
+            other.name()
+        );
         return Err(Error::new(ErrorCode::Config, place, message));
     }
     file.replaced.check_factor(&file.dir, factor)

@@ -15,6 +15,11 @@ pub(super) trait Fold: Send + Sync {
     /// Changes the bias `[out]`, if the layer has one.
     fn bias(&self, _bias: &mut [f32]) {}
 
+    /// Whether it adds to the product of the layer: before anything changes what the layer reads or gives.
+    fn is_term(&self) -> bool {
+        false
+    }
+
     /// Whether the layer must have a bias for that.
     fn needs_bias(&self) -> bool {
         false
@@ -51,6 +56,10 @@ impl Fold for LowRankFold {
     fn bias(&self, bias: &mut [f32]) {
         let own = self.bias.iter().flatten();
         bias.iter_mut().zip(own).for_each(|(b, c)| *b += self.factor * c);
+    }
+
+    fn is_term(&self) -> bool {
+        true
     }
 
     fn needs_bias(&self) -> bool {

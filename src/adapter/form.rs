@@ -27,6 +27,8 @@ pub struct Context<'a, B: Backend> {
     pub arithmetic: Arithmetic,
     /// Dropout of a term's input, in training only.
     pub dropout: Option<Dropout>,
+    /// Of each row that a form is given, whether it comes behind its text's invocation; empty where no adapter has one.
+    pub active: &'a [bool],
 }
 
 /// Dropout of an adapter's input: which elements fall is a function of `key` and their position alone, so that
@@ -133,6 +135,20 @@ pub trait Lookup<B: Backend>: Send + Sync {
     /// # Errors
     /// Out of memory.
     fn apply(&self, cx: &mut Context<'_, B>, ids: &[u32], rows: &[u32], y: &mut B::Buffer) -> Result<()>;
+
+    /// Given the gradient `dy` `[T, C]` of what the embedding gives, adds to the gradients of its tensors; takes out of `dy`
+    /// what does not go back to terms before it.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn backward(
+        &self,
+        cx: &mut Context<'_, B>,
+        ids: &[u32],
+        rows: &[u32],
+        dy: &mut B::Buffer,
+        grads: &mut Gradients<B>,
+    ) -> Result<()>;
 }
 
 /// A form on a linear layer or an embedding, by what it works on.
@@ -183,15 +199,15 @@ impl<B: Backend> OnLayer<B> {
     }
 }
 
-/// Keys and values that come before those of each sequence's own tokens: in every layer's attention, without rotary
-/// positions. Own tokens have positions from `tokens` on.
+/// What comes before each sequence's own tokens, which have positions from `tokens` on: keys and values in every layer's
+/// attention, without rotary positions; or embeddings, which a model reads as it reads tokens.
 #[derive(Clone, Debug)]
 pub struct Prefix {
     /// Its virtual tokens.
     pub tokens: usize,
-    /// `[tokens, 2 layers, width]`: of each layer a key, then a value.
+    /// `[tokens, 2 layers, width]`: of each layer a key, then a value; or embeddings `[tokens, C]`.
     pub(super) values: TensorId,
-    /// Layers of the model.
+    /// Layers of the model; 0 for embeddings.
     pub(super) layers: usize,
     /// Tells it from others: a sequence is begun with one, and goes on with no other.
     mark: Arc<()>,
@@ -201,6 +217,17 @@ impl Prefix {
     /// The prefix whose keys and values are `values`.
     pub(super) fn new(tokens: usize, layers: usize, values: TensorId) -> Self {
         Self { tokens, values, layers, mark: Arc::new(()) }
+    }
+
+    /// Virtual tokens with the embeddings `values`.
+    pub(super) fn of_embeddings(tokens: usize, values: TensorId) -> Self {
+        Self::new(tokens, 0, values)
+    }
+
+    /// Whether a model reads them as it reads tokens.
+    #[must_use]
+    pub fn is_read(&self) -> bool {
+        self.layers == 0
     }
 
     /// Whether they are the same one, and not only alike.

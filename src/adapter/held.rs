@@ -20,6 +20,11 @@ impl TensorId {
     pub fn number(self) -> usize {
         self.0
     }
+
+    /// The number of none.
+    pub(super) fn none() -> Self {
+        Self(usize::MAX)
+    }
 }
 
 /// What a tensor of an attached adapter is to training.

@@ -3,30 +3,40 @@
 use super::adalora::AdaLora;
 use super::bd_lora::BdLora;
 use super::beft::Beft;
+use super::cartridge::Cartridge;
 use super::delora::Delora;
 use super::dora::Dora;
+use super::encoder::Encoder;
 use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
 use super::gralora::GraLora;
 use super::held::Loader;
 use super::hra::Hra;
 use super::ia3::Ia3;
+#[cfg(feature = "cli")]
+use super::learned::norms_named;
+use super::ln_tuning::LnTuning;
 use super::loha::Loha;
 use super::lokr::Lokr;
 use super::lora::Lora;
 use super::lora_fa::LoraFa;
-use super::method::{AdapterMethod, Group, Settings, layer_at, path_of};
+#[cfg(feature = "cli")]
+use super::method::with_embedding;
+use super::method::{AdapterMethod, Group, Settings, layer_at, paths_of};
 use super::miss::Miss;
 use super::oft::Oft;
+use super::p_tuning::PTuning;
 use super::peft::{Found, KeyUse, Keys};
 #[cfg(test)]
 use super::pieces::Plan;
 use super::prefix_tuning::PrefixTuning;
+use super::prompt_tuning::PromptTuning;
 use super::replaced::Replaced;
 use super::road::Road;
 use super::shira::Shira;
 use super::supertuning::Supertuning;
 use super::tensor::{HostTensor, Stored, TensorSpec, Tensors};
+use super::trainable_tokens::TrainableTokens;
 use super::vera::Vera;
 use super::weight::{LayerWeight, Weight};
 use crate::base::Base;
@@ -111,7 +121,7 @@ macro_rules! methods {
             }
 
             /// See [`AdapterMethod::SHARED`].
-            pub(super) fn shared(self) -> &'static [&'static str] {
+            pub(crate) fn shared(self) -> &'static [&'static str] {
                 match self { $(Self::$name => $name::SHARED),+ }
             }
 
@@ -223,6 +233,12 @@ macro_rules! methods {
                 match self { $(Self::$name(m) => m.start_from(part, weight)),+ }
             }
 
+            /// See [`AdapterMethod::fixed_rows`].
+            #[must_use]
+            pub fn fixed_rows(&self) -> usize {
+                match self { $(Self::$name(m) => m.fixed_rows()),+ }
+            }
+
             /// Why an adapter of it cannot be trained further, if it cannot.
             pub(crate) fn is_final(&self) -> Option<&'static str> {
                 match self { $(Self::$name(m) => m.is_final()),+ }
@@ -287,6 +303,16 @@ methods! {
     Ia3,
     /// Keys and values before those of each text.
     PrefixTuning,
+    /// The same, begun as a text's.
+    Cartridge,
+    /// Norms.
+    LnTuning,
+    /// Rows of single tokens.
+    TrainableTokens,
+    /// Embeddings before those of each text.
+    PromptTuning,
+    /// The same, made by a network.
+    PTuning,
     /// Low-rank terms beside lengths of rows.
     Dora,
     /// Trained scales of fixed low-rank terms.
@@ -323,9 +349,23 @@ methods! {
 
 impl Kind {
     /// The path of the module that the tensor `name` adapts, if `name` is its first one.
-    pub(super) fn module_of(self, name: &str) -> Option<&str> {
+    pub(crate) fn module_of(self, name: &str) -> Option<&str> {
         let ends = |first: &usize| name.strip_suffix(self.parts().get(*first)?)?.strip_suffix('.');
         self.firsts().iter().find_map(ends)
+    }
+}
+
+impl Kind {
+    /// Refuses names of layers, or of norms, that `model` does not have.
+    ///
+    /// # Errors
+    /// The first of them, with those that it has.
+    #[cfg(feature = "cli")]
+    pub(crate) fn check_targets(self, model: &dyn Model, targets: &[String]) -> Result<()> {
+        match self {
+            Self::LnTuning => norms_named(model, targets).map(|_| ()),
+            _ => with_embedding(model, targets).map(|_| ()),
+        }
     }
 }
 
@@ -345,13 +385,43 @@ impl Method {
     pub(crate) fn tensors(&self, model: &dyn Model, adapts: impl Fn(Param) -> bool) -> Result<Vec<TensorSpec>> {
         let mut specs = Vec::new();
         for (spec, _) in model.params().iter().zip(0..).filter(|(_, i)| adapts(Param(*i))) {
-            let ([out, input], path) = ([spec.shape[0], spec.shape[1]], path_of(spec));
-            for (part, shape) in self.parts(path).iter().zip(self.shapes(path, [out, input])) {
-                specs.push(TensorSpec { name: format!("{path}.{part}"), shape });
+            let [out, input] = [spec.shape[0], spec.shape[1]];
+            for path in paths_of(model, spec, self.targets()) {
+                for (part, shape) in self.parts(path).iter().zip(self.shapes(path, [out, input])) {
+                    specs.push(TensorSpec { name: format!("{path}.{part}"), shape });
+                }
             }
         }
         specs.extend(self.shared(model)?);
         Ok(specs)
+    }
+
+    /// The network that makes its virtual tokens, while it is in training.
+    pub(super) fn encoder<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Encoder>> {
+        match self {
+            Self::PTuning(own) if own.encodes => Encoder::load(load).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether what is trained is not what a file has, see [`Method::finish`].
+    pub(crate) fn converts(&self) -> bool {
+        matches!(self, Self::PTuning(own) if own.encodes)
+    }
+
+    /// Makes of the tensors of training those that a file has.
+    pub(crate) fn finish(&mut self, tensors: &mut Tensors) {
+        if let Self::PTuning(own) = self {
+            own.finish(tensors);
+        }
+    }
+
+    /// The tokens from whose last occurrence in a text on it works, if it does so there only.
+    pub(crate) fn invocation(&self) -> Option<&[u32]> {
+        match self {
+            Self::Lora(lora) => lora.invocation.as_deref(),
+            _ => None,
+        }
     }
 
     /// Whether the tensor `name` is never trained.

@@ -1,19 +1,20 @@
 //! LoRA (Hu et al. 2021): `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]`, `B` `[out, r]`, `s = alpha / r`, or
 //! `alpha / sqrt(r)` for rsLoRA (Kalajdzievski 2023).
 
+use super::activated::Activated;
 use super::experts::is_fused;
 use super::fold::{Fold, LowRankFold};
 use super::form::LayerForm;
 use super::held::Loader;
 use super::low_rank::{LowRankLookup, LowRankTerm};
-use super::method::{AUTO, AdapterMethod, EMBEDDING, Group, Settings, last_parts, target_layers, with_unnamed};
+use super::method::{AUTO, AdapterMethod, EMBEDDING, Group, HEAD, Settings, last_parts, with_embedding, with_unnamed};
 use super::peft::{CONFIG, Found, KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, number};
 use super::tensor::{Stored, TensorSpec, Tensors};
 use crate::error::{Error, Result};
 use crate::rng::{Rng, mix};
 use Use::{Default as OnlyDefault, Honoured, NoEffect};
 use pocketlora_kernels::Backend;
-use pocketlora_models::{Model, Param};
+use pocketlora_models::{Model, Param, Role};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,7 +29,7 @@ const PLAIN_INIT: &[&str] = &["gaussian", "eva", "orthogonal", "mica", "true", "
 /// Every key of PEFT's LoRA configs (0.21) and of programs that write such files: what is done with it, and what to do
 /// instead where that is not enough.
 pub(super) const KEYS: &[KeyUse] = &[
-    ("alora_invocation_tokens", OnlyDefault, "it works behind its invocation only: use it with PEFT"),
+    ("alora_invocation_tokens", Honoured, ""),
     ("alpha_pattern", Honoured, ""),
     ("arrow_config", OnlyDefault, "use the adapters that it routes between one at a time"),
     ("bias", Honoured, ""),
@@ -89,6 +90,8 @@ pub struct Lora {
     pub targets: Vec<String>,
     /// B has a bias (`lora_bias`).
     pub bias: bool,
+    /// It works from the last occurrence of these tokens on alone (`alora_invocation_tokens`).
+    pub invocation: Option<Vec<u32>>,
     /// What the patterns say of modules for which it is not the usual: rank and factor on `B A`.
     exceptions: BTreeMap<String, (usize, f32)>,
 }
@@ -106,6 +109,7 @@ impl Lora {
             alpha_pattern: Vec::new(),
             targets: Vec::new(),
             bias: false,
+            invocation: None,
             exceptions: BTreeMap::new(),
         }
     }
@@ -164,8 +168,8 @@ impl AdapterMethod for Lora {
     const DIMENSIONS: &'static [usize] = &[2, 2, 1, 2, 2];
     const STORED: Stored = Stored::F16;
     const HAS_STRENGTH: bool = true;
-    const SETTINGS: &'static [&'static str] = &["rank", "alpha", "rslora", "targets"];
-    const IN_TRAINING: &'static [&'static str] = &["dropout", "lora-plus-ratio"];
+    const SETTINGS: &'static [&'static str] = &["rank", "alpha", "rslora", "targets", "alora-invocation-tokens"];
+    const IN_TRAINING: &'static [&'static str] = &["dropout", "lora-plus-ratio", "bias", "trainable-token-indices"];
 
     fn read(keys: &Keys<'_>) -> Result<Self> {
         let rank = keys.get("r").and_then(Value::as_u64).and_then(|r| usize::try_from(r).ok());
@@ -189,6 +193,7 @@ impl AdapterMethod for Lora {
             alpha_pattern: keys.patterns("alpha_pattern")?,
             targets: Vec::new(),
             bias: keys.flag("lora_bias")?,
+            invocation: Some(keys.ids("alora_invocation_tokens")?).filter(|ids| !ids.is_empty()),
             exceptions: BTreeMap::new(),
         })
     }
@@ -203,6 +208,10 @@ impl AdapterMethod for Lora {
         }
         let mut exceptions = BTreeMap::new();
         for module in found {
+            if self.invocation.is_some() && [EMBEDDING, HEAD].contains(&module.path.as_str()) {
+                let what = format!("an invocation (`alora_invocation_tokens`) beside terms on `{}`", module.path);
+                return Err(Error::unsupported(path, what, "use it with PEFT"));
+            }
             let rank = ranks.value_for(module.names())?.map_or(self.rank, |r| r as usize);
             let factor = self.factor(rank, alphas.value_for(module.names())?.unwrap_or(self.alpha));
             let [a, b, ..] = &module.shapes[..] else { unreachable!("a shape for each of its parts") };
@@ -222,10 +231,18 @@ impl AdapterMethod for Lora {
     }
 
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
-        let layers = target_layers(model.params(), &settings.targets)?;
-        let targets = last_parts(model, &layers);
+        let layers = with_embedding(model, &settings.targets)?;
+        let outside = |target: &&String| [EMBEDDING, HEAD].iter().any(|path| path.ends_with(target.as_str()));
+        let linear = |p: &&Param| model.params()[p.0 as usize].role == Role::Linear;
+        let mut targets = last_parts(model, &layers.iter().filter(linear).copied().collect::<Vec<_>>());
+        targets.extend(settings.targets.iter().filter(outside).cloned());
         let (rslora, dropout) = (settings.rslora, settings.dropout);
-        Ok((Self { rslora, dropout, targets, ..Self::new(settings.rank, settings.alpha) }, layers))
+        let invocation = Some(settings.alora_invocation_tokens.clone()).filter(|ids| !ids.is_empty());
+        if let Some(outside) = targets.iter().find(|t| invocation.is_some() && outside(t)) {
+            let expected = "layers of the decoder alone, for an adapter with an invocation";
+            return Err(Error::config("targets", expected, outside));
+        }
+        Ok((Self { rslora, dropout, targets, invocation, ..Self::new(settings.rank, settings.alpha) }, layers))
     }
 
     fn parts(&self, module: &str) -> &'static [&'static str] {
@@ -246,12 +263,15 @@ impl AdapterMethod for Lora {
         }
     }
 
-    /// A uniform in `±1/sqrt(in)` (PEFT's Kaiming-uniform with a = sqrt 5), B zero.
+    /// A uniform in `±1/sqrt(in)` (PEFT's Kaiming-uniform with a = sqrt 5), B zero. On an embedding A zero, B normal.
     fn start(&self, spec: &TensorSpec, part: usize, module: usize, seed: u64) -> Vec<f32> {
-        if part > 0 {
+        let mut rng = Rng::new(mix(mix(seed, INIT), module as u64));
+        if spec.name.ends_with(Self::PARTS[4]) {
+            return (0..spec.values()).map(|_| rng.normal()).collect();
+        }
+        if part > 0 || spec.name.ends_with(Self::PARTS[3]) {
             return vec![0.0; spec.values()];
         }
-        let mut rng = Rng::new(mix(mix(seed, INIT), module as u64));
         let bound = (spec.shape[1] as f32).sqrt().recip();
         (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
     }
@@ -264,10 +284,15 @@ impl AdapterMethod for Lora {
         }
         let (a, b) = (load.matrix("lora_A.weight")?, load.matrix("lora_B.weight")?);
         let bias = if self.bias { Some(load.buffer("lora_B.bias")?) } else { None };
-        Ok(vec![LayerForm::Term(Box::new(LowRankTerm { a, b, bias, factor }))])
+        let term = LowRankTerm { a, b, bias, factor };
+        let activated = self.invocation.is_some();
+        Ok(vec![LayerForm::Term(if activated { Box::new(Activated { term }) } else { Box::new(term) })])
     }
 
     fn fold(&self, module: &str, _layer: [usize; 2], tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {
+        if self.invocation.is_some() {
+            return None;
+        }
         let part = |part: &str| tensors[&format!("{module}.{part}")].data.clone();
         let (rank, own) = self.of_module(module);
         let factor = own * factor;
@@ -286,19 +311,15 @@ impl AdapterMethod for Lora {
         Some(Box::new(LowRankFold { a, b, rank, bias, factor }))
     }
 
-    fn is_final(&self) -> Option<&'static str> {
-        let embedding = self.targets.iter().any(|target| EMBEDDING.ends_with(target.as_str()));
-        embedding.then_some("it has terms on the embedding, which are used but not trained here")
-    }
-
     fn group(&self, name: &str, settings: &Settings) -> Group {
-        let is_b = name.ends_with("lora_B.weight");
+        let is_b = name.ends_with("lora_B.weight") || name.ends_with("lora_embedding_B");
         Group { rate: if is_b { settings.lora_plus_ratio } else { 1.0 }, decays: true }
     }
 
     fn settings(&self, settings: Settings) -> Settings {
         let Self { rank, alpha, rslora, dropout, .. } = *self;
-        Settings { rank, alpha, rslora, dropout, targets: self.targets.clone(), ..settings }
+        let alora_invocation_tokens = self.invocation.clone().unwrap_or_default();
+        Settings { rank, alpha, rslora, dropout, targets: self.targets.clone(), alora_invocation_tokens, ..settings }
     }
 
     fn set_in_training(&mut self, settings: &Settings) {
@@ -333,15 +354,22 @@ impl AdapterMethod for Lora {
             "use_dora": false,
             "use_rslora": self.rslora,
         });
-        // Older versions of PEFT do not know it.
+        // Older versions of PEFT do not know these.
         if self.bias {
             config["lora_bias"] = true.into();
+        }
+        if let Some(invocation) = &self.invocation {
+            config["alora_invocation_tokens"] = json!(invocation);
         }
         config.as_object().cloned().unwrap_or_default()
     }
 
     fn describe(&self) -> (String, Map<String, Value>) {
-        let name = if self.rslora { "rsLoRA" } else { Self::NAME };
+        let name = match self.invocation {
+            Some(_) => "activated LoRA",
+            None if self.rslora => "rsLoRA",
+            None => Self::NAME,
+        };
         let text = format!("{name} of rank {}, alpha {}", self.rank, self.alpha);
         let keys = json!({"rank": self.rank, "alpha": self.alpha, "rslora": self.rslora});
         (text, keys.as_object().cloned().unwrap_or_default())

@@ -164,9 +164,8 @@ impl<B: Backend> Lookup<B> for LowRankLookup {
     fn apply(&self, cx: &mut Context<'_, B>, ids: &[u32], rows: &[u32], y: &mut B::Buffer) -> Result<()> {
         let (backend, a, b) = (cx.backend, cx.held.buffer(self.a), cx.held.matrix(self.b));
         let (width, rank) = backend.shape(b);
-        let vocabulary = (backend.len(a) / rank) as u32;
         // h[t, j] = s A[j, ids[t]]: single values of A.
-        let places: Vec<u32> = ids.iter().flat_map(|id| (0..rank as u32).map(move |j| j * vocabulary + id)).collect();
+        let places = Self::places(ids, backend.len(a) / rank, rank);
         let mut h = cx.pool.take(backend, places.len())?;
         backend.run(Call::GatherRows { x: a, rows: &places, y: &mut h })?;
         backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
@@ -176,5 +175,47 @@ impl<B: Backend> Lookup<B> for LowRankLookup {
         backend.run(Call::ScatterAddRows { x: &term, rows, y })?;
         [h, term].into_iter().for_each(|buffer| cx.pool.put(backend, buffer));
         Ok(())
+    }
+
+    fn backward(
+        &self,
+        cx: &mut Context<'_, B>,
+        ids: &[u32],
+        rows: &[u32],
+        dy: &mut B::Buffer,
+        grads: &mut Gradients<B>,
+    ) -> Result<()> {
+        let (backend, a, b) = (cx.backend, cx.held.buffer(self.a), cx.held.matrix(self.b));
+        let (width, rank) = backend.shape(b);
+        let mut dterm = cx.pool.take(backend, ids.len() * width)?;
+        backend.run(Call::GatherRows { x: dy, rows, y: &mut dterm })?;
+        let places = Self::places(ids, backend.len(a) / rank, rank);
+        // y += h Bᵀ with h[t, j] = s A[j, ids[t]], looked up again.
+        let mut h = cx.pool.take(backend, places.len())?;
+        if let Some(db) = grads.of(self.b) {
+            backend.run(Call::GatherRows { x: a, rows: &places, y: &mut h })?;
+            backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
+            backend.run(Call::MatmulVjpW { tokens: ids.len(), dy: &dterm, x: &h, dw: db })?;
+        }
+        if let Some(da) = grads.of(self.a) {
+            let terms = [(b, &dterm)];
+            backend.run(Call::MatmulVjpX {
+                arithmetic: cx.arithmetic,
+                terms: &terms,
+                dx: &mut h,
+                accumulate: false,
+            })?;
+            backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
+            backend.run(Call::ScatterAddRows { x: &h, rows: &places, y: da })?;
+        }
+        [h, dterm].into_iter().for_each(|buffer| cx.pool.put(backend, buffer));
+        Ok(())
+    }
+}
+
+impl LowRankLookup {
+    /// Where the values of `A` `[r, V]` for `ids` are, token by token.
+    fn places(ids: &[u32], vocabulary: usize, rank: usize) -> Vec<u32> {
+        ids.iter().flat_map(|id| (0..rank as u32).map(move |j| j * vocabulary as u32 + id)).collect()
     }
 }

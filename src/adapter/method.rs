@@ -34,8 +34,20 @@ pub struct Settings {
     pub targets: Vec<String>,
     /// Those of them of which IA3 scales the input; none for PEFT's choice.
     pub feedforward_modules: Vec<String>,
-    /// Virtual tokens of a prefix.
+    /// Virtual tokens of a prefix or a prompt.
     pub num_virtual_tokens: usize,
+    /// Of a cartridge's virtual tokens, how many of the first are not moved.
+    pub num_frozen_tokens: usize,
+    /// Width of the network that makes the virtual tokens of P-tuning.
+    pub encoder_hidden_size: usize,
+    /// The text as whose embeddings a prompt begins.
+    pub prompt_init_text: Option<String>,
+    /// Tokens whose rows of the embedding are trained.
+    pub trainable_token_indices: Vec<u32>,
+    /// LoRA works from the last occurrence of these tokens on alone; everywhere where there are none.
+    pub alora_invocation_tokens: Vec<u32>,
+    /// Which biases of the base are trained: `none`, `all`, or `lora_only` for those of adapted layers.
+    pub bias: String,
     /// The learning rate of B over that of A (LoRA+).
     pub lora_plus_ratio: f32,
     /// Keys of PEFT's config of the method, beside those above.
@@ -54,6 +66,16 @@ impl Settings {
             "targets" => self.targets.join(","),
             "feedforward-modules" => self.feedforward_modules.join(","),
             "num-virtual-tokens" => self.num_virtual_tokens.to_string(),
+            "num-frozen-tokens" => self.num_frozen_tokens.to_string(),
+            "encoder-hidden-size" => self.encoder_hidden_size.to_string(),
+            "prompt-init-text" => self.prompt_init_text.clone().unwrap_or_default(),
+            "trainable-token-indices" => {
+                self.trainable_token_indices.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+            }
+            "alora-invocation-tokens" => {
+                self.alora_invocation_tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+            }
+            "bias" => self.bias.clone(),
             "lora-plus-ratio" => self.lora_plus_ratio.to_string(),
             "options" => {
                 let sorted: BTreeMap<_, _> = self.options.iter().collect();
@@ -193,6 +215,11 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
         fold(self.parts(module), &plan, module, tensors, layer)
     }
 
+    /// How many of the first rows of its shared tensors training leaves as they are.
+    fn fixed_rows(&self) -> usize {
+        0
+    }
+
     /// Why an adapter of it cannot be trained further, if it cannot.
     fn is_final(&self) -> Option<&'static str> {
         None
@@ -239,9 +266,40 @@ pub(crate) fn layer_at(model: &dyn Model, path: &str) -> Option<Param> {
     model.params().iter().position(is_it).map(|i| Param(i as u32))
 }
 
-/// The module that an adapter names; a tied head is the embedding's parameter, but not its module.
-pub(super) fn path_of(spec: &ParamSpec) -> &str {
-    if spec.role == Role::Embedding { HEAD } else { spec.module() }
+/// The modules that `targets` name of the parameter `spec`: a tied head is the embedding's parameter, but not its module.
+pub(super) fn paths_of<'m>(model: &dyn Model, spec: &'m ParamSpec, targets: &[String]) -> Vec<&'m str> {
+    if spec.role != Role::Embedding {
+        return vec![spec.module()];
+    }
+    let named = |path: &str| targets.iter().any(|t| path == t || path.ends_with(&format!(".{t}")));
+    let mut paths = if named(EMBEDDING) { vec![EMBEDDING] } else { Vec::new() };
+    if model.config().tied_head && (named(HEAD) || paths.is_empty()) {
+        paths.push(HEAD);
+    }
+    paths
+}
+
+/// Linear layers that `targets` name, and the embedding and the head if they do so, which they do not mean by `all`.
+///
+/// # Errors
+/// A target that names none; those that would are listed.
+pub(crate) fn with_embedding(model: &dyn Model, targets: &[String]) -> Result<Vec<Param>> {
+    let names = |target: &String, path: &str| path == target || path.ends_with(&format!(".{target}"));
+    let outside = |target: &&String| [EMBEDDING, HEAD].iter().any(|path| names(target, path));
+    let (ends, inner): (Vec<&String>, Vec<&String>) = targets.iter().partition(outside);
+    let inner: Vec<String> = inner.into_iter().cloned().collect();
+    let mut layers = if inner.is_empty() { Vec::new() } else { target_layers(model.params(), &inner)? };
+    for end in ends {
+        let path = if names(end, HEAD) { HEAD } else { EMBEDDING };
+        let Some(at) = layer_at(model, path) else {
+            let got = format!("`{end}`, which this `{}` calls otherwise", model.config().model_type);
+            return Err(Error::config("targets", "layers of the model", got));
+        };
+        if !layers.contains(&at) {
+            layers.push(at);
+        }
+    }
+    Ok(layers)
 }
 
 /// Linear layers that `targets` name.

@@ -8,7 +8,8 @@
 use super::form::Prefix;
 use super::held::Loader;
 use super::method::{AdapterMethod, Settings};
-use super::peft::{Found, KeyUse, Keys, Use};
+use super::peft::{KeyUse, Keys, Use};
+use super::prompt::whole;
 use super::tensor::{Stored, TensorSpec};
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::{Rng, mix};
@@ -16,7 +17,6 @@ use Use::{Default as OnlyDefault, Honoured};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param, StateSpec};
 use serde_json::{Map, Value, json};
-use std::path::Path;
 
 /// The keys of PEFT's prefix tuning configs (0.21).
 const KEYS: &[KeyUse] = &[
@@ -31,9 +31,7 @@ const KEYS: &[KeyUse] = &[
     ("tokenizer_name_or_path", OnlyDefault, "it is of prompt tuning: remove the key"),
 ];
 /// Name of the tensor.
-const EMBEDDINGS: &str = "prompt_embeddings";
-/// Bound on virtual tokens and the other numbers: far beyond any use, and small enough for products of them.
-const MOST: usize = 1 << 20;
+pub(super) const EMBEDDINGS: &str = "prompt_embeddings";
 /// Stream of random numbers for fresh keys and values.
 const INIT: u64 = 4;
 
@@ -74,6 +72,19 @@ fn shape_of(model: &dyn Model) -> Result<[usize; 3], String> {
 }
 
 impl PrefixTuning {
+    /// Reads the numbers that configs have for keys and values.
+    pub(super) fn of_numbers(keys: &Keys<'_>) -> Result<Self> {
+        let (heads, width) = (whole(keys, "num_attention_heads")?, whole(keys, "token_dim")?);
+        if !width.is_multiple_of(heads) {
+            return Err(keys.wrong("token_dim", &format!("a multiple of `num_attention_heads`, {heads}")));
+        }
+        if keys.get("num_transformer_submodules").is_some() && whole(keys, "num_transformer_submodules")? != 1 {
+            return Err(keys.wrong("num_transformer_submodules", "1, for a model that only decodes"));
+        }
+        let (tokens, layers) = (whole(keys, "num_virtual_tokens")?, whole(keys, "num_layers")?);
+        Ok(Self { tokens, layers, heads, width, hidden: width, projected: false, zero: false })
+    }
+
     /// Refuses a model of other layers than those that it was made for.
     fn check_model(&self, model: &dyn Model) -> Result<()> {
         let shown =
@@ -101,30 +112,14 @@ impl AdapterMethod for PrefixTuning {
     const SETTINGS: &'static [&'static str] = &["num-virtual-tokens"];
 
     fn read(keys: &Keys<'_>) -> Result<Self> {
-        let whole = |key: &str| {
-            let number = keys.get(key).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
-            number.filter(|n| (1..=MOST).contains(n)).ok_or_else(|| keys.wrong(key, "a whole number from 1 to 1048576"))
-        };
-        let (heads, width) = (whole("num_attention_heads")?, whole("token_dim")?);
-        if !width.is_multiple_of(heads) {
-            return Err(keys.wrong("token_dim", &format!("a multiple of `num_attention_heads`, {heads}")));
-        }
-        if keys.get("num_transformer_submodules").is_some() && whole("num_transformer_submodules")? != 1 {
-            return Err(keys.wrong("num_transformer_submodules", "1, for a model that only decodes"));
-        }
+        let own = Self::of_numbers(keys)?;
         let zero = match keys.text("init_weights")?.as_deref() {
             None => false,
             Some("zero") => true,
             Some(_) => return Err(keys.wrong("init_weights", "`zero` or nothing")),
         };
-        let hidden = keys.get("encoder_hidden_size").map_or(Ok(width), |_| whole("encoder_hidden_size"))?;
-        let (tokens, layers) = (whole("num_virtual_tokens")?, whole("num_layers")?);
-        Ok(Self { tokens, layers, heads, width, hidden, projected: keys.flag("prefix_projection")?, zero })
-    }
-
-    fn check(&mut self, _path: &Path, _found: &[Found]) -> Result<Vec<String>> {
-        // The one tensor's shape is that of the base, which is not known here.
-        Ok(Vec::new())
+        let hidden = keys.get("encoder_hidden_size").map_or(Ok(own.width), |_| whole(keys, "encoder_hidden_size"))?;
+        Ok(Self { hidden, projected: keys.flag("prefix_projection")?, zero, ..own })
     }
 
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
@@ -148,12 +143,7 @@ impl AdapterMethod for PrefixTuning {
     /// Normal with a deviation of 1, as PEFT begins.
     fn start(&self, spec: &TensorSpec, _part: usize, _module: usize, seed: u64) -> Vec<f32> {
         let mut rng = Rng::new(mix(seed, INIT));
-        // Box and Muller (1958): two uniform numbers give two normal ones, of which one is used.
-        let mut normal = || {
-            let (a, b) = (1.0 - f64::from(rng.unit()), f64::from(rng.unit()));
-            ((-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32
-        };
-        (0..spec.values()).map(|_| normal()).collect()
+        (0..spec.values()).map(|_| rng.normal()).collect()
     }
 
     fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {

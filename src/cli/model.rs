@@ -2,7 +2,7 @@
 
 use super::args::megabytes;
 use super::{interrupt, names, progress, pull, shell};
-use crate::adapter::{AUTO, target_layers};
+use crate::adapter::{self, AUTO};
 use crate::chat::ChatTemplate;
 use crate::check_import;
 use crate::error::{Error, ErrorCode, Result};
@@ -132,14 +132,14 @@ pub(super) fn has_template(model: &str) -> bool {
 }
 
 /// Refuses names of layers that the model does not have, before any work is done for it.
-pub(super) fn check_targets(model: &str, targets: &[String]) -> Result<()> {
+pub(super) fn check_targets(model: &str, method: adapter::Kind, targets: &[String]) -> Result<()> {
     let Some(path) = present(model).filter(|_| targets.iter().any(|target| target != "all" && target != AUTO)) else {
         return Ok(());
     };
     // What is wrong with the model is said where it is opened.
     let Ok(source) = open_source(&path) else { return Ok(()) };
     let Ok(built) = pocketlora_models::build(source.config()) else { return Ok(()) };
-    target_layers(built.params(), targets).map(|_| ())
+    method.check_targets(built.as_ref(), targets)
 }
 
 /// Whether the model in the folder `dir` is an NF4 copy that was made at first use.

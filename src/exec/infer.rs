@@ -1,7 +1,7 @@
 //! Forward with what sequences remember of earlier tokens: prompts, decoding and evaluation.
 
 use super::interpreter::Interpreter;
-use super::pass::{Batch, Part, Pass, Place};
+use super::pass::{Batch, Part, Pass, Place, virtual_ids};
 pub use super::sequence::{Sequence, state_bytes};
 use crate::adapter::Adapters;
 use crate::base::{Base, Pool};
@@ -79,13 +79,14 @@ impl<B: Backend> Base<B> {
         on_logits: &mut dyn FnMut(&Logits) -> Result<()>,
     ) -> Result<()> {
         for step in &mut *steps {
-            step.sequence.begin(self, step.adapters)?;
+            self.begin(work, step, keep_going)?;
             self.read_anew(work, step, keep_going)?;
+            self.activate(work, step, keep_going)?;
         }
         let starts: Vec<usize> = steps.iter().map(|step| step.sequence.len).collect();
         // Rows whose adapters bring other weights in place of the base's cannot share a product.
         let together = |a: &Step<'_, B>, b: &Step<'_, B>| {
-            std::ptr::eq(a.adapters, b.adapters) || a.adapters.replaced().is_empty() && b.adapters.replaced().is_empty()
+            std::ptr::eq(a.adapters, b.adapters) || !a.adapters.is_alone() && !b.adapters.is_alone()
         };
         let (mut first, mut result) = (0, Ok(()));
         for group in steps.chunk_by_mut(together) {
@@ -103,6 +104,56 @@ impl<B: Backend> Base<B> {
         result
     }
 
+    /// Puts the virtual tokens of the step's adapters before the first token of its sequence, and reads those that are read.
+    fn begin(
+        &self,
+        work: &mut Workspace<B>,
+        step: &mut Step<'_, B>,
+        keep_going: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
+        let tokens = step.sequence.begin(self, step.adapters)?;
+        if tokens == 0 {
+            return Ok(());
+        }
+        let ids: Vec<u32> = virtual_ids(tokens).collect();
+        step.sequence.stretch(self, tokens + step.ids.len());
+        for ids in ids.chunks(PREFILL_CHUNK) {
+            let mut one = [Step { sequence: &mut *step.sequence, ids, adapters: step.adapters, logits: 0..0 }];
+            let read = self.forward_together(work, 0, &mut one, keep_going, &mut |_| Ok(()));
+            if read.is_err() {
+                step.sequence.clear(self);
+                return read;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs what the sequence of `step` holds once more, as far as the adapters' invocation is elsewhere with the step's tokens.
+    fn activate(
+        &self,
+        work: &mut Workspace<B>,
+        step: &mut Step<'_, B>,
+        keep_going: &mut dyn FnMut() -> bool,
+    ) -> Result<()> {
+        let again = step.sequence.activate(self, step.adapters, step.ids)?;
+        if again.is_empty() {
+            return Ok(());
+        }
+        let active = step.sequence.active;
+        self.begin(work, step, keep_going)?;
+        for ids in again.chunks(PREFILL_CHUNK) {
+            let mut one = [Step { sequence: &mut *step.sequence, ids, adapters: step.adapters, logits: 0..0 }];
+            if let Err(e) = self.forward_together(work, 0, &mut one, keep_going, &mut |_| Ok(())) {
+                // What it holds was read for an invocation that it does not have.
+                step.sequence.active = None;
+                step.sequence.rewind(self, 0);
+                return Err(e);
+            }
+            step.sequence.active = active;
+        }
+        Ok(())
+    }
+
     /// Runs what the sequence of `step` holds once more, if with the step's tokens it becomes so long that its model turns
     /// all of them by other angles.
     fn read_anew(
@@ -117,7 +168,7 @@ impl<B: Backend> Base<B> {
             return Ok(());
         }
         // The virtual tokens went with the rest.
-        step.sequence.begin(self, step.adapters)?;
+        self.begin(work, step, keep_going)?;
         for ids in ids.chunks(PREFILL_CHUNK) {
             let mut again = [Step { sequence: &mut *step.sequence, ids, adapters: step.adapters, logits: 0..0 }];
             self.forward(work, &mut again, keep_going, &mut |_| Ok(()))?;
@@ -145,8 +196,9 @@ impl<B: Backend> Base<B> {
         let adapters: Vec<&Adapters<B>> = steps.iter().map(|step| step.adapters).collect();
         let parts = parts(adapters.iter().copied().zip(batch.segments.iter().copied()));
         let place = |step: &Step<'_, B>| Place {
-            start: step.adapters.virtual_tokens() + step.sequence.len,
+            start: step.sequence.before + step.sequence.len,
             reach: step.sequence.reach,
+            active: step.sequence.active.map(|at| at.saturating_sub(step.sequence.len)),
         };
         let places: Vec<Place> = steps.iter().map(place).collect();
         let pass = Pass::after(self, parts, &batch, places, work.arithmetic, &mut work.pool)?;

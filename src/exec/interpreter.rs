@@ -70,13 +70,17 @@ impl<'p, B: Backend> Interpreter<'p, B> {
 
     /// Whether an adapter is on what computes output number `i` of `op`.
     fn is_adapted(&self, op: &Op, i: usize) -> bool {
-        let adapted = |layer: &Linear| !self.pass.adapters().on(layer.weight).is_empty();
+        let adapters = self.pass.adapters();
+        let learns = |p| adapters.learned_vector(p).is_some();
+        let adapted = |layer: &Linear| !adapters.on(layer.weight).is_empty() || learns(layer.bias);
         match op {
             Op::Linears { layers, .. } => adapted(&layers[i]),
             Op::Experts { experts, .. } => experts.iter().any(|expert| expert.layers().iter().any(adapted)),
             // Layers before may have something in training.
             Op::Carried { .. } => true,
-            Op::Attention { .. } => i == 0 && self.pass.adapters().prefix().is_some(),
+            Op::Attention { .. } => i == 0 && adapters.prefix().is_some(),
+            Op::Norm { norm, .. } => learns(norm.weight) || learns(norm.bias),
+            Op::Embed { table } => !adapters.on(*table).lookups.is_empty(),
             _ => false,
         }
     }

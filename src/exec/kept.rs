@@ -1,7 +1,7 @@
 //! What a sequence remembers, for a file and back from it, byte by byte.
 
 use super::sequence::{Sequence, Snapshot, State};
-use crate::adapter::Adapters;
+use crate::adapter::{Adapters, last_invocation};
 use crate::base::Base;
 use crate::error::Result;
 use pocketlora_kernels::cpu::Image;
@@ -82,7 +82,7 @@ impl Sequence<Cpu> {
         find: &Find<'_>,
     ) -> Result<Option<Self>> {
         let mut sequence = Self::new(base, dtype)?;
-        let prefix = adapters.prefix().filter(|_| facts.prefix.is_some());
+        let prefix = adapters.before().filter(|_| facts.prefix.is_some());
         let lengths = [facts.len, facts.reach, facts.expected].into_iter().chain(facts.snapshots.iter().copied());
         if facts.prefix != prefix.map(|prefix| prefix.tokens) || lengths.max() > Some(MOST_TOKENS) {
             return Ok(None);
@@ -121,12 +121,17 @@ impl Sequence<Cpu> {
             sequence.snapshots.push(snapshot);
         }
         // Of a model that reads long texts in another way all tokens are known, of others none.
-        let known = if base.model.long_ropes(usize::MAX) > 0 { facts.len } else { 0 };
+        // So are those of one whose adapters work behind an invocation.
+        let invocation = adapters.invocation().cloned();
+        let known = if invocation.is_some() || base.model.long_ropes(usize::MAX) > 0 { facts.len } else { 0 };
         if facts.ids.len() != known {
             return Ok(None);
         }
         sequence.ids.clone_from(&facts.ids);
+        sequence.active = invocation.as_ref().and_then(|own| last_invocation(own, &facts.ids));
+        sequence.invocation = invocation;
         sequence.prefix = prefix.cloned();
+        sequence.before = facts.prefix.unwrap_or(0);
         (sequence.len, sequence.reach, sequence.expected) = (facts.len, facts.reach, facts.expected);
         Ok(Some(sequence))
     }

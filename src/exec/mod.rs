@@ -24,4 +24,5 @@ pub mod train {
 pub(crate) use kept::{Find, KeptFacts, Parts};
 #[cfg(feature = "bench")]
 pub(crate) use lives::multiplied_once;
+pub(crate) use pass::{virtual_ids, virtual_number};
 use tape::Tape;

@@ -3,7 +3,7 @@
 use super::Tape;
 use super::interpreter::Interpreter;
 use super::ops::Carried;
-use crate::adapter::{Adapters, Dropout};
+use crate::adapter::{Adapters, Dropout, last_invocation};
 use crate::base::{Base, Pool};
 use crate::error::Result;
 use pocketlora_kernels::{Arithmetic, Backend};
@@ -11,6 +11,19 @@ use pocketlora_models::Param;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
+
+/// The ids of virtual tokens, which no vocabulary has: this one and those behind it.
+const VIRTUAL: u32 = 1 << 31;
+
+/// Ids for so many virtual tokens, which an adapter has embeddings for.
+pub(crate) fn virtual_ids(tokens: usize) -> impl Iterator<Item = u32> {
+    (VIRTUAL..).take(tokens)
+}
+
+/// The number of the virtual token `id`, if it is one.
+pub(crate) fn virtual_number(id: u32) -> Option<u32> {
+    id.checked_sub(VIRTUAL)
+}
 
 /// Token sequences laid end to end: no padding, and none sees another.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,6 +52,8 @@ pub(super) struct Place {
     pub start: usize,
     /// Tokens that the text is taken to have in the end, if more than with these.
     pub reach: usize,
+    /// From which of them on adapters with an invocation work.
+    pub active: Option<usize>,
 }
 
 /// Rows of a pass that have the same adapters.
@@ -58,6 +73,8 @@ pub struct Pass<'a, B: Backend> {
     /// `cos` and `sin` `[T, D / 2]` of each rotary table.
     pub(super) angles: Vec<(B::Buffer, B::Buffer)>,
     pub(super) dropout: Option<Dropout>,
+    /// Whether each token is behind the invocation of its text; empty where no adapter has one.
+    pub(super) active: Vec<bool>,
     pub(super) arithmetic: Arithmetic,
     pub(super) choices: Choices,
     pub(super) carried: Carried<B>,
@@ -105,7 +122,17 @@ impl<'a, B: Backend> Pass<'a, B> {
         pool: &mut Pool<B>,
     ) -> Result<Self> {
         let parts = vec![Part { rows: 0..batch.ids.len(), adapters }];
-        let places = std::iter::repeat(Place { start: adapters.virtual_tokens(), reach: 0 });
+        // Virtual tokens that are read are in the batch.
+        let before = adapters.prefix().map_or(0, |prefix| prefix.tokens);
+        let ends = batch.segments.iter().scan(0, |end, len| {
+            *end += len;
+            Some(*end)
+        });
+        let places = ends.zip(&batch.segments).map(|(end, len)| {
+            let own = &batch.ids[end - len..end];
+            let active = adapters.invocation().and_then(|invocation| last_invocation(invocation, own));
+            Place { start: before, reach: 0, active }
+        });
         let pass = Self { dropout, ..Self::after(base, parts, batch, places, arithmetic, pool)? };
         Ok(pass)
     }
@@ -124,13 +151,26 @@ impl<'a, B: Backend> Pass<'a, B> {
     ) -> Result<Self> {
         for part in &parts {
             let ids = batch.ids.get(part.rows.clone()).unwrap_or_default();
-            part.adapters.replaced().check_ids(base, ids)?;
+            let known = |id: &u32| virtual_number(*id).is_some_and(|i| (i as usize) < part.adapters.prompt_tokens());
+            if ids.iter().any(known) {
+                let own: Vec<u32> = ids.iter().copied().filter(|id| !known(id)).collect();
+                part.adapters.replaced().check_ids(base, &own)?;
+            } else {
+                part.adapters.replaced().check_ids(base, ids)?;
+            }
+        }
+        let places: Vec<Place> = places.into_iter().collect();
+        let mut active = Vec::new();
+        if parts.iter().any(|part| part.adapters.invocation().is_some()) {
+            for (len, place) in batch.segments.iter().zip(&places) {
+                active.extend((0..*len).map(|row| place.active.is_some_and(|first| row >= first)));
+            }
         }
         let texts = batch.texts(places);
         let positions = texts.iter().flat_map(|(positions, _)| positions.clone()).map(|p| p as u32).collect();
         let angles = base.rope_angles(&texts, pool)?;
         let (choices, carried) = (Choices::default(), Carried::default());
-        Ok(Self { base, parts, batch, positions, angles, dropout: None, arithmetic, choices, carried })
+        Ok(Self { base, parts, batch, positions, angles, dropout: None, active, arithmetic, choices, carried })
     }
 
     /// The same pass over some `rows` (ascending) of its tokens, for what each row is by itself: rotary tables stay behind.
@@ -140,7 +180,8 @@ impl<'a, B: Backend> Pass<'a, B> {
         let parts = self.parts.iter().map(own).filter(|part| !part.rows.is_empty()).collect();
         let Self { base, batch, dropout, arithmetic, .. } = *self;
         let (angles, choices, carried) = (Vec::new(), Choices::default(), Carried::default());
-        Pass { base, parts, batch, positions: Vec::new(), angles, dropout, arithmetic, choices, carried }
+        let active = rows.iter().filter_map(|row| self.active.get(*row as usize).copied()).collect();
+        Pass { base, parts, batch, positions: Vec::new(), angles, dropout, active, arithmetic, choices, carried }
     }
 
     /// What the pass runs on.
@@ -180,7 +221,12 @@ impl<'a, B: Backend> Pass<'a, B> {
 
     /// The vector `p`, unless an adapter brings another.
     pub(super) fn vector(&self, p: Param) -> &'a B::Buffer {
-        self.adapters().replaced().vector(self.base, p)
+        self.adapters().vector(self.base, p)
+    }
+
+    /// Whether something that is added to what the embedding gives is in training.
+    pub fn embedding_learns(&self) -> bool {
+        !self.adapters().on(self.base.model.outline().embedding).lookups.is_empty()
     }
 
     /// Arithmetic of the products.

@@ -1,11 +1,13 @@
 //! A text that grows, with what each layer remembers of it.
 
-use crate::adapter::{Adapters, Prefix};
+use super::pass::virtual_number;
+use crate::adapter::{Adapters, Prefix, last_invocation};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::cpu::Cache;
 use pocketlora_kernels::{Backend, CacheType, Call};
 use pocketlora_models::StateSpec;
+use std::sync::Arc;
 
 /// Why calls that only move numbers do not fail.
 const NO_MEMORY: &str = "a call that takes no memory cannot fail";
@@ -70,8 +72,14 @@ pub struct Sequence<B: Backend> {
     pub(super) expected: usize,
     /// Of such a model all tokens, which it then reads anew.
     pub(super) ids: Vec<u32>,
-    /// The virtual tokens before its own: they are in its caches, and are not counted.
+    /// The virtual tokens before its own: they are in its states, and are not counted.
     pub(super) prefix: Option<Prefix>,
+    /// How many of them are there already.
+    pub(super) before: usize,
+    /// The invocation of its adapters, if they have one: they have worked from its last occurrence on.
+    pub(super) invocation: Option<Arc<[u32]>>,
+    /// Where that begins.
+    pub(super) active: Option<usize>,
     pub(super) snapshots: Vec<Snapshot<B>>,
 }
 
@@ -82,7 +90,18 @@ impl<B: Backend> Sequence<B> {
     /// Out of memory.
     pub fn new(base: &Base<B>, dtype: CacheType) -> Result<Self> {
         let states = base.model.states().iter().map(|spec| State::new(base, spec, dtype)).collect::<Result<_>>()?;
-        Ok(Self { states, len: 0, reach: 0, expected: 0, ids: Vec::new(), prefix: None, snapshots: Vec::new() })
+        Ok(Self {
+            states,
+            len: 0,
+            reach: 0,
+            expected: 0,
+            ids: Vec::new(),
+            prefix: None,
+            before: 0,
+            invocation: None,
+            active: None,
+            snapshots: Vec::new(),
+        })
     }
 
     /// Tokens held.
@@ -105,8 +124,12 @@ impl<B: Backend> Sequence<B> {
 
     /// Takes note of tokens that have been run.
     pub(super) fn extend(&mut self, base: &Base<B>, ids: &[u32]) {
+        if ids.first().is_some_and(|id| virtual_number(*id).is_some()) {
+            self.before += ids.len();
+            return;
+        }
         self.len += ids.len();
-        if base.model.long_ropes(usize::MAX) > 0 {
+        if self.invocation.is_some() || base.model.long_ropes(usize::MAX) > 0 {
             self.ids.extend_from_slice(ids);
         }
     }
@@ -126,17 +149,62 @@ impl<B: Backend> Sequence<B> {
         ids
     }
 
-    /// Puts the virtual tokens of `adapters` before the first token.
+    /// Takes note of where the invocation of `adapters` is with the tokens `ids` behind its own. Where what it holds was read
+    /// with the adapters on the other side of it, it then holds less, and the tokens to be read again are returned.
+    ///
+    /// # Errors
+    /// It was begun with adapters of another invocation, or of none.
+    pub(super) fn activate(&mut self, base: &Base<B>, adapters: &Adapters<B>, ids: &[u32]) -> Result<Vec<u32>> {
+        if self.len == 0 {
+            (self.invocation, self.active) = (adapters.invocation().cloned(), None);
+        } else if self.invocation.as_ref() != adapters.invocation() {
+            let message = "expected the invocation tokens that it was begun with, got an adapter without them or with \
+                           others; begin a new text for another adapter";
+            return Err(Error::new(ErrorCode::Config, "sequence", message));
+        }
+        let Some(invocation) = self.invocation.clone() else { return Ok(Vec::new()) };
+        // One that ends in the new tokens, and may begin before them.
+        let seen = self.len.saturating_sub(invocation.len().saturating_sub(1));
+        let tail: Vec<u32> = self.ids[seen..].iter().chain(ids).copied().collect();
+        let Some(start) = last_invocation(&invocation, &tail).map(|at| seen + at) else { return Ok(Vec::new()) };
+        // From the earlier one to this the adapters have worked, and shall not have; or the other way round.
+        let wrong = [self.active, Some(start)].into_iter().flatten().min().unwrap_or(start);
+        let mut again = Vec::new();
+        if self.active != Some(start) && wrong < self.len {
+            let held = self.ids.clone();
+            let reached = self.cut(base, wrong);
+            again = held[reached..].to_vec();
+        }
+        self.active = Some(start);
+        Ok(again)
+    }
+
+    /// How far it may be cut back to at most `to` tokens, so that what it then holds was read with its last invocation as
+    /// the last one.
+    fn consistent(&self, mut to: usize) -> (usize, Option<usize>) {
+        let Some(invocation) = &self.invocation else { return (to, None) };
+        loop {
+            let last = last_invocation(invocation, &self.ids[..to]);
+            let cut = [last, self.active].into_iter().flatten().filter(|at| *at < to).min();
+            match cut {
+                Some(cut) if last != self.active => to = cut,
+                _ => return (to, last),
+            }
+        }
+    }
+
+    /// Puts the virtual tokens of `adapters` before the first token, if they are keys and values. Those that are read are
+    /// left to the caller: so many more.
     ///
     /// # Errors
     /// The sequence was begun with others, out of memory.
-    pub(super) fn begin(&mut self, base: &Base<B>, adapters: &Adapters<B>) -> Result<()> {
-        let same = match (&self.prefix, adapters.prefix()) {
+    pub(super) fn begin(&mut self, base: &Base<B>, adapters: &Adapters<B>) -> Result<usize> {
+        let same = match (&self.prefix, adapters.before()) {
             (Some(own), Some(prefix)) => own.is(prefix),
             (own, prefix) => own.is_none() && prefix.is_none(),
         };
         if same {
-            return Ok(());
+            return Ok(0);
         }
         if self.len > 0 {
             let message = "expected the virtual tokens that it was begun with, got an adapter without them or with others; \
@@ -144,23 +212,34 @@ impl<B: Backend> Sequence<B> {
             return Err(Error::new(ErrorCode::Config, "sequence", message));
         }
         self.clear(base);
-        let Some(prefix) = adapters.prefix() else { return Ok(()) };
-        let put = self.put_before(base, adapters, prefix);
-        match put {
-            Ok(()) => self.prefix = Some(prefix.clone()),
-            Err(_) => self.clear(base),
+        let Some(prefix) = adapters.before() else { return Ok(0) };
+        if prefix.is_read() {
+            self.prefix = Some(prefix.clone());
+            return Ok(prefix.tokens);
         }
-        put
-    }
-
-    /// Leaves nothing in the caches.
-    fn clear(&mut self, base: &Base<B>) {
-        for state in &mut self.states {
-            if let State::Kv(cache) = state {
-                base.backend.cache_rewind(cache, 0);
+        match self.put_before(base, adapters, prefix) {
+            Ok(()) => (self.prefix, self.before) = (Some(prefix.clone()), prefix.tokens),
+            Err(e) => {
+                self.clear(base);
+                return Err(e);
             }
         }
-        self.prefix = None;
+        Ok(0)
+    }
+
+    /// Leaves nothing in the states.
+    pub(super) fn clear(&mut self, base: &Base<B>) {
+        for state in &mut self.states {
+            match state {
+                State::Kv(cache) => {
+                    base.backend.cache_rewind(cache, 0);
+                }
+                State::Conv(buffer) | State::Matrix(buffer) => {
+                    base.backend.run(Call::Zero { x: buffer }).expect(NO_MEMORY);
+                }
+            }
+        }
+        (self.prefix, self.before) = (None, 0);
     }
 
     fn put_before(&mut self, base: &Base<B>, adapters: &Adapters<B>, prefix: &Prefix) -> Result<()> {
@@ -212,10 +291,19 @@ impl<B: Backend> Sequence<B> {
     /// Keeps the first tokens, as when a chat's history was edited: `to` of them or, where some state cannot be cut back
     /// so far, fewer. Returns how many are kept.
     pub fn rewind(&mut self, base: &Base<B>, to: usize) -> usize {
-        let backend = &base.backend;
         if to >= self.len {
             return self.len;
         }
+        let (to, active) = self.consistent(to);
+        let reached = self.cut(base, to);
+        // Some states keep less than they were asked to; the invocation may be gone with the rest.
+        self.active = active.filter(|at| self.invocation.as_ref().is_some_and(|own| at + own.len() <= reached));
+        reached
+    }
+
+    /// As [`Sequence::rewind`], whatever its adapters' invocation.
+    fn cut(&mut self, base: &Base<B>, to: usize) -> usize {
+        let backend = &base.backend;
         let mut reached = if self.needs_snapshots() {
             self.snapshots.retain(|snapshot| snapshot.len <= to);
             let latest = self.snapshots.iter().max_by_key(|snapshot| snapshot.len);
@@ -249,7 +337,7 @@ impl<B: Backend> Sequence<B> {
                 backend.run(Call::Zero { x: state }).expect(NO_MEMORY);
             });
             // The next first token may come with another adapter.
-            self.prefix = None;
+            (self.prefix, self.before) = (None, 0);
             // The caches hold nothing that a snapshot could go on from.
             self.snapshots.clear();
             self.expected = 0;

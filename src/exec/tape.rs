@@ -35,6 +35,15 @@ impl<'p, B: Backend> Tape<'p, B> {
         self.it.slots.iter().any(|slot| slot.needs_grad)
     }
 
+    /// Keys and values of the attention that it records, if it does.
+    pub(crate) fn keys_and_values(&self) -> Vec<Value> {
+        let attention = self.ops.iter().find_map(|recorded| match recorded.op {
+            Op::Attention { k, v, .. } => Some(vec![k, v]),
+            _ => None,
+        });
+        attention.unwrap_or_default()
+    }
+
     /// The value `t`; what backward reads is kept beside it.
     ///
     /// # Errors

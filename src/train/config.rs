@@ -57,9 +57,28 @@ pub struct TrainConfig {
     /// Those of them whose input IA3 scales instead of their output; where none are given, PEFT's choice.
     #[serde(alias = "feedforward_modules", skip_serializing_if = "Vec::is_empty")]
     pub feedforward_modules: Vec<String>,
-    /// Virtual tokens of a prefix; 20 unless given.
+    /// Virtual tokens of a prefix or a prompt; 20 unless given.
     #[serde(alias = "num_virtual_tokens", skip_serializing_if = "Option::is_none")]
     pub num_virtual_tokens: Option<usize>,
+    /// Of a cartridge's virtual tokens, how many of the first are not moved; 1 unless given.
+    #[serde(alias = "num_frozen_tokens", skip_serializing_if = "Option::is_none")]
+    pub num_frozen_tokens: Option<usize>,
+    /// Width of the network that makes the virtual tokens of P-tuning; 128 unless given.
+    #[serde(alias = "encoder_hidden_size", skip_serializing_if = "Option::is_none")]
+    pub encoder_hidden_size: Option<usize>,
+    /// The text as whose embeddings the virtual tokens of a prompt begin, tokens by chance unless given; of a cartridge the
+    /// text whose keys and values it begins with, that of the data unless given.
+    #[serde(alias = "prompt_tuning_init_text", skip_serializing_if = "Option::is_none")]
+    pub prompt_init_text: Option<String>,
+    /// Ids of tokens whose rows of the embedding are trained: alone, or beside LoRA.
+    #[serde(alias = "trainable_token_indices", skip_serializing_if = "Vec::is_empty")]
+    pub trainable_token_indices: Vec<u32>,
+    /// LoRA works from the last occurrence of these tokens in a text on alone (activated LoRA).
+    #[serde(alias = "alora_invocation_tokens", skip_serializing_if = "Vec::is_empty")]
+    pub alora_invocation_tokens: Vec<u32>,
+    /// Which biases of the base LoRA trains beside (BitFit): `none`, `all`, or `lora_only` for those of adapted layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bias: Option<String>,
     /// Keys of PEFT's config of the method that have no name of their own here, such as `group_size` of ROAD.
     #[serde(skip_serializing_if = "Map::is_empty")]
     pub options: Map<String, Value>,
@@ -196,6 +215,12 @@ impl Default for TrainConfig {
             targets: vec!["all".to_owned()],
             feedforward_modules: Vec::new(),
             num_virtual_tokens: None,
+            num_frozen_tokens: None,
+            encoder_hidden_size: None,
+            prompt_init_text: None,
+            trainable_token_indices: Vec::new(),
+            alora_invocation_tokens: Vec::new(),
+            bias: None,
             options: Map::new(),
             dropout: 0.0,
             prompt_dropout: 0.0,
@@ -237,6 +262,14 @@ impl Default for TrainConfig {
 }
 
 impl TrainConfig {
+    /// Whether it asks for what only a fresh adapter of its method begins with.
+    pub(super) fn begins(&self, name: &str) -> bool {
+        match name {
+            "bias" => self.bias.as_ref().is_some_and(|bias| bias != "none"),
+            _ => self.method != Kind::TrainableTokens && !self.trainable_token_indices.is_empty(),
+        }
+    }
+
     /// LoRA's alpha.
     #[must_use]
     pub fn alpha(&self) -> f64 {
@@ -255,6 +288,12 @@ impl TrainConfig {
             targets: self.targets.clone(),
             feedforward_modules: self.feedforward_modules.clone(),
             num_virtual_tokens: self.num_virtual_tokens.unwrap_or(20),
+            num_frozen_tokens: self.num_frozen_tokens.unwrap_or(1),
+            encoder_hidden_size: self.encoder_hidden_size.unwrap_or(128),
+            prompt_init_text: self.prompt_init_text.clone(),
+            trainable_token_indices: self.trainable_token_indices.clone(),
+            alora_invocation_tokens: self.alora_invocation_tokens.clone(),
+            bias: self.bias.clone().unwrap_or_else(|| "none".to_owned()),
             lora_plus_ratio: self.lora_plus_ratio,
             options: self.options.clone(),
         }
@@ -263,11 +302,32 @@ impl TrainConfig {
     /// These with what an adapter has decided.
     pub(super) fn of_method(self, method: Kind, theirs: Settings) -> Self {
         let Settings { rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens: tokens, options, .. } =
-            theirs;
-        let num_virtual_tokens = (method == Kind::PrefixTuning).then_some(tokens);
+            theirs.clone();
+        let (ids, alora_invocation_tokens) = (theirs.trainable_token_indices, theirs.alora_invocation_tokens);
+        let num_virtual_tokens = method.reads("num-virtual-tokens").then_some(tokens);
+        let encoder_hidden_size = method.reads("encoder-hidden-size").then_some(theirs.encoder_hidden_size);
+        let num_frozen_tokens = method.reads("num-frozen-tokens").then_some(theirs.num_frozen_tokens);
+        let trainable_token_indices = match method {
+            Kind::TrainableTokens => ids,
+            _ => self.trainable_token_indices.clone(),
+        };
         // A setting that the method does not read would be refused as idle.
         let alpha = if method.reads("alpha") { Some(alpha) } else { self.alpha };
-        Self { method, rank, alpha, rslora, targets, feedforward_modules, num_virtual_tokens, options, ..self }
+        Self {
+            method,
+            rank,
+            alpha,
+            rslora,
+            targets,
+            feedforward_modules,
+            num_virtual_tokens,
+            num_frozen_tokens,
+            encoder_hidden_size,
+            trainable_token_indices,
+            alora_invocation_tokens,
+            options,
+            ..self
+        }
     }
 
     /// As a run's `train.toml` has them: without what the adapter's method does not read.
@@ -303,6 +363,9 @@ impl TrainConfig {
         };
         whole("rank", self.rank, 4096)?;
         whole("num-virtual-tokens", self.num_virtual_tokens.unwrap_or(1), 65_536)?;
+        let bias = self.bias.as_deref().unwrap_or("none");
+        check("bias", bias, ["none", "all", "lora_only"].contains(&bias), "`none`, `all` or `lora_only`")?;
+        whole("encoder-hidden-size", self.encoder_hidden_size.unwrap_or(1), 65_536)?;
         whole("epochs", self.epochs, 1_000_000)?;
         whole("batch", self.batch, 65_536)?;
         whole("accumulate", self.accumulate, 65_536)?;

@@ -5,13 +5,19 @@ use super::config::Optimizer;
 use crate::error::{Error, ErrorCode, Result};
 
 /// Settings that some methods of adapters read, and others do not.
-const ADAPTER: [&str; 9] = [
+const ADAPTER: [&str; 15] = [
     "rank",
     "alpha",
     "rslora",
     "targets",
     "feedforward-modules",
     "num-virtual-tokens",
+    "num-frozen-tokens",
+    "encoder-hidden-size",
+    "prompt-init-text",
+    "trainable-token-indices",
+    "alora-invocation-tokens",
+    "bias",
     "dropout",
     "lora-plus-ratio",
     "options",

@@ -1,7 +1,7 @@
 //! Going on from an adapter: what it decides, and what may be said beside it.
 
 use super::TrainConfig;
-use crate::adapter::{AdapterFile, layer_at, target_layers};
+use crate::adapter::{AdapterFile, Kind, layer_at, with_embedding};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_models::Model;
 use serde_json::Value;
@@ -54,7 +54,10 @@ impl TrainConfig {
         if names(&self.targets) == names(file.method.targets()) {
             return Ok(true);
         }
-        let named: BTreeSet<u32> = target_layers(model.params(), &self.targets)?.into_iter().map(|p| p.0).collect();
+        if file.method.kind() == Kind::LnTuning {
+            return Ok(false);
+        }
+        let named: BTreeSet<u32> = with_embedding(model, &self.targets)?.into_iter().map(|p| p.0).collect();
         let there = file.modules().map(|path| layer_at(model, path).map(|p| p.0));
         Ok(there.collect::<Option<BTreeSet<u32>>>() == Some(named))
     }

@@ -21,6 +21,8 @@ pub struct Material {
     pub prompts: Option<Prompts>,
     /// General questions, asked before the run and after it.
     pub quiz: Option<Quiz>,
+    /// The text as whose embeddings a prompt begins, in tokens.
+    pub prompt_ids: Option<Vec<u32>>,
 }
 
 /// What is needed to make a model's text of the project's own: prompts, questions, a general text.
@@ -38,7 +40,7 @@ impl Material {
     /// Data alone: nothing is held out, watched, held or asked.
     #[must_use]
     pub fn of(data: Dataset) -> Self {
-        Self { data, eval_data: None, general: None, prompts: None, quiz: None }
+        Self { data, eval_data: None, general: None, prompts: None, quiz: None, prompt_ids: None }
     }
 
     /// Holds some of the data out if `config` says so. With data to evaluate on, a bound on forgetting or general questions,
@@ -71,7 +73,7 @@ impl Material {
                            give nats of the loss on a general text instead, such as `0.1`";
             return Err(Error::new(ErrorCode::Config, "setting `max-forgetting`", message));
         }
-        Ok(Self { data, eval_data, general, prompts, quiz })
+        Ok(Self { data, eval_data, general, prompts, quiz, prompt_ids: None })
     }
 
     /// Tokens that one check reads, and that it answers at most.

@@ -345,7 +345,9 @@ impl<B: Backend> Trainer<B> {
         let passes = self.accumulate(number, &micros, trained, &mut sums, observer)?;
         let penalty = self.adapters.pull(&base, &mut self.grads)?;
         for t in &self.tensors {
-            sums.add_squares(&base.backend, 0, self.grads.of(t.id).expect("what is trained has a gradient"))?;
+            let grad = self.grads.of(t.id).expect("what is trained has a gradient");
+            t.hold(&base.backend, grad, false)?;
+            sums.add_squares(&base.backend, 0, grad)?;
         }
         let sums = sums.read(&base.backend)?;
         let [loss, held_loss] = mean_losses(number, &micros, &passes, &sums)?;
@@ -356,11 +358,13 @@ impl<B: Backend> Trainer<B> {
         self.clip(grad_norm)?;
         let lr = self.config.lr_at(number, self.facts.total_steps);
         let Self { base, config, adapters, grads, tensors, .. } = self;
-        for Trained { group, id, moments, .. } in tensors.iter_mut() {
-            let grad = &*grads.of(*id).expect("what is trained has a gradient");
+        for trained in tensors.iter_mut() {
+            let grad = &*grads.of(trained.id).expect("what is trained has a gradient");
             let mut done = Ok(());
-            adapters.held_mut().update(&base.backend, *id, &mut |master| {
+            adapters.held_mut().update(&base.backend, trained.id, &mut |master| {
+                let Trained { group, moments, .. } = trained;
                 done = moments.step(&base.backend, config, *group, lr, number, grad, master);
+                done = std::mem::replace(&mut done, Ok(())).and_then(|()| trained.hold(&base.backend, master, true));
             });
             done?;
         }

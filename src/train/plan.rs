@@ -11,7 +11,7 @@ use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};
 use super::sums::Sums;
 use super::{Optimizer, TrainConfig};
-use crate::adapter::{Adapters, Dropout, Gradients, Method, TensorPart, TensorSpec};
+use crate::adapter::{Adapters, Dropout, Gradients, Learned, Method, TensorPart, TensorSpec};
 use crate::base::{Base, Pool};
 use crate::error::Result;
 use crate::memory::Peak;
@@ -102,6 +102,8 @@ pub(super) struct Work {
     /// What is trained, and its tensors.
     pub method: Method,
     pub specs: Vec<TensorSpec>,
+    /// Tensors beside them, that stand in for parts of the base.
+    pub learned: Vec<Learned>,
     /// Lengths of the samples, the longest first.
     pub lengths: Vec<usize>,
     /// Tokens of the largest micro-batch.
@@ -120,7 +122,12 @@ pub(super) struct Work {
 impl Work {
     /// Trained values.
     pub fn values(&self) -> usize {
-        self.specs.iter().filter(|spec| !self.method.is_frozen(&spec.name)).map(TensorSpec::values).sum()
+        self.all().filter(|spec| !self.method.is_frozen(&spec.name)).map(TensorSpec::values).sum()
+    }
+
+    /// All tensors of the adapter.
+    fn all(&self) -> impl Iterator<Item = &TensorSpec> {
+        self.specs.iter().chain(self.learned.iter().map(|learned| &learned.spec))
     }
 
     /// Lengths of the samples of passes of at most `most` tokens that take as much as any: one of the longest samples, and
@@ -153,6 +160,7 @@ impl Work {
         let base = Base::<Counted>::counted(Counted::new(self.table, self.threads), Arc::clone(&self.model))?;
         let mut adapters = Adapters::none(&base);
         adapters.attach_zeros(&base, &self.method, &self.specs)?;
+        adapters.attach_learned(&base, &self.learned, None)?;
         let mut grads = gradients(&base, &adapters)?;
         let passes = self.fullest(config, pass_tokens);
         let tokens: usize = passes[0].iter().sum();
@@ -194,7 +202,7 @@ impl Work {
             attention: count.attention as u64,
             logits: count.loss as u64,
             // Its values, and the bytes of the file.
-            saving: (2 * 4 * self.specs.iter().map(TensorSpec::values).max().unwrap_or(0) as u64)
+            saving: (2 * 4 * self.all().map(TensorSpec::values).max().unwrap_or(0) as u64)
                 .max(adapters.held().made_bytes()),
             kernels: count.kernels as u64,
             references: self.references,

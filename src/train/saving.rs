@@ -5,11 +5,12 @@ use super::checkpoint::{self, Loaded};
 use super::optimizer::{bytes_of, floats};
 use super::setup::Trained;
 use super::{Observer, Trainer, run_folder};
-use crate::adapter::{AdapterFile, Adapters, HostTensor};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, Stored};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
 use pocketlora_kernels::Backend;
 use safetensors::Dtype;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -188,12 +189,22 @@ impl<B: Backend> Trainer<B> {
     /// Writes it to another folder, one tensor at a time, for it comes beside all else that the run holds.
     pub(super) fn write_adapter(&mut self, dir: &Path) -> Result<()> {
         crate::format::create_folder(dir)?;
+        if self.file.method.converts() {
+            let mut file = self.snapshot()?;
+            file.dir = dir.to_owned();
+            return file.save();
+        }
         let Self { base, adapters, tensors, file, peak, .. } = self;
-        let trained = tensors.iter().map(|t| (t.spec.name.clone(), t.spec.shape.clone()));
+        let standing_in = standing_in(file, tensors);
+        for t in tensors.iter().filter(|t| standing_in.contains(&t.spec.name)) {
+            put_back(file, t, adapters.held().read(&base.backend, t.id)?)?;
+        }
+        let own = || tensors.iter().filter(|t| !standing_in.contains(&t.spec.name));
+        let trained = own().map(|t| (t.spec.name.clone(), t.spec.shape.clone()));
         let frozen = file.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone()));
         let shapes = trained.chain(frozen).collect();
         file.save_by(dir, shapes, |put| {
-            for t in &*tensors {
+            for t in own() {
                 put(&t.spec.name, &adapters.held().read(&base.backend, t.id)?)?;
             }
             file.tensors.iter().try_for_each(|(name, t)| put(name, &t.data))?;
@@ -212,11 +223,39 @@ pub(super) fn snapshot<B: Backend>(
 ) -> Result<AdapterFile> {
     let mut file = file.clone();
     let stored = file.method.kind().stored();
-    for Trained { spec, id, .. } in tensors {
+    let standing_in = standing_in(&file, tensors);
+    for trained @ Trained { spec, id, .. } in tensors {
+        if standing_in.contains(&spec.name) {
+            put_back(&mut file, trained, adapters.held().read(backend, *id)?)?;
+            continue;
+        }
         let tensor = HostTensor { shape: spec.shape.clone(), data: adapters.held().read(backend, *id)? };
         file.tensors.insert(spec.name.clone(), tensor.rounded(stored, &spec.name)?);
     }
+    file.method.finish(&mut file.tensors);
     Ok(file)
+}
+
+/// Names of those of `tensors` that `file` has in place of parts of the base.
+fn standing_in<B: Backend>(file: &AdapterFile, tensors: &[Trained<B>]) -> BTreeSet<String> {
+    file.replaced.names_learned(file.method.kind(), &adapted(file, tensors))
+}
+
+/// Paths of the modules that `tensors` adapt.
+fn adapted<B: Backend>(file: &AdapterFile, tensors: &[Trained<B>]) -> Vec<String> {
+    let kind = file.method.kind();
+    tensors.iter().filter_map(|t| kind.module_of(&t.spec.name)).map(str::to_owned).collect()
+}
+
+/// Puts the values of `trained` in the place that `file` has for them.
+///
+/// # Errors
+/// One is not finite.
+fn put_back<B: Backend>(file: &mut AdapterFile, trained: &Trained<B>, values: Vec<f32>) -> Result<()> {
+    let (name, shape) = (&trained.spec.name, trained.spec.shape.clone());
+    let tensor = HostTensor { shape, data: values }.rounded(Stored::F32, name)?;
+    file.replaced.put(file.method.kind(), name, &tensor.data);
+    Ok(())
 }
 
 /// Takes away what runs that were killed have left half-written in their output folder.

@@ -12,8 +12,8 @@ use super::plan::Work;
 use super::saving::sweep_folder;
 use super::{Batches, Dataset, Keep, Material, MemoryPlan, Quiz, Sample, TrainConfig, Trainer, largest_micro_batch};
 use crate::adapter::{
-    AdapterFile, Adapters, Gradients, Group, Kind, Method, Replaced, Settings, TensorId, TensorPart, TensorSpec,
-    layer_at, mark,
+    AdapterFile, Adapters, Gradients, Group, Learned, Method, Replaced, Settings, TensorId, TensorPart, TensorSpec,
+    begin, fresh, layer_at, mark,
 };
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
@@ -21,7 +21,7 @@ use crate::exec::infer::state_bytes;
 use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::mix;
 use crate::turn::Turn;
-use pocketlora_kernels::{Backend, CacheType};
+use pocketlora_kernels::{Backend, CacheType, Call};
 use pocketlora_models::Param;
 use std::path::Path;
 use std::sync::Arc;
@@ -33,7 +33,30 @@ pub(super) struct Trained<B: Backend> {
     pub group: Group,
     /// Where its values are.
     pub id: TensorId,
+    /// Of its first rows, the values that they keep.
+    pub fixed: Option<B::Buffer>,
     pub moments: Moments<B>,
+}
+
+impl<B: Backend> Trained<B> {
+    /// Makes the fixed rows of `x`, its gradient or its values, zero; or, of its values, what they are to stay.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn hold(&self, backend: &B, x: &mut B::Buffer, keep: bool) -> Result<()> {
+        let Some(fixed) = &self.fixed else { return Ok(()) };
+        let count = (backend.len(fixed) / self.spec.shape[1]) as u32;
+        let rows: Vec<u32> = (0..count).collect();
+        let mut old = backend.buffer(backend.len(fixed))?;
+        // By their negatives, which leaves exactly nothing.
+        backend.run(Call::GatherRows { x, rows: &rows, y: &mut old })?;
+        backend.run(Call::Scale { factor: -1.0, x: &mut old })?;
+        backend.run(Call::ScatterAddRows { x: &old, rows: &rows, y: x })?;
+        if keep {
+            backend.run(Call::ScatterAddRows { x: fixed, rows: &rows, y: x })?;
+        }
+        Ok(())
+    }
 }
 
 /// Whether `name` is that of a copy in the model cache, which earlier versions gave to adapters as their base.
@@ -106,7 +129,16 @@ pub(super) fn trained_tensors<B: Backend>(
     for (id, spec) in adapters.held().specs() {
         let group = method.group(&spec.name, settings);
         let moments = Moments::new(backend, config, spec.values())?;
-        tensors.push(Trained { spec: spec.clone(), group, id, moments });
+        let shared = method.kind().shared().contains(&spec.name.as_str());
+        let rows = if shared { method.fixed_rows() } else { 0 };
+        let fixed = (rows > 0).then(|| -> Result<B::Buffer> {
+            let values = adapters.held().read(backend, id)?;
+            let len = rows * spec.shape[1];
+            let mut fixed = backend.buffer(len)?;
+            backend.write(&mut fixed, &values[..len]);
+            Ok(fixed)
+        });
+        tensors.push(Trained { spec: spec.clone(), group, id, moments, fixed: fixed.transpose()? });
     }
     Ok((tensors, gradients(base, adapters)?))
 }
@@ -122,7 +154,7 @@ pub(super) fn gradients<B: Backend>(base: &Base<B>, adapters: &Adapters<B>) -> R
 fn work<B: Backend>(
     base: &Base<B>,
     method: &Method,
-    specs: Vec<TensorSpec>,
+    (specs, learned): (Vec<TensorSpec>, Vec<Learned>),
     config: &TrainConfig,
     data: &Dataset,
     eval_data: Option<&Dataset>,
@@ -138,6 +170,7 @@ fn work<B: Backend>(
         threads: base.backend.threads(),
         method: method.clone(),
         specs,
+        learned,
         lengths,
         largest: largest_micro_batch(data, config),
         evaluated: eval_data.map_or(0, Dataset::longest),
@@ -150,7 +183,7 @@ fn work<B: Backend>(
 
 /// Virtual tokens that an adapter puts before each text.
 fn virtual_tokens(method: &Method, settings: &Settings) -> usize {
-    if method.kind() == Kind::PrefixTuning { method.settings(settings.clone()).num_virtual_tokens } else { 0 }
+    if method.kind().reads("num-virtual-tokens") { method.settings(settings.clone()).num_virtual_tokens } else { 0 }
 }
 
 /// How many prompts are answered at once: as many as what passes take has room for. Adds to `plan` what they take.
@@ -184,13 +217,12 @@ impl<B: Backend> Trainer<B> {
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Self> {
-        let Material { data, eval_data, general, prompts, quiz } = material;
+        let Material { data, eval_data, general, prompts, quiz, prompt_ids } = material;
         config.validate()?;
         config.check_evaluated(eval_data.is_some())?;
         let init = init.map(|file| file.fitted(base.model.as_ref())).transpose()?;
         let init = init.as_deref();
         init.map_or(Ok(()), |file| mark::check(&base, file))?;
-        let kept = init.map(|file| file.replaced.clone()).unwrap_or_default();
         let replaced = init.map(|file| Replaced::default().with(&base, file)).transpose()?.unwrap_or_default();
         check_data(&base, &replaced, &data)?;
         eval_data.iter().try_for_each(|data| check_data(&base, &replaced, data))?;
@@ -219,12 +251,29 @@ impl<B: Backend> Trainer<B> {
             Some(file) => e.at(place(file)),
             None => e,
         })?;
+        if let Some(name) =
+            ["bias", "trainable-token-indices"].into_iter().find(|name| init.is_some() && config.begins(name))
+        {
+            let message = "the adapter that the run starts from decides it; leave it out, or begin without `--init`";
+            return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
+        }
+        let kept = match init {
+            Some(file) => file.replaced.clone(),
+            None => fresh(&base, &method, &settings)?,
+        };
+        let kind = method.kind();
+        let adapted: Vec<String> = specs.iter().filter_map(|s| kind.module_of(&s.name)).map(str::to_owned).collect();
+        let learned = kept.learned(kind, model, &adapted).map_err(|e| match init {
+            Some(file) => e.at(place(file)),
+            None => e,
+        })?;
+        let frozen = kept.without_learned(kind);
         let eval_overlap = eval_data.as_ref().map(|held| Overlap::of(&data, held));
         let learned_too = eval_overlap.and_then(|overlap| overlap.warning(&eval_data.as_ref()?.path));
         let places = base.model.config().max_positions.saturating_sub(virtual_tokens(&method, &settings));
         let step_tokens = data.tokens() as f64 / batches.report().steps as f64;
         // Ids of an embedding that the adapter brings along mean nothing to the base.
-        let prompts = prompts.filter(|_| kept.is_empty());
+        let prompts = prompts.filter(|_| frozen.is_empty());
         let taught = match init {
             Some(file) if config.keep != Keep::Off => Lessons::read(&file.dir)?,
             _ => Lessons::default(),
@@ -233,7 +282,8 @@ impl<B: Backend> Trainer<B> {
         let known = taught.questions.iter().filter(|ids| ids.iter().all(|id| (*id as usize) < vocab));
         let known = Lessons { questions: known.cloned().collect() };
         let held = prompts.and_then(|prompts| Held::new(prompts, known, &config, total_steps, step_tokens, places));
-        let work = work(&base, &method, specs.clone(), &config, &data, eval_data.as_ref(), held.as_ref());
+        let work =
+            work(&base, &method, (specs.clone(), learned.clone()), &config, &data, eval_data.as_ref(), held.as_ref());
         let (mut plan, config) = choose(&work, &config)?;
         plan.data += general.as_ref().map_or(0, Dataset::bytes) as u64;
         let at_once = asking(&base, &mut plan, held.as_ref(), quiz.as_ref());
@@ -249,7 +299,12 @@ impl<B: Backend> Trainer<B> {
         let named = init.and_then(|file| file.base.clone()).filter(|name| !is_copy(name)).or(base_name);
         let tensors = match init {
             Some(file) => file.tensors.clone(),
-            None => method.fresh(&specs, &base, config.seed)?,
+            None => {
+                let mut tensors = method.fresh(&specs, &base, config.seed)?;
+                let texts = data.samples.iter().map(|sample| &sample.ids[..]);
+                begin(&base, &method, &mut tensors, prompt_ids.as_deref(), texts, config.seed)?;
+                tensors
+            }
         };
         let facts = RunFacts {
             step: 0,
@@ -262,10 +317,12 @@ impl<B: Backend> Trainer<B> {
             candidates: Candidates::default(),
             start: None,
         };
-        let mut file = AdapterFile::new(out.to_owned(), method, tensors).with(kept);
+        let mut file = AdapterFile::new(out.to_owned(), method, tensors).with(frozen);
         (file.base, file.base_mark) = (named, Some(mark::of(&base)?));
         let mut adapters = Adapters::none(&base);
         adapters.attach_to_train(&base, &file)?;
+        adapters.attach_learned(&base, &learned, Some((&kept, kind, &adapted)))?;
+        file.replaced = kept;
         adapters.renew(&base)?;
         check_places(&base, adapters.virtual_tokens(), &data)?;
         // What follows may take their place. Where they are few and large, an allocator would keep what it does not reuse.
@@ -322,7 +379,12 @@ pub(crate) fn fingerprint(file: &AdapterFile) -> u64 {
     // Of a whole embedding, the start and the length tell enough.
     let kept = file.replaced.whole.iter().flat_map(|w| {
         let bytes = &w.tensor.bytes;
-        bytes.iter().take(64).map(|&b| u64::from(b)).chain([bytes.len() as u64])
+        let most = if w.tensor.shape.len() == 1 { usize::MAX } else { 64 };
+        bytes.iter().take(most).map(|&b| u64::from(b)).chain([bytes.len() as u64])
     });
-    kept.fold(hash, mix)
+    let rows = file.replaced.rows.iter().flat_map(|rows| {
+        let values = rows.values.data.iter().map(|v| u64::from(v.to_bits()));
+        rows.ids.iter().map(|id| u64::from(*id)).chain(values)
+    });
+    kept.chain(rows).fold(hash, mix)
 }

@@ -6,6 +6,7 @@ use crate::adapter::{Adapters, Dropout, Gradients};
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
 use crate::exec::train::{Batch, Pass};
+use crate::exec::virtual_ids;
 use crate::memory::Peak;
 use pocketlora_kernels::{Arithmetic, Backend, Call, narrow_width};
 use pocketlora_models::Value;
@@ -119,6 +120,25 @@ impl MicroBatch {
         passes
     }
 
+    /// The same with so many virtual tokens before each sample; nothing is learned from their outputs.
+    fn behind(&self, tokens: usize) -> Self {
+        let (mut batch, mut rows, mut start) = (Batch::default(), Vec::with_capacity(self.rows.len()), 0);
+        let mut learned = self.rows.iter().peekable();
+        for len in &self.batch.segments {
+            let end = start + len;
+            batch.ids.extend(virtual_ids(tokens));
+            batch.ids.extend(&self.batch.ids[start..end]);
+            batch.segments.push(tokens + len);
+            let shift = (batch.segments.len() * tokens) as u32;
+            while let Some(row) = learned.next_if(|row| (**row as usize) < end) {
+                rows.push(row + shift);
+            }
+            start = end;
+        }
+        let (numbers, targets, shares) = (self.numbers.clone(), self.targets.clone(), self.shares.clone());
+        Self { batch, numbers, rows, targets, shares, weights: self.weights.clone() }
+    }
+
     /// Tokens in all.
     #[must_use]
     pub fn tokens(&self) -> usize {
@@ -227,6 +247,8 @@ pub fn micro_step<B: Backend>(
     sums: (&mut Sums<B>, usize),
     watch: &mut Watch<'_>,
 ) -> Result<()> {
+    let behind = (adapters.prompt_tokens() > 0).then(|| micro.behind(adapters.prompt_tokens()));
+    let micro = behind.as_ref().unwrap_or(micro);
     let pass = Pass::new(base, adapters, &micro.batch, dropout, arithmetic, pool)?;
     let layers = base.model.config().layers;
     let mut inputs = Inputs { pass: &pass, layout, kept: (0..layers).map(|_| None).collect() };
@@ -251,26 +273,38 @@ pub fn micro_step<B: Backend>(
             let Some(dy) = dx.take() else { break };
             watch.check()?;
             let x = inputs.restore(layer, pool, watch)?;
-            let mut tape = pass.tape(Some(x), layer > 0, pool);
+            let mut tape = pass.tape(Some(x), layer > 0 || pass.embedding_learns(), pool);
             let y = base.model.layer(&mut tape, layer, Value(0));
             dx = tape.backward_by(y, dy, grads, layout.part, &mut || watch.peak.sample())?;
         }
-        if let Some(dx) = dx {
-            pool.put(&base.backend, dx);
-        }
-        before_layers(&pass, grads, pool)?;
+        before_layers(&pass, dx, grads, pool)?;
     }
     pass.finish(pool);
     Ok(())
 }
 
-/// Backward through what a family computes of the embeddings and carries to its layers, where something in it is in training.
-fn before_layers<B: Backend>(pass: &Pass<'_, B>, grads: &mut Gradients<B>, pool: &mut Pool<B>) -> Result<()> {
-    if !pass.carries_gradient() {
+/// Backward through what a family computes of the embeddings and carries to its layers, where something in it is in training;
+/// `dx` is the gradient by the first layer's input, if there is one.
+fn before_layers<B: Backend>(
+    pass: &Pass<'_, B>,
+    dx: Option<B::Buffer>,
+    grads: &mut Gradients<B>,
+    pool: &mut Pool<B>,
+) -> Result<()> {
+    let (base, backend) = (pass.base(), &pass.base().backend);
+    if !pass.carries_gradient() && !pass.embedding_learns() {
+        dx.into_iter().for_each(|dx| pool.put(backend, dx));
         return Ok(());
     }
-    let (base, backend) = (pass.base(), &pass.base().backend);
-    let mut dx = pool.take(backend, pass.tokens() * base.model.config().hidden_size)?;
+    let dx = match dx {
+        Some(dx) => dx,
+        None => {
+            // Embeddings that nothing is added to are frozen.
+            let mut dx = pool.take(backend, pass.tokens() * base.model.config().hidden_size)?;
+            backend.run(Call::Zero { x: &mut dx })?;
+            dx
+        }
+    };
     let mut tape = pass.tape(None, false, pool);
     let x = base.model.embed(&mut tape);
     if !tape.learns() {
@@ -278,8 +312,6 @@ fn before_layers<B: Backend>(pass: &Pass<'_, B>, grads: &mut Gradients<B>, pool:
         pool.put(backend, dx);
         return Ok(());
     }
-    // The embeddings themselves are frozen.
-    backend.run(Call::Zero { x: &mut dx })?;
     if let Some(dx) = tape.backward(x, dx, grads)? {
         pool.put(backend, dx);
     }

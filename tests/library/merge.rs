@@ -49,17 +49,47 @@ fn a_merged_model_gives_the_logits_that_peft_gives_with_the_adapter() {
     let ids = ids(&tensors(&golden("methods/inputs.safetensors"))["ids"]);
     let methods = [
         "ia3",
+        "ln_tuning",
         "lora",
         "lora_embedding_head",
         "lora_modules_to_save",
         "lora_target_parameters",
         "lora_trainable_tokens",
+        "trainable_tokens",
     ];
     check_all(methods, |method| {
         let (adapter, out) = (golden("methods").join(method), dir.path().join(method));
         merge(&base, &[(&adapter, 1.0)], &out, Target::F32);
         let expected = &tensors(&adapter.join("logits.safetensors"))["logits"].data;
         close(method, &logits(&open_exact(&out, 1), &ids), expected, 1e-4)
+    });
+}
+
+/// In whatever order they are attached: terms add to the product, then what is given is scaled.
+#[test]
+fn adapters_of_different_methods_work_beside_each_other() {
+    let (dir, base) = (tempfile::tempdir().unwrap(), golden("peft/base"));
+    let ids = ids(&tensors(&golden("methods/inputs.safetensors"))["ids"]);
+    let of = |method: &str| golden("methods").join(method);
+    let [lora, scales, norms, prefix, prompt] = ["lora", "ia3", "ln_tuning", "prefix_tuning", "prompt_tuning"].map(of);
+    let cases = [
+        ("both", vec![&lora, &scales], None),
+        ("turned", vec![&scales, &lora], None),
+        ("all", vec![&norms, &scales, &lora], None),
+        ("prefix", vec![&lora, &norms], Some(&prefix)),
+        ("prompt", vec![&lora, &scales], Some(&prompt)),
+    ];
+    check_all(cases, |(name, adapters, before)| {
+        let parts: Vec<Part<'_>> = adapters.iter().map(|path| (path.as_path(), 1.0)).collect();
+        let out = dir.path().join(name);
+        merge(&base, &parts, &out, Target::F32);
+        let engine = open_exact(&out, 1);
+        let mut all = parts.clone();
+        if let Some(before) = before {
+            engine.attach(before, 1.0).unwrap();
+            all.insert(1, (before, 1.0));
+        }
+        close(name, &logits(&beside(&base, &all), &ids), &logits(&engine, &ids), 1e-4)
     });
 }
 
@@ -199,11 +229,10 @@ fn what_cannot_be_merged_is_refused_and_nothing_is_left() {
     let (tiny, peft) = (golden("tiny-llama"), golden("peft/base"));
     let [ia3, prefix, saved] = ["ia3", "prefix_tuning", "lora_modules_to_save"].map(|m| golden("methods").join(m));
     let bias = golden("methods/lora_bias");
-    let cases: [(&str, &Path, Vec<Part<'_>>, &str); 7] = [
+    let cases: [(&str, &Path, Vec<Part<'_>>, &str); 6] = [
         ("a bias where there is none", &peft, vec![(&bias, 1.0)], "bias"),
         ("beside the weights", &peft, vec![(&prefix, 1.0)], "prefix"),
         ("another base", &tiny, vec![(&other, 1.0)], "use the base that the adapter was trained on"),
-        ("two methods", &peft, vec![(&ia3, 1.0), (&other, 1.0)], "methods do not work together"),
         ("a strength of ia3", &peft, vec![(&ia3, 0.5)], "no strength"),
         ("a strength of whole weights", &peft, vec![(&saved, 0.5)], "no strength"),
         ("no layer", &peft, vec![(&lora, 1.0)], "use the base that the adapter was trained on"),

@@ -13,9 +13,12 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-const METHODS: [&str; 2] = ["ia3", "prefix_tuning"];
+const METHODS: [&str; 6] = ["ia3", "prefix_tuning", "cartridge", "ln_tuning", "trainable_tokens", "prompt_tuning"];
+/// Used, and not trained.
+const SERVED: [&str; 2] = ["p_tuning_mlp", "p_tuning_lstm"];
 /// What LoRA can be asked for beside rank and alpha.
-const LORA: [&str; 8] = [
+const LORA: [&str; 9] = [
+    "alora",
     "lora",
     "lora_bias",
     "lora_embedding_head",
@@ -34,22 +37,32 @@ pub(super) fn base(threads: usize) -> Engine {
     open_exact(&golden("peft/base"), threads)
 }
 
+/// What PEFT gave the method: a text with an invocation to that which has one.
+fn inputs_of(method: &str) -> Vec<u32> {
+    match tensors(&of(method, "logits.safetensors")).get("ids") {
+        Some(own) => ids(own),
+        None => inputs(),
+    }
+}
+
 pub(super) fn inputs() -> Vec<u32> {
     ids(&tensors(&golden("methods/inputs.safetensors"))["ids"])
 }
 
 pub(super) fn close(what: &str, got: &[f32], expected: &[f32], bound: f32) -> Result<(), String> {
+    // PEFT gives logits behind the virtual tokens of a prompt, too.
+    let expected = &expected[expected.len() - got.len()..];
     let (diff, at) = max_diff(got, expected);
     if diff <= bound { Ok(()) } else { Err(format!("{what}: logit {at} is off by {diff}, bound {bound}")) }
 }
 
 #[test]
 fn served_adapters_give_the_logits_of_peft() {
-    check_all(METHODS.into_iter().chain(LORA), |method| {
+    check_all(METHODS.into_iter().chain(SERVED).chain(LORA), |method| {
         let engine = base(2);
         engine.attach(&of(method, ""), 1.0).unwrap();
         let expected = &tensors(&of(method, "logits.safetensors"))["logits"].data;
-        close(method, &logits(&engine, &inputs()), expected, 1e-4)
+        close(method, &logits(&engine, &inputs_of(method)), expected, 1e-4)
     });
 }
 
@@ -80,8 +93,9 @@ fn a_rewound_sequence_keeps_its_adapter() {
     check_all(METHODS, |method| {
         let engine = base(1);
         let adapters = attached(&engine, &[AdapterFile::open(&of(method, "")).unwrap()]);
-        let expected = &tensors(&of(method, "logits.safetensors"))["logits"].data;
-        let vocab = expected.len() / ids.len();
+        let expected = &tensors(&of(method, "logits.safetensors"))["logits"];
+        let vocab = *expected.shape.last().unwrap();
+        let expected = &expected.data[expected.data.len() - ids.len() * vocab..];
         let mut sequence = Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
         let whole = run(&engine, &adapters, &mut sequence, &[&ids[..3], &ids[3..4], &ids[4..5], &ids[5..]]);
         close(&format!("{method} in pieces"), &whole, expected, 1e-4)?;
@@ -160,9 +174,13 @@ fn sequences_of_a_batch_have_adapters_of_their_own() {
 
 /// The two sequences of the training goldens; the reference pads the second, we do not.
 pub(super) fn data() -> Dataset {
+    data_of("train_ids")
+}
+
+fn data_of(ids: &str) -> Dataset {
     let t = tensors(&golden("methods/inputs.safetensors"));
     let width = t["train_ids"].shape[1];
-    let [ids, labels, mask] = ["train_ids", "train_labels", "train_mask"].map(|name| t[name].data.chunks(width));
+    let [ids, labels, mask] = [ids, "train_labels", "train_mask"].map(|name| t[name].data.chunks(width));
     let samples = ids.zip(labels).zip(mask).map(|((ids, labels), mask)| {
         let n = mask.iter().filter(|&&m| m > 0.0).count();
         let trained = labels[..n].iter().enumerate().map(|(i, &l)| i > 0 && l >= 0.0).collect();
@@ -206,7 +224,8 @@ pub(super) fn train_like_peft(method: &str, accumulate: bool) -> Result<(), Stri
     let config = TrainConfig { batch, accumulate, ..config() };
     let out = tempfile::tempdir().unwrap();
     let init = AdapterFile::open(&of(method, "")).unwrap();
-    let mut trainer = base(2).trainer(config, data(), None, Some(&init), out.path()).unwrap();
+    let data = data_of(if method == "alora" { "train_ids_alora" } else { "train_ids" });
+    let mut trainer = base(2).trainer(config, data, None, Some(&init), out.path()).unwrap();
     for (i, &loss) in expected["losses"].data.iter().enumerate() {
         let report = trainer.step(&mut Quiet { stop_after: 0 }).unwrap();
         if (report.loss - f64::from(loss)).abs() > 1e-4 {
@@ -217,11 +236,14 @@ pub(super) fn train_like_peft(method: &str, accumulate: bool) -> Result<(), Stri
         }
         for (tensor, grad) in trainer.gradients().unwrap() {
             let name = match &*tensor {
+                "prompt_embeddings" if method == "cartridge" => "grad.prompt_encoder.trainable_embedding".to_owned(),
                 "prompt_embeddings" => "grad.prompt_encoder.embedding.weight".to_owned(),
                 other if other.ends_with("lora_magnitude_vector") => format!("grad.base_model.model.{other}.weight"),
                 other => format!("grad.base_model.model.{other}"),
             };
-            let expected = &expected[&name].data;
+            // Rows that are not moved have none.
+            let fixed = vec![0.0; grad.len() - expected[&name].data.len()];
+            let expected = &[&fixed[..], &expected[&name].data].concat();
             let error = norm(grad.iter().zip(expected).map(|(a, e)| f64::from(a - e)));
             let relative = error / norm(expected.iter().map(|&e| f64::from(e)));
             if relative.is_nan() || relative > 1e-3 {
@@ -234,20 +256,29 @@ pub(super) fn train_like_peft(method: &str, accumulate: bool) -> Result<(), Stri
 
 #[test]
 fn losses_and_gradients_are_those_of_peft() {
-    let trained = METHODS.into_iter().chain(["lora_bias", "lora_target_parameters"]);
+    let lora = ["alora", "lora_bias", "lora_embedding_head", "lora_target_parameters", "lora_trainable_tokens"];
+    let trained = METHODS.into_iter().chain(lora);
     let cases = trained.flat_map(|method| [(method, false), (method, true)]);
     check_all(cases, |(method, accumulate)| train_like_peft(method, *accumulate));
 }
 
 fn kind(method: &str) -> Kind {
-    if method == "ia3" { Kind::Ia3 } else { Kind::PrefixTuning }
+    match method {
+        "ia3" => Kind::Ia3,
+        "cartridge" => Kind::Cartridge,
+        "ln_tuning" => Kind::LnTuning,
+        "trainable_tokens" => Kind::TrainableTokens,
+        "prompt_tuning" => Kind::PromptTuning,
+        _ => Kind::PrefixTuning,
+    }
 }
 
 /// A fresh adapter's run in the folder `out`.
 fn train(method: &str, out: &Path, resume: bool, change: impl Fn(&mut TrainConfig), stop_after: u64) -> bool {
     let mut config = TrainConfig { method: kind(method), ..config() };
     match method {
-        "ia3" => config.targets = vec!["auto".to_owned()],
+        "ia3" | "ln_tuning" => config.targets = vec!["auto".to_owned()],
+        "trainable_tokens" => config.trainable_token_indices = vec![93, 94, 123, 166, 238],
         _ => config.num_virtual_tokens = Some(5),
     }
     change(&mut config);
@@ -280,8 +311,8 @@ fn a_fresh_adapter_is_saved_as_peft_saves_it() {
                 Some(own) if own.is_array() => names(own) == names(value),
                 own => own == Some(value),
             };
-            // Theirs was given another width for a network that it does not have.
-            if !same && !free && key != "encoder_hidden_size" {
+            // Theirs was given another width for a network that it does not have, and another beginning.
+            if !same && !free && !["encoder_hidden_size", "prompt_tuning_init"].contains(&key.as_str()) {
                 return Err(format!("{method}: `{key}` is {:?} instead of {value}", ours.get(key)));
             }
         }
@@ -370,15 +401,18 @@ fn what_does_not_fit_is_refused_by_name() {
     close("expressions", &got, &tensors(&of("ia3", "logits.safetensors"))["logits"].data, 1e-4).unwrap();
 
     let attach = |engine: &Engine, path: &Path, scale: f32| engine.attach(path, scale).unwrap_err().to_string();
-    let [scales, prefix] = METHODS.map(|method| of(method, ""));
+    let all = METHODS.map(|method| of(method, ""));
+    let [scales, prefix, cartridge, .., prompt] = &all;
     let engine = base(1);
-    for path in [&scales, &prefix] {
+    for path in &all {
         assert!(attach(&engine, path, 0.5).contains("scale of 1"));
         assert!(attach(&mut open_exact(&golden("tiny-llama"), 1), path, 1.0).contains("the adapter was trained on"));
     }
-    engine.attach(&prefix, 1.0).unwrap();
-    assert!(attach(&engine, &prefix, 1.0).contains("second"));
-    assert!(attach(&engine, &scales, 1.0).contains("do not work together"));
+    engine.attach(prefix, 1.0).unwrap();
+    assert!(attach(&engine, prefix, 1.0).contains("second"));
+    assert!(attach(&engine, prompt, 1.0).contains("virtual tokens"));
+    assert!(attach(&engine, cartridge, 1.0).contains("virtual tokens"));
+    engine.attach(scales, 1.0).unwrap();
 
     // In training.
     let begin = |config: TrainConfig, init: Option<&AdapterFile>| {
@@ -394,7 +428,33 @@ fn what_does_not_fit_is_refused_by_name() {
     let foreign = TrainConfig { feedforward_modules: vec!["o_proj".to_owned()], ..of_kind(Kind::Ia3) };
     assert!(begin(foreign, None).contains("feedforward-modules"));
     let more = TrainConfig { num_virtual_tokens: Some(9), ..config() };
-    assert!(begin(more, Some(&AdapterFile::open(&prefix).unwrap())).contains("num-virtual-tokens"));
+    assert!(begin(more, Some(&AdapterFile::open(prefix).unwrap())).contains("num-virtual-tokens"));
+    let lstm = AdapterFile::open(&of("p_tuning_lstm", "")).unwrap();
+    assert!(begin(config(), Some(&lstm)).contains("not in its file"));
+    let frozen = TrainConfig { method: Kind::Cartridge, num_frozen_tokens: Some(20), ..config() };
+    assert!(begin(frozen, None).contains("num-frozen-tokens"));
+    let long = TrainConfig { method: Kind::Cartridge, num_virtual_tokens: Some(99), ..config() };
+    assert!(begin(long, None).contains("as many tokens as its text has"));
+    let invoked = TrainConfig {
+        alora_invocation_tokens: vec![7],
+        targets: vec!["q_proj".to_owned(), "lm_head".to_owned()],
+        ..config()
+    };
+    assert!(begin(invoked, None).contains("invocation"));
+    let named = |targets: &str| TrainConfig { targets: vec![targets.to_owned()], ..of_kind(Kind::LnTuning) };
+    assert!(begin(named("q_proj"), None).contains("input_layernorm"));
+    let ids = |ids: Vec<u32>| TrainConfig { method: Kind::TrainableTokens, trainable_token_indices: ids, ..config() };
+    assert!(begin(ids(vec![]), None).contains("trainable-token-indices"));
+    assert!(begin(ids(vec![256]), None).contains("below the vocabulary's 256"));
+    assert!(begin(ids(vec![5, 5]), None).contains("each id once"));
+    let lora = |change: &dyn Fn(&mut TrainConfig)| {
+        let mut config = config();
+        change(&mut config);
+        config
+    };
+    assert!(begin(lora(&|c| c.bias = Some("all".to_owned())), None).contains("no biases"));
+    assert!(begin(lora(&|c| c.bias = Some("some".to_owned())), None).contains("lora_only"));
+    assert!(begin(lora(&|c| c.targets = vec!["wte".to_owned()]), None).contains("targets"));
 }
 
 /// Virtual tokens take places of the context, in training and in answers.
@@ -419,4 +479,268 @@ fn an_answer_behind_a_prefix_ends_where_the_context_does() {
     let error = begin(places).unwrap_err();
     assert!(error.code() == ErrorCode::Config && error.to_string().contains("num_virtual_tokens"), "{error}");
     begin(places - data().longest()).unwrap();
+}
+
+/// What LoRA trains beside its own tensors, on a base that has biases and a tied head: gradients against differences of the
+/// loss, and a file that is read as it was written.
+#[test]
+fn embedding_head_tokens_and_biases_are_trained_beside_lora() {
+    let samples = [vec![3, 7, 1, 7, 9, 2], vec![7, 7, 5]];
+    let data = || {
+        Dataset::new(
+            "golden",
+            samples
+                .iter()
+                .map(|ids| Sample::new(ids.clone(), ids.iter().enumerate().map(|(i, _)| i > 0).collect()))
+                .collect(),
+        )
+    };
+    let config = TrainConfig {
+        targets: ["q_proj", "embed_tokens", "lm_head"].map(str::to_owned).to_vec(),
+        trainable_token_indices: vec![7, 2],
+        bias: Some("all".to_owned()),
+        rank: 3,
+        lr: 1e-2,
+        weight_decay: 0.0,
+        steps: Some(3),
+        ..config()
+    };
+    let base = golden("tiny-qwen2");
+    let out = tempfile::tempdir().unwrap();
+    let mut trainer = open_exact(&base, 1).trainer(config.clone(), data(), None, None, out.path()).unwrap();
+    assert!(trainer.run(&mut Quiet { stop_after: 0 }).unwrap().done);
+    let begun = AdapterFile::open(out.path()).unwrap();
+    let names: Vec<String> = begun.replaced.names().collect();
+    assert!(
+        names.iter().any(|name| name.contains("k_proj.bias")) && names.iter().any(|n| n.contains("2 rows")),
+        "{names:?}"
+    );
+    assert!(begun.tensors.contains_key("model.embed_tokens.lora_embedding_A"));
+    assert!(begun.tensors.contains_key("lm_head.lora_B.weight"));
+    let json = json(&out.path().join("adapter_config.json"));
+    assert_eq!(
+        (&json["bias"], &json["trainable_token_indices"]["model.embed_tokens"]),
+        (&"all".into(), &serde_json::json!([7, 2]))
+    );
+
+    // From there on, with values that are not zero.
+    let loss = |file: &AdapterFile| -> (f64, Vec<(String, Vec<f32>)>) {
+        let out = tempfile::tempdir().unwrap();
+        let config = TrainConfig { steps: Some(1), ..config_of_init() };
+        let mut trainer = open_exact(&base, 1).trainer(config, data(), None, Some(file), out.path()).unwrap();
+        let report = trainer.step(&mut Quiet { stop_after: 0 }).unwrap();
+        (report.loss, trainer.gradients().unwrap().into_iter().map(|(name, grad)| (name.to_string(), grad)).collect())
+    };
+    let (_, grads) = loss(&begun);
+    assert!(grads.iter().any(|(name, _)| name.ends_with("trainable_tokens_delta")));
+    assert!(
+        grads.iter().any(|(name, _)| name.ends_with("q_proj.base_layer.bias")),
+        "{:?}",
+        grads.iter().map(|(n, _)| n).collect::<Vec<_>>()
+    );
+    for (name, grad) in &grads {
+        // Along the gradient itself, where a difference is largest beside rounding.
+        let norm = norm(grad.iter().map(|g| f64::from(*g)));
+        let at = |step: f64| {
+            let mut file = begun.clone();
+            let moved = |old: &[f32]| -> Vec<f32> {
+                old.iter().zip(grad).map(|(v, g)| (f64::from(*v) + step * f64::from(*g) / norm) as f32).collect()
+            };
+            if let Some(tensor) = file.tensors.get_mut(name) {
+                tensor.data = moved(&tensor.data);
+            } else if name.ends_with("trainable_tokens_delta") {
+                file.replaced.rows[0].values.data = moved(&file.replaced.rows[0].values.data);
+            } else {
+                let whole = file
+                    .replaced
+                    .whole
+                    .iter_mut()
+                    .find(|w| name.starts_with(&w.module) && name.ends_with(w.kind))
+                    .unwrap();
+                let old: Vec<f32> = whole.tensor.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                whole.tensor.bytes = moved(&old).iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into();
+            }
+            loss(&file).0
+        };
+        // Small beside an embedding's values, and large beside the rounding of a loss.
+        let step = (5e-3 / norm).min(2e-2);
+        let slope = (at(step) - at(-step)) / (2.0 * step);
+        assert!((slope / norm - 1.0).abs() < 3e-2, "{name}: slope {slope} along a gradient of norm {norm}");
+    }
+}
+
+fn config_of_init() -> TrainConfig {
+    TrainConfig { weight_decay: 0.0, ..config() }
+}
+
+/// The embeddings of a text are the first ones of a prompt.
+#[test]
+fn a_prompt_begins_as_the_embeddings_of_tokens() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = crate::common::tiny_chat_model(dir.path());
+    let engine = open_exact(&model, 1);
+    let text = "hello";
+    let ids = engine.text().unwrap().tokenizer.encode(text, false).unwrap();
+    let config = TrainConfig {
+        method: Kind::PromptTuning,
+        num_virtual_tokens: Some(ids.len() + 1),
+        prompt_init_text: Some(text.to_owned()),
+        steps: Some(1),
+        lr: 1e-12,
+        ..config()
+    };
+    let data =
+        Dataset::new("one", vec![Sample::new(ids.clone(), ids.iter().enumerate().map(|(i, _)| i > 0).collect())]);
+    let out = dir.path().join("out");
+    engine.trainer(config, data, None, None, &out).unwrap().run(&mut Quiet { stop_after: 0 }).unwrap();
+    let file = AdapterFile::open(&out).unwrap();
+    let json = json(&out.join("adapter_config.json"));
+    assert_eq!((&json["prompt_tuning_init"], &json["prompt_tuning_init_text"]), (&"TEXT".into(), &text.into()));
+    assert!(json["tokenizer_name_or_path"].is_string());
+    let rows = &file.tensors["prompt_embeddings"];
+    let width = rows.shape[1];
+    let (first, last) = (&rows.data[..width], &rows.data[ids.len() * width..]);
+    assert!(max_diff(first, last).0 < 1e-6, "the text is repeated");
+    // A prompt that is the text says what the text itself says.
+    let plain = [&ids[..], &ids[..1]].concat();
+    let mut behind = Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
+    let mut whole = Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
+    let more = [ids[0], 5, 6];
+    let expected = run(&engine, &attached(&engine, &[]), &mut whole, &[&plain, &more]);
+    let got = run(&engine, &attached(&engine, &[file]), &mut behind, &[&more]);
+    close("prompt", &got, &expected, 1e-4).unwrap();
+}
+
+/// In pieces, with the invocation cut in two, with a second one, and after going back: as PEFT has it, the adapter works
+/// from the last one of what there is.
+#[test]
+fn an_activated_adapter_works_from_the_last_invocation_on() {
+    let engine = base(1);
+    let file = AdapterFile::open(&of("alora", "")).unwrap();
+    let adapters = attached(&engine, std::slice::from_ref(&file));
+    let invocation = [7, 11, 13];
+    let mut ids = inputs_of("alora");
+    let first = ids.windows(3).position(|w| w == invocation).unwrap();
+    ids.extend([5, 7, 11, 13, 6, 7, 11, 9]);
+    let new = || Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
+    let whole = |ids: &[u32]| run(&engine, &adapters, &mut new(), &[ids]);
+    let last = |all: &[f32]| all[all.len() - 256..].to_vec();
+    let mut sequence = new();
+    for end in 1..=ids.len() {
+        let got = run(&engine, &adapters, &mut sequence, &[&ids[end - 1..end]]);
+        close(&format!("token {end}"), &got, &last(&whole(&ids[..end])), 1e-4).unwrap();
+    }
+    for to in [ids.len() - 1, ids.len() - 5, ids.len() - 6, first + 4, first + 1, 1] {
+        let reached = sequence.rewind(internals::base(&engine), to);
+        assert!(reached <= to);
+        let got = run(&engine, &adapters, &mut sequence, &[&ids[reached..to + 1]]);
+        close(&format!("back to {to}"), &last(&got), &last(&whole(&ids[..to + 1])), 1e-4).unwrap();
+        run(&engine, &adapters, &mut sequence, &[&ids[to + 1..]]);
+    }
+    // Before the invocation it is the base, whose text it can share.
+    let none = Adapters::none(internals::base(&engine));
+    let plain = run(&engine, &none, &mut new(), &[&ids[..first]]);
+    close("before", &run(&engine, &adapters, &mut new(), &[&ids[..first]]), &plain, 1e-6).unwrap();
+    let mut begun = new();
+    run(&engine, &none, &mut begun, &[&ids[..first]]);
+    let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
+    let step = Step { sequence: &mut begun, ids: &ids[first..], adapters: &adapters, logits: 0..0 };
+    let refused = internals::base(&engine).forward(&mut work, &mut [step], &mut || true, &mut |_| Ok(()));
+    assert!(refused.unwrap_err().to_string().contains("invocation"));
+    // In a batch beside others.
+    let lora = attached(&engine, &[AdapterFile::open(&of("lora", "")).unwrap()]);
+    let (mut one, mut other) = (new(), new());
+    let mut got = Vec::new();
+    let mut take = |logits: &Logits| {
+        got.extend_from_slice(&logits.values);
+        Ok(())
+    };
+    let mut steps = [
+        Step { sequence: &mut one, ids: &ids[..9], adapters: &lora, logits: 8..9 },
+        Step { sequence: &mut other, ids: &ids, adapters: &adapters, logits: ids.len() - 1..ids.len() },
+    ];
+    internals::base(&engine).forward(&mut work, &mut steps, &mut || true, &mut take).unwrap();
+    close("in a batch", &got[256..], &last(&whole(&ids)), 1e-4).unwrap();
+}
+
+/// A cartridge begins as the text in the context, keeps its first row bit by bit, and learns the others.
+#[test]
+fn a_cartridge_begins_as_the_text_that_it_is_of() {
+    let engine = base(1);
+    let text: Vec<u32> = data().samples.iter().flat_map(|sample| sample.ids.clone()).take(6).collect();
+    let new = || Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
+    let begun = |lr: f32, steps: u64| {
+        let out = tempfile::tempdir().unwrap();
+        let config = TrainConfig {
+            method: Kind::Cartridge,
+            num_virtual_tokens: Some(6),
+            num_frozen_tokens: Some(2),
+            lr,
+            steps: Some(steps),
+            ..config()
+        };
+        engine.trainer(config, data(), None, None, out.path()).unwrap().run(&mut Quiet { stop_after: 0 }).unwrap();
+        AdapterFile::open(out.path()).unwrap()
+    };
+    let more = [9, 8, 7];
+    let file = begun(1e-12, 1);
+    let rows = file.tensors["prompt_embeddings"].data.clone();
+    let got = run(&engine, &attached(&engine, &[file]), &mut new(), &[&more]);
+    let whole = run(&engine, &Adapters::none(internals::base(&engine)), &mut new(), &[&[&text[..], &more].concat()]);
+    close("as its text", &got, &whole[6 * 256..], 1e-4).unwrap();
+    let moved = begun(1e-2, 4).tensors["prompt_embeddings"].data.clone();
+    let fixed = 2 * rows.len() / 6;
+    assert_eq!(rows[..fixed], moved[..fixed]);
+    assert!(max_diff(&rows[fixed..], &moved[fixed..]).0 > 1e-3);
+}
+
+/// Gradients of the network that P-tuning learns with, against differences of the loss; its file has what it gives.
+#[test]
+fn p_tuning_learns_through_its_network() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = |steps| TrainConfig {
+        method: Kind::PTuning,
+        num_virtual_tokens: Some(5),
+        encoder_hidden_size: Some(12),
+        steps: Some(steps),
+        weight_decay: 0.0,
+        ..config()
+    };
+    let out = dir.path().join("whole");
+    let mut trainer = base(1).trainer(config(4), data(), None, None, &out).unwrap();
+    let first = trainer.step(&mut Quiet { stop_after: 0 }).unwrap().loss;
+    let grads: Vec<(String, f64)> = trainer
+        .gradients()
+        .unwrap()
+        .into_iter()
+        .map(|(name, grad)| (name.to_string(), norm(grad.iter().map(|g| f64::from(*g)))))
+        .collect();
+    assert_eq!(grads.len(), 7, "{grads:?}");
+    // The sum of squares of all gradients is the slope of the loss along them: a plain step of SGD shows it.
+    let squares: f64 = grads.iter().map(|(_, norm)| norm * norm).sum();
+    let slope = {
+        let rate = 1e-3 / squares.sqrt();
+        let config = TrainConfig { optimizer: pocketlora::train::Optimizer::Sgd, lr: rate as f32, ..config(2) };
+        let mut trainer = base(1).trainer(config, data(), None, None, &dir.path().join("sgd")).unwrap();
+        let before = trainer.step(&mut Quiet { stop_after: 0 }).unwrap().loss;
+        let after = trainer.step(&mut Quiet { stop_after: 0 }).unwrap().loss;
+        assert!((before - first).abs() < 1e-6);
+        (before - after) / rate
+    };
+    assert!((slope / squares - 1.0).abs() < 3e-2, "slope {slope} instead of {squares}: {grads:?}");
+    // The run's own end, the same after a kill, and what is served.
+    trainer.run(&mut Quiet { stop_after: 0 }).unwrap();
+    let file = AdapterFile::open(&out).unwrap();
+    assert_eq!(file.tensors.keys().collect::<Vec<_>>(), ["prompt_embeddings"]);
+    let json = json(&out.join("adapter_config.json"));
+    assert_eq!((&json["peft_type"], &json["encoder_reparameterization_type"]), (&"P_TUNING".into(), &"MLP".into()));
+    let cut = dir.path().join("cut");
+    let mut stopped = base(1).trainer(config(4), data(), None, None, &cut).unwrap();
+    assert!(!stopped.run(&mut Quiet { stop_after: 2 }).unwrap().done);
+    drop(stopped);
+    let mut resumed = base(1).trainer(config(4), data(), None, None, &cut).unwrap();
+    resumed.resume().unwrap();
+    resumed.run(&mut Quiet { stop_after: 0 }).unwrap();
+    let bytes = |out: &Path| fs::read(out.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(bytes(&out), bytes(&cut));
 }

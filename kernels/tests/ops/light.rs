@@ -69,7 +69,7 @@ fn dropout_falls_by_key_and_index_and_keeps_the_mean() {
 fn rows_are_gathered_and_scattered() {
     let mut report = Report::default();
     let mut random = Random(22);
-    let (x, y, rows) = (random.vector(7 * 9), random.vector(7 * 9), [6_u32, 0, 3]);
+    let (x, y, rows) = (random.vector(7 * 9), random.vector(7 * 9), [6_u32, 0, 3, 6]);
     let gathered: Vec<f32> = rows.iter().flat_map(|r| x[*r as usize * 9..][..9].to_vec()).collect();
     let mut scattered = y.clone();
     for (t, row) in rows.iter().enumerate() {
@@ -79,7 +79,7 @@ fn rows_are_gathered_and_scattered() {
     }
     let exact = |x: &[f32]| Expected::new(wide(x), vec![0.0; x.len()]);
     case!(report, "gather_rows, scatter_add_rows", &[exact(&gathered), exact(&scattered)], |cpu| {
-        let mut picked = poisoned(cpu, 27);
+        let mut picked = poisoned(cpu, 36);
         cpu.run(Call::GatherRows { x: &buffer(cpu, &x), rows: &rows, y: &mut picked }).unwrap();
         let mut all = buffer(cpu, &y);
         cpu.run(Call::ScatterAddRows { x: &picked, rows: &rows, y: &mut all }).unwrap();

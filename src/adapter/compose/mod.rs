@@ -260,6 +260,9 @@ fn weighted(adapters: &[(AdapterFile, f32)]) -> Result<Vec<Weighted<'_>>> {
         if file.modules().any(is_fused) {
             return refused("to compose terms on all experts as one", "attach the adapters beside each other");
         }
+        if lora.invocation.is_some() {
+            return refused("to compose an adapter with an invocation", "attach the adapters beside each other");
+        }
         if lora.bias {
             return refused("to compose terms with biases (`lora_bias`)", "attach the adapters beside each other");
         }

@@ -58,6 +58,10 @@ impl<'a> Plain<'a> {
             Err(Error::unsupported(&file.dir, format!("to write {what} as {format}"), next))
         };
         let Method::Lora(lora) = &file.method else { return refused(file.method.kind().name().to_owned()) };
+        if lora.invocation.is_some() {
+            let what = format!("to write an adapter that works behind an invocation as {format}");
+            return Err(Error::unsupported(&file.dir, what, "use it here or with PEFT"));
+        }
         if lora.bias {
             return refused("a LoRA with biases (`lora_bias`)".to_owned());
         }

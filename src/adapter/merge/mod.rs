@@ -53,13 +53,13 @@ impl Merged {
         let (config, tensors) = (base.config().clone(), base.tensors().to_vec());
         let weights = (0..tensors.len()).map(|i| Weight::new(Origin::Base(i))).collect();
         let mut merged = Self { base, model, config, weights, tensors, own: None, brought: BTreeMap::new() };
-        let mut first: Option<(&Path, Kind)> = None;
+        let mut there: Vec<(&Path, Kind)> = Vec::new();
         let fitted =
             adapters.iter().map(|(file, factor)| Ok((file.fitted(merged.model.as_ref())?.into_owned(), *factor)));
         let adapters = fitted.collect::<Result<Vec<_>>>()?;
         for (file, factor) in &adapters {
-            merged.check(file, first, *factor)?;
-            first.get_or_insert((&file.dir, file.method.kind()));
+            merged.check(file, &there, *factor)?;
+            there.push((&file.dir, file.method.kind()));
             merged.replace(file)?;
         }
         merged.check_vocabulary(&adapters)?;
@@ -104,10 +104,10 @@ impl Merged {
     }
 
     /// Refuses an adapter that does not fit the model or what was merged before it.
-    fn check(&self, file: &AdapterFile, first: Option<(&Path, Kind)>, factor: f32) -> Result<()> {
+    fn check(&self, file: &AdapterFile, there: &[(&Path, Kind)], factor: f32) -> Result<()> {
         mark::check_read(self.model.config(), file, &mut |ids| self.embedded(ids))?;
-        check_beside(first, file, factor)?;
-        if file.method.kind().parts().is_empty() {
+        check_beside(there, file, factor)?;
+        if file.method.kind().parts().is_empty() && !file.method.kind().shared().is_empty() {
             let what = format!("to merge {}, which is beside the weights and not in them,", file.method.kind().name());
             return Err(Error::unsupported(&file.dir, what, "use the adapter with `-a` instead"));
         }
@@ -192,14 +192,14 @@ impl Merged {
             })?;
             let fold: Arc<dyn Fold> = fold.into();
             match self.find(&format!("{module}.bias")) {
-                Some(bias) => self.weights[bias].folds.push(Arc::clone(&fold)),
+                Some(bias) => self.weights[bias].push(Arc::clone(&fold)),
                 None if fold.needs_bias() => {
                     let what = format!("to merge the bias that it adds to `{module}`, a layer without one,");
                     return Err(Error::unsupported(&file.dir, what, "use the adapter with `-a` instead"));
                 }
                 None => {}
             }
-            self.weights[at].folds.push(fold);
+            self.weights[at].push(fold);
         }
         Ok(())
     }

@@ -29,12 +29,19 @@ pub(super) struct Weight {
     /// Rows that stand in for single ones.
     rows: Arc<BTreeMap<usize, Vec<f32>>>,
     /// What layers' adapters do, one after another.
-    pub folds: Vec<Arc<dyn Fold>>,
+    folds: Vec<Arc<dyn Fold>>,
 }
 
 impl Weight {
     pub fn new(origin: Origin) -> Self {
         Self { origin, rows: Arc::default(), folds: Vec::new() }
+    }
+
+    /// Takes what one more layer's adapter does: terms of the product come before what changes its input or output, as
+    /// they do where adapters are attached.
+    pub fn push(&mut self, fold: Arc<dyn Fold>) {
+        let terms = self.folds.iter().take_while(|fold| fold.is_term()).count();
+        self.folds.insert(if fold.is_term() { terms } else { self.folds.len() }, fold);
     }
 
     /// The same without what layers' adapters do.

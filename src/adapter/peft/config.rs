@@ -62,8 +62,21 @@ pub(super) fn json(method: &Method, base: Option<&str>, replaced: &Replacements,
     if replaced.ties_copies {
         config.insert("ensure_weight_tying".to_owned(), true.into());
     }
-    if !rows.is_empty() {
+    let kind = method.kind();
+    if kind == Kind::TrainableTokens {
+        // It has no such key, and says by itself which rows there are.
+        config.remove("modules_to_save");
+    } else if !rows.is_empty() {
         config.insert("trainable_token_indices".to_owned(), rows.into());
+    }
+    let biases = || replaced.whole.iter().filter(|w| !w.copy && w.kind == "bias");
+    if config.contains_key("bias") && biases().next().is_some() {
+        let own = biases().all(|w| adapted.contains(&w.module));
+        config.insert("bias".to_owned(), if own { "lora_only" } else { "all" }.into());
+    }
+    if config.get("prompt_tuning_init").is_some_and(|init| init == "TEXT") {
+        // PEFT wants a tokenizer named where a text is.
+        config.insert("tokenizer_name_or_path".to_owned(), json!(base.unwrap_or(".")));
     }
     config.into()
 }
@@ -108,6 +121,8 @@ pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
     let method = kind.read(&keys)?;
     // Trained biases lie in the file under their own names and are used by them.
     let biases = match keys.text("bias")?.as_deref() {
+        // Those of norms are trained with them.
+        None if kind == Kind::LnTuning => true,
         None | Some("none") => false,
         Some("all" | "lora_only") => true,
         Some(_) => return Err(keys.wrong("bias", "`none`, `all` or `lora_only`")),
@@ -122,7 +137,10 @@ pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
         targets: Targets::new(&keys)?,
         modules_to_save: keys.list("modules_to_save")?,
         ties_copies: keys.flag("ensure_weight_tying")?,
-        rows: keys.rows()?,
+        rows: match kind {
+            Kind::TrainableTokens => keys.rows_of_targets()?,
+            _ => keys.rows()?,
+        },
         biases,
         base_class: keys.base_class()?,
         warnings,
@@ -231,14 +249,31 @@ impl<'a> Keys<'a> {
         Ok(map.get("base_model_class").and_then(Value::as_str).map(str::to_owned))
     }
 
+    /// A list of token ids.
+    pub fn ids(&self, key: &str) -> Result<Vec<u32>> {
+        self.get(key).map_or(Ok(Vec::new()), |list| self.ids_in(key, list))
+    }
+
+    fn ids_in(&self, key: &str, list: &Value) -> Result<Vec<u32>> {
+        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        let ids = list.as_array().and_then(|list| list.iter().map(id).collect());
+        ids.ok_or_else(|| self.wrong(key, "token ids"))
+    }
+
+    /// `token_indices` of the one embedding in `target_modules`.
+    fn rows_of_targets(&self) -> Result<Vec<(String, Vec<u32>)>> {
+        let (key, ids) = ("target_modules", self.ids("token_indices")?);
+        match &self.list(key)?[..] {
+            [] => Ok(vec![("embed_tokens".to_owned(), ids)]),
+            [one] => Ok(vec![(one.clone(), ids)]),
+            _ => Err(self.wrong(key, "one embedding")),
+        }
+    }
+
     /// `trainable_token_indices`: ids, of the embedding unless it is said of what.
     fn rows(&self) -> Result<Vec<(String, Vec<u32>)>> {
         let key = "trainable_token_indices";
-        let ids = |v: &Value| -> Result<Vec<u32>> {
-            let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
-            let ids = v.as_array().and_then(|list| list.iter().map(id).collect());
-            ids.ok_or_else(|| self.wrong(key, "token ids"))
-        };
+        let ids = |v: &Value| self.ids_in(key, v);
         match self.get(key) {
             None => Ok(Vec::new()),
             Some(Value::Object(map)) => map.iter().map(|(name, v)| Ok((name.clone(), ids(v)?))).collect(),
@@ -360,7 +395,6 @@ mod tests {
     #[test]
     fn what_changes_the_computation_is_refused_by_name() {
         for (key, value) in [
-            ("alora_invocation_tokens", json!([27, 9690])),
             ("arrow_config", json!({"top_k": 3})),
             ("kasa_config", json!({"beta": 1e-4})),
             ("layer_replication", json!([[0, 2], [1, 2]])),

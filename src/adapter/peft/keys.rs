@@ -79,6 +79,12 @@ pub(super) fn parse(path: &Path, name: &str, kind: Kind) -> Result<Key> {
         ["modules_to_save", "bias"] => (Part::Copy("bias"), None),
         ["modules_to_save", adapter, "weight"] => (Part::Copy("weight"), Some(adapter)),
         ["modules_to_save", adapter, "bias"] => (Part::Copy("bias"), Some(adapter)),
+        ["ln_tuning_layers", "weight"] if kind == Kind::LnTuning => (Part::InPlace("weight"), None),
+        ["ln_tuning_layers", "bias"] if kind == Kind::LnTuning => (Part::InPlace("bias"), None),
+        ["ln_tuning_layers", adapter, "weight"] if kind == Kind::LnTuning => (Part::InPlace("weight"), Some(adapter)),
+        ["ln_tuning_layers", adapter, "bias"] if kind == Kind::LnTuning => (Part::InPlace("bias"), Some(adapter)),
+        ["trainable_tokens_delta"] if kind == Kind::TrainableTokens => (Part::Rows, None),
+        ["trainable_tokens_delta", adapter] if kind == Kind::TrainableTokens => (Part::Rows, Some(adapter)),
         ["token_adapter", "trainable_tokens_delta"] => (Part::Rows, None),
         ["token_adapter", "trainable_tokens_delta", adapter] => (Part::Rows, Some(adapter)),
         _ => return Err(unknown(path, name, rest)),
@@ -101,7 +107,15 @@ fn is_part<'n>(rest: &[&'n str], part: &str) -> Option<Option<&'n str>> {
 }
 
 /// First segments of what PEFT keeps below a module, beside those that begin with `lora_`.
-const OWN: &[&str] = &["base_layer", "original_module", "modules_to_save", "token_adapter", "lora"];
+const OWN: &[&str] = &[
+    "base_layer",
+    "original_module",
+    "modules_to_save",
+    "token_adapter",
+    "trainable_tokens_delta",
+    "ln_tuning_layers",
+    "lora",
+];
 
 /// The module path `path`, which another program wrote, under the names that a text model on its own has.
 pub(in crate::adapter) fn canonical_path(path: &str) -> String {

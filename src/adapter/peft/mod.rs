@@ -172,7 +172,8 @@ impl AdapterFile {
     /// How many values it has.
     #[must_use]
     pub fn values(&self) -> usize {
-        self.tensors.values().map(|t| t.data.len()).sum()
+        let standing_in = self.replaced.values_learned(self.method.kind());
+        self.tensors.values().map(|t| t.data.len()).sum::<usize>() + standing_in
     }
 
     /// What is odd about it on `model`, though nothing that stops it from working.
@@ -297,7 +298,7 @@ impl AdapterFile {
     ) -> Result<()> {
         let (path, kind) = (dir.join(WEIGHTS), self.method.kind());
         let adapted = adapted(kind, &shapes);
-        let kept = self.replaced.tensors(&adapted);
+        let kept = self.replaced.tensors(kind, &adapted);
         let weights = Staged::write(&path, |file| {
             let failed = |e| Error::io("write", &path, e);
             let dtype = match stored {

@@ -3,6 +3,7 @@
 use super::CONFIG;
 use super::config::Parsed;
 use super::keys::{Key, Part, parse};
+use crate::adapter::Kind;
 use crate::adapter::tensor::{HostTensor, Tensors};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::safetensors::{Tensor, TensorFile};
@@ -80,22 +81,32 @@ impl Replacements {
     }
 
     /// The tensors under the names that PEFT looks for, in a file that adapts the modules `adapted`.
-    pub(super) fn tensors(&self, adapted: &[String]) -> Vec<(String, Tensor)> {
-        let copied = |module: &str| self.whole.iter().any(|w| w.copy && w.module == module);
-        let whole = self.whole.iter().map(|w| {
-            let below = match w.copy {
-                false if adapted.contains(&w.module) => "base_layer.",
-                false if copied(&w.module) => "original_module.",
-                _ => "",
-            };
-            (format!("{}.{below}{}", w.module, w.kind), w.tensor.clone())
-        });
+    pub(super) fn tensors(&self, kind: Kind, adapted: &[String]) -> Vec<(String, Tensor)> {
+        let whole = self.whole.iter().map(|w| (self.name_of(kind, w, adapted), w.tensor.clone()));
         let rows = self.rows.iter().map(|r| {
             let bytes: Vec<u8> = r.values.data.iter().flat_map(|v| v.to_le_bytes()).collect();
             let tensor = Tensor { dtype: Dtype::F32, shape: r.values.shape.to_vec(), bytes: bytes.into() };
-            (format!("{}.token_adapter.trainable_tokens_delta", r.module), tensor)
+            (Self::name_of_rows(kind, r), tensor)
         });
         whole.chain(rows).collect()
+    }
+
+    /// The name of `whole`, which is among these, in the file of an adapter of the method `kind`.
+    pub(in crate::adapter) fn name_of(&self, kind: Kind, whole: &WholeTensor, adapted: &[String]) -> String {
+        let copied = || self.whole.iter().any(|w| w.copy && w.module == whole.module);
+        let below = match whole.copy {
+            false if kind == Kind::LnTuning => "ln_tuning_layers.",
+            false if adapted.contains(&whole.module) => "base_layer.",
+            false if copied() => "original_module.",
+            _ => "",
+        };
+        format!("{}.{below}{}", whole.module, whole.kind)
+    }
+
+    /// The name of `rows` in such a file.
+    pub(in crate::adapter) fn name_of_rows(kind: Kind, rows: &Rows) -> String {
+        let below = if kind == Kind::TrainableTokens { "" } else { "token_adapter." };
+        format!("{}.{below}trainable_tokens_delta", rows.module)
     }
 
     /// Refuses a factor on the adapter in `dir`, for these have no strength.

@@ -132,7 +132,7 @@ pub(super) fn run(args: &Args) -> Result<bool> {
     let init = args.init.as_deref().map(names::adapter).transpose()?;
     let init = init.as_deref().map(AdapterFile::open).transpose()?;
     if init.is_none() {
-        model::check_targets(&args.model, &chosen.config.targets)?;
+        model::check_targets(&args.model, chosen.config.method, &chosen.config.targets)?;
     }
     let model = model::resolve(&args.model, !args.no_quantize)?;
     let base_name = Some(model.name);
@@ -199,7 +199,14 @@ fn read(
     if let Some(draft) = &draft {
         *config = draft.config.clone();
     }
-    Ok((reader.material(config, data, eval_data)?, draft))
+    let mut material = reader.material(config, data, eval_data)?;
+    if config.method == Kind::Cartridge && init.is_none() && config.prompt_init_text.is_none() {
+        // Whatever is learned, it begins as the notes themselves.
+        let notes = crate::study::read_notes(&args.data).ok().flatten();
+        let text = notes.map(|notes| notes.into_iter().map(|note| note.text).collect::<Vec<_>>().join("\n\n"));
+        material.prompt_ids = text.map(|text| reader.text().tokenizer.encode(&text, true)).transpose()?;
+    }
+    Ok((material, draft))
 }
 
 fn fit(

@@ -20,7 +20,9 @@ pub(in crate::cli) struct Chosen {
 #[derive(clap::Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Settings {
-    /// Method of the adapter: lora, ia3 (scaled activations) or prefix-tuning (keys and values before each text).
+    /// Method of the adapter: lora, ia3 (scaled activations), ln-tuning (norms), trainable-tokens (rows of the embedding),
+    /// prompt-tuning (embeddings before each text), p-tuning (the same, made by a network while it learns), prefix-tuning (keys and values before each text) or cartridge (those
+    /// of the data's own text, trained further).
     /// [default: lora]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -33,7 +35,8 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     alpha: Option<f64>,
-    /// Linear layers to adapt, such as q_proj,v_proj. [default: all; with ia3, PEFT's choice]
+    /// Layers to adapt, such as q_proj,v_proj; embed_tokens and lm_head are not among all. [default: all; with ia3,
+    /// PEFT's choice; with ln-tuning, the norms of whole hidden states]
     #[arg(long, value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]
     targets: Option<Vec<String>>,
@@ -41,10 +44,35 @@ pub(super) struct Settings {
     #[arg(long, value_delimiter = ',')]
     #[serde(skip_serializing_if = "Option::is_none")]
     feedforward_modules: Option<Vec<String>>,
-    /// Virtual tokens of prefix-tuning. [default: 20]
+    /// Virtual tokens of prefix-tuning, cartridge, prompt-tuning and p-tuning. [default: 20]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     num_virtual_tokens: Option<usize>,
+    /// Of the virtual tokens of a cartridge, how many of the first are not moved. [default: 1]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    num_frozen_tokens: Option<usize>,
+    /// Width of the network that makes the virtual tokens of p-tuning. [default: 128]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encoder_hidden_size: Option<usize>,
+    /// Text as whose embeddings the virtual tokens of prompt-tuning begin, or as whose keys and values those of a cartridge
+    /// do. [default: tokens by chance; of a cartridge the data]
+    #[arg(long, value_name = "TEXT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_init_text: Option<String>,
+    /// Ids of tokens whose rows of the embedding are trained: by trainable-tokens alone, or beside lora.
+    #[arg(long, value_delimiter = ',', value_name = "IDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trainable_token_indices: Option<Vec<u32>>,
+    /// Tokens from whose last occurrence in a text on lora works; what comes before them is the base's (activated LoRA).
+    #[arg(long, value_delimiter = ',', value_name = "IDS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    alora_invocation_tokens: Option<Vec<u32>>,
+    /// Biases of the base that lora trains beside: none, all, or lora_only for those of adapted layers. [default: none]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bias: Option<String>,
     /// A key of PEFT's config of the method that has no flag of its own, such as group_size=32 for road; may be repeated.
     #[arg(long = "option", value_name = "KEY=VALUE")]
     #[serde(skip)]

@@ -193,7 +193,10 @@ fn back_through<B: Backend>(
 fn context<'a, B: Backend>(it: &'a mut Interpreter<'_, B>, part: &Part<'a, B>, weight: Param) -> Context<'a, B> {
     let (pass, backend) = (it.pass, it.backend());
     let dropout = pass.dropout.and_then(|_| pass.layer_dropout(weight, it.rows.start));
-    Context { backend, pool: &mut *it.pool, held: part.adapters.held(), arithmetic: pass.arithmetic, dropout }
+    // Rows of one part of several are handed to it by themselves.
+    let first = if pass.parts.len() == 1 { it.rows.start } else { part.rows.start };
+    let (held, arithmetic, active) = (part.adapters.held(), pass.arithmetic, pass.active.get(first..).unwrap_or(&[]));
+    Context { backend, pool: &mut *it.pool, held, arithmetic, dropout, active }
 }
 
 /// Backward of the layers of a group, the last one first. A pass that learns has one part.
@@ -220,6 +223,10 @@ pub(super) fn back<B: Backend>(
             let u = if learns { Some(unchanged(it, part, *layer, x)?) } else { None };
             back_through(&mut context(it, part, layer.weight), &on.outputs, u.as_ref(), &mut dy, grads)?;
             u.into_iter().for_each(|buffer| it.put(buffer));
+        }
+        if let Some(db) = part.adapters.learned_vector(layer.bias).and_then(|id| grads.of(id)) {
+            // y += b
+            it.backend().run(Call::SumColumns { a: &dy, b: None, y: db })?;
         }
         let mut carried = Vec::with_capacity(on.terms.len());
         if !on.terms.is_empty() {

@@ -92,11 +92,12 @@ pub(super) fn back<B: Backend>(
     let Some(dy) = dy else { return Ok(()) };
     match op {
         Op::Linears { .. } | Op::Carry { .. } => unreachable!("see above"),
-        Op::Embed { .. } | Op::EmbedPositions { .. } => {
+        Op::Embed { table } => embed::back(it, *table, dy, grads),
+        Op::EmbedPositions { .. } => {
             it.put(dy);
             Ok(())
         }
-        Op::Norm { norm, x } => norm::back(it, norm, *x, dy),
+        Op::Norm { norm, x } => norm::back(it, norm, *x, dy, grads),
         Op::Rope { table, heads, x } => rope::back(it, *table, *heads, *x, dy),
         Op::Attention { shape, state, q, k, v, .. } => attention::back(it, shape, *state, [*q, *k, *v], y, dy, grads),
         Op::Carried { slot, part } => carry::back_read(it, *slot, part, dy),

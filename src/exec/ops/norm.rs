@@ -1,6 +1,7 @@
-//! `y = x / rms(x) * w`, or a layer norm, see [`Norm`].
+//! `y = x / rms(x) * w`, or a layer norm, see [`Norm`]. Backward keeps `x`; with `n = x / rms(x)`, computed again, the
+//! gradients of a weight and a bias in training are `dw[c] = sum over t of dy n` and `db[c] = sum over t of dy`.
 
-use super::Interpreter;
+use super::{Gradients, Interpreter};
 use crate::error::Result;
 use pocketlora_kernels::{Backend, Call};
 use pocketlora_models::{Norm, Value};
@@ -20,8 +21,19 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, norm: &Norm, x: Value
     Ok(())
 }
 
-pub(super) fn back<B: Backend>(it: &mut Interpreter<'_, B>, norm: &Norm, x: Value, dy: B::Buffer) -> Result<()> {
+pub(super) fn back<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    norm: &Norm,
+    x: Value,
+    dy: B::Buffer,
+    grads: &mut Gradients<B>,
+) -> Result<()> {
     let backend = it.backend();
+    learn(it, norm, x, &dy, grads)?;
+    if !it.needs(x) {
+        it.put(dy);
+        return Ok(());
+    }
     let Norm { weight, width, eps, plus_one, centered, .. } = *norm;
     let w = weight.map(|w| it.pass.vector(w));
     let (mut dx, started) = it.take_grad(x)?;
@@ -37,5 +49,35 @@ pub(super) fn back<B: Backend>(it: &mut Interpreter<'_, B>, norm: &Norm, x: Valu
     })?;
     it.set_grad(x, dx);
     it.put(dy);
+    Ok(())
+}
+
+/// Adds to the gradients of the norm's weight and bias, where those are in training.
+fn learn<B: Backend>(
+    it: &mut Interpreter<'_, B>,
+    norm: &Norm,
+    x: Value,
+    dy: &B::Buffer,
+    grads: &mut Gradients<B>,
+) -> Result<()> {
+    let (backend, adapters) = (it.backend(), it.pass.adapters());
+    let Norm { weight, width, eps, centered, bias, .. } = *norm;
+    if let Some(dw) = adapters.learned_vector(weight).and_then(|id| grads.of(id)) {
+        let mut n = it.buffer(it.len(x))?;
+        if centered {
+            let mut ones = it.buffer(backend.len(dw))?;
+            backend.write(&mut ones, &vec![1.0; backend.len(dw)]);
+            backend.run(Call::LayerNorm { w: &ones, b: None, eps, x: it.data(x), y: &mut n })?;
+            it.put(ones);
+        } else {
+            let input = it.data(x);
+            backend.run(Call::RmsNorm { width, w: None, plus_one: false, eps, x: input, y: &mut n })?;
+        }
+        backend.run(Call::SumColumns { a: dy, b: Some(&n), y: dw })?;
+        it.put(n);
+    }
+    if let Some(db) = adapters.learned_vector(bias).and_then(|id| grads.of(id)) {
+        backend.run(Call::SumColumns { a: dy, b: None, y: db })?;
+    }
     Ok(())
 }
