@@ -1,10 +1,11 @@
 //! AdaLoRA (Zhang et al. 2023): `y = x Wᵀ + s ((x Aᵀ) E) Bᵀ` with `E` `[r, 1]` in place of singular values, and `s = alpha /
 //! (init_r + 1e-5)`, however many ranks a file has left. Served, `E` is folded into A. Training adds `orth_reg_weight` times the
 //! mean over all A and B of `|P Pᵀ - 1|` to the loss, so that the ranks stay apart. Which ranks a file of PEFT kept is in
-//! `rank_pattern`; here training keeps all ranks that it began with.
+//! `rank_pattern`. A run that begins one here gives ranks up as `target_r` asks for (`src/train/allocate.rs`): their singular values
+//! are zero in its file.
 
 use super::made::Map;
-use super::method::{AdapterMethod, Settings, begin_with, options_of, with_unnamed};
+use super::method::{AdapterMethod, Budget, Settings, begin_with, options_of, with_unnamed};
 use super::peft::{Found, KeyUse, Keys, MERGE, RETRAIN, Use};
 use super::pieces::{Of, Piece, Plan};
 use super::tensor::{Stored, TensorSpec};
@@ -26,11 +27,11 @@ const KEYS: &[KeyUse] = &[
     ("alora_invocation_tokens", OnlyDefault, RETRAIN),
     ("alpha_pattern", OnlyDefault, MERGE),
     ("arrow_config", OnlyDefault, MERGE),
-    ("beta1", NoEffect, ""), // how ranks were chosen
-    ("beta2", NoEffect, ""),
+    ("beta1", Honoured, ""),
+    ("beta2", Honoured, ""),
     ("bias", Honoured, ""),
     ("corda_config", NoEffect, ""),
-    ("deltaT", NoEffect, ""),
+    ("deltaT", Honoured, ""),
     ("ensure_weight_tying", Honoured, ""),
     ("eva_config", NoEffect, ""),
     ("exclude_modules", Honoured, ""),
@@ -55,10 +56,10 @@ const KEYS: &[KeyUse] = &[
     ("rank_pattern", Honoured, ""),
     ("target_modules", Honoured, ""),
     ("target_parameters", OnlyDefault, MERGE),
-    ("target_r", NoEffect, ""),
-    ("tfinal", NoEffect, ""),
-    ("tinit", NoEffect, ""),
-    ("total_step", NoEffect, ""),
+    ("target_r", Honoured, ""),
+    ("tfinal", Honoured, ""),
+    ("tinit", Honoured, ""),
+    ("total_step", Honoured, ""),
     ("trainable_token_indices", Honoured, ""),
     ("use_bdlora", OnlyDefault, MERGE),
     ("use_dora", OnlyDefault, MERGE),
@@ -69,13 +70,19 @@ const KEYS: &[KeyUse] = &[
 
 /// Settings of AdaLoRA.
 #[derive(Clone, Debug, PartialEq)]
-pub struct AdaLora {
+pub struct Adalora {
     /// Ranks at the start (`init_r`).
     pub rank: usize,
     /// `lora_alpha`.
     pub alpha: f64,
     /// `orth_reg_weight`.
     pub orth_reg_weight: f64,
+    /// How many singular values training keeps.
+    pub budget: Budget,
+    /// It began here, and its ranks are given up by the budget; those of a file stay as they are.
+    fresh: bool,
+    /// What the file says of the run that made it (`total_step`).
+    total_step: Option<u64>,
     /// Suffixes of the adapted modules.
     pub targets: Vec<String>,
     /// `rank_pattern` as the file has it.
@@ -132,13 +139,13 @@ impl Map for Singular {
     }
 }
 
-impl AdaLora {
+impl Adalora {
     fn of_module(&self, module: &str) -> usize {
         self.ranks.get(module).copied().unwrap_or(self.rank)
     }
 }
 
-impl AdapterMethod for AdaLora {
+impl AdapterMethod for Adalora {
     const PEFT_TYPE: &'static str = "ADALORA";
     const NAME: &'static str = "AdaLoRA";
     const KEYS: &'static [KeyUse] = KEYS;
@@ -153,8 +160,22 @@ impl AdapterMethod for AdaLora {
         if pattern.is_some_and(|pattern| !pattern.is_object()) {
             return Err(keys.wrong("rank_pattern", "an object of lists of booleans"));
         }
+        let rank = keys.whole("init_r", 1, 12)?;
+        let steps = |key: &str, default: usize| keys.whole(key, 0, default).map(|steps| steps as u64);
+        let beta = |key: &str| keys.number(key, Some(0.85)).map(|beta| beta as f32);
+        let budget = Budget {
+            target: keys.whole("target_r", 1, rank)?.min(rank),
+            tinit: steps("tinit", 0)?,
+            tfinal: steps("tfinal", 0)?,
+            every: steps("deltaT", 1)?,
+            beta1: beta("beta1")?,
+            beta2: beta("beta2")?,
+        };
         Ok(Self {
-            rank: keys.whole("init_r", 1, 12)?,
+            rank,
+            budget,
+            fresh: false,
+            total_step: keys.get("total_step").and_then(Value::as_u64),
             alpha: keys.number("lora_alpha", Some(8.0))?,
             orth_reg_weight: keys.number("orth_reg_weight", Some(0.5))?,
             targets: Vec::new(),
@@ -186,7 +207,8 @@ impl AdapterMethod for AdaLora {
 
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
         let config = [("init_r", settings.rank.into()), ("lora_alpha", super::peft::number(settings.alpha))];
-        begin_with(&config, settings, model)
+        let (method, layers): (Self, Vec<Param>) = begin_with(&config, settings, model)?;
+        Ok((Self { fresh: true, ..method }, layers))
     }
 
     fn shapes(&self, module: &str, [out, input]: [usize; 2]) -> Vec<Vec<usize>> {
@@ -218,6 +240,10 @@ impl AdapterMethod for AdaLora {
         self.pattern.is_some().then_some("some of its ranks were taken away (`rank_pattern`)")
     }
 
+    fn budget(&self) -> Option<Budget> {
+        (self.fresh && self.budget.target < self.rank).then_some(self.budget)
+    }
+
     fn settings(&self, settings: Settings) -> Settings {
         let options = options_of(&settings.options, &self.write(&[]));
         Settings { rank: self.rank, alpha: self.alpha, targets: self.targets.clone(), options, ..settings }
@@ -232,12 +258,18 @@ impl AdapterMethod for AdaLora {
     }
 
     fn write(&self, adapted: &[String]) -> Object<String, Value> {
+        let Budget { target, tinit, tfinal, .. } = self.budget;
+        // PEFT reads no schedule without a step for the budget.
+        let total = self.total_step.unwrap_or_default().max(tinit + tfinal + 1);
+        // The number that somebody typed, without the digits of its f64.
+        let beta = |beta: f32| beta.to_string().parse::<f64>().unwrap_or(f64::from(beta));
         let config = json!({
-            "beta1": 0.85, "beta2": 0.85, "bias": "none", "deltaT": 1, "exclude_modules": null, "fan_in_fan_out": false,
+            "beta1": beta(self.budget.beta1), "beta2": beta(self.budget.beta2), "bias": "none",
+            "deltaT": self.budget.every, "exclude_modules": null, "fan_in_fan_out": false,
             "init_lora_weights": true, "init_r": self.rank, "layers_pattern": null, "layers_to_transform": null,
             "lora_alpha": super::peft::number(self.alpha), "lora_dropout": 0.0, "orth_reg_weight": self.orth_reg_weight,
             "r": 8, "rank_pattern": self.pattern, "target_modules": with_unnamed(&self.targets, adapted),
-            "target_r": self.rank, "tfinal": 0, "tinit": 0, "total_step": 1, "use_dora": false, "use_rslora": false,
+            "target_r": target, "tfinal": tfinal, "tinit": tinit, "total_step": total, "use_dora": false, "use_rslora": false,
         });
         config.as_object().cloned().unwrap_or_default()
     }

@@ -8,7 +8,7 @@ use super::peft::{Found, KeyUse, Keys, Use};
 use super::pieces::{NoWeight, Plan, fold, forms};
 use super::tensor::{Stored, TensorSpec, Tensors};
 use super::weight::LayerWeight;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Layout, Model, Param, ParamSpec, Role};
 use serde_json::{Map, Value};
@@ -62,6 +62,23 @@ impl Settings {
             _ => unreachable!("`{key}` is no setting of an adapter"),
         }
     }
+}
+
+/// How many singular values AdaLoRA keeps, see [`crate::train`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Budget {
+    /// Kept in the end, of each module on average (`target_r`).
+    pub target: usize,
+    /// Steps before the first is given up (`tinit`).
+    pub tinit: u64,
+    /// Steps after the last choice (`tfinal`).
+    pub tfinal: u64,
+    /// Steps between two choices (`deltaT`).
+    pub every: u64,
+    /// Smoothing of importances (`beta1`).
+    pub beta1: f32,
+    /// Smoothing of how much they vary (`beta2`).
+    pub beta2: f32,
 }
 
 /// How a tensor is moved in training.
@@ -198,6 +215,11 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
         None
     }
 
+    /// The budget of ranks to which training brings it, if there is one.
+    fn budget(&self) -> Option<Budget> {
+        None
+    }
+
     /// How the tensor `name` is moved in training.
     fn group(&self, _name: &str, _settings: &Settings) -> Group {
         Group { rate: 1.0, decays: true }
@@ -319,4 +341,19 @@ const COMMONLY_READ: [&str; 5] = ["bias", "exclude_modules", "layers_pattern", "
 /// Those of `options` with the values that `config` has.
 pub(super) fn options_of(options: &Map<String, Value>, config: &Map<String, Value>) -> Map<String, Value> {
     options.keys().filter_map(|key| Some((key.clone(), config.get(key)?.clone()))).collect()
+}
+
+/// Refuses a layer of `side` inputs or outputs which `parts`, a number of blocks or of columns in one, does not divide.
+///
+/// # Errors
+/// It does not.
+pub(super) fn check_divides(module: &str, side: usize, parts: usize, what: &str) -> Result<()> {
+    if parts > 0 && side > 0 && side.is_multiple_of(parts) {
+        return Ok(());
+    }
+    let message = format!(
+        "expected a layer whose sides `{what}`, `{parts}`, divides, got one of {side}; use the base that the adapter was \
+         trained on"
+    );
+    Err(Error::new(ErrorCode::AdapterMismatch, format!("module `{module}`"), message))
 }

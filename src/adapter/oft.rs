@@ -4,7 +4,7 @@
 //! sqrt(blocks)`, and what is trained is put back to that after each step. Backward reads the layer's input.
 
 use super::made::Map;
-use super::method::{AdapterMethod, Settings, begin_with, options_of, with_unnamed};
+use super::method::{AdapterMethod, Settings, begin_with, check_divides, options_of, with_unnamed};
 use super::peft::{KeyUse, Keys, Use};
 use super::pieces::{Of, Piece, Plan};
 use super::square::{Square, inverse};
@@ -216,9 +216,10 @@ impl AdapterMethod for Oft {
         vec![0.0; spec.values()]
     }
 
-    fn plan(&self, _module: &str, weight: &dyn LayerWeight, _factor: f32) -> Result<Plan> {
+    fn plan(&self, module: &str, weight: &dyn LayerWeight, _factor: f32) -> Result<Plan> {
         let [_, input] = weight.shape();
         let size = self.size(input);
+        check_divides(module, input, if size > 1 { size } else { 0 }, "oft_block_size")?;
         let stored = if self.shared { 1 } else { input / size };
         let bound = self.bound.map(|eps| eps / (stored as f64).sqrt());
         let r = Of::Made(vec![stored, size, size]);

@@ -188,7 +188,8 @@ impl Work {
             weights_mapped: 0,
             adapter: on_device(true) + frozen,
             gradients: on_device(false),
-            optimizer: config.state_bytes(self.values()),
+            // A budget of ranks remembers two numbers for each value.
+            optimizer: config.state_bytes(self.values()) + self.method.budget().map_or(0, |_| 8 * self.values() as u64),
             layer_inputs: count.regions[1] as u64,
             layer_workspace: count.regions[0] as u64,
             attention: count.attention as u64,

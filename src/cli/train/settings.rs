@@ -20,8 +20,8 @@ pub(in crate::cli) struct Chosen {
 #[derive(clap::Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Settings {
-    /// Method of the adapter: lora, ia3 (scaled activations) or prefix-tuning (keys and values before each text).
-    /// [default: lora]
+    /// Method of the adapter: lora, dora, lora-fa, bdlora, adalora, gralora, vera, miss, delora, loha, lokr, oft, hra, road,
+    /// shira, beft (biases), ia3 (scaled activations) or prefix-tuning (keys and values before each text). [default: lora]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<String>,
