@@ -322,7 +322,7 @@ pub(super) fn begin_with<M: AdapterMethod>(
     let own: Map<String, Value> = config.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
     for key in settings.options.keys() {
         let known = M::KEYS.iter().any(|(k, used, _)| k == key && *used == Use::Honoured);
-        if !known || own.contains_key(key) || key.starts_with("target_") {
+        if !known || own.contains_key(key) || COMMONLY_READ.contains(&key.as_str()) {
             let can = M::KEYS.iter().filter(|(k, used, _)| *used == Use::Honoured && !own.contains_key(*k));
             let can: Vec<&str> = can.map(|(k, ..)| *k).filter(|k| !COMMONLY_READ.contains(k)).collect();
             let can = if can.is_empty() { "no option".to_owned() } else { format!("some of `{}`", can.join("`, `")) };
@@ -335,8 +335,19 @@ pub(super) fn begin_with<M: AdapterMethod>(
     Ok((method, layers))
 }
 
-/// Keys that choose layers, which settings do under names of their own.
-const COMMONLY_READ: [&str; 5] = ["bias", "exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"];
+/// Keys that choose layers or tell of them, which is no matter of settings, or which these have under names of their own.
+const COMMONLY_READ: [&str; 10] = [
+    "bias",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "total_step",
+    "trainable_token_indices",
+];
 
 /// Those of `options` with the values that `config` has.
 pub(super) fn options_of(options: &Map<String, Value>, config: &Map<String, Value>) -> Map<String, Value> {

@@ -308,3 +308,32 @@ fn adalora_gives_up_the_ranks_that_matter_least() {
     let error = base(1).trainer(config, data(), None, None, out.path()).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("tinit"), "{error}");
 }
+
+/// What is trained is B alone, and the file is a LoRA's.
+#[test]
+fn lora_fa_leaves_a_as_it_was_drawn() {
+    let dir = tempfile::tempdir().unwrap();
+    let case = case("lora_dora", Kind::LoraFa, 4, 8.0, json!({}));
+    let [long, cut] = ["long", "cut"].map(|name| dir.path().join(name));
+    assert!(train(&case, &long, 2, false, 0).0);
+    assert!(!train(&case, &cut, 1, false, 1).0);
+    let drawn = tensors(&cut.join("checkpoint.safetensors"));
+    assert!(drawn.keys().all(|name| !name.contains("lora_A")), "there is no state of what is not trained");
+    assert!(train(&case, &cut, 1, true, 0).0);
+    let bytes = |out: &Path| fs::read(out.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(bytes(&long), bytes(&cut));
+    let file = AdapterFile::open(&long).unwrap();
+    assert_eq!(file.method.kind(), Kind::Lora);
+    let lora = dir.path().join("lora");
+    assert!(!train(&Case { kind: Kind::Lora, ..case }, &lora, 1, false, 1).0);
+    let of_lora = tensors(&lora.join("checkpoint.safetensors"));
+    for (name, tensor) in &file.tensors {
+        if name.ends_with("lora_B.weight") {
+            assert!(tensor.data.iter().any(|b| *b != 0.0), "{name}");
+            continue;
+        }
+        // Both draw alike, and one step of 5e-3 has moved LoRA's.
+        let (moved, _) = crate::common::max_diff(&tensor.data, &of_lora[&format!("param.{name}")].data);
+        assert!(moved < 0.02, "{name}: {moved}");
+    }
+}

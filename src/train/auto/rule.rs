@@ -130,7 +130,13 @@ pub(super) fn settings(mut config: TrainConfig, given: &dyn Fn(&str) -> bool, n:
         config.lr = usual_rate(config.method, n.size.hidden);
     }
     if open("rank") && config.method.reads("rank") {
-        config.rank = rank(n);
+        config.rank = match config.method {
+            // Its scales are few, whatever the rank.
+            Kind::Vera => 256,
+            // It works with the square of it.
+            Kind::Loha => rank(n).min(16),
+            _ => rank(n),
+        };
     }
     if open("batch") && open("accumulate") && !config.packing {
         config.batch = batch(n);
