@@ -5,6 +5,7 @@ use super::made::Map;
 use super::square::{Square, inverse};
 use super::weight::LayerWeight;
 use crate::error::Result;
+use rayon::prelude::*;
 
 /// The matrices `M`.
 pub(super) struct Rotations {
@@ -48,58 +49,69 @@ impl Rotations {
     }
 }
 
-impl Map for Rotations {
-    fn forward(&self, own: &[&[f32]], _weight: &dyn LayerWeight) -> Result<Vec<Vec<f32>>> {
-        let mut all = Vec::new();
-        for triangle in own[0].chunks(self.triangle().max(1)) {
-            let s = self.skew(triangle);
-            let m = match self.series {
-                None => inverse(&Square::one(self.size).plus(-1.0, &s)).scaled(2.0).plus(-1.0, &Square::one(self.size)),
-                Some(terms) => {
-                    let (q, mut power, mut m) = (s.scaled(-1.0), Square::one(self.size), Square::one(self.size));
-                    for factor in Self::coefficients(terms) {
-                        power = power.times(&q);
-                        m = m.plus(factor, &power);
-                    }
-                    m
-                }
-            };
-            all.extend(m.values().iter().map(|v| *v as f32));
+impl Rotations {
+    /// `M` of one block.
+    fn rotation(&self, triangle: &[f32]) -> Square {
+        let (s, one) = (self.skew(triangle), Square::one(self.size));
+        let Some(terms) = self.series else {
+            return inverse(&one.clone().plus(-1.0, &s)).scaled(2.0).plus(-1.0, &one);
+        };
+        let q = s.scaled(-1.0);
+        let (mut power, mut m) = (one.clone(), one);
+        for (k, factor) in Self::coefficients(terms).enumerate() {
+            power = if k == 0 { q.clone() } else { power.times(&q) };
+            m = m.plus(factor, &power);
         }
-        Ok(vec![all])
+        m
     }
 
+    /// The gradient of one block's triangle, given that of its `M`.
+    fn pull(&self, triangle: &[f32], grad: &[f32]) -> Vec<f32> {
+        let (s, dm) = (self.skew(triangle), Square::of(self.size, grad));
+        let ds = match self.series {
+            // M = 2 X - 1 with X = (1 - S)^-1, so dS = Xᵀ (2 dM) Xᵀ.
+            None => {
+                let x = inverse(&Square::one(self.size).plus(-1.0, &s)).transposed();
+                x.times(&dm).times(&x).scaled(2.0)
+            }
+            Some(terms) => {
+                let q = s.scaled(-1.0);
+                let mut powers = vec![q.clone()];
+                for k in 2..terms.saturating_sub(1) {
+                    powers.push(powers[k - 2].times(&q));
+                }
+                let (turned, mut dq, mut dpower) = (q.transposed(), Square::zeros(self.size), Square::zeros(self.size));
+                for (k, factor) in (1..terms).zip(Self::coefficients(terms)).rev() {
+                    // P_k = P_{k-1} Q, and P_0 = 1
+                    dpower = dpower.plus(factor, &dm);
+                    if k == 1 {
+                        dq = dq.plus(1.0, &dpower);
+                    } else {
+                        dq = dq.plus(1.0, &powers[k - 2].transposed().times(&dpower));
+                        dpower = dpower.times(&turned);
+                    }
+                }
+                dq.scaled(-1.0)
+            }
+        };
+        self.places().map(|(i, j)| (ds[(i, j)] - ds[(j, i)]) as f32).collect()
+    }
+}
+
+// Blocks are apart from each other, so that the threads on which they are computed change nothing.
+impl Map for Rotations {
+    fn forward(&self, own: &[&[f32]], _weight: &dyn LayerWeight) -> Result<Vec<Vec<f32>>> {
+        let one =
+            |triangle: &[f32]| -> Vec<f32> { self.rotation(triangle).values().iter().map(|v| *v as f32).collect() };
+        let all: Vec<Vec<f32>> = own[0].par_chunks(self.triangle().max(1)).map(one).collect();
+        Ok(vec![all.concat()])
+    }
+
+    /// What the bound took away is taken away from the tensor itself: no gradient goes through it.
     fn backward(&self, own: &[&[f32]], grads: &[&[f32]]) -> Vec<Vec<f32>> {
-        let mut all = Vec::with_capacity(own[0].len());
-        let blocks = own[0].chunks(self.triangle().max(1)).zip(grads[0].chunks(self.size * self.size));
-        for (triangle, grad) in blocks {
-            let (s, dm) = (self.skew(triangle), Square::of(self.size, grad));
-            let ds = match self.series {
-                // M = 2 X - 1 with X = (1 - S)^-1, so dS = Xᵀ (2 dM) Xᵀ.
-                None => {
-                    let x = inverse(&Square::one(self.size).plus(-1.0, &s)).transposed();
-                    x.times(&dm).times(&x).scaled(2.0)
-                }
-                Some(terms) => {
-                    let q = s.scaled(-1.0);
-                    let mut powers = vec![Square::one(self.size)];
-                    for k in 1..terms {
-                        powers.push(powers[k - 1].times(&q));
-                    }
-                    let (mut dq, mut dpower) = (Square::zeros(self.size), Square::zeros(self.size));
-                    for (k, factor) in (1..terms).zip(Self::coefficients(terms)).rev() {
-                        // P_k = P_{k-1} Q
-                        dpower = dpower.plus(factor, &dm);
-                        dq = dq.plus(1.0, &powers[k - 1].transposed().times(&dpower));
-                        dpower = dpower.times(&q.transposed());
-                    }
-                    dq.scaled(-1.0)
-                }
-            };
-            // What the bound took away is taken away from the tensor itself: no gradient goes through it.
-            all.extend(self.places().map(|(i, j)| (ds[(i, j)] - ds[(j, i)]) as f32));
-        }
-        vec![all]
+        let blocks = own[0].par_chunks(self.triangle().max(1)).zip(grads[0].par_chunks(self.size * self.size));
+        let all: Vec<Vec<f32>> = blocks.map(|(triangle, grad)| self.pull(triangle, grad)).collect();
+        vec![all.concat()]
     }
 
     fn settled(&self, own: &[&[f32]]) -> Option<(usize, Vec<f32>)> {

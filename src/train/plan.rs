@@ -181,6 +181,7 @@ impl Work {
             let parts = adapters.held().parts().filter(|(part, _)| fixed || *part != TensorPart::Fixed);
             4 * parts.map(|(_, values)| values as u64).sum::<u64>()
         };
+        let trained = || self.specs.iter().filter(|spec| !self.method.is_frozen(&spec.name)).map(TensorSpec::values);
         // What is never trained is held for the file as well.
         let frozen = self.specs.iter().filter(|spec| self.method.is_frozen(&spec.name));
         let frozen = 4 * frozen.map(|spec| spec.values() as u64).sum::<u64>();
@@ -195,8 +196,7 @@ impl Work {
             attention: count.attention as u64,
             logits: count.loss as u64,
             // Its values, and the bytes of the file.
-            saving: (2 * 4 * self.specs.iter().map(TensorSpec::values).max().unwrap_or(0) as u64)
-                .max(adapters.held().made_bytes()),
+            saving: (2 * 4 * trained().max().unwrap_or(0) as u64).max(adapters.held().made_bytes()),
             kernels: count.kernels as u64,
             references: self.references,
             asking: 0,

@@ -224,7 +224,7 @@ fn broken_files_of_layer_methods_never_panic() {
             }
         }
         let header = 8 + u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
-        for bit in (0..header * 8).step_by(41) {
+        for bit in (0..header * 8).step_by(331) {
             let mut bad = good.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
             attach(Value::from(good_config.clone()).to_string(), &bad)?;
