@@ -1,12 +1,13 @@
 //! AdaLoRA (Zhang et al. 2023): `y = x Wᵀ + s ((x Aᵀ) E) Bᵀ` with `E` `[r, 1]` in place of singular values, and `s = alpha /
 //! (init_r + 1e-5)`, however many ranks a file has left. Served, `E` is folded into A. Training adds `orth_reg_weight` times the
 //! mean over all A and B of `|P Pᵀ - 1|` to the loss, so that the ranks stay apart. Which ranks a file of PEFT kept is in
-//! `rank_pattern`; here training keeps all ranks that it began with.
+//! `rank_pattern`. A run that begins one here gives ranks up as `target_r` asks for (`src/train/allocate.rs`): their singular values
+//! are zero in its file.
 
-use super::made::Map;
-use super::method::{AdapterMethod, Settings, begin_with, options_of, with_unnamed};
+use super::method::{AdapterMethod, Budget, Settings, begin_with, options_of, with_unnamed};
 use super::peft::{Found, KeyUse, Keys, MERGE, RETRAIN, Use};
 use super::pieces::{Of, Piece, Plan};
+use super::singular::Singular;
 use super::tensor::{Stored, TensorSpec};
 use super::weight::LayerWeight;
 use crate::error::{Error, Result};
@@ -26,11 +27,11 @@ const KEYS: &[KeyUse] = &[
     ("alora_invocation_tokens", OnlyDefault, RETRAIN),
     ("alpha_pattern", OnlyDefault, MERGE),
     ("arrow_config", OnlyDefault, MERGE),
-    ("beta1", NoEffect, ""), // how ranks were chosen
-    ("beta2", NoEffect, ""),
+    ("beta1", Honoured, ""),
+    ("beta2", Honoured, ""),
     ("bias", Honoured, ""),
     ("corda_config", NoEffect, ""),
-    ("deltaT", NoEffect, ""),
+    ("deltaT", Honoured, ""),
     ("ensure_weight_tying", Honoured, ""),
     ("eva_config", NoEffect, ""),
     ("exclude_modules", Honoured, ""),
@@ -55,10 +56,10 @@ const KEYS: &[KeyUse] = &[
     ("rank_pattern", Honoured, ""),
     ("target_modules", Honoured, ""),
     ("target_parameters", OnlyDefault, MERGE),
-    ("target_r", NoEffect, ""),
-    ("tfinal", NoEffect, ""),
-    ("tinit", NoEffect, ""),
-    ("total_step", NoEffect, ""),
+    ("target_r", Honoured, ""),
+    ("tfinal", Honoured, ""),
+    ("tinit", Honoured, ""),
+    ("total_step", Honoured, ""),
     ("trainable_token_indices", Honoured, ""),
     ("use_bdlora", OnlyDefault, MERGE),
     ("use_dora", OnlyDefault, MERGE),
@@ -69,13 +70,19 @@ const KEYS: &[KeyUse] = &[
 
 /// Settings of AdaLoRA.
 #[derive(Clone, Debug, PartialEq)]
-pub struct AdaLora {
+pub struct Adalora {
     /// Ranks at the start (`init_r`).
     pub rank: usize,
     /// `lora_alpha`.
     pub alpha: f64,
     /// `orth_reg_weight`.
     pub orth_reg_weight: f64,
+    /// How many singular values training keeps.
+    pub budget: Budget,
+    /// It began here, and its ranks are given up by the budget; those of a file stay as they are.
+    fresh: bool,
+    /// What the file says of the run that made it (`total_step`).
+    total_step: Option<u64>,
     /// Suffixes of the adapted modules.
     pub targets: Vec<String>,
     /// `rank_pattern` as the file has it.
@@ -84,61 +91,13 @@ pub struct AdaLora {
     ranks: BTreeMap<String, usize>,
 }
 
-/// `E A`, and what keeps ranks apart.
-struct Singular {
-    rank: usize,
-    orth_reg_weight: f64,
-}
-
-impl Map for Singular {
-    fn forward(&self, own: &[&[f32]], _weight: &dyn LayerWeight) -> Result<Vec<Vec<f32>>> {
-        let input = own[0].len() / self.rank.max(1);
-        Ok(vec![own[0].iter().enumerate().map(|(i, a)| a * own[2][i / input.max(1)]).collect()])
-    }
-
-    fn backward(&self, own: &[&[f32]], grads: &[&[f32]]) -> Vec<Vec<f32>> {
-        let input = (own[0].len() / self.rank.max(1)).max(1);
-        let da = grads[0].iter().enumerate().map(|(i, g)| g * own[2][i / input]).collect();
-        let rows = grads[0].chunks(input).zip(own[0].chunks(input));
-        let de = rows.map(|(g, a)| g.iter().zip(a).map(|(g, a)| g * a).sum()).collect();
-        vec![da, Vec::new(), de]
-    }
-
-    fn penalty(&self, own: &[&[f32]], weight: f32, grads: &mut [Vec<f32>]) -> f64 {
-        let weight = self.orth_reg_weight * f64::from(weight) / 2.0;
-        let mut sum = 0.0;
-        grads[1].resize(own[1].len(), 0.0);
-        for (i, by_rows) in [(0, true), (1, false)] {
-            let (values, rank) = (own[i], self.rank);
-            let width = values.len() / rank.max(1);
-            let at = |k: usize, j: usize| if by_rows { k * width + j } else { j * rank + k };
-            let mut gram = vec![0.0; rank * rank];
-            for (kl, gram) in gram.iter_mut().enumerate() {
-                let (k, l) = (kl / rank, kl % rank);
-                let dot = (0..width).map(|j| f64::from(values[at(k, j)]) * f64::from(values[at(l, j)])).sum::<f64>();
-                *gram = dot - f64::from(u8::from(k == l));
-            }
-            let norm = gram.iter().map(|g| g * g).sum::<f64>().sqrt();
-            sum += weight * norm;
-            // The gradient of |P Pᵀ - 1| is 2 (P Pᵀ - 1) P / |P Pᵀ - 1|.
-            for k in (0..rank).filter(|_| norm > 0.0) {
-                for j in 0..width {
-                    let row = (0..rank).map(|l| gram[k * rank + l] * f64::from(values[at(l, j)])).sum::<f64>();
-                    grads[i][at(k, j)] += (2.0 * weight * row / norm) as f32;
-                }
-            }
-        }
-        sum
-    }
-}
-
-impl AdaLora {
+impl Adalora {
     fn of_module(&self, module: &str) -> usize {
         self.ranks.get(module).copied().unwrap_or(self.rank)
     }
 }
 
-impl AdapterMethod for AdaLora {
+impl AdapterMethod for Adalora {
     const PEFT_TYPE: &'static str = "ADALORA";
     const NAME: &'static str = "AdaLoRA";
     const KEYS: &'static [KeyUse] = KEYS;
@@ -153,8 +112,22 @@ impl AdapterMethod for AdaLora {
         if pattern.is_some_and(|pattern| !pattern.is_object()) {
             return Err(keys.wrong("rank_pattern", "an object of lists of booleans"));
         }
+        let rank = keys.whole("init_r", 1, 12)?;
+        let steps = |key: &str, default: usize| keys.whole(key, 0, default).map(|steps| steps as u64);
+        let beta = |key: &str| keys.number(key, Some(0.85)).map(|beta| beta as f32);
+        let budget = Budget {
+            target: keys.whole("target_r", 1, rank)?.min(rank),
+            tinit: steps("tinit", 0)?,
+            tfinal: steps("tfinal", 0)?,
+            every: steps("deltaT", 1)?,
+            beta1: beta("beta1")?,
+            beta2: beta("beta2")?,
+        };
         Ok(Self {
-            rank: keys.whole("init_r", 1, 12)?,
+            rank,
+            budget,
+            fresh: false,
+            total_step: keys.get("total_step").and_then(Value::as_u64),
             alpha: keys.number("lora_alpha", Some(8.0))?,
             orth_reg_weight: keys.number("orth_reg_weight", Some(0.5))?,
             targets: Vec::new(),
@@ -186,7 +159,8 @@ impl AdapterMethod for AdaLora {
 
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
         let config = [("init_r", settings.rank.into()), ("lora_alpha", super::peft::number(settings.alpha))];
-        begin_with(&config, settings, model)
+        let (method, layers): (Self, Vec<Param>) = begin_with(&config, settings, model)?;
+        Ok((Self { fresh: true, ..method }, layers))
     }
 
     fn shapes(&self, module: &str, [out, input]: [usize; 2]) -> Vec<Vec<usize>> {
@@ -218,6 +192,10 @@ impl AdapterMethod for AdaLora {
         self.pattern.is_some().then_some("some of its ranks were taken away (`rank_pattern`)")
     }
 
+    fn budget(&self) -> Option<Budget> {
+        (self.fresh && self.budget.target < self.rank).then_some(self.budget)
+    }
+
     fn settings(&self, settings: Settings) -> Settings {
         let options = options_of(&settings.options, &self.write(&[]));
         Settings { rank: self.rank, alpha: self.alpha, targets: self.targets.clone(), options, ..settings }
@@ -232,12 +210,18 @@ impl AdapterMethod for AdaLora {
     }
 
     fn write(&self, adapted: &[String]) -> Object<String, Value> {
+        let Budget { target, tinit, tfinal, .. } = self.budget;
+        // PEFT reads no schedule without a step for the budget.
+        let total = self.total_step.unwrap_or_default().max(tinit + tfinal + 1);
+        // The number that somebody typed, without the digits of its f64.
+        let beta = |beta: f32| beta.to_string().parse::<f64>().unwrap_or(f64::from(beta));
         let config = json!({
-            "beta1": 0.85, "beta2": 0.85, "bias": "none", "deltaT": 1, "exclude_modules": null, "fan_in_fan_out": false,
+            "beta1": beta(self.budget.beta1), "beta2": beta(self.budget.beta2), "bias": "none",
+            "deltaT": self.budget.every, "exclude_modules": null, "fan_in_fan_out": false,
             "init_lora_weights": true, "init_r": self.rank, "layers_pattern": null, "layers_to_transform": null,
             "lora_alpha": super::peft::number(self.alpha), "lora_dropout": 0.0, "orth_reg_weight": self.orth_reg_weight,
             "r": 8, "rank_pattern": self.pattern, "target_modules": with_unnamed(&self.targets, adapted),
-            "target_r": self.rank, "tfinal": 0, "tinit": 0, "total_step": 1, "use_dora": false, "use_rslora": false,
+            "target_r": target, "tfinal": tfinal, "tinit": tinit, "total_step": total, "use_dora": false, "use_rslora": false,
         });
         config.as_object().cloned().unwrap_or_default()
     }

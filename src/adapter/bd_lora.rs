@@ -4,7 +4,7 @@
 
 use super::lora::{self, Lora, all_for_auto};
 use super::made::Map;
-use super::method::{AdapterMethod, Settings, last_parts, target_layers};
+use super::method::{AdapterMethod, Settings, check_divides, last_parts, target_layers};
 use super::peft::{Found, KeyUse, Keys};
 use super::pieces::{Of, Piece, Plan};
 use super::tensor::{Stored, TensorSpec};
@@ -18,7 +18,7 @@ const PARTS: &[&str] = &["lora_A.weight", "lora_B.weight"];
 
 /// A LoRA with blocks.
 #[derive(Clone, Debug, PartialEq)]
-pub struct BdLora {
+pub struct Bdlora {
     /// Rank, alpha and so on.
     pub lora: Lora,
     /// Blocks (`nblocks`).
@@ -27,7 +27,7 @@ pub struct BdLora {
     pub of: [Vec<String>; 2],
 }
 
-impl BdLora {
+impl Bdlora {
     /// Which factor of the module has blocks: 0 for A, 1 for B.
     fn blocked(&self, module: &str) -> Option<usize> {
         let named = |ends: &Vec<String>| ends.iter().any(|end| module == end || module.ends_with(&format!(".{end}")));
@@ -65,7 +65,7 @@ impl Map for Diagonal {
     }
 }
 
-impl AdapterMethod for BdLora {
+impl AdapterMethod for Bdlora {
     const PEFT_TYPE: &'static str = "LORA";
     const NAME: &'static str = "BD-LoRA";
     const KEYS: &'static [KeyUse] = lora::KEYS;
@@ -141,6 +141,8 @@ impl AdapterMethod for BdLora {
     fn plan(&self, module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {
         let ([out, input], (rank, own), blocks) = (weight.shape(), self.lora.of_module(module), self.blocks);
         let factor = own * factor;
+        let side = if self.blocked(module) == Some(0) { input } else { out };
+        check_divides(module, side, blocks, "nblocks")?;
         let (a, b, map) = match self.blocked(module) {
             Some(0) => {
                 let map = Diagonal { part: 0, blocks, rows: rank, cols: input / blocks };

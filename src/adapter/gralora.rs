@@ -4,7 +4,7 @@
 //! blocks, which the base's product takes along. With `hybrid_r` there is an ordinary LoRA of that rank beside it.
 
 use super::made::Map;
-use super::method::{AdapterMethod, Settings, begin_with, options_of, with_unnamed};
+use super::method::{AdapterMethod, Settings, begin_with, check_divides, options_of, with_unnamed};
 use super::peft::{KeyUse, Keys, Use};
 use super::pieces::{Of, Piece, Plan};
 use super::tensor::{Stored, TensorSpec};
@@ -37,7 +37,7 @@ const KEYS: &[KeyUse] = &[
 
 /// Settings of GraLoRA.
 #[derive(Clone, Debug, PartialEq)]
-pub struct GraLora {
+pub struct Gralora {
     /// Rank (`r`), a multiple of `k`.
     pub rank: usize,
     /// Rank of the LoRA beside it (`hybrid_r`), 0 for none.
@@ -93,7 +93,7 @@ impl Map for Blocks {
     }
 }
 
-impl AdapterMethod for GraLora {
+impl AdapterMethod for Gralora {
     const PEFT_TYPE: &'static str = "GRALORA";
     const NAME: &'static str = "GraLoRA";
     const KEYS: &'static [KeyUse] = KEYS;
@@ -149,8 +149,9 @@ impl AdapterMethod for GraLora {
         (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
     }
 
-    fn plan(&self, _module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {
+    fn plan(&self, module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {
         let ([out, input], Self { rank, hybrid, k, .. }) = (weight.shape(), self);
+        [out, input].into_iter().try_for_each(|side| check_divides(module, side, *k, "gralora_k"))?;
         let factor = factor * (self.alpha / (rank + hybrid) as f64) as f32;
         let (a, b) = (Of::Made(vec![k * rank, input]), Of::Made(vec![out, k * rank]));
         let mut pieces = vec![Piece::LowRank { a, b, factor }];

@@ -1,7 +1,7 @@
 //! All adapter methods: a new one is its own file, and one line in the list below.
 
-use super::adalora::AdaLora;
-use super::bd_lora::BdLora;
+use super::adalora::Adalora;
+use super::bd_lora::Bdlora;
 use super::beft::Beft;
 use super::cartridge::Cartridge;
 use super::delora::Delora;
@@ -9,7 +9,7 @@ use super::dora::Dora;
 use super::encoder::Encoder;
 use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
-use super::gralora::GraLora;
+use super::gralora::Gralora;
 use super::held::Loader;
 use super::hra::Hra;
 use super::ia3::Ia3;
@@ -22,7 +22,7 @@ use super::lora::Lora;
 use super::lora_fa::LoraFa;
 #[cfg(feature = "cli")]
 use super::method::with_embedding;
-use super::method::{AdapterMethod, Group, Settings, layer_at, paths_of};
+use super::method::{AdapterMethod, Budget, Group, Settings, layer_at, paths_of};
 use super::miss::Miss;
 use super::oft::Oft;
 use super::p_tuning::PTuning;
@@ -244,6 +244,12 @@ macro_rules! methods {
                 match self { $(Self::$name(m) => m.is_final()),+ }
             }
 
+            /// The budget of ranks to which training brings it, if there is one.
+            #[must_use]
+            pub fn budget(&self) -> Option<Budget> {
+                match self { $(Self::$name(m) => m.budget()),+ }
+            }
+
             /// How the tensor `name` is moved in training.
             #[must_use]
             pub fn group(&self, name: &str, settings: &Settings) -> Group {
@@ -320,7 +326,7 @@ methods! {
     /// Rows that inputs share.
     Miss,
     /// Low-rank terms with singular values.
-    AdaLora,
+    Adalora,
     /// Low-rank terms of a given strength.
     Delora,
     /// Products of low-rank terms, element by element.
@@ -330,7 +336,7 @@ methods! {
     /// Biases.
     Beft,
     /// Low-rank terms of blocks.
-    GraLora,
+    Gralora,
     /// Reflected inputs.
     Hra,
     /// Turned inputs.
@@ -344,7 +350,7 @@ methods! {
     /// Low-rank terms of which one half is trained.
     LoraFa,
     /// Low-rank terms with blocks.
-    BdLora,
+    Bdlora,
 }
 
 impl Kind {

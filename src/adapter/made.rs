@@ -184,13 +184,13 @@ mod tests {
             Kind::Lora | Kind::Ia3 | Kind::PrefixTuning => vec![],
             Kind::Dora => vec![json!({"r": 3, "lora_alpha": 5})],
             Kind::LoraFa => vec![json!({"r": 3, "lora_alpha": 5})],
-            Kind::BdLora => [blocks("q_proj", "x"), blocks("x", "q_proj")]
+            Kind::Bdlora => [blocks("q_proj", "x"), blocks("x", "q_proj")]
                 .map(|of| json!({"r": 4, "lora_alpha": 5, "use_bdlora": of}))
                 .into(),
             Kind::Miss => vec![json!({"r": 3}), json!({"r": 3, "init_weights": "mini", "mini_r": 4})],
-            Kind::AdaLora => vec![json!({"init_r": 3})],
+            Kind::Adalora => vec![json!({"init_r": 3})],
             Kind::Road => [1, 2, 4].map(|n| json!({"group_size": 4, "variant": format!("road_{n}")})).into(),
-            Kind::GraLora => vec![json!({"r": 4}), json!({"r": 4, "hybrid_r": 2})],
+            Kind::Gralora => vec![json!({"r": 4}), json!({"r": 4, "hybrid_r": 2})],
             Kind::Hra => vec![json!({"r": 3}), json!({"r": 3, "apply_GS": true})],
             Kind::Oft => vec![
                 json!({"oft_block_size": 4}),

@@ -8,7 +8,7 @@ use super::peft::{Found, KeyUse, Keys, Use};
 use super::pieces::{NoWeight, Plan, fold, forms};
 use super::tensor::{Stored, TensorSpec, Tensors};
 use super::weight::LayerWeight;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Layout, Model, Param, ParamSpec, Role};
 use serde_json::{Map, Value};
@@ -84,6 +84,23 @@ impl Settings {
             _ => unreachable!("`{key}` is no setting of an adapter"),
         }
     }
+}
+
+/// How many singular values AdaLoRA keeps, see [`crate::train`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Budget {
+    /// Kept in the end, of each module on average (`target_r`).
+    pub target: usize,
+    /// Steps before the first is given up (`tinit`).
+    pub tinit: u64,
+    /// Steps after the last choice (`tfinal`).
+    pub tfinal: u64,
+    /// Steps between two choices (`deltaT`).
+    pub every: u64,
+    /// Smoothing of importances (`beta1`).
+    pub beta1: f32,
+    /// Smoothing of how much they vary (`beta2`).
+    pub beta2: f32,
 }
 
 /// How a tensor is moved in training.
@@ -225,6 +242,11 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
         None
     }
 
+    /// The budget of ranks to which training brings it, if there is one.
+    fn budget(&self) -> Option<Budget> {
+        None
+    }
+
     /// How the tensor `name` is moved in training.
     fn group(&self, _name: &str, _settings: &Settings) -> Group {
         Group { rate: 1.0, decays: true }
@@ -358,7 +380,7 @@ pub(super) fn begin_with<M: AdapterMethod>(
     let own: Map<String, Value> = config.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
     for key in settings.options.keys() {
         let known = M::KEYS.iter().any(|(k, used, _)| k == key && *used == Use::Honoured);
-        if !known || own.contains_key(key) || key.starts_with("target_") {
+        if !known || own.contains_key(key) || COMMONLY_READ.contains(&key.as_str()) {
             let can = M::KEYS.iter().filter(|(k, used, _)| *used == Use::Honoured && !own.contains_key(*k));
             let can: Vec<&str> = can.map(|(k, ..)| *k).filter(|k| !COMMONLY_READ.contains(k)).collect();
             let can = if can.is_empty() { "no option".to_owned() } else { format!("some of `{}`", can.join("`, `")) };
@@ -371,10 +393,36 @@ pub(super) fn begin_with<M: AdapterMethod>(
     Ok((method, layers))
 }
 
-/// Keys that choose layers, which settings do under names of their own.
-const COMMONLY_READ: [&str; 5] = ["bias", "exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"];
+/// Keys that choose layers or tell of them, which is no matter of settings, or which these have under names of their own.
+const COMMONLY_READ: [&str; 10] = [
+    "bias",
+    "ensure_weight_tying",
+    "exclude_modules",
+    "layers_pattern",
+    "layers_to_transform",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "total_step",
+    "trainable_token_indices",
+];
 
 /// Those of `options` with the values that `config` has.
 pub(super) fn options_of(options: &Map<String, Value>, config: &Map<String, Value>) -> Map<String, Value> {
     options.keys().filter_map(|key| Some((key.clone(), config.get(key)?.clone()))).collect()
+}
+
+/// Refuses a layer of `side` inputs or outputs which `parts`, a number of blocks or of columns in one, does not divide.
+///
+/// # Errors
+/// It does not.
+pub(super) fn check_divides(module: &str, side: usize, parts: usize, what: &str) -> Result<()> {
+    if parts > 0 && side > 0 && side.is_multiple_of(parts) {
+        return Ok(());
+    }
+    let message = format!(
+        "expected a layer whose sides `{what}`, `{parts}`, divides, got one of {side}; use the base that the adapter was \
+         trained on"
+    );
+    Err(Error::new(ErrorCode::AdapterMismatch, format!("module `{module}`"), message))
 }

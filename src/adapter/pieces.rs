@@ -13,7 +13,7 @@ use super::scaled_term::ScaledTerm;
 use super::sparse::SparseTerm;
 use super::tensor::Tensors;
 use super::weight::LayerWeight;
-use crate::error::Result;
+use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::Backend;
 use std::ops::Range;
 
@@ -101,6 +101,10 @@ impl<B: Backend> Placer<'_, '_, B> {
             Of::Corner(name, shape) => {
                 let whole = self.load.host(name);
                 let cols = self.load.columns_of(name);
+                if whole.is_some_and(|whole| shape[1] > cols || shape[0] * cols > whole.len()) {
+                    let message = format!("expected `{name}` to have `{shape:?}` for a layer, got less of it");
+                    return Err(Error::new(ErrorCode::AdapterMismatch, format!("tensor `{name}`"), message));
+                }
                 self.load.shared(name, *shape, &|| corner(whole.unwrap_or_default(), cols, *shape))
             }
             Of::Pattern(name, shape, values) => self.load.shared(name, *shape, &|| values(*shape)),
@@ -136,7 +140,7 @@ impl<B: Backend> Placer<'_, '_, B> {
             }
             Piece::Output { scale, turn, shift } => {
                 let scale = scale.as_ref().map(|of| self.place(of, false)).transpose()?;
-                let turn = turn.as_ref().map(|(of, half)| Ok::<_, crate::Error>((self.place(of, false)?, *half)));
+                let turn = turn.as_ref().map(|(of, half)| Ok::<_, Error>((self.place(of, false)?, *half)));
                 let turn = turn.transpose()?;
                 let shift = shift.as_ref().map(|of| self.place(of, false)).transpose()?;
                 LayerForm::Output(Box::new(Affine { scale, turn, shift }))

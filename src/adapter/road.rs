@@ -4,7 +4,7 @@
 //! each output's cosine and sine. Backward computes what the layer gave once more.
 
 use super::made::Map;
-use super::method::{AdapterMethod, Settings, begin_with, options_of, with_unnamed};
+use super::method::{AdapterMethod, Settings, begin_with, check_divides, options_of, with_unnamed};
 use super::peft::{KeyUse, Keys, Use};
 use super::pieces::{Of, Piece, Plan};
 use super::tensor::{Stored, TensorSpec};
@@ -123,8 +123,9 @@ impl AdapterMethod for Road {
         vec![if part == 0 { 1.0 } else { 0.0 }; spec.values()]
     }
 
-    fn plan(&self, _module: &str, weight: &dyn LayerWeight, _factor: f32) -> Result<Plan> {
+    fn plan(&self, module: &str, weight: &dyn LayerWeight, _factor: f32) -> Result<Plan> {
         let ([out, _], half) = (weight.shape(), self.group_size / 2);
+        check_divides(module, out, self.group_size, "group_size")?;
         let (scale, turn) = (Some(Of::Made(vec![out])), Some((Of::Made(vec![out]), half)));
         let pieces = vec![Piece::Output { scale, turn, shift: None }];
         Ok(Plan::made(pieces, Turn { variant: self.variant, half, out }))

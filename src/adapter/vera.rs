@@ -2,7 +2,7 @@
 //! columns and rows of one pair that all layers share; `d` `[r]` and `b` `[out]` are trained. Backward computes `x Aᵀ` and
 //! the term once more.
 
-use super::method::{AdapterMethod, Settings, begin_with, options_of, with_unnamed};
+use super::method::{AdapterMethod, Settings, begin_with, options_of, paths_of, with_unnamed};
 use super::peft::{KeyUse, Keys, Use};
 use super::pieces::{Of, Piece, Plan};
 use super::tensor::{Stored, TensorSpec};
@@ -79,8 +79,10 @@ impl AdapterMethod for Vera {
 
     fn shared(&self, model: &dyn Model) -> Result<Vec<TensorSpec>> {
         let named = |p: &&pocketlora_models::ParamSpec| {
-            let end = |t: &String| p.module() == t || p.module().ends_with(&format!(".{t}"));
-            p.role == Role::Linear && self.targets.iter().any(end)
+            let names = |t: &String, path: &str| path == t || path.ends_with(&format!(".{t}"));
+            let named = |path: &&str| self.targets.iter().any(|t| names(t, path));
+            matches!(p.role, Role::Linear | Role::Head | Role::Embedding)
+                && paths_of(model, p, &self.targets).iter().any(named)
         };
         let shapes = model.params().iter().filter(named).map(|p| &p.shape);
         let widest = self.widest.unwrap_or_else(|| shapes.fold([0; 2], |[i, o], s| [i.max(s[1]), o.max(s[0])]));

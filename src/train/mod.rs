@@ -1,5 +1,6 @@
 //! Training of adapters on a frozen base.
 
+mod allocate;
 pub mod auto;
 mod batches;
 mod best;
@@ -66,6 +67,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::memory::Peak;
 use crate::rng::mix;
 use crate::turn::Turn;
+use allocate::Allocator;
 use best::Candidate;
 use checkpoint::RunFacts;
 use keep::{Held, Lessons};
@@ -106,6 +108,8 @@ pub(crate) struct Trainer<B: Backend> {
     file: AdapterFile,
     adapters: Adapters<B>,
     tensors: Vec<Trained<B>>,
+    /// Gives ranks up, where the method has a budget of them.
+    allocator: Option<Allocator>,
     grads: Gradients<B>,
     pool: Pool<B>,
     /// The pool holds the memory that was planned for it.
@@ -357,7 +361,7 @@ impl<B: Backend> Trainer<B> {
         }
         self.clip(grad_norm)?;
         let lr = self.config.lr_at(number, self.facts.total_steps);
-        let Self { base, config, adapters, grads, tensors, .. } = self;
+        let Self { base, config, adapters, grads, tensors, allocator, .. } = self;
         for trained in tensors.iter_mut() {
             let grad = &*grads.of(trained.id).expect("what is trained has a gradient");
             let mut done = Ok(());
@@ -367,6 +371,9 @@ impl<B: Backend> Trainer<B> {
                 done = std::mem::replace(&mut done, Ok(())).and_then(|()| trained.hold(&base.backend, master, true));
             });
             done?;
+        }
+        if let Some(allocator) = allocator {
+            allocator.step(number - 1, base, adapters, grads, tensors)?;
         }
         adapters.renew(base)?;
         self.facts.step = number;

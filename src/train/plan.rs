@@ -192,17 +192,19 @@ impl Work {
         // What is never trained is held for the file as well.
         let frozen = self.specs.iter().filter(|spec| self.method.is_frozen(&spec.name));
         let frozen = 4 * frozen.map(|spec| spec.values() as u64).sum::<u64>();
+        let trained = self.all().filter(|spec| !self.method.is_frozen(&spec.name));
         Ok(MemoryPlan {
             weights_mapped: 0,
             adapter: on_device(true) + frozen,
             gradients: on_device(false),
-            optimizer: config.state_bytes(self.values()),
+            // A budget of ranks remembers two numbers for each value.
+            optimizer: config.state_bytes(self.values()) + self.method.budget().map_or(0, |_| 8 * self.values() as u64),
             layer_inputs: count.regions[1] as u64,
             layer_workspace: count.regions[0] as u64,
             attention: count.attention as u64,
             logits: count.loss as u64,
             // Its values, and the bytes of the file.
-            saving: (2 * 4 * self.all().map(TensorSpec::values).max().unwrap_or(0) as u64)
+            saving: (2 * 4 * trained.map(TensorSpec::values).max().unwrap_or(0) as u64)
                 .max(adapters.held().made_bytes()),
             kernels: count.kernels as u64,
             references: self.references,

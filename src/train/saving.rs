@@ -4,7 +4,7 @@ use super::best::FOLDER;
 use super::checkpoint::{self, Loaded};
 use super::optimizer::{bytes_of, floats};
 use super::setup::Trained;
-use super::{Observer, Trainer, run_folder};
+use super::{Observer, Trainer, allocate, run_folder};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, Stored};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
@@ -64,6 +64,13 @@ impl<B: Backend> Trainer<B> {
             let parts: Vec<&[u8]> = layout.iter().map(|(prefix, ..)| part(prefix)).collect::<Result<_>>()?;
             t.moments.write(backend, &parts);
         }
+        if let Some(allocator) = &mut self.allocator {
+            for (t, state) in self.tensors.iter().zip(&mut allocator.state) {
+                for (part, values) in allocate::PARTS.iter().zip(state) {
+                    *values = floats(&file.get(&format!("{part}.{}", t.spec.name))?.bytes);
+                }
+            }
+        }
         self.adapters.renew(&self.base)?;
         // A damaged newest one must not become the previous one, in place of a sound one.
         self.saved = warning.is_none();
@@ -87,6 +94,9 @@ impl<B: Backend> Trainer<B> {
             entries.push(entry("param", Dtype::F32, t.spec.shape.clone()));
             let layout = t.moments.layout(t.spec.values());
             entries.extend(layout.into_iter().map(|(prefix, dtype, len)| entry(prefix, dtype, vec![len])));
+            if self.allocator.is_some() {
+                entries.extend(allocate::PARTS.map(|part| entry(part, Dtype::F32, vec![t.spec.values()])));
+            }
         }
         entries
     }
@@ -98,10 +108,10 @@ impl<B: Backend> Trainer<B> {
     pub fn save_checkpoint(&mut self) -> Result<()> {
         self.check_earlier()?;
         let entries = self.entries();
-        let Self { base, adapters, tensors, peak, .. } = self;
+        let Self { base, adapters, tensors, peak, allocator, .. } = self;
         let backend = &base.backend;
         checkpoint::save(&self.out, &self.facts, self.saved, entries, |sink| {
-            for t in &*tensors {
+            for (i, t) in tensors.iter().enumerate() {
                 sink.put(&format!("param.{}", t.spec.name), &bytes_of(&adapters.held().read(backend, t.id)?))?;
                 let layout = t.moments.layout(t.spec.values());
                 let mut prefixes = layout.iter().map(|(prefix, ..)| prefix);
@@ -110,6 +120,10 @@ impl<B: Backend> Trainer<B> {
                     peak.sample();
                     sink.put(&format!("{prefix}.{}", t.spec.name), bytes)
                 })?;
+                let state = allocator.as_ref().map(|allocator| &allocator.state[i]);
+                for (part, values) in allocate::PARTS.iter().zip(state.into_iter().flatten()) {
+                    sink.put(&format!("{part}.{}", t.spec.name), &bytes_of(values))?;
+                }
             }
             peak.sample();
             Ok(())

@@ -1,5 +1,6 @@
 //! What a run starts from: its adapter, fresh or another run's, and the tensors that it moves.
 
+use super::allocate::Allocator;
 use super::best::Candidates;
 use super::budget::choose;
 use super::checkpoint::RunFacts;
@@ -331,6 +332,9 @@ impl<B: Backend> Trainer<B> {
         file.tensors.retain(|name, _| frozen.is_frozen(name));
         crate::mmap::release_freed();
         let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
+        let lens = tensors.iter().map(|t| t.spec.values());
+        let allocator = file.method.budget().map(|budget| Allocator::new(budget, total_steps, lens));
+        allocator.as_ref().map_or(Ok(()), Allocator::check)?;
         refuse_model(out)?;
         crate::format::create_folder(out)?;
         let lock = FolderLock::take(out)?;
@@ -352,6 +356,7 @@ impl<B: Backend> Trainer<B> {
             file,
             adapters,
             tensors,
+            allocator,
             grads,
             pool: Pool::default(),
             ready: false,

@@ -76,6 +76,7 @@ pub fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
             Dtype::F16 => raw.chunks(2).map(|c| half::f16::from_le_bytes(c.try_into().unwrap()).to_f32()).collect(),
             Dtype::BF16 => raw.chunks(2).map(|c| half::bf16::from_le_bytes(c.try_into().unwrap()).to_f32()).collect(),
             Dtype::F64 => raw.chunks(8).map(|c| f64::from_le_bytes(c.try_into().unwrap()) as f32).collect(),
+            Dtype::U8 => raw.iter().map(|b| f32::from(*b)).collect(),
             Dtype::I32 => raw.chunks(4).map(|c| i32::from_le_bytes(c.try_into().unwrap()) as f32).collect(),
             Dtype::I64 => raw.chunks(8).map(|c| i64::from_le_bytes(c.try_into().unwrap()) as f32).collect(),
             other => panic!("unexpected {other:?}"),

@@ -20,6 +20,22 @@ fn product(spec: Blocks, tokens: usize, w: &[f64], x: &[f64]) -> Vec<f64> {
     y
 }
 
+/// Each matrix of `w` with rows for columns.
+fn transposed(spec: Blocks, w: &[f64]) -> Vec<f64> {
+    let [out, input] = spec.shape;
+    w.chunks(out * input).flat_map(|w| oracle::transpose(w, input)).collect()
+}
+
+/// The gradient by `w`, of as many matrices as blocks with one column side by side.
+fn by_hand(spec: Blocks, tokens: usize, dy: &[f64], x: &[f64]) -> Vec<f64> {
+    let Blocks { count, shape: [out, input], .. } = spec;
+    let at = |i: usize| (i / (out * input), i / input % out, i % input);
+    let one = |(g, o, k): (usize, usize, usize)| {
+        (0..tokens).map(|t| dy[(t * count + g) * out + o] * x[(t * count + g) * input + k]).sum()
+    };
+    (0..count * out * input).map(|i| one(at(i))).collect()
+}
+
 /// Tokens, blocks, matrices, `[out, in]`, columns side by side.
 const CASES: &[(usize, usize, usize, [usize; 2], usize)] = &[
     (1, 1, 1, [1, 1], 1),
@@ -28,9 +44,14 @@ const CASES: &[(usize, usize, usize, [usize; 2], usize)] = &[
     (2, 6, 3, [4, 9], 3),
     (5, 1, 1, [6, 4], 17),
     (0, 2, 2, [3, 3], 1),
+    (6, 4, 4, [32, 32], 1),
+    (3, 1, 1, [8, 12], 40),
+    // Several tasks.
     (70, 8, 8, [32, 32], 1),
-    (40, 1, 1, [8, 12], 96),
 ];
+
+/// Values of `x` up to which gradients are taken by complex steps.
+const SMALL: usize = 2000;
 
 #[test]
 fn products_of_blocks_and_their_gradients_meet_the_oracle() {
@@ -46,18 +67,23 @@ fn products_of_blocks_and_their_gradients_meet_the_oracle() {
         let (w, x) = (random.vector(matrices * out * input), random.vector(tokens * wide_x));
         let (dy, dw) = (random.vector(tokens * wide_y), random.vector(w.len()));
         let (w64, x64, dy64) = (wide(&w), wide(&x), wide(&dy));
-        let mut grad = oracle::gradient(&w64, &dy64, |w| product(spec, tokens, w, &x64));
+        let (small, turned) = (x.len() <= SMALL, transposed(spec, &w64));
+        let dx = match small {
+            true => oracle::gradient(&x64, &dy64, |x| product(spec, tokens, &w64, x)),
+            false => product(Blocks { shape: [input, out], ..spec }, tokens, &turned, &dy64),
+        };
+        let mut grad = match small {
+            true => oracle::gradient(&w64, &dy64, |w| product(spec, tokens, w, &x64)),
+            false => by_hand(spec, tokens, &dy64, &x64),
+        };
         grad.iter_mut().zip(&dw).for_each(|(grad, old)| *grad += f64::from(*old));
         let terms = (tokens * inner * count / matrices) as f64;
         let bound = |values: Vec<f64>, terms: f64| {
             let bounds = vec![4.0 * EPS * (terms + 4.0) + 1e-7; values.len()];
             Expected::new(values, bounds)
         };
-        let expected = [
-            bound(product(spec, tokens, &w64, &x64), input as f64),
-            bound(oracle::gradient(&x64, &dy64, |x| product(spec, tokens, &w64, x)), out as f64),
-            bound(grad, terms),
-        ];
+        let expected =
+            [bound(product(spec, tokens, &w64, &x64), input as f64), bound(dx, out as f64), bound(grad, terms)];
         let name = format!("{tokens} tokens, {count} blocks of {matrices} matrices {shape:?}, {inner} side by side");
         case!(report, &name, &expected, |device| {
             let [w, x, dy] = [&w, &x, &dy].map(|values| buffer(device, values));

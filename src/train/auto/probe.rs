@@ -157,10 +157,13 @@ impl<B: Backend> Trainer<B> {
 
     /// Forgets all steps.
     fn begin_again(&mut self, begin: &[Vec<f32>], lr: f32) -> Result<()> {
-        let Self { base, config, adapters, tensors, facts, .. } = self;
+        let Self { base, config, adapters, tensors, facts, allocator, .. } = self;
         for (t, values) in tensors.iter_mut().zip(begin) {
             adapters.held_mut().update(&base.backend, t.id, &mut |master| base.backend.write(master, values));
             t.moments = Moments::new(&base.backend, config, t.spec.values())?;
+        }
+        if let Some(allocator) = allocator {
+            allocator.state.iter_mut().flatten().for_each(|values| values.fill(0.0));
         }
         adapters.renew(base)?;
         (config.lr, facts.step) = (lr, 0);

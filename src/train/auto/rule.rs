@@ -75,11 +75,17 @@ impl Numbers {
 ///
 /// For LoRA that of Schulman et al. ("LoRA Without Regret", 2025), ten times what a full fine-tuning takes, falling with
 /// the width: 1.3e-3 at 576, 9e-4 at 896, 2e-4 at 4096 and above. IA3 scales what is there, and its scales begin at 1; a
-/// prefix has values as keys have them. Both need steps of a hundredth.
+/// prefix has values as keys have them. Both need steps of a hundredth, and so do VeRA's scales. What turns the whole input
+/// or adds to the weight itself takes a thousandth; MiSS's rows, which many inputs share, less.
 #[must_use]
 pub fn usual_rate(method: Kind, hidden: usize) -> f32 {
     let rate = match method {
-        Kind::Lora => (5e-4 * (2000.0 / hidden.max(1) as f64).powf(0.775)).clamp(2e-4, 2e-3),
+        Kind::Miss => 2e-4,
+        Kind::Oft | Kind::Hra | Kind::Shira | Kind::Supertuning | Kind::Delora | Kind::Loha | Kind::Lokr => 1e-3,
+        Kind::Road | Kind::Beft => 5e-3,
+        Kind::Lora | Kind::Dora | Kind::LoraFa | Kind::Bdlora | Kind::Adalora | Kind::Gralora => {
+            (5e-4 * (2000.0 / hidden.max(1) as f64).powf(0.775)).clamp(2e-4, 2e-3)
+        }
         _ => 1e-2,
     };
     rounded(rate)
@@ -124,7 +130,13 @@ pub(super) fn settings(mut config: TrainConfig, given: &dyn Fn(&str) -> bool, n:
         config.lr = usual_rate(config.method, n.size.hidden);
     }
     if open("rank") && config.method.reads("rank") {
-        config.rank = rank(n);
+        config.rank = match config.method {
+            // Its scales are few, whatever the rank.
+            Kind::Vera => 256,
+            // It works with the square of it.
+            Kind::Loha => rank(n).min(16),
+            _ => rank(n),
+        };
     }
     if open("batch") && open("accumulate") && !config.packing {
         config.batch = batch(n);
