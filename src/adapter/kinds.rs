@@ -27,6 +27,8 @@ use super::miss::Miss;
 use super::oft::Oft;
 use super::p_tuning::PTuning;
 use super::peft::{Found, KeyUse, Keys};
+#[cfg(test)]
+use super::pieces::Plan;
 use super::prefix_tuning::PrefixTuning;
 use super::prompt_tuning::PromptTuning;
 use super::replaced::Replaced;
@@ -220,6 +222,11 @@ macro_rules! methods {
                 factor: f32,
             ) -> Option<Box<dyn Fold>> {
                 match self { $(Self::$name(m) => m.fold(module, layer, tensors, factor)),+ }
+            }
+
+            #[cfg(test)]
+            pub(super) fn plan(&self, module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {
+                match self { $(Self::$name(m) => m.plan(module, weight, factor)),+ }
             }
 
             fn start_from(&self, part: &str, weight: &dyn LayerWeight) -> Result<Option<Vec<f32>>> {

@@ -138,3 +138,123 @@ impl<B: Backend> Held<B> {
         self.links().iter().map(|link| 4 * of(link) as u64).max().unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::kinds::Kind;
+    use crate::adapter::peft::Keys;
+    use crate::rng::normals;
+    use serde_json::{Value, json};
+
+    const LAYER: [usize; 2] = [12, 8];
+    const MODULE: &str = "model.layers.0.self_attn.q_proj";
+
+    /// A weight on the host.
+    struct Plain(Vec<f32>);
+
+    impl LayerWeight for Plain {
+        fn shape(&self) -> [usize; 2] {
+            LAYER
+        }
+
+        fn times(&self, x: &[f32]) -> Result<Vec<f32>> {
+            let row = |x: &[f32]| -> Vec<f32> {
+                self.0.chunks(LAYER[1]).map(|w| w.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
+            };
+            Ok(x.chunks(LAYER[1]).flat_map(row).collect())
+        }
+
+        fn squares(&self) -> Result<[Vec<f64>; 2]> {
+            let square = |w: &f32| f64::from(*w) * f64::from(*w);
+            let rows = self.0.chunks(LAYER[1]).map(|row| row.iter().map(square).sum()).collect();
+            let columns = (0..LAYER[1]).map(|c| self.0.iter().skip(c).step_by(LAYER[1]).map(square).sum()).collect();
+            Ok([rows, columns])
+        }
+
+        fn bias(&self) -> Result<Option<Vec<f32>>> {
+            Ok(Some(normals(&[77], 1.0, LAYER[0])))
+        }
+    }
+
+    /// Configs by which each method is tried; of those that are not named here, PEFT's defaults.
+    fn configs(kind: Kind) -> Vec<Value> {
+        let blocks = |a: &str, b: &str| json!({"nblocks": 2, "target_modules_bd_a": [a], "target_modules_bd_b": [b]});
+        match kind {
+            Kind::Lora | Kind::Ia3 | Kind::PrefixTuning => vec![],
+            Kind::Dora => vec![json!({"r": 3, "lora_alpha": 5})],
+            Kind::LoraFa => vec![json!({"r": 3, "lora_alpha": 5})],
+            Kind::BdLora => [blocks("q_proj", "x"), blocks("x", "q_proj")]
+                .map(|of| json!({"r": 4, "lora_alpha": 5, "use_bdlora": of}))
+                .into(),
+            Kind::Miss => vec![json!({"r": 3}), json!({"r": 3, "init_weights": "mini", "mini_r": 4})],
+            Kind::AdaLora => vec![json!({"init_r": 3})],
+            Kind::Road => [1, 2, 4].map(|n| json!({"group_size": 4, "variant": format!("road_{n}")})).into(),
+            Kind::GraLora => vec![json!({"r": 4}), json!({"r": 4, "hybrid_r": 2})],
+            Kind::Hra => vec![json!({"r": 3}), json!({"r": 3, "apply_GS": true})],
+            Kind::Oft => vec![
+                json!({"oft_block_size": 4}),
+                json!({"oft_block_size": 4, "use_cayley_neumann": false}),
+                json!({"r": 4, "oft_block_size": 0, "block_share": true}),
+            ],
+            Kind::Lokr => vec![json!({"r": 1}), json!({"r": 1, "decompose_both": true, "decompose_factor": 4})],
+            _ => vec![json!({"r": 3})],
+        }
+    }
+
+    /// The loss of made tensors whose gradients are `grads`, with what the parts themselves add to it.
+    fn loss(map: &dyn Map, own: &[Vec<f32>], grads: &[Vec<f32>], weight: &Plain) -> f64 {
+        let made = map.forward(&slices(own), weight).unwrap();
+        let of = |(made, grad): (&Vec<f32>, &Vec<f32>)| -> f64 {
+            made.iter().zip(grad).map(|(x, g)| f64::from(*x) * f64::from(*g)).sum()
+        };
+        let mut unread: Vec<Vec<f32>> = own.iter().map(|part| vec![0.0; part.len()]).collect();
+        made.iter().zip(grads).map(of).sum::<f64>() + map.penalty(&slices(own), 1.0, &mut unread)
+    }
+
+    #[test]
+    fn gradients_of_all_maps_are_those_of_differences() {
+        let weight = Plain(normals(&[1], 1.0, LAYER[0] * LAYER[1]));
+        for (kind, config) in Kind::ALL.iter().flat_map(|kind| configs(*kind).into_iter().map(move |c| (*kind, c))) {
+            let name = format!("{} of {config}", kind.name());
+            let config = config.as_object().unwrap();
+            let mut method = kind.read(&Keys::of_settings(config, kind.keys())).unwrap();
+            if kind == Kind::Lokr {
+                let both = config.contains_key("decompose_both");
+                method.note_parts(MODULE, if both { &["lokr_w1_a", "lokr_w2_a"] } else { &["lokr_w2_a"] });
+            }
+            let Some(map) = method.plan(MODULE, &weight, 1.0).unwrap().map else { continue };
+            let shapes = method.shapes(MODULE, LAYER);
+            let mut own: Vec<Vec<f32>> =
+                (shapes.iter().zip(0..)).map(|(shape, i)| normals(&[2, i], 0.5, shape.iter().product())).collect();
+            let made = map.forward(&slices(&own), &weight).unwrap();
+            let grads: Vec<Vec<f32>> =
+                made.iter().zip(0..).map(|(made, i)| normals(&[3, i], 1.0, made.len())).collect();
+            let mut found = map.backward(&slices(&own), &slices(&grads));
+            map.penalty(&slices(&own), 1.0, &mut found);
+            assert_eq!(found.len(), own.len(), "{name}");
+            for (part, found) in found.iter().enumerate().filter(|(_, found)| !found.is_empty()) {
+                assert_eq!(found.len(), own[part].len(), "{name}");
+                let step = 1.0 / 128.0;
+                let expected: Vec<f64> = (0..found.len())
+                    .map(|i| {
+                        let old = own[part][i];
+                        let at = |own: &mut Vec<Vec<f32>>, value| {
+                            own[part][i] = value;
+                            loss(map.as_ref(), own, &grads, &weight)
+                        };
+                        // Of four points, so that what is left of the step is its fourth power.
+                        let [far, near] =
+                            [2.0, 1.0].map(|n: f32| at(&mut own, old + n * step) - at(&mut own, old - n * step));
+                        own[part][i] = old;
+                        (8.0 * near - far) / (12.0 * f64::from(step))
+                    })
+                    .collect();
+                let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+                let error = norm(&mut found.iter().zip(&expected).map(|(f, e)| f64::from(*f) - e));
+                let relative = error / norm(&mut expected.iter().copied());
+                assert!(relative < 1e-3, "{name}, part {part}: off by {relative:.1e} of the norm");
+            }
+        }
+    }
+}

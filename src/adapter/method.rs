@@ -184,12 +184,12 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
         forms(self.parts(module), Self::FROZEN, plan, load)
     }
 
-    /// The same as pieces: for methods that have no forms of their own.
+    /// The same as pieces, which is all that a method needs that has no form of its own.
     ///
     /// # Errors
     /// Out of memory; it merges only.
     fn plan(&self, _module: &str, _weight: &dyn LayerWeight, _factor: f32) -> Result<Plan> {
-        unreachable!("it has forms of its own")
+        Ok(Plan::plain(Vec::new()))
     }
 
     /// First values of a fresh adapter's part that depend on the layer's `weight`; none where [`AdapterMethod::start`] has

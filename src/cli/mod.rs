@@ -28,6 +28,7 @@ mod merge;
 mod model;
 mod names;
 mod progress;
+mod prune;
 mod pull;
 mod quantize;
 mod remove;
@@ -85,6 +86,8 @@ enum Command {
     Merge(merge::Args),
     /// Join several LoRA adapters to one.
     Compose(compose::Args),
+    /// Take from a LoRA adapter what matters least for some data.
+    Prune(prune::Args),
     /// Write an adapter or a model in the format of another program.
     Export(export::Args),
     /// Describe a model or an adapter.
@@ -123,6 +126,7 @@ pub fn run() -> ExitCode {
         Command::Quantize(args) => quantize::run(&args).map(|()| true),
         Command::Merge(args) => merge::run(&args).map(|()| true),
         Command::Compose(args) => compose::run(&args).map(|()| true),
+        Command::Prune(args) => prune::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
         Command::Info(args) => info::run(&args).map(|()| true),
         Command::Chat(args) => chat::run(args),

@@ -7,6 +7,7 @@ mod chat;
 mod decoder;
 mod options;
 mod pieces;
+mod prune;
 mod reader;
 mod trainer;
 mod transcript;
@@ -18,6 +19,7 @@ pub use cancel::Cancel;
 pub use chat::{Answer, Chat, Listener};
 pub use decoder::Decoder;
 pub use options::{Device, Options, Precision, check_threads};
+pub use prune::Pruned;
 pub use reader::Reader;
 pub use trainer::Trainer;
 #[cfg(feature = "bench")]

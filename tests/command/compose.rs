@@ -9,7 +9,7 @@ fn two_adapters_become_one_and_are_taken_as_one() {
     let f = fixture();
     let [a, b] = ["a", "b"].map(|name| f.path(name));
     for (out, seed) in [(&a, "1"), (&b, "2")] {
-        f.ok(&[&f.train_args(out)[..], &["--steps", "2", "--seed", seed]].concat());
+        f.ok(&[&f.train_args(out)[..], &["--seed", seed]].concat());
     }
     let (model, out) = (f.model.to_str().unwrap(), f.path("both"));
     let args = ["compose", "-a", &format!("{a}=0.7"), "-a", &format!("{b}=-0.3"), "-o", &out, "--json"];
@@ -23,7 +23,7 @@ fn two_adapters_become_one_and_are_taken_as_one() {
     let generate = ["generate", "-m", model, "-a", &out, "-p", "hello", "--max-tokens", "2", "--strict"];
     f.ok(&generate);
     // Of another base.
-    let foreign = golden("adapters/lora");
+    let foreign = golden("composition/a");
     let said = f.said(&["compose", "-a", &a, "-a", foreign.to_str().unwrap(), "-o", &f.path("none")]);
     assert!(said.contains("error:"), "{said}");
     assert!(!Path::new(&f.path("none")).exists());

@@ -15,6 +15,7 @@ mod exchange;
 mod gated;
 mod merge;
 mod mistakes;
+mod prune;
 mod said;
 mod strict;
 mod study;

@@ -42,7 +42,7 @@ w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); 
 
 # Types of few bits, which gguf-py cannot quantize to: random codes under ordinary scales.
 FEW = {T.Q2_K: [80, 82], T.Q3_K: [108], T.IQ1_S: [0], T.IQ1_M: [], T.IQ2_XXS: [0], T.IQ2_XS: [0], T.IQ2_S: [0], T.IQ3_XXS: [0],
-       T.IQ3_S: [0], T.IQ4_NL: [0], T.IQ4_XS: [0], T.TQ1_0: [52], T.TQ2_0: [64], T.MXFP4: []}
+       T.IQ3_S: [0], T.IQ4_NL: [0], T.IQ4_XS: [0], T.TQ1_0: [52], T.TQ2_0: [64], T.MXFP4: [], T.NVFP4: []}
 w = GGUFWriter(f"{out}/gguf_few_bits.gguf", "llama")
 for t, scales in FEW.items():
     n, size = GGML_QUANT_SIZES[t]
@@ -54,6 +54,8 @@ for t, scales in FEW.items():
             b[55] = b[55] & 15 | 0x20
         if t == T.MXFP4:
             b[0] = rng.choice([0, 1, 2, 118, 125])
+        if t == T.NVFP4:
+            b[:4] = rng.choice([0, 1, 7, 8, 0x38, 0x7e, 0x7f], 4, replace=False)
     w.add_tensor(t.name, block, raw_dtype=t)
     w.add_tensor(t.name + ".f32", dequantize(block, t).astype(np.float32))
 w.write_header_to_file(); w.write_kv_data_to_file(); w.write_tensors_to_file(); w.close()

@@ -9,9 +9,16 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 WORK = Path(sys.argv[1])
+# Each by its name for `pull`, with how a turn of a chat looks in it.
+MODELS = {
+    "smollm2-135m": "<|im_start|>{}<|im_end|>",
+    "gemma3-270m": "<start_of_turn>{}<end_of_turn>",
+    "qwen2.5-coder-0.5b": "<|im_start|>{}<|im_end|>",
+}
 POCKETLORA = os.environ["POCKETLORA"]
 TEXT = (
     "The Louvre is a museum in Paris. It opened in 1793, and its most visited painting is small.\n"
@@ -23,6 +30,10 @@ PROMPT = "The three primary colours are"
 EXACT = 5e-3
 # The same where a program rounds what lies between layers to 16 bits.
 ROUNDED = 0.5
+# Largest difference of a logarithm of a probability that llama.cpp gives, whose products round activations to 16 bits.
+HALVES = 0.1
+# Likeliest tokens of each place that are compared with llama.cpp.
+LIKELIEST = 1000
 
 
 def pocketlora(*args):
@@ -39,10 +50,9 @@ def once(path, *args):
     return path
 
 
-def materials():
+def materials(name):
     """The model in 16 bits and in NF4, an adapter, and what is exported of them."""
-    WORK.mkdir(parents=True, exist_ok=True)
-    gguf = Path(pocketlora("pull", "smollm2-135m").strip().splitlines()[-1])
+    gguf = Path(pocketlora("pull", name).strip().splitlines()[-1])
     f16 = once(WORK / "f16", "quantize", gguf, "--to", "f16", "-o", WORK / "f16")
     nf4 = once(WORK / "nf4", "quantize", f16, "-o", WORK / "nf4")
     data = WORK / "data.jsonl"
@@ -54,14 +64,14 @@ def materials():
     model_gguf = once(WORK / "model.gguf", "export", f16, "--to", "gguf", "--type", "f16", "-o", WORK / "model.gguf")
     adapter_gguf = once(WORK / "adapter.gguf", "export", adapter, "-m", f16, "--to", "gguf", "-o", WORK / "adapter.gguf")
     once(WORK / "mlx" / "adapters.safetensors", "export", adapter, "-m", f16, "--to", "mlx", "-o", WORK / "mlx")
-    return {"f16": f16, "nf4": nf4, "adapter": adapter, "model_gguf": model_gguf, "adapter_gguf": adapter_gguf,
+    return {"name": name, "gguf": gguf, "f16": f16, "nf4": nf4, "adapter": adapter, "model_gguf": model_gguf, "adapter_gguf": adapter_gguf,
             "mlx": WORK / "mlx"}
 
 
-def ids_of(made):
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_file=str(made["f16"] / "tokenizer.json"))(TEXT)["input_ids"]
+def ids_of(made, text=TEXT):
+    (WORK / "text.txt").write_bytes(text.encode())
+    report = pocketlora("generate", "-m", made["f16"], "--no-quantize", "-f", WORK / "text.txt", "-n", "1", "--json")
+    return json.loads(report)["prompt_ids"]
 
 
 def ours(model, ids, *more):
@@ -154,40 +164,61 @@ def check_peft(made):
 
 
 def check_tokens(made):
-    """tokens of a text in several scripts, with code, emoji and special tokens, are transformers' and llama.cpp's"""
-    import xllamacpp
+    """tokens of a text in five scripts, with code, emoji and special tokens"""
+    from transformers import AutoTokenizer
 
-    text = TEXT + "<|im_start|>user\n1234567  tabs\there\r\n<|im_end|>"
-    from transformers import PreTrainedTokenizerFast
-
-    expected = PreTrainedTokenizerFast(tokenizer_file=str(made["f16"] / "tokenizer.json"))(text)["input_ids"]
-    (WORK / "text.txt").write_bytes(text.encode())
-    report = json.loads(pocketlora("generate", "-m", made["f16"], "--no-quantize", "-f", WORK / "text.txt", "-n", "1", "--json"))
-    server = llama(made, None)
-    counted = server.handle_completions({"prompt": text, "max_tokens": 1, "temperature": 0})
-    del server, xllamacpp
-    found = (report["prompt_tokens"], json.loads(counted)["usage"]["prompt_tokens"] if isinstance(counted, str)
-             else counted["usage"]["prompt_tokens"])
-    return found == (len(expected),) * 2, f"{found[0]} of ours, {len(expected)} of transformers', {found[1]} of llama.cpp's"
+    text = TEXT + MODELS[made["name"]].format("user\n1234567  tabs\there\r\n") + "¿Qué?\n\n\n    naïve ﬁ 3.5e-7 ½ 日本語テスト한국어"
+    ours = ids_of(made, text)
+    # Both from the file as it was pulled, not from what we made of it.
+    theirs = {"llama.cpp": serve(made["gguf"]).post("tokenize", content=text, add_special=True, parse_special=True)["tokens"],
+              "transformers": AutoTokenizer.from_pretrained(made["gguf"].parent, gguf_file=made["gguf"].name)(text)["input_ids"]}
+    apart = [f"{who}'s differ from the {first(ours, ids)}th on ({len(ours)} of ours, {len(ids)})" for who, ids in theirs.items()
+             if ids != ours]
+    return not apart, "; ".join(apart) or f"{len(ours)} ids, the same in all three"
 
 
-def llama(made, lora):
-    import xllamacpp
+def first(a, b):
+    """The first place, from 1, at which two lists differ."""
+    return next((i for i, (x, y) in enumerate(zip(a, b), 1) if x != y), min(len(a), len(b)) + 1)
 
-    params = xllamacpp.CommonParams()
-    params.model.path = str(made["model_gguf"])
-    params.n_ctx = 512
-    params.warmup = False
-    if lora:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
-    return xllamacpp.Server(params)
+
+def check_llama_logits(made):
+    """llama.cpp runs our exported model and gives our probabilities"""
+    ids = ids_of(made)
+    mine = ours(made["f16"], ids).log_softmax(-1)
+    server, worst, same, places = serve(made["model_gguf"]), 0.0, 0, range(4, len(ids) + 1, 4)
+    for end in places:
+        answer = server.post("completion", prompt=ids[:end], n_predict=1, n_probs=LIKELIEST, temperature=0)
+        tops = answer["completion_probabilities"][0]["top_logprobs"]
+        worst = max(worst, *(abs(top["logprob"] - mine[end - 1, top["id"]].item()) for top in tops))
+        same += tops[0]["id"] == mine[end - 1].argmax().item()
+    found = f"of the {LIKELIEST} likeliest tokens within {worst:.1e}, likeliest the same at {same} of {len(places)} places"
+    return worst <= HALVES, found
+
+
+class serve:
+    """A server of llama.cpp in this process."""
+
+    def __init__(self, model, lora=None):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(model)
+        params.n_ctx = 512
+        params.n_parallel = 1
+        params.warmup = False
+        if lora:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+        self.server = xllamacpp.Server(params)
+
+    def post(self, what, **body):
+        request = urllib.request.Request(f"{self.server.listening_address}/{what}", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        return json.loads(urllib.request.urlopen(request).read())
 
 
 def greedy(made, lora):
-    server = llama(made, lora)
-    answer = server.handle_completions({"prompt": PROMPT, "max_tokens": 32, "temperature": 0})
-    answer = json.loads(answer) if isinstance(answer, str) else answer
-    return answer["choices"][0]["text"]
+    return serve(made["model_gguf"], lora).post("completion", prompt=PROMPT, n_predict=32, temperature=0)["content"]
 
 
 def our_text(made, *more):
@@ -234,6 +265,7 @@ CHECKS = {
     "nf4-theirs": (check_nf4_theirs, ["transformers", "bitsandbytes", "torch"]),
     "peft": (check_peft, ["peft", "transformers"]),
     "tokens": (check_tokens, ["transformers", "xllamacpp"]),
+    "llama-logits": (check_llama_logits, ["xllamacpp"]),
     "llama-model": (check_llama_model, ["xllamacpp"]),
     "llama-adapter": (check_llama_adapter, ["xllamacpp"]),
     "mlx": (check_mlx, ["mlx-lm", "mlx"]),
@@ -241,24 +273,30 @@ CHECKS = {
 
 
 def main():
-    chosen = sys.argv[2:] or list(CHECKS)
-    made, rows = materials(), []
-    # Each in a process of its own: a library that crashes is one failure, and their memory is not added up.
-    for name in chosen:
-        check, packages = CHECKS[name]
-        if os.environ.get("INTEROP_CHILD"):
-            passed, found = check(made)
-            print(json.dumps([passed, found]))
-            return 0
-        child = subprocess.run([sys.executable, __file__, str(WORK), name], capture_output=True, text=True,
-                               env={**os.environ, "INTEROP_CHILD": "1"})
-        try:
-            passed, found = json.loads(child.stdout.strip().splitlines()[-1])
-        except (IndexError, ValueError):
-            passed, found = False, "failed: " + " ".join(child.stderr.strip().splitlines()[-1:])
-        versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
-        rows.append((("yes" if passed else "NO"), check.__doc__, versions, found))
-    print("| | what | with | found |\n|---|---|---|---|")
+    global WORK
+    models = [name for name in sys.argv[2:] if name in MODELS] or list(MODELS)
+    chosen = [name for name in sys.argv[2:] if name not in MODELS] or list(CHECKS)
+    whole, rows = WORK, []
+    for model in models:
+        WORK = whole / model
+        WORK.mkdir(parents=True, exist_ok=True)
+        made = materials(model)
+        # Each in a process of its own: a library that crashes is one failure, and their memory is not added up.
+        for name in chosen:
+            check, packages = CHECKS[name]
+            if os.environ.get("INTEROP_CHILD"):
+                print(json.dumps(check(made)))
+                return 0
+            child = subprocess.run([sys.executable, __file__, str(whole), model, name], capture_output=True, text=True,
+                                   env={**os.environ, "INTEROP_CHILD": "1"})
+            try:
+                passed, found = json.loads(child.stdout.strip().splitlines()[-1])
+            except (IndexError, ValueError):
+                passed, found = False, "failed: " + " ".join(child.stderr.strip().splitlines()[-1:])
+            versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+            rows.append((("yes" if passed else "NO"), model, check.__doc__, versions, found))
+            print("| " + " | ".join(rows[-1]) + " |", file=sys.stderr, flush=True)
+    print("| | model | what | with | found |\n|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
     return 0 if all(row[0] == "yes" for row in rows) else 1

@@ -138,14 +138,17 @@ fn fresh_ones_begin_as_the_base_and_are_saved_as_peft_saves_them() {
                 names
             };
             // The seeds are ours, and so is what PEFT notes of itself.
-            let free = ["peft_version", "base_model_name_or_path", "projection_prng_key", "random_seed"];
+            let mut free = vec!["peft_version", "base_model_name_or_path", "projection_prng_key", "random_seed"];
+            // All ranks are kept, which needs no schedule.
+            free.extend(["target_r", "tinit", "tfinal", "total_step"]);
             let same = match ours.get(key) {
                 Some(own) if own.is_array() => names(own) == names(value),
                 Some(own) => own == value || own.as_f64().is_some() && own.as_f64() == value.as_f64(),
                 // Keys that say nothing need not be there.
                 None => *value == Value::Null || *value == json!({}) || *value == json!(false),
             };
-            if !same && !free.contains(&key.as_str()) && !(key.starts_with("megatron") || key.starts_with("qalora")) {
+            let tools = key.starts_with("megatron") || key.starts_with("qalora");
+            if !(same || tools || free.contains(&key.as_str())) {
                 return Err(format!("{name}: `{key}` is {:?} instead of {value}", ours.get(key)));
             }
         }

@@ -156,6 +156,27 @@ fn fp8(n: &mut Numbers, out: usize, input: usize, block: Option<usize>) -> (Part
     (parts, (0..out * input).map(|i| value(codes[i]) * of(i)).collect())
 }
 
+/// ModelOpt's: two values of 4 bits a byte, a scale of 8 bits for 16 of them, and one for all.
+fn nvfp4(n: &mut Numbers, out: usize, input: usize) -> (Parts, Vec<f32>) {
+    const VALUES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    let codes: Vec<u8> = (0..out * input).map(|_| n.below(16) as u8).collect();
+    let exponents: Vec<u8> = (0..out * input / 16).map(|_| (n.below(4) + 4) as u8).collect();
+    let whole = n.half();
+    let value = |i: usize| {
+        let size = VALUES[usize::from(codes[i] & 7)] * 2f32.powi(i32::from(exponents[i / 16]) - 7) * 1.25 * whole;
+        if codes[i] & 8 == 0 { size } else { -size }
+    };
+    let packed = codes.chunks(2).map(|two| two[0] | two[1] << 4).collect();
+    // 1.25 is a fraction of two eighths.
+    let scales = exponents.iter().map(|exponent| exponent << 3 | 2).collect();
+    let mut parts = Parts::new();
+    put(&mut parts, "weight", Dtype::U8, &[out, input / 2], packed);
+    put(&mut parts, "weight_scale", Dtype::F8_E4M3, &[out, input / 16], scales);
+    put(&mut parts, "weight_scale_2", Dtype::F32, &[], whole.to_le_bytes().to_vec());
+    put(&mut parts, "input_scale", Dtype::F32, &[], 1f32.to_le_bytes().to_vec());
+    (parts, (0..out * input).map(value).collect())
+}
+
 /// The tiny Llama with its linear layers packed, and the values that they are.
 fn model(dir: &Path, name: &str, pack: Pack, config: &Value) -> (PathBuf, BTreeMap<String, Vec<f32>>) {
     let out = dir.join(name);
@@ -201,6 +222,7 @@ fn forms() -> Vec<(&'static str, Pack, Value)> {
         ("awq", awq, method("awq")),
         ("int8", int8, bitsandbytes),
         ("fp8 by blocks", |n, o, i| fp8(n, o, i, Some(48)), blocks),
+        ("nvfp4", nvfp4, json!({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}})),
         ("fp8 for all", |n, o, i| fp8(n, o, i, None), method("fp8")),
     ]
 }
@@ -255,10 +277,11 @@ fn they_are_quantized_and_run() {
 #[test]
 fn parts_that_contradict_each_other_are_named() {
     let dir = tempfile::tempdir().unwrap();
-    let shorter: [(&str, Pack, &str); 4] = [
+    let shorter: [(&str, Pack, &str); 5] = [
         ("mlx", |n, o, i| (mlx(n, o, i / 2, 4).0, Vec::new()), "weight"),
         ("gptq", |n, o, i| drop_part(gptq(n, o, i, 4, true).0, "qzeros"), "qzeros"),
         ("int8", |n, o, i| drop_part(int8(n, o, i).0, "weight"), "weight"),
+        ("nvfp4", |n, o, i| resize(nvfp4(n, o, i).0, "weight_scale_2"), "weight_scale_2"),
         ("fp8", |n, o, i| resize(fp8(n, o, i, Some(48)).0, "weight_scale_inv"), "weight_scale_inv"),
     ];
     let config = json!({"quantization": {"group_size": GROUP * 3, "bits": 4}});

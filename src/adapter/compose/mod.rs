@@ -20,6 +20,7 @@ mod tests;
 mod write;
 
 pub use write::{Composed, compose};
+pub(super) use write::{check_place, is_adapter_alone, texts};
 
 use super::experts::is_fused;
 use super::lora::Lora;

@@ -57,8 +57,9 @@ pub(super) fn compose_with(
         return Err(Error::config("adapters", "one or more", "none"));
     };
     let plan = plan(&all, how)?;
-    let texts = texts(&all)?;
-    check_place(out, existing, adapters)?;
+    let texts = texts(all.iter().map(|one| one.file.dir.as_path()))?;
+    let files: Vec<&AdapterFile> = adapters.iter().map(|(file, _)| file).collect();
+    check_place(out, existing, &files)?;
     let dir = AtomicDir::create(out, if existing == Existing::Replace { is_adapter_alone } else { |_| false })?;
 
     let ranks: Vec<_> = plan.iter().map(|(module, pairs, rank)| shape_of(module, pairs, *rank)).collect();
@@ -156,9 +157,9 @@ fn plan<'a>(all: &'a [Weighted<'a>], how: &Composition) -> Result<Vec<Planned<'a
 }
 
 /// Names and content of what the adapters' folders bring for tokens and templates.
-fn texts(all: &[Weighted<'_>]) -> Result<Vec<(String, Vec<u8>)>> {
+pub(in crate::adapter) fn texts<'a>(folders: impl IntoIterator<Item = &'a Path>) -> Result<Vec<(String, Vec<u8>)>> {
     let mut texts: Vec<(String, Vec<u8>, &Path)> = Vec::new();
-    for dir in all.iter().map(|one| one.file.dir.as_path()).filter(|dir| dir.is_dir()) {
+    for dir in folders.into_iter().filter(|dir| dir.is_dir()) {
         for name in sidecar_names(dir)? {
             let path = dir.join(&name);
             let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
@@ -180,10 +181,10 @@ fn texts(all: &[Weighted<'_>]) -> Result<Vec<(String, Vec<u8>)>> {
 }
 
 /// Refuses a place where something is that is not to be replaced.
-fn check_place(out: &Path, existing: Existing, adapters: &[(AdapterFile, f32)]) -> Result<()> {
+pub(in crate::adapter) fn check_place(out: &Path, existing: Existing, adapters: &[&AdapterFile]) -> Result<()> {
     let refused = |message: &str| Err(Error::new(ErrorCode::Config, format!("`{}`", out.display()), message));
     let here = |dir: &Path| Some(dir.canonicalize().ok()? == out.canonicalize().ok()?);
-    if adapters.iter().any(|(file, _)| here(&file.dir) == Some(true)) {
+    if adapters.iter().any(|file| here(&file.dir) == Some(true)) {
         return refused("expected another folder than those of the adapters; name a new one");
     }
     let vacant = !out.exists() || fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
@@ -198,7 +199,7 @@ fn check_place(out: &Path, existing: Existing, adapters: &[(AdapterFile, f32)]) 
 }
 
 /// Whether `dir` holds the files of a LoRA and nothing else, so that replacing it loses nothing but that.
-fn is_adapter_alone(dir: &Path) -> bool {
+pub(in crate::adapter) fn is_adapter_alone(dir: &Path) -> bool {
     let Ok(texts) = sidecar_names(dir) else { return false };
     let known = |name: &str| {
         let own = ["adapter_config.json", "adapter_model.safetensors"].contains(&name);

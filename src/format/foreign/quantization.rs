@@ -20,7 +20,7 @@ const METHODS: &[(&str, &str)] = &[
     ("fp8", "FP8"),
     ("fbgemm_fp8", "FP8 (FBGEMM)"),
     ("deepspeedfp", "FP8 (DeepSpeed)"),
-    ("modelopt", "ModelOpt"),
+    ("modelopt", MODELOPT),
     ("compressed-tensors", "compressed-tensors"),
     ("sparseml", "compressed-tensors"),
     ("mxfp4", "MXFP4"),
@@ -40,10 +40,14 @@ const METHODS: &[(&str, &str)] = &[
     ("bitsandbytes_8bit", EIGHT_BIT),
 ];
 
+/// ModelOpt has several ways; these are read, by their `quant_algo`.
+const MODELOPT: &str = "ModelOpt";
+const NVFP4: &str = "NVFP4 (ModelOpt)";
+
 const EIGHT_BIT: &str = "bitsandbytes in 8 bits";
 
 /// What is read as a source of `quantize`, though it is not run as it is.
-const SOURCES: &[&str] = &["GPTQ", "AWQ", "AWQ or GPTQ", "FP8", "MXFP4", "MLX", EIGHT_BIT];
+const SOURCES: &[&str] = &["GPTQ", "AWQ", "AWQ or GPTQ", "FP8", "MXFP4", "MLX", NVFP4, EIGHT_BIT];
 
 /// Which models are let through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +78,7 @@ const TENSORS: &[Traces] = &[
     Traces { ending: ".Qidxs", with: None, name: "QuIP#" },
     Traces { ending: ".weight._data", with: None, name: "Quanto" },
     Traces { ending: ".weight_scales", with: None, name: "EETQ" },
+    Traces { ending: ".weight_scale_2", with: None, name: NVFP4 },
     Traces { ending: ".weight_scale_inv", with: None, name: "FP8" },
     Traces { ending: ".weight_scale", with: None, name: "FP8" },
     Traces { ending: ".biases", with: Some(".scales"), name: "MLX" },
@@ -128,6 +133,13 @@ fn method(config: &Map<String, Value>) -> Option<String> {
         };
     };
     let method = method.to_lowercase();
+    let way = quantization.get("quant_algo").and_then(Value::as_str).unwrap_or_default();
+    match way.to_ascii_uppercase().as_str() {
+        _ if method != "modelopt" => {}
+        "FP8" => return Some("FP8".to_owned()),
+        "NVFP4" | "W4A16_NVFP4" | "MIXED_PRECISION" => return Some(NVFP4.to_owned()),
+        _ => {}
+    }
     if matches!(&method[..], "bitsandbytes" | "bitsandbytes_4bit") {
         return (is("load_in_8bit") || is("_load_in_8bit")).then(|| EIGHT_BIT.to_owned());
     }

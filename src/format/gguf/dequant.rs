@@ -40,12 +40,14 @@ pub enum GgmlType {
     TQ1_0,
     TQ2_0,
     MXFP4,
+    NVFP4,
+    Q1_0,
 }
 
 use GgmlType as T;
 
 /// Each type with its number in files, and the values and bytes of a block.
-const TYPES: [(T, u32, usize, usize); 25] = [
+const TYPES: [(T, u32, usize, usize); 27] = [
     (T::F32, 0, 1, 4),
     (T::F16, 1, 1, 2),
     (T::Q4_0, 2, QK, 18),
@@ -71,20 +73,13 @@ const TYPES: [(T, u32, usize, usize); 25] = [
     (T::TQ1_0, 34, QK_K, 54),
     (T::TQ2_0, 35, QK_K, 66),
     (T::MXFP4, 39, QK, 17),
+    (T::NVFP4, 40, 64, 36),
+    (T::Q1_0, 41, 128, 18),
 ];
 
 /// `enum ggml_type`, for the types that are only named in errors.
-const UNSUPPORTED: &[(u32, &str)] = &[
-    (9, "Q8_1"),
-    (15, "Q8_K"),
-    (24, "I8"),
-    (25, "I16"),
-    (26, "I32"),
-    (27, "I64"),
-    (28, "F64"),
-    (40, "NVFP4"),
-    (41, "Q1_0"),
-];
+const UNSUPPORTED: &[(u32, &str)] =
+    &[(9, "Q8_1"), (15, "Q8_K"), (24, "I8"), (25, "I16"), (26, "I32"), (27, "I64"), (28, "F64")];
 
 impl GgmlType {
     /// The type numbered `id` in the file, or the name of one that is not supported.
@@ -142,6 +137,8 @@ impl GgmlType {
             Self::TQ1_0 => each(bytes, out, few_bits::tq1_0),
             Self::TQ2_0 => each(bytes, out, few_bits::tq2_0),
             Self::MXFP4 => each(bytes, out, few_bits::mxfp4),
+            Self::NVFP4 => each(bytes, out, few_bits::nvfp4),
+            Self::Q1_0 => each(bytes, out, few_bits::q1_0),
         }
     }
 }

@@ -206,3 +206,28 @@ pub(super) fn mxfp4(b: &[u8; 17], y: &mut [f32; QK]) {
         (y[j], y[j + QK / 2]) = (d * f32::from(E2M1[usize::from(q & 15)]), d * f32::from(E2M1[usize::from(q >> 4)]));
     }
 }
+
+/// Scales [4] in E4M3 without a sign, qs [32]: four blocks of 16 as in Q4_0. A scale for the whole tensor is a tensor of its own.
+pub(super) fn nvfp4(b: &[u8; 36], y: &mut [f32; 64]) {
+    for (block, y) in y.chunks_exact_mut(16).enumerate() {
+        // Half of the scale, for the values are twice as large.
+        let (scale, exponent, fraction) = (b[block], i32::from(b[block] >> 3 & 15), f32::from(b[block] & 7));
+        let d = match (scale, exponent) {
+            (0 | 0x7f, _) => 0.0,
+            (_, 0) => fraction * 2f32.powi(-10),
+            _ => (1.0 + fraction / 8.0) * 2f32.powi(exponent - 8),
+        };
+        for j in 0..8 {
+            let q = b[4 + block * 8 + j];
+            (y[j], y[j + 8]) = (d * f32::from(E2M1[usize::from(q & 15)]), d * f32::from(E2M1[usize::from(q >> 4)]));
+        }
+    }
+}
+
+/// d f16, qs [16]: a bit for each value, the lowest first; 1 is d, 0 is -d.
+pub(super) fn q1_0(b: &[u8; 18], y: &mut [f32; 128]) {
+    let d = half_at(b, 0);
+    for (i, y) in y.iter_mut().enumerate() {
+        *y = if b[2 + i / 8] >> (i % 8) & 1 == 1 { d } else { -d };
+    }
+}

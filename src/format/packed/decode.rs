@@ -28,6 +28,14 @@ impl Packed {
                     }
                 }
             }
+            Form::Nvfp4 => {
+                let codes = self.codes[row * cols / 2..].chunks_exact(8).zip(&scales[row * cols / 16..]);
+                for (out, (codes, scale)) in out.chunks_exact_mut(16).zip(codes) {
+                    for (y, code) in out.chunks_exact_mut(2).zip(codes) {
+                        (y[0], y[1]) = (E2M1[usize::from(code & 15)] * scale, E2M1[usize::from(code >> 4)] * scale);
+                    }
+                }
+            }
             Form::Fp8 { block: [rows, width] } => {
                 let own = &scales[row / rows * cols.div_ceil(*width)..];
                 let codes = &self.codes[row * cols..];
@@ -94,7 +102,7 @@ fn e8m0(exponent: u8) -> f32 {
 }
 
 /// A sign, four bits of exponent, three of fraction; no infinity.
-fn e4m3(code: u8) -> f32 {
+pub(super) fn e4m3(code: u8) -> f32 {
     let (exponent, fraction) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
     let size = match (exponent, code & 7) {
         (15, 7) => f32::NAN,

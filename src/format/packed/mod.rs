@@ -3,6 +3,7 @@
 //! | form | tensors of a module | a weight |
 //! |---|---|---|
 //! | MXFP4 | `mxfp4_blocks` `[out, in / 32, 16]`, `mxfp4_scales` `[out, in / 32]`, as [`Checkpoint`] names those of an expert | `w 2^(s - 127)` |
+//! | NVFP4 (ModelOpt) | `weight` `[out, in / 2]`, `weight_scale` `[out, in / 16]` in E4M3, `weight_scale_2` for all | `w s s2` |
 //! | FP8 (E4M3) | `weight` `[out, in]`, `weight_scale_inv` by blocks or for all, or `weight_scale` by rows or for all | `w s` |
 //! | LLM.int8() | `weight` `[out, in]`, `SCB` `[out]` | `w SCB / 127` |
 //! | mlx | `weight` `[out, in bits / 32]`, `scales`, `biases` `[out, in / group]` | `q s + b` |
@@ -42,6 +43,8 @@ impl Packed {
 enum Form {
     /// E2M1, an exponent for each 32 inputs (OCP 2023).
     Mxfp4 { exponents: Bytes },
+    /// E2M1, a scale for each 16 inputs (ModelOpt).
+    Nvfp4,
     /// E4M3, a scale for each block of so many rows and columns.
     Fp8 { block: [usize; 2] },
     /// Whole numbers, a scale for each row.
@@ -80,10 +83,11 @@ pub(super) fn find(checkpoint: &Checkpoint, config: &Map<String, Value>) -> Resu
             () if parts.has("mxfp4_blocks") => parts.mxfp4()?,
             () if parts.has("qweight") => parts.by_columns()?,
             () if parts.has("SCB") => parts.int8()?,
+            () if parts.has("weight_scale_2") => parts.nvfp4()?,
             () if parts.has("weight_scale_inv") || parts.has("weight_scale") => parts.fp8()?,
             () => parts.affine()?,
         };
-        const PARTS: [&str; 14] = [
+        const PARTS: [&str; 17] = [
             "mxfp4_blocks",
             "mxfp4_scales",
             "weight",
@@ -92,6 +96,10 @@ pub(super) fn find(checkpoint: &Checkpoint, config: &Map<String, Value>) -> Resu
             "weight_format",
             "weight_scale_inv",
             "weight_scale",
+            "weight_scale_2",
+            // Of the keys and values that a server keeps in 8 bits.
+            "k_scale",
+            "v_scale",
             "activation_scale",
             "input_scale",
             "scales",
@@ -178,6 +186,22 @@ impl<'a> Parts<'a> {
         })?;
         let form = Form::Mxfp4 { exponents: exponents.bytes.clone() };
         Ok(self.packed("MXFP4", [codes.shape[0], 32 * codes.shape[1]], form, codes, Vec::new()))
+    }
+
+    fn nvfp4(&self) -> Result<Packed> {
+        let (codes, [rows, half]) = self.part("weight", Dtype::U8)?;
+        let (scales, of_scales) = self.part("weight_scale", Dtype::F8_E4M3)?;
+        let ([whole], [1, 1]) = (&self.floats("weight_scale_2")?.0[..], self.floats("weight_scale_2")?.1) else {
+            return Err(self.bad("weight_scale_2", "one number"));
+        };
+        if half % 8 != 0 || of_scales != [rows, half / 8] {
+            return Err(self.bad("weight_scale", format!("one for each 16 of `[{rows}, {}]` weights", 2 * half)));
+        }
+        let scales: Vec<f32> = scales.bytes.iter().map(|scale| decode::e4m3(*scale) * whole).collect();
+        if scales.iter().any(|scale| !scale.is_finite()) {
+            return Err(self.bad("weight_scale", "finite numbers"));
+        }
+        Ok(self.packed("NVFP4", [rows, 2 * half], Form::Nvfp4, codes, scales))
     }
 
     fn fp8(&self) -> Result<Packed> {

@@ -52,7 +52,6 @@ const CASES: &[Case] = &[
     ("offset misaligned", |w| w.tensors[1].offset = Some(4), Format, "aligned to 32"),
     ("overlap", |w| w.tensors[1].offset = Some(0), Format, "`blk.0.attn_norm.weight`"),
     ("half a block", |w| w.tensors[1].dtype = 2, Format, "`blk.0.attn_norm.weight`"),
-    ("Q2_K", |w| w.tensors[1].dtype = 40, Unsupported, "NVFP4 of tensor `blk.0.attn_norm.weight`"),
     ("Q8_K", |w| w.tensors[1].dtype = 15, Unsupported, "Q8_K"),
     ("no such type", |w| w.tensors[1].dtype = 4_000, Unsupported, "number 4000"),
     ("no architecture", |w| _ = w.remove("general.architecture"), Format, "`general.architecture`"),

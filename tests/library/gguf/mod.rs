@@ -98,7 +98,7 @@ fn dequantizes_every_type_to_the_same_bits_as_ggml() {
 fn dequantizes_types_of_few_bits_to_the_same_bits_as_ggml() {
     let types = [
         "Q2_K", "Q3_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS",
-        "TQ1_0", "TQ2_0", "MXFP4",
+        "TQ1_0", "TQ2_0", "MXFP4", "NVFP4",
     ];
     check_types("tests/data/gguf_few_bits.gguf", types);
 }
