@@ -62,7 +62,7 @@ impl<B: Backend> Term<B> for Activated {
         let [out, input] = self.widths(cx);
         let rows = Self::rows(cx, x, input);
         if rows.is_empty() {
-            return Ok(cx.pool.take(cx.backend, 0)?);
+            return cx.pool.take(cx.backend, 0);
         }
         let (own, own_dy) = (Self::gathered(cx, x, &rows, input)?, Self::gathered(cx, dy, &rows, out)?);
         let dh = self.term.backward(cx, &own, &own_dy, grads)?;

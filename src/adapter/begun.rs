@@ -92,12 +92,17 @@ fn keys_and_values<B: Backend>(base: &Base<B>, ids: &[u32]) -> Result<Vec<f32>> 
     let mut x = tape.into_value(x)?;
     let mut data = Vec::new();
     for layer in 0..layers {
-        let mut tape = pass.tape(Some(x), false, &mut pool);
-        let y = base.model.layer(&mut tape, layer, Value(0));
-        for (part, value) in tape.keys_and_values().into_iter().enumerate() {
-            let buffer = tape.value(value)?;
-            let mut rows = vec![0.0; backend.len(buffer)];
-            backend.read(buffer, &mut rows)?;
+        // A tape gives one value, so that the layer is recorded for each of the two, and once more for what it gives.
+        for part in 0..2 {
+            let mut copy = pool.take(backend, backend.len(&x))?;
+            backend.run(Call::Copy { x: &x, y: &mut copy })?;
+            let mut tape = pass.tape(Some(copy), false, &mut pool);
+            base.model.layer(&mut tape, layer, Value(0));
+            let value = tape.keys_and_values()[part];
+            let buffer = tape.into_value(value)?;
+            let mut rows = vec![0.0; backend.len(&buffer)];
+            backend.read(&buffer, &mut rows)?;
+            pool.put(backend, buffer);
             let width = rows.len() / ids.len();
             data.resize(ids.len() * 2 * layers * width, 0.0);
             for (token, row) in rows.chunks_exact(width).enumerate() {
@@ -105,6 +110,8 @@ fn keys_and_values<B: Backend>(base: &Base<B>, ids: &[u32]) -> Result<Vec<f32>> 
                 data[at..at + width].copy_from_slice(row);
             }
         }
+        let mut tape = pass.tape(Some(x), false, &mut pool);
+        let y = base.model.layer(&mut tape, layer, Value(0));
         x = tape.into_value(y)?;
     }
     pool.put(backend, x);

@@ -215,7 +215,8 @@ mod tests {
     #[test]
     fn gradients_of_all_maps_are_those_of_differences() {
         let weight = Plain(normals(&[1], 1.0, LAYER[0] * LAYER[1]));
-        for (kind, config) in Kind::ALL.iter().flat_map(|kind| configs(*kind).into_iter().map(move |c| (*kind, c))) {
+        let on_layers = Kind::ALL.iter().filter(|kind| !kind.parts().is_empty());
+        for (kind, config) in on_layers.flat_map(|kind| configs(*kind).into_iter().map(move |c| (*kind, c))) {
             let name = format!("{} of {config}", kind.name());
             let config = config.as_object().unwrap();
             let mut method = kind.read(&Keys::of_settings(config, kind.keys())).unwrap();

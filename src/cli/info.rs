@@ -105,11 +105,8 @@ fn adapter(path: &Path, as_json: bool) -> Result<()> {
     println!("{}", path.display());
     println!("  {described}");
     let (bytes, kind) = if half { (2, "f16") } else { (4, "f32") };
-    println!(
-        "  {modules} modules ({}), {parameters} parameters, {} in {kind}",
-        targets.join(", "),
-        megabytes(parameters as u64 * bytes)
-    );
+    let modules = if modules > 0 { format!("{modules} modules ({}), ", targets.join(", ")) } else { String::new() };
+    println!("  {modules}{parameters} parameters, {} in {kind}", megabytes(parameters as u64 * bytes));
     if !replaced.is_empty() {
         println!("  in place of the base's: {}", replaced.join(", "));
     }

@@ -2,7 +2,7 @@
 
 use super::Engine;
 use super::reader::Reader;
-use crate::adapter::AdapterFile;
+use crate::adapter::{AdapterFile, Kind};
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::score_data;
 use crate::train::auto::{Choice, Draft, LOOK, Probe, Rates, Survey, few, spoken, steps_within};
@@ -197,7 +197,12 @@ impl Engine {
         };
         let samples = Probe::STEPS * config.batch * config.accumulate;
         let data = few(&material.data, samples, usize::MAX, config.seed);
-        let some = Material::of(data);
+        let mut some = Material::of(data);
+        // What virtual tokens begin as is that of the run.
+        some.prompt_ids = material.prompt_ids.clone().or_else(|| {
+            let ids = || material.data.samples.iter().flat_map(|sample| sample.ids.iter().copied());
+            (config.method == Kind::Cartridge).then(|| ids().take(config.adapter().num_virtual_tokens).collect())
+        });
         let folder = out.join(PROBE);
         let found = self
             .trainer_of(config, some, init, &folder)

@@ -89,7 +89,10 @@ impl Reader {
         let SampleLimits { tokens: positions, vocab } = self.limits;
         let held = self.text.clone().filter(|_| self.held);
         let shipped = Shipped { text: self.text(), held, positions, vocab };
-        Material::new(config, data, eval_data, Ok(&shipped))
+        let mut material = Material::new(config, data, eval_data, Ok(&shipped))?;
+        let text = config.prompt_init_text.as_ref();
+        material.prompt_ids = text.map(|text| tokenizer.encode(text, false)).transpose()?;
+        Ok(material)
     }
 }
 

@@ -64,8 +64,8 @@ impl Engine {
         // A choice may have left out what the material was made for.
         material.heed(&config);
         init.map_or(Ok(()), |file| self.check_strictly(file))?;
-        let mut material = material;
-        if let Some(text) = config.prompt_init_text.as_ref().filter(|_| init.is_none()) {
+        let text = config.prompt_init_text.as_ref().filter(|_| init.is_none() && material.prompt_ids.is_none());
+        if let Some(text) = text {
             material.prompt_ids = Some(self.text()?.tokenizer.encode(text, false)?);
         }
         self.choose_threads_for_long();

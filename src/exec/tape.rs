@@ -35,13 +35,13 @@ impl<'p, B: Backend> Tape<'p, B> {
         self.it.slots.iter().any(|slot| slot.needs_grad)
     }
 
-    /// Keys and values of the attention that it records, if it does.
-    pub(crate) fn keys_and_values(&self) -> Vec<Value> {
+    /// Keys and values of the attention that it records: of a layer of a model whose layers all keep such.
+    pub(crate) fn keys_and_values(&self) -> [Value; 2] {
         let attention = self.ops.iter().find_map(|recorded| match recorded.op {
-            Op::Attention { k, v, .. } => Some(vec![k, v]),
+            Op::Attention { k, v, .. } => Some([k, v]),
             _ => None,
         });
-        attention.unwrap_or_default()
+        attention.expect("the model was asked for its states before")
     }
 
     /// The value `t`; what backward reads is kept beside it.

@@ -163,6 +163,13 @@ impl MicroBatch {
         self.rows.len()
     }
 
+    /// The same with other tokens to be learned than those of the samples, in their order.
+    #[must_use]
+    pub fn with_targets(self, targets: Vec<u32>) -> Self {
+        assert_eq!(targets.len(), self.trained());
+        Self { targets, ..self }
+    }
+
     /// The same with a weight for each learned token, in their order: its gradient is multiplied by it. Losses are not.
     #[must_use]
     pub fn weighted(self, weights: Vec<f32>) -> Self {

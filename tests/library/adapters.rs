@@ -219,7 +219,6 @@ fn what_would_be_ignored_or_wrong_is_refused_by_name() {
     let rows = (rows.0.to_owned(), vec![rows.1, WIDTH], embedding(2));
     let no_changes = json!({});
     let cases = [
-        ("alora", plain(), json!({"alora_invocation_tokens": [27, 9690]}), "alora_invocation_tokens"),
         ("a key of tomorrow", plain(), json!({"use_magic": true}), "use_magic"),
         ("two adapters", two_names, json!({"layers_to_transform": null}), "`a` and `b`"),
         (

@@ -24,6 +24,7 @@ mod methods;
 mod mxfp4;
 mod packed;
 mod peft_curve;
+mod places;
 #[cfg(feature = "hub")]
 mod pull;
 mod quantize;

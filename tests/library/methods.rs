@@ -38,7 +38,7 @@ pub(super) fn base(threads: usize) -> Engine {
 }
 
 /// What PEFT gave the method: a text with an invocation to that which has one.
-fn inputs_of(method: &str) -> Vec<u32> {
+pub(super) fn inputs_of(method: &str) -> Vec<u32> {
     match tensors(&of(method, "logits.safetensors")).get("ids") {
         Some(own) => ids(own),
         None => inputs(),
@@ -67,7 +67,12 @@ fn served_adapters_give_the_logits_of_peft() {
 }
 
 /// Logits of `ids` in `pieces`, from where `sequence` stands.
-fn run(engine: &Engine, adapters: &Adapters<Cpu>, sequence: &mut Sequence<Cpu>, pieces: &[&[u32]]) -> Vec<f32> {
+pub(super) fn run(
+    engine: &Engine,
+    adapters: &Adapters<Cpu>,
+    sequence: &mut Sequence<Cpu>,
+    pieces: &[&[u32]],
+) -> Vec<f32> {
     let mut work = Workspace::new(internals::numbers(engine).arithmetic);
     let mut all = Vec::new();
     for ids in pieces {
@@ -81,7 +86,7 @@ fn run(engine: &Engine, adapters: &Adapters<Cpu>, sequence: &mut Sequence<Cpu>, 
     all
 }
 
-fn attached(engine: &Engine, files: &[AdapterFile]) -> Adapters<Cpu> {
+pub(super) fn attached(engine: &Engine, files: &[AdapterFile]) -> Adapters<Cpu> {
     let mut adapters = Adapters::none(internals::base(engine));
     files.iter().for_each(|file| adapters.attach(internals::base(engine), file, 1.0, WorkType::F32).unwrap());
     adapters
@@ -177,7 +182,7 @@ pub(super) fn data() -> Dataset {
     data_of("train_ids")
 }
 
-fn data_of(ids: &str) -> Dataset {
+pub(super) fn data_of(ids: &str) -> Dataset {
     let t = tensors(&golden("methods/inputs.safetensors"));
     let width = t["train_ids"].shape[1];
     let [ids, labels, mask] = [ids, "train_labels", "train_mask"].map(|name| t[name].data.chunks(width));
@@ -213,7 +218,7 @@ pub(super) fn config() -> TrainConfig {
     }
 }
 
-fn norm(values: impl Iterator<Item = f64>) -> f64 {
+pub(super) fn norm(values: impl Iterator<Item = f64>) -> f64 {
     values.map(|x| x * x).sum::<f64>().sqrt()
 }
 
@@ -224,8 +229,7 @@ pub(super) fn train_like_peft(method: &str, accumulate: bool) -> Result<(), Stri
     let config = TrainConfig { batch, accumulate, ..config() };
     let out = tempfile::tempdir().unwrap();
     let init = AdapterFile::open(&of(method, "")).unwrap();
-    let data = data_of(if method == "alora" { "train_ids_alora" } else { "train_ids" });
-    let mut trainer = base(2).trainer(config, data, None, Some(&init), out.path()).unwrap();
+    let mut trainer = base(2).trainer(config, data(), None, Some(&init), out.path()).unwrap();
     for (i, &loss) in expected["losses"].data.iter().enumerate() {
         let report = trainer.step(&mut Quiet { stop_after: 0 }).unwrap();
         if (report.loss - f64::from(loss)).abs() > 1e-4 {
@@ -256,7 +260,7 @@ pub(super) fn train_like_peft(method: &str, accumulate: bool) -> Result<(), Stri
 
 #[test]
 fn losses_and_gradients_are_those_of_peft() {
-    let lora = ["alora", "lora_bias", "lora_embedding_head", "lora_target_parameters", "lora_trainable_tokens"];
+    let lora = ["lora_bias", "lora_embedding_head", "lora_target_parameters", "lora_trainable_tokens"];
     let trained = METHODS.into_iter().chain(lora);
     let cases = trained.flat_map(|method| [(method, false), (method, true)]);
     check_all(cases, |(method, accumulate)| train_like_peft(method, *accumulate));
@@ -479,268 +483,4 @@ fn an_answer_behind_a_prefix_ends_where_the_context_does() {
     let error = begin(places).unwrap_err();
     assert!(error.code() == ErrorCode::Config && error.to_string().contains("num_virtual_tokens"), "{error}");
     begin(places - data().longest()).unwrap();
-}
-
-/// What LoRA trains beside its own tensors, on a base that has biases and a tied head: gradients against differences of the
-/// loss, and a file that is read as it was written.
-#[test]
-fn embedding_head_tokens_and_biases_are_trained_beside_lora() {
-    let samples = [vec![3, 7, 1, 7, 9, 2], vec![7, 7, 5]];
-    let data = || {
-        Dataset::new(
-            "golden",
-            samples
-                .iter()
-                .map(|ids| Sample::new(ids.clone(), ids.iter().enumerate().map(|(i, _)| i > 0).collect()))
-                .collect(),
-        )
-    };
-    let config = TrainConfig {
-        targets: ["q_proj", "embed_tokens", "lm_head"].map(str::to_owned).to_vec(),
-        trainable_token_indices: vec![7, 2],
-        bias: Some("all".to_owned()),
-        rank: 3,
-        lr: 1e-2,
-        weight_decay: 0.0,
-        steps: Some(3),
-        ..config()
-    };
-    let base = golden("tiny-qwen2");
-    let out = tempfile::tempdir().unwrap();
-    let mut trainer = open_exact(&base, 1).trainer(config.clone(), data(), None, None, out.path()).unwrap();
-    assert!(trainer.run(&mut Quiet { stop_after: 0 }).unwrap().done);
-    let begun = AdapterFile::open(out.path()).unwrap();
-    let names: Vec<String> = begun.replaced.names().collect();
-    assert!(
-        names.iter().any(|name| name.contains("k_proj.bias")) && names.iter().any(|n| n.contains("2 rows")),
-        "{names:?}"
-    );
-    assert!(begun.tensors.contains_key("model.embed_tokens.lora_embedding_A"));
-    assert!(begun.tensors.contains_key("lm_head.lora_B.weight"));
-    let json = json(&out.path().join("adapter_config.json"));
-    assert_eq!(
-        (&json["bias"], &json["trainable_token_indices"]["model.embed_tokens"]),
-        (&"all".into(), &serde_json::json!([7, 2]))
-    );
-
-    // From there on, with values that are not zero.
-    let loss = |file: &AdapterFile| -> (f64, Vec<(String, Vec<f32>)>) {
-        let out = tempfile::tempdir().unwrap();
-        let config = TrainConfig { steps: Some(1), ..config_of_init() };
-        let mut trainer = open_exact(&base, 1).trainer(config, data(), None, Some(file), out.path()).unwrap();
-        let report = trainer.step(&mut Quiet { stop_after: 0 }).unwrap();
-        (report.loss, trainer.gradients().unwrap().into_iter().map(|(name, grad)| (name.to_string(), grad)).collect())
-    };
-    let (_, grads) = loss(&begun);
-    assert!(grads.iter().any(|(name, _)| name.ends_with("trainable_tokens_delta")));
-    assert!(
-        grads.iter().any(|(name, _)| name.ends_with("q_proj.base_layer.bias")),
-        "{:?}",
-        grads.iter().map(|(n, _)| n).collect::<Vec<_>>()
-    );
-    for (name, grad) in &grads {
-        // Along the gradient itself, where a difference is largest beside rounding.
-        let norm = norm(grad.iter().map(|g| f64::from(*g)));
-        let at = |step: f64| {
-            let mut file = begun.clone();
-            let moved = |old: &[f32]| -> Vec<f32> {
-                old.iter().zip(grad).map(|(v, g)| (f64::from(*v) + step * f64::from(*g) / norm) as f32).collect()
-            };
-            if let Some(tensor) = file.tensors.get_mut(name) {
-                tensor.data = moved(&tensor.data);
-            } else if name.ends_with("trainable_tokens_delta") {
-                file.replaced.rows[0].values.data = moved(&file.replaced.rows[0].values.data);
-            } else {
-                let whole = file
-                    .replaced
-                    .whole
-                    .iter_mut()
-                    .find(|w| name.starts_with(&w.module) && name.ends_with(w.kind))
-                    .unwrap();
-                let old: Vec<f32> = whole.tensor.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-                whole.tensor.bytes = moved(&old).iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into();
-            }
-            loss(&file).0
-        };
-        // Small beside an embedding's values, and large beside the rounding of a loss.
-        let step = (5e-3 / norm).min(2e-2);
-        let slope = (at(step) - at(-step)) / (2.0 * step);
-        assert!((slope / norm - 1.0).abs() < 3e-2, "{name}: slope {slope} along a gradient of norm {norm}");
-    }
-}
-
-fn config_of_init() -> TrainConfig {
-    TrainConfig { weight_decay: 0.0, ..config() }
-}
-
-/// The embeddings of a text are the first ones of a prompt.
-#[test]
-fn a_prompt_begins_as_the_embeddings_of_tokens() {
-    let dir = tempfile::tempdir().unwrap();
-    let model = crate::common::tiny_chat_model(dir.path());
-    let engine = open_exact(&model, 1);
-    let text = "hello";
-    let ids = engine.text().unwrap().tokenizer.encode(text, false).unwrap();
-    let config = TrainConfig {
-        method: Kind::PromptTuning,
-        num_virtual_tokens: Some(ids.len() + 1),
-        prompt_init_text: Some(text.to_owned()),
-        steps: Some(1),
-        lr: 1e-12,
-        ..config()
-    };
-    let data =
-        Dataset::new("one", vec![Sample::new(ids.clone(), ids.iter().enumerate().map(|(i, _)| i > 0).collect())]);
-    let out = dir.path().join("out");
-    engine.trainer(config, data, None, None, &out).unwrap().run(&mut Quiet { stop_after: 0 }).unwrap();
-    let file = AdapterFile::open(&out).unwrap();
-    let json = json(&out.join("adapter_config.json"));
-    assert_eq!((&json["prompt_tuning_init"], &json["prompt_tuning_init_text"]), (&"TEXT".into(), &text.into()));
-    assert!(json["tokenizer_name_or_path"].is_string());
-    let rows = &file.tensors["prompt_embeddings"];
-    let width = rows.shape[1];
-    let (first, last) = (&rows.data[..width], &rows.data[ids.len() * width..]);
-    assert!(max_diff(first, last).0 < 1e-6, "the text is repeated");
-    // A prompt that is the text says what the text itself says.
-    let plain = [&ids[..], &ids[..1]].concat();
-    let mut behind = Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
-    let mut whole = Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
-    let more = [ids[0], 5, 6];
-    let expected = run(&engine, &attached(&engine, &[]), &mut whole, &[&plain, &more]);
-    let got = run(&engine, &attached(&engine, &[file]), &mut behind, &[&more]);
-    close("prompt", &got, &expected, 1e-4).unwrap();
-}
-
-/// In pieces, with the invocation cut in two, with a second one, and after going back: as PEFT has it, the adapter works
-/// from the last one of what there is.
-#[test]
-fn an_activated_adapter_works_from_the_last_invocation_on() {
-    let engine = base(1);
-    let file = AdapterFile::open(&of("alora", "")).unwrap();
-    let adapters = attached(&engine, std::slice::from_ref(&file));
-    let invocation = [7, 11, 13];
-    let mut ids = inputs_of("alora");
-    let first = ids.windows(3).position(|w| w == invocation).unwrap();
-    ids.extend([5, 7, 11, 13, 6, 7, 11, 9]);
-    let new = || Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
-    let whole = |ids: &[u32]| run(&engine, &adapters, &mut new(), &[ids]);
-    let last = |all: &[f32]| all[all.len() - 256..].to_vec();
-    let mut sequence = new();
-    for end in 1..=ids.len() {
-        let got = run(&engine, &adapters, &mut sequence, &[&ids[end - 1..end]]);
-        close(&format!("token {end}"), &got, &last(&whole(&ids[..end])), 1e-4).unwrap();
-    }
-    for to in [ids.len() - 1, ids.len() - 5, ids.len() - 6, first + 4, first + 1, 1] {
-        let reached = sequence.rewind(internals::base(&engine), to);
-        assert!(reached <= to);
-        let got = run(&engine, &adapters, &mut sequence, &[&ids[reached..to + 1]]);
-        close(&format!("back to {to}"), &last(&got), &last(&whole(&ids[..to + 1])), 1e-4).unwrap();
-        run(&engine, &adapters, &mut sequence, &[&ids[to + 1..]]);
-    }
-    // Before the invocation it is the base, whose text it can share.
-    let none = Adapters::none(internals::base(&engine));
-    let plain = run(&engine, &none, &mut new(), &[&ids[..first]]);
-    close("before", &run(&engine, &adapters, &mut new(), &[&ids[..first]]), &plain, 1e-6).unwrap();
-    let mut begun = new();
-    run(&engine, &none, &mut begun, &[&ids[..first]]);
-    let mut work = Workspace::new(internals::numbers(&engine).arithmetic);
-    let step = Step { sequence: &mut begun, ids: &ids[first..], adapters: &adapters, logits: 0..0 };
-    let refused = internals::base(&engine).forward(&mut work, &mut [step], &mut || true, &mut |_| Ok(()));
-    assert!(refused.unwrap_err().to_string().contains("invocation"));
-    // In a batch beside others.
-    let lora = attached(&engine, &[AdapterFile::open(&of("lora", "")).unwrap()]);
-    let (mut one, mut other) = (new(), new());
-    let mut got = Vec::new();
-    let mut take = |logits: &Logits| {
-        got.extend_from_slice(&logits.values);
-        Ok(())
-    };
-    let mut steps = [
-        Step { sequence: &mut one, ids: &ids[..9], adapters: &lora, logits: 8..9 },
-        Step { sequence: &mut other, ids: &ids, adapters: &adapters, logits: ids.len() - 1..ids.len() },
-    ];
-    internals::base(&engine).forward(&mut work, &mut steps, &mut || true, &mut take).unwrap();
-    close("in a batch", &got[256..], &last(&whole(&ids)), 1e-4).unwrap();
-}
-
-/// A cartridge begins as the text in the context, keeps its first row bit by bit, and learns the others.
-#[test]
-fn a_cartridge_begins_as_the_text_that_it_is_of() {
-    let engine = base(1);
-    let text: Vec<u32> = data().samples.iter().flat_map(|sample| sample.ids.clone()).take(6).collect();
-    let new = || Sequence::new(internals::base(&engine), internals::numbers(&engine).cache).unwrap();
-    let begun = |lr: f32, steps: u64| {
-        let out = tempfile::tempdir().unwrap();
-        let config = TrainConfig {
-            method: Kind::Cartridge,
-            num_virtual_tokens: Some(6),
-            num_frozen_tokens: Some(2),
-            lr,
-            steps: Some(steps),
-            ..config()
-        };
-        engine.trainer(config, data(), None, None, out.path()).unwrap().run(&mut Quiet { stop_after: 0 }).unwrap();
-        AdapterFile::open(out.path()).unwrap()
-    };
-    let more = [9, 8, 7];
-    let file = begun(1e-12, 1);
-    let rows = file.tensors["prompt_embeddings"].data.clone();
-    let got = run(&engine, &attached(&engine, &[file]), &mut new(), &[&more]);
-    let whole = run(&engine, &Adapters::none(internals::base(&engine)), &mut new(), &[&[&text[..], &more].concat()]);
-    close("as its text", &got, &whole[6 * 256..], 1e-4).unwrap();
-    let moved = begun(1e-2, 4).tensors["prompt_embeddings"].data.clone();
-    let fixed = 2 * rows.len() / 6;
-    assert_eq!(rows[..fixed], moved[..fixed]);
-    assert!(max_diff(&rows[fixed..], &moved[fixed..]).0 > 1e-3);
-}
-
-/// Gradients of the network that P-tuning learns with, against differences of the loss; its file has what it gives.
-#[test]
-fn p_tuning_learns_through_its_network() {
-    let dir = tempfile::tempdir().unwrap();
-    let config = |steps| TrainConfig {
-        method: Kind::PTuning,
-        num_virtual_tokens: Some(5),
-        encoder_hidden_size: Some(12),
-        steps: Some(steps),
-        weight_decay: 0.0,
-        ..config()
-    };
-    let out = dir.path().join("whole");
-    let mut trainer = base(1).trainer(config(4), data(), None, None, &out).unwrap();
-    let first = trainer.step(&mut Quiet { stop_after: 0 }).unwrap().loss;
-    let grads: Vec<(String, f64)> = trainer
-        .gradients()
-        .unwrap()
-        .into_iter()
-        .map(|(name, grad)| (name.to_string(), norm(grad.iter().map(|g| f64::from(*g)))))
-        .collect();
-    assert_eq!(grads.len(), 7, "{grads:?}");
-    // The sum of squares of all gradients is the slope of the loss along them: a plain step of SGD shows it.
-    let squares: f64 = grads.iter().map(|(_, norm)| norm * norm).sum();
-    let slope = {
-        let rate = 1e-3 / squares.sqrt();
-        let config = TrainConfig { optimizer: pocketlora::train::Optimizer::Sgd, lr: rate as f32, ..config(2) };
-        let mut trainer = base(1).trainer(config, data(), None, None, &dir.path().join("sgd")).unwrap();
-        let before = trainer.step(&mut Quiet { stop_after: 0 }).unwrap().loss;
-        let after = trainer.step(&mut Quiet { stop_after: 0 }).unwrap().loss;
-        assert!((before - first).abs() < 1e-6);
-        (before - after) / rate
-    };
-    assert!((slope / squares - 1.0).abs() < 3e-2, "slope {slope} instead of {squares}: {grads:?}");
-    // The run's own end, the same after a kill, and what is served.
-    trainer.run(&mut Quiet { stop_after: 0 }).unwrap();
-    let file = AdapterFile::open(&out).unwrap();
-    assert_eq!(file.tensors.keys().collect::<Vec<_>>(), ["prompt_embeddings"]);
-    let json = json(&out.join("adapter_config.json"));
-    assert_eq!((&json["peft_type"], &json["encoder_reparameterization_type"]), (&"P_TUNING".into(), &"MLP".into()));
-    let cut = dir.path().join("cut");
-    let mut stopped = base(1).trainer(config(4), data(), None, None, &cut).unwrap();
-    assert!(!stopped.run(&mut Quiet { stop_after: 2 }).unwrap().done);
-    drop(stopped);
-    let mut resumed = base(1).trainer(config(4), data(), None, None, &cut).unwrap();
-    resumed.resume().unwrap();
-    resumed.run(&mut Quiet { stop_after: 0 }).unwrap();
-    let bytes = |out: &Path| fs::read(out.join("adapter_model.safetensors")).unwrap();
-    assert_eq!(bytes(&out), bytes(&cut));
 }
