@@ -72,9 +72,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     for (dtype, (tensors, elements)) in types {
         println!("  {dtype:<6} {tensors:>5} tensors, {:.1} M elements", elements as f64 / 1e6);
     }
-    for LeftOut { part, tensors, bytes } in source.left_out() {
-        println!("  left out, for text does not use it: {part} ({tensors} tensors, {})", megabytes(*bytes));
-    }
+    source.left_out().iter().for_each(|part| println!("  {}", part.described()));
     Ok(())
 }
 

@@ -89,6 +89,14 @@ pub(super) fn find(model: &str) -> Result<Model> {
         Some(path) => path,
         None if hub::manifests()?.iter().any(|m| m.name == model) => pull::fetch(model)?,
         None if model.contains("://") => return Err(address(model)),
+        None if hub::is_repository(model) && (model.contains([':', '@']) || !looks_like_a_path(model)) => {
+            let quoted = shell::quoted_value(model);
+            let message = format!(
+                "expected a directory, a `.gguf` file or the name of a cached model, got neither; `pocketlora list` shows the names, and \
+                 `pocketlora pull {quoted}` fetches it if it is on the model hub"
+            );
+            return Err(Error::new(ErrorCode::Config, format!("model `{model}`"), message));
+        }
         None if looks_like_a_path(model) => {
             let message = "expected a model's folder or file, got a path where nothing is; check it, or give the name of a \
                            cached model, as `pocketlora list` shows them";
@@ -232,6 +240,7 @@ pub(super) fn convert(source: &Path, out: &Path, recipe: Recipe, existing: Exist
     let path = model_of(source);
     let source: Box<dyn Source> = open_source(&path)?;
     check_import(source.as_ref(), &path)?;
+    source.left_out().iter().for_each(|part| eprintln!("note: {}", part.described()));
     with_bar("quantize", out, |progress| quantize(source.as_ref(), out, recipe, existing, progress))
 }
 

@@ -17,6 +17,8 @@ use std::path::{Component, Path, PathBuf};
 /// Names of embeddings, the usual one first.
 const EMBEDDINGS: [&str; 3] = ["model.embed_tokens.weight", "backbone.embeddings.weight", "transformer.wte.weight"];
 const HEAD: &str = "lm_head.weight";
+/// The weights in their authors' own form, beside those of Hugging Face.
+const SECOND_FORM: &str = "consolidated.safetensors";
 /// Upper bound on the parts of one tensor.
 const MAX_PARTS: usize = 4096;
 
@@ -72,6 +74,9 @@ impl Checkpoint {
         renamed.into_iter().for_each(|(name, new)| checkpoint.rename(&name, new));
         checkpoint.divide_stacks();
         checkpoint.settle_head();
+        if path.is_dir() {
+            checkpoint.leave_out_second_form();
+        }
         Ok(checkpoint)
     }
 
@@ -92,6 +97,17 @@ impl Checkpoint {
     fn leave_out_guesses(&mut self) {
         let names: Vec<String> = self.names().filter(|name| name.starts_with("mtp.")).map(str::to_owned).collect();
         names.iter().for_each(|name| self.leave_out(name, "mtp"));
+    }
+
+    /// Some authors ship the same weights once more, in their own form. They are looked at by size alone.
+    fn leave_out_second_form(&mut self) {
+        let path = self.dir.join(SECOND_FORM);
+        if let Ok(meta) = path.metadata()
+            && meta.is_file()
+        {
+            let tensors = TensorFile::open(&path).map_or(0, |file| file.tensors().count());
+            self.left_out.push(LeftOut { part: SECOND_FORM.to_owned(), tensors, bytes: meta.len() });
+        }
     }
 
     fn leave_out(&mut self, name: &str, part: &str) {

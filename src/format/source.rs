@@ -28,7 +28,8 @@ impl TensorMeta {
     }
 }
 
-/// A part of a model for more than text that a text does not go through, such as a tower for pictures.
+/// What lies in a model's files and is not read: a part of a model for more than text that a text does not go through, such as a
+/// tower for pictures, or a file that has the weights once more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeftOut {
     /// Its name.
@@ -40,6 +41,18 @@ pub struct LeftOut {
 }
 
 impl LeftOut {
+    /// In words.
+    #[cfg(feature = "cli")]
+    pub(crate) fn described(&self) -> String {
+        let why = if self.part.ends_with(".safetensors") {
+            "the weights are read from other files"
+        } else {
+            "text does not use it"
+        };
+        let megabytes = self.bytes as f64 / 1e6;
+        format!("left out, for {why}: {} ({} tensors, {megabytes:.1} MB)", self.part, self.tensors)
+    }
+
     /// Counts a further tensor.
     pub(super) fn add(&mut self, bytes: u64) {
         self.tensors += 1;

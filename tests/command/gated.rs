@@ -4,7 +4,7 @@
 mod server;
 
 use crate::fixture::{Fixture, fixture};
-use server::{Served, small, start};
+use server::{COMMIT, Served, small, start};
 use std::fs;
 use std::process::Output;
 
@@ -56,4 +56,55 @@ fn the_token_comes_from_the_variable_or_the_file_and_offline_answers_at_once() {
     let offline = pull("c", &[("HF_HUB_OFFLINE", "1")]);
     assert!(offline.status.code() == Some(1) && said(&offline).contains("HF_HUB_OFFLINE"), "{}", said(&offline));
     assert_eq!(server.state.lock().unwrap().log.len(), asked);
+}
+
+/// A model that was pulled by file, branch or commit is a model like others: used, listed and removed by that name.
+#[test]
+fn a_model_is_used_and_removed_by_the_name_that_it_was_pulled_by() {
+    let f = fixture();
+    let server = start(files(&f));
+    let hub_home = f.path("hub home");
+    let run = |args: &[&str]| -> Output {
+        let mut command = f.command(args);
+        for name in ["HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"] {
+            command.env_remove(name);
+        }
+        command.env("HF_ENDPOINT", &server.endpoint).env("HF_HOME", &hub_home).output().unwrap()
+    };
+    let [branch, commit] = ["maker/model@v1/x".to_owned(), format!("maker/model@{COMMIT}")];
+    for name in [&branch, &commit] {
+        let asked = run(&["generate", "-m", name, "--no-quantize", "-p", "a", "-n", "1"]);
+        let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+        assert!(!asked.status.success() && said.contains(&format!("`pocketlora pull {name}` fetches it")), "{said}");
+        assert!(run(&["pull", name]).status.success());
+        assert!(run(&["generate", "-m", name, "--no-quantize", "-p", "a", "-n", "1"]).status.success());
+    }
+    let listed = |what: &str| String::from_utf8(run(&["list"]).stdout).unwrap().contains(what);
+    assert!(listed(&branch) && listed(&commit));
+    // An adapter names the repository as its base, and is exported without more.
+    let (out, gguf) = (f.path("adapter"), f.path("adapter.gguf"));
+    let data = f.data.to_str().unwrap();
+    let train = [
+        "train",
+        "--auto",
+        "off",
+        "--keep",
+        "off",
+        "--skip-check",
+        "-m",
+        &branch,
+        "--no-quantize",
+        "-d",
+        data,
+        "-o",
+        &out,
+    ];
+    assert!(run(&[&train[..], &["--steps", "1"]].concat()).status.success());
+    let config = fs::read_to_string(std::path::Path::new(&out).join("adapter_config.json")).unwrap();
+    assert!(config.contains("\"base_model_name_or_path\": \"maker/model\""), "{config}");
+    let done = run(&["export", &out, "--to", "gguf", "-o", &gguf]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let done = run(&["remove", &branch]);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(!listed(&branch) && listed(&commit));
 }

@@ -70,6 +70,19 @@ fn what_stands_in_for_a_model_or_an_adapter_is_named() {
     assert_eq!(fs::read_to_string(&notes).unwrap(), "remember the milk\n");
 }
 
+/// Some authors ship the same weights once more, in a form of their own.
+#[test]
+fn weights_that_lie_there_twice_are_read_once_with_a_word() {
+    let f = fixture();
+    fs::copy(f.model.join("model.safetensors"), f.model.join("consolidated.safetensors")).unwrap();
+    let (model, out) = (f.model.to_str().unwrap(), f.path("out"));
+    let word = "left out, for the weights are read from other files: consolidated.safetensors (20 tensors";
+    assert!(f.ok(&["info", model]).contains(word), "{}", f.ok(&["info", model]));
+    let said = f.said(&["quantize", model, "-o", &out]);
+    assert!(said.contains(word), "{said}");
+    assert!(!Path::new(&out).join("consolidated.safetensors").exists());
+}
+
 #[test]
 fn a_checkpoint_that_is_cut_is_called_so() {
     let f = fixture();

@@ -28,7 +28,19 @@ pub(super) enum Family {
     Qwen3Moe,
     Gemma3,
     Lfm2,
+    SmolLm3,
+    Granite,
 }
+
+/// SmolLM3's layers without positions in llama.cpp: every so many.
+pub(super) const NO_ROPE_EVERY: usize = 4;
+/// Granite's factors: llama.cpp's keys, and Hugging Face's. Where a file has none, or 0, it is 1, on scores the usual one.
+pub(super) const FACTORS: [(&str, &str); 4] = [
+    ("embedding_scale", "embedding_multiplier"),
+    ("residual_scale", "residual_multiplier"),
+    ("attention.scale", "attention_multiplier"),
+    ("logit_scale", "logits_scaling"),
+];
 
 /// Sizes in elements, before any shape is checked against them.
 #[derive(Clone, Debug)]
@@ -64,6 +76,8 @@ pub(super) struct Hyper {
     epsilon: f64,
     theta: f64,
     scaling: Scaling,
+    /// For Granite: [`FACTORS`].
+    factors: [f64; 4],
 }
 
 impl Hyper {
@@ -82,11 +96,13 @@ impl Hyper {
             "qwen3moe" => Family::Qwen3Moe,
             "gemma3" => Family::Gemma3,
             "lfm2" => Family::Lfm2,
+            "smollm3" => Family::SmolLm3,
+            "granite" => Family::Granite,
             other => {
                 return Err(Error::unsupported(
                     meta.path(),
                     format_args!("architecture `{other}` in GGUF"),
-                    "`llama` (with Mistral), `qwen2`, `qwen3`, `qwen3moe`, `gemma3` and `lfm2` run; use one of these families, as `pocketlora pull --list` has some",
+                    "`llama` (with Mistral), `qwen2`, `qwen3`, `qwen3moe`, `gemma3`, `lfm2`, `smollm3` and `granite` run; use one of these families, as `pocketlora pull --list` has some",
                 ));
             }
         };
@@ -123,7 +139,8 @@ impl Hyper {
         let epsilon = keys.positive("attention.layer_norm_rms_epsilon")?;
         let sliding_window = keys.optional_size("attention.sliding_window")?;
         let context = keys.size("context_length")?;
-        if matches!(family, Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe | Family::Lfm2)
+        let plain = matches!(family, Family::SmolLm3 | Family::Granite);
+        if (plain || matches!(family, Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe | Family::Lfm2))
             && sliding_window.is_some_and(|window| window < context)
         {
             let what = format_args!("a sliding window ({}) in `{arch}`", keys.name("attention.sliding_window"));
@@ -161,6 +178,7 @@ impl Hyper {
             epsilon: meta.required(&keys.name("attention.layer_norm_rms_epsilon"), epsilon)?,
             theta,
             scaling: Scaling::read(file, arch, head_dim, theta)?,
+            factors: if family == Family::Granite { factors(&keys, head_dim)? } else { [1.0; 4] },
         };
         hyper.check_biases(meta)?;
         Ok(hyper)
@@ -175,6 +193,9 @@ impl Hyper {
                 "a Qwen, Gemma or LFM2 model with feed-forward biases"
             }
             Family::Lfm2 if self.attention_bias => "an LFM2 model with biases",
+            Family::SmolLm3 | Family::Granite if self.attention_bias || self.mlp_bias => {
+                "a SmolLM3 or Granite with biases"
+            }
             _ => return Ok(()),
         };
         Err(Error::unsupported(meta.path(), what, "use a model of the plain family"))
@@ -190,6 +211,8 @@ impl Hyper {
             Family::Qwen3Moe => ("qwen3_moe", "Qwen3MoeForCausalLM"),
             Family::Gemma3 => ("gemma3_text", "Gemma3ForCausalLM"),
             Family::Lfm2 => ("lfm2", "Lfm2ForCausalLM"),
+            Family::SmolLm3 => ("smollm3", "SmolLM3ForCausalLM"),
+            Family::Granite => ("granite", "GraniteForCausalLM"),
         };
         let mut config = Map::new();
         let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
@@ -234,6 +257,17 @@ impl Hyper {
                 set("norm_topk_prob", json!(true));
                 set("decoder_sparse_step", json!(1));
                 set("mlp_only_layers", json!([]));
+            }
+            Family::SmolLm3 => {
+                let turned = |i: usize| u8::from(!i.is_multiple_of(NO_ROPE_EVERY));
+                set("no_rope_layer_interval", json!(NO_ROPE_EVERY));
+                set("no_rope_layers", json!((1..=self.layers).map(turned).collect::<Vec<_>>()));
+                set("use_sliding_window", json!(false));
+            }
+            Family::Granite => {
+                for ((_, key), factor) in FACTORS.iter().zip(self.factors) {
+                    set(key, json!(factor));
+                }
             }
             Family::Lfm2 => {
                 let kind = |conv: &bool| if *conv { "conv" } else { FULL };
@@ -355,6 +389,24 @@ impl Keys<'_> {
             _ => Ok(()),
         }
     }
+}
+
+/// Granite's factors.
+fn factors(keys: &Keys<'_>, head_dim: usize) -> Result<[f64; 4]> {
+    // By this key, the hybrids say that they have no positions at all.
+    if keys.meta.bool(&keys.name("rope.scaling.finetuned"))? == Some(false) {
+        let what = "a Granite model without positions";
+        return Err(Error::unsupported(keys.meta.path(), what, "use the model's safetensors files"));
+    }
+    let mut factors = [1.0, 1.0, (head_dim as f64).powf(-0.5), 1.0];
+    for (factor, (key, _)) in factors.iter_mut().zip(FACTORS) {
+        let said = keys.meta.float(&keys.name(key))?.filter(|said| *said != 0.0);
+        match said {
+            Some(bad) if bad < 0.0 || !bad.is_finite() => return Err(keys.fail(key, "a positive number", bad)),
+            said => *factor = said.unwrap_or(*factor),
+        }
+    }
+    Ok(factors)
 }
 
 /// Files that are GGUF, but no whole dense language model.

@@ -66,7 +66,14 @@ const KEYS: &[(&str, Use)] = &[
 ];
 
 /// Further keys that are read, by architecture.
-const OF_ONE: &[(&str, &str)] = &[("gemma3", "attention.sliding_window_pattern"), ("gemma3", "rope.freq_base_swa")];
+const OF_ONE: &[(&str, &str)] = &[
+    ("gemma3", "attention.sliding_window_pattern"),
+    ("gemma3", "rope.freq_base_swa"),
+    ("granite", "embedding_scale"),
+    ("granite", "residual_scale"),
+    ("granite", "attention.scale"),
+    ("granite", "logit_scale"),
+];
 
 /// Refuses the first key of `arch` that could not be honoured.
 pub(super) fn check(meta: &Metadata, arch: &str) -> Result<()> {
@@ -75,11 +82,11 @@ pub(super) fn check(meta: &Metadata, arch: &str) -> Result<()> {
         let Some(name) = key.strip_prefix(&prefix) else { continue };
         let row = KEYS.iter().find(|(known, _)| *known == name).map(|(_, usage)| usage);
         let honoured = match row {
+            _ if OF_ONE.contains(&(arch, name)) => true,
             Some(Read | Nothing) => true,
             Some(Only(values)) => number(value).is_some_and(|x| values.contains(&x)),
             Some(OnlyTrue) => *value == Value::Bool(true),
             Some(OnlyText(text)) => matches!(value, Value::String(got) if got == text),
-            None if OF_ONE.contains(&(arch, name)) => true,
             None => !name.starts_with("rope.") && !name.starts_with("attention."),
         };
         if !honoured {

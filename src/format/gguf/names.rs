@@ -257,7 +257,8 @@ fn weight(file: &Container, hyper: &Hyper, index: usize) -> Result<FoundWeight> 
         // Hugging Face's convolutions have a dimension more.
         shape.insert(1, 1);
     }
-    let permuted = slot.rotary && matches!(hyper.family, Family::Llama | Family::Mistral);
+    let permuted =
+        slot.rotary && matches!(hyper.family, Family::Llama | Family::Mistral | Family::SmolLm3 | Family::Granite);
     Ok(FoundWeight {
         meta: TensorMeta { name, shape, dtype: tensor.dtype.to_string() },
         tensor: index,

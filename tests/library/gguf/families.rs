@@ -1,7 +1,7 @@
 //! What architectures differ in, and the head that is a copy of the embedding.
 
 use super::model::{counted, open, read};
-use super::writer::{Writer, small_gemma3, small_llama, small_qwen2, small_qwen3};
+use super::writer::{Writer, small_gemma3, small_llama, small_plain, small_qwen2, small_qwen3};
 use half::f16;
 use pocketlora::format::Source;
 use serde_json::json;
@@ -52,6 +52,40 @@ fn gemmas_layers_have_windows_and_bases_as_llama_cpp_has_them() {
     let config = open(small_gemma3().f32("gemma3.rope.scaling.factor", 8.0)).config().clone();
     assert_eq!(config["rope_parameters"]["full_attention"]["factor"], 8.0);
     pocketlora_models::build(&config).unwrap();
+}
+
+#[test]
+fn granite_and_smollm3_are_llamas_with_factors_or_without_some_positions() {
+    for arch in ["granite", "smollm3"] {
+        let w = small_plain(arch);
+        let (gguf, llama) = (open(&w), open(&small_llama()));
+        assert_eq!(gguf.config()["model_type"], arch);
+        let q = "model.layers.0.self_attn.q_proj.weight";
+        assert_eq!(read(&gguf, q), read(&llama, q), "{arch}: rows in llama's order");
+        let model = pocketlora_models::build(gguf.config()).unwrap();
+        let mut wanted: Vec<_> = model.params().iter().map(|p| p.name.clone()).collect();
+        let mut got = names(&w);
+        (wanted.sort(), got.sort());
+        assert_eq!(got, wanted, "{arch}");
+    }
+    assert_eq!(open(&small_plain("smollm3")).config()["no_rope_layers"], json!([1]));
+    // 0 is llama.cpp's word for none.
+    let mut w = small_plain("granite");
+    w.f32("granite.embedding_scale", 12.0).f32("granite.residual_scale", 0.5).f32("granite.logit_scale", 0.0);
+    let config = open(&w).config().clone();
+    let factors = ["embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"];
+    assert_eq!(factors.map(|key| config[key].as_f64().unwrap()), [12.0, 0.5, 0.5, 1.0], "heads of 4");
+    w.f32("granite.attention.scale", 0.25);
+    assert_eq!(open(&w).config()["attention_multiplier"], 0.25);
+    // What another family does not have, and a Granite without positions, are refused.
+    let refused = |w: &Writer, what: &str| {
+        let bytes = bytes::Bytes::from(w.build());
+        let error = pocketlora::format::gguf::Gguf::from_bytes(bytes, std::path::Path::new("small.gguf")).unwrap_err();
+        assert!(error.to_string().contains(what), "{what}: {error}");
+    };
+    refused(w.bool("granite.rope.scaling.finetuned", false), "without positions");
+    refused(small_plain("smollm3").f32("smollm3.attention.scale", 0.25), "smollm3.attention.scale");
+    refused(small_plain("granite").f32("granite.logit_scale", -1.0), "a positive number");
 }
 
 #[test]

@@ -276,7 +276,17 @@ fn what_is_exported_is_read_as_it_was() {
     std::fs::create_dir(&scaled).unwrap();
     std::fs::copy(golden("tiny-llama/config_llama3_rope.json"), scaled.join("config.json")).unwrap();
     std::fs::copy(golden("tiny-llama/model.safetensors"), scaled.join("model.safetensors")).unwrap();
+    // As it is published: without windows.
+    let smollm3 = dir.path().join("smollm3");
+    std::fs::create_dir(&smollm3).unwrap();
+    let text = std::fs::read(golden("families/smollm3/config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    (config["use_sliding_window"], config["layer_types"]) = (false.into(), Value::Null);
+    std::fs::write(smollm3.join("config.json"), config.to_string()).unwrap();
+    std::fs::copy(golden("families/smollm3/model.safetensors"), smollm3.join("model.safetensors")).unwrap();
     let models = [
+        ("granite", golden("families/granite")),
+        ("smollm3", smollm3),
         ("tiny-llama", golden("tiny-llama")),
         ("llama3", scaled),
         ("tiny-qwen2", golden("tiny-qwen2")),
@@ -342,7 +352,8 @@ fn what_llama_cpp_has_not_is_refused_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out.gguf");
     let families = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/oracles/families");
-    for (family, said) in [("lfm2", "`lfm2`"), ("gemma3_text", "query_pre_attn_scalar")] {
+    let cases = [("lfm2", "`lfm2`"), ("gemma3_text", "query_pre_attn_scalar"), ("smollm3", "sliding window")];
+    for (family, said) in cases {
         let base = families.join(family);
         let source = open_source(&base).unwrap();
         let go_on = &mut |_: pocketlora::format::Progress<'_>| ControlFlow::Continue(());

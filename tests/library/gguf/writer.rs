@@ -251,6 +251,11 @@ pub fn small_qwen3() -> Writer {
     w
 }
 
+/// The same model as a `smollm3` or `granite`, whose layers have the same parts.
+pub fn small_plain(arch: &str) -> Writer {
+    renamed(arch)
+}
+
 /// The same model as a gemma3, with its norms and a window of 16.
 pub fn small_gemma3() -> Writer {
     let mut w = renamed("gemma3");

@@ -1,7 +1,7 @@
 //! `config.json` as the metadata of llama.cpp.
 
 use super::super::arch::Arch;
-use super::super::config::Family;
+use super::super::config::{FACTORS, Family, NO_ROPE_EVERY};
 use super::super::writer::Pairs;
 use crate::error::{Error, Result};
 use pocketlora_models::Model;
@@ -32,6 +32,10 @@ impl Config<'_> {
         self.json.get(key).and_then(Value::as_f64)
     }
 
+    fn is_on(&self, key: &str) -> bool {
+        self.json.get(key) == Some(&Value::Bool(true))
+    }
+
     fn text(&self, key: &str) -> Option<&str> {
         self.json.get(key).and_then(Value::as_str)
     }
@@ -49,6 +53,8 @@ pub(super) fn write(model: &dyn Model, json: &Map<String, Value>, place: &Path, 
         "qwen2" => Family::Qwen2,
         "qwen3" => Family::Qwen3,
         "gemma3_text" => Family::Gemma3,
+        "smollm3" => Family::SmolLm3,
+        "granite" => Family::Granite,
         other => return config.refuse(format!("a model of the family `{other}`")),
     };
     let arch = Arch::of_model(&sizes.model_type).expect("those families have architectures");
@@ -56,6 +62,10 @@ pub(super) fn write(model: &dyn Model, json: &Map<String, Value>, place: &Path, 
     let usual = if family == Family::Gemma3 { "gelu_pytorch_tanh" } else { "silu" };
     if activation.is_some_and(|activation| activation != usual) {
         return config.refuse(format!("the activation `{}`", activation.unwrap_or_default()));
+    }
+    let plain = matches!(family, Family::SmolLm3 | Family::Granite);
+    if let Some(key) = ["attention_bias", "mlp_bias"].into_iter().find(|key| plain && config.is_on(key)) {
+        return config.refuse(format!("a {} with `{key}`", sizes.model_type));
     }
     for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
         if config.number(key).is_some() {
@@ -83,6 +93,9 @@ pub(super) fn write(model: &dyn Model, json: &Map<String, Value>, place: &Path, 
     // transformers' default of these families.
     let epsilon = config.number("rms_norm_eps").unwrap_or(1e-6);
     pairs.f32(&name("attention.layer_norm_rms_epsilon"), epsilon as f32);
+    if family == Family::Granite {
+        FACTORS.iter().for_each(|(key, hf)| pairs.f32(&name(key), config.number(hf).unwrap_or(1.0) as f32));
+    }
     window(&config, family, model, &name, pairs)?;
     let divisors = rope(&config, family, sizes.head_dim, &name, pairs)?;
     Ok(Hyper { family, arch, divisors })
@@ -100,7 +113,7 @@ fn window(
     match family {
         // The last two do not come here: they are not written.
         Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe | Family::Lfm2 => {
-            if config.json.get("use_sliding_window") == Some(&Value::Bool(true)) {
+            if config.is_on("use_sliding_window") {
                 return config.refuse("a Qwen model with a sliding window");
             }
         }
@@ -129,7 +142,22 @@ fn window(
                 pairs.u32(&name("attention.sliding_window"), size as u32);
             }
         }
-        Family::Llama => {}
+        Family::SmolLm3 => {
+            let kinds = config.json.get("layer_types").and_then(Value::as_array);
+            let slides = kinds.is_some_and(|kinds| kinds.iter().any(|kind| kind != "full_attention"));
+            if slides || config.is_on("use_sliding_window") {
+                return config.refuse("a SmolLM3 with a sliding window");
+            }
+            let list = config.json.get("no_rope_layers").and_then(Value::as_array);
+            let usual =
+                |(i, turned): (usize, &Value)| (turned.as_u64() == Some(0)) == (i + 1).is_multiple_of(NO_ROPE_EVERY);
+            let every = config.number("no_rope_layer_interval").is_none_or(|every| every == NO_ROPE_EVERY as f64);
+            let listed = list.map(|list| list.iter().take(model.config().layers).enumerate().all(usual));
+            if !listed.unwrap_or(every) {
+                return config.refuse("a SmolLM3 in which other layers than every fourth have no positions");
+            }
+        }
+        Family::Llama | Family::Granite => {}
     }
     Ok(())
 }
@@ -153,7 +181,11 @@ fn rope(
     }
     let given = given.unwrap_or_default();
     let number = |key: &str| given.get(key).and_then(Value::as_f64);
-    let usual = if family == Family::Gemma3 { 1_000_000.0 } else { 10_000.0 };
+    let usual = match family {
+        Family::Gemma3 => 1_000_000.0,
+        Family::SmolLm3 => 2_000_000.0,
+        _ => 10_000.0,
+    };
     let theta = number("rope_theta").or(config.number("rope_theta")).unwrap_or(usual);
     pairs.f32(&name("rope.freq_base"), theta as f32);
     if family == Family::Gemma3 {
