@@ -65,7 +65,8 @@ fn granite_and_smollm3_are_llamas_with_factors_or_without_some_positions() {
         let model = pocketlora_models::build(gguf.config()).unwrap();
         let mut wanted: Vec<_> = model.params().iter().map(|p| p.name.clone()).collect();
         let mut got = names(&w);
-        (wanted.sort(), got.sort());
+        wanted.sort();
+        got.sort();
         assert_eq!(got, wanted, "{arch}");
     }
     assert_eq!(open(&small_plain("smollm3")).config()["no_rope_layers"], json!([1]));

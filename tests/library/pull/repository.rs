@@ -201,7 +201,8 @@ fn one_file_or_another_revision_arrives() {
     assert_eq!(fs::read(second).unwrap(), weights()[4..], "a file comes with its other parts");
     let mut cached: Vec<_> = hub.list_cached().unwrap().into_iter().map(|cached| cached.name).collect();
     let mut names: Vec<_> = found.iter().map(|(name, _)| name.clone()).collect();
-    (cached.sort(), names.sort());
+    cached.sort();
+    names.sort();
     assert_eq!(cached, names);
     // All of them are found offline by another program's cache, also by the names of revisions.
     (hub.home, hub.offline) = (home.path().join("another"), true);
