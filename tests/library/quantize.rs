@@ -353,7 +353,7 @@ fn only_older_outputs_are_replaced_and_only_when_asked() {
     for (path, code, named) in [
         (out.clone(), ErrorCode::Config, "`notes.txt`"),
         (nested, ErrorCode::Config, "`runs/adapter`"),
-        (foreign, ErrorCode::Config, "a model that `quantize` did not write"),
+        (foreign, ErrorCode::Config, "a model that this program did not write there"),
         (file.clone(), ErrorCode::Config, "a file"),
         (dir.path().join("missing/out"), ErrorCode::Io, "missing/out"),
         (file.join("out"), ErrorCode::Io, "file/out"),
