@@ -233,7 +233,7 @@ macro_rules! methods {
                 match self { $(Self::$name(m) => m.start_from(part, weight)),+ }
             }
 
-            /// See [`AdapterMethod::fixed_rows`].
+            /// How many of the first rows of its shared tensors training leaves as they are.
             #[must_use]
             pub fn fixed_rows(&self) -> usize {
                 match self { $(Self::$name(m) => m.fixed_rows()),+ }
