@@ -105,7 +105,7 @@ impl AdapterMethod for Dora {
     }
 
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
-        let (lora, layers) = Lora::begin(&lora::all_for_auto(settings), model)?;
+        let (lora, layers) = lora::begin_on_layers(settings, model, Self::NAME)?;
         Ok((Self(lora), layers))
     }
 

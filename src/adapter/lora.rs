@@ -238,6 +238,11 @@ impl AdapterMethod for Lora {
         targets.extend(settings.targets.iter().filter(outside).cloned());
         let (rslora, dropout) = (settings.rslora, settings.dropout);
         let invocation = Some(settings.alora_invocation_tokens.clone()).filter(|ids| !ids.is_empty());
+        let vocabulary = model.config().vocab_size;
+        if let Some(id) = settings.alora_invocation_tokens.iter().find(|id| **id as usize >= vocabulary) {
+            let expected = format!("ids of tokens below the vocabulary's {vocabulary}");
+            return Err(Error::config("alora-invocation-tokens", expected, id));
+        }
         if let Some(outside) = targets.iter().find(|t| invocation.is_some() && outside(t)) {
             let expected = "layers of the decoder alone, for an adapter with an invocation";
             return Err(Error::config("targets", expected, outside));
@@ -393,4 +398,15 @@ fn check_init(keys: &Keys<'_>) -> Result<()> {
 pub(super) fn all_for_auto(settings: &Settings) -> Settings {
     let targets = if settings.targets == [AUTO] { vec!["all".to_owned()] } else { settings.targets.clone() };
     Settings { targets, ..settings.clone() }
+}
+
+/// A fresh LoRA for the method `name`, which works like one on linear layers and on the head, but not on the embedding.
+///
+/// # Errors
+/// As [`Lora::begin`]; a target is the embedding.
+pub(super) fn begin_on_layers(settings: &Settings, model: &dyn Model, name: &str) -> Result<(Lora, Vec<Param>)> {
+    if let Some(target) = settings.targets.iter().find(|target| EMBEDDING.ends_with(target.as_str())) {
+        return Err(Error::config("targets", format!("linear layers, or the head, for {name}"), target));
+    }
+    Lora::begin(&all_for_auto(settings), model)
 }

@@ -1,7 +1,7 @@
 //! LoRA-FA (Zhang et al. 2023): LoRA whose `A` stays as it was drawn; only `B` is trained. Gradients and the optimizer's state are
 //! those of `B` alone, and the file is that of a LoRA, which is what it is once it is saved.
 
-use super::lora::{self, Lora, all_for_auto};
+use super::lora::{self, Lora, begin_on_layers};
 use super::method::{AdapterMethod, Group, Settings};
 use super::peft::{Found, KeyUse, Keys};
 use super::pieces::{Of, Piece, Plan};
@@ -39,7 +39,7 @@ impl AdapterMethod for LoraFa {
     }
 
     fn begin(settings: &Settings, model: &dyn Model) -> Result<(Self, Vec<Param>)> {
-        let (lora, layers) = Lora::begin(&all_for_auto(settings), model)?;
+        let (lora, layers) = begin_on_layers(settings, model, Self::NAME)?;
         Ok((Self(lora), layers))
     }
 

@@ -295,3 +295,31 @@ fn the_adapter_has_its_room_on_a_full_disk() {
     assert!(done.status.code() == Some(1) && said.contains("adapter_model.safetensors`: could not write it"), "{said}");
     assert!(!String::from_utf8_lossy(&done.stdout).contains("\"step\":1"), "{said}");
 }
+
+#[test]
+fn a_method_on_what_it_is_not_for_is_refused_before_any_work() {
+    let f = fixture();
+    let (model, data) = (f.model.to_str().unwrap(), f.data.to_str().unwrap());
+    let cases: [(&[&str], &str); 8] = [
+        (&["--method", "dora", "--targets", "embed_tokens"], "setting `targets`: expected linear layers, or the head"),
+        (&["--method", "lora-fa", "--targets", "q_proj,embed_tokens"], "or the head, for LoRA-FA"),
+        (&["--alora-invocation-tokens", "99999999"], "below the vocabulary's"),
+        (&["--method", "road", "--option", "group_size=33"], "setting `group_size`"),
+        (&["--method", "road", "--option", "=3"], "`KEY=VALUE`"),
+        (&["--method", "bdlora"], "setting `use_bdlora`"),
+        (&["--method", "road", "--option", "block=3"], "some of `group_size`, `variant`"),
+        (&["--method", "nothing"], "nothing"),
+    ];
+    check_all(cases, |(more, says)| {
+        let out = f.path("none");
+        let args = ["train", "--auto", "off", "-m", model, "--no-quantize", "-d", data, "-o", &out, "--steps", "1"];
+        let said = f.said(&[&args[..], more].concat());
+        let right = said.contains(says) && !said.contains("panicked") && !said.contains("fetch or export");
+        let nothing = !Path::new(&out).join("adapter_model.safetensors").exists();
+        if right && nothing { Ok(()) } else { Err(format!("{more:?}: {said}")) }
+    });
+    // JSON is as good as TOML.
+    let blocks = r#"use_bdlora={"target_modules_bd_a": ["q_proj"], "nblocks": 2}"#;
+    let args = ["train", "--auto", "off", "-m", model, "--no-quantize", "-d", data, "-o", &f.path("blocks")];
+    f.ok(&[&args[..], &["--steps", "1", "--method", "bdlora", "--targets", "q_proj", "--option", blocks]].concat());
+}

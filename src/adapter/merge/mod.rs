@@ -10,7 +10,7 @@ pub use rounding::{Rounding, rounding};
 
 use super::attach::{check_beside, check_shapes, layers_of};
 use super::fold::Fold;
-use super::{AdapterFile, Kind, layer_at, mark};
+use super::{AdapterFile, Kind, Method, layer_at, mark};
 use crate::error::{Error, Result};
 use crate::format::safetensors::Tensor;
 use crate::format::{Existing, Progress, Recipe, Sidecars, Source, Summary, Target, TensorMeta, convert};
@@ -187,7 +187,9 @@ impl Merged {
             }
             check_shapes(file, module, [out, input])?;
             let fold = file.method.fold(module, [out, input], &file.tensors, factor).ok_or_else(|| {
-                let what = format!("to merge {}", file.method.kind().name());
+                let activated = matches!(&file.method, Method::Lora(lora) if lora.invocation.is_some());
+                let why = if activated { ", which works from its invocation tokens on," } else { "" };
+                let what = format!("to merge {}{why}", file.method.kind().name());
                 Error::unsupported(&file.dir, what, "use the adapter with `-a` instead")
             })?;
             let fold: Arc<dyn Fold> = fold.into();

@@ -150,6 +150,9 @@ pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
 /// Bound on whole numbers: far beyond any use, and small enough that hostile files cannot ask for absurd work.
 const MOST: usize = 1 << 16;
 
+/// In place of a file's path: keys that somebody gave for a fresh adapter.
+const SETTINGS: &str = "settings of the adapter";
+
 /// A config's keys, with what is said where one is wrong.
 pub(in crate::adapter) struct Keys<'a> {
     pub path: &'a Path,
@@ -161,7 +164,7 @@ pub(in crate::adapter) struct Keys<'a> {
 impl<'a> Keys<'a> {
     /// Keys of a fresh adapter's settings.
     pub fn of_settings(json: &'a Map<String, Value>, own: &'static [KeyUse]) -> Self {
-        Self { path: Path::new("settings of the adapter"), json, own }
+        Self { path: Path::new(SETTINGS), json, own }
     }
 
     /// The whole number that `key` has, from `least` on.
@@ -186,6 +189,9 @@ impl<'a> Keys<'a> {
     }
 
     pub fn wrong(&self, key: &str, expected: &str) -> Error {
+        if self.path == Path::new(SETTINGS) {
+            return Error::config(key, expected, self.get(key).unwrap_or(&Value::Null));
+        }
         let got = self.get(key).map_or_else(|| "nothing".to_owned(), |v| format!("`{v}`"));
         Error::format(self.path, format!("key `{key}`"), expected, got)
     }

@@ -267,11 +267,12 @@ impl Settings {
     fn with_options(&self, mut flags: toml::Table) -> Result<toml::Table> {
         let mut options = toml::Table::new();
         for option in &self.options {
-            let pair = option.split_once('=');
+            let pair = option.split_once('=').filter(|(key, _)| !key.trim().is_empty());
             let (key, value) = pair.ok_or_else(|| Error::config("option", "`KEY=VALUE`", option))?;
-            // A number or a word that TOML has is such; anything else is a text.
+            // What TOML or JSON reads is such, a number or an object; anything else is a text.
             let read: Option<toml::Table> = format!("v = {value}").parse().ok();
-            let value = read.and_then(|mut table| table.remove("v")).unwrap_or_else(|| value.into());
+            let json = || serde_json::from_str::<toml::Value>(value).ok();
+            let value = read.and_then(|mut table| table.remove("v")).or_else(json).unwrap_or_else(|| value.into());
             options.insert(key.to_owned(), value);
         }
         if !options.is_empty() {
