@@ -398,15 +398,15 @@ fn what_cannot_work_is_refused_before_a_model_is_quantized() {
     };
     write("text.txt", "hello");
     write("data.jsonl", r#"{"text": "hello"}"#);
-    write("vera/adapter_config.json", r#"{"peft_type": "VERA"}"#);
-    write("vera/adapter_model.safetensors", "x");
+    write("lily/adapter_config.json", r#"{"peft_type": "LILY"}"#);
+    write("lily/adapter_model.safetensors", "x");
     let train = ["train", "--auto", "off", "-m", model, "-o", "out", "-d"];
     let with = |more: &[&'static str]| [&train[..], more].concat();
     let cases = [
         (vec!["generate", "-m", model, "-p", "x", "--threads", "9999"], "`threads`"),
         (vec!["bench", "-m", model, "--threads", "1,9999"], "`threads`"),
         (vec!["bench", "-m", model, "--train", "--optimizer", "adam9"], "`optimizer`"),
-        (vec!["generate", "-m", model, "-p", "x", "-a", "vera"], "`VERA`"),
+        (vec!["generate", "-m", model, "-p", "x", "-a", "lily"], "`LILY`"),
         (vec!["eval", "-m", model, "--text", "none.txt"], "none.txt"),
         (vec!["eval", "-m", model, "--ids", "none.json"], "none.json"),
         (vec!["eval", "-m", model, "-d", "data.jsonl", "--answers", "no/a.jsonl"], "a folder to write"),
@@ -416,7 +416,7 @@ fn what_cannot_work_is_refused_before_a_model_is_quantized() {
         (with(&["data.jsonl", "--resume"]), "a checkpoint to resume from"),
         (with(&["data.jsonl", "--targets", "z_proj"]), "`targets`"),
         (with(&["data.jsonl", "--threads", "9999"]), "`threads`"),
-        (with(&["data.jsonl", "--init", "vera"]), "`VERA`"),
+        (with(&["data.jsonl", "--init", "lily"]), "`LILY`"),
         (vec!["generate", "-p", "x", "-m", "https://hub.example/owner/tiny/tree/main"], "pull owner/tiny`"),
         (vec!["pull", "https://hub.example/owner/tiny"], "pull owner/tiny`"),
     ];
