@@ -48,6 +48,11 @@ impl Rng {
         }
         order
     }
+
+    /// `n` numbers between `-bound` and `bound`.
+    pub fn uniforms(&mut self, bound: f32, n: usize) -> Vec<f32> {
+        (0..n).map(|_| (self.unit() * 2.0 - 1.0) * bound).collect()
+    }
 }
 
 /// `n` normal numbers with the given deviation, of the stream that `keys` name.

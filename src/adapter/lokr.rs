@@ -200,7 +200,7 @@ impl AdapterMethod for Lokr {
         }
         let mut rng = Rng::new(mix(mix(mix(seed, INIT), module as u64), part as u64));
         let bound = (spec.shape[1] as f32).sqrt().recip();
-        (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
+        rng.uniforms(bound, spec.values())
     }
 
     fn plan(&self, module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {

@@ -278,7 +278,7 @@ impl AdapterMethod for Lora {
             return vec![0.0; spec.values()];
         }
         let bound = (spec.shape[1] as f32).sqrt().recip();
-        (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
+        rng.uniforms(bound, spec.values())
     }
 
     fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, factor: f32) -> Result<Vec<LayerForm<B>>> {

@@ -97,7 +97,7 @@ impl AdapterMethod for PTuning {
         }
         let first = spec.name.starts_with("mlp_head.0");
         let bound = (if first { self.prompt.width } else { self.hidden } as f32).sqrt().recip();
-        (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
+        rng.uniforms(bound, spec.values())
     }
 
     fn in_attention<B: Backend>(&self, load: &mut Loader<'_, B>) -> Result<Option<Prefix>> {

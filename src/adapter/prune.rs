@@ -5,13 +5,11 @@
 //! 2023). Whole modules go by the sum over their ranks (as in LoRA-drop, Zhou et al. 2024, which judges by outputs instead).
 //! What stays is as it was, with the same factor: ranks that differ are in `rank_pattern` and `alpha_pattern`.
 
-use super::compose::{check_place, is_adapter_alone, texts};
-use super::experts::is_fused;
+use super::compose::{check_place, is_adapter_alone, parts_of, plain_lora, texts, write_texts};
 use super::lora::Lora;
-use super::method::EMBEDDING;
 use super::{AdapterFile, HostTensor, Method, Tensors};
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::{AtomicDir, Existing, create_folder, write_bytes};
+use crate::format::{AtomicDir, Existing};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -41,34 +39,12 @@ pub(crate) type Scores = BTreeMap<String, Vec<f64>>;
 
 /// Names of A and B of the module at the path `module`.
 fn parts(module: &str) -> [String; 2] {
-    let [a, b] =
-        if module == EMBEDDING { ["lora_embedding_A", "lora_embedding_B"] } else { ["lora_A.weight", "lora_B.weight"] };
-    [a, b].map(|part| format!("{module}.{part}"))
+    parts_of(module).map(|part| format!("{module}.{part}"))
 }
 
-/// The settings of an adapter whose ranks can be taken apart.
-///
-/// # Errors
-/// It is no LoRA of matrices A and B alone.
-pub(crate) fn prunable(file: &AdapterFile) -> Result<&Lora> {
-    let refused = |what: &str| Err(Error::unsupported(&file.dir, what, "prune a plain LoRA adapter"));
-    let Method::Lora(lora) = &file.method else {
-        return refused(&format!("to prune an adapter of the method {}", file.method.kind().name()));
-    };
-    if file.needs_base() {
-        let next = "write it as a folder first (`pocketlora export ADAPTER --to peft -o DIR`)";
-        return Err(Error::unsupported(&file.dir, "to prune an adapter in another program's order", next));
-    }
-    if file.modules().any(is_fused) {
-        return refused("to prune terms on all experts as one");
-    }
-    if lora.bias {
-        return refused("to prune terms with biases (`lora_bias`)");
-    }
-    if let Some(name) = file.replaced.names().next() {
-        return refused(&format!("to prune an adapter that brings `{name}` in place of the base's"));
-    }
-    Ok(lora)
+/// The settings of an adapter that can be pruned.
+fn prunable(file: &AdapterFile) -> Result<&Lora> {
+    plain_lora(file, "prune", ["prune a plain LoRA adapter"; 2])
 }
 
 /// Adds to `scores` what one gradient says: `gradients` of tensors by their names.
@@ -168,11 +144,7 @@ pub(crate) fn write_pruned(
     (left.base, left.base_mark) = (file.base.clone(), file.base_mark.clone());
     let dir = AtomicDir::create(out, if existing == Existing::Replace { is_adapter_alone } else { |_| false })?;
     left.save_exact(dir.path())?;
-    for (name, bytes) in texts([file.dir.as_path()])? {
-        let path = dir.path().join(name);
-        create_folder(path.parent().unwrap_or(dir.path()))?;
-        write_bytes(&path, &bytes)?;
-    }
+    write_texts(dir.path(), &texts([file.dir.as_path()])?)?;
     dir.commit()?;
     Ok([size(file), size(&left)])
 }

@@ -103,7 +103,7 @@ impl AdapterMethod for Vera {
         };
         let mut rng = Rng::new(mix(mix(seed, INIT), at as u64));
         let bound = (3.0 / spec.shape[1] as f32).sqrt();
-        (0..spec.values()).map(|_| (rng.unit() * 2.0 - 1.0) * bound).collect()
+        rng.uniforms(bound, spec.values())
     }
 
     fn plan(&self, _module: &str, weight: &dyn LayerWeight, factor: f32) -> Result<Plan> {

@@ -3,12 +3,11 @@
 use super::args::print_json;
 use super::{model, names, progress, shell};
 use crate::adapter::{AdapterFile, Combination, Composition, MajoritySign, compose};
-use crate::error::{Error, Result};
-use crate::format::Existing;
+use crate::error::Result;
+use crate::format::{Existing, create_folder};
 use clap::ValueEnum;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde_json::json;
-use std::fs;
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -75,7 +74,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         adapters.iter().map(|(dir, weight)| Ok((AdapterFile::open(dir)?, *weight))).collect::<Result<_>>()?;
     files.iter().flat_map(|(file, _)| &file.warnings).for_each(|warning| eprintln!("note: {warning}"));
     if let Some(parent) = args.out.parent().filter(|p| !p.as_os_str().is_empty()) {
-        fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+        create_folder(parent)?;
     }
     let existing = if args.overwrite { Existing::Replace } else { Existing::Keep };
     let bar = progress::count(0, "compose");

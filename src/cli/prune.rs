@@ -4,7 +4,7 @@ use super::args::{options, print_json};
 use super::train::Watcher;
 use super::{data, model, names, shell};
 use crate::adapter::{AdapterFile, PruneBy};
-use crate::engine::{Engine, Options, check_threads};
+use crate::engine::{Engine, Options, check_threads, looks};
 use crate::error::Result;
 use crate::format::Existing;
 use serde_json::json;
@@ -66,7 +66,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         By::Ranks => PruneBy::Ranks,
         By::Modules => PruneBy::Modules,
     };
-    let mut watcher = Watcher::new(dataset.samples.len().div_ceil(8).clamp(1, 32) as u64, 0, false);
+    let mut watcher = Watcher::new(looks(&dataset), 0, false);
     let pruned = engine.prune(&file, &dataset, args.keep, by, (&args.out, existing), &mut watcher);
     watcher.bar.finish_and_clear();
     let pruned = pruned?;

@@ -20,6 +20,8 @@ pub use chat::{Answer, Chat, Listener};
 pub use decoder::Decoder;
 pub use options::{Device, Options, Precision, check_threads};
 pub use prune::Pruned;
+#[cfg(feature = "cli")]
+pub(crate) use prune::looks;
 pub use reader::Reader;
 pub use trainer::Trainer;
 #[cfg(feature = "bench")]

@@ -12,6 +12,11 @@ use std::path::Path;
 const BATCH: usize = 8;
 const LOOKS: usize = 32;
 
+/// How many looks at `data` tell what matters.
+pub(crate) fn looks(data: &Dataset) -> u64 {
+    data.samples.len().div_ceil(BATCH).clamp(1, LOOKS) as u64
+}
+
 /// What pruning left.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pruned {
@@ -42,7 +47,7 @@ impl Engine {
             let message = "expected an engine without attached adapters, got some; detach them first";
             return Err(Error::new(ErrorCode::Config, "prune", message));
         }
-        let steps = data.samples.len().div_ceil(BATCH).clamp(1, LOOKS) as u64;
+        let steps = looks(data);
         let config = TrainConfig {
             batch: BATCH.min(data.samples.len().max(1)),
             steps: Some(steps),

@@ -25,9 +25,13 @@ fn half_of_an_adapter_is_left_and_used() {
     f.ok(&["generate", "-m", model, "-a", &out, "-p", "hello", "--max-tokens", "2"]);
 
     let none = f.path("none");
-    for (adapter, keep, says) in
-        [(whole.as_str(), "1.5", "above 0 and below 1"), (golden("methods/ia3").to_str().unwrap(), "0.5", "IA3")]
-    {
+    let [ia3, alora] = ["methods/ia3", "methods/alora"].map(golden);
+    for (adapter, keep, says) in [
+        (whole.as_str(), "1.5", "above 0 and below 1"),
+        (ia3.to_str().unwrap(), "0.5", "IA3"),
+        // Without its invocation it would work on every token.
+        (alora.to_str().unwrap(), "0.5", "an adapter with an invocation"),
+    ] {
         let said = f.said(&["prune", adapter, "-m", model, "-d", data, "-o", &none, "--keep", keep]);
         assert!(said.contains(says), "{said}");
     }

@@ -20,7 +20,7 @@ mod tests;
 mod write;
 
 pub use write::{Composed, compose};
-pub(super) use write::{check_place, is_adapter_alone, texts};
+pub(super) use write::{check_place, is_adapter_alone, texts, write_texts};
 
 use super::experts::is_fused;
 use super::lora::Lora;
@@ -226,7 +226,7 @@ impl Pair<'_> {
 }
 
 /// Names of A and B below a module.
-fn parts_of(module: &str) -> [&'static str; 2] {
+pub(super) fn parts_of(module: &str) -> [&'static str; 2] {
     if module == EMBEDDING { ["lora_embedding_A", "lora_embedding_B"] } else { ["lora_A.weight", "lora_B.weight"] }
 }
 
@@ -238,6 +238,34 @@ impl Weighted<'_> {
     }
 }
 
+/// The settings of an adapter whose ranks can be taken apart. `instead` says what to do with one of another method, and with
+/// a LoRA that is more than A and B.
+///
+/// # Errors
+/// It is none; `verb` names what was to be done with it.
+pub(super) fn plain_lora<'a>(file: &'a AdapterFile, verb: &str, instead: [&str; 2]) -> Result<&'a Lora> {
+    let refused = |what: String, next: &str| Err(Error::unsupported(&file.dir, format!("to {verb} {what}"), next));
+    let Method::Lora(lora) = &file.method else {
+        return refused(file.method.kind().name().to_owned(), instead[0]);
+    };
+    if file.needs_base() {
+        return refused(
+            "an adapter whose rows are in another program's order".to_owned(),
+            "write it as a folder first (`pocketlora export ADAPTER --to peft -o DIR`)",
+        );
+    }
+    let more = if file.modules().any(is_fused) {
+        Some("terms on all experts as one".to_owned())
+    } else if lora.invocation.is_some() {
+        Some("an adapter with an invocation".to_owned())
+    } else if lora.bias {
+        Some("terms with biases (`lora_bias`)".to_owned())
+    } else {
+        file.replaced.names().next().map(|name| format!("an adapter that brings `{name}` in place of the base's"))
+    };
+    more.map_or(Ok(lora), |what| refused(what, instead[1]))
+}
+
 /// The adapters, each a plain LoRA of one base, and none of them with a weight that is no number.
 fn weighted(adapters: &[(AdapterFile, f32)]) -> Result<Vec<Weighted<'_>>> {
     let mut all: Vec<Weighted<'_>> = Vec::with_capacity(adapters.len());
@@ -246,30 +274,8 @@ fn weighted(adapters: &[(AdapterFile, f32)]) -> Result<Vec<Weighted<'_>>> {
         if !weight.is_finite() {
             return Err(Error::config("weight", "a finite number", weight).at(place()));
         }
-        let Method::Lora(lora) = &file.method else {
-            let what = format!("to compose {}", file.method.kind().name());
-            return Err(Error::unsupported(&file.dir, what, "compose LoRA adapters, or attach this one beside them"));
-        };
-        let refused = |what: &str, next: &str| Err(Error::unsupported(&file.dir, what, next));
-        if file.needs_base() {
-            return refused(
-                "to compose an adapter whose rows are in another program's order",
-                "write it as a folder first (`pocketlora export ADAPTER --to peft -o DIR`)",
-            );
-        }
-        if file.modules().any(is_fused) {
-            return refused("to compose terms on all experts as one", "attach the adapters beside each other");
-        }
-        if lora.invocation.is_some() {
-            return refused("to compose an adapter with an invocation", "attach the adapters beside each other");
-        }
-        if lora.bias {
-            return refused("to compose terms with biases (`lora_bias`)", "attach the adapters beside each other");
-        }
-        if let Some(name) = file.replaced.names().next() {
-            let what = format!("to compose an adapter that brings `{name}` in place of the base's");
-            return refused(&what, "attach the adapters beside each other");
-        }
+        let beside = ["compose LoRA adapters, or attach this one beside them", "attach the adapters beside each other"];
+        let lora = plain_lora(file, "compose", beside)?;
         if let Some(first) = all.first()
             && let Some(apart) = mark::apart(first.file, file)
         {

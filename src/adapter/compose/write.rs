@@ -4,7 +4,7 @@ use super::{Composition, Joined, Pair, Stays, Weighted, by_chance, parts_of, wei
 use crate::adapter::lora::Lora;
 use crate::adapter::{AdapterFile, Kind, Method, Stored};
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::{AtomicDir, Existing, Progress, sidecar_names, write_bytes};
+use crate::format::{AtomicDir, Existing, Progress, create_folder, sidecar_names, write_bytes};
 use std::collections::BTreeSet;
 use std::fs;
 use std::ops::ControlFlow;
@@ -89,11 +89,7 @@ pub(super) fn compose_with(
         }
         Ok(())
     })?;
-    for (name, bytes) in &texts {
-        let path = dir.path().join(name);
-        fs::create_dir_all(path.parent().unwrap_or(dir.path())).map_err(|e| Error::io("create", &path, e))?;
-        write_bytes(&path, bytes)?;
-    }
+    write_texts(dir.path(), &texts)?;
     dir.commit()?;
     let rank = plan.iter().map(|(_, _, rank)| *rank).max().unwrap_or(0);
     let kept = how.combination.cuts().then(|| if sizes[0] > 0.0 { sizes[1] / sizes[0] } else { 1.0 });
@@ -178,6 +174,16 @@ pub(in crate::adapter) fn texts<'a>(folders: impl IntoIterator<Item = &'a Path>)
         }
     }
     Ok(texts.into_iter().map(|(name, bytes, _)| (name, bytes)).collect())
+}
+
+/// Writes files that [`texts`] has read to the folder `dir`.
+pub(in crate::adapter) fn write_texts(dir: &Path, texts: &[(String, Vec<u8>)]) -> Result<()> {
+    for (name, bytes) in texts {
+        let path = dir.join(name);
+        create_folder(path.parent().unwrap_or(dir))?;
+        write_bytes(&path, bytes)?;
+    }
+    Ok(())
 }
 
 /// Refuses a place where something is that is not to be replaced.
