@@ -1,6 +1,6 @@
 //! The adapters attached to a model: what they do at each of its places.
 
-use super::form::{LayerForm, OnLayer, Prefix};
+use super::form::{LayerForm, OnLayer, Prefix, Term};
 use super::held::{Held, Loaded, Loader, TensorId, Values};
 use super::method::layer_at;
 use super::rows::{From, NewRows, Whose};
@@ -232,6 +232,11 @@ impl<B: Backend> Adapters<B> {
             self.by_param[param.0 as usize].push(form);
         }
         Ok(())
+    }
+
+    /// Attaches a term that only looks at what the layer with the weight `p` reads.
+    pub(super) fn watch(&mut self, p: Param, term: impl Term<B> + 'static) {
+        self.by_param[p.0 as usize].push(LayerForm::Term(Box::new(term)));
     }
 
     /// Attaches tensors that stand in for parts of the base while they are in training.

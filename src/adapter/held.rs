@@ -89,6 +89,12 @@ impl<B: Backend> Held<B> {
         all.map(|(i, t)| (TensorId(i), &t.spec))
     }
 
+    /// Those of the adapters' files, or of what training has beside them, that stay as they are.
+    pub fn fixed(&self) -> impl Iterator<Item = (TensorId, &TensorSpec)> {
+        let all = self.tensors.iter().enumerate().filter(|(_, t)| t.part == Part::Fixed && !t.spec.name.is_empty());
+        all.map(|(i, t)| (TensorId(i), &t.spec))
+    }
+
     /// What each tensor is to training, and how many values it has.
     pub fn parts(&self) -> impl Iterator<Item = (Part, usize)> {
         self.tensors.iter().map(|t| (t.part, t.spec.values()))

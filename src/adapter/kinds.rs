@@ -3,16 +3,20 @@
 use super::adalora::Adalora;
 use super::bd_lora::Bdlora;
 use super::beft::Beft;
+use super::bottleneck::Bottleneck;
 use super::cartridge::Cartridge;
 use super::delora::Delora;
 use super::dora::Dora;
+use super::dylora::Dylora;
 use super::encoder::Encoder;
 use super::fold::Fold;
 use super::form::{LayerForm, Prefix};
 use super::gralora::Gralora;
 use super::held::Loader;
 use super::hra::Hra;
+use super::hydra::Hydra;
 use super::ia3::Ia3;
+use super::init::Init;
 #[cfg(feature = "cli")]
 use super::learned::norms_named;
 use super::ln_tuning::LnTuning;
@@ -20,6 +24,8 @@ use super::loha::Loha;
 use super::lokr::Lokr;
 use super::lora::Lora;
 use super::lora_fa::LoraFa;
+use super::lora_xs::LoraXs;
+use super::melora::Melora;
 #[cfg(feature = "cli")]
 use super::method::with_embedding;
 use super::method::{AdapterMethod, Budget, Group, Settings, layer_at, paths_of};
@@ -34,6 +40,7 @@ use super::prompt_tuning::PromptTuning;
 use super::replaced::Replaced;
 use super::road::Road;
 use super::shira::Shira;
+use super::sora::Sora;
 use super::supertuning::Supertuning;
 use super::tensor::{HostTensor, Stored, TensorSpec, Tensors};
 use super::trainable_tokens::TrainableTokens;
@@ -351,6 +358,18 @@ methods! {
     LoraFa,
     /// Low-rank terms with blocks.
     Bdlora,
+    /// Mixed singular vectors of the weights.
+    LoraXs,
+    /// Low-rank terms of all ranks up to one.
+    Dylora,
+    /// Low-rank terms whose ranks close.
+    Sora,
+    /// Small low-rank terms beside each other.
+    Melora,
+    /// Low-rank terms beside a layer and behind it.
+    Hydra,
+    /// Narrow networks behind layers or beside them.
+    Bottleneck,
 }
 
 impl Kind {
@@ -412,14 +431,40 @@ impl Method {
 
     /// Whether what is trained is not what a file has, see [`Method::finish`].
     pub(crate) fn converts(&self) -> bool {
-        matches!(self, Self::PTuning(own) if own.encodes)
+        match self {
+            Self::PTuning(own) => own.encodes,
+            Self::Lora(own) => own.init.is_taken_away(),
+            Self::LoraXs(_) | Self::Dylora(_) | Self::Sora(_) | Self::Melora(_) | Self::Hydra(_) => true,
+            _ => false,
+        }
+    }
+
+    /// How it begins, where that is more than random numbers.
+    pub(crate) fn begins_with(&self) -> Option<Init> {
+        match self {
+            Self::Lora(own) => Some(own.init).filter(|init| !matches!(init, Init::Plain | Init::Gaussian)),
+            // It takes what that does.
+            Self::LoraXs(_) => Some(Init::named("pissa").ok()?),
+            _ => None,
+        }
     }
 
     /// Makes of the tensors of training those that a file has.
-    pub(crate) fn finish(&mut self, tensors: &mut Tensors) {
-        if let Self::PTuning(own) = self {
-            own.finish(tensors);
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn finish<B: Backend>(&mut self, tensors: &mut Tensors, base: &Base<B>) -> Result<()> {
+        match self {
+            Self::PTuning(own) => own.finish(tensors),
+            Self::Lora(own) => own.finish(tensors),
+            Self::LoraXs(own) => *self = Self::Lora(own.finish(tensors)),
+            Self::Dylora(own) => *self = Self::Lora(own.lora.clone()),
+            Self::Sora(own) => *self = Self::Lora(own.finish(tensors)),
+            Self::Melora(own) => *self = Self::Lora(own.finish(tensors)),
+            Self::Hydra(own) => *self = Self::Lora(own.finish(tensors, base)?),
+            _ => {}
         }
+        Ok(())
     }
 
     /// The tokens from whose last occurrence in a text on it works, if it does so there only.

@@ -6,6 +6,7 @@ use super::experts::is_fused;
 use super::fold::{Fold, LowRankFold};
 use super::form::LayerForm;
 use super::held::Loader;
+use super::init::{FIRST, Init};
 use super::low_rank::{LowRankLookup, LowRankTerm};
 use super::method::{AUTO, AdapterMethod, EMBEDDING, Group, HEAD, Settings, last_parts, with_embedding, with_unnamed};
 use super::peft::{CONFIG, Found, KeyUse, Keys, MERGE, Patterns, RETRAIN, Use, number};
@@ -25,6 +26,9 @@ const MAX_RANK: usize = 1 << 16;
 const INIT: u64 = 1;
 /// Initializations that leave the base as it is: what they began with is in the file.
 const PLAIN_INIT: &[&str] = &["gaussian", "eva", "orthogonal", "mica", "true", "false"];
+
+/// Parts of a module in training whose beginning is taken away.
+const BEGUN: &[&str] = &["lora_A.weight", "lora_B.weight", FIRST[0], FIRST[1]];
 
 /// Every key of PEFT's LoRA configs (0.21) and of programs that write such files: what is done with it, and what to do
 /// instead where that is not enough.
@@ -92,8 +96,10 @@ pub struct Lora {
     pub bias: bool,
     /// It works from the last occurrence of these tokens on alone (`alora_invocation_tokens`).
     pub invocation: Option<Vec<u32>>,
+    /// How it begins, where it is fresh.
+    pub init: Init,
     /// What the patterns say of modules for which it is not the usual: rank and factor on `B A`.
-    exceptions: BTreeMap<String, (usize, f32)>,
+    pub(super) exceptions: BTreeMap<String, (usize, f32)>,
 }
 
 impl Lora {
@@ -110,6 +116,7 @@ impl Lora {
             targets: Vec::new(),
             bias: false,
             invocation: None,
+            init: Init::Plain,
             exceptions: BTreeMap::new(),
         }
     }
@@ -166,9 +173,11 @@ impl AdapterMethod for Lora {
         &["lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B"];
     const FIRSTS: &'static [usize] = &[0, 3];
     const DIMENSIONS: &'static [usize] = &[2, 2, 1, 2, 2];
+    const FROZEN: &'static [&'static str] = &FIRST;
     const STORED: Stored = Stored::F16;
     const HAS_STRENGTH: bool = true;
-    const SETTINGS: &'static [&'static str] = &["rank", "alpha", "rslora", "targets", "alora-invocation-tokens"];
+    const SETTINGS: &'static [&'static str] =
+        &["rank", "alpha", "rslora", "targets", "alora-invocation-tokens", "init-lora-weights"];
     const IN_TRAINING: &'static [&'static str] = &["dropout", "lora-plus-ratio", "bias", "trainable-token-indices"];
 
     fn read(keys: &Keys<'_>) -> Result<Self> {
@@ -194,6 +203,7 @@ impl AdapterMethod for Lora {
             targets: Vec::new(),
             bias: keys.flag("lora_bias")?,
             invocation: Some(keys.ids("alora_invocation_tokens")?).filter(|ids| !ids.is_empty()),
+            init: Init::Plain,
             exceptions: BTreeMap::new(),
         })
     }
@@ -247,12 +257,16 @@ impl AdapterMethod for Lora {
             let expected = "layers of the decoder alone, for an adapter with an invocation";
             return Err(Error::config("targets", expected, outside));
         }
-        Ok((Self { rslora, dropout, targets, invocation, ..Self::new(settings.rank, settings.alpha) }, layers))
+        let init = Init::named(&settings.init_lora_weights)?;
+        let lora = Self { rslora, dropout, targets, invocation, init, ..Self::new(settings.rank, settings.alpha) };
+        lora.check_init(model, &layers)?;
+        Ok((lora, layers))
     }
 
     fn parts(&self, module: &str) -> &'static [&'static str] {
         match (module, self.bias) {
             (EMBEDDING, _) => &Self::PARTS[3..],
+            _ if self.init.is_taken_away() => BEGUN,
             (_, true) => &Self::PARTS[..3],
             (_, false) => &Self::PARTS[..2],
         }
@@ -263,6 +277,9 @@ impl AdapterMethod for Lora {
         match (module, self.bias) {
             // Of an embedding, `out` is the vocabulary and `input` the width.
             (EMBEDDING, _) => vec![vec![rank, out], vec![input, rank]],
+            _ if self.init.is_taken_away() => {
+                [[rank, input], [out, rank]].repeat(2).into_iter().map(Vec::from).collect()
+            }
             (_, true) => vec![vec![rank, input], vec![out, rank], vec![out]],
             (_, false) => vec![vec![rank, input], vec![out, rank]],
         }
@@ -277,6 +294,9 @@ impl AdapterMethod for Lora {
         if part > 0 || spec.name.ends_with(Self::PARTS[3]) {
             return vec![0.0; spec.values()];
         }
+        if self.init == Init::Gaussian {
+            return (0..spec.values()).map(|_| rng.normal() / spec.shape[0] as f32).collect();
+        }
         let bound = (spec.shape[1] as f32).sqrt().recip();
         rng.uniforms(bound, spec.values())
     }
@@ -290,6 +310,11 @@ impl AdapterMethod for Lora {
         let (a, b) = (load.matrix("lora_A.weight")?, load.matrix("lora_B.weight")?);
         let bias = if self.bias { Some(load.buffer("lora_B.bias")?) } else { None };
         let term = LowRankTerm { a, b, bias, factor };
+        if self.init.is_taken_away() {
+            let (a, b) = (load.fixed(FIRST[0], true)?, load.fixed(FIRST[1], true)?);
+            let first = LowRankTerm { a, b, bias: None, factor: -factor };
+            return Ok(vec![LayerForm::Term(Box::new(term)), LayerForm::Term(Box::new(first))]);
+        }
         let activated = self.invocation.is_some();
         Ok(vec![LayerForm::Term(if activated { Box::new(Activated { term }) } else { Box::new(term) })])
     }
@@ -324,7 +349,8 @@ impl AdapterMethod for Lora {
     fn settings(&self, settings: Settings) -> Settings {
         let Self { rank, alpha, rslora, dropout, .. } = *self;
         let alora_invocation_tokens = self.invocation.clone().unwrap_or_default();
-        Settings { rank, alpha, rslora, dropout, targets: self.targets.clone(), alora_invocation_tokens, ..settings }
+        let (targets, init_lora_weights) = (self.targets.clone(), self.init.name());
+        Settings { rank, alpha, rslora, dropout, targets, alora_invocation_tokens, init_lora_weights, ..settings }
     }
 
     fn set_in_training(&mut self, settings: &Settings) {

@@ -1,7 +1,7 @@
-//! Tensors that are made of those in an adapter's file, for methods whose file does not hold what works on a layer. A [`Map`]
-//! says how, on the host, and carries gradients back: the device works with the made ones, in training an optimizer moves
-//! the file's. Once a step the made tensors' gradients are read, become gradients of the file's tensors, and after the
-//! optimizer's step the made ones are made anew.
+//! Tensors that are made of those in an adapter's file, for methods whose file does not hold what works on a layer. A
+//! [`Map`] says how, on the host, and carries gradients back: the device works with the made ones, in training an
+//! optimizer moves the file's. Once a step the made tensors' gradients are read, become gradients of the file's
+//! tensors, and after the optimizer's step the made ones are made anew.
 
 use super::attach::Adapters;
 use super::form::Gradients;
@@ -28,7 +28,18 @@ pub(super) trait Map: Send + Sync {
         None
     }
 
-    /// What training adds to the loss for the values of the parts themselves, times `weight`; adds its gradient to `grads`.
+    /// Which part a step puts to other values after the optimizer has moved it at the learning rate `lr`, and these.
+    fn shrunk(&self, _own: &[&[f32]], _lr: f32) -> Option<(usize, Vec<f32>)> {
+        None
+    }
+
+    /// Chooses by `key` what it makes until it is told otherwise, or with none makes all. Whether it has a choice.
+    fn draw(&self, _key: Option<u64>) -> bool {
+        false
+    }
+
+    /// What training adds to the loss for the values of the parts themselves, times `weight`; adds its gradient to
+    /// `grads`.
     fn penalty(&self, _own: &[&[f32]], _weight: f32, _grads: &mut [Vec<f32>]) -> f64 {
         0.0
     }
@@ -65,6 +76,38 @@ fn slices(values: &[Vec<f32>]) -> Vec<&[f32]> {
 }
 
 impl<B: Backend> Adapters<B> {
+    /// Has all maps that have a choice choose by `key`, or make all. Whether any has.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub(crate) fn draw(&mut self, base: &Base<B>, key: Option<u64>) -> Result<bool> {
+        let mut any = false;
+        self.held().links().iter().for_each(|link| any |= link.map.draw(key));
+        if any {
+            self.renew(base)?;
+        }
+        Ok(any)
+    }
+
+    /// Puts tensors in training to the values that a step at the learning rate `lr` leaves them.
+    ///
+    /// # Errors
+    /// Device lost.
+    pub(crate) fn shrink(&mut self, base: &Base<B>, lr: f32) -> Result<()> {
+        let (backend, mut moved) = (&base.backend, Vec::new());
+        for link in self.held().links() {
+            let own = link.values(backend, self.held())?;
+            let Some((part, values)) = link.map.shrunk(&slices(&own), lr) else { continue };
+            if let Input::Held(id) = &link.own[part] {
+                moved.push((*id, values));
+            }
+        }
+        for (id, values) in moved {
+            self.held_mut().update(backend, id, &mut |buffer| backend.write(buffer, &values));
+        }
+        Ok(())
+    }
+
     /// Makes made tensors anew, after the ones that they are made of were moved; these are put into their bounds first.
     ///
     /// # Errors
@@ -91,8 +134,8 @@ impl<B: Backend> Adapters<B> {
         Ok(())
     }
 
-    /// Adds to the gradients of the tensors in training what the gradients of those made of them say. Returns what is added
-    /// to the loss for the values of the tensors themselves.
+    /// Adds to the gradients of the tensors in training what the gradients of those made of them say. Returns what is
+    /// added to the loss for the values of the tensors themselves.
     ///
     /// # Errors
     /// Out of memory.
@@ -189,6 +232,7 @@ mod tests {
                 .into(),
             Kind::Miss => vec![json!({"r": 3}), json!({"r": 3, "init_weights": "mini", "mini_r": 4})],
             Kind::Adalora => vec![json!({"init_r": 3})],
+            Kind::Melora => vec![json!({"r": 4, "mini_loras": 2})],
             Kind::Road => [1, 2, 4].map(|n| json!({"group_size": 4, "variant": format!("road_{n}")})).into(),
             Kind::Gralora => vec![json!({"r": 4}), json!({"r": 4, "hybrid_r": 2})],
             Kind::Hra => vec![json!({"r": 3}), json!({"r": 3, "apply_GS": true})],

@@ -46,6 +46,8 @@ pub struct Settings {
     pub trainable_token_indices: Vec<u32>,
     /// LoRA works from the last occurrence of these tokens on alone; everywhere where there are none.
     pub alora_invocation_tokens: Vec<u32>,
+    /// How LoRA begins, as PEFT calls it.
+    pub init_lora_weights: String,
     /// Which biases of the base are trained: `none`, `all`, or `lora_only` for those of adapted layers.
     pub bias: String,
     /// The learning rate of B over that of A (LoRA+).
@@ -75,6 +77,7 @@ impl Settings {
             "alora-invocation-tokens" => {
                 self.alora_invocation_tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
             }
+            "init-lora-weights" => self.init_lora_weights.clone(),
             "bias" => self.bias.clone(),
             "lora-plus-ratio" => self.lora_plus_ratio.to_string(),
             "options" => {

@@ -2,6 +2,7 @@
 //! the layer's weight.
 
 use super::blocks::{Kronecker, Rotate};
+use super::bottleneck_form::Bottleneck;
 use super::fold::Fold;
 use super::form::LayerForm;
 use super::held::{Loader, TensorId};
@@ -14,7 +15,7 @@ use super::sparse::SparseTerm;
 use super::tensor::Tensors;
 use super::weight::LayerWeight;
 use crate::error::{Error, ErrorCode, Result};
-use pocketlora_kernels::Backend;
+use pocketlora_kernels::{Backend, Map as Function};
 use std::ops::Range;
 
 /// Where the values of a piece's tensor come from.
@@ -37,6 +38,10 @@ pub(super) enum Piece {
     Scaled { a: Of, b: Of, inner: Of, outer: Of, factor: f32 },
     /// The layer reads `x + (x Uᵀ) Vᵀ`, `U` `[r, in]`, `V` `[in, r]`.
     Reflect { u: Of, v: Of },
+    /// The layer gives `y + (y Uᵀ) Vᵀ`, `U` `[r, out]`, `V` `[out, r]`. It is not merged.
+    Behind { u: Of, v: Of },
+    /// `factor (f(x Dᵀ + d) Uᵀ + u)` of what the layer gives, and added to it, or of what it reads. It is not merged.
+    Bottleneck { down: Of, down_bias: Of, up: Of, up_bias: Of, function: Function, factor: f32, behind: bool },
     /// The layer reads `R x`, `R` `[n, c, c]` in `count` blocks of `size` columns.
     Rotate { r: Of, count: usize, size: usize },
     /// `y += factor (left ⊗ right) x`, `left` of the shape `[a, b]`.
@@ -124,6 +129,15 @@ impl<B: Backend> Placer<'_, '_, B> {
             }
             Piece::Reflect { u, v } => {
                 LayerForm::Input(Box::new(Reflect { u: self.place(u, true)?, v: self.place(v, true)? }))
+            }
+            Piece::Behind { u, v } => {
+                LayerForm::Output(Box::new(Reflect { u: self.place(u, true)?, v: self.place(v, true)? }))
+            }
+            Piece::Bottleneck { down, down_bias, up, up_bias, function, factor, behind } => {
+                let (down, down_bias) = (self.place(down, true)?, self.place(down_bias, false)?);
+                let (up, up_bias) = (self.place(up, true)?, self.place(up_bias, false)?);
+                let form = Bottleneck { down, down_bias, up, up_bias, function: *function, factor: *factor };
+                if *behind { LayerForm::Output(Box::new(form)) } else { LayerForm::Term(Box::new(form)) }
             }
             Piece::Rotate { r, count, size } => {
                 LayerForm::Input(Box::new(Rotate { r: self.place(r, false)?, count: *count, size: *size }))
@@ -273,6 +287,7 @@ pub(super) fn fold(
                 let (u, v) = (values(u), values(v));
                 Step::Reflect { rank: u.len() / layer[1].max(1), u, v }
             }
+            Piece::Behind { .. } | Piece::Bottleneck { .. } => return None,
             Piece::Rotate { r, size, .. } => Step::Rotate { r: values(r), size: *size },
             Piece::Kronecker { left, right, shape, factor } => {
                 Step::Kronecker { left: values(left), right: values(right), shape: *shape, factor: *factor }

@@ -1,9 +1,10 @@
 //! Smaller LoRA adapters: what matters least for some data goes.
 //!
-//! A rank of a module is a column of B with its row of A. Without it the loss changes, to the first order, by the negative
-//! product of the column with its gradient, so the size of this product says what the rank matters (LoRAPrune, Zhang et al.
-//! 2023). Whole modules go by the sum over their ranks (as in LoRA-drop, Zhou et al. 2024, which judges by outputs instead).
-//! What stays is as it was, with the same factor: ranks that differ are in `rank_pattern` and `alpha_pattern`.
+//! A rank of a module is a column of B with its row of A. Without it the loss changes, to the first order, by the
+//! negative product of the column with its gradient, so the size of this product says what the rank matters (LoRAPrune,
+//! Zhang et al. 2023). Whole modules go by the sum over their ranks (as in LoRA-drop, Zhou et al. 2024, which judges by
+//! outputs instead). What stays is as it was, with the same factor: ranks that differ are in `rank_pattern` and
+//! `alpha_pattern`.
 
 use super::compose::{check_place, is_adapter_alone, parts_of, plain_lora, texts, write_texts};
 use super::lora::Lora;
@@ -103,8 +104,8 @@ fn chosen(file: &AdapterFile, scores: &Scores, keep: f64, by: PruneBy) -> BTreeM
     chosen
 }
 
-/// Writes what is left of the adapter `file` as a PEFT directory at `out`: the share `keep` of its values, above 0 and below 1,
-/// that `scores` rank highest. Returns its size before and after.
+/// Writes what is left of the adapter `file` as a PEFT directory at `out`: the share `keep` of its values, above 0 and
+/// below 1, that `scores` rank highest. Returns its size before and after.
 ///
 /// # Errors
 /// `keep` is out of range, `out` holds something; nothing is written then.
@@ -118,9 +119,45 @@ pub(crate) fn write_pruned(
 ) -> Result<[Size; 2]> {
     let lora = prunable(file)?;
     check_keep(keep)?;
+    let kept = chosen(file, scores, keep, by);
+    write(file, kept, &|module, _| f64::from(lora.of_module(module).1), out, existing)
+}
+
+/// Writes the first `rank` ranks of each module of `file` as a PEFT directory at `out`, with the factor that LoRA's
+/// alpha gives to that rank: the LoRA that DyLoRA has trained beside the others. Returns its size before and after.
+///
+/// # Errors
+/// It is no plain LoRA, a module has no more ranks than that, `out` holds something; nothing is written then.
+pub fn cut_rank(file: &AdapterFile, rank: usize, out: &Path, existing: Existing) -> Result<[Size; 2]> {
+    let lora = prunable(file)?;
+    check_place(out, existing, &[file])?;
+    let of = |module: &str| file.tensors[&parts(module)[1]].shape[1];
+    let least = file.modules().map(of).min().unwrap_or(0);
+    if rank == 0 || rank >= least {
+        let expected = format!("a rank from 1 to {}, below those of all modules", least.saturating_sub(1));
+        return Err(Error::config("cut-rank", expected, rank));
+    }
+    let kept = file.modules().map(|module| (module.to_owned(), (0..rank).collect())).collect();
+    let factor = |module: &str, whole: usize| {
+        let ratio = whole as f64 / rank as f64;
+        f64::from(lora.of_module(module).1) * if lora.rslora { ratio.sqrt() } else { ratio }
+    };
+    write(file, kept, &factor, out, existing)
+}
+
+/// Writes the ranks `kept` of each module, with the factor on `B A` that `factor` gives for a module and the rank that
+/// it had.
+fn write(
+    file: &AdapterFile,
+    kept: BTreeMap<String, Vec<usize>>,
+    factor: &dyn Fn(&str, usize) -> f64,
+    out: &Path,
+    existing: Existing,
+) -> Result<[Size; 2]> {
+    let lora = prunable(file)?;
     let (mut tensors, mut modules) = (Tensors::new(), Vec::new());
-    for (module, ranks) in chosen(file, scores, keep, by) {
-        let (names, factor) = (parts(&module), lora.of_module(&module).1);
+    for (module, ranks) in kept {
+        let names = parts(&module);
         let [a, b] = [&names[0], &names[1]].map(|name| &file.tensors[name]);
         let (input, out, rank) = (a.shape[1], b.shape[0], b.shape[1]);
         let rows: Vec<f32> = ranks.iter().flat_map(|r| a.data[r * input..][..input].iter().copied()).collect();
@@ -128,7 +165,8 @@ pub(crate) fn write_pruned(
         let [name_a, name_b] = names;
         tensors.insert(name_a, HostTensor { shape: vec![ranks.len(), input], data: rows });
         tensors.insert(name_b, HostTensor { shape: vec![out, ranks.len()], data: columns });
-        modules.push((module, ranks.len(), f64::from(factor) * ranks.len() as f64));
+        let factor = factor(&module, rank);
+        modules.push((module, ranks.len(), factor * ranks.len() as f64));
     }
     let mut pruned = Lora::of_modules(&modules);
     pruned.dropout = lora.dropout;
@@ -215,6 +253,35 @@ mod tests {
             let refused = check_pruning(&file, keep, &dir.path().join("none"), Existing::Keep).unwrap_err();
             assert_eq!(refused.place(), "setting `keep`");
         }
+    }
+
+    #[test]
+    fn the_first_ranks_are_cut_with_their_own_factor() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = file(&dir.path().join("in"));
+        let out = dir.path().join("out");
+        let [before, after] = cut_rank(&file, 1, &out, Existing::Keep).unwrap();
+        assert_eq!((before.ranks, after.ranks, after.modules), (4, 2, 2));
+        let left = AdapterFile::open(&out).unwrap();
+        let Method::Lora(lora) = &left.method else { panic!() };
+        for module in left.modules() {
+            // Alpha 4 at a rank of 1 instead of 2.
+            assert_eq!(lora.of_module(module), (1, 4.0));
+            let [a, b] = parts(module).map(|name| (&left.tensors[&name], &file.tensors[&name]));
+            assert_eq!(a.0.data, a.1.data[..a.1.shape[1]]);
+            assert!(b.0.data.iter().zip(b.1.data.chunks(2)).all(|(own, row)| *own == row[0]));
+        }
+        for rank in [0, 2, 9] {
+            let refused = cut_rank(&file, rank, &dir.path().join("none"), Existing::Keep).unwrap_err();
+            assert_eq!(refused.place(), "setting `cut-rank`", "{rank}");
+        }
+        assert!(cut_rank(&file, 1, &out, Existing::Keep).is_err(), "what is there stays");
+        if let Method::Lora(lora) = &mut file.method {
+            lora.rslora = true;
+        }
+        cut_rank(&file, 1, &dir.path().join("rs"), Existing::Keep).unwrap();
+        let Method::Lora(lora) = AdapterFile::open(&dir.path().join("rs")).unwrap().method else { panic!() };
+        assert!((lora.of_module("model.layers.0.self_attn.q_proj").1 - 4.0).abs() < 1e-6);
     }
 
     #[test]

@@ -99,6 +99,31 @@ impl<B: Backend> LayerWeight for Weight<'_, B> {
     }
 }
 
+/// The same as what it is multiplied with, for what decomposes it.
+impl<B: Backend> super::init::Operator for Weight<'_, B> {
+    fn shape(&self) -> [usize; 2] {
+        LayerWeight::shape(self)
+    }
+
+    fn times(&self, x: &[f32]) -> Result<Vec<f32>> {
+        LayerWeight::times(self, x)
+    }
+
+    fn back(&self, y: &[f32]) -> Result<Vec<f32>> {
+        let (backend, [out, input]) = (&self.base.backend, LayerWeight::shape(self));
+        let mut x = vec![0.0; y.len() / out.max(1) * input];
+        if self.counts || y.is_empty() {
+            return Ok(x);
+        }
+        let (mut read, mut given) = (backend.buffer(y.len())?, backend.buffer(x.len())?);
+        backend.write(&mut read, y);
+        let (w, arithmetic) = (self.replaced.factor(self.base, self.layer, Arithmetic::Exact), Arithmetic::Exact);
+        backend.run(Call::MatmulVjpX { arithmetic, terms: &[(w, &read)], dx: &mut given, accumulate: false })?;
+        backend.read(&given, &mut x)?;
+        Ok(x)
+    }
+}
+
 /// Norms of the rows of `V = W + s B A`, for maps that hold what of them stays: `|V_o|² = |W_o|² + 2 s B_o (W Aᵀ)_o + s² B_o
 /// (A Aᵀ) B_oᵀ`.
 pub(super) fn norms(

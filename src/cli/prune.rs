@@ -3,7 +3,7 @@
 use super::args::{options, print_json};
 use super::train::Watcher;
 use super::{data, model, names, shell};
-use crate::adapter::{AdapterFile, PruneBy};
+use crate::adapter::{AdapterFile, PruneBy, PrunedSize, cut_rank};
 use crate::engine::{Engine, Options, check_threads, looks};
 use crate::error::Result;
 use crate::format::Existing;
@@ -18,11 +18,15 @@ pub(super) struct Args {
     #[arg(short, long, default_value = model::DEFAULT)]
     model: String,
     /// Data that tells what matters, as for `train`; a few hundred samples are enough.
-    #[arg(short, long, value_parser = names::path())]
-    data: PathBuf,
+    #[arg(short, long, value_parser = names::path(), required_unless_present = "cut_rank")]
+    data: Option<PathBuf>,
     /// Share of the adapter's values that stays, above 0 and below 1.
     #[arg(long, default_value_t = 0.5)]
     keep: f64,
+    /// Keep the first ranks of every module instead, as many as this: what `train --method dylora` has trained for. It looks at
+    /// no data.
+    #[arg(long, value_name = "RANK", conflicts_with_all = ["data", "keep", "by"])]
+    cut_rank: Option<usize>,
     /// What goes as one.
     #[arg(long, value_enum, default_value_t = By::Ranks)]
     by: By,
@@ -56,11 +60,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let file = AdapterFile::open(&names::adapter(&args.adapter)?)?;
     file.warnings.iter().for_each(|warning| eprintln!("note: {warning}"));
     let existing = if args.overwrite { Existing::Replace } else { Existing::Keep };
+    if let Some(rank) = args.cut_rank {
+        let sizes = cut_rank(&file, rank, &args.out, existing)?;
+        return report(args, sizes, None);
+    }
+    let Some(data) = &args.data else { unreachable!("required without a rank to cut to") };
     // Before the model, which may take long to make.
     crate::adapter::check_pruning(&file, args.keep, &args.out, existing)?;
     let found = model::resolve(&args.model, true)?;
     let engine = Engine::open(&found.path, &Options { threads: args.threads, strict: args.strict, ..options() })?;
-    let dataset = engine.reader(Some(&file))?.dataset(&args.data, crate::train::TrainConfig::default().seq)?;
+    let dataset = engine.reader(Some(&file))?.dataset(data, crate::train::TrainConfig::default().seq)?;
     data::say_unused(Some(&dataset));
     let by = match args.by {
         By::Ranks => PruneBy::Ranks,
@@ -70,14 +79,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let pruned = engine.prune(&file, &dataset, args.keep, by, (&args.out, existing), &mut watcher);
     watcher.bar.finish_and_clear();
     let pruned = pruned?;
-    let ([before, after], [plain, with, left]) = (pruned.size, pruned.loss);
+    report(args, pruned.size, Some(pruned.loss))
+}
+
+/// Says what was written, and the losses without the adapter, with it and with what is left of it, where those are known.
+fn report(args: &Args, [before, after]: [PrunedSize; 2], loss: Option<[f64; 3]>) -> Result<()> {
     if args.json {
-        let size =
-            |s: &crate::adapter::PrunedSize| json!({"modules": s.modules, "ranks": s.ranks, "parameters": s.values});
-        print_json(&json!({
-            "out": args.out, "before": size(&before), "after": size(&after),
-            "loss": {"base": plain, "before": with, "after": left},
-        }));
+        let size = |s: &PrunedSize| json!({"modules": s.modules, "ranks": s.ranks, "parameters": s.values});
+        let loss = loss.map(|[plain, with, left]| json!({"base": plain, "before": with, "after": left}));
+        print_json(&json!({"out": args.out, "before": size(&before), "after": size(&after), "loss": loss}));
         return Ok(());
     }
     println!(
@@ -90,7 +100,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
         after.values,
         before.values
     );
-    println!("loss on the data: {plain:.3} without the adapter, {with:.3} with all of it, {left:.3} with what is left");
+    if let Some([plain, with, left]) = loss {
+        println!(
+            "loss on the data: {plain:.3} without the adapter, {with:.3} with all of it, {left:.3} with what is left"
+        );
+    }
     eprintln!("use it: pocketlora chat -m {} -a {}", shell::quoted(&args.model), shell::quoted_value(&args.out));
     Ok(())
 }

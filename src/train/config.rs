@@ -1,7 +1,7 @@
 //! Settings of a training run: the keys of `train.toml` and the flags of `pocketlora train`.
 
 use super::keep::{Forgetting, Keep};
-use crate::adapter::{Kind, Settings};
+use crate::adapter::{Init, Kind, Settings};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Arithmetic, MOMENT_BLOCK};
 use serde::{Deserialize, Serialize};
@@ -76,6 +76,15 @@ pub struct TrainConfig {
     /// LoRA works from the last occurrence of these tokens in a text on alone (activated LoRA).
     #[serde(alias = "alora_invocation_tokens", skip_serializing_if = "Vec::is_empty")]
     pub alora_invocation_tokens: Vec<u32>,
+    /// How LoRA begins, by the name that PEFT has for it, such as `pissa`; `true` for A uniform and B zero, as unless given.
+    #[serde(alias = "init_lora_weights", skip_serializing_if = "Option::is_none")]
+    pub init_lora_weights: Option<String>,
+    /// Steps' worth of data that a beginning from data looks at; 8 unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_steps: Option<u64>,
+    /// The model's weights in more bits than the base's, for `loftq`: a folder or file that `quantize` reads.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loftq_source: Option<PathBuf>,
     /// Which biases of the base LoRA trains beside (BitFit): `none`, `all`, or `lora_only` for those of adapted layers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bias: Option<String>,
@@ -220,6 +229,9 @@ impl Default for TrainConfig {
             prompt_init_text: None,
             trainable_token_indices: Vec::new(),
             alora_invocation_tokens: Vec::new(),
+            init_lora_weights: None,
+            init_steps: None,
+            loftq_source: None,
             bias: None,
             options: Map::new(),
             dropout: 0.0,
@@ -293,6 +305,7 @@ impl TrainConfig {
             prompt_init_text: self.prompt_init_text.clone(),
             trainable_token_indices: self.trainable_token_indices.clone(),
             alora_invocation_tokens: self.alora_invocation_tokens.clone(),
+            init_lora_weights: self.init_lora_weights.clone().unwrap_or_else(|| "true".to_owned()),
             bias: self.bias.clone().unwrap_or_else(|| "none".to_owned()),
             lora_plus_ratio: self.lora_plus_ratio,
             options: self.options.clone(),
@@ -372,6 +385,25 @@ impl TrainConfig {
         whole("seq", self.seq, 1 << 20)?;
         if self.packing && self.bucketing {
             return Err(Error::config("bucketing", "off where `packing` is on", "both"));
+        }
+        let init = Init::named(self.init_lora_weights.as_deref().unwrap_or("true"))?;
+        check("init-steps", 0, self.init_steps != Some(0), "a whole number from 1")?;
+        if let Some(steps) = self.init_steps.filter(|_| !init.reads_data()) {
+            return Err(Error::config(
+                "init-steps",
+                "`init-lora-weights` of `eva`, `corda` or `lora_ga` beside it",
+                steps,
+            ));
+        }
+        match &self.loftq_source {
+            None if init == Init::Loftq => {
+                let expected = "the model's weights in more bits beside `init-lora-weights = loftq`";
+                return Err(Error::config("loftq-source", expected, "none"));
+            }
+            Some(path) if init != Init::Loftq => {
+                return Err(Error::config("loftq-source", "`init-lora-weights = loftq` beside it", path.display()));
+            }
+            _ => {}
         }
         check("steps", 0, self.steps != Some(0), "a whole number from 1")?;
         check("memory-budget", 0, self.memory_budget != Some(0), "a whole number of MB from 1")?;

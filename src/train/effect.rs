@@ -5,7 +5,7 @@ use super::config::Optimizer;
 use crate::error::{Error, ErrorCode, Result};
 
 /// Settings that some methods of adapters read, and others do not.
-const ADAPTER: [&str; 15] = [
+const ADAPTER: [&str; 16] = [
     "rank",
     "alpha",
     "rslora",
@@ -17,6 +17,7 @@ const ADAPTER: [&str; 15] = [
     "prompt-init-text",
     "trainable-token-indices",
     "alora-invocation-tokens",
+    "init-lora-weights",
     "bias",
     "dropout",
     "lora-plus-ratio",

@@ -11,6 +11,7 @@ mod control;
 mod data;
 mod effect;
 mod evaluation;
+mod first;
 mod hold_out;
 mod init;
 mod keep;
@@ -83,6 +84,8 @@ use std::time::{Duration, Instant};
 
 /// Stream of random numbers that a run draws from its seed.
 const DROPOUT: u64 = 3;
+/// Of what a step's adapter is made of, where that is chosen.
+const DRAW: u64 = 11;
 
 /// A run between two steps.
 pub(crate) struct Trainer<B: Backend> {
@@ -346,7 +349,12 @@ impl<B: Backend> Trainer<B> {
         // for a device that records work stands still while it is waited for.
         let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();
         let mut sums = Sums::new(&base.backend, 1 + most)?;
-        let passes = self.accumulate(number, &micros, trained, &mut sums, observer)?;
+        let draws = self.adapters.draw(&base, Some(mix(mix(self.config.seed, DRAW), number)))?;
+        let passes = self.accumulate(number, &micros, trained, &mut sums, observer);
+        if passes.is_err() && draws {
+            self.adapters.draw(&base, None)?;
+        }
+        let passes = passes?;
         let penalty = self.adapters.pull(&base, &mut self.grads)?;
         for t in &self.tensors {
             let grad = self.grads.of(t.id).expect("what is trained has a gradient");
@@ -375,7 +383,10 @@ impl<B: Backend> Trainer<B> {
         if let Some(allocator) = allocator {
             allocator.step(number - 1, base, adapters, grads, tensors)?;
         }
-        adapters.renew(base)?;
+        adapters.shrink(base, lr)?;
+        if !adapters.draw(base, None)? {
+            adapters.renew(base)?;
+        }
         self.facts.step = number;
         Ok(StepReport {
             step: number,
@@ -511,7 +522,7 @@ impl<B: Backend> Trainer<B> {
         work(Parts { base, adapters, grads, pool, peak }, &mut || {
             let make = || {
                 let _turn = turn.take();
-                saving::snapshot(&base.backend, adapters, tensors, file)
+                saving::snapshot(base, adapters, tensors, file)
             };
             let (go, pause) = turn.without(|| handle.ask(&mut others, &make));
             *paused += pause;

@@ -49,6 +49,9 @@ pub struct MemoryPlan {
     /// What answering general prompts and questions takes: before the steps and after them, when they hold nothing but the
     /// adapter, gradients, moments and references.
     pub asking: u64,
+    /// What an adapter that begins with more than random numbers takes for that, its values included: before there are
+    /// gradients or moments. 0 for any other.
+    pub beginning: u64,
     /// What the process held before the run took anything: the program, the base's tables, and the next two. Measured,
     /// and not part of [`MemoryPlan::anonymous`]; 0 where the system does not tell.
     pub before: u64,
@@ -70,7 +73,8 @@ impl MemoryPlan {
     /// Anonymous bytes that the run takes.
     #[must_use]
     pub fn anonymous(&self) -> u64 {
-        self.adapter + self.gradients + self.optimizer + self.references + self.steps().max(self.asking)
+        let training = self.adapter + self.gradients + self.optimizer + self.references + self.steps().max(self.asking);
+        training.max(self.beginning)
     }
 
     /// Of that, what passes take and give back.
@@ -117,6 +121,15 @@ pub(super) struct Work {
     pub references: u64,
     pub before: u64,
     pub data: u64,
+    /// Tokens of the data that the adapter's beginning looks at.
+    pub looked_at: usize,
+}
+
+/// Shapes `[out, in]` and ranks of the layers that a LoRA with tensors `specs` adapts.
+fn layers_of(specs: &[TensorSpec]) -> Vec<([usize; 2], usize)> {
+    let a = specs.iter().filter(|spec| spec.name.ends_with(".lora_A.weight"));
+    let b = specs.iter().filter(|spec| spec.name.ends_with(".lora_B.weight"));
+    a.zip(b).map(|(a, b)| ([b.shape[0], a.shape[1]], a.shape[0])).collect()
 }
 
 impl Work {
@@ -193,7 +206,10 @@ impl Work {
         let frozen = self.specs.iter().filter(|spec| self.method.is_frozen(&spec.name));
         let frozen = 4 * frozen.map(|spec| spec.values() as u64).sum::<u64>();
         let trained = self.all().filter(|spec| !self.method.is_frozen(&spec.name));
-        Ok(MemoryPlan {
+        let all = 4 * self.all().map(|spec| spec.values() as u64).sum::<u64>();
+        let largest = 2 * 4 * trained.map(TensorSpec::values).max().unwrap_or(0) as u64;
+        let (begins, hidden) = (self.method.begins_with(), self.model.config().hidden_size);
+        let mut plan = MemoryPlan {
             weights_mapped: 0,
             adapter: on_device(true) + frozen,
             gradients: on_device(false),
@@ -203,12 +219,12 @@ impl Work {
             layer_workspace: count.regions[0] as u64,
             attention: count.attention as u64,
             logits: count.loss as u64,
-            // Its values, and the bytes of the file.
-            saving: (2 * 4 * trained.map(TensorSpec::values).max().unwrap_or(0) as u64)
-                .max(adapters.held().made_bytes()),
+            // Its values, and the bytes of the file; all at once of one that is made into another.
+            saving: (largest + if self.method.converts() { all } else { 0 }).max(adapters.held().made_bytes()),
             kernels: count.kernels as u64,
             references: self.references,
             asking: 0,
+            beginning: 0,
             before: self.before,
             data: self.data,
             tokenizer: 0,
@@ -216,6 +232,11 @@ impl Work {
             pass_tokens: tokens,
             layout,
             optimizer_kind: config.optimizer,
-        })
+        };
+        if let Some(init) = begins {
+            let passes = if init.reads_data() { plan.steps() } else { 0 };
+            plan.beginning = all + passes + init.bytes(&layers_of(&self.specs), hidden, self.looked_at);
+        }
+        Ok(plan)
     }
 }

@@ -45,7 +45,9 @@ impl<B: Backend> Trainer<B> {
             Stored::F32 => 4,
         };
         let of = |t: &Trained<B>| size * t.spec.values() as u64 + t.spec.name.len() as u64 + HEADER;
+        // What is not trained is written as well, or becomes a part of what is.
+        let fixed = self.file.tensors.iter().map(|(name, t)| size * t.data.len() as u64 + name.len() as u64 + HEADER);
         let kept = self.file.replaced.whole.iter().map(|whole| whole.tensor.bytes.len() as u64);
-        self.tensors.iter().map(of).chain(kept).sum()
+        self.tensors.iter().map(of).chain(fixed).chain(kept).sum()
     }
 }

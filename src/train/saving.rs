@@ -5,7 +5,8 @@ use super::checkpoint::{self, Loaded};
 use super::optimizer::{bytes_of, floats};
 use super::setup::Trained;
 use super::{Observer, Trainer, allocate, run_folder};
-use crate::adapter::{AdapterFile, Adapters, HostTensor, Stored};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, Stored, is_first};
+use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
 use pocketlora_kernels::Backend;
@@ -18,6 +19,9 @@ use std::time::{Duration, Instant};
 const FIRST: Duration = Duration::from_secs(1);
 /// Checkpoints take at most one part in so many of a run's time, unless steps ask for them.
 const SHARE: u32 = 20;
+
+/// What stands in a checkpoint before the names of tensors that the adapter began with.
+const BEGUN: &str = "first";
 
 /// When time asks for a checkpoint.
 pub(super) struct Pace {
@@ -55,7 +59,7 @@ impl<B: Backend> Trainer<B> {
     /// There is none, all are broken, or it belongs to another run.
     pub fn resume(&mut self) -> Result<()> {
         let Loaded { facts, file, warning } = checkpoint::load(&self.out, &self.facts, &self.entries())?;
-        let backend = &self.base.backend;
+        let (backend, mut first) = (&self.base.backend, Vec::new());
         for t in &mut self.tensors {
             let part = |prefix: &str| file.get(&format!("{prefix}.{}", t.spec.name)).map(|tensor| &tensor.bytes[..]);
             let values = floats(part("param")?);
@@ -63,6 +67,17 @@ impl<B: Backend> Trainer<B> {
             let layout = t.moments.layout(values.len());
             let parts: Vec<&[u8]> = layout.iter().map(|(prefix, ..)| part(prefix)).collect::<Result<_>>()?;
             t.moments.write(backend, &parts);
+        }
+        // What was taken from the base or the data is not computed once more: another machine's last digits may be others.
+        for (id, spec) in self.adapters.held().fixed().filter(|(_, spec)| is_first(&spec.name)) {
+            let values = floats(&file.get(&format!("{BEGUN}.{}", spec.name))?.bytes);
+            first.push((id, spec.name.clone(), values));
+        }
+        for (id, name, values) in first {
+            self.adapters.held_mut().update(backend, id, &mut |own| backend.write(own, &values));
+            if let Some(own) = self.file.tensors.get_mut(&name) {
+                own.data = values;
+            }
         }
         if let Some(allocator) = &mut self.allocator {
             for (t, state) in self.tensors.iter().zip(&mut allocator.state) {
@@ -98,6 +113,9 @@ impl<B: Backend> Trainer<B> {
                 entries.extend(allocate::PARTS.map(|part| entry(part, Dtype::F32, vec![t.spec.values()])));
             }
         }
+        for (name, tensor) in self.file.tensors.iter().filter(|(name, _)| is_first(name)) {
+            entries.push(Entry { name: format!("{BEGUN}.{name}"), dtype: Dtype::F32, shape: tensor.shape.clone() });
+        }
         entries
     }
 
@@ -108,7 +126,7 @@ impl<B: Backend> Trainer<B> {
     pub fn save_checkpoint(&mut self) -> Result<()> {
         self.check_earlier()?;
         let entries = self.entries();
-        let Self { base, adapters, tensors, peak, allocator, .. } = self;
+        let Self { base, adapters, tensors, peak, allocator, file, .. } = self;
         let backend = &base.backend;
         checkpoint::save(&self.out, &self.facts, self.saved, entries, |sink| {
             for (i, t) in tensors.iter().enumerate() {
@@ -124,6 +142,9 @@ impl<B: Backend> Trainer<B> {
                 for (part, values) in allocate::PARTS.iter().zip(state.into_iter().flatten()) {
                     sink.put(&format!("{part}.{}", t.spec.name), &bytes_of(values))?;
                 }
+            }
+            for (name, tensor) in file.tensors.iter().filter(|(name, _)| is_first(name)) {
+                sink.put(&format!("{BEGUN}.{name}"), &bytes_of(&tensor.data))?;
             }
             peak.sample();
             Ok(())
@@ -188,7 +209,7 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// A value does not fit f16.
     pub fn snapshot(&self) -> Result<AdapterFile> {
-        snapshot(&self.base.backend, &self.adapters, &self.tensors, &self.file)
+        snapshot(&self.base, &self.adapters, &self.tensors, &self.file)
     }
 
     /// Writes the adapter as it is now.
@@ -230,13 +251,13 @@ impl<B: Backend> Trainer<B> {
 
 /// The adapter that `tensors` are; `file` is the same without its tensors.
 pub(super) fn snapshot<B: Backend>(
-    backend: &B,
+    base: &Base<B>,
     adapters: &Adapters<B>,
     tensors: &[Trained<B>],
     file: &AdapterFile,
 ) -> Result<AdapterFile> {
-    let mut file = file.clone();
-    let stored = file.method.kind().stored();
+    let (backend, mut file) = (&base.backend, file.clone());
+    let (stored, converts) = (file.method.kind().stored(), file.method.converts());
     let standing_in = standing_in(&file, tensors);
     for trained @ Trained { spec, id, .. } in tensors {
         if standing_in.contains(&spec.name) {
@@ -244,9 +265,16 @@ pub(super) fn snapshot<B: Backend>(
             continue;
         }
         let tensor = HostTensor { shape: spec.shape.clone(), data: adapters.held().read(backend, *id)? };
-        file.tensors.insert(spec.name.clone(), tensor.rounded(stored, &spec.name)?);
+        // Rounded is what the file has, and not what it is made of.
+        let tensor = if converts { tensor } else { tensor.rounded(stored, &spec.name)? };
+        file.tensors.insert(spec.name.clone(), tensor);
     }
-    file.method.finish(&mut file.tensors);
+    if converts {
+        file.method.finish(&mut file.tensors, base)?;
+        let rounded = std::mem::take(&mut file.tensors).into_iter();
+        let rounded = rounded.map(|(name, tensor)| tensor.rounded(stored, &name).map(|tensor| (name, tensor)));
+        file.tensors = rounded.collect::<Result<_>>()?;
+    }
     Ok(file)
 }
 

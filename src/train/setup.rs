@@ -5,13 +5,16 @@ use super::best::Candidates;
 use super::budget::choose;
 use super::checkpoint::RunFacts;
 use super::control::TrainHandle;
+use super::first;
 use super::hold_out::Overlap;
 use super::keep::{AT_ONCE, Held, Lessons};
 use super::lock::{Earlier, FolderLock};
 use super::optimizer::Moments;
 use super::plan::Work;
 use super::saving::sweep_folder;
-use super::{Batches, Dataset, Keep, Material, MemoryPlan, Quiz, Sample, TrainConfig, Trainer, largest_micro_batch};
+use super::{
+    Batches, Dataset, Keep, Material, MemoryPlan, MicroBatch, Quiz, Sample, TrainConfig, Trainer, largest_micro_batch,
+};
 use crate::adapter::{
     AdapterFile, Adapters, Gradients, Group, Learned, Method, Replaced, Settings, TensorId, TensorPart, TensorSpec,
     begin, fresh, layer_at, mark,
@@ -179,6 +182,7 @@ fn work<B: Backend>(
         references: held.map_or(0, Held::most_bytes),
         before: anonymous_bytes().unwrap_or(0),
         data: (data.bytes() + eval_data.map_or(0, Dataset::bytes)) as u64,
+        looked_at: 0,
     }
 }
 
@@ -283,8 +287,11 @@ impl<B: Backend> Trainer<B> {
         let known = taught.questions.iter().filter(|ids| ids.iter().all(|id| (*id as usize) < vocab));
         let known = Lessons { questions: known.cloned().collect() };
         let held = prompts.and_then(|prompts| Held::new(prompts, known, &config, total_steps, step_tokens, places));
-        let work =
-            work(&base, &method, (specs.clone(), learned.clone()), &config, &data, eval_data.as_ref(), held.as_ref());
+        let looked_at = first::looked_at(&method, &mut batches, &data, &config);
+        let work = Work {
+            looked_at: looked_at.iter().map(MicroBatch::tokens).sum(),
+            ..work(&base, &method, (specs.clone(), learned.clone()), &config, &data, eval_data.as_ref(), held.as_ref())
+        };
         let (mut plan, config) = choose(&work, &config)?;
         plan.data += general.as_ref().map_or(0, Dataset::bytes) as u64;
         let at_once = asking(&base, &mut plan, held.as_ref(), quiz.as_ref());
@@ -304,6 +311,10 @@ impl<B: Backend> Trainer<B> {
                 let mut tensors = method.fresh(&specs, &base, config.seed)?;
                 let texts = data.samples.iter().map(|sample| &sample.ids[..]);
                 begin(&base, &method, &mut tensors, prompt_ids.as_deref(), texts, config.seed)?;
+                method.begin_with_weights(&base, &mut tensors, config.seed)?;
+                if let Method::Lora(lora) = &method {
+                    first::begin_lora(&base, lora, &mut tensors, &looked_at, &config, &plan)?;
+                }
                 tensors
             }
         };

@@ -145,6 +145,16 @@ impl MicroBatch {
         self.batch.ids.len()
     }
 
+    /// The tokens of each sample.
+    pub(super) fn texts(&self) -> impl Iterator<Item = Vec<u32>> + '_ {
+        let mut left = &self.batch.ids[..];
+        self.batch.segments.iter().map(move |len| {
+            let (own, rest) = left.split_at(*len);
+            left = rest;
+            own.to_vec()
+        })
+    }
+
     /// Tokens of all samples, end to end.
     #[cfg(test)]
     pub(super) fn ids(&self) -> &[u32] {

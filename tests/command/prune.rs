@@ -37,3 +37,24 @@ fn half_of_an_adapter_is_left_and_used() {
     }
     assert!(!Path::new(&none).exists());
 }
+
+#[test]
+fn a_rank_is_cut_from_what_was_trained_for_all() {
+    let f = fixture();
+    let (whole, out, model) = (f.path("all-ranks"), f.path("first-ranks"), f.model.to_str().unwrap());
+    f.ok(&[&f.train_args(&whole)[..], &["--method", "dylora", "--rank", "4"]].concat());
+    let report = f.json(&["prune", &whole, "--cut-rank", "2", "-o", &out, "--json"]);
+    let ranks = |path: &str| report.pointer(path).and_then(serde_json::Value::as_u64).unwrap();
+    assert_eq!(ranks("/before/ranks"), 2 * ranks("/after/ranks"), "{report}");
+    f.ok(&["generate", "-m", model, "-a", &out, "-p", "hello", "--max-tokens", "2", "--strict"]);
+    let none = f.path("none");
+    for (more, says) in [
+        (&["--cut-rank", "4"][..], "`cut-rank`"),
+        (&["--cut-rank", "2", "--keep", "0.5"], "--keep"),
+        (&["--keep", "0.5"], "--data"),
+    ] {
+        let said = f.said(&[&["prune", &whole, "-o", &none][..], more].concat());
+        assert!(said.contains(says), "{said}");
+    }
+    assert!(!Path::new(&none).exists());
+}

@@ -14,7 +14,6 @@
 //! The result has a scale of 1 at every module. Weights below zero take away (task arithmetic, Ilharco et al. 2023).
 
 mod combine;
-mod svd;
 #[cfg(test)]
 mod tests;
 mod write;
@@ -25,12 +24,12 @@ pub(super) use write::{check_place, is_adapter_alone, texts, write_texts};
 use super::experts::is_fused;
 use super::lora::Lora;
 use super::method::EMBEDDING;
+use super::svd::{self, Columns, Svd};
 use super::{AdapterFile, HostTensor, Method, mark};
 use crate::checksum::add;
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::{Rng, mix};
 use combine::{Prune, combined};
-use svd::{Columns, Svd};
 
 /// How adapters are joined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -51,6 +51,9 @@ pub(in crate::cli) fn plan_text(plan: &MemoryPlan) -> String {
     if layout.loss_rows != usize::MAX {
         text.push_str(&format!(", loss by {} tokens", layout.loss_rows));
     }
+    if plan.beginning > 0 {
+        text.push_str(&format!(", {} before the first step for the adapter's beginning", megabytes(plan.beginning)));
+    }
     text.push_str(&format!(", moments of {}", json!(plan.optimizer_kind).as_str().unwrap_or_default()));
     text
 }

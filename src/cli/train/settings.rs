@@ -20,10 +20,11 @@ pub(in crate::cli) struct Chosen {
 #[derive(clap::Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Settings {
-    /// Method of the adapter: lora, dora, lora-fa, bdlora, adalora, gralora, vera, miss, delora, loha, lokr, oft, hra, road,
-    /// shira, beft (biases), ia3 (scaled activations), ln-tuning (norms), trainable-tokens (rows of the embedding),
-    /// prompt-tuning (embeddings before each text), p-tuning (the same, made by a network while it learns), prefix-tuning
-    /// (keys and values before each text) or cartridge (those of the data's own text, trained further). [default: lora]
+    /// Method of the adapter: lora, dora, lora-fa, lora-xs, dylora, sora, melora, hydra, bdlora, adalora, gralora,
+    /// vera, miss, delora, loha, lokr, oft, hra, road, shira, beft (biases), bottleneck (narrow networks), ia3 (scaled
+    /// activations), ln-tuning (norms), trainable-tokens (rows of the embedding), prompt-tuning (embeddings before each
+    /// text), p-tuning (the same, made by a network while it learns), prefix-tuning (keys and values before each text)
+    /// or cartridge (those of the data's own text, trained further). [default: lora]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<String>,
@@ -56,8 +57,8 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     encoder_hidden_size: Option<usize>,
-    /// Text as whose embeddings the virtual tokens of prompt-tuning begin, or as whose keys and values those of a cartridge
-    /// do. [default: tokens by chance; of a cartridge the data]
+    /// Text as whose embeddings the virtual tokens of prompt-tuning begin, or as whose keys and values those of a
+    /// cartridge do. [default: tokens by chance; of a cartridge the data]
     #[arg(long, value_name = "TEXT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_init_text: Option<String>,
@@ -65,15 +66,31 @@ pub(super) struct Settings {
     #[arg(long, value_delimiter = ',', value_name = "IDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     trainable_token_indices: Option<Vec<u32>>,
-    /// Tokens from whose last occurrence in a text on lora works; what comes before them is the base's (activated LoRA).
+    /// Tokens from whose last occurrence in a text on lora works; what comes before them is the base's (activated
+    /// LoRA).
     #[arg(long, value_delimiter = ',', value_name = "IDS")]
     #[serde(skip_serializing_if = "Option::is_none")]
     alora_invocation_tokens: Option<Vec<u32>>,
+    /// How lora begins: true (A uniform, B zero), gaussian, orthogonal, pissa, pissa_niter_N or milora (the largest or
+    /// smallest singular values of the weights), olora (their QR), loftq (what rounding lost), eva or corda or
+    /// corda_kpm (from what layers read), lora_ga (from gradients). [default: true]
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    init_lora_weights: Option<String>,
+    /// Steps' worth of data that eva, corda and lora_ga look at. [default: 8]
+    #[arg(long, value_name = "STEPS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    init_steps: Option<u64>,
+    /// The model's weights in 16 bits, for loftq: a folder, .safetensors or .gguf file.
+    #[arg(long, value_name = "PATH", value_parser = names::path())]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loftq_source: Option<PathBuf>,
     /// Biases of the base that lora trains beside: none, all, or lora_only for those of adapted layers. [default: none]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     bias: Option<String>,
-    /// A key of PEFT's config of the method that has no flag of its own, such as group_size=32 for road; may be repeated.
+    /// A key of PEFT's config of the method that has no flag of its own, such as group_size=32 for road; may be
+    /// repeated.
     #[arg(long = "option", value_name = "KEY=VALUE")]
     #[serde(skip)]
     options: Vec<String>,
@@ -81,7 +98,8 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     dropout: Option<f32>,
-    /// Share of the words of questions that a pass leaves out at random; every fourth leaves a question whole. [default: 0]
+    /// Share of the words of questions that a pass leaves out at random; every fourth leaves a question whole.
+    /// [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_dropout: Option<f32>,
@@ -191,8 +209,8 @@ pub(super) struct Settings {
     #[arg(long, value_name = "NATS|PERCENT%")]
     #[serde(skip_serializing_if = "Option::is_none")]
     max_forgetting: Option<String>,
-    /// Hold the model, on general prompts, to what it says without the adapter, so that it keeps what it knew: auto, off, or
-    /// the weight of that beside what is learned. [default: auto]
+    /// Hold the model, on general prompts, to what it says without the adapter, so that it keeps what it knew: auto,
+    /// off, or the weight of that beside what is learned. [default: auto]
     #[arg(long, value_name = "WEIGHT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     keep: Option<String>,
@@ -212,8 +230,8 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     precision: Option<String>,
-    /// Anonymous memory that the process may hold, in MB; says what it gives up for it. May be another one when a run is
-    /// resumed. [default: no bound]
+    /// Anonymous memory that the process may hold, in MB; says what it gives up for it. May be another one when a run
+    /// is resumed. [default: no bound]
     #[arg(long, value_name = "MB")]
     #[serde(skip_serializing_if = "Option::is_none")]
     memory_budget: Option<u64>,
@@ -223,8 +241,8 @@ pub(super) struct Settings {
 const RIVALS: [[&str; 2]; 3] = [["steps", "epochs"], ["eval-data", "eval-split"], ["packing", "bucketing"]];
 
 impl Settings {
-    /// The settings of `files`, of which later ones win, with the flags that were given laid over them. What else holds for
-    /// runs from here, and not for a library's, holds for a run that is `new`: another goes on as it began.
+    /// The settings of `files`, of which later ones win, with the flags that were given laid over them. What else holds
+    /// for runs from here, and not for a library's, holds for a run that is `new`: another goes on as it began.
     pub fn merge(&self, files: &[&Path], new: bool) -> Result<Chosen> {
         let mut table = toml::Table::new();
         for path in files {

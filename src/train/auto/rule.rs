@@ -81,12 +81,25 @@ impl Numbers {
 pub fn usual_rate(method: Kind, hidden: usize) -> f32 {
     let rate = match method {
         Kind::Miss => 2e-4,
-        Kind::Oft | Kind::Hra | Kind::Shira | Kind::Supertuning | Kind::Delora | Kind::Loha | Kind::Lokr => 1e-3,
+        Kind::Bottleneck
+        | Kind::Oft
+        | Kind::Hra
+        | Kind::Shira
+        | Kind::Supertuning
+        | Kind::Delora
+        | Kind::Loha
+        | Kind::Lokr => 1e-3,
         // AdaLoRA's three factors all begin small.
         Kind::Road | Kind::Beft | Kind::Adalora => 5e-3,
-        Kind::Lora | Kind::Dora | Kind::LoraFa | Kind::Bdlora | Kind::Gralora => {
-            (5e-4 * (2000.0 / hidden.max(1) as f64).powf(0.775)).clamp(2e-4, 2e-3)
-        }
+        Kind::Lora
+        | Kind::Dora
+        | Kind::LoraFa
+        | Kind::Bdlora
+        | Kind::Gralora
+        | Kind::Dylora
+        | Kind::Sora
+        | Kind::Melora
+        | Kind::Hydra => (5e-4 * (2000.0 / hidden.max(1) as f64).powf(0.775)).clamp(2e-4, 2e-3),
         // Rows of an embedding are small, and so are the layers of P-tuning's network.
         Kind::TrainableTokens | Kind::PTuning => 3e-3,
         _ => 1e-2,

@@ -153,7 +153,7 @@ fn normalize_against(x: &mut Vec<f64>, others: &Columns, scale: f64, random: &mu
 
 /// `M = Q R` of the columns of `M`: orthonormal columns, or zero ones where `M` has no further direction, and the columns
 /// of the upper triangle.
-fn orthogonal(columns: Columns) -> (Columns, Columns) {
+pub(super) fn orthogonal(columns: Columns) -> (Columns, Columns) {
     let n = columns.len();
     let (mut q, mut r): (Columns, Columns) = (Vec::with_capacity(n), Vec::with_capacity(n));
     for mut x in columns {
@@ -180,7 +180,7 @@ fn orthogonal(columns: Columns) -> (Columns, Columns) {
 }
 
 /// The whole decomposition of a small matrix of `columns`, of which there are no more than rows.
-fn jacobi(mut columns: Columns) -> Svd {
+pub(super) fn jacobi(mut columns: Columns) -> Svd {
     let n = columns.len();
     let unit = |i: usize| (0..n).map(|j| f64::from(u8::from(i == j))).collect();
     let mut v: Columns = (0..n).map(unit).collect();
@@ -227,13 +227,13 @@ fn rotate(columns: &mut Columns, p: usize, q: usize, cos: f64, sin: f64) {
 }
 
 /// `Q c`.
-fn combined(q: &Columns, c: &[f64]) -> Vec<f64> {
+pub(super) fn combined(q: &Columns, c: &[f64]) -> Vec<f64> {
     let mut sum = vec![0.0; q.first().map_or(0, Vec::len)];
     q.iter().zip(c).for_each(|(column, c)| add(&mut sum, *c, column));
     sum
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
+pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
@@ -241,7 +241,7 @@ fn mixed(a: &[f32], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * b).sum()
 }
 
-fn add(to: &mut [f64], factor: f64, x: &[f64]) {
+pub(super) fn add(to: &mut [f64], factor: f64, x: &[f64]) {
     to.iter_mut().zip(x).for_each(|(to, x)| *to += factor * x);
 }
 
