@@ -53,10 +53,13 @@ impl Map for First {
         vec![self.masked(grads[0]), Vec::new()]
     }
 
-    fn draw(&self, key: Option<u64>) -> bool {
-        let drawn = key.map_or(self.rank, |key| 1 + Rng::new(key).below(self.rank.max(1)));
-        self.drawn.store(drawn, Ordering::Relaxed);
+    fn draw(&self, key: u64) -> bool {
+        self.drawn.store(1 + Rng::new(key).below(self.rank.max(1)), Ordering::Relaxed);
         true
+    }
+
+    fn at(&self, _step: u64) {
+        self.drawn.store(self.rank, Ordering::Relaxed);
     }
 }
 

@@ -6,6 +6,7 @@ use super::beft::Beft;
 use super::bottleneck::Bottleneck;
 use super::cartridge::Cartridge;
 use super::delora::Delora;
+use super::delta_lora::DeltaLora;
 use super::dora::Dora;
 use super::dylora::Dylora;
 use super::encoder::Encoder;
@@ -370,6 +371,8 @@ methods! {
     Hydra,
     /// Narrow networks behind layers or beside them.
     Bottleneck,
+    /// Low-rank terms with which the weight moves.
+    DeltaLora,
 }
 
 impl Kind {
@@ -434,9 +437,19 @@ impl Method {
         match self {
             Self::PTuning(own) => own.encodes,
             Self::Lora(own) => own.init.is_taken_away(),
-            Self::LoraXs(_) | Self::Dylora(_) | Self::Sora(_) | Self::Melora(_) | Self::Hydra(_) => true,
+            Self::LoraXs(_)
+            | Self::Dylora(_)
+            | Self::Sora(_)
+            | Self::Melora(_)
+            | Self::Hydra(_)
+            | Self::DeltaLora(_) => true,
             _ => false,
         }
+    }
+
+    /// Whether it wants to know what A and B are after so many steps; after none, that it forgets it.
+    pub(crate) fn holds_at(&self, step: u64) -> bool {
+        matches!(self, Self::DeltaLora(own) if step == 0 || step == own.start)
     }
 
     /// How it begins, where that is more than random numbers.
@@ -462,6 +475,7 @@ impl Method {
             Self::Sora(own) => *self = Self::Lora(own.finish(tensors)),
             Self::Melora(own) => *self = Self::Lora(own.finish(tensors)),
             Self::Hydra(own) => *self = Self::Lora(own.finish(tensors, base)?),
+            Self::DeltaLora(own) => *self = Self::Lora(own.finish(tensors)),
             _ => {}
         }
         Ok(())

@@ -33,10 +33,13 @@ pub(super) trait Map: Send + Sync {
         None
     }
 
-    /// Chooses by `key` what it makes until it is told otherwise, or with none makes all. Whether it has a choice.
-    fn draw(&self, _key: Option<u64>) -> bool {
+    /// Chooses by `key` what it makes of its parts until the step is done. Whether it has a choice.
+    fn draw(&self, _key: u64) -> bool {
         false
     }
+
+    /// Hears how many steps are done, before it makes anything of what they left.
+    fn at(&self, _step: u64) {}
 
     /// What training adds to the loss for the values of the parts themselves, times `weight`; adds its gradient to
     /// `grads`.
@@ -76,15 +79,15 @@ fn slices(values: &[Vec<f32>]) -> Vec<&[f32]> {
 }
 
 impl<B: Backend> Adapters<B> {
-    /// Has all maps that have a choice choose by `key`, or make all. Whether any has.
+    /// Has all maps that have a choice choose by `key`, until [`Adapters::renew`]. Whether any has.
     ///
     /// # Errors
     /// Out of memory.
-    pub(crate) fn draw(&mut self, base: &Base<B>, key: Option<u64>) -> Result<bool> {
+    pub(crate) fn draw(&mut self, base: &Base<B>, key: u64) -> Result<bool> {
         let mut any = false;
         self.held().links().iter().for_each(|link| any |= link.map.draw(key));
         if any {
-            self.renew(base)?;
+            self.make(base)?;
         }
         Ok(any)
     }
@@ -108,11 +111,17 @@ impl<B: Backend> Adapters<B> {
         Ok(())
     }
 
-    /// Makes made tensors anew, after the ones that they are made of were moved; these are put into their bounds first.
+    /// Makes made tensors anew, after the ones that they are made of were moved in `step` steps; these are put into their bounds
+    /// first.
     ///
     /// # Errors
     /// Out of memory.
-    pub(crate) fn renew(&mut self, base: &Base<B>) -> Result<()> {
+    pub(crate) fn renew(&mut self, base: &Base<B>, step: u64) -> Result<()> {
+        self.held().links().iter().for_each(|link| link.map.at(step));
+        self.make(base)
+    }
+
+    fn make(&mut self, base: &Base<B>) -> Result<()> {
         let backend = &base.backend;
         for i in 0..self.held().links().len() {
             let link = &self.held().links()[i];

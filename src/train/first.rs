@@ -4,7 +4,7 @@ use super::setup::gradients;
 use super::step::{MicroBatch, Watch, micro_step};
 use super::sums::Sums;
 use super::{Batches, Dataset, MemoryPlan, TrainConfig};
-use crate::adapter::{Adapters, Lora, Method, Sketch, TensorId, Tensors};
+use crate::adapter::{AdapterFile, Adapters, Lora, Method, Sketch, TensorId, Tensors, is_first};
 use crate::base::{Base, Pool};
 use crate::error::Result;
 use crate::format::open_source;
@@ -53,6 +53,35 @@ pub(super) fn begin_lora<B: Backend>(
         sketch.take(&found);
     }
     sketch.put(tensors, config.seed);
+    Ok(())
+}
+
+/// Keeps `A` and `B` as they are after `step` steps, where the method of `file` wants to know what they were then; after none,
+/// that they were nothing.
+///
+/// # Errors
+/// Device lost.
+pub(super) fn hold<B: Backend>(
+    base: &Base<B>,
+    adapters: &mut Adapters<B>,
+    file: &mut AdapterFile,
+    step: u64,
+) -> Result<()> {
+    if !file.method.holds_at(step) {
+        return Ok(());
+    }
+    let fixed = adapters.held().fixed().filter(|(_, spec)| is_first(&spec.name));
+    let fixed: Vec<(TensorId, String)> = fixed.map(|(id, spec)| (id, spec.name.clone())).collect();
+    for (id, name) in fixed {
+        let own = name.replace("lora_A0.", "lora_A.").replace("lora_B0.", "lora_B.");
+        let own = adapters.held().specs().find(|(_, spec)| spec.name == own).map(|(id, _)| id);
+        let Some(tensor) = file.tensors.get_mut(&name) else { continue };
+        tensor.data = match own.filter(|_| step > 0) {
+            Some(own) => adapters.held().read(&base.backend, own)?,
+            None => vec![0.0; tensor.data.len()],
+        };
+        adapters.held_mut().update(&base.backend, id, &mut |buffer| base.backend.write(buffer, &tensor.data));
+    }
     Ok(())
 }
 

@@ -349,10 +349,10 @@ impl<B: Backend> Trainer<B> {
         // for a device that records work stands still while it is waited for.
         let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();
         let mut sums = Sums::new(&base.backend, 1 + most)?;
-        let draws = self.adapters.draw(&base, Some(mix(mix(self.config.seed, DRAW), number)))?;
+        let draws = self.adapters.draw(&base, mix(mix(self.config.seed, DRAW), number))?;
         let passes = self.accumulate(number, &micros, trained, &mut sums, observer);
         if passes.is_err() && draws {
-            self.adapters.draw(&base, None)?;
+            self.adapters.renew(&base, self.facts.step)?;
         }
         let passes = passes?;
         let penalty = self.adapters.pull(&base, &mut self.grads)?;
@@ -369,7 +369,7 @@ impl<B: Backend> Trainer<B> {
         }
         self.clip(grad_norm)?;
         let lr = self.config.lr_at(number, self.facts.total_steps);
-        let Self { base, config, adapters, grads, tensors, allocator, .. } = self;
+        let Self { base, config, adapters, grads, tensors, allocator, file, .. } = self;
         for trained in tensors.iter_mut() {
             let grad = &*grads.of(trained.id).expect("what is trained has a gradient");
             let mut done = Ok(());
@@ -384,9 +384,8 @@ impl<B: Backend> Trainer<B> {
             allocator.step(number - 1, base, adapters, grads, tensors)?;
         }
         adapters.shrink(base, lr)?;
-        if !adapters.draw(base, None)? {
-            adapters.renew(base)?;
-        }
+        first::hold(base, adapters, file, number)?;
+        adapters.renew(base, number)?;
         self.facts.step = number;
         Ok(StepReport {
             step: number,

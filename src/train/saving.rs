@@ -86,7 +86,7 @@ impl<B: Backend> Trainer<B> {
                 }
             }
         }
-        self.adapters.renew(&self.base)?;
+        self.adapters.renew(&self.base, facts.step)?;
         // A damaged newest one must not become the previous one, in place of a sound one.
         self.saved = warning.is_none();
         self.earlier = None;

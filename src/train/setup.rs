@@ -335,7 +335,7 @@ impl<B: Backend> Trainer<B> {
         adapters.attach_to_train(&base, &file)?;
         adapters.attach_learned(&base, &learned, Some((&kept, kind, &adapted)))?;
         file.replaced = kept;
-        adapters.renew(&base)?;
+        adapters.renew(&base, 0)?;
         check_places(&base, adapters.virtual_tokens(), &data)?;
         // What follows may take their place. Where they are few and large, an allocator would keep what it does not reuse.
         // Those that stay as they are go into the file as they were.

@@ -11,12 +11,13 @@ use std::fs;
 use std::path::Path;
 
 /// A method with options of its own, and the rank that its file has where 4 was asked for.
-const KIN: [(Kind, &str, f64, usize); 5] = [
+const KIN: [(Kind, &str, f64, usize); 6] = [
     (Kind::LoraXs, "", 0.0, 4),
     (Kind::Dylora, "", 0.0, 4),
     (Kind::Sora, "sparse_lambda", 2.0, 4),
     (Kind::Melora, "mini_loras", 2.0, 4),
     (Kind::Hydra, "", 0.0, 8),
+    (Kind::DeltaLora, "delta_start", 3.0, 8),
 ];
 
 fn settings((kind, option, value, _): (Kind, &str, f64, usize)) -> TrainConfig {

@@ -1,6 +1,6 @@
 //! Which beginnings a LoRA can have on a model, and the plain LoRA that it is in the end.
 
-use super::{Init, fold};
+use super::{Init, grown};
 use crate::adapter::Tensors;
 use crate::adapter::lora::Lora;
 use crate::adapter::method::EMBEDDING;
@@ -13,7 +13,7 @@ impl Lora {
         if !std::mem::take(&mut self.init).is_taken_away() {
             return;
         }
-        fold(tensors);
+        grown(tensors, 1.0, 1.0);
         self.grow();
     }
 

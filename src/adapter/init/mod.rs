@@ -211,9 +211,9 @@ pub(super) fn put(tensors: &mut Tensors, module: &str, [a, b]: [Vec<f32>; 2]) {
     }
 }
 
-/// Makes of `A`, `B` and what they began with the parts of a plain LoRA of twice the rank, `[A; A - A0]` and `[B - B0,
-/// B0]`.
-fn fold(tensors: &mut Tensors) {
+/// Makes of `A`, `B` and what they once were the parts of a plain LoRA of twice the rank with `now B A - then B0 A0`,
+/// which has `[A; A - A0]` and `[now B - then B0, then B0]`.
+pub(super) fn grown(tensors: &mut Tensors, now: f32, then: f32) {
     let firsts: Vec<String> =
         tensors.keys().filter_map(|name| name.strip_suffix(FIRST[0]).map(str::to_owned)).collect();
     for module in firsts {
@@ -221,9 +221,13 @@ fn fold(tensors: &mut Tensors) {
         let [a, a0, b, b0] = parts.map(|part| tensors.remove(&format!("{module}{part}")));
         let (Some(a), Some(a0), Some(b), Some(b0)) = (a, a0, b, b0) else { continue };
         let rank = a.shape[0];
-        let minus = |x: &[f32], y: &[f32]| -> Vec<f32> { x.iter().zip(y).map(|(x, y)| x - y).collect() };
-        let (moved_a, moved_b) = (minus(&a.data, &a0.data), minus(&b.data, &b0.data));
-        let wide = moved_b.chunks(rank).zip(b0.data.chunks(rank)).flat_map(|(x, y)| [x, y].concat()).collect();
+        let moved_a: Vec<f32> = a.data.iter().zip(&a0.data).map(|(a, a0)| a - a0).collect();
+        let rows = b.data.chunks(rank).zip(b0.data.chunks(rank));
+        let wide = rows.flat_map(|(b, b0)| {
+            let moved = b.iter().zip(b0).map(|(b, b0)| now * b - then * b0);
+            moved.chain(b0.iter().map(|b0| then * b0)).collect::<Vec<_>>()
+        });
+        let wide = wide.collect();
         let shape_a = vec![2 * rank, a.shape[1]];
         tensors
             .insert(format!("{module}{}", parts[0]), HostTensor { shape: shape_a, data: [a.data, moved_a].concat() });

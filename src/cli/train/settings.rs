@@ -20,11 +20,11 @@ pub(in crate::cli) struct Chosen {
 #[derive(clap::Args, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Settings {
-    /// Method of the adapter: lora, dora, lora-fa, lora-xs, dylora, sora, melora, hydra, bdlora, adalora, gralora,
-    /// vera, miss, delora, loha, lokr, oft, hra, road, shira, beft (biases), bottleneck (narrow networks), ia3 (scaled
-    /// activations), ln-tuning (norms), trainable-tokens (rows of the embedding), prompt-tuning (embeddings before each
-    /// text), p-tuning (the same, made by a network while it learns), prefix-tuning (keys and values before each text)
-    /// or cartridge (those of the data's own text, trained further). [default: lora]
+    /// Method of the adapter: lora, dora, lora-fa, lora-xs, dylora, sora, melora, hydra, delta-lora, bdlora, adalora,
+    /// gralora, vera, miss, delora, loha, lokr, oft, hra, road, shira, beft (biases), bottleneck (narrow networks), ia3
+    /// (scaled activations), ln-tuning (norms), trainable-tokens (rows of the embedding), prompt-tuning (embeddings
+    /// before each text), p-tuning (the same, made by a network while it learns), prefix-tuning (keys and values before
+    /// each text) or cartridge (those of the data's own text, trained further). [default: lora]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<String>,

@@ -4,6 +4,7 @@
 use super::Tried;
 use crate::error::{Error, ErrorCode, Result};
 use crate::rng::{Rng, mix};
+use crate::train::first;
 use crate::train::optimizer::Moments;
 use crate::train::{Dataset, Observer, StepReport, Trainer};
 use pocketlora_kernels::Backend;
@@ -157,7 +158,7 @@ impl<B: Backend> Trainer<B> {
 
     /// Forgets all steps.
     fn begin_again(&mut self, begin: &[Vec<f32>], lr: f32) -> Result<()> {
-        let Self { base, config, adapters, tensors, facts, allocator, .. } = self;
+        let Self { base, config, adapters, tensors, facts, allocator, file, .. } = self;
         for (t, values) in tensors.iter_mut().zip(begin) {
             adapters.held_mut().update(&base.backend, t.id, &mut |master| base.backend.write(master, values));
             t.moments = Moments::new(&base.backend, config, t.spec.values())?;
@@ -165,7 +166,8 @@ impl<B: Backend> Trainer<B> {
         if let Some(allocator) = allocator {
             allocator.state.iter_mut().flatten().for_each(|values| values.fill(0.0));
         }
-        adapters.renew(base)?;
+        first::hold(base, adapters, file, 0)?;
+        adapters.renew(base, 0)?;
         (config.lr, facts.step) = (lr, 0);
         Ok(())
     }

@@ -99,7 +99,8 @@ pub fn usual_rate(method: Kind, hidden: usize) -> f32 {
         | Kind::Dylora
         | Kind::Sora
         | Kind::Melora
-        | Kind::Hydra => (5e-4 * (2000.0 / hidden.max(1) as f64).powf(0.775)).clamp(2e-4, 2e-3),
+        | Kind::Hydra
+        | Kind::DeltaLora => (5e-4 * (2000.0 / hidden.max(1) as f64).powf(0.775)).clamp(2e-4, 2e-3),
         // Rows of an embedding are small, and so are the layers of P-tuning's network.
         Kind::TrainableTokens | Kind::PTuning => 3e-3,
         _ => 1e-2,
