@@ -74,7 +74,7 @@ pub use train::{
 #[doc(hidden)]
 pub mod internals {
     pub use crate::adapter::attach::Adapters;
-    pub use crate::adapter::form::Gradients;
+    pub use crate::adapter::forms::Gradients;
     pub use crate::base::{Base, Pool};
     pub use crate::exec::infer::{Logits, Numbers, Sequence, Step, Workspace};
     pub use crate::train::step::{Layout, MicroBatch, Watch, micro_step};

@@ -1,9 +1,9 @@
 //! The adapters attached to a model: what they do at each of its places.
 
-use super::form::{LayerForm, OnLayer, Prefix, Term};
+use super::forms::rows::{From, NewRows, Whose};
+use super::forms::{LayerForm, OnLayer, Prefix, Term};
 use super::held::{Held, Loaded, Loader, TensorId, Values};
 use super::method::layer_at;
-use super::rows::{From, NewRows, Whose};
 use super::{AdapterFile, Kind, Method, Replaced, TensorSpec, mark};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
@@ -255,7 +255,7 @@ impl<B: Backend> Adapters<B> {
 }
 
 /// Refuses an adapter that cannot work with its effect multiplied by `factor`, or beside those `there`, which were attached
-/// before it. Adapters of different methods work beside each other, in the order that `form.rs` states.
+/// before it. Adapters of different methods work beside each other, in the order that `forms/mod.rs` states.
 pub(super) fn check_beside(there: &[(&Path, Kind)], file: &AdapterFile, factor: f32) -> Result<()> {
     let (place, kind) = (format!("`{}`", file.dir.display()), file.method.kind());
     if factor != 1.0 && !kind.has_strength() {

@@ -2,7 +2,7 @@
 //! tokens: `P = relu(relu(E W0ᵀ + b0) W2ᵀ + b2) W4ᵀ + b4` with `E` `[n, C]`, `W0` `[h, C]`, `W2` `[h, h]`, `W4` `[C, h]`. It is
 //! small, and backward computes all of it again.
 
-use super::form::{Context, Gradients};
+use super::forms::{Context, Gradients};
 use super::held::{Loader, TensorId};
 use super::tensor::{TensorSpec, Tensors};
 use crate::error::Result;

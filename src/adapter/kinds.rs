@@ -1,57 +1,57 @@
 //! All adapter methods: a new one is its own file, and one line in the list below.
 
-use super::adalora::Adalora;
-use super::bd_lora::Bdlora;
-use super::beft::Beft;
-use super::bottleneck::Bottleneck;
-use super::cartridge::Cartridge;
-use super::delora::Delora;
-use super::delta_lora::DeltaLora;
-use super::dora::Dora;
-use super::dylora::Dylora;
 use super::encoder::Encoder;
 use super::fold::Fold;
-use super::form::{LayerForm, Prefix};
-use super::gralora::Gralora;
+use super::forms::{LayerForm, Prefix};
 use super::held::Loader;
-use super::hra::Hra;
-use super::hydra::Hydra;
-use super::ia3::Ia3;
 use super::init::Init;
 #[cfg(feature = "cli")]
 use super::learned::norms_named;
-use super::ln_tuning::LnTuning;
-use super::loha::Loha;
-use super::lokr::Lokr;
-use super::lora::Lora;
-use super::lora_fa::LoraFa;
-use super::lora_xs::LoraXs;
-use super::melora::Melora;
 #[cfg(feature = "cli")]
 use super::method::with_embedding;
 use super::method::{AdapterMethod, Budget, Group, Settings, layer_at, paths_of};
-use super::miss::Miss;
-use super::oft::Oft;
-use super::p_tuning::PTuning;
+use super::methods::adalora::Adalora;
+use super::methods::bd_lora::Bdlora;
+use super::methods::beft::Beft;
+use super::methods::bottleneck::Bottleneck;
+use super::methods::cartridge::Cartridge;
+use super::methods::delora::Delora;
+use super::methods::delta_lora::DeltaLora;
+use super::methods::dora::Dora;
+use super::methods::dylora::Dylora;
+use super::methods::gralora::Gralora;
+use super::methods::hra::Hra;
+use super::methods::hydra::Hydra;
+use super::methods::ia3::Ia3;
+use super::methods::ln_tuning::LnTuning;
+use super::methods::loha::Loha;
+use super::methods::lokr::Lokr;
+use super::methods::lora::Lora;
+use super::methods::lora_fa::LoraFa;
+use super::methods::lora_xs::LoraXs;
+use super::methods::melora::Melora;
+use super::methods::miss::Miss;
+use super::methods::oft::Oft;
+use super::methods::p_tuning::PTuning;
+use super::methods::prefix_tuning::PrefixTuning;
+use super::methods::prompt_tuning::PromptTuning;
+use super::methods::road::Road;
+use super::methods::shira::Shira;
+use super::methods::sora::Sora;
+use super::methods::supertuning::Supertuning;
+use super::methods::trainable_tokens::TrainableTokens;
+use super::methods::vera::Vera;
 use super::peft::{Found, KeyUse, Keys};
 #[cfg(test)]
 use super::pieces::Plan;
-use super::prefix_tuning::PrefixTuning;
-use super::prompt_tuning::PromptTuning;
 use super::replaced::Replaced;
-use super::road::Road;
-use super::shira::Shira;
-use super::sora::Sora;
-use super::supertuning::Supertuning;
 use super::tensor::{HostTensor, Stored, TensorSpec, Tensors};
-use super::trainable_tokens::TrainableTokens;
-use super::vera::Vera;
 use super::weight::{LayerWeight, Weight};
 use crate::base::Base;
 use crate::error::Result;
 use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::path::Path;
 
 /// Makes of a list of methods the enum of them, with the trait's methods.
@@ -285,13 +285,13 @@ macro_rules! methods {
                 match self { $(Self::$name(m) => m.set_targets(targets)),+ }
             }
 
-            pub(super) fn write(&self, adapted: &[String]) -> Map<String, Value> {
-                match self { $(Self::$name(m) => m.write(adapted)),+ }
+            pub(super) fn write(&self) -> Value {
+                match self { $(Self::$name(m) => m.write()),+ }
             }
 
             /// What it is, in a few words, and the same by keys.
             #[must_use]
-            pub fn describe(&self) -> (String, Map<String, Value>) {
+            pub fn describe(&self) -> (String, Value) {
                 match self { $(Self::$name(m) => m.describe()),+ }
             }
         }

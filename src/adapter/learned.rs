@@ -3,11 +3,11 @@
 //! an adapter is served and merged; a run holds them beside the method's own tensors.
 
 use super::attach::Adapters;
-use super::form::LayerForm;
+use super::forms::LayerForm;
+use super::forms::rows::{From, NewRows, NewRowsOnHead, Whose};
 use super::held::{Loader, Values};
 use super::method::{EMBEDDING, Settings, layer_at};
 use super::peft::{Replacements, Rows, WholeTensor};
-use super::rows::{From, NewRows, NewRowsOnHead, Whose};
 use super::tensor::{HostTensor, TensorSpec, Tensors};
 use super::{Kind, Method, Replaced};
 use crate::base::Base;

@@ -4,7 +4,7 @@
 //! tensors, and after the optimizer's step the made ones are made anew.
 
 use super::attach::Adapters;
-use super::form::Gradients;
+use super::forms::Gradients;
 use super::held::{Held, TensorId};
 use super::weight::{LayerWeight, Weight};
 use crate::base::Base;

@@ -2,7 +2,7 @@
 //! checkpoints and the memory plan know a method by this trait alone.
 
 use super::fold::Fold;
-use super::form::{LayerForm, Prefix};
+use super::forms::{LayerForm, Prefix};
 use super::held::Loader;
 use super::peft::{Found, KeyUse, Keys, Use};
 use super::pieces::{NoWeight, Plan, fold, forms};
@@ -262,17 +262,33 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     fn set_in_training(&mut self, _settings: &Settings) {}
 
     /// Ends of the paths of the layers that it adapts.
-    fn targets(&self) -> &[String];
+    fn targets(&self) -> &[String] {
+        &[]
+    }
 
     /// Names the layers that it adapts, where the config named them by an expression.
-    fn set_targets(&mut self, targets: Vec<String>);
+    fn set_targets(&mut self, _targets: Vec<String>) {}
 
-    /// Its keys of the config of a file that adapts the modules `adapted`.
-    fn write(&self, adapted: &[String]) -> Map<String, Value>;
+    /// Its keys of a config, those left out that [`super::peft`] fills in for all methods: an object.
+    fn write(&self) -> Value;
 
-    /// What it is, in a few words, and the same by keys.
-    fn describe(&self) -> (String, Map<String, Value>);
+    /// What it is, in a few words, and the same by keys: an object.
+    fn describe(&self) -> (String, Value);
 }
+
+/// The layers that a method adapts, where a field of it names them.
+macro_rules! targets_in {
+    ($($field:tt)+) => {
+        fn targets(&self) -> &[String] {
+            &self.$($field)+
+        }
+
+        fn set_targets(&mut self, targets: Vec<String>) {
+            self.$($field)+ = targets;
+        }
+    };
+}
+pub(super) use targets_in;
 
 /// The path of the head.
 pub(super) const HEAD: &str = "lm_head";
@@ -411,7 +427,7 @@ const COMMONLY_READ: [&str; 10] = [
 ];
 
 /// Those of `options` with the values that `config` has.
-pub(super) fn options_of(options: &Map<String, Value>, config: &Map<String, Value>) -> Map<String, Value> {
+pub(super) fn options_of(options: &Map<String, Value>, config: &Value) -> Map<String, Value> {
     options.keys().filter_map(|key| Some((key.clone(), config.get(key)?.clone()))).collect()
 }
 

@@ -1,17 +1,17 @@
 //! The few things that methods do on a linear layer, as data: from them come the forms that run, and what merging makes of
 //! the layer's weight.
 
-use super::blocks::{Kronecker, Rotate};
-use super::bottleneck_form::Bottleneck;
 use super::fold::Fold;
-use super::form::LayerForm;
+use super::forms::LayerForm;
+use super::forms::blocks::{Kronecker, Rotate};
+use super::forms::bottleneck::Bottleneck;
+use super::forms::low_rank::LowRankTerm;
+use super::forms::output::Affine;
+use super::forms::reflect::Reflect;
+use super::forms::scaled_term::ScaledTerm;
+use super::forms::sparse::SparseTerm;
 use super::held::{Loader, TensorId};
-use super::low_rank::LowRankTerm;
 use super::made::{Input, Link, Map};
-use super::output::Affine;
-use super::reflect::Reflect;
-use super::scaled_term::ScaledTerm;
-use super::sparse::SparseTerm;
 use super::tensor::Tensors;
 use super::weight::LayerWeight;
 use crate::error::{Error, ErrorCode, Result};

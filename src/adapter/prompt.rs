@@ -9,7 +9,7 @@ use super::tensor::TensorSpec;
 use crate::error::{Error, ErrorCode, Result};
 use Use::Honoured;
 use pocketlora_models::{Model, Op};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 /// Name of the tensor.
 pub(super) const EMBEDDINGS: &str = "prompt_embeddings";
@@ -77,15 +77,14 @@ impl Prompt {
         Ok(vec![TensorSpec { name: EMBEDDINGS.to_owned(), shape: vec![self.tokens, self.width] }])
     }
 
-    pub(super) fn write(&self) -> Map<String, Value> {
-        let config = json!({
+    pub(super) fn write(&self) -> Value {
+        json!({
             "num_attention_heads": self.heads,
             "num_layers": self.layers,
             "num_transformer_submodules": 1,
             "num_virtual_tokens": self.tokens,
             "token_dim": self.width,
-        });
-        config.as_object().cloned().unwrap_or_default()
+        })
     }
 }
 

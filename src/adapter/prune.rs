@@ -7,7 +7,7 @@
 //! `alpha_pattern`.
 
 use super::compose::{check_place, is_adapter_alone, parts_of, plain_lora, texts, write_texts};
-use super::lora::Lora;
+use super::methods::lora::Lora;
 use super::{AdapterFile, HostTensor, Method, Tensors};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{AtomicDir, Existing};

@@ -3,7 +3,7 @@
 //! the base's are from its own.
 
 use super::attach::foreign_module;
-use super::form::{Context, Gradients, Term};
+use super::forms::{Context, Gradients, Term};
 use super::method::{EMBEDDING, HEAD, layer_at};
 use super::{AdapterFile, Rows, WholeTensor};
 use crate::base::{Base, Pool};

@@ -95,8 +95,9 @@ fn adapter(path: &Path, as_json: bool) -> Result<()> {
             "targets": targets, "modules": modules, "parameters": parameters, "base": file.base, "base_hash": file.base_hash(),
             "replaces": replaced, "warnings": file.warnings,
         });
-        let rest = rest.as_object().cloned().unwrap_or_default();
-        keys.into_iter().chain(rest).for_each(|(key, value)| report[key] = value);
+        for object in [&keys, &rest] {
+            object.as_object().into_iter().flatten().for_each(|(key, value)| report[key] = value.clone());
+        }
         print_json(&report);
         return Ok(());
     }

@@ -24,11 +24,14 @@ fn killed_run(f: &Fixture, out: &str) {
 
 /// A chat that is kept in the file `state`.
 fn kept_chat(f: &Fixture, state: &str) {
-    let args = ["chat", "-m", f.model.to_str().unwrap(), "--no-quantize", "-n", "3", "--state", state];
+    // Greedy, because a turn whose answer happens to be empty is not kept.
+    let model = f.model.to_str().unwrap();
+    let args = ["chat", "-m", model, "--no-quantize", "-n", "3", "--temperature", "0", "--state", state];
     let mut command = f.command(&args);
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"hello\n").unwrap();
     child.wait().unwrap();
+    assert!(Path::new(state).exists());
 }
 
 #[test]

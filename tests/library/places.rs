@@ -148,6 +148,7 @@ fn an_activated_adapter_works_from_the_last_invocation_on() {
     let file = AdapterFile::open(&of("alora", "")).unwrap();
     let adapters = attached(&engine, std::slice::from_ref(&file));
     let invocation = [7, 11, 13];
+    assert!(file.method.describe().0.ends_with("from the last of the tokens [7, 11, 13] on"));
     let mut ids = inputs_of("alora");
     let first = ids.windows(3).position(|w| w == invocation).unwrap();
     ids.extend([5, 7, 11, 13, 6, 7, 11, 9]);

@@ -22,8 +22,8 @@ pub use write::{Composed, compose};
 pub(super) use write::{check_place, is_adapter_alone, texts, write_texts};
 
 use super::experts::is_fused;
-use super::lora::Lora;
 use super::method::EMBEDDING;
+use super::methods::lora::Lora;
 use super::svd::{self, Columns, Svd};
 use super::{AdapterFile, HostTensor, Method, mark};
 use crate::checksum::add;

@@ -1,7 +1,7 @@
 //! A composition as a PEFT directory.
 
 use super::{Composition, Joined, Pair, Stays, Weighted, by_chance, parts_of, weighted};
-use crate::adapter::lora::Lora;
+use crate::adapter::methods::lora::Lora;
 use crate::adapter::{AdapterFile, Kind, Method, Stored};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{AtomicDir, Existing, Progress, create_folder, sidecar_names, write_bytes};

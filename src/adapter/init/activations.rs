@@ -9,7 +9,7 @@ use super::range::{self, Operator, cholesky, columns, floats, largest, orthonorm
 use super::{ITERATIONS, filled, halves};
 use crate::adapter::Replaced;
 use crate::adapter::attach::Adapters;
-use crate::adapter::form::{Context, Gradients, Term};
+use crate::adapter::forms::{Context, Gradients, Term};
 use crate::adapter::svd::{Columns, add, dot, of_product};
 use crate::adapter::weight::Weight;
 use crate::base::{Base, Pool};

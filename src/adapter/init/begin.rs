@@ -1,8 +1,8 @@
 //! Gives a fresh LoRA the values that it begins with.
 
 use super::{Init, Operator, Sketch, activations, from_weight, loftq::Rounded, orthogonal_halves, put};
-use crate::adapter::lora::Lora;
 use crate::adapter::method::layer_at;
+use crate::adapter::methods::lora::Lora;
 use crate::adapter::weight::Weight;
 use crate::adapter::{Replaced, Tensors};
 use crate::base::Base;

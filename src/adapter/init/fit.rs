@@ -2,8 +2,8 @@
 
 use super::{Init, grown};
 use crate::adapter::Tensors;
-use crate::adapter::lora::Lora;
 use crate::adapter::method::EMBEDDING;
+use crate::adapter::methods::lora::Lora;
 use crate::error::{Error, Result};
 use pocketlora_models::{Model, Param};
 

@@ -8,7 +8,7 @@
 
 use super::range::{columns, floats, orthonormal};
 use super::{filled, put, transposed};
-use crate::adapter::lora::Lora;
+use crate::adapter::methods::lora::Lora;
 use crate::adapter::svd::{Columns, of_product};
 use crate::adapter::{AdapterFile, HostTensor, Method, Tensors};
 use crate::rng::{mix, normals};

@@ -4,6 +4,7 @@
 use super::Replacements;
 use super::targets::Targets;
 use crate::adapter::kinds::{Kind, Method};
+use crate::adapter::method::with_unnamed;
 use crate::error::{Error, Result};
 use Use::{Default as OnlyDefault, Honoured, NoEffect};
 use serde_json::{Map, Value, json};
@@ -56,7 +57,7 @@ pub(super) fn json(method: &Method, base: Option<&str>, replaced: &Replacements,
         ("task_type", json!("CAUSAL_LM")),
     ];
     let common = common.into_iter().map(|(key, value)| (key.to_owned(), value));
-    let sorted: BTreeMap<String, Value> = common.chain(method.write(adapted)).collect();
+    let sorted: BTreeMap<String, Value> = common.chain(unsaid(method, adapted)).chain(said(method.write())).collect();
     let mut config: Map<String, Value> = sorted.into_iter().collect();
     // Older versions of PEFT do not know these two.
     if replaced.ties_copies {
@@ -79,6 +80,33 @@ pub(super) fn json(method: &Method, base: Option<&str>, replaced: &Replacements,
         config.insert("tokenizer_name_or_path".to_owned(), json!(base.unwrap_or(".")));
     }
     config.into()
+}
+
+/// The keys and values of an object.
+fn said(config: Value) -> Map<String, Value> {
+    if let Value::Object(keys) = config { keys } else { Map::new() }
+}
+
+/// What the config of `method` says with most methods, of the keys that this one has; it adapts the modules `adapted`.
+fn unsaid(method: &Method, adapted: &[String]) -> impl Iterator<Item = (String, Value)> {
+    let usual = [
+        ("alpha_pattern", json!({})),
+        ("bias", json!("none")),
+        ("exclude_modules", Value::Null),
+        ("fan_in_fan_out", json!(false)),
+        ("init_weights", json!(true)),
+        ("layers_pattern", Value::Null),
+        ("layers_to_transform", Value::Null),
+        ("module_dropout", json!(0.0)),
+        ("rank_dropout", json!(0.0)),
+        ("rank_pattern", json!({})),
+        ("target_modules", json!(with_unnamed(method.targets(), adapted))),
+    ];
+    let kind = method.kind();
+    let has = move |key: &str| kind.keys().iter().any(|(k, ..)| *k == key);
+    // Older versions of PEFT read LoRA's configs, too, and do not know this key.
+    let is_old = move |key: &str| kind.peft_type() == Kind::Lora.peft_type() && key == "exclude_modules";
+    usual.into_iter().filter(move |(key, _)| has(key) && !is_old(key)).map(|(key, value)| (key.to_owned(), value))
 }
 
 /// A config as it was read.

@@ -194,6 +194,9 @@ impl Chat {
             }
             Finish::Context => eprintln!("(cut: question and answer fill the {})", context(&self.engine)),
             Finish::Cancelled if answer.text.is_empty() => eprintln!("(stopped; the question is forgotten)"),
+            Finish::Stop if answer.text.is_empty() => {
+                eprintln!("(the answer is empty, and the question is forgotten; asking in other words may help)");
+            }
             Finish::Stop | Finish::Cancelled => {}
         }
         if finish != Finish::Context && 4 * used >= 3 * limit {

@@ -1,9 +1,9 @@
 //! `y = g(f(x) Wᵀ + terms(f(x)) + b)` for each of a group of layers that read the same `x`. Adapters bring `f`, `g` and
-//! the terms ([`crate::adapter::form`]); without them it is `y = x Wᵀ + b`.
+//! the terms ([`crate::adapter::forms`]); without them it is `y = x Wᵀ + b`.
 
 use super::{Gradients, Interpreter};
 use crate::adapter::Context;
-use crate::adapter::form::{Change, LowRankFactors, OnLayer};
+use crate::adapter::forms::{Change, LowRankFactors, OnLayer};
 use crate::error::Result;
 use crate::exec::pass::Part;
 use pocketlora_kernels::{ALL_ROWS, Backend, Call, LowRank, Product};
