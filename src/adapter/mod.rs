@@ -36,7 +36,7 @@ mod weight;
 pub(crate) use attach::Adapters;
 pub(crate) use begun::begin;
 pub use compose::{Combination, Composed, Composition, MajoritySign, compose};
-pub use exchange::{export_gguf, export_mlx};
+pub use exchange::{Compressed, export_compressed, export_gguf, export_mlx};
 pub(crate) use forms::activated::last_invocation;
 pub(crate) use forms::{Context, Dropout, Gradients, Prefix};
 pub(crate) use held::{Part as TensorPart, TensorId};

@@ -1,12 +1,15 @@
-//! `pocketlora export`: an adapter or a model in the format of another program.
+//! `pocketlora export`: an adapter or a model in the format of another program, or an adapter in few bits.
 
-use super::args::megabytes;
-use super::{model, names, progress};
-use crate::adapter::{AdapterFile, export_gguf, export_mlx};
+use super::args::{megabytes, options};
+use super::train::Watcher;
+use super::{data, model, names, progress};
+use crate::adapter::{AdapterFile, export_compressed, export_gguf, export_mlx};
 use crate::base::architecture_of;
+use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::gguf::{GgufTarget, export_model};
 use crate::format::{create_folder, folder_of, open_source};
+use crate::train::{SETTINGS, TrainConfig};
 use clap::ValueEnum;
 use pocketlora_models::Model;
 use std::fs;
@@ -19,7 +22,7 @@ pub(super) struct Args {
     /// Format to write.
     #[arg(long, value_enum)]
     to: To,
-    /// File (gguf) or directory (mlx, peft) to write.
+    /// File (gguf, compressed) or directory (mlx, peft) to write.
     #[arg(short, long, value_parser = names::path())]
     out: PathBuf,
     /// The adapter's base: directory, .gguf file, or name of a model in the cache. [default: what the adapter names]
@@ -28,6 +31,12 @@ pub(super) struct Args {
     /// Of a model: type of its matrices. [default: f16]
     #[arg(long = "type", value_enum)]
     dtype: Option<Type>,
+    /// With `--to compressed`: share of each matrix's values that is kept, those that training changed most. [default: 0.5]
+    #[arg(long)]
+    density: Option<f64>,
+    /// With `--to compressed`: data on which to measure the loss before and after, as for `train`.
+    #[arg(short, long, value_parser = names::path())]
+    data: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -61,6 +70,8 @@ enum To {
     Mlx,
     /// A directory, for PEFT.
     Peft,
+    /// One small file, for this program: signs of what training changed (ComPEFT). It loses some of it.
+    Compressed,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
@@ -72,6 +83,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if args.dtype.is_some() {
         return Err(Error::config("type", "it for a model alone, for adapters are written in f32", "an adapter"));
     }
+    if args.to != To::Compressed && (args.density.is_some() || args.data.is_some()) {
+        let (name, got) =
+            if args.density.is_some() { ("density", "another format") } else { ("data", "another format") };
+        return Err(Error::config(name, "it with `--to compressed` alone", got));
+    }
     let file = AdapterFile::open(&path)?;
     file.warnings.iter().for_each(|warning| eprintln!("note: {warning}"));
     check_out(args)?;
@@ -81,10 +97,46 @@ pub(super) fn run(args: &Args) -> Result<()> {
     match (args.to, base) {
         (To::Gguf, Some(base)) => export_gguf(&file, base.as_ref(), &args.out)?,
         (To::Mlx, Some(base)) => export_mlx(&file, base.as_ref(), &args.out)?,
+        (To::Compressed, Some(base)) => return compressed(args, &file, base.as_ref()),
         (_, Some(base)) => file.fitted(base.as_ref())?.save_exact(&args.out)?,
         (_, None) => file.save_exact(&args.out)?,
     }
     println!("{}: {} modules", args.out.display(), file.modules().count());
+    Ok(())
+}
+
+/// Writes `file`, which is for `base`, in few bits, and tells what that cost.
+fn compressed(args: &Args, file: &AdapterFile, base: &dyn Model) -> Result<()> {
+    // Where the adapter was trained here, its run's settings lie beside it.
+    let settings = fs::read_to_string(file.dir.join(SETTINGS)).unwrap_or_default();
+    let seed = toml::from_str::<TrainConfig>(&settings).map_or(0, |config| config.seed);
+    let done = export_compressed(file, base, seed, args.density.unwrap_or(0.5), &args.out)?;
+    println!(
+        "{}: {} parameters in {} ({:.2} bits each), {:.1} % of their effect's size lost",
+        args.out.display(),
+        done.values,
+        megabytes(done.bytes as u64),
+        8.0 * done.bytes as f64 / done.values as f64,
+        100.0 * done.error
+    );
+    if done.differences == 0 {
+        eprintln!("note: how the adapter began is not known here, so that the file is larger than it could be");
+    }
+    let (Some(path), Some(name)) = (&args.data, args.model.as_ref().or(file.base.as_ref())) else { return Ok(()) };
+    let found = model::resolve(name, true)?;
+    let engine = Engine::open(&found.path, &options())?;
+    let dataset = engine.reader(Some(file))?.dataset(path, TrainConfig::default().seq)?;
+    data::say_unused(Some(&dataset));
+    let mut watcher = Watcher::new(0, 0, false);
+    let adapters = [None, Some(file.clone()), Some(AdapterFile::open(&args.out)?)];
+    let losses: Result<Vec<f64>> =
+        adapters.map(|file| engine.loss_with(file, &dataset, &mut watcher)).into_iter().collect();
+    watcher.bar.finish_and_clear();
+    let losses = losses?;
+    println!(
+        "loss on the data: {:.3} without the adapter, {:.3} with it, {:.3} with the compressed one",
+        losses[0], losses[1], losses[2]
+    );
     Ok(())
 }
 
@@ -125,7 +177,7 @@ fn model_file(args: &Args) -> Result<()> {
 /// Refuses to write over something, before any work.
 fn check_out(args: &Args) -> Result<()> {
     let empty = |folder: &Path| fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
-    if args.to == To::Gguf || !args.out.exists() {
+    if matches!(args.to, To::Gguf | To::Compressed) || !args.out.exists() {
         return check_new(&args.out);
     }
     if empty(&args.out) {

@@ -80,8 +80,11 @@ impl Engine {
         Ok(Pruned { size, loss: [plain, before, after] })
     }
 
-    /// Mean loss on `data` with `adapter`, or with none.
-    fn loss_with(&self, adapter: Option<AdapterFile>, data: &Dataset, observer: &mut dyn Observer) -> Result<f64> {
+    /// Mean loss of the learned tokens of `data` with `adapter`, or with none, beside what is attached.
+    ///
+    /// # Errors
+    /// The adapter does not fit this model, stopped by the observer, out of memory.
+    pub fn loss_with(&self, adapter: Option<AdapterFile>, data: &Dataset, observer: &mut dyn Observer) -> Result<f64> {
         let id = adapter.map(|file| self.attach_file(file, 1.0)).transpose()?;
         let score = score_data(self, data, &mut |_| observer.keep_going());
         id.map_or(Ok(()), |id| self.detach(id))?;

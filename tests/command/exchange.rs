@@ -50,3 +50,23 @@ fn the_command_writes_and_reads_them() {
         f.said(&["export", lora, "--to", "gguf", "--type", "f16", "-o", &f.path("x.gguf")]).contains("model alone")
     );
 }
+
+#[test]
+fn an_adapter_in_few_bits_is_written_measured_and_used() {
+    let f = fixture();
+    let (model, data) = (f.model.to_str().unwrap(), f.data.to_str().unwrap());
+    let [run, out] = ["run", "a.signs"].map(|name| f.path(name));
+    f.ok(&[
+        "train", "--auto", "off", "-m", model, "-d", data, "-o", &run, "--lr", "3e-3", "--steps", "8", "--seed", "3",
+    ]);
+    let export = ["export", &run, "--to", "compressed", "-o", &out, "-m", model, "-d", data, "--density", "0.4"];
+    let said = f.ok(&export);
+    assert!(said.contains("bits each") && said.contains("with the compressed one"), "{said}");
+    let size = |path: &str| std::fs::metadata(path).unwrap().len();
+    assert!(size(&out) * 4 < size(&format!("{run}/adapter_model.safetensors")), "{} bytes", size(&out));
+    assert_eq!(f.json(&["info", &out, "--json"])["rank"], f.json(&["info", &run, "--json"])["rank"]);
+    f.ok(&["generate", "-m", model, "-a", &out, "-p", "ab", "-n", "8"]);
+    assert!(f.said(&export).contains("something is"), "an older one stays");
+    let said = f.said(&["export", &run, "--to", "peft", "-o", &f.path("p"), "--density", "0.4"]);
+    assert!(said.contains("`--to compressed` alone"), "{said}");
+}

@@ -11,6 +11,7 @@ mod begun;
 mod bottleneck;
 mod chats;
 mod checkpoint;
+mod compressed;
 mod engine;
 #[cfg(feature = "metrics")]
 mod eval;

@@ -1,11 +1,15 @@
-//! LoRA in the files of other programs: llama.cpp's GGUF and mlx-lm's folders, in and out.
+//! LoRA in the files of other programs, llama.cpp's GGUF and mlx-lm's folders, and in few bits, in and out.
 //!
 //! Inside, an adapter is always as PEFT has it. What a format cannot say is folded into what it can: a scale of its own for
 //! a layer goes into the layer's B, rsLoRA's scale into alpha.
 
+mod compressed;
 mod gguf;
 mod mlx;
+mod signs;
 
+pub use compressed::{Compressed, export_compressed};
+pub(super) use compressed::{is_compressed, open as open_compressed};
 pub(super) use gguf::{fit, is_adapter as is_gguf_adapter, open as open_gguf};
 pub(super) use mlx::{is_adapter as is_mlx_adapter, open as open_mlx};
 

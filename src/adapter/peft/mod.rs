@@ -11,7 +11,7 @@ pub(super) use keys::canonical_path;
 pub(super) use tensors::Found;
 pub use tensors::{Replacements, Rows, WholeTensor};
 
-use super::exchange::{fit, is_gguf_adapter, is_mlx_adapter, open_gguf, open_mlx};
+use super::exchange::{fit, is_compressed, is_gguf_adapter, is_mlx_adapter, open_compressed, open_gguf, open_mlx};
 use super::experts::{apart, is_fused};
 use super::kinds::{Kind, Method};
 use super::tensor::{Stored, Tensors};
@@ -87,7 +87,7 @@ impl AdapterFile {
         Self { replaced, ..self }
     }
 
-    /// Reads a PEFT directory, a GGUF file of llama.cpp or a directory of mlx-lm.
+    /// Reads a PEFT directory, a GGUF file of llama.cpp, a directory of mlx-lm or a compressed file.
     ///
     /// # Errors
     /// A file is missing, broken or contradicts the other, or the adapter's method is none of [`Method`].
@@ -97,6 +97,9 @@ impl AdapterFile {
         }
         if is_mlx_adapter(dir) {
             return open_mlx(dir);
+        }
+        if is_compressed(dir) {
+            return open_compressed(dir);
         }
         foreign::check_files(dir)?;
         let path = dir.join(CONFIG);
@@ -220,7 +223,7 @@ impl AdapterFile {
     /// Whether there is an adapter in any of the forms that [`AdapterFile::open`] reads at `path`.
     #[must_use]
     pub fn is_at(path: &Path) -> bool {
-        Self::exists(path) || is_gguf_adapter(path)
+        Self::exists(path) || is_gguf_adapter(path) || is_compressed(path)
     }
 
     /// Whether `dir` holds an adapter: the config is what appears last.
