@@ -329,7 +329,8 @@ pub(crate) fn with_embedding(model: &dyn Model, targets: &[String]) -> Result<Ve
     let outside = |target: &&String| [EMBEDDING, HEAD].iter().any(|path| names(target, path));
     let (ends, inner): (Vec<&String>, Vec<&String>) = targets.iter().partition(outside);
     let inner: Vec<String> = inner.into_iter().cloned().collect();
-    let mut layers = if inner.is_empty() { Vec::new() } else { target_layers(model.params(), &inner)? };
+    let beside: Vec<&str> = [EMBEDDING, HEAD].into_iter().filter(|path| layer_at(model, path).is_some()).collect();
+    let mut layers = if inner.is_empty() { Vec::new() } else { layers_named(model.params(), &inner, &beside)? };
     for end in ends {
         let path = if names(end, HEAD) { HEAD } else { EMBEDDING };
         let Some(at) = layer_at(model, path) else {
@@ -348,6 +349,11 @@ pub(crate) fn with_embedding(model: &dyn Model, targets: &[String]) -> Result<Ve
 /// # Errors
 /// A target that names none; those that would are listed.
 pub(crate) fn target_layers(params: &[ParamSpec], targets: &[String]) -> Result<Vec<Param>> {
+    layers_named(params, targets, &[])
+}
+
+/// The same where the modules `beside`, which are no such layers, could have been named as well.
+fn layers_named(params: &[ParamSpec], targets: &[String], beside: &[&str]) -> Result<Vec<Param>> {
     let linears = || params.iter().filter(|p| p.role == Role::Linear);
     let named = |p: &ParamSpec, target: &str| {
         target == "all" || p.module() == target || p.module().ends_with(&format!(".{target}"))
@@ -357,7 +363,13 @@ pub(crate) fn target_layers(params: &[ParamSpec], targets: &[String]) -> Result<
             let mut known: Vec<&str> = linears().filter_map(|p| p.module().rsplit('.').next()).collect();
             known.sort_unstable();
             known.dedup();
-            return Err(Error::config("targets", format!("`all` or some of `{}`", known.join("`, `")), target));
+            let beside: Vec<&str> = beside.iter().filter_map(|path| path.rsplit('.').next()).collect();
+            let beside = match beside[..] {
+                [] => String::new(),
+                _ => format!(", or `{}` beside them, which `all` leaves out", beside.join("` and `")),
+            };
+            let expected = format!("`all` or some of `{}`{beside}", known.join("`, `"));
+            return Err(Error::config("targets", expected, target));
         }
     }
     let chosen = |p: &ParamSpec| p.role == Role::Linear && targets.iter().any(|t| named(p, t));

@@ -6,7 +6,7 @@ use crate::adapter::{AdapterFile, Merged, Rounding, rounding};
 use crate::engine::{Engine, Options, Precision, check_threads, of_another_base};
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{Score, score_text};
-use crate::format::{Existing, Target, foreign, is_gguf, open_source};
+use crate::format::{Existing, Target, TensorMeta, foreign, is_gguf, open_source};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
@@ -57,7 +57,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
         model::check_text(&args.model)?;
     }
     let found = model::locate(&args.model)?;
-    let merged = Merged::new(open_source(&found.path)?, &found.path, &files)?;
+    let source = open_source(&found.path)?;
+    let exact = !source.tensors().iter().any(TensorMeta::is_four_bit);
+    let merged = Merged::new(source, &found.path, &files)?;
     files.iter().flat_map(|(file, _)| &file.warnings).for_each(|warning| eprintln!("note: {warning}"));
     for (file, _) in &files {
         match merged.doubt(file)? {
@@ -67,6 +69,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
     }
     let to = args.to.map_or_else(|| merged.own_type(), quantize::To::target);
+    if exact && to != Target::Nf4 {
+        eprintln!(
+            "note: the weights of {} are taken as its files have them; an adapter that was trained on their NF4 copy, as \
+             `train` makes one, is fitted to that: to merge into what it was trained on, make the copy with `pocketlora \
+             quantize` and give it as `-m`",
+            found.name
+        );
+    }
     let start = Instant::now();
     let existing = if args.overwrite { Existing::Replace } else { Existing::Keep };
     let summary = model::with_bar("merge", &args.out, |progress| merged.write(&args.out, to, existing, progress))?;

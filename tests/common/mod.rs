@@ -61,6 +61,7 @@ pub fn golden(name: &str) -> PathBuf {
 }
 
 /// A tensor of a golden file, integers converted to f32.
+#[derive(Clone)]
 pub struct Tensor {
     pub shape: Vec<usize>,
     pub data: Vec<f32>,

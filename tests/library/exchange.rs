@@ -23,6 +23,7 @@ fn cases(dir: &Path) -> Vec<(&'static str, PathBuf, PathBuf)> {
         ("ranks and alphas of some layers", llama, of("lora_patterns")),
         ("another family, only its last layer", golden("tiny-qwen2"), last_layer(dir)),
         ("heads of another width", golden("tiny-mistral"), with_head(dir)),
+        ("matrices that are one in both", golden("families/phi3"), joined(dir)),
     ]
 }
 
@@ -57,6 +58,11 @@ fn last_layer(dir: &Path) -> PathBuf {
 fn with_head(dir: &Path) -> PathBuf {
     let layers = [("model.layers.0.self_attn.q_proj", 64, 128), ("lm_head", 64, 96)];
     made(&dir.join("with head"), &layers)
+}
+
+fn joined(dir: &Path) -> PathBuf {
+    let layers = [("model.layers.1.self_attn.qkv_proj", 64, 192), ("model.layers.0.mlp.gate_up_proj", 64, 192)];
+    made(&dir.join("joined"), &layers)
 }
 
 fn attached(base: &Path, adapter: &Path) -> Engine {

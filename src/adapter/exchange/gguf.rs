@@ -4,7 +4,7 @@
 use super::{Plain, bad_pair, lora_of, most_frequent};
 use crate::adapter::{AdapterFile, HostTensor, Tensors};
 use crate::error::{Error, ErrorCode, Result};
-use crate::format::gguf::{Arch, Container, GgmlType, GgufEntry, GgufWriter, Pairs, interleaved_row, to_gguf, to_hf};
+use crate::format::gguf::{Container, Family, GgmlType, GgufEntry, GgufWriter, Pairs, interleaved_row};
 use crate::format::{is_gguf, write_file};
 use crate::mmap;
 use pocketlora_models::Model;
@@ -48,8 +48,8 @@ pub(in crate::adapter) fn open(path: &Path) -> Result<AdapterFile> {
         return Err(Error::unsupported(path, "an adapter that works behind its invocation only", next));
     }
     let arch = text(ARCH)?;
-    let arch = Arch::named(arch).ok_or_else(|| {
-        let next = format!("use the PEFT adapter that it was made from; known are `{}`", Arch::names());
+    let arch = Family::named(arch).filter(|arch| !arch.folded).ok_or_else(|| {
+        let next = format!("use the PEFT adapter that it was made from; known are `{}`", Family::names());
         Error::unsupported(path, format!("an adapter of the architecture `{arch}` in GGUF"), next)
     })?;
     let alpha = meta.float(ALPHA)?.unwrap_or(0.0);
@@ -70,8 +70,8 @@ pub(in crate::adapter) fn open(path: &Path) -> Result<AdapterFile> {
             "b" => 1,
             other => return Err(Error::format(path, item(), "`.lora_a` or `.lora_b`", format!("`.lora_{other}`"))),
         };
-        let module = to_hf(name).and_then(|hf| hf.strip_suffix(".weight").map(str::to_owned));
-        let Some(module) = module.filter(|module| module != "model.embed_tokens") else {
+        let embedding = name.starts_with("token_embd.");
+        let Some(module) = arch.module_of(name).filter(|_| !embedding) else {
             let what = format!("{}, which is on no linear layer that is known here,", item());
             return Err(Error::unsupported(path, what, "use the PEFT adapter that it was made from"));
         };
@@ -111,14 +111,15 @@ pub(in crate::adapter) fn open(path: &Path) -> Result<AdapterFile> {
 /// The model is of another family.
 pub(in crate::adapter) fn fit<'a>(
     file: &'a AdapterFile,
-    arch: &Arch,
+    arch: &Family,
     model: &dyn Model,
 ) -> Result<Cow<'a, AdapterFile>> {
     let family = model.config().model_type.as_str();
-    if !arch.model_types.contains(&family) {
+    let kinds: Vec<&str> = arch.model_types().collect();
+    if !kinds.contains(&family) {
         let message = format!(
             "expected a base of the family `{}`, got a `{family}`; use the base that the adapter was trained on",
-            arch.model_types.join("` or `")
+            kinds.join("` or `")
         );
         return Err(Error::new(ErrorCode::AdapterMismatch, format!("`{}`", file.dir.display()), message));
     }
@@ -133,7 +134,7 @@ pub(in crate::adapter) fn fit<'a>(
 }
 
 /// The size of the heads in whose rows `arch` has an order of its own, of the tensor `name` with `rows`.
-fn head_of(name: &str, arch: &Arch, model: &dyn Model, rows: usize) -> Option<usize> {
+fn head_of(name: &str, arch: &Family, model: &dyn Model, rows: usize) -> Option<usize> {
     let config = model.config();
     let heads = match name {
         _ if !arch.interleaved => return None,
@@ -154,8 +155,8 @@ fn permute(tensor: &mut HostTensor, source: impl Fn(usize) -> usize) {
 /// Writes `plain` to `out`.
 pub(super) fn write(plain: &Plain<'_>, out: &Path) -> Result<()> {
     let family = plain.model.config().model_type.as_str();
-    let arch = Arch::of_model(family).ok_or_else(|| {
-        let next = format!("merge it into its base instead; adapters are written for `{}`", Arch::names());
+    let arch = Family::of_model(family).filter(|arch| !arch.folded).ok_or_else(|| {
+        let next = format!("merge it into its base instead; adapters are written for `{}`", Family::names());
         Error::unsupported(&plain.file.dir, format!("to write an adapter of the family `{family}` as GGUF"), next)
     })?;
     let layers = plain.layers();
@@ -177,7 +178,7 @@ pub(super) fn write(plain: &Plain<'_>, out: &Path) -> Result<()> {
     }
     let (mut entries, mut values) = (Vec::new(), Vec::new());
     for (layer, own) in layers.iter().zip(alphas) {
-        let name = to_gguf(&format!("{}.weight", layer.module)).ok_or_else(|| {
+        let name = arch.tensor_of(&format!("{}.weight", layer.module)).ok_or_else(|| {
             let what = format!("to write the module `{}`, which llama.cpp has not, as GGUF", layer.module);
             Error::unsupported(&plain.file.dir, what, "merge it into its base instead")
         })?;

@@ -11,15 +11,19 @@ use std::path::Path;
 pub(super) fn check_files(dir: &Path) -> Result<()> {
     let refused = |what: &str, next: &str| Err(Error::unsupported(dir, what, next));
     if dir.is_file() {
-        if let Ok(file) = TensorFile::open(dir) {
-            check_own(&file, "an adapter")?;
-        }
+        let file = TensorFile::open(dir).ok();
+        file.as_ref().map_or(Ok(()), |file| check_own(file, "an adapter"))?;
         let folder = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        return match dir.extension().and_then(|e| e.to_str()) {
+        let alone = format!("give a folder with {CONFIG} and {WEIGHTS}");
+        return match file {
             _ if folder.join(CONFIG).exists() => {
                 refused("a single file as an adapter", &format!("give its folder: `-a '{}'`", folder.display()))
             }
-            _ => refused("a single file as an adapter", &format!("give a folder with {CONFIG} and {WEIGHTS}")),
+            Some(_) => refused("a single file as an adapter", &alone),
+            None => refused(
+                "a file without weights as an adapter",
+                &format!("{alone}; the text of a prompt is given by `-f`"),
+            ),
         };
     }
     let has = |name: &str| dir.join(name).exists();

@@ -16,7 +16,7 @@ use super::experts::{apart, is_fused};
 use super::kinds::{Kind, Method};
 use super::tensor::{Stored, Tensors};
 use crate::error::{Error, Result};
-use crate::format::gguf::Arch;
+use crate::format::gguf::Family;
 use crate::format::is_gguf;
 use crate::format::safetensors::{Tensor, TensorFile};
 use crate::format::{Entry, Staged, Writer, sweep, sync_dir};
@@ -60,7 +60,7 @@ pub struct AdapterFile {
     /// Which layers its config names; nothing is known of one that was made in memory.
     named: Option<Arc<Targets>>,
     /// In the file's order of rows, which is that of an architecture of llama.cpp; none is that of Hugging Face.
-    pub(super) arch: Option<&'static Arch>,
+    pub(super) arch: Option<&'static Family>,
 }
 
 impl AdapterFile {

@@ -48,6 +48,11 @@ impl GgufTensor {
         (self.file, self.data.start)
     }
 
+    /// The bytes that it takes.
+    pub(super) fn bytes(&self) -> u64 {
+        self.data.len() as u64
+    }
+
     fn row_bytes(&self) -> usize {
         let (values, bytes) = self.dtype.block();
         self.columns() / values * bytes

@@ -1,6 +1,7 @@
 //! The keys of an architecture that say how it computes, and what is done with each: those of `{arch}.rope.*` and
 //! `{arch}.attention.*` that no row names are refused, so that a new one is not overlooked.
 
+use super::families::Family;
 use super::value::{Metadata, Value};
 use crate::error::{Error, Result};
 
@@ -65,24 +66,15 @@ const KEYS: &[(&str, Use)] = &[
     ("tensor_data_layout", OnlyText("Meta AI original pth")),
 ];
 
-/// Further keys that are read, by architecture.
-const OF_ONE: &[(&str, &str)] = &[
-    ("gemma3", "attention.sliding_window_pattern"),
-    ("gemma3", "rope.freq_base_swa"),
-    ("granite", "embedding_scale"),
-    ("granite", "residual_scale"),
-    ("granite", "attention.scale"),
-    ("granite", "logit_scale"),
-];
-
-/// Refuses the first key of `arch` that could not be honoured.
-pub(super) fn check(meta: &Metadata, arch: &str) -> Result<()> {
+/// Refuses the first key that could not be honoured in `family`, which may read further ones.
+pub(super) fn check(meta: &Metadata, family: &Family) -> Result<()> {
+    let arch = family.name;
     let prefix = format!("{arch}.");
     for (key, value) in meta.iter() {
         let Some(name) = key.strip_prefix(&prefix) else { continue };
         let row = KEYS.iter().find(|(known, _)| *known == name).map(|(_, usage)| usage);
         let honoured = match row {
-            _ if OF_ONE.contains(&(arch, name)) => true,
+            _ if family.keys.contains(&name) => true,
             Some(Read | Nothing) => true,
             Some(Only(values)) => number(value).is_some_and(|x| values.contains(&x)),
             Some(OnlyTrue) => *value == Value::Bool(true),

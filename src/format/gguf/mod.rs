@@ -1,41 +1,47 @@
 //! GGUF files of llama.cpp as checkpoints: names, row order, `config.json` and tokenizer as Hugging Face has them.
 //!
-//! Read from a map; versions 2 and 3, little-endian; architectures `llama` (with Mistral), `qwen2`, `qwen3`,
-//! `qwen3moe`, `gemma3` and `lfm2`. The format is described in ggml's `docs/gguf.md`.
+//! Read from a map; versions 2 and 3, little-endian; the architectures are in `families/`. The format is described in ggml's
+//! `docs/gguf.md`. The metadata make a `config.json`, this makes a model, and each of its parameters is looked for in the file.
 
-mod arch;
 mod config;
 mod container;
 mod cursor;
 mod dequant;
 mod export;
+mod families;
 mod few_bits;
 mod grids;
+mod keys;
 mod known;
-mod names;
+mod order;
+mod places;
 mod rope;
 mod sidecars;
 mod split;
 mod tied;
 mod tokenizer;
 mod value;
+mod weights;
 mod writer;
 
-pub(crate) use arch::Arch;
 pub use container::{Container, GgufTensor};
 pub use dequant::GgmlType;
 pub use export::{GgufTarget, export_model};
-pub(crate) use names::{interleaved_row, to_gguf, to_hf};
+pub(crate) use families::Family;
+pub(crate) use order::interleaved_row;
 pub(crate) use split::parts_of;
 pub use value::{Array, Kind, Metadata, Value};
 pub(crate) use writer::{GgufEntry, GgufWriter, Pairs};
 
-use crate::error::Result;
-use crate::format::{Sidecars, Source, TensorMeta};
+use crate::error::{Error, Result};
+use crate::format::{LeftOut, Sidecars, Source, TensorMeta};
 use bytes::Bytes;
 use serde_json::Map;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+
+/// llama.cpp's name for the kind of model.
+const ARCH: &str = "general.architecture";
 
 /// A language model in a GGUF file.
 #[derive(Clone, Debug)]
@@ -43,9 +49,10 @@ pub struct Gguf {
     path: PathBuf,
     file: Container,
     config: Map<String, serde_json::Value>,
-    weights: Vec<names::FoundWeight>,
+    weights: Vec<weights::Weight>,
     /// The weights' descriptions again, for [`Source::tensors`] hands out a slice.
     tensors: Vec<TensorMeta>,
+    left_out: Vec<LeftOut>,
 }
 
 impl Gguf {
@@ -69,11 +76,31 @@ impl Gguf {
     }
 
     fn of(file: Container, path: &Path) -> Result<Self> {
-        let hyper = config::Hyper::read(&file)?;
-        let weights = names::weights(&file, &hyper)?;
-        let config = hyper.to_json(&file.metadata)?;
+        let meta = &file.metadata;
+        config::refuse_other_kinds(meta)?;
+        let arch = meta.required(ARCH, meta.string(ARCH)?)?;
+        let family = Family::named(arch).ok_or_else(|| {
+            let next = format!("use a model of one of `{}`, as `pocketlora pull --list` has some", Family::names());
+            Error::unsupported(meta.path(), format_args!("architecture `{arch}` in GGUF"), next)
+        })?;
+        let draft = config::Draft::read(keys::Keys { file: &file, arch }, family)?;
+        let model = pocketlora_models::build(&draft.json).map_err(|e| {
+            let what = format_args!("`{}` = `{}`, as the metadata have it,", e.key, e.got);
+            if e.unsupported {
+                let next = format!("expected {}; use the model's safetensors files", e.expected);
+                return Error::unsupported(meta.path(), what, next);
+            }
+            Error::format(
+                meta.path(),
+                format_args!("metadata, as `{}`", e.key),
+                &e.expected,
+                format_args!("`{}`", e.got),
+            )
+        })?;
+        let (weights, left_out) = weights::find(&draft, family, model.as_ref())?;
+        let config = draft.json;
         let tensors = weights.iter().map(|w| w.meta.clone()).collect();
-        Ok(Self { path: path.to_owned(), file, config, weights, tensors })
+        Ok(Self { path: path.to_owned(), file, config, weights, tensors, left_out })
     }
 
     /// Whether the file has a tokenizer.
@@ -105,31 +132,16 @@ impl Source for Gguf {
     }
 
     fn read_rows(&self, index: usize, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
-        let weight = &self.weights[index];
-        let tensor = &self.file.tensors[weight.tensor];
-        let Some(head_dim) = weight.interleaved else {
-            self.file.read_rows(tensor, rows.start + weight.first..rows.end + weight.first, out);
-            if weight.plus_one {
-                out.iter_mut().for_each(|x| *x -= 1.0);
-            }
-            return Ok(());
-        };
-        if tensor.shape.len() == 1 {
-            // A bias is one row for the reader, but its elements are the rows that are permuted.
-            let mut stored = vec![0.0; out.len()];
-            self.file.read_rows(tensor, rows, &mut stored);
-            for (row, y) in out.iter_mut().enumerate() {
-                *y = stored[interleaved_row(row, head_dim)];
-            }
-            return Ok(());
-        }
-        let columns = tensor.columns();
-        assert_eq!(out.len(), rows.len() * columns, "values for rows {rows:?} of `{}`", weight.meta.name);
-        for (row, y) in rows.zip(out.chunks_exact_mut(columns)) {
-            let row = interleaved_row(row, head_dim);
-            self.file.read_rows(tensor, row..row + 1, y);
-        }
+        self.weights[index].read(&self.file, rows, out);
         Ok(())
+    }
+
+    fn by_rows(&self, index: usize) -> bool {
+        self.weights[index].by_rows
+    }
+
+    fn left_out(&self) -> &[LeftOut] {
+        &self.left_out
     }
 
     fn sidecars(&self) -> Result<Sidecars> {

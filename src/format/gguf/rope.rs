@@ -7,6 +7,9 @@ use std::f64::consts::TAU;
 
 /// The tensor that holds one frequency divisor for each pair of a head's dimensions, shape [head_dim / 2].
 pub(super) const FREQS: &str = "rope_freqs.weight";
+/// LongRoPE's divisors of long texts and of short ones, in such shapes.
+pub(super) const LONG: &str = "rope_factors_long.weight";
+pub(super) const SHORT: &str = "rope_factors_short.weight";
 
 // The converter bakes Llama 3's scaling into `rope_freqs.weight` and drops its parameters. These are the ones of
 // every released Llama 3.1, 3.2 and 3.3; the factor (8 or 32) is the tensor's largest value.
@@ -19,7 +22,7 @@ const ORIGINAL_CONTEXT: usize = 8192;
 const TOLERANCE: f64 = 1e-3;
 
 /// How positions or frequencies are scaled beyond the base frequency.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Scaling {
     None,
     /// Positions divided by `factor`.
@@ -40,12 +43,25 @@ pub(super) enum Scaling {
         factor: f64,
         original_context: usize,
     },
+    /// A divisor for each pair, in texts longer than the original context another one.
+    LongRope {
+        short: Vec<f32>,
+        long: Vec<f32>,
+        original_context: usize,
+        /// Factor on cosines and sines, where the file has it.
+        attention: Option<f64>,
+    },
 }
 
 impl Scaling {
-    /// Reads the scaling of `arch`; `head_dim` and `theta` are needed to recognize `rope_freqs.weight`.
-    pub(super) fn read(file: &Container, arch: &str, head_dim: usize, theta: f64) -> Result<Self> {
+    /// Reads the scaling of `arch`, whose model has this context and heads of which `head_dim` dimensions turn; these and
+    /// `theta` are needed to recognize `rope_freqs.weight`.
+    pub(super) fn read(file: &Container, arch: &str, head_dim: usize, theta: f64, context: usize) -> Result<Self> {
         let meta = &file.metadata;
+        let has = |name: &str| file.tensors.iter().any(|t| t.name == name);
+        if meta.string(&format!("{arch}.rope.scaling.type"))? == Some("longrope") || has(LONG) || has(SHORT) {
+            return Self::longrope(file, arch, head_dim, context);
+        }
         let type_key = format!("{arch}.rope.scaling.type");
         let factor_key = format!("{arch}.rope.scaling.factor");
         // Files from before the scaling had a type carry only a factor under an older name.
@@ -76,7 +92,7 @@ impl Scaling {
                 return Err(Error::unsupported(
                     meta.path(),
                     format_args!("RoPE scaling `{other}`"),
-                    "`none`, `linear`, `yarn` and Llama 3's can be read; use the model's safetensors files",
+                    "`none`, `linear`, `yarn`, `longrope` and Llama 3's can be read; use the model's safetensors files",
                 ));
             }
         };
@@ -89,6 +105,31 @@ impl Scaling {
             (Self::None, baked) => Ok(baked),
             _ => Err(meta.fail(&type_key, format_args!("no scaling beside the tensor `{FREQS}`"), "another one")),
         }
+    }
+
+    /// The divisors of LongRoPE, which are tensors.
+    fn longrope(file: &Container, arch: &str, head_dim: usize, context: usize) -> Result<Self> {
+        let meta = &file.metadata;
+        let divisors = |name: &str| {
+            let item = format_args!("tensor `{name}`").to_string();
+            let Some(tensor) = file.tensors.iter().find(|t| t.name == name) else {
+                return Err(Error::format(meta.path(), item, "a tensor, for RoPE scaling `longrope`", "none"));
+            };
+            if tensor.shape != [head_dim / 2] {
+                let (want, got) = (format!("shape [{}]", head_dim / 2), format!("{:?}", tensor.shape));
+                return Err(Error::format(meta.path(), item, want, got));
+            }
+            let mut stored = vec![0.0; head_dim / 2];
+            file.read_rows(tensor, 0..1, &mut stored);
+            Ok(stored)
+        };
+        let original = meta.uint(&format!("{arch}.rope.scaling.original_context_length"))?;
+        Ok(Self::LongRope {
+            short: divisors(SHORT)?,
+            long: divisors(LONG)?,
+            original_context: original.filter(|n| *n > 0).unwrap_or(context),
+            attention: meta.float(&format!("{arch}.rope.scaling.attn_factor"))?,
+        })
     }
 
     /// Recognizes the divisors that the converter computes for Llama 3, or none.
@@ -134,8 +175,8 @@ impl Scaling {
         ))
     }
 
-    /// `rope_type` and parameters, as in `config.json`.
-    pub(super) fn to_json(self) -> Map<String, Value> {
+    /// `rope_type` and parameters, as in the `config.json` of a model with this context.
+    pub(super) fn into_json(self, context: usize) -> Map<String, Value> {
         let parameters = match self {
             Self::None => json!({"rope_type": "default"}),
             Self::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
@@ -151,6 +192,19 @@ impl Scaling {
                 ] {
                     map.extend(value.map(|value| (key.to_owned(), value)));
                 }
+                Value::Object(map)
+            }
+            Self::LongRope { short, long, original_context, attention } => {
+                let mut map = Map::new();
+                map.insert("rope_type".to_owned(), json!("longrope"));
+                map.insert("short_factor".to_owned(), json!(short));
+                map.insert("long_factor".to_owned(), json!(long));
+                map.insert("original_max_position_embeddings".to_owned(), json!(original_context));
+                // What transformers takes where no key says it.
+                let (factor, original) = (context as f64 / original_context as f64, original_context as f64);
+                let usual = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+                let other = attention.filter(|attention| (attention - usual).abs() > TOLERANCE);
+                map.extend(other.map(|attention| ("attention_factor".to_owned(), json!(attention))));
                 Value::Object(map)
             }
             Self::Llama3 { factor, original_context } => json!({

@@ -61,7 +61,8 @@ const CASES: &[Case] = &[
     ("parts", |w| _ = w.u32("split.count", 3), Unsupported, "one of 3 parts"),
     ("experts", |w| _ = w.u32("llama.expert_count", 8), Unsupported, "8 experts"),
     ("no layers", |w| _ = w.u32("llama.block_count", 0), Format, "`llama.block_count`"),
-    ("too many layers", |w| _ = w.u32("llama.block_count", u32::MAX), Format, "`blk.1.attn_norm.weight`"),
+    ("too many layers", |w| _ = w.u32("llama.block_count", u32::MAX), Format, "`llama.block_count`"),
+    ("one layer more", |w| _ = w.u32("llama.block_count", 2), Format, "`blk.1.attn_norm.weight`"),
     (
         "too few layers",
         |w| w.tensors[1].name = "blk.1.attn_norm.weight".into(),
@@ -84,7 +85,7 @@ const CASES: &[Case] = &[
     ("partial RoPE", |w| _ = w.u32("llama.rope.dimension_count", 2), Format, "rope.dimension_count"),
     ("no epsilon", |w| _ = w.remove("llama.attention.layer_norm_rms_epsilon"), Format, "layer_norm_rms_epsilon"),
     ("NaN base", |w| _ = w.f32("llama.rope.freq_base", f32::NAN), Format, "freq_base"),
-    ("LongRoPE", |w| _ = w.string("llama.rope.scaling.type", "longrope"), Unsupported, "`longrope`"),
+    ("LongRoPE", |w| _ = w.string("llama.rope.scaling.type", "longrope"), Format, "`rope_factors_short.weight`"),
     ("YaRN without factor", |w| _ = w.string("llama.rope.scaling.type", "yarn"), Format, "rope.scaling.factor"),
     ("linear without factor", |w| _ = w.string("llama.rope.scaling.type", "linear"), Format, "rope.scaling.factor"),
     (
@@ -110,7 +111,8 @@ const CASES: &[Case] = &[
     ("unknown tensor", |w| _ = w.tensor("blk.0.surprise", &[1], &[0.0]), Unsupported, "`blk.0.surprise`"),
     ("a bias alone", |w| _ = w.tensor("blk.0.attn_q.bias", &[8], &[0.0; 8]), Format, "`blk.0.attn_k.bias`"),
     ("BOS out of range", |w| _ = w.u32("tokenizer.ggml.bos_token_id", 9_999), Format, "bos_token_id"),
-    ("tokenizer model", |w| _ = w.string("tokenizer.ggml.model", "t5"), Unsupported, "`t5`"),
+    ("tokenizer model", |w| _ = w.string("tokenizer.ggml.model", "rwkv"), Unsupported, "`rwkv`"),
+    ("no scores of Unigram", |w| _ = w.string("tokenizer.ggml.model", "t5"), Format, "`tokenizer.ggml.scores`"),
     ("no scores", |w| _ = w.string("tokenizer.ggml.model", "llama"), Format, "`tokenizer.ggml.scores`"),
     ("pre-tokenizer", |w| _ = w.string("tokenizer.ggml.pre", "kimi-k2"), Unsupported, "`kimi-k2`"),
     ("new pre-tokenizer", |w| _ = w.string("tokenizer.ggml.pre", "tomorrow"), Unsupported, "`llama-bpe`"),

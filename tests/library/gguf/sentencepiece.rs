@@ -3,10 +3,12 @@
 use super::model::exported;
 use super::tokens::{ids, json_file, load, sidecars};
 use super::writer::{ARRAY, F32, Random, Writer, all, array, small_llama};
+use bytes::Bytes;
 use pocketlora::format::Source;
-use pocketlora::format::gguf::GgufTarget;
+use pocketlora::format::gguf::{Gguf, GgufTarget};
 use serde_json::json;
 use std::collections::HashMap;
+use std::path::Path;
 
 const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
@@ -190,4 +192,99 @@ fn defaults_and_switches_are_llama_cpps() {
     let mut w = spm.write();
     w.bool("tokenizer.ggml.remove_extra_whitespaces", true).bool("tokenizer.ggml.add_bos_token", false);
     assert_eq!(ids(&load(&sidecars(&w)), "  hi   hi "), [id("▁hi"), id("▁hi")]);
+}
+
+/// The cut of greatest score by trying all, with unknown characters 10 below the worst piece, and several of them as one.
+fn unigram_oracle(pieces: &[(&str, f32)], first: u32, text: &str) -> Vec<u32> {
+    let words: Vec<&str> = text.split(' ').filter(|word| !word.is_empty()).collect();
+    let worst = pieces.iter().map(|(_, score)| *score).fold(f32::MAX, f32::min) - 10.0;
+    let mut out: Vec<u32> = Vec::new();
+    for word in words {
+        let word: Vec<char> = format!("▁{word}").chars().collect();
+        // The best sum up to each place, and the last piece on the way.
+        let mut best: Vec<(f32, usize, u32)> = vec![(f32::MIN, 0, 0); word.len() + 1];
+        best[0].0 = 0.0;
+        for end in 1..=word.len() {
+            for start in 0..end {
+                let part: String = word[start..end].iter().collect();
+                let known = pieces.iter().position(|(piece, _)| *piece == part);
+                let (score, id) = match known {
+                    Some(i) => (pieces[i].1, first + i as u32),
+                    None if end == start + 1 => (worst, 2),
+                    None => continue,
+                };
+                if best[start].0 + score > best[end].0 {
+                    best[end] = (best[start].0 + score, start, id);
+                }
+            }
+        }
+        let (mut at, mut back) = (word.len(), Vec::new());
+        while at > 0 {
+            back.push(best[at].2);
+            at = best[at].1;
+        }
+        let mut cut: Vec<u32> = back.into_iter().rev().collect();
+        cut.dedup_by(|a, b| *a == 2 && *b == 2);
+        out.extend(cut);
+    }
+    out
+}
+
+#[test]
+fn unigram_takes_the_likeliest_cut() {
+    let mut random = Random(11);
+    let letters = ["▁", "a", "b", "c", "d"];
+    let mut texts: Vec<String> = letters.iter().map(|&letter| letter.to_owned()).collect();
+    while texts.len() < 60 {
+        let start = ["", "▁"][random.below(2)];
+        let word: String = (0..2 + random.below(3)).map(|_| letters[1 + random.below(4)]).collect();
+        let piece = format!("{start}{word}");
+        if !texts.contains(&piece) {
+            texts.push(piece);
+        }
+    }
+    let pieces: Vec<(&str, f32)> =
+        texts.iter().map(|text| (text.as_str(), -1.0 - random.below(10_000) as f32 / 700.0)).collect();
+    let mut spm = Spm { tokens: Vec::new(), scores: Vec::new(), types: Vec::new() };
+    for (text, kind) in [("<pad>", CONTROL), ("</s>", CONTROL), ("<unk>", UNKNOWN)] {
+        spm.push(text, 0.0, kind);
+    }
+    pieces.iter().for_each(|(text, score)| spm.push(text, *score, 1));
+    let mut w = spm.write();
+    w.string("tokenizer.ggml.model", "t5");
+    let tokenizer = load(&sidecars(&w));
+    all((0..300).map(|_| {
+        let text: String = (0..random.below(30)).map(|_| ["a", "b", "c", "d", " ", "x"][random.below(6)]).collect();
+        // T5's end stands behind every text.
+        let want = [unigram_oracle(&pieces, 3, &text), vec![1]].concat();
+        let got = ids(&tokenizer, &text);
+        let same = if got == want { Ok(()) } else { Err(format!("expected {want:?}, got {got:?}")) };
+        (text, same)
+    }));
+    w.bool("tokenizer.ggml.add_eos_token", false);
+    let plain = load(&sidecars(&w));
+    assert_eq!(plain.decode(&ids(&plain, "abc dab"), false).unwrap(), "abc dab");
+    for (table, said) in [(&[1u8, 0][..], "precompiled_charsmap"), (&[8, 0, 0, 0, 1, 2, 3, 4], "precompiled_charsmap")]
+    {
+        let bytes: Vec<_> = table.iter().map(|byte| vec![*byte]).collect();
+        w.set("tokenizer.ggml.precompiled_charsmap", ARRAY, array(super::writer::U8, &bytes));
+        let gguf = Gguf::from_bytes(Bytes::from(w.build()), Path::new("small.gguf")).unwrap();
+        let error = gguf.sidecars().unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+}
+
+/// Gemma 4's tokenizer: merges of characters, bytes where there is no token, BOS whatever the file says.
+#[test]
+fn gemma_4_merges_characters() {
+    let spm = Spm::new(&["▁", "h", "i", "▁h", "▁hi", "é"]);
+    let id = |text: &str| spm.tokens.iter().position(|t| t == text).unwrap() as u32;
+    let mut w = spm.write();
+    w.string("tokenizer.ggml.model", "gemma4").strings("tokenizer.ggml.merges", &["▁ h", "▁h i"]);
+    w.remove("tokenizer.ggml.scores").bool("tokenizer.ggml.add_bos_token", false);
+    w.u32("tokenizer.ggml.bos_token_id", 1);
+    let tokenizer = load(&sidecars(&w));
+    assert_eq!(ids(&tokenizer, "hi hi"), [1, id("h"), id("i"), id("▁hi")]);
+    assert_eq!(ids(&tokenizer, "é\u{1}"), [1, id("é"), id("<0x01>")]);
+    assert_eq!(tokenizer.decode(&ids(&tokenizer, "hi  hé"), true).unwrap(), "hi  hé");
 }

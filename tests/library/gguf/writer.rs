@@ -103,6 +103,16 @@ impl Writer {
         self.set(key, ARRAY, array(I32, &elements))
     }
 
+    pub fn f32s(&mut self, key: &str, values: &[f32]) -> &mut Self {
+        let elements: Vec<_> = values.iter().map(|v| v.to_le_bytes().to_vec()).collect();
+        self.set(key, ARRAY, array(F32, &elements))
+    }
+
+    pub fn bools(&mut self, key: &str, values: &[bool]) -> &mut Self {
+        let elements: Vec<_> = values.iter().map(|v| vec![u8::from(*v)]).collect();
+        self.set(key, ARRAY, array(BOOL, &elements))
+    }
+
     /// Adds an F32 tensor of row-major `shape`.
     pub fn tensor(&mut self, name: &str, shape: &[usize], values: &[f32]) -> &mut Self {
         assert_eq!(shape.iter().product::<usize>(), values.len(), "{name}");

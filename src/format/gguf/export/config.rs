@@ -1,7 +1,7 @@
 //! `config.json` as the metadata of llama.cpp.
 
-use super::super::arch::Arch;
-use super::super::config::{FACTORS, Family, NO_ROPE_EVERY};
+use super::super::config::FACTORS;
+use super::super::families::{Family, NO_ROPE_EVERY};
 use super::super::writer::Pairs;
 use crate::error::{Error, Result};
 use pocketlora_models::Model;
@@ -9,10 +9,12 @@ use serde_json::{Map, Value};
 use std::f64::consts::TAU;
 use std::path::Path;
 
+/// Families that are written.
+const WRITTEN: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3", "granite"];
+
 /// What the metadata say of the model, and the divisors of its frequencies where it has such a tensor.
 pub(super) struct Hyper {
-    pub family: Family,
-    pub arch: &'static Arch,
+    pub family: &'static Family,
     pub divisors: Option<Vec<f32>>,
 }
 
@@ -47,23 +49,19 @@ impl Config<'_> {
 /// llama.cpp has no such model.
 pub(super) fn write(model: &dyn Model, json: &Map<String, Value>, place: &Path, pairs: &mut Pairs) -> Result<Hyper> {
     let (config, sizes) = (Config { json, place }, model.config());
-    let family = match sizes.model_type.as_str() {
-        "llama" => Family::Llama,
-        "mistral" => Family::Mistral,
-        "qwen2" => Family::Qwen2,
-        "qwen3" => Family::Qwen3,
-        "gemma3_text" => Family::Gemma3,
-        "smollm3" => Family::SmolLm3,
-        "granite" => Family::Granite,
-        other => return config.refuse(format!("a model of the family `{other}`")),
+    let model_type = sizes.model_type.as_str();
+    let Some(family) = Family::of_model(model_type).filter(|_| WRITTEN.contains(&model_type)) else {
+        return config.refuse(format!("a model of the family `{model_type}`"));
     };
-    let arch = Arch::of_model(&sizes.model_type).expect("those families have architectures");
     let activation = config.text("hidden_activation").or(config.text("hidden_act"));
-    let usual = if family == Family::Gemma3 { "gelu_pytorch_tanh" } else { "silu" };
+    let usual = match model_type {
+        "gemma3_text" => "gelu_pytorch_tanh",
+        _ => "silu",
+    };
     if activation.is_some_and(|activation| activation != usual) {
         return config.refuse(format!("the activation `{}`", activation.unwrap_or_default()));
     }
-    let plain = matches!(family, Family::SmolLm3 | Family::Granite);
+    let plain = matches!(model_type, "smollm3" | "granite");
     if let Some(key) = ["attention_bias", "mlp_bias"].into_iter().find(|key| plain && config.is_on(key)) {
         return config.refuse(format!("a {} with `{key}`", sizes.model_type));
     }
@@ -72,8 +70,8 @@ pub(super) fn write(model: &dyn Model, json: &Map<String, Value>, place: &Path, 
             return config.refuse(format!("a model with `{key}`"));
         }
     }
-    let name = |key: &str| format!("{}.{key}", arch.name);
-    pairs.text("general.architecture", arch.name);
+    let name = |key: &str| format!("{}.{key}", family.name);
+    pairs.text("general.architecture", family.name);
     pairs.text("general.type", "model");
     let ffn = config.number("intermediate_size").unwrap_or_default();
     for (key, size) in [
@@ -93,36 +91,27 @@ pub(super) fn write(model: &dyn Model, json: &Map<String, Value>, place: &Path, 
     // transformers' default of these families.
     let epsilon = config.number("rms_norm_eps").unwrap_or(1e-6);
     pairs.f32(&name("attention.layer_norm_rms_epsilon"), epsilon as f32);
-    if family == Family::Granite {
+    if model_type == "granite" {
         FACTORS.iter().for_each(|(key, hf)| pairs.f32(&name(key), config.number(hf).unwrap_or(1.0) as f32));
     }
-    window(&config, family, model, &name, pairs)?;
-    let divisors = rope(&config, family, sizes.head_dim, &name, pairs)?;
-    Ok(Hyper { family, arch, divisors })
+    window(&config, model, &name, pairs)?;
+    let divisors = rope(&config, model_type, sizes.head_dim, &name, pairs)?;
+    Ok(Hyper { family, divisors })
 }
 
 /// The attention's window.
-fn window(
-    config: &Config<'_>,
-    family: Family,
-    model: &dyn Model,
-    name: &dyn Fn(&str) -> String,
-    pairs: &mut Pairs,
-) -> Result<()> {
+fn window(config: &Config<'_>, model: &dyn Model, name: &dyn Fn(&str) -> String, pairs: &mut Pairs) -> Result<()> {
     let size = config.number("sliding_window");
-    match family {
-        // The last two do not come here: they are not written.
-        Family::Qwen2 | Family::Qwen3 | Family::Qwen3Moe | Family::Lfm2 => {
-            if config.is_on("use_sliding_window") {
-                return config.refuse("a Qwen model with a sliding window");
-            }
+    match model.config().model_type.as_str() {
+        "qwen2" | "qwen3" if config.is_on("use_sliding_window") => {
+            return config.refuse("a Qwen model with a sliding window");
         }
-        Family::Mistral => {
+        "mistral" => {
             if let Some(size) = size {
                 pairs.u32(&name("attention.sliding_window"), size as u32);
             }
         }
-        Family::Gemma3 => {
+        "gemma3_text" => {
             let sizes = model.config();
             let scalar = config.number("query_pre_attn_scalar").unwrap_or(256.0);
             let expected = if sizes.layers == 62 { sizes.hidden_size / sizes.heads } else { sizes.head_dim };
@@ -142,7 +131,7 @@ fn window(
                 pairs.u32(&name("attention.sliding_window"), size as u32);
             }
         }
-        Family::SmolLm3 => {
+        "smollm3" => {
             let kinds = config.json.get("layer_types").and_then(Value::as_array);
             let slides = kinds.is_some_and(|kinds| kinds.iter().any(|kind| kind != "full_attention"));
             if slides || config.is_on("use_sliding_window") {
@@ -157,7 +146,7 @@ fn window(
                 return config.refuse("a SmolLM3 in which other layers than every fourth have no positions");
             }
         }
-        Family::Llama | Family::Granite => {}
+        _ => {}
     }
     Ok(())
 }
@@ -165,7 +154,7 @@ fn window(
 /// Base and scaling of positions. Llama 3's scaling is a tensor of divisors.
 fn rope(
     config: &Config<'_>,
-    family: Family,
+    model_type: &str,
     head_dim: usize,
     name: &dyn Fn(&str) -> String,
     pairs: &mut Pairs,
@@ -181,14 +170,14 @@ fn rope(
     }
     let given = given.unwrap_or_default();
     let number = |key: &str| given.get(key).and_then(Value::as_f64);
-    let usual = match family {
-        Family::Gemma3 => 1_000_000.0,
-        Family::SmolLm3 => 2_000_000.0,
+    let usual = match model_type {
+        "gemma3_text" => 1_000_000.0,
+        "smollm3" => 2_000_000.0,
         _ => 10_000.0,
     };
     let theta = number("rope_theta").or(config.number("rope_theta")).unwrap_or(usual);
     pairs.f32(&name("rope.freq_base"), theta as f32);
-    if family == Family::Gemma3 {
+    if model_type == "gemma3_text" {
         pairs.f32(&name("rope.freq_base_swa"), local as f32);
     }
     let kind = given.get("rope_type").or(given.get("type")).and_then(Value::as_str).unwrap_or("default");

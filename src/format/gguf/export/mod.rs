@@ -6,9 +6,7 @@ mod config;
 mod quants;
 mod tokens;
 
-use super::config::Family;
 use super::dequant::GgmlType;
-use super::names;
 use super::rope;
 use super::writer::{GgufEntry, GgufWriter, Pairs};
 use crate::error::{Error, Result};
@@ -87,7 +85,7 @@ pub fn export_model(
 
     let mut made = Vec::new();
     for (index, meta) in source.tensors().iter().enumerate() {
-        let Some((name, rotary)) = names::of_hf(&meta.name, hyper.family) else {
+        let Some(name) = hyper.family.tensor_of(&meta.name) else {
             let what = format!("to write the tensor `{}`, which llama.cpp has not, as GGUF", meta.name);
             return Err(Error::unsupported(place, what, "use llama.cpp's own converter"));
         };
@@ -95,8 +93,9 @@ pub fn export_model(
             [_, cols] => to.of(cols, matches!(name.as_str(), super::config::EMBEDDING | super::config::HEAD)),
             _ => GgmlType::F32,
         };
-        let head = (rotary && hyper.arch.interleaved).then_some(model.config().head_dim);
-        let plus_one = hyper.family == Family::Gemma3 && name.ends_with("norm.weight");
+        let rotary = [".q_proj.", ".k_proj."].iter().any(|module| meta.name.contains(module));
+        let head = (rotary && hyper.family.interleaved).then_some(model.config().head_dim);
+        let plus_one = hyper.family.plus_one && name.ends_with("norm.weight");
         made.push(Made { entry: GgufEntry { name, shape: meta.shape.clone(), dtype }, index, head, plus_one });
     }
     let mut entries: Vec<GgufEntry> = made.iter().map(|made| made.entry.clone()).collect();
@@ -177,7 +176,7 @@ impl Made {
 }
 
 /// The row of a Hugging Face projection that is row number `row` in the file: the other way round than
-/// [`names::interleaved_row`].
+/// [`super::interleaved_row`].
 fn half_split_row(row: usize, head: usize) -> usize {
     let (start, r) = (row / head * head, row % head);
     start + r % 2 * (head / 2) + r / 2

@@ -1,7 +1,7 @@
 //! Byte-level BPE (`tokenizer.ggml.model` = `gpt2`): the file has merges and names the split into words.
 
 use super::pre::Pre;
-use super::{Model, PRE, Parts, TOKENS, Vocabulary};
+use super::{Bpe, Model, PRE, Parts, TOKENS, Vocabulary};
 use crate::error::{Error, Result};
 use crate::format::gguf::value::Metadata;
 use serde_json::json;
@@ -39,12 +39,12 @@ pub(super) fn parts<'a>(vocabulary: &'a Vocabulary<'_>, pre: Pre) -> Result<Part
         normalizer: pre.normalizer(),
         pre_tokenizer: pre.pre_tokenizer(),
         decoder: bytes,
-        model: Model { ignore_merges: pre.ignores_merges, ..Model::new(vocabulary, merges(vocabulary)?) },
+        model: Model::Bpe(Bpe { ignore_merges: pre.ignores_merges, ..Bpe::new(vocabulary, merges(vocabulary)?) }),
     })
 }
 
 /// The merges as pairs, each checked, for the loader of `tokenizer.json` names no file in its errors.
-fn merges<'a>(vocabulary: &'a Vocabulary<'_>) -> Result<Vec<(&'a str, &'a str)>> {
+pub(super) fn merges<'a>(vocabulary: &'a Vocabulary<'_>) -> Result<Vec<(&'a str, &'a str)>> {
     let meta = vocabulary.meta;
     let known: HashSet<&str> = vocabulary.tokens.iter().map(AsRef::as_ref).collect();
     let lines = meta.required(MERGES, meta.strings(MERGES)?)?;

@@ -1,4 +1,4 @@
-//! A Hugging Face `tokenizer.json` from the vocabulary and names in GGUF metadata: byte-level BPE and SentencePiece.
+//! A Hugging Face `tokenizer.json` from the vocabulary and names in GGUF metadata: byte-level BPE, SentencePiece and Unigram.
 //!
 //! What llama.cpp reads of `tokenizer.ggml.*` and a model of these kinds has no use for: `token_type_count`,
 //! `cls_token_id`, `mask_token_id` and `seperator_token_id` (encoders), `fim_*` (marks of infilling, which are in the
@@ -7,6 +7,7 @@
 mod bpe;
 mod pre;
 mod spm;
+mod unigram;
 
 pub(super) use pre::pre_name;
 
@@ -64,6 +65,9 @@ const ENDS: &[&str] = &[
 enum Kind {
     ByteLevel,
     SentencePiece,
+    /// As SentencePiece, with merges.
+    Merged,
+    Unigram,
 }
 
 /// The vocabulary, borrowed from the map.
@@ -130,6 +134,8 @@ impl<'a> Vocabulary<'a> {
             (Kind::SentencePiece, UNK) => Some(0),
             (Kind::SentencePiece, BOS) => Some(1),
             (Kind::SentencePiece, EOS) => Some(2),
+            (Kind::Unigram, EOS) => Some(1),
+            (Kind::Unigram, UNK) => Some(2),
             _ => None,
         };
         let given = self.meta.uint(key)?;
@@ -168,6 +174,8 @@ impl<'a> Vocabulary<'a> {
                 (bpe::parts(self, pre)?, pre.adds_bos)
             }
             Kind::SentencePiece => (spm::parts(self)?, true),
+            Kind::Merged => (spm::merged(self)?, true),
+            Kind::Unigram => (unigram::parts(self)?, false),
         };
         let file = TokenizerFile {
             version: "1.0",
@@ -202,8 +210,12 @@ impl<'a> Vocabulary<'a> {
             }
             self.named(id).and_then(|token| self.meta.required(id, token)).map(Some)
         };
-        let bos = wanted("tokenizer.ggml.add_bos_token", BOS, adds_bos)?;
-        let eos = wanted("tokenizer.ggml.add_eos_token", EOS, false)?;
+        let bos = match self.kind {
+            // The first files of Gemma 4 say that it is not added; llama.cpp adds it, as the model's own tokenizer does.
+            Kind::Merged => Some(self.named(BOS).and_then(|token| self.meta.required(BOS, token))?),
+            _ => wanted("tokenizer.ggml.add_bos_token", BOS, adds_bos)?,
+        };
+        let eos = wanted("tokenizer.ggml.add_eos_token", EOS, self.kind == Kind::Unigram)?;
         if bos.is_none() && eos.is_none() {
             return Ok(Value::Null);
         }
@@ -234,14 +246,14 @@ fn kind(meta: &Metadata) -> Result<Option<Kind>> {
         None | Some("none" | "no_vocab") => return Ok(None),
         Some("gpt2") => return Ok(Some(Kind::ByteLevel)),
         Some("llama") => return Ok(Some(Kind::SentencePiece)),
+        Some("gemma4") => return Ok(Some(Kind::Merged)),
+        Some("t5") => return Ok(Some(Kind::Unigram)),
         Some(name) => name,
     };
     let kind = match name {
-        "t5" => "unigram SentencePiece",
         "bert" => "WordPiece",
         "rwkv" => "RWKV's greedy matching",
         "plamo2" => "PLaMo 2's own",
-        "gemma4" => "merges of characters instead of bytes",
         "hybriddna" => "DNA in groups of letters",
         "whitespace" => "whole words",
         _ => "unknown",
@@ -249,7 +261,7 @@ fn kind(meta: &Metadata) -> Result<Option<Kind>> {
     Err(Error::unsupported(
         meta.path(),
         format_args!("tokenizer model `{name}` ({MODEL}; its kind: {kind})"),
-        "byte-level BPE (`gpt2`) and SentencePiece (`llama`) can be read; use the model's safetensors files",
+        "byte-level BPE (`gpt2`), SentencePiece (`llama`, `gemma4`) and Unigram (`t5`) can be read; use the model's safetensors files",
     ))
 }
 
@@ -274,8 +286,22 @@ struct Parts<'a> {
     model: Model<'a>,
 }
 
+/// What cuts a text into tokens.
 #[derive(serde::Serialize)]
-struct Model<'a> {
+#[serde(untagged)]
+enum Model<'a> {
+    Bpe(Bpe<'a>),
+    Unigram {
+        #[serde(rename = "type")]
+        kind: &'static str,
+        unk_id: Option<usize>,
+        vocab: Vec<(&'a str, f32)>,
+        byte_fallback: bool,
+    },
+}
+
+#[derive(serde::Serialize)]
+struct Bpe<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
     dropout: (),
@@ -289,7 +315,7 @@ struct Model<'a> {
     merges: Vec<(&'a str, &'a str)>,
 }
 
-impl<'a> Model<'a> {
+impl<'a> Bpe<'a> {
     fn new(vocabulary: &'a Vocabulary<'_>, merges: Vec<(&'a str, &'a str)>) -> Self {
         Self {
             kind: "BPE",

@@ -81,7 +81,7 @@ const TABLE: &[Pre] = &[
     // Files of Llama 3 again. llama.cpp has neither BOS nor whole words for this name; the model has both.
     Pre { adds_bos: true, ignores_merges: true, ..words(&["smaug-bpe"], &[LLAMA3]) },
     // Vocabularies of tiktoken, which takes whole words, too.
-    Pre { ignores_merges: true, ..words(&["dbrx", "chatglm-bpe", "glm4"], &[LLAMA3]) },
+    Pre { ignores_merges: true, ..words(&["dbrx", "chatglm-bpe", "glm4", "glm5"], &[LLAMA3]) },
     words(&["jais-2"], &[JAIS2]),
     Pre { ignores_merges: true, ..words(&["minicpm5"], &[THREE_DIGITS, MINICPM5]) },
     words(&["deepseek-llm"], &[LINE_END, DEEPSEEK_CASED, DEEPSEEK_MARKS, r"\s+$", DEEPSEEK_ASIAN, DIGITS]),
