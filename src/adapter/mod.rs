@@ -47,6 +47,7 @@ mod prefix_tuning;
 mod prompt;
 mod prompt_tuning;
 mod prune;
+mod ranks;
 mod reflect;
 mod replaced;
 mod road;
