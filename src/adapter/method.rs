@@ -25,6 +25,10 @@ pub struct Settings {
     pub rank: usize,
     /// LoRA's alpha.
     pub alpha: f64,
+    /// Ranks of single layers, by the ends of their paths; 0 leaves a layer out.
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// LoRA's alpha of single layers.
+    pub alpha_pattern: BTreeMap<String, f64>,
     /// Scale by `alpha / sqrt(rank)`.
     pub rslora: bool,
     /// Dropout of the adapters' input in training.

@@ -26,6 +26,7 @@ mod peft;
 mod pieces;
 mod prompt;
 mod prune;
+mod ranks;
 mod replaced;
 mod singular;
 mod square;

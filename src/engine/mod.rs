@@ -8,6 +8,7 @@ mod decoder;
 mod options;
 mod pieces;
 mod prune;
+mod ranks;
 mod reader;
 mod trainer;
 mod transcript;

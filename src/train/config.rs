@@ -6,6 +6,7 @@ use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Arithmetic, MOMENT_BLOCK};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// How the learning rate moves after the warm-up.
@@ -49,8 +50,20 @@ pub struct TrainConfig {
     pub method: Kind,
     /// Rank of the adapter.
     pub rank: usize,
+    /// Ranks of single layers, by the ends of their paths, of which the longest that fits counts; 0 leaves a layer out.
+    #[serde(alias = "rank_pattern", skip_serializing_if = "BTreeMap::is_empty")]
+    pub rank_pattern: BTreeMap<String, usize>,
     /// LoRA's alpha; twice the rank unless given.
     pub alpha: Option<f64>,
+    /// LoRA's alpha of single layers, by the ends of their paths.
+    #[serde(alias = "alpha_pattern", skip_serializing_if = "BTreeMap::is_empty")]
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// Values that ranks may have together that are chosen by measurement ([`Engine::choose_ranks`](crate::Engine::choose_ranks)).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget_parameters: Option<usize>,
+    /// The same as the size of the adapter's file, in MB.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub budget_mb: Option<f64>,
     /// Last path parts of the linear layers to adapt; `all` means every linear layer of the decoder, `auto` those that PEFT
     /// adapts by default with IA3 in the model's family.
     pub targets: Vec<String>,
@@ -220,7 +233,11 @@ impl Default for TrainConfig {
         Self {
             method: Kind::Lora,
             rank: 8,
+            rank_pattern: BTreeMap::new(),
             alpha: None,
+            alpha_pattern: BTreeMap::new(),
+            budget_parameters: None,
+            budget_mb: None,
             targets: vec!["all".to_owned()],
             feedforward_modules: Vec::new(),
             num_virtual_tokens: None,
@@ -278,6 +295,10 @@ impl TrainConfig {
     pub(super) fn begins(&self, name: &str) -> bool {
         match name {
             "bias" => self.bias.as_ref().is_some_and(|bias| bias != "none"),
+            "rank-pattern" => !self.rank_pattern.is_empty(),
+            "alpha-pattern" => !self.alpha_pattern.is_empty(),
+            "budget-parameters" => self.budget_parameters.is_some(),
+            "budget-mb" => self.budget_mb.is_some(),
             _ => self.method != Kind::TrainableTokens && !self.trainable_token_indices.is_empty(),
         }
     }
@@ -294,6 +315,8 @@ impl TrainConfig {
         Settings {
             rank: self.rank,
             alpha: self.alpha(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
             rslora: self.rslora,
             // The number that somebody typed: an f32 widened as it is has digits of its own.
             dropout: self.dropout.to_string().parse().unwrap_or(f64::from(self.dropout)),
@@ -375,6 +398,7 @@ impl TrainConfig {
             check(name, value, range.contains(&value), &format!("a whole number from 1 to {max}"))
         };
         whole("rank", self.rank, 4096)?;
+        self.check_ranks()?;
         whole("num-virtual-tokens", self.num_virtual_tokens.unwrap_or(1), 65_536)?;
         let bias = self.bias.as_deref().unwrap_or("none");
         check("bias", bias, ["none", "all", "lora_only"].contains(&bias), "`none`, `all` or `lora_only`")?;

@@ -2,6 +2,7 @@
 
 use super::TrainConfig;
 use super::config::Optimizer;
+use crate::adapter::Kind;
 use crate::error::{Error, ErrorCode, Result};
 
 /// Settings that some methods of adapters read, and others do not.
@@ -24,10 +25,13 @@ const ADAPTER: [&str; 16] = [
     "options",
 ];
 
+/// Settings that only a fresh LoRA begins with.
+pub(super) const OF_FRESH: [&str; 4] = ["rank-pattern", "alpha-pattern", "budget-parameters", "budget-mb"];
+
 impl TrainConfig {
     /// Whether `key` is one that the adapter's method does not read.
     pub(super) fn is_idle(&self, key: &str) -> bool {
-        ADAPTER.contains(&key) && !self.method.reads(key)
+        ADAPTER.contains(&key) && !self.method.reads(key) || OF_FRESH.contains(&key) && self.method != Kind::Lora
     }
 
     /// Whether the setting `name`, one of those in [`TrainConfig::check_effect`], differs from its default.
@@ -41,6 +45,7 @@ impl TrainConfig {
             "epochs" => self.epochs != usual.epochs,
             // Unless it is given it follows from the rank.
             "alpha" => self.alpha != usual.alpha,
+            key if OF_FRESH.contains(&key) => self.begins(key),
             key if ADAPTER.contains(&key) => self.adapter().shown(key) != usual.adapter().shown(key),
             _ => false,
         }
@@ -69,7 +74,7 @@ impl TrainConfig {
                 return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
             }
         }
-        if let Some(name) = ADAPTER.iter().find(|name| given(name) && self.is_idle(name)) {
+        if let Some(name) = ADAPTER.iter().chain(&OF_FRESH).find(|name| given(name) && self.is_idle(name)) {
             let message = format!(
                 "expected a method that has it, got `{}` as the `method`; leave one of the two out",
                 self.method.name()

@@ -1,6 +1,7 @@
 //! Going on from an adapter: what it decides, and what may be said beside it.
 
 use super::TrainConfig;
+use super::effect::OF_FRESH;
 use crate::adapter::{AdapterFile, Kind, layer_at, with_embedding};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_models::Model;
@@ -15,6 +16,10 @@ impl TrainConfig {
     /// # Errors
     /// A given setting contradicts the adapter.
     pub fn with_adapter(self, model: &dyn Model, file: &AdapterFile, given: &dyn Fn(&str) -> bool) -> Result<Self> {
+        if let Some(name) = OF_FRESH.iter().find(|name| self.begins(name)) {
+            let message = "the adapter that the run starts from has its ranks; leave it out, or begin without `--init`";
+            return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
+        }
         let agree = |key: &str, same: bool, own: &str, its: &str| {
             if same || !given(key) {
                 return Ok(());

@@ -225,6 +225,11 @@ impl<B: Backend> Trainer<B> {
         let Material { data, eval_data, general, prompts, quiz, prompt_ids } = material;
         config.validate()?;
         config.check_evaluated(eval_data.is_some())?;
+        if let Some(budget) = config.rank_budget().filter(|_| config.wants_ranks()) {
+            let message =
+                format!("expected ranks that were chosen within `{budget}` values, got none; choose them first");
+            return Err(Error::new(ErrorCode::Config, "setting `rank-pattern`", message));
+        }
         let init = init.map(|file| file.fitted(base.model.as_ref())).transpose()?;
         let init = init.as_deref();
         init.map_or(Ok(()), |file| mark::check(&base, file))?;
@@ -244,7 +249,10 @@ impl<B: Backend> Trainer<B> {
                 let at = |path: &str| layer_at(model, path);
                 (method, file.modules().filter_map(at).collect())
             }
-            None => config.method.begin(&settings, model)?,
+            None => {
+                let (method, layers) = config.method.begin(&settings, model)?;
+                method.with_ranks(&settings, model, layers)?
+            }
         };
         let place = |file: &AdapterFile| format!("`{}`", file.dir.display());
         if let (Some(file), Some(why)) = (init, method.is_final()) {

@@ -16,6 +16,7 @@ mod gated;
 mod merge;
 mod mistakes;
 mod prune;
+mod ranks;
 mod said;
 mod strict;
 mod study;

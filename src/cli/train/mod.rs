@@ -20,7 +20,7 @@ use crate::eval;
 use crate::hub::Hub;
 use crate::train::auto::{Choice, Draft, parse_time, usual_rate};
 use crate::train::{
-    DataReport, Dataset, Learned, Material, MemoryPlan, SETTINGS, Summary, TrainConfig, has_checkpoint,
+    DataReport, Dataset, Learned, Material, MemoryPlan, RankChoice, SETTINGS, Summary, TrainConfig, has_checkpoint,
 };
 use report::{keep_text, report};
 pub(super) use settings::Chosen;
@@ -171,6 +171,7 @@ struct Run {
     plan: MemoryPlan,
     data: DataReport,
     choice: Option<Choice>,
+    ranks: Option<RankChoice>,
     learned: Option<Learned>,
     /// Nobody stopped the questions on what was learned.
     asked: bool,
@@ -229,7 +230,19 @@ fn fit(
         config.lr = usual_rate(config.method, engine.base().model.config().hidden_size);
     }
     let given = |key: &str| given.contains(key) || decided.contains(&key);
-    let (material, draft) = read(engine, &mut config, &given, init.as_ref(), studied, args)?;
+    let (material, mut draft) = read(engine, &mut config, &given, init.as_ref(), studied, args)?;
+    let ranks = if config.wants_ranks() && !args.resume {
+        let mut watcher = Watcher::choosing(1);
+        let chosen = engine.choose_ranks(&config, &material.data, &mut watcher);
+        watcher.bar.finish_and_clear();
+        let chosen = chosen?;
+        eprint!("{}", chosen.text());
+        config = chosen.apply(config);
+        draft.iter_mut().for_each(|draft| draft.config = chosen.apply(draft.config.clone()));
+        Some(chosen)
+    } else {
+        None
+    };
     let choice = match draft {
         Some(draft) => {
             let mut watcher = Watcher::choosing(draft.probe_steps());
@@ -258,6 +271,9 @@ fn fit(
         // The folder was looked at before the model was opened.
         trainer.replace_earlier();
     }
+    if let Some(Err(e)) = ranks.as_ref().map(|ranks| ranks.write(args.out())) {
+        eprintln!("warning: {e}");
+    }
     let data = trainer.data_report();
     eprint!("{}", data::text(&data));
     eprintln!("adapter: {} trained values", trainer.trained_parameters());
@@ -274,7 +290,7 @@ fn fit(
     let ask = summary.done && studied.is_none();
     let learned = if ask { learned(engine, &asked, watched.as_ref(), &summary.adapter, args)? } else { None };
     let asked = !ask || learned.is_some();
-    Ok(Run { summary, plan, data, choice, learned, asked })
+    Ok(Run { summary, plan, data, choice, ranks, learned, asked })
 }
 
 /// What the run taught; nothing where somebody would not wait for it.

@@ -12,11 +12,13 @@ use std::path::{Path, PathBuf};
 
 /// What a run writes beside adapter and checkpoints. Of an earlier run these are the adapter's or the checkpoint's
 /// companions; alone they are somebody else's.
-const BESIDE: [&str; 8] = [
+const BESIDE: [&str; 10] = [
     "adapter_model.safetensors",
     SETTINGS,
     "log.jsonl",
     "loss.svg",
+    "ranks.svg",
+    "ranks.txt",
     "best",
     "keep.safetensors",
     "keep-taught.safetensors",

@@ -115,7 +115,7 @@ pub(in crate::cli) fn known_json(s: &Summary) -> Value {
 
 /// What a run came to.
 pub(super) fn report(run: &Run, baseline: Option<u64>, engine: &Engine, args: &Args) {
-    let Run { summary: s, plan, data, choice, learned, asked } = run;
+    let Run { summary: s, plan, data, choice, ranks, learned, asked } = run;
     // A run that was stopped before its first step has neither a loss nor a speed.
     let rate = (s.tokens > 0).then(|| s.tokens as f64 / s.time.as_secs_f64());
     if args.json {
@@ -130,7 +130,7 @@ pub(super) fn report(run: &Run, baseline: Option<u64>, engine: &Engine, args: &A
             "mapped_bytes": engine.mapped_bytes(), "plan": plan, "planned_bytes": plan.anonymous(),
             "baseline_anonymous_bytes": baseline,
             "deviation_percent": s.peak_anonymous_bytes.map(|peak| plan.deviation(peak)),
-            "data": data, "adapter": s.adapter, "auto": choice, "learned": learned, "out_of_time": s.out_of_time,
+            "data": data, "adapter": s.adapter, "auto": choice, "ranks": ranks, "learned": learned, "out_of_time": s.out_of_time,
         }));
     } else {
         println!(

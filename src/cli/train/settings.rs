@@ -28,10 +28,19 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<String>,
-    /// Rank of the adapter. [default: 8]
-    #[arg(long)]
+    /// Rank of the adapter, or auto: each layer of a lora gets what gradients of a few batches ask for, within
+    /// --budget-parameters or --budget-mb. [default: 8]
+    #[arg(long, value_parser = rank_or_auto, value_name = "RANK|auto")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    rank: Option<usize>,
+    rank: Option<toml::Value>,
+    /// Values that the ranks of --rank auto may have together.
+    #[arg(long, value_name = "VALUES")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget_parameters: Option<usize>,
+    /// Size of the adapter's file that the ranks of --rank auto may come to, in MB.
+    #[arg(long, value_name = "MB")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget_mb: Option<f64>,
     /// LoRA's alpha. [default: twice the rank]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -238,7 +247,41 @@ pub(super) struct Settings {
 }
 
 /// Settings that take each other's place: where a flag gives one, the other of a file has had its day.
-const RIVALS: [[&str; 2]; 3] = [["steps", "epochs"], ["eval-data", "eval-split"], ["packing", "bucketing"]];
+const RIVALS: [[&str; 2]; 4] =
+    [["steps", "epochs"], ["eval-data", "eval-split"], ["packing", "bucketing"], ["budget-parameters", "budget-mb"]];
+
+/// What says that ranks are measured.
+const AUTO_RANK: &str = "auto";
+
+fn rank_or_auto(text: &str) -> std::result::Result<toml::Value, String> {
+    match text.parse::<u32>() {
+        Ok(rank) => Ok(i64::from(rank).into()),
+        Err(_) if text == AUTO_RANK => Ok(AUTO_RANK.into()),
+        Err(_) => Err(format!("expected a whole number or `{AUTO_RANK}`, got `{text}`")),
+    }
+}
+
+/// `rank = "auto"` is a budget without a rank: takes the word out. Returns whether ranks are to be measured.
+///
+/// # Errors
+/// One of the two is there without the other.
+fn take_auto_rank(table: &mut toml::Table, typed: &BTreeSet<String>) -> Result<bool> {
+    let auto = table.get("rank").and_then(toml::Value::as_str) == Some(AUTO_RANK);
+    let budget = ["budget-parameters", "budget-mb"].into_iter().find(|key| table.contains_key(*key));
+    match budget {
+        None if auto => Err(Error::config("rank", "`budget-parameters` or `budget-mb` beside `auto`", "neither")),
+        // A file that a run wrote has the ranks that were chosen.
+        Some(key) if !auto && typed.contains("rank") => {
+            Err(Error::config(key, "`rank` as `auto` beside it", format!("a rank of {}", table["rank"])))
+        }
+        budget => {
+            if auto {
+                table.remove("rank");
+            }
+            Ok(budget.is_some())
+        }
+    }
+}
 
 impl Settings {
     /// The settings of `files`, of which later ones win, with the flags that were given laid over them. What else holds
@@ -252,7 +295,10 @@ impl Settings {
         let flags = self.with_options(flags)?;
         let typed: BTreeSet<String> = flags.keys().cloned().collect();
         lay(&mut table, flags);
-        let given = table.keys().cloned().collect();
+        let mut given: BTreeSet<String> = table.keys().cloned().collect();
+        if take_auto_rank(&mut table, &typed)? {
+            given.insert("rank".to_owned());
+        }
         let method = table.get("method").and_then(|method| method.clone().try_into::<Kind>().ok()).unwrap_or_default();
         if method != Kind::Lora && method.reads("targets") {
             table.entry("targets").or_insert_with(|| vec![AUTO].into());
@@ -307,7 +353,11 @@ fn read(path: &Path) -> Result<toml::Table> {
     // As PEFT writes names, too.
     let parsed: toml::Table = parsed.into_iter().map(|(key, value)| (key.replace('_', "-"), value)).collect();
     // Checked by itself first, so that a typing error in the file is reported as the file's.
-    toml::Value::Table(parsed.clone()).try_into::<TrainConfig>().map_err(|e| bad_settings(Some(path), &e))?;
+    let mut known = parsed.clone();
+    if known.get("rank").and_then(toml::Value::as_str) == Some(AUTO_RANK) {
+        known.remove("rank");
+    }
+    toml::Value::Table(known).try_into::<TrainConfig>().map_err(|e| bad_settings(Some(path), &e))?;
     Ok(parsed)
 }
 

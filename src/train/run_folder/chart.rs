@@ -1,16 +1,13 @@
 //! Losses over steps, and the learning rate below them, as an SVG for light and dark pages.
 
 use super::curves::Curves;
+use super::draw::{Area, Failure, HELD_OUT, INK, TRAIN, font, svg as drawn};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 const SIZE: (u32, u32) = (840, 520);
 /// Height of the losses; the rest is the learning rate's.
 const LOSSES: u32 = 360;
-/// Middle tones, which a white and a black page show equally well; the background is the page's.
-const INK: RGBColor = RGBColor(128, 128, 128);
-const TRAIN: RGBColor = RGBColor(59, 130, 246);
-const HELD_OUT: RGBColor = RGBColor(234, 100, 20);
 const GENERAL: RGBColor = RGBColor(22, 163, 74);
 
 /// A curve of the upper part.
@@ -22,18 +19,12 @@ struct Curve<'c> {
     dots: bool,
 }
 
-type Failure = Box<dyn std::error::Error>;
-type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
-
 /// The picture.
 pub(super) fn svg(curves: &Curves) -> Result<String, String> {
-    let mut text = String::new();
-    draw(curves, &mut text).map_err(|e| e.to_string())?;
-    Ok(text)
+    drawn(SIZE, |root| draw(curves, root))
 }
 
-fn draw(curves: &Curves, text: &mut String) -> Result<(), Failure> {
-    let root = SVGBackend::with_string(text, SIZE).into_drawing_area();
+fn draw(curves: &Curves, root: &Area<'_>) -> Result<(), Failure> {
     let (upper, lower) = root.split_vertically(LOSSES);
     let losses = [
         Curve { points: &curves.train, color: TRAIN, label: train_label(curves.width), dots: false },
@@ -43,17 +34,11 @@ fn draw(curves: &Curves, text: &mut String) -> Result<(), Failure> {
     let used: Vec<Curve<'_>> = losses.into_iter().filter(|curve| !curve.points.is_empty()).collect();
     let last = used.iter().flat_map(|curve| curve.points).map(|p| p.0).fold(1.0, f64::max);
     draw_losses(&upper, &used, last)?;
-    draw_rate(&lower, &curves.rate, last)?;
-    root.present()?;
-    Ok(())
+    draw_rate(&lower, &curves.rate, last)
 }
 
 fn train_label(width: u64) -> String {
     if width > 1 { format!("train (means of {width} steps)") } else { "train".to_owned() }
-}
-
-fn font(size: u32) -> TextStyle<'static> {
-    ("sans-serif", size).into_font().color(&INK)
 }
 
 fn draw_losses(area: &Area<'_>, curves: &[Curve<'_>], last: f64) -> Result<(), Failure> {

@@ -1,17 +1,21 @@
-//! What a run leaves beside its adapter: `log.jsonl`, a line for each step; `loss.svg`, the same as a picture; and
-//! `train.toml`, the settings that were in force.
+//! What a run leaves beside its adapter: `log.jsonl`, a line for each step; `loss.svg`, the same as a picture;
+//! `train.toml`, the settings that were in force; and of ranks that were measured `ranks.txt` and `ranks.svg`.
 
 #[cfg(feature = "charts")]
 mod chart;
 #[cfg(feature = "charts")]
 mod curves;
+#[cfg(feature = "charts")]
+mod draw;
 mod journal;
 mod log;
+#[cfg(feature = "charts")]
+mod rank_map;
 
 pub(super) use journal::Journal;
 pub use log::LogLine;
 
-use super::TrainConfig;
+use super::{RankChoice, TrainConfig};
 #[cfg(feature = "charts")]
 use crate::error::Error;
 use crate::error::Result;
@@ -20,6 +24,7 @@ use std::path::{Path, PathBuf};
 /// Names in the output folder.
 const LOG: &str = "log.jsonl";
 const CHART: &str = "loss.svg";
+const RANKS: [&str; 2] = ["ranks.txt", "ranks.svg"];
 /// Name of the settings in a run's output folder.
 pub const SETTINGS: &str = "train.toml";
 
@@ -31,7 +36,22 @@ pub struct RunFolder {
 
 /// Takes away what a run that was killed has left half-written beside its adapter.
 pub(super) fn sweep(out: &Path) {
-    [CHART, SETTINGS].iter().for_each(|name| crate::format::sweep(&out.join(name)));
+    [CHART, SETTINGS].iter().chain(&RANKS).for_each(|name| crate::format::sweep(&out.join(name)));
+}
+
+/// Writes what ranks were chosen into the folder `dir`; without the feature `charts` nothing is drawn.
+///
+/// # Errors
+/// The files cannot be written.
+pub(super) fn write_ranks(dir: &Path, choice: &RankChoice) -> Result<()> {
+    crate::format::write_bytes(&dir.join(RANKS[0]), choice.text().as_bytes())?;
+    #[cfg(feature = "charts")]
+    {
+        let path = dir.join(RANKS[1]);
+        let svg = rank_map::svg(choice).map_err(|e| Error::format(&path, "picture", "ranks that can be drawn", e))?;
+        crate::format::write_bytes(&path, svg.as_bytes())?;
+    }
+    Ok(())
 }
 
 impl RunFolder {

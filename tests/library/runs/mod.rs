@@ -7,6 +7,7 @@ mod failures;
 #[cfg(all(unix, feature = "cli"))]
 mod killed;
 mod optimizers;
+mod ranks;
 
 use crate::common::tiny_training;
 use pocketlora::adapter::AdapterFile;

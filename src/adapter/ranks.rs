@@ -1,0 +1,83 @@
+//! Ranks and alphas of single layers, which a fresh LoRA is given by the ends of their paths.
+
+use super::method::paths_of;
+use super::methods::lora::Lora;
+use super::{Method, Settings};
+use crate::error::{Error, Result};
+use pocketlora_models::{Model, Param};
+use std::collections::BTreeMap;
+
+/// What the longest end of the path `module` among the keys of `patterns` has.
+fn value_of<'p, V>(patterns: &'p BTreeMap<String, V>, module: &str) -> Option<&'p V> {
+    let ends =
+        |key: &String| module == key || module.strip_suffix(key.as_str()).is_some_and(|rest| rest.ends_with('.'));
+    patterns.iter().filter(|(key, _)| ends(key)).max_by_key(|(key, _)| key.len()).map(|(_, value)| value)
+}
+
+impl Method {
+    /// A fresh adapter with the ranks and alphas that `settings` give single layers, and those of its `layers` that are left:
+    /// rank 0 takes a layer out.
+    ///
+    /// # Errors
+    /// A pattern that names no layer, or no layer that is left; an embedding of which one of two terms is taken out.
+    pub(crate) fn with_ranks(
+        self,
+        settings: &Settings,
+        model: &dyn Model,
+        layers: Vec<Param>,
+    ) -> Result<(Self, Vec<Param>)> {
+        let Self::Lora(lora) = self else { return Ok((self, layers)) };
+        if settings.rank_pattern.is_empty() && settings.alpha_pattern.is_empty() {
+            return Ok((Self::Lora(lora), layers));
+        }
+        let (mut modules, mut left, mut out) = (Vec::new(), Vec::new(), Vec::new());
+        let mut all: Vec<&str> = Vec::new();
+        for param in layers {
+            let paths = paths_of(model, &model.params()[param.0 as usize], &lora.targets);
+            let ranks: Vec<usize> =
+                paths.iter().map(|path| *value_of(&settings.rank_pattern, path).unwrap_or(&settings.rank)).collect();
+            match ranks.iter().filter(|rank| **rank > 0).count() {
+                0 => out.extend(paths.iter().copied()),
+                n if n < paths.len() => {
+                    let expected = format!("a rank above 0 for both of `{}`, which are one weight", paths.join("`, `"));
+                    return Err(Error::config("rank-pattern", expected, 0));
+                }
+                _ => left.push(param),
+            }
+            for (path, rank) in paths.iter().zip(ranks).filter(|(_, rank)| *rank > 0) {
+                let alpha = *value_of(&settings.alpha_pattern, path).unwrap_or(&settings.alpha);
+                modules.push(((*path).to_owned(), rank, alpha));
+            }
+            all.extend(paths);
+        }
+        let names = |key: &str| {
+            let one = BTreeMap::from([(key.to_owned(), ())]);
+            all.iter().any(|path| value_of(&one, path).is_some())
+        };
+        let keys = |of: &'static str, key: &String| (!names(key)).then(|| (of, key.clone()));
+        let idle = settings.rank_pattern.keys().find_map(|key| keys("rank-pattern", key));
+        if let Some((of, key)) = idle.or(settings.alpha_pattern.keys().find_map(|key| keys("alpha-pattern", key))) {
+            return Err(Error::config(of, "ends of the paths of adapted layers", key));
+        }
+        if modules.is_empty() {
+            return Err(Error::config("rank-pattern", "a rank above 0 for some layer", "0 for all"));
+        }
+        let mut ranked = Lora::of_modules(&modules);
+        ranked.targets.clone_from(&lora.targets);
+        (ranked.rslora, ranked.dropout, ranked.bias) = (lora.rslora, lora.dropout, lora.bias);
+        ranked.invocation.clone_from(&lora.invocation);
+        if lora.rslora {
+            for (module, rank, alpha) in &modules {
+                ranked.set_module(module.clone(), *rank, (alpha / (*rank as f64).sqrt()) as f32);
+            }
+        }
+        // PEFT would begin a layer anew that is named and not in the file.
+        let end = |path: &str| path.rsplit('.').next().map(str::to_owned);
+        if out.iter().any(|gone| modules.iter().any(|(path, ..)| end(path) == end(gone))) {
+            ranked.targets = modules.into_iter().map(|(path, ..)| path).collect();
+        } else {
+            ranked.targets.retain(|target| !out.iter().any(|gone| end(gone).as_ref() == Some(target)));
+        }
+        Ok((Self::Lora(ranked), left))
+    }
+}

@@ -1,0 +1,37 @@
+//! `train --rank auto` as a command.
+
+use crate::fixture::fixture;
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+
+#[test]
+fn ranks_are_measured_shown_and_kept() {
+    let f = fixture();
+    let out = f.path("ranked");
+    let args = [&f.train_args(&out)[..], &["--rank", "auto", "--budget-mb", "0.012"]].concat();
+    let report = f.json(&args);
+    let layers = report.pointer("/ranks/layers").and_then(Value::as_array).unwrap();
+    assert_eq!(report.pointer("/ranks/budget").and_then(Value::as_u64), Some(6000));
+    assert!(layers.iter().any(|layer| layer["rank"] != layers[0]["rank"]), "{report}");
+    let read = |name: &str| fs::read_to_string(Path::new(&out).join(name)).unwrap();
+    assert!(read("ranks.txt").contains("of 6000 values"));
+    assert!(read("ranks.svg").contains("q_proj"));
+    let config: Value = serde_json::from_str(&read("adapter_config.json")).unwrap();
+    assert!(!config["rank_pattern"].as_object().unwrap().is_empty(), "{config}");
+    assert!(read("train.toml").contains("[rank-pattern]"));
+    f.ok(&["generate", "-m", f.model.to_str().unwrap(), "-a", &out, "-p", "hello", "--max-tokens", "2"]);
+
+    let other = f.path("other");
+    for (flags, says) in [
+        (&["--rank", "auto"][..], "`budget-parameters` or `budget-mb`"),
+        (&["--rank", "8", "--budget-parameters", "6000"], "`rank` as `auto`"),
+        (&["--rank", "some"], "a whole number or `auto`"),
+        (&["--rank", "auto", "--budget-parameters", "6000", "--method", "dora"], "DoRA"),
+        (&["--rank", "auto", "--budget-parameters", "6000", "--init", &out], "has its ranks"),
+    ] {
+        let said = f.said(&[&f.train_args(&other)[..], flags].concat());
+        assert!(said.contains(says), "{flags:?}: {said}");
+    }
+    assert!(!Path::new(&other).exists());
+}
