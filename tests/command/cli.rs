@@ -266,6 +266,7 @@ fn wrong_usage_and_bad_input_have_their_exit_codes() {
         ([&train[..], &["--config", &toml]].concat(), 1, "rnak"),
         ([&train[..], &["--schedule", "sideways"]].concat(), 1, "sideways"),
         ([&train[..], &["--targets", "qproj"]].concat(), 1, "q_proj"),
+        ([&train[..], &["--targets", "qproj"]].concat(), 1, "or `embed_tokens` and `lm_head` beside them"),
         ([&train[..], &["--lr", "0"]].concat(), 1, "lr"),
         ([&train[..], &["--resume"]].concat(), 1, "checkpoint"),
         (vec!["bench", "--shape", "llama-9b"], 1, "llama-1b"),

@@ -23,6 +23,8 @@ fn the_command_says_what_it_did() {
     let rows = report["rounding"].as_array().unwrap();
     assert_eq!((report["quantized"].clone(), rows.len()), (14.into(), 3), "two layers and all: {report}");
     assert!(Path::new(&out).join("tokenizer.json").exists());
+    let exact = f.said(&["merge", "-m", model, "-a", &scaled, "-o", &f.path("exact"), "--to", "f32"]);
+    assert!(exact.contains("trained on their NF4 copy"), "{exact}");
     let words = f.ok(&["merge", "-m", model, "-a", &scaled, "-o", &f.path("in words"), "--to", "nf4"]);
     assert!(words.contains("layer 1: rounding took") && words.contains("% of it arrived"), "{words}");
 }

@@ -44,7 +44,8 @@ fn what_stands_in_for_a_model_or_an_adapter_is_named() {
     fs::write(&notes, "remember the milk\n").unwrap();
     let checkpoint = Path::new(&run).join("checkpoint.safetensors").to_str().unwrap().to_owned();
     let out = f.path("out");
-    let cases: [(&[&str], &str); 13] = [
+    let cases: [(&[&str], &str); 14] = [
+        (&["generate", "-m", model, "--no-quantize", "-a", &notes, "-p", "a"], "a file without weights as an adapter"),
         (&["info", &state], "got a chat that `--state` keeps"),
         (&["generate", "-m", &state, "-p", "a"], "expected a model, got a chat"),
         (&["generate", "-m", model, "--no-quantize", "-a", &state, "-p", "a"], "expected an adapter, got a chat"),

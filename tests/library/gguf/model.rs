@@ -285,6 +285,10 @@ fn what_is_exported_is_read_as_it_was() {
     std::fs::write(smollm3.join("config.json"), config.to_string()).unwrap();
     std::fs::copy(golden("families/smollm3/model.safetensors"), smollm3.join("model.safetensors")).unwrap();
     let models = [
+        ("arcee", golden("families/arcee")),
+        ("ernie4_5", golden("families/ernie4_5")),
+        ("olmo2", golden("families/olmo2")),
+        ("seed_oss", golden("families/seed_oss")),
         ("granite", golden("families/granite")),
         ("smollm3", smollm3),
         ("tiny-llama", golden("tiny-llama")),

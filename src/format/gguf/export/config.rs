@@ -10,7 +10,19 @@ use std::f64::consts::TAU;
 use std::path::Path;
 
 /// Families that are written.
-const WRITTEN: &[&str] = &["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "smollm3", "granite"];
+const WRITTEN: &[&str] = &[
+    "arcee",
+    "ernie4_5",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "qwen2",
+    "qwen3",
+    "seed_oss",
+    "smollm3",
+];
 
 /// What the metadata say of the model, and the divisors of its frequencies where it has such a tensor.
 pub(super) struct Hyper {
@@ -55,6 +67,7 @@ pub(super) fn write(model: &dyn Model, json: &Map<String, Value>, place: &Path, 
     };
     let activation = config.text("hidden_activation").or(config.text("hidden_act"));
     let usual = match model_type {
+        "arcee" => "relu2",
         "gemma3_text" => "gelu_pytorch_tanh",
         _ => "silu",
     };
@@ -88,8 +101,9 @@ pub(super) fn write(model: &dyn Model, json: &Map<String, Value>, place: &Path, 
     ] {
         pairs.u32(&name(key), size as u32);
     }
-    // transformers' default of these families.
-    let epsilon = config.number("rms_norm_eps").unwrap_or(1e-6);
+    // transformers' defaults.
+    let usual = if matches!(model_type, "arcee" | "ernie4_5" | "olmo2") { 1e-5 } else { 1e-6 };
+    let epsilon = config.number("rms_norm_eps").unwrap_or(usual);
     pairs.f32(&name("attention.layer_norm_rms_epsilon"), epsilon as f32);
     if model_type == "granite" {
         FACTORS.iter().for_each(|(key, hf)| pairs.f32(&name(key), config.number(hf).unwrap_or(1.0) as f32));
@@ -173,6 +187,7 @@ fn rope(
     let usual = match model_type {
         "gemma3_text" => 1_000_000.0,
         "smollm3" => 2_000_000.0,
+        "ernie4_5" => 500_000.0,
         _ => 10_000.0,
     };
     let theta = number("rope_theta").or(config.number("rope_theta")).unwrap_or(usual);
