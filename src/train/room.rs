@@ -46,6 +46,7 @@ impl<B: Backend> Trainer<B> {
         };
         let of = |t: &Trained<B>| size * t.spec.values() as u64 + t.spec.name.len() as u64 + HEADER;
         let kept = self.file.replaced.whole.iter().map(|whole| whole.tensor.bytes.len() as u64);
-        self.tensors.iter().map(of).chain(kept).sum()
+        let aside = self.cycles.as_ref().map(|cycles| size * cycles.values(&self.adapters) as u64);
+        self.tensors.iter().map(of).chain(kept).chain(aside).sum()
     }
 }

@@ -163,9 +163,12 @@ impl<B: Backend> Trainer<B> {
             t.moments = Moments::new(&base.backend, config, t.spec.values())?;
         }
         if let Some(allocator) = allocator {
+            allocator.counts.clear();
             allocator.state.iter_mut().flatten().for_each(|values| values.fill(0.0));
         }
         adapters.renew(base)?;
+        facts.layer_steps.clear();
+        facts.drop_rates.clear();
         (config.lr, facts.step) = (lr, 0);
         Ok(())
     }
