@@ -77,6 +77,7 @@ pub mod internals {
     pub use crate::adapter::forms::Gradients;
     pub use crate::base::{Base, Pool};
     pub use crate::exec::infer::{Logits, Numbers, Sequence, Step, Workspace};
+    pub use crate::train::layers::Depth;
     pub use crate::train::step::{Layout, MicroBatch, Watch, micro_step};
     pub use crate::train::sums::Sums;
 

@@ -185,6 +185,27 @@ impl<B: Backend> Adapters<B> {
         Ok(())
     }
 
+    /// As [`Adapters::attach_zeros`], of one that is beside the one in training: its tensors stay as they are unless somebody
+    /// moves them. Returns their names.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn attach_fixed_zeros(
+        &mut self,
+        base: &Base<B>,
+        method: &Method,
+        specs: &[TensorSpec],
+    ) -> Result<Vec<(String, TensorId)>> {
+        let first = self.held.len();
+        self.attach_zeros(base, method, specs)?;
+        Ok(self.held.fix(first))
+    }
+
+    /// Whether something that is added to what the embedding gives is in training.
+    pub(crate) fn learns_embedding(&self, base: &Base<B>) -> bool {
+        !self.on(base.model.outline().embedding).lookups.is_empty()
+    }
+
     /// Attaches an adapter of `method` with tensors `specs`, all zeros, to count what it takes.
     ///
     /// # Errors

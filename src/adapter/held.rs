@@ -127,6 +127,22 @@ impl<B: Backend> Held<B> {
         Ok(out)
     }
 
+    /// Name and shape of a tensor.
+    pub fn spec(&self, id: TensorId) -> &TensorSpec {
+        &self.tensors[id.0].spec
+    }
+
+    /// Whether a tensor is in training, or made of such.
+    pub(super) fn learns(&self, id: TensorId) -> bool {
+        self.tensors[id.0].part != Part::Fixed
+    }
+
+    /// Those from number `first` on stay as they are. Returns their names.
+    pub(super) fn fix(&mut self, first: usize) -> Vec<(String, TensorId)> {
+        self.tensors[first..].iter_mut().for_each(|t| t.part = Part::Fixed);
+        (first..self.tensors.len()).map(|i| (self.tensors[i].spec.name.clone(), TensorId(i))).collect()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.tensors.len()
     }

@@ -120,7 +120,7 @@ macro_rules! methods {
             }
 
             /// See [`AdapterMethod::PARTS`].
-            pub(super) fn parts(self) -> &'static [&'static str] {
+            pub(crate) fn parts(self) -> &'static [&'static str] {
                 match self { $(Self::$name => $name::PARTS),+ }
             }
 

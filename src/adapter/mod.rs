@@ -36,8 +36,10 @@ mod weight;
 
 pub(crate) use attach::Adapters;
 pub(crate) use begun::begin;
+pub(crate) use compose::low_rank_sum;
 pub use compose::{Combination, Composed, Composition, MajoritySign, compose};
 pub use exchange::{Compressed, export_compressed, export_gguf, export_mlx};
+pub use forms::DropoutForm;
 pub(crate) use forms::activated::last_invocation;
 pub(crate) use forms::{Context, Dropout, Gradients, Prefix};
 pub(crate) use held::{Part as TensorPart, TensorId};
@@ -82,6 +84,7 @@ pub use peft::{AdapterFile, Replacements, Rows, WholeTensor};
 pub use prompt::Prompt;
 pub use prune::{PruneBy, Size as PrunedSize, cut_rank};
 pub(crate) use prune::{add_scores, check_pruning, write_pruned};
+pub(crate) use ranks::low_rank_names;
 pub(crate) use replaced::Replaced;
 pub use tensor::{HostTensor, Stored, TensorSpec, Tensors};
 

@@ -14,7 +14,27 @@ fn value_of<'p, V>(patterns: &'p BTreeMap<String, V>, module: &str) -> Option<&'
     patterns.iter().filter(|(key, _)| ends(key)).max_by_key(|(key, _)| key.len()).map(|(_, value)| value)
 }
 
+/// Path of the module that the tensor `name` is the A of, in a LoRA.
+pub(crate) fn low_rank_names(name: &str) -> Option<&str> {
+    ["lora_A.weight", "lora_embedding_A"].iter().find_map(|part| name.strip_suffix(part)?.strip_suffix('.'))
+}
+
 impl Method {
+    /// The same LoRA with other ranks of its modules, given by their paths, and the factors that it has; `bias` tells whether it
+    /// keeps the bias of B. Any other method stays as it is.
+    pub(crate) fn of_other_ranks(&self, ranks: &[(String, usize)], bias: bool) -> Self {
+        let Self::Lora(lora) = self else { return self.clone() };
+        let module = |(path, rank): &(String, usize)| {
+            let factor = f64::from(lora.of_module(path).1);
+            (path.clone(), *rank, factor * *rank as f64)
+        };
+        let mut other = Lora::of_modules(&ranks.iter().map(module).collect::<Vec<_>>());
+        (other.dropout, other.bias) = (lora.dropout, lora.bias && bias);
+        other.targets.clone_from(&lora.targets);
+        other.invocation.clone_from(&lora.invocation);
+        Self::Lora(other)
+    }
+
     /// A fresh adapter with the ranks and alphas that `settings` give single layers, and those of its `layers` that are left:
     /// rank 0 takes a layer out.
     ///

@@ -193,6 +193,11 @@ impl Engine {
             check: false,
             patience: 0,
             keep_best: false,
+            // The first restart is far behind a probe's last step.
+            relora: None,
+            relora_prune: None,
+            relora_warmup: None,
+            relora_rank: None,
             ..draft.config.clone()
         };
         let samples = Probe::STEPS * config.batch * config.accumulate;

@@ -148,7 +148,7 @@ impl Trainer {
         self.inner.peak()
     }
 
-    /// Gradients of the last step, after clipping, under their PEFT names.
+    /// Gradients that the optimizer had in the last step, clipped and all, under their PEFT names.
     ///
     /// # Errors
     /// Device lost.

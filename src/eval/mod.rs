@@ -17,7 +17,7 @@ use crate::base::Pool;
 use crate::engine::{Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
 use crate::memory::Peak;
-use crate::train::{Dataset, Layout, MicroBatch, Sums, Watch, micro_step};
+use crate::train::{Dataset, Depth, Layout, MicroBatch, Sums, Watch, micro_step};
 use pocketlora_kernels::Cpu;
 
 /// Losses over a text.
@@ -158,7 +158,8 @@ fn score_with(
         let turn = engine.turn().take();
         let mut sums = Sums::new(&base.backend, 1)?;
         let (layout, sum) = (Layout::fast(false), (&mut sums, 0));
-        micro_step(base, adapters, &micro, 1.0, None, arithmetic, &layout, None, &mut pool, sum, &mut watch)?;
+        let learned = (None, &mut Depth::default());
+        micro_step(base, adapters, &micro, 1.0, None, arithmetic, &layout, learned, &mut pool, sum, &mut watch)?;
         score.nll_sum += sums.read(&base.backend)?[0];
         drop(turn);
         score.tokens += micro.trained();

@@ -226,7 +226,7 @@ impl<'a, B: Backend> Pass<'a, B> {
 
     /// Whether something that is added to what the embedding gives is in training.
     pub fn embedding_learns(&self) -> bool {
-        !self.adapters().on(self.base.model.outline().embedding).lookups.is_empty()
+        self.adapters().learns_embedding(self.base)
     }
 
     /// Arithmetic of the products.

@@ -2,6 +2,11 @@
 //! modules together fall from what they begin with to a target. After each step every trained value has a sensitivity, `|p
 //! dp|`; smoothed, times how much it varies, that is its importance. A singular value's is its own and the means of its row
 //! of A and its column of B. The budget stays for `tinit` steps, falls with a cube, and has its target for the last `tfinal`.
+//!
+//! Or it grows (`grow-ranks`), as in IncreLoRA (Zhang et al. 2023): each module begins with one rank, and from step `tinit` on
+//! those whose ranks matter most on average get one more at a time, until there are `target_r` for each on average at the step
+//! before the last `tfinal`. What is not there yet has a singular value of zero; it has moments, so that it learns at once when
+//! its time comes.
 
 use super::setup::Trained;
 use crate::adapter::{Adapters, Budget, Gradients};
@@ -16,14 +21,26 @@ pub(super) const PARTS: [&str; 2] = ["importance", "uncertainty"];
 pub(super) struct Allocator {
     budget: Budget,
     total: u64,
+    /// Whether the budget grows.
+    grows: bool,
+    /// Ranks of each module so far, where it does.
+    pub counts: Vec<usize>,
     /// Of each trained tensor, smoothed: its sensitivity, and how much that varies.
     pub state: Vec<[Vec<f32>; 2]>,
 }
 
 impl Allocator {
-    /// For a run of `total` steps that trains tensors of `lens` values.
-    pub fn new(budget: Budget, total: u64, lens: impl Iterator<Item = usize>) -> Self {
-        Self { budget, total, state: lens.map(|len| [vec![0.0; len], vec![0.0; len]]).collect() }
+    /// For a run of `total` steps that trains tensors of `lens` values, with a budget that falls or grows.
+    pub fn new(budget: Budget, grows: bool, total: u64, lens: impl Iterator<Item = usize>) -> Self {
+        let state = lens.map(|len| [vec![0.0; len], vec![0.0; len]]).collect();
+        Self { budget, total, grows, counts: Vec::new(), state }
+    }
+
+    /// Of `modules` modules together, how many ranks there are after step `step` (0-based) of a budget that grows.
+    fn grown(&self, step: u64, modules: usize) -> usize {
+        let Budget { target, tinit, .. } = self.budget;
+        let done = step.saturating_sub(tinit) as f64 / (self.end() - tinit) as f64;
+        modules + ((target - 1) as f64 * modules as f64 * done.min(1.0)) as usize
     }
 
     /// The step that makes the last choice; what it keeps is kept from then on.
@@ -83,6 +100,9 @@ impl Allocator {
             }
         }
         let triples = triples(tensors);
+        if self.grows {
+            return self.grow(step, base, adapters, tensors, &triples);
+        }
         let ranks: usize = triples.iter().map(|[.., e]| tensors[*e].spec.values()).sum();
         let Some(kept) = self.keeps(step, ranks, triples.len()) else { return Ok(()) };
         let scores: Vec<Vec<f32>> = triples.iter().map(|triple| self.scores(*triple, tensors)).collect();
@@ -101,6 +121,35 @@ impl Allocator {
             }
             own.iter_mut().zip(&dropped).filter(|(_, dropped)| **dropped).for_each(|(e, _)| *e = 0.0);
             adapters.held_mut().update(backend, t.id, &mut |buffer| backend.write(buffer, &own));
+        }
+        Ok(())
+    }
+
+    /// Gives ranks to the modules that matter most, as step `step` asks for, and keeps the others at zero.
+    fn grow<B: Backend>(
+        &mut self,
+        step: u64,
+        base: &Base<B>,
+        adapters: &mut Adapters<B>,
+        tensors: &[Trained<B>],
+        triples: &[[usize; 3]],
+    ) -> Result<()> {
+        self.counts.resize(triples.len(), 1);
+        if step >= self.end() || step.is_multiple_of(self.budget.every.max(1)) {
+            let scores = triples.iter().map(|triple| self.scores(*triple, tensors));
+            let means: Vec<f32> = scores
+                .zip(&self.counts)
+                .map(|(scores, count)| scores[..*count].iter().sum::<f32>() / *count as f32)
+                .collect();
+            let most: Vec<usize> = triples.iter().map(|[.., e]| tensors[*e].spec.values()).collect();
+            let total = self.grown(step, triples.len());
+            add_ranks(&mut self.counts, &means, &most, total);
+        }
+        for ([.., e], count) in triples.iter().zip(&self.counts) {
+            let t = &tensors[*e];
+            let mut own = adapters.held().read(&base.backend, t.id)?;
+            own[*count..].fill(0.0);
+            adapters.held_mut().update(&base.backend, t.id, &mut |buffer| base.backend.write(buffer, &own));
         }
         Ok(())
     }
@@ -131,6 +180,26 @@ fn triples<B: Backend>(tensors: &[Trained<B>]) -> Vec<[usize; 3]> {
         .collect()
 }
 
+/// Gives one rank after the other to modules with `counts` of them, of which each may have its `most`, until there are `total`:
+/// first one to each in the order of the scores, then a second one, and so on.
+fn add_ranks(counts: &mut [usize], scores: &[f32], most: &[usize], total: usize) {
+    let mut order: Vec<usize> = (0..counts.len()).collect();
+    order.sort_by(|i, j| scores[*j].total_cmp(&scores[*i]));
+    let mut there: usize = counts.iter().sum();
+    while there < total {
+        let before = there;
+        for i in &order {
+            if there < total && counts[*i] < most[*i] {
+                counts[*i] += 1;
+                there += 1;
+            }
+        }
+        if there == before {
+            break;
+        }
+    }
+}
+
 /// The largest of the `count` smallest scores.
 fn bound(scores: &[Vec<f32>], count: usize) -> Option<f32> {
     let mut all: Vec<f32> = scores.iter().flatten().copied().collect();
@@ -146,7 +215,7 @@ mod tests {
     #[test]
     fn the_budget_falls_with_a_cube() {
         let budget = Budget { target: 3, tinit: 2, tfinal: 4, every: 1, beta1: 0.85, beta2: 0.85 };
-        let allocator = Allocator::new(budget, 12, [].into_iter());
+        let allocator = Allocator::new(budget, false, 12, [].into_iter());
         let kept: Vec<Option<usize>> = (0..12).map(|step| allocator.keeps(step, 36, 6)).collect();
         let falling = [3, 4, 5, 6, 7].map(|step: u64| {
             let left = 1.0 - (step - 2) as f64 / 6.0;
@@ -157,5 +226,25 @@ mod tests {
         assert_eq!(falling, [Some(28), Some(23), Some(20), Some(18), Some(18)]);
         assert_eq!(bound(&[vec![3.0, 1.0], vec![2.0]], 2), Some(2.0));
         assert_eq!(bound(&[vec![3.0, 1.0]], 0), None);
+    }
+
+    #[test]
+    fn a_budget_grows_where_it_matters() {
+        let budget = Budget { target: 3, tinit: 2, tfinal: 4, every: 1, beta1: 0.85, beta2: 0.85 };
+        let allocator = Allocator::new(budget, true, 12, [].into_iter());
+        let grown: Vec<usize> = (0..12).map(|step| allocator.grown(step, 6)).collect();
+        assert_eq!(grown, [6, 6, 6, 8, 10, 12, 14, 16, 18, 18, 18, 18]);
+        for (counts, total, expected) in [
+            ([1, 1, 1], 4, [1, 2, 1]),
+            ([1, 1, 1], 5, [1, 2, 2]),
+            ([1, 2, 1], 7, [2, 3, 2]),
+            // The second may have three alone.
+            ([1, 3, 1], 8, [2, 3, 3]),
+            ([4, 3, 4], 99, [4, 3, 4]),
+        ] {
+            let mut found = counts;
+            add_ranks(&mut found, &[0.1, 0.9, 0.5], &[4, 3, 4], total);
+            assert_eq!(found, expected, "{counts:?} to {total}");
+        }
     }
 }

@@ -31,7 +31,8 @@ const META: &str = CHECKPOINT;
 /// A tensor of 8 bytes: a sum over the facts and all other tensors, which tells flipped bits.
 const CHECKSUM: &str = "checksum";
 
-/// What a checkpoint belongs to and where it stands. A resumed run must agree on all but `step`, `candidates` and `start`,
+/// What a checkpoint belongs to and where it stands. A resumed run must agree on all but `step`, `candidates`, `start` and what is
+/// known of layers,
 /// and may have another memory budget or save at other times.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunFacts {
@@ -56,6 +57,15 @@ pub struct RunFacts {
     /// What the evaluation before the first step found.
     #[serde(default)]
     pub start: Option<Evaluation>,
+    /// In how many steps each layer was moved, where not all are in each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layer_steps: Vec<u64>,
+    /// How often backward leaves each layer out, once that is known.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drop_rates: Vec<f64>,
+    /// Ranks of each module, where they grow.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub grown: Vec<usize>,
 }
 
 impl RunFacts {

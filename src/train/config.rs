@@ -1,7 +1,8 @@
 //! Settings of a training run: the keys of `train.toml` and the flags of `pocketlora train`.
 
 use super::keep::{Forgetting, Keep};
-use crate::adapter::{Init, Kind, Settings};
+use super::layers::LayerOrder;
+use crate::adapter::{DropoutForm, Init, Kind, Settings};
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Arithmetic, MOMENT_BLOCK};
 use serde::{Deserialize, Serialize};
@@ -104,8 +105,44 @@ pub struct TrainConfig {
     /// Keys of PEFT's config of the method that have no name of their own here, such as `group_size` of ROAD.
     #[serde(skip_serializing_if = "Map::is_empty")]
     pub options: Map<String, Value>,
+    /// Ranks of AdaLoRA grow from one of each module to its target, instead of falling to it (as in IncreLoRA).
+    #[serde(skip_serializing_if = "is_default")]
+    pub grow_ranks: bool,
     /// Dropout of the adapters' input.
     pub dropout: f32,
+    /// What dropout leaves out: elements of the input, ranks or tokens of a LoRA's term.
+    #[serde(skip_serializing_if = "is_default")]
+    pub dropout_form: DropoutForm,
+    /// Steps after which a LoRA puts aside what it has learned and begins anew (ReLoRA).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relora: Option<u64>,
+    /// Share of the smallest moments that become zero then; 0.99 unless given, 1 lets the optimizer begin anew.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relora_prune: Option<f32>,
+    /// Steps in which the learning rate rises again then; 10 unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relora_warmup: Option<u64>,
+    /// Rank of the adapter that comes out at most, at least twice the rank; no bound unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub relora_rank: Option<usize>,
+    /// Layers that learn at a time (LISA); all unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_at_once: Option<usize>,
+    /// Steps with the same ones; 10 unless given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_every: Option<u64>,
+    /// Which come next.
+    #[serde(skip_serializing_if = "is_default")]
+    pub layers_order: LayerOrder,
+    /// Share of the layers that backward leaves out on average, by chance, and more often the less they matter (DropBP).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropbp: Option<f32>,
+    /// Damping of Riemannian preconditioning; none without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub riemannian: Option<f64>,
+    /// How far up the hill the gradient is taken (sharpness-aware steps); at the place itself without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sam: Option<f32>,
     /// Share of the words of questions that a pass leaves out at random (word dropout, Iyyer et al. 2015), so that answers
     /// are learned to more than the letters of their questions; every fourth pass over the data leaves a question whole.
     /// What a user says in a conversation is a question; texts have none.
@@ -251,7 +288,19 @@ impl Default for TrainConfig {
             loftq_source: None,
             bias: None,
             options: Map::new(),
+            grow_ranks: false,
             dropout: 0.0,
+            dropout_form: DropoutForm::Input,
+            relora: None,
+            relora_prune: None,
+            relora_warmup: None,
+            relora_rank: None,
+            layers_at_once: None,
+            layers_every: None,
+            layers_order: LayerOrder::Random,
+            dropbp: None,
+            riemannian: None,
+            sam: None,
             prompt_dropout: 0.0,
             rslora: false,
             lr: 2e-4,
@@ -399,6 +448,10 @@ impl TrainConfig {
         };
         whole("rank", self.rank, 4096)?;
         self.check_ranks()?;
+        self.check_relora()?;
+        self.check_layers()?;
+        self.check_riemannian()?;
+        self.check_sam()?;
         whole("num-virtual-tokens", self.num_virtual_tokens.unwrap_or(1), 65_536)?;
         let bias = self.bias.as_deref().unwrap_or("none");
         check("bias", bias, ["none", "all", "lora_only"].contains(&bias), "`none`, `all` or `lora_only`")?;
@@ -418,6 +471,11 @@ impl TrainConfig {
                 "`init-lora-weights` of `eva`, `corda` or `lora_ga` beside it",
                 steps,
             ));
+        }
+        if self.relora.is_some() && init.is_taken_away() {
+            let expected =
+                "a beginning that takes nothing from the weights, beside `relora`, which begins again and again";
+            return Err(Error::config("init-lora-weights", expected, init.name()));
         }
         match &self.loftq_source {
             None if init == Init::Loftq => {
@@ -509,7 +567,7 @@ impl TrainConfig {
                 Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
             }
         };
-        (f64::from(self.lr) * factor) as f32
+        (f64::from(self.lr) * factor) as f32 * self.rate_after_restart(step)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::TrainConfig;
 use super::config::Optimizer;
-use crate::adapter::Kind;
+use crate::adapter::{DropoutForm, Kind};
 use crate::error::{Error, ErrorCode, Result};
 
 /// Settings that some methods of adapters read, and others do not.
@@ -25,13 +25,23 @@ const ADAPTER: [&str; 16] = [
     "options",
 ];
 
+/// A setting of how AdaLoRA learns.
+const GROW: &str = "grow-ranks";
+
+/// Settings of how a plain LoRA learns.
+const OF_LORA: [&str; 3] = ["dropout-form", "relora", "riemannian"];
+
 /// Settings that only a fresh LoRA begins with.
 pub(super) const OF_FRESH: [&str; 4] = ["rank-pattern", "alpha-pattern", "budget-parameters", "budget-mb"];
 
 impl TrainConfig {
     /// Whether `key` is one that the adapter's method does not read.
     pub(super) fn is_idle(&self, key: &str) -> bool {
-        ADAPTER.contains(&key) && !self.method.reads(key) || OF_FRESH.contains(&key) && self.method != Kind::Lora
+        if key == GROW {
+            return self.method != Kind::Adalora;
+        }
+        let of_lora = OF_FRESH.contains(&key) || OF_LORA.contains(&key);
+        ADAPTER.contains(&key) && !self.method.reads(key) || of_lora && self.method != Kind::Lora
     }
 
     /// Whether the setting `name`, one of those in [`TrainConfig::check_effect`], differs from its default.
@@ -45,6 +55,10 @@ impl TrainConfig {
             "epochs" => self.epochs != usual.epochs,
             // Unless it is given it follows from the rank.
             "alpha" => self.alpha != usual.alpha,
+            "dropout-form" => self.dropout_form != usual.dropout_form,
+            GROW => self.grow_ranks,
+            "relora" => self.relora.is_some(),
+            "riemannian" => self.riemannian.is_some(),
             key if OF_FRESH.contains(&key) => self.begins(key),
             key if ADAPTER.contains(&key) => self.adapter().shown(key) != usual.adapter().shown(key),
             _ => false,
@@ -74,12 +88,25 @@ impl TrainConfig {
                 return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
             }
         }
-        if let Some(name) = ADAPTER.iter().chain(&OF_FRESH).find(|name| given(name) && self.is_idle(name)) {
+        if let Some(name) = ADAPTER
+            .iter()
+            .chain(&OF_FRESH)
+            .chain(&OF_LORA)
+            .chain(&[GROW])
+            .find(|name| given(name) && self.is_idle(name))
+        {
             let message = format!(
                 "expected a method that has it, got `{}` as the `method`; leave one of the two out",
                 self.method.name()
             );
             return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));
+        }
+        if given("dropout-form") && self.dropout_form != DropoutForm::Input && self.dropout == 0.0 {
+            return Err(Error::config("dropout-form", "a `dropout` above 0 beside it", self.dropout));
+        }
+        if self.layers_at_once.is_some() && (self.method.parts().is_empty() || !self.method.shared().is_empty()) {
+            let got = self.method.name();
+            return Err(Error::config("layers-at-once", "a method whose tensors belong to single layers", got));
         }
         match self.steps {
             Some(steps) if given("epochs") => {

@@ -3,7 +3,7 @@
 use super::setup::gradients;
 use super::step::{MicroBatch, Watch, micro_step};
 use super::sums::Sums;
-use super::{Batches, Dataset, MemoryPlan, TrainConfig};
+use super::{Batches, Dataset, Depth, MemoryPlan, TrainConfig};
 use crate::adapter::{AdapterFile, Adapters, Lora, Method, Sketch, TensorId, Tensors, is_first};
 use crate::base::{Base, Pool};
 use crate::error::Result;
@@ -98,11 +98,23 @@ fn with_probe<B: Backend>(
     adapters.attach_to_train(base, &sketch.probe())?;
     let (mut grads, mut pool, mut sums) = (gradients(base, &adapters)?, Pool::default(), Sums::new(backend, 1)?);
     let scale = 1.0 / micros.iter().map(MicroBatch::trained).sum::<usize>().max(1) as f32;
-    let arithmetic = config.precision.arithmetic();
+    let (arithmetic, mut depth) = (config.precision.arithmetic(), Depth::default());
     for micro in micros.iter().flat_map(|micro| micro.split(plan.pass_tokens)) {
         let mut watch = Watch { keep_going: &mut || true, peak: &mut Peak::ignored() };
-        let (grads, sums) = (Some(&mut grads), (&mut sums, 0));
-        micro_step(base, &adapters, &micro, scale, None, arithmetic, &plan.layout, grads, &mut pool, sums, &mut watch)?;
+        let (learned, sums) = ((Some(&mut grads), &mut depth), (&mut sums, 0));
+        micro_step(
+            base,
+            &adapters,
+            &micro,
+            scale,
+            None,
+            arithmetic,
+            &plan.layout,
+            learned,
+            &mut pool,
+            sums,
+            &mut watch,
+        )?;
     }
     let tensors: Vec<(TensorId, String)> = adapters.held().specs().map(|(id, spec)| (id, spec.name.clone())).collect();
     let mut found = BTreeMap::new();

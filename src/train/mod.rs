@@ -15,6 +15,7 @@ mod first;
 mod hold_out;
 mod init;
 mod keep;
+pub(crate) mod layers;
 mod learned;
 mod lock;
 mod loss;
@@ -22,13 +23,16 @@ mod material;
 mod observer;
 mod optimizer;
 mod plan;
+mod precondition;
 mod quiz;
 mod ranks;
+mod relora;
 mod report;
 mod room;
 mod run_folder;
 mod saving;
 mod setup;
+mod sharpness;
 pub(crate) mod step;
 pub(crate) mod sums;
 mod words;
@@ -45,6 +49,8 @@ pub use hold_out::{Evaluation, Overlap, hold_out};
 pub(crate) use hold_out::{general_start, general_text, plain};
 pub(crate) use keep::keep_share;
 pub use keep::{Forgetting, Keep, KeepReport, Prompts};
+pub(crate) use layers::Depth;
+pub use layers::LayerOrder;
 pub use learned::{Change, Learned, Recall};
 pub use material::Material;
 pub(crate) use material::Shipped;
@@ -74,8 +80,10 @@ use allocate::Allocator;
 use best::Candidate;
 use checkpoint::RunFacts;
 use keep::{Held, Lessons};
+use layers::StepLayers;
 use lock::{Earlier, FolderLock};
 use pocketlora_kernels::{Backend, Call};
+use relora::Cycles;
 use room::Room;
 use saving::Pace;
 use setup::Trained;
@@ -115,6 +123,10 @@ pub(crate) struct Trainer<B: Backend> {
     tensors: Vec<Trained<B>>,
     /// Gives ranks up, where the method has a budget of them.
     allocator: Option<Allocator>,
+    /// What was learned before the adapter began anew, where it does.
+    cycles: Option<Cycles>,
+    /// Layers of the step under way.
+    layers: StepLayers<B>,
     grads: Gradients<B>,
     pool: Pool<B>,
     /// The pool holds the memory that was planned for it.
@@ -149,6 +161,17 @@ struct Parts<'t, B: Backend> {
     grads: &'t mut Gradients<B>,
     pool: &'t mut Pool<B>,
     peak: &'t mut Peak,
+    depth: &'t mut Depth<B>,
+}
+
+/// What the passes of a step came to, beside their gradient.
+struct Found {
+    /// Mean loss of the learned tokens, with what is added for the values of tensors.
+    loss: f64,
+    /// Mean divergence on what is held.
+    held_loss: Option<f64>,
+    /// Of the gradient.
+    norm: f64,
 }
 
 impl<B: Backend> Trainer<B> {
@@ -187,7 +210,7 @@ impl<B: Backend> Trainer<B> {
         self.peak
     }
 
-    /// Gradients of the last step, after clipping, under their PEFT names.
+    /// Gradients that the optimizer had in the last step, clipped and all, under their PEFT names.
     ///
     /// # Errors
     /// Device lost.
@@ -335,7 +358,6 @@ impl<B: Backend> Trainer<B> {
             return Err(Error::new(ErrorCode::Config, "training", message));
         }
         self.check_earlier()?;
-        let base = Arc::clone(&self.base);
         let _running = self.handle.enter();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
         self.prepare(observer)?;
@@ -347,37 +369,23 @@ impl<B: Backend> Trainer<B> {
         let mut micros = self.batches.micro_batches(&self.data, number);
         let trained: usize = micros.iter().map(MicroBatch::trained).sum();
         micros.extend(self.held.as_ref().and_then(|held| held.micro_batch(number)));
-        // The squares of gradients, then the losses of passes, of which each has a sample at least. They are read together,
-        // for a device that records work stands still while it is waited for.
-        let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();
-        let mut sums = Sums::new(&base.backend, 1 + most)?;
-        let draws = self.adapters.draw(&base, mix(mix(self.config.seed, DRAW), number))?;
-        let passes = self.accumulate(number, &micros, trained, &mut sums, observer);
-        if passes.is_err() && draws {
-            self.adapters.renew(&base, self.facts.step)?;
-        }
-        let passes = passes?;
-        let penalty = self.adapters.pull(&base, &mut self.grads)?;
-        for t in &self.tensors {
-            let grad = self.grads.of(t.id).expect("what is trained has a gradient");
-            t.hold(&base.backend, grad, false)?;
-            sums.add_squares(&base.backend, 0, grad)?;
-        }
-        let sums = sums.read(&base.backend)?;
-        let [loss, held_loss] = mean_losses(number, &micros, &passes, &sums)?;
-        let grad_norm = sums[0].sqrt();
-        if !grad_norm.is_finite() {
-            return Err(diverged(number, &micros, &format!("a gradient of norm `{grad_norm}`")));
-        }
+        self.choose_layers(number)?;
+        let Found { loss, held_loss, norm } = self.gradient(number, &micros, trained, observer)?;
+        let grad_norm = self.up_the_hill(number, &micros, trained, norm, observer)?;
         self.clip(grad_norm)?;
+        self.precondition()?;
+        self.note_layers()?;
         let lr = self.config.lr_at(number, self.facts.total_steps);
+        let steps: Vec<Option<u64>> = self.tensors.iter().map(|t| self.steps_of(t, number)).collect();
         let Self { base, config, adapters, grads, tensors, allocator, file, .. } = self;
-        for trained in tensors.iter_mut() {
-            let grad = &*grads.of(trained.id).expect("what is trained has a gradient");
+        for (trained, steps) in tensors.iter_mut().zip(steps) {
+            // One that rests has no gradient.
+            let (Some(grad), Some(steps)) = (grads.of(trained.id), steps) else { continue };
+            let grad = &*grad;
             let mut done = Ok(());
             adapters.held_mut().update(&base.backend, trained.id, &mut |master| {
                 let Trained { group, moments, .. } = trained;
-                done = moments.step(&base.backend, config, *group, lr, number, grad, master);
+                done = moments.step(&base.backend, config, *group, lr, steps, grad, master);
                 done = std::mem::replace(&mut done, Ok(())).and_then(|()| trained.hold(&base.backend, master, true));
             });
             done?;
@@ -387,12 +395,13 @@ impl<B: Backend> Trainer<B> {
         }
         adapters.shrink(base, lr)?;
         first::hold(base, adapters, file, number)?;
-        adapters.renew(base, number)?;
+        self.restart_if_due(number)?;
+        self.adapters.renew(&self.base, number)?;
         self.facts.step = number;
         Ok(StepReport {
             step: number,
             total_steps: self.facts.total_steps,
-            loss: loss.unwrap_or(f64::NAN) + penalty,
+            loss,
             lr,
             grad_norm,
             tokens: micros.iter().map(MicroBatch::tokens).sum(),
@@ -403,6 +412,44 @@ impl<B: Backend> Trainer<B> {
             known: None,
             held_loss,
         })
+    }
+
+    /// The gradient of step `number` on its `trained` tokens, in place of the last one.
+    ///
+    /// # Errors
+    /// Stopped by the observer, non-finite loss or gradients, out of memory.
+    fn gradient(
+        &mut self,
+        number: u64,
+        micros: &[MicroBatch],
+        trained: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<Found> {
+        let base = Arc::clone(&self.base);
+        // The squares of gradients, then the losses of passes, of which each has a sample at least. They are read together,
+        // for a device that records work stands still while it is waited for.
+        let most = micros.iter().map(|micro| micro.numbers().len()).sum::<usize>();
+        let mut sums = Sums::new(&base.backend, 1 + most)?;
+        let draws = self.adapters.draw(&base, mix(mix(self.config.seed, DRAW), number))?;
+        let passes = self.accumulate(number, micros, trained, &mut sums, observer);
+        if passes.is_err() && draws {
+            self.adapters.renew(&base, self.facts.step)?;
+        }
+        let passes = passes?;
+        let penalty = self.adapters.pull(&base, &mut self.grads)?;
+        for t in &self.tensors {
+            if let Some(grad) = self.grads.of(t.id) {
+                t.hold(&base.backend, grad, false)?;
+                sums.add_squares(&base.backend, 0, grad)?;
+            }
+        }
+        let sums = sums.read(&base.backend)?;
+        let [loss, held_loss] = mean_losses(number, micros, &passes, &sums)?;
+        let norm = sums[0].sqrt();
+        if !norm.is_finite() {
+            return Err(diverged(number, micros, &format!("a gradient of norm `{norm}`")));
+        }
+        Ok(Found { loss: loss.unwrap_or(f64::NAN) + penalty, held_loss, norm })
     }
 
     /// Runs the passes of step `number`: the gradient of the mean loss over its `trained` tokens, and of the weighted mean
@@ -428,8 +475,9 @@ impl<B: Backend> Trainer<B> {
         for (i, micro) in micros.iter().enumerate() {
             let dropout = (self.config.dropout > 0.0).then(|| {
                 let key = mix(mix(mix(self.config.seed, DROPOUT), number), i as u64);
-                Dropout { p: self.config.dropout, key, first: 0 }
+                Dropout { p: self.config.dropout, key, first: 0, form: self.config.dropout_form }
             });
+            self.layers.draw(&self.config, &self.facts.drop_rates, number, i);
             let scale = if micro.is_held() { weight / micro.trained() as f32 } else { 1.0 / trained as f32 };
             let first = next;
             next = self.passes(micro, scale, dropout, (sums, first), observer)?;
@@ -468,7 +516,7 @@ impl<B: Backend> Trainer<B> {
         if self.config.clip > 0.0 && grad_norm > self.config.clip {
             let factor = (self.config.clip / (grad_norm + 1e-6)) as f32;
             for t in &self.tensors {
-                let grad = self.grads.of(t.id).expect("what is trained has a gradient");
+                let Some(grad) = self.grads.of(t.id) else { continue };
                 self.base.backend.run(Call::Scale { factor, x: grad })?;
             }
         }
@@ -493,10 +541,10 @@ impl<B: Backend> Trainer<B> {
         let arithmetic = self.config.precision.arithmetic();
         let layout = self.plan.layout;
         let done = self.guarded(observer, |parts, keep_going| {
-            let Parts { base, adapters, grads, pool, peak } = parts;
+            let Parts { base, adapters, grads, pool, peak, depth } = parts;
             let mut watch = Watch { keep_going, peak };
-            let grads = learn.then_some(grads);
-            micro_step(base, adapters, micro, scale, dropout, arithmetic, &layout, grads, pool, sums, &mut watch)
+            let learned = (learn.then_some(grads), depth);
+            micro_step(base, adapters, micro, scale, dropout, arithmetic, &layout, learned, pool, sums, &mut watch)
         });
         if done.is_err() {
             // What the abandoned pass held is gone from it.
@@ -515,15 +563,16 @@ impl<B: Backend> Trainer<B> {
     ) -> R {
         let Self { base, adapters, tensors, grads, pool, peak, file, turn, handle, policy, paused, .. } = self;
         let (base, adapters, tensors, file) = (&**base, &*adapters, &*tensors, &*file);
+        let (aside, depth) = ((self.cycles.as_ref(), self.facts.step), &mut self.layers.depth);
         let mut others = || match policy {
             _ if !observer.keep_going() => Directive::Stop,
             Some(policy) => policy(),
             None => Directive::Run,
         };
-        work(Parts { base, adapters, grads, pool, peak }, &mut || {
+        work(Parts { base, adapters, grads, pool, peak, depth }, &mut || {
             let make = || {
                 let _turn = turn.take();
-                saving::snapshot(base, adapters, tensors, file)
+                saving::snapshot(base, adapters, tensors, file, aside)
             };
             let (go, pause) = turn.without(|| handle.ask(&mut others, &make));
             *paused += pause;

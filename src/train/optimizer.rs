@@ -7,6 +7,7 @@
 use super::config::{Optimizer, TrainConfig};
 use crate::adapter::Group;
 use crate::error::Result;
+use pocketlora_kernels::quant::{dynamic_map, unsigned_dynamic_map};
 use pocketlora_kernels::{AdamW, Backend, Call, Lion, MOMENT_BLOCK, Sgd};
 use safetensors::Dtype;
 
@@ -70,6 +71,34 @@ impl<B: Backend> Moments<B> {
         Ok(())
     }
 
+    /// Makes the share `share` of the values zero, those of which the first moment is smallest: both moments of a value together,
+    /// for the first without the second would make a step of any size.
+    ///
+    /// # Errors
+    /// Device lost.
+    pub fn prune(&mut self, backend: &B, share: f32) -> Result<()> {
+        match self {
+            Self::None => Ok(()),
+            Self::One(m) => {
+                let small = smallest(&values(backend, m)?, share);
+                clear(backend, m, &small)
+            }
+            Self::Two(m, v) => {
+                let small = smallest(&values(backend, m)?, share);
+                clear(backend, m, &small)?;
+                clear(backend, v, &small)
+            }
+            Self::Coded(m, v) => {
+                let parts = read_codes(backend, m)?;
+                let (codes, absmax, map) = (&parts[0], floats(&parts[1]), dynamic_map());
+                let value = |(i, code): (usize, &u8)| map[usize::from(*code)] * absmax[i / MOMENT_BLOCK];
+                let small = smallest(&codes.iter().enumerate().map(value).collect::<Vec<_>>(), share);
+                clear_codes(backend, m, &dynamic_map(), &small)?;
+                clear_codes(backend, v, &unsigned_dynamic_map(), &small)
+            }
+        }
+    }
+
     /// The parts of moments for `len` values.
     pub fn layout(&self, len: usize) -> Vec<Part> {
         let blocks = len.div_ceil(MOMENT_BLOCK);
@@ -120,11 +149,43 @@ impl<B: Backend> Moments<B> {
     }
 }
 
-/// Little-endian f32 of a buffer.
-fn read_buffer<B: Backend>(backend: &B, buffer: &B::Buffer) -> Result<Vec<u8>> {
+/// Which of `values` are among the share `share` of the smallest, ties included.
+fn smallest(values: &[f32], share: f32) -> Vec<bool> {
+    let count = (f64::from(share) * values.len() as f64).round() as usize;
+    let mut sizes: Vec<f32> = values.iter().map(|v| v.abs()).collect();
+    sizes.sort_unstable_by(f32::total_cmp);
+    let bound = count.checked_sub(1).and_then(|last| sizes.get(last).copied());
+    values.iter().map(|value| bound.is_some_and(|bound| value.abs() <= bound)).collect()
+}
+
+fn values<B: Backend>(backend: &B, buffer: &B::Buffer) -> Result<Vec<f32>> {
     let mut values = vec![0.0; backend.len(buffer)];
     backend.read(buffer, &mut values)?;
-    Ok(bytes_of(&values))
+    Ok(values)
+}
+
+/// Makes the values zero for which `small` holds.
+fn clear<B: Backend>(backend: &B, buffer: &mut B::Buffer, small: &[bool]) -> Result<()> {
+    let mut values = values(backend, buffer)?;
+    values.iter_mut().zip(small).filter(|(_, small)| **small).for_each(|(v, _)| *v = 0.0);
+    backend.write(buffer, &values);
+    Ok(())
+}
+
+/// The same of codes that stand for the values of `map`.
+fn clear_codes<B: Backend>(backend: &B, codes: &mut B::Codes, map: &[f32; 256], small: &[bool]) -> Result<()> {
+    let mut parts = read_codes(backend, codes)?;
+    let absmax = floats(&parts[1]);
+    let bytes = &mut parts[0];
+    let zero = map.iter().position(|v| *v == 0.0).expect("the map has zero") as u8;
+    bytes.iter_mut().zip(small).filter(|(_, small)| **small).for_each(|(code, _)| *code = zero);
+    backend.write_codes(codes, bytes, &absmax);
+    Ok(())
+}
+
+/// Little-endian f32 of a buffer.
+fn read_buffer<B: Backend>(backend: &B, buffer: &B::Buffer) -> Result<Vec<u8>> {
+    Ok(bytes_of(&values(backend, buffer)?))
 }
 
 /// Little-endian f32.
@@ -144,4 +205,17 @@ fn read_codes<B: Backend>(backend: &B, codes: &B::Codes) -> Result<Vec<Vec<u8>>>
 /// Values of little-endian f32.
 pub(super) fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::smallest;
+
+    #[test]
+    fn the_smallest_moments_are_the_ones_to_go() {
+        let sizes = [-3.0, 0.0, -1.0, 2.0];
+        assert_eq!(smallest(&sizes, 0.5), [false, true, true, false]);
+        assert_eq!(smallest(&sizes, 0.0), [false; 4]);
+        assert_eq!(smallest(&sizes, 1.0), [true; 4]);
+    }
 }

@@ -7,6 +7,7 @@
 //! would count as held, and the run would take as much again from the system.
 
 use super::keep::held_of_lengths;
+use super::layers::Depth;
 use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};
 use super::sums::Sums;
@@ -108,6 +109,8 @@ pub(super) struct Work {
     pub specs: Vec<TensorSpec>,
     /// Tensors beside them, that stand in for parts of the base.
     pub learned: Vec<Learned>,
+    /// What is beside them and not in training.
+    pub aside: Option<(Method, Vec<TensorSpec>)>,
     /// Lengths of the samples, the longest first.
     pub lengths: Vec<usize>,
     /// Tokens of the largest micro-batch.
@@ -174,18 +177,31 @@ impl Work {
         let mut adapters = Adapters::none(&base);
         adapters.attach_zeros(&base, &self.method, &self.specs)?;
         adapters.attach_learned(&base, &self.learned, None)?;
+        if let Some((method, specs)) = &self.aside {
+            adapters.attach_fixed_zeros(&base, method, specs)?;
+        }
         let mut grads = gradients(&base, &adapters)?;
+        let mut depth = match config.dropbp {
+            Some(_) => Depth::measuring(&base.backend, self.model.config().layers)?,
+            None => Depth::default(),
+        };
         let passes = self.fullest(config, pass_tokens);
         let tokens: usize = passes[0].iter().sum();
         let mut pool = Pool::default();
         pool.reserve(&base.backend, 1, 1)?;
-        let dropout = (config.dropout > 0.0).then_some(Dropout { p: config.dropout, key: 0, first: 0 });
+        let dropout = (config.dropout > 0.0).then_some(Dropout {
+            p: config.dropout,
+            key: 0,
+            first: 0,
+            form: config.dropout_form,
+        });
         let arithmetic = config.precision.arithmetic();
         let mut sums = Sums::new(&base.backend, 1)?;
         let mut pass = |micro: &MicroBatch, dropout, grads: Option<&mut Gradients<Counted>>| {
             let mut watch = Watch { keep_going: &mut || true, peak: &mut Peak::ignored() };
             let sums = (&mut sums, 0);
-            micro_step(&base, &adapters, micro, 1.0, dropout, arithmetic, &layout, grads, &mut pool, sums, &mut watch)
+            let learned = (grads, &mut depth);
+            micro_step(&base, &adapters, micro, 1.0, dropout, arithmetic, &layout, learned, &mut pool, sums, &mut watch)
         };
         for lengths in passes {
             pass(&MicroBatch::of_lengths(lengths, tokens), dropout, Some(&mut grads))?;
@@ -198,6 +214,13 @@ impl Work {
             pass(&MicroBatch::of_lengths(vec![self.evaluated], self.evaluated), None, None)?;
         }
         let count = base.backend.count();
+        // What was put aside of a module comes to the host with what comes to it, and both as they will be.
+        let aside_bytes = self
+            .aside
+            .iter()
+            .flat_map(|(_, specs)| specs.windows(2))
+            .map(|pair| 2 * 4 * (pair[0].values() + pair[1].values()) as u64);
+        let aside_bytes = aside_bytes.max().unwrap_or(0);
         let on_device = |fixed: bool| {
             let parts = adapters.held().parts().filter(|(part, _)| fixed || *part != TensorPart::Fixed);
             4 * parts.map(|(_, values)| values as u64).sum::<u64>()
@@ -214,13 +237,19 @@ impl Work {
             adapter: on_device(true) + frozen,
             gradients: on_device(false),
             // A budget of ranks remembers two numbers for each value.
-            optimizer: config.state_bytes(self.values()) + self.method.budget().map_or(0, |_| 8 * self.values() as u64),
+            optimizer: config.state_bytes(self.values())
+                + self.method.budget().map_or(0, |_| 8 * self.values() as u64)
+                // Where the tensors stand while the gradient is taken up the hill.
+                + config.sam.map_or(0, |_| 4 * self.values() as u64),
             layer_inputs: count.regions[1] as u64,
             layer_workspace: count.regions[0] as u64,
             attention: count.attention as u64,
             logits: count.loss as u64,
             // Its values, and the bytes of the file; all at once of one that is made into another.
-            saving: (largest + if self.method.converts() { all } else { 0 }).max(adapters.held().made_bytes()),
+            saving: (largest + if self.method.converts() { all } else { 0 })
+                .max(adapters.held().made_bytes())
+                .max(config.riemannian_bytes(self.all()))
+                .max(aside_bytes),
             kernels: count.kernels as u64,
             references: self.references,
             asking: 0,

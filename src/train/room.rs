@@ -48,6 +48,7 @@ impl<B: Backend> Trainer<B> {
         // What is not trained is written as well, or becomes a part of what is.
         let fixed = self.file.tensors.iter().map(|(name, t)| size * t.data.len() as u64 + name.len() as u64 + HEADER);
         let kept = self.file.replaced.whole.iter().map(|whole| whole.tensor.bytes.len() as u64);
-        self.tensors.iter().map(of).chain(fixed).chain(kept).sum()
+        let aside = self.cycles.as_ref().map(|cycles| size * cycles.values(&self.adapters) as u64);
+        self.tensors.iter().map(of).chain(fixed).chain(kept).chain(aside).sum()
     }
 }

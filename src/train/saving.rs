@@ -3,6 +3,7 @@
 use super::best::FOLDER;
 use super::checkpoint::{self, Loaded};
 use super::optimizer::{bytes_of, floats};
+use super::relora::Cycles;
 use super::setup::Trained;
 use super::{Observer, Trainer, allocate, run_folder};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, Stored, is_first};
@@ -80,11 +81,15 @@ impl<B: Backend> Trainer<B> {
             }
         }
         if let Some(allocator) = &mut self.allocator {
+            allocator.counts.clone_from(&facts.grown);
             for (t, state) in self.tensors.iter().zip(&mut allocator.state) {
                 for (part, values) in allocate::PARTS.iter().zip(state) {
                     *values = floats(&file.get(&format!("{part}.{}", t.spec.name))?.bytes);
                 }
             }
+        }
+        if let Some(cycles) = &self.cycles {
+            cycles.load(backend, &mut self.adapters, &file)?;
         }
         self.adapters.renew(&self.base, facts.step)?;
         // A damaged newest one must not become the previous one, in place of a sound one.
@@ -116,6 +121,7 @@ impl<B: Backend> Trainer<B> {
         for (name, tensor) in self.file.tensors.iter().filter(|(name, _)| is_first(name)) {
             entries.push(Entry { name: format!("{BEGUN}.{name}"), dtype: Dtype::F32, shape: tensor.shape.clone() });
         }
+        entries.extend(self.cycles.iter().flat_map(|cycles| cycles.entries(&self.adapters)));
         entries
     }
 
@@ -126,7 +132,8 @@ impl<B: Backend> Trainer<B> {
     pub fn save_checkpoint(&mut self) -> Result<()> {
         self.check_earlier()?;
         let entries = self.entries();
-        let Self { base, adapters, tensors, peak, allocator, file, .. } = self;
+        self.allocator.iter().for_each(|allocator| self.facts.grown.clone_from(&allocator.counts));
+        let Self { base, adapters, tensors, peak, allocator, cycles, file, .. } = self;
         let backend = &base.backend;
         checkpoint::save(&self.out, &self.facts, self.saved, entries, |sink| {
             for (i, t) in tensors.iter().enumerate() {
@@ -145,6 +152,12 @@ impl<B: Backend> Trainer<B> {
             }
             for (name, tensor) in file.tensors.iter().filter(|(name, _)| is_first(name)) {
                 sink.put(&format!("{BEGUN}.{name}"), &bytes_of(&tensor.data))?;
+            }
+            if let Some(cycles) = cycles {
+                cycles.save(backend, adapters, &mut |name, bytes| {
+                    peak.sample();
+                    sink.put(name, bytes)
+                })?;
             }
             peak.sample();
             Ok(())
@@ -209,7 +222,8 @@ impl<B: Backend> Trainer<B> {
     /// # Errors
     /// A value does not fit f16.
     pub fn snapshot(&self) -> Result<AdapterFile> {
-        snapshot(&self.base, &self.adapters, &self.tensors, &self.file)
+        let Self { base, adapters, tensors, file, cycles, facts, .. } = self;
+        snapshot(base, adapters, tensors, file, (cycles.as_ref(), facts.step))
     }
 
     /// Writes the adapter as it is now.
@@ -229,18 +243,31 @@ impl<B: Backend> Trainer<B> {
             file.dir = dir.to_owned();
             return file.save();
         }
-        let Self { base, adapters, tensors, file, peak, .. } = self;
+        let Self { base, adapters, tensors, file, peak, cycles, facts, .. } = self;
+        let cycles = cycles.as_ref();
         let standing_in = standing_in(file, tensors);
         for t in tensors.iter().filter(|t| standing_in.contains(&t.spec.name)) {
             put_back(file, t, adapters.held().read(&base.backend, t.id)?)?;
         }
-        let own = || tensors.iter().filter(|t| !standing_in.contains(&t.spec.name));
-        let trained = own().map(|t| (t.spec.name.clone(), t.spec.shape.clone()));
+        let own = || tensors.iter().enumerate().filter(|(_, t)| !standing_in.contains(&t.spec.name));
+        let shape = |(i, t): (usize, &Trained<B>)| {
+            cycles.map_or_else(|| t.spec.shape.clone(), |cycles| cycles.shape(i, t, facts.step))
+        };
+        let trained = own().map(|(i, t)| (t.spec.name.clone(), shape((i, t))));
         let frozen = file.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone()));
         let shapes = trained.chain(frozen).collect();
-        file.save_by(dir, shapes, |put| {
-            for t in own() {
-                put(&t.spec.name, &adapters.held().read(&base.backend, t.id)?)?;
+        let summed = cycles.map(|cycles| {
+            let mut summed = file.clone();
+            summed.method = cycles.method(&file.method, facts.step);
+            summed
+        });
+        summed.as_ref().unwrap_or(&*file).save_by(dir, shapes, |put| {
+            for (i, t) in own() {
+                let mut values = adapters.held().read(&base.backend, t.id)?;
+                if let Some(cycles) = cycles {
+                    values = cycles.values_of(&base.backend, adapters, i, values, facts.step)?;
+                }
+                put(&t.spec.name, &values)?;
             }
             file.tensors.iter().try_for_each(|(name, t)| put(name, &t.data))?;
             peak.sample();
@@ -249,25 +276,34 @@ impl<B: Backend> Trainer<B> {
     }
 }
 
-/// The adapter that `tensors` are; `file` is the same without its tensors.
+/// The adapter that `tensors` are, with what was put aside by the end of step `step`; `file` is the same without its tensors.
 pub(super) fn snapshot<B: Backend>(
     base: &Base<B>,
     adapters: &Adapters<B>,
     tensors: &[Trained<B>],
     file: &AdapterFile,
+    (cycles, step): (Option<&Cycles>, u64),
 ) -> Result<AdapterFile> {
     let (backend, mut file) = (&base.backend, file.clone());
     let (stored, converts) = (file.method.kind().stored(), file.method.converts());
     let standing_in = standing_in(&file, tensors);
-    for trained @ Trained { spec, id, .. } in tensors {
+    for (i, trained) in tensors.iter().enumerate() {
+        let Trained { spec, id, .. } = trained;
         if standing_in.contains(&spec.name) {
             put_back(&mut file, trained, adapters.held().read(backend, *id)?)?;
             continue;
         }
-        let tensor = HostTensor { shape: spec.shape.clone(), data: adapters.held().read(backend, *id)? };
+        let mut tensor = HostTensor { shape: spec.shape.clone(), data: adapters.held().read(backend, *id)? };
+        if let Some(cycles) = cycles {
+            tensor.data = cycles.values_of(backend, adapters, i, tensor.data, step)?;
+            tensor.shape = cycles.shape(i, trained, step);
+        }
         // Rounded is what the file has, and not what it is made of.
         let tensor = if converts { tensor } else { tensor.rounded(stored, &spec.name)? };
         file.tensors.insert(spec.name.clone(), tensor);
+    }
+    if let Some(cycles) = cycles {
+        file.method = cycles.method(&file.method, step);
     }
     if converts {
         file.method.finish(&mut file.tensors, base)?;

@@ -8,9 +8,11 @@ use super::control::TrainHandle;
 use super::first;
 use super::hold_out::Overlap;
 use super::keep::{AT_ONCE, Held, Lessons};
+use super::layers::{StepLayers, layer_of};
 use super::lock::{Earlier, FolderLock};
 use super::optimizer::Moments;
 use super::plan::Work;
+use super::relora::{self, Cycles};
 use super::saving::sweep_folder;
 use super::{
     Batches, Dataset, Keep, Material, MemoryPlan, MicroBatch, Quiz, Sample, TrainConfig, Trainer, largest_micro_batch,
@@ -37,6 +39,8 @@ pub(super) struct Trained<B: Backend> {
     pub group: Group,
     /// Where its values are.
     pub id: TensorId,
+    /// The model's layer that it is in, if it is in one.
+    pub layer: Option<usize>,
     /// Of its first rows, the values that they keep.
     pub fixed: Option<B::Buffer>,
     pub moments: Moments<B>,
@@ -142,7 +146,8 @@ pub(super) fn trained_tensors<B: Backend>(
             backend.write(&mut fixed, &values[..len]);
             Ok(fixed)
         });
-        tensors.push(Trained { spec: spec.clone(), group, id, moments, fixed: fixed.transpose()? });
+        let layer = layer_of(&spec.name);
+        tensors.push(Trained { spec: spec.clone(), group, id, layer, moments, fixed: fixed.transpose()? });
     }
     Ok((tensors, gradients(base, adapters)?))
 }
@@ -150,7 +155,7 @@ pub(super) fn trained_tensors<B: Backend>(
 /// A gradient for every tensor of the attached adapters that has one.
 pub(super) fn gradients<B: Backend>(base: &Base<B>, adapters: &Adapters<B>) -> Result<Gradients<B>> {
     let one = |(part, values)| Ok((part != TensorPart::Fixed).then(|| base.backend.buffer(values)).transpose()?);
-    Ok(Gradients { tensors: adapters.held().parts().map(one).collect::<Result<_>>()? })
+    Ok(Gradients { resting: Vec::new(), tensors: adapters.held().parts().map(one).collect::<Result<_>>()? })
 }
 
 /// What a run on `data` that is evaluated on `eval_data` and `held` takes memory for: an adapter of `method` with tensors
@@ -159,6 +164,7 @@ fn work<B: Backend>(
     base: &Base<B>,
     method: &Method,
     (specs, learned): (Vec<TensorSpec>, Vec<Learned>),
+    aside: Option<(Method, Vec<TensorSpec>)>,
     config: &TrainConfig,
     data: &Dataset,
     eval_data: Option<&Dataset>,
@@ -175,6 +181,7 @@ fn work<B: Backend>(
         method: method.clone(),
         specs,
         learned,
+        aside,
         lengths,
         largest: largest_micro_batch(data, config),
         evaluated: eval_data.map_or(0, Dataset::longest),
@@ -296,9 +303,11 @@ impl<B: Backend> Trainer<B> {
         let known = Lessons { questions: known.cloned().collect() };
         let held = prompts.and_then(|prompts| Held::new(prompts, known, &config, total_steps, step_tokens, places));
         let looked_at = first::looked_at(&method, &mut batches, &data, &config);
+        let aside = relora::aside(&config, &method, &specs, total_steps)?;
+        let tensors = (specs.clone(), learned.clone());
         let work = Work {
             looked_at: looked_at.iter().map(MicroBatch::tokens).sum(),
-            ..work(&base, &method, (specs.clone(), learned.clone()), &config, &data, eval_data.as_ref(), held.as_ref())
+            ..work(&base, &method, tensors, aside, &config, &data, eval_data.as_ref(), held.as_ref())
         };
         let (mut plan, config) = choose(&work, &config)?;
         plan.data += general.as_ref().map_or(0, Dataset::bytes) as u64;
@@ -336,6 +345,9 @@ impl<B: Backend> Trainer<B> {
             held: held.as_ref().map_or(0, Held::fingerprint),
             candidates: Candidates::default(),
             start: None,
+            layer_steps: Vec::new(),
+            drop_rates: Vec::new(),
+            grown: Vec::new(),
         };
         let mut file = AdapterFile::new(out.to_owned(), method, tensors).with(frozen);
         (file.base, file.base_mark) = (named, Some(mark::of(&base)?));
@@ -351,8 +363,13 @@ impl<B: Backend> Trainer<B> {
         file.tensors.retain(|name, _| frozen.is_frozen(name));
         crate::mmap::release_freed();
         let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
+        let cycles = Cycles::new(&base, &mut adapters, &file.method, &tensors, &config, total_steps)?;
         let lens = tensors.iter().map(|t| t.spec.values());
-        let allocator = file.method.budget().map(|budget| Allocator::new(budget, total_steps, lens));
+        let allocator = file.method.budget().map(|budget| Allocator::new(budget, config.grow_ranks, total_steps, lens));
+        if config.grow_ranks && allocator.is_none() {
+            let expected = "a new adapter with `target_r` below its rank, to which ranks grow";
+            return Err(Error::config("grow-ranks", expected, "none"));
+        }
         allocator.as_ref().map_or(Ok(()), Allocator::check)?;
         refuse_model(out)?;
         crate::format::create_folder(out)?;
@@ -376,6 +393,8 @@ impl<B: Backend> Trainer<B> {
             adapters,
             tensors,
             allocator,
+            cycles,
+            layers: StepLayers::default(),
             grads,
             pool: Pool::default(),
             ready: false,

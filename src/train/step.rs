@@ -1,5 +1,6 @@
 //! Forward, loss and backward of one micro-batch, one layer at a time.
 
+use super::layers::Depth;
 use super::sums::Sums;
 use super::{data::Sample, loss};
 use crate::adapter::{Adapters, Dropout, Gradients};
@@ -247,7 +248,8 @@ impl Layout {
 }
 
 /// Adds the losses (natural log) of the learned tokens to number `at` of `sums`, and to `grads` the gradient of `scale` times
-/// the sum of the losses, each times its weight. Without `grads` only the losses are computed.
+/// the sum of the losses, each times its weight. Without `grads` only the losses are computed. `depth` tells which layers
+/// backward goes through.
 ///
 /// # Errors
 /// Out of memory, a stop, an id outside the vocabulary. The pool has lost buffers then and should be cleared.
@@ -259,7 +261,7 @@ pub fn micro_step<B: Backend>(
     dropout: Option<Dropout>,
     arithmetic: Arithmetic,
     layout: &Layout,
-    mut grads: Option<&mut Gradients<B>>,
+    (mut grads, depth): (Option<&mut Gradients<B>>, &mut Depth<B>),
     pool: &mut Pool<B>,
     sums: (&mut Sums<B>, usize),
     watch: &mut Watch<'_>,
@@ -274,7 +276,9 @@ pub fn micro_step<B: Backend>(
     let mut x = inputs.embed(pool)?;
     for layer in 0..layers {
         watch.check()?;
-        if grads.is_some() && layer > 0 && layer.is_multiple_of(layout.every) {
+        // What is below the lowest that learns is needed only to come to that one's input.
+        let used = layer + layout.every > depth.lowest;
+        if grads.is_some() && used && layer > 0 && layer.is_multiple_of(layout.every) {
             inputs.keep(layer, &x, pool)?;
         }
         x = inputs.forward(layer, x, pool)?;
@@ -286,14 +290,24 @@ pub fn micro_step<B: Backend>(
     // and without what no gradient needs.
     if let (Some(grads), Some(dx)) = (grads, dx) {
         let mut dx = Some(dx);
-        for layer in (0..layers).rev() {
+        for layer in (depth.lowest..layers).rev() {
             let Some(dy) = dx.take() else { break };
             watch.check()?;
+            if depth.leaves_out(layer) {
+                // y = x + f(x) as if f were a constant
+                inputs.forget(layer, pool);
+                dx = Some(dy);
+                continue;
+            }
             let x = inputs.restore(layer, pool, watch)?;
-            let mut tape = pass.tape(Some(x), layer > 0 || pass.embedding_learns(), pool);
+            let before = depth.before(&base.backend, &dy, pool)?;
+            let needed = layer > depth.lowest || pass.embedding_learns() || before.is_some();
+            let mut tape = pass.tape(Some(x), needed, pool);
             let y = base.model.layer(&mut tape, layer, Value(0));
             dx = tape.backward_by(y, dy, grads, layout.part, &mut || watch.peak.sample())?;
+            depth.measure(&base.backend, layer, before, dx.as_ref(), pool)?;
         }
+        (0..layers).for_each(|layer| inputs.forget(layer, pool));
         before_layers(&pass, dx, grads, pool)?;
     }
     pass.finish(pool);
@@ -371,6 +385,13 @@ impl<B: Backend> Inputs<'_, B> {
         };
         self.kept[layer] = Some(kept);
         Ok(())
+    }
+
+    /// Gives back what is kept of the input of `layer`, if anything: nobody needs it any more.
+    fn forget(&mut self, layer: usize, pool: &mut Pool<B>) {
+        if let Some(kept) = self.kept[layer].take() {
+            pool.kept().put(&self.pass.base().backend, kept);
+        }
     }
 
     /// The input of `layer` from what is kept, which is needed no more if it is this layer's own.

@@ -419,7 +419,7 @@ fn gradients_of_an_activated_adapter_are_those_of_peft() {
         wanted.samples.iter().flat_map(|s| s.trained.iter().filter(|i| *i > 0).map(|i| s.ids[i])).collect();
     let micro = internals::MicroBatch::new(&data_of("train_ids_alora").samples).with_targets(targets);
     let buffers = adapters.held().specs().map(|(_, spec)| Some(on.backend.buffer(spec.values()).unwrap()));
-    let mut grads = internals::Gradients { tensors: buffers.collect() };
+    let mut grads = internals::Gradients { tensors: buffers.collect(), resting: Vec::new() };
     let mut sums = internals::Sums::new(&on.backend, 1).unwrap();
     let (trained, mut peak) = (micro.trained() as f32, pocketlora::memory::Peak::default());
     let mut watch = internals::Watch { keep_going: &mut || true, peak: &mut peak };
@@ -431,7 +431,7 @@ fn gradients_of_an_activated_adapter_are_those_of_peft() {
         None,
         pocketlora_kernels::Arithmetic::Exact,
         &internals::Layout::fast(false),
-        Some(&mut grads),
+        (Some(&mut grads), &mut internals::Depth::default()),
         &mut internals::Pool::default(),
         (&mut sums, 0),
         &mut watch,

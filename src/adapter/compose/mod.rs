@@ -13,11 +13,13 @@
 //!
 //! The result has a scale of 1 at every module. Weights below zero take away (task arithmetic, Ilharco et al. 2023).
 
+mod bounded;
 mod combine;
 #[cfg(test)]
 mod tests;
 mod write;
 
+pub(crate) use bounded::low_rank_sum;
 pub use write::{Composed, compose};
 pub(super) use write::{check_place, is_adapter_alone, texts, write_texts};
 

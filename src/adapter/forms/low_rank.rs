@@ -1,7 +1,10 @@
 //! A low-rank term on a linear layer: `y = x Wᵀ + s (x Aᵀ) Bᵀ` with `A` `[r, in]` and `B` `[out, r]`; on an embedding, where
 //! `x` is a token's place in the vocabulary, `y = E[id] + s A[:, id] Bᵀ` with `A` `[r, V]` and `B` `[C, r]`.
+//!
+//! In training, dropout leaves out elements of `x`, or of `h = x Aᵀ` `[T, r]` whole ranks (columns) or whole tokens (rows), and
+//! makes what is left larger by `1 / (1 - p)`. A term that is not in training has none.
 
-use super::{Context, Gradients, Lookup, LowRankFactors, Term};
+use super::{Context, Dropout, DropoutForm, Gradients, Lookup, LowRankFactors, Term};
 use crate::adapter::held::{Held, TensorId};
 use crate::error::Result;
 use pocketlora_kernels::{Backend, Call};
@@ -17,19 +20,46 @@ pub(crate) struct LowRankTerm {
 }
 
 impl LowRankTerm {
-    /// `s x Aᵀ` `[T, r]`, with `x` after dropout.
+    /// What dropout does, if anything.
+    fn dropout<B: Backend>(&self, cx: &Context<'_, B>) -> Option<Dropout> {
+        cx.dropout.filter(|_| cx.held.learns(self.a) || cx.held.learns(self.b))
+    }
+
+    /// `h` `[T, r]` with the ranks or tokens left out that dropout leaves out.
+    fn masked<B: Backend>(&self, cx: &mut Context<'_, B>, h: B::Buffer) -> Result<B::Buffer> {
+        let Some(Dropout { p, key, first, form }) = self.dropout(cx).filter(|d| d.form != DropoutForm::Input) else {
+            return Ok(h);
+        };
+        let (rank, input) = cx.backend.shape(cx.held.matrix(self.a));
+        let by_rank = form == DropoutForm::Rank;
+        let tokens = cx.backend.len(&h) / rank;
+        let (count, first) = if by_rank { (rank, 0) } else { (tokens, first / input as u64) };
+        let [mut ones, mut factors] = [cx.pool.take(cx.backend, count)?, cx.pool.take(cx.backend, count)?];
+        cx.backend.write(&mut ones, &vec![1.0; count]);
+        cx.backend.run(Call::Dropout { p, key, first, x: &ones, y: &mut factors })?;
+        let mut y = cx.pool.take(cx.backend, cx.backend.len(&h))?;
+        if by_rank {
+            cx.backend.run(Call::ScaleColumns { factors: &factors, x: &h, y: &mut y })?;
+        } else {
+            cx.backend.run(Call::ScaleRows { factors: &factors, x: &h, y: &mut y })?;
+        }
+        [ones, factors, h].into_iter().for_each(|buffer| cx.pool.put(cx.backend, buffer));
+        Ok(y)
+    }
+
+    /// `s x Aᵀ` `[T, r]`, after dropout; elements of `x` were dropped before.
     fn low<B: Backend>(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<B::Buffer> {
         let a = cx.held.matrix(self.a);
         let (rank, input) = cx.backend.shape(a);
         let mut h = cx.pool.take(cx.backend, cx.backend.len(x) / input * rank)?;
         cx.backend.run(Call::Matmul { arithmetic: cx.arithmetic, w: a, x, y: &mut h, accumulate: false })?;
         cx.backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
-        Ok(h)
+        self.masked(cx, h)
     }
 
     /// `x` after dropout in a buffer of its own, or `None` where nothing drops.
-    fn dropped<B: Backend>(cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<Option<B::Buffer>> {
-        let Some(dropout) = cx.dropout else { return Ok(None) };
+    fn dropped<B: Backend>(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<Option<B::Buffer>> {
+        let Some(dropout) = self.dropout(cx).filter(|d| d.form == DropoutForm::Input) else { return Ok(None) };
         let mut y = cx.pool.take(cx.backend, cx.backend.len(x))?;
         cx.backend.run(Call::Dropout { p: dropout.p, key: dropout.key, first: dropout.first, x, y: &mut y })?;
         Ok(Some(y))
@@ -38,7 +68,7 @@ impl LowRankTerm {
 
 impl<B: Backend> Term<B> for LowRankTerm {
     fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()> {
-        let dropped = Self::dropped(cx, x)?;
+        let dropped = self.dropped(cx, x)?;
         let h = self.low(cx, dropped.as_ref().unwrap_or(x))?;
         cx.backend.run(Call::Matmul {
             arithmetic: cx.arithmetic,
@@ -82,7 +112,7 @@ impl<B: Backend> Term<B> for LowRankTerm {
         let (backend, held) = (cx.backend, cx.held);
         let (rank, input) = backend.shape(held.matrix(self.a));
         let tokens = backend.len(x) / input;
-        let dropped = Self::dropped(cx, x)?;
+        let dropped = self.dropped(cx, x)?;
         let x = dropped.as_ref().unwrap_or(x);
 
         // y += h Bᵀ with h = s x Aᵀ, recomputed rather than kept: it is r wide and costs next to nothing.
@@ -110,6 +140,7 @@ impl<B: Backend> Term<B> for LowRankTerm {
             accumulate: false,
         })?;
         backend.run(Call::Scale { factor: self.factor, x: &mut dh })?;
+        let dh = self.masked(cx, dh)?;
         if let Some(da) = grads.of(self.a) {
             backend.run(Call::MatmulVjpW { tokens, dy: &dh, x, dw: da })?;
         }
@@ -121,7 +152,7 @@ impl<B: Backend> Term<B> for LowRankTerm {
 
     fn backward_x(&self, cx: &mut Context<'_, B>, dh: &B::Buffer, dx: &mut B::Buffer) -> Result<()> {
         let backend = cx.backend;
-        let Some(dropout) = cx.dropout else {
+        let Some(dropout) = self.dropout(cx).filter(|d| d.form == DropoutForm::Input) else {
             backend.run(Call::MatmulVjpX {
                 arithmetic: cx.arithmetic,
                 terms: &[(cx.held.matrix(self.a), dh)],

@@ -24,6 +24,7 @@ use super::held::{Held, TensorId};
 use crate::base::Pool;
 use crate::error::Result;
 use pocketlora_kernels::{Arithmetic, Backend};
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// What a form computes with.
@@ -52,6 +53,21 @@ pub struct Dropout {
     pub key: u64,
     /// Position in the stream of the input's first element; of a pass, that of its first token.
     pub first: u64,
+    /// What falls together.
+    pub form: DropoutForm,
+}
+
+/// What dropout leaves out of a low-rank term, see [`super::low_rank`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DropoutForm {
+    /// Single elements of what it reads.
+    #[default]
+    Input,
+    /// Ranks, the same ones for all tokens of a pass.
+    Rank,
+    /// Tokens: the term is there for a token or is not, as DropKey (Li et al. 2023) leaves whole keys out.
+    Token,
 }
 
 /// Gradients of the tensors in training and of what is made of them. Fixed tensors have none, and neither have those of
@@ -59,11 +75,16 @@ pub struct Dropout {
 pub struct Gradients<B: Backend> {
     /// By the number of the tensor.
     pub tensors: Vec<Option<B::Buffer>>,
+    /// Which of them rest: they are asked for none. Empty where none does.
+    pub resting: Vec<bool>,
 }
 
 impl<B: Backend> Gradients<B> {
-    /// The gradient of a tensor, to be added to, if it has one.
+    /// The gradient of a tensor, to be added to, if it has one and does not rest.
     pub fn of(&mut self, id: TensorId) -> Option<&mut B::Buffer> {
+        if self.resting.get(id.0) == Some(&true) {
+            return None;
+        }
         self.tensors.get_mut(id.0)?.as_mut()
     }
 }

@@ -107,8 +107,55 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     dropout: Option<f32>,
-    /// Share of the words of questions that a pass leaves out at random; every fourth leaves a question whole.
-    /// [default: 0]
+    /// Let the ranks of adalora grow from one to --option target_r=R, instead of falling to it.
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    grow_ranks: bool,
+    /// What dropout leaves out of a lora's term: input (elements), rank or token. [default: input]
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dropout_form: Option<String>,
+    /// Steps after which a lora puts aside what it has learned and begins anew (ReLoRA); the adapter has all ranks. [default: never]
+    #[arg(long, value_name = "STEPS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    relora: Option<u64>,
+    /// Share of the smallest moments of the optimizer that become zero then, 1 for all. [default: 0.99]
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    relora_prune: Option<f32>,
+    /// Steps in which the learning rate rises again then. [default: 10]
+    #[arg(long, value_name = "STEPS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    relora_warmup: Option<u64>,
+    /// Rank of the adapter that comes out of --relora, at most. [default: no bound]
+    #[arg(long, value_name = "RANK")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    relora_rank: Option<usize>,
+    /// Layers that learn at a time, while the others rest (LISA). [default: all]
+    #[arg(long, value_name = "LAYERS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layers_at_once: Option<usize>,
+    /// Steps with the same ones. [default: 10]
+    #[arg(long, value_name = "STEPS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layers_every: Option<u64>,
+    /// Which of them come next: random, or rotate from the last layer down. [default: random]
+    #[arg(long, value_name = "ORDER")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layers_order: Option<String>,
+    /// Share of the layers that backward leaves out, more often the less they matter (DropBP). [default: none]
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dropbp: Option<f32>,
+    /// Riemannian preconditioning of a lora's gradients, with this damping. [default without a number: 1e-6]
+    #[arg(long, value_name = "DAMPING", num_args = 0..=1, default_missing_value = "1e-6")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    riemannian: Option<f64>,
+    /// Sharpness-aware steps: the gradient is taken so far up the hill. Twice the time. [default without a number: 0.05]
+    #[arg(long, value_name = "DISTANCE", num_args = 0..=1, default_missing_value = "0.05")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sam: Option<f32>,
+    /// Share of the words of questions that a pass leaves out at random; every fourth leaves a question whole. [default: 0]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_dropout: Option<f32>,

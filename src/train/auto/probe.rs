@@ -164,10 +164,13 @@ impl<B: Backend> Trainer<B> {
             t.moments = Moments::new(&base.backend, config, t.spec.values())?;
         }
         if let Some(allocator) = allocator {
+            allocator.counts.clear();
             allocator.state.iter_mut().flatten().for_each(|values| values.fill(0.0));
         }
         first::hold(base, adapters, file, 0)?;
         adapters.renew(base, 0)?;
+        facts.layer_steps.clear();
+        facts.drop_rates.clear();
         (config.lr, facts.step) = (lr, 0);
         Ok(())
     }

@@ -3,6 +3,7 @@
 
 mod choice;
 mod control;
+mod courses;
 mod failures;
 #[cfg(all(unix, feature = "cli"))]
 mod killed;
