@@ -4,7 +4,7 @@
 //! for its golden, and what each tensor is made of: `tests/interop/manifests.py` found it by comparing the file with the golden.
 //! From both, the file is made again here, with a checksum of each tensor.
 
-use super::writer::Writer;
+use super::writer::{Random, Writer};
 use crate::common::{Tensor, golden, ids, logits, max_diff, open_exact, tensors};
 use bytes::Bytes;
 use pocketlora::ErrorCode;
@@ -254,9 +254,12 @@ fn refused(w: &Writer) -> String {
     error.to_string()
 }
 
+/// The family, what is wrong, and what the message must name.
+type Lie = (&'static str, fn(&mut Writer), &'static [&'static str]);
+
 #[test]
 fn lists_of_layers_and_stacks_of_experts_are_checked() {
-    let cases: &[(&str, fn(&mut Writer), &[&str])] = &[
+    let cases: &[Lie] = &[
         (
             "lfm2",
             |w| _ = w.i32s("lfm2.attention.head_count_kv", &[0, 2]),
@@ -297,4 +300,27 @@ fn layers_that_predict_further_tokens_are_left_out() {
     assert_eq!(gguf.config()["num_hidden_layers"], 4);
     assert_eq!(gguf.left_out().iter().map(|part| part.tensors).collect::<Vec<_>>(), [1]);
     assert_eq!(gguf.tensors().len(), case.gguf().unwrap().tensors().len());
+}
+
+/// Of every family: a header that lies ends in an error, or in a model whose tensors can be read.
+#[test]
+fn flipped_bits_in_any_family_never_panic() {
+    let mut random = Random(0xface);
+    for (name, manifest) in manifests() {
+        let w = Case::of(&name, manifest).file();
+        let whole = w.build();
+        let header = whole.len() - w.tensors.iter().map(|t| t.data.len()).sum::<usize>();
+        let mut refused = 0;
+        for _ in 0..80 {
+            let mut bytes = whole.clone();
+            for _ in 0..=random.below(3) {
+                bytes[random.below(header)] ^= 1 << random.below(8);
+            }
+            match Gguf::from_bytes(Bytes::from(bytes), Path::new("golden.gguf")) {
+                Ok(gguf) => _ = read(&gguf),
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(refused > 20, "{name}: only {refused} of 80 refused: the flips miss the header");
+    }
 }
