@@ -29,17 +29,16 @@ impl Lora {
 
     /// Refuses a beginning that some of `layers` cannot have.
     pub(in crate::adapter) fn check_init(&self, model: &dyn Model, layers: &[Param]) -> Result<()> {
-        if let Some(outside) = self.targets.iter().find(|t| EMBEDDING.ends_with(t.as_str())) {
-            if !matches!(self.init, Init::Plain | Init::Gaussian) {
-                let expected = format!("linear layers beside `init-lora-weights = {}`", self.init.name());
-                return Err(Error::config("targets", expected, outside));
-            }
+        let random = matches!(self.init, Init::Plain | Init::Gaussian);
+        if let Some(outside) = self.targets.iter().find(|t| !random && EMBEDDING.ends_with(t.as_str())) {
+            let expected = format!("linear layers beside `init-lora-weights = {}`", self.init.name());
+            return Err(Error::config("targets", expected, outside));
         }
         if self.init.is_taken_away() && self.invocation.is_some() {
             let expected = format!("none beside `init-lora-weights = {}`", self.init.name());
             return Err(Error::config("alora-invocation-tokens", expected, "some"));
         }
-        if self.init == Init::Orthogonal && self.rank % 2 > 0 {
+        if self.init == Init::Orthogonal && !self.rank.is_multiple_of(2) {
             return Err(Error::config("rank", "an even number beside `init-lora-weights = orthogonal`", self.rank));
         }
         for spec in layers.iter().map(|p| &model.params()[p.0 as usize]) {

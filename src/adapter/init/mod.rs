@@ -48,6 +48,9 @@ pub(crate) fn is_first(name: &str) -> bool {
 /// Rounds of the randomized decomposition where none are asked for.
 const ITERATIONS: usize = 8;
 
+/// A layer's shape `[out, in]`, and the rank that it gets.
+type Layer = ([usize; 2], usize);
+
 /// How a fresh LoRA begins.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Init {
@@ -137,16 +140,16 @@ impl Init {
 
     /// Bytes that beginning takes beside the adapter, for layers `[out, in]` with their ranks, and texts of so many
     /// tokens of `hidden` values each; without what passes take.
-    pub(crate) fn bytes(self, layers: &[([usize; 2], usize)], hidden: usize, tokens: usize) -> u64 {
+    pub(crate) fn bytes(self, layers: &[Layer], hidden: usize, tokens: usize) -> u64 {
         let sides = |[out, input]: [usize; 2]| (out + input, out.min(input));
         // Rows as the device and the host have them in f32, and those that are made orthogonal in f64.
         let products = |width: usize, both: usize| (width * both * (4 + 4 + 8)) as u64;
-        let largest = |(shape, rank): &([usize; 2], usize)| {
+        let largest = |(shape, rank): &Layer| {
             let (both, side) = sides(*shape);
             products(range::width(*rank, side), both)
         };
-        let smallest = |layer: &([usize; 2], usize)| largest(layer) + 8 * sides(layer.0).1.pow(2) as u64;
-        let most = |of: &dyn Fn(&([usize; 2], usize)) -> u64| layers.iter().map(of).max().unwrap_or(0);
+        let smallest = |layer: &Layer| largest(layer) + 8 * sides(layer.0).1.pow(2) as u64;
+        let most = |of: &dyn Fn(&Layer) -> u64| layers.iter().map(of).max().unwrap_or(0);
         match self {
             Self::Plain | Self::Gaussian | Self::Orthogonal => 0,
             Self::Pissa(_) | Self::Olora => most(&largest),
