@@ -59,7 +59,7 @@ pub(super) fn dry_run(run: &DryRun<'_>) -> Result<()> {
         .as_ref()
         .map(|path| Dataset::open_held_out(path, &tokenizer, &template, limits))
         .transpose()?;
-    say_unused(held.as_ref());
+    say_unused("held-out data", held.as_ref());
     let (mut config, mut decided): (_, &[&str]) = (config.clone(), &[]);
     if let Some(file) = init {
         config = config.with_adapter(built.as_ref(), file, &|key| given.contains(key))?;
@@ -98,10 +98,10 @@ pub(super) fn dry_run(run: &DryRun<'_>) -> Result<()> {
     Ok(())
 }
 
-/// What is in the held-out data and not used; that of what is learned is among its figures.
-pub(super) fn say_unused(held: Option<&Dataset>) {
-    let text = held.map(|held| held.unused.text()).unwrap_or_default();
-    text.lines().for_each(|line| eprintln!("held-out data: {line}"));
+/// What is in `data`, which is called `what`, and not used; that of what is learned is among its figures.
+pub(super) fn say_unused(what: &str, data: Option<&Dataset>) {
+    let text = data.map(|data| data.unused.text()).unwrap_or_default();
+    text.lines().for_each(|line| eprintln!("{what}: {line}"));
 }
 
 /// The figures in a few lines.

@@ -107,6 +107,16 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
 /// Writes `file`, which is for `base`, in few bits, and tells what that cost.
 fn compressed(args: &Args, file: &AdapterFile, base: &dyn Model) -> Result<()> {
+    // Read before anything is written.
+    let measured = match (&args.data, args.model.as_ref().or(file.base.as_ref())) {
+        (Some(path), Some(name)) => {
+            let engine = Engine::open(&model::resolve(name, true)?.path, &options())?;
+            let dataset = engine.reader(Some(file))?.dataset(path, TrainConfig::default().seq)?;
+            data::say_unused("data", Some(&dataset));
+            Some((engine, dataset))
+        }
+        _ => None,
+    };
     // Where the adapter was trained here, its run's settings lie beside it.
     let settings = fs::read_to_string(file.dir.join(SETTINGS)).unwrap_or_default();
     let seed = toml::from_str::<TrainConfig>(&settings).map_or(0, |config| config.seed);
@@ -122,20 +132,15 @@ fn compressed(args: &Args, file: &AdapterFile, base: &dyn Model) -> Result<()> {
     if done.differences == 0 {
         eprintln!("note: how the adapter began is not known here, so that the file is larger than it could be");
     }
-    let (Some(path), Some(name)) = (&args.data, args.model.as_ref().or(file.base.as_ref())) else { return Ok(()) };
-    let found = model::resolve(name, true)?;
-    let engine = Engine::open(&found.path, &options())?;
-    let dataset = engine.reader(Some(file))?.dataset(path, TrainConfig::default().seq)?;
-    data::say_unused(Some(&dataset));
+    let Some((engine, dataset)) = measured else { return Ok(()) };
     let mut watcher = Watcher::new(0, 0, false);
     let adapters = [None, Some(file.clone()), Some(AdapterFile::open(&args.out)?)];
-    let losses: Result<Vec<f64>> =
-        adapters.map(|file| engine.loss_with(file, &dataset, &mut watcher)).into_iter().collect();
+    let losses = adapters.map(|file| engine.loss_with(file, &dataset, &mut watcher));
     watcher.bar.finish_and_clear();
-    let losses = losses?;
+    let [plain, whole, left] = losses;
     println!(
         "loss on the data: {:.3} without the adapter, {:.3} with it, {:.3} with the compressed one",
-        losses[0], losses[1], losses[2]
+        plain?, whole?, left?
     );
     Ok(())
 }

@@ -70,7 +70,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let found = model::resolve(&args.model, true)?;
     let engine = Engine::open(&found.path, &Options { threads: args.threads, strict: args.strict, ..options() })?;
     let dataset = engine.reader(Some(&file))?.dataset(data, crate::train::TrainConfig::default().seq)?;
-    data::say_unused(Some(&dataset));
+    data::say_unused("data", Some(&dataset));
     let by = match args.by {
         By::Ranks => PruneBy::Ranks,
         By::Modules => PruneBy::Modules,

@@ -192,7 +192,7 @@ fn read(
         None => reader.dataset(&args.data, config.seq)?,
     };
     let eval_data = config.eval_data.as_ref().map(|path| reader.held_out_dataset(path, config.seq)).transpose()?;
-    data::say_unused(eval_data.as_ref());
+    data::say_unused("held-out data", eval_data.as_ref());
     DataCheck::new(&data.checks, &reader.text().tokenizer, &reader.text().template).warn();
     // What is studied has settings of its own.
     let chosen = args.auto == Auto::On && !args.resume && studied.is_none();
