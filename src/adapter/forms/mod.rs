@@ -57,7 +57,7 @@ pub struct Dropout {
     pub form: DropoutForm,
 }
 
-/// What dropout leaves out of a low-rank term, see [`super::low_rank`].
+/// What dropout leaves out of a low-rank term, see `low_rank.rs`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DropoutForm {
