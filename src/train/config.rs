@@ -468,9 +468,14 @@ impl TrainConfig {
         if let Some(steps) = self.init_steps.filter(|_| !init.reads_data()) {
             return Err(Error::config(
                 "init-steps",
-                "`init-lora-weights` of `eva`, `corda` or `lora_ga` beside it",
+                "`init-lora-weights` of `eva`, `corda`, `corda_kpm` or `lora_ga` beside it",
                 steps,
             ));
+        }
+        let own_ranks = !self.rank_pattern.is_empty() || self.rank_budget().is_some();
+        if let Some(name) = self.init_lora_weights.as_ref().filter(|_| own_ranks && init != Init::Plain) {
+            let expected = "`true` beside `rank-pattern` or a budget of ranks, which begin in no other way yet";
+            return Err(Error::config("init-lora-weights", expected, name));
         }
         if self.relora.is_some() && init.is_taken_away() {
             let expected =

@@ -346,6 +346,14 @@ fn courses_that_cannot_be_are_refused() {
         (TrainConfig { relora: Some(100), ..config() }, "`relora`"),
         (TrainConfig { relora: Some(2), ..of(Kind::Dora) }, "`relora`"),
         (TrainConfig { relora: Some(2), init_lora_weights: Some("pissa".into()), ..config() }, "`init-lora-weights`"),
+        (
+            TrainConfig {
+                rank_pattern: [("q_proj".to_owned(), 2)].into(),
+                init_lora_weights: Some("eva".into()),
+                ..config()
+            },
+            "`init-lora-weights`",
+        ),
         (TrainConfig { riemannian: Some(1e-6), ..of(Kind::Dora) }, "`riemannian`"),
         (TrainConfig { riemannian: Some(0.0), ..config() }, "`riemannian`"),
         (TrainConfig { sam: Some(-1.0), ..config() }, "`sam`"),
