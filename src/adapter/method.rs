@@ -299,6 +299,11 @@ pub(super) const HEAD: &str = "lm_head";
 /// The path of the embedding.
 pub(super) const EMBEDDING: &str = "model.embed_tokens";
 
+/// The number of the model's layer that the path of a module or tensor is in, if it is in one.
+pub(crate) fn layer_of(path: &str) -> Option<usize> {
+    path.split('.').find_map(|part| part.parse().ok())
+}
+
 /// The linear layer or the embedding that an adapter's module path names; a tied head is the embedding's parameter.
 pub(crate) fn layer_at(model: &dyn Model, path: &str) -> Option<Param> {
     let is_it = |spec: &ParamSpec| match spec.role {

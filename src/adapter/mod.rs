@@ -90,4 +90,4 @@ pub use tensor::{HostTensor, Stored, TensorSpec, Tensors};
 
 #[cfg(feature = "cli")]
 pub(crate) use method::AUTO;
-pub(crate) use method::{layer_at, with_embedding};
+pub(crate) use method::{layer_at, layer_of, with_embedding};

@@ -41,11 +41,6 @@ pub enum LayerOrder {
     Rotate,
 }
 
-/// The number of the model's layer that the path of a module or tensor is in, if it is in one.
-pub(super) fn layer_of(path: &str) -> Option<usize> {
-    path.split('.').find_map(|part| part.parse().ok())
-}
-
 impl TrainConfig {
     /// Whether each of `layers` layers learns in step `number` (1-based); none where all do.
     pub(super) fn layers_in_training(&self, number: u64, layers: usize) -> Option<Vec<bool>> {
@@ -277,6 +272,7 @@ impl<B: Backend> Trainer<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::adapter::layer_of;
 
     #[test]
     fn layers_take_turns_as_asked() {

@@ -8,7 +8,7 @@ use super::control::TrainHandle;
 use super::first;
 use super::hold_out::Overlap;
 use super::keep::{AT_ONCE, Held, Lessons};
-use super::layers::{StepLayers, layer_of};
+use super::layers::StepLayers;
 use super::lock::{Earlier, FolderLock};
 use super::optimizer::Moments;
 use super::plan::Work;
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::adapter::{
     AdapterFile, Adapters, Gradients, Group, Learned, Method, Replaced, Settings, TensorId, TensorPart, TensorSpec,
-    begin, fresh, layer_at, mark,
+    begin, fresh, layer_at, layer_of, mark,
 };
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};

@@ -1,6 +1,7 @@
 //! What NF4 costs a merged model: the written weights beside those that were to be written.
 
 use super::Merged;
+use crate::adapter::layer_of;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{HfSource, Source};
 use rayon::prelude::*;
@@ -129,7 +130,7 @@ pub fn rounding(
             }
         }
         let module = meta.name.strip_suffix(".weight").unwrap_or(&meta.name).to_owned();
-        let layer = module.split('.').find_map(|segment| segment.parse().ok());
+        let layer = layer_of(&module);
         found.push(Rounding { module, layer, sums });
     }
     Ok(found)

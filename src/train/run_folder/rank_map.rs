@@ -2,6 +2,7 @@
 
 use super::super::{LayerRank, RankChoice};
 use super::draw::{Area, Failure, HELD_OUT, INK, font, svg as drawn};
+use crate::adapter::layer_of;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -15,15 +16,9 @@ const MARGIN: i32 = 16;
 
 /// The number of the model's layer that a path is in, and the path in it; a path outside of layers has none.
 fn place(path: &str) -> (Option<usize>, &str) {
-    let (mut rest, mut at) = (path, None);
-    while let Some((part, behind)) = rest.split_once('.') {
-        rest = behind;
-        at = part.parse().ok();
-        if at.is_some() {
-            break;
-        }
-    }
-    if at.is_some() { (at, rest) } else { (None, path) }
+    let layer = layer_of(path);
+    let behind = layer.and_then(|layer| path.split_once(&format!(".{layer}.")));
+    behind.map_or((None, path), |(_, rest)| (layer, rest))
 }
 
 /// The picture.
