@@ -44,7 +44,7 @@ pub(crate) use forms::activated::last_invocation;
 pub(crate) use forms::{Context, Dropout, Gradients, Prefix};
 pub(crate) use held::{Part as TensorPart, TensorId};
 pub use init::Init;
-pub(crate) use init::{Sketch, is_first};
+pub(crate) use init::{Progress, Sketch, is_first};
 pub use kinds::{Kind, Method};
 pub(crate) use learned::{Learned, fresh};
 pub use merge::{Merged, Rounding, rounding};

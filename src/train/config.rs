@@ -472,10 +472,9 @@ impl TrainConfig {
                 steps,
             ));
         }
-        let own_ranks = !self.rank_pattern.is_empty() || self.rank_budget().is_some();
-        if let Some(name) = self.init_lora_weights.as_ref().filter(|_| own_ranks && init != Init::Plain) {
-            let expected = "`true` beside `rank-pattern` or a budget of ranks, which begin in no other way yet";
-            return Err(Error::config("init-lora-weights", expected, name));
+        if init == Init::Orthogonal && self.rank_budget().is_some() {
+            let expected = "another beginning beside a budget of ranks, which may be odd";
+            return Err(Error::config("init-lora-weights", expected, init.name()));
         }
         if self.relora.is_some() && init.is_taken_away() {
             let expected =

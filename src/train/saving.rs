@@ -6,7 +6,7 @@ use super::optimizer::{bytes_of, floats};
 use super::relora::Cycles;
 use super::setup::Trained;
 use super::{Observer, Trainer, allocate, run_folder};
-use crate::adapter::{AdapterFile, Adapters, HostTensor, Stored, is_first};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, Stored, Tensors, is_first};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
@@ -53,6 +53,12 @@ fn wait(longest: Duration, age: Duration, cost: Duration) -> Duration {
     age.max(FIRST).min(longest).max(cost * SHARE)
 }
 
+/// Tensors in `file`, of an adapter in training, that stay as they are and that a checkpoint has to hold.
+fn begun(file: &AdapterFile) -> impl Iterator<Item = (&String, &HostTensor)> {
+    let all = file.method.begins_with().is_some();
+    file.tensors.iter().filter(move |(name, _)| all || is_first(name))
+}
+
 impl<B: Backend> Trainer<B> {
     /// Goes to where the newest sound checkpoint in the output folder stands.
     ///
@@ -60,7 +66,7 @@ impl<B: Backend> Trainer<B> {
     /// There is none, all are broken, or it belongs to another run.
     pub fn resume(&mut self) -> Result<()> {
         let Loaded { facts, file, warning } = checkpoint::load(&self.out, &self.facts, &self.entries())?;
-        let (backend, mut first) = (&self.base.backend, Vec::new());
+        let backend = &self.base.backend;
         for t in &mut self.tensors {
             let part = |prefix: &str| file.get(&format!("{prefix}.{}", t.spec.name)).map(|tensor| &tensor.bytes[..]);
             let values = floats(part("param")?);
@@ -70,15 +76,13 @@ impl<B: Backend> Trainer<B> {
             t.moments.write(backend, &parts);
         }
         // What was taken from the base or the data is not computed once more: another machine's last digits may be others.
-        for (id, spec) in self.adapters.held().fixed().filter(|(_, spec)| is_first(&spec.name)) {
-            let values = floats(&file.get(&format!("{BEGUN}.{}", spec.name))?.bytes);
-            first.push((id, spec.name.clone(), values));
+        let mut first = Tensors::new();
+        for (name, tensor) in begun(&self.file) {
+            let data = floats(&file.get(&format!("{BEGUN}.{name}"))?.bytes);
+            first.insert(name.clone(), HostTensor { shape: tensor.shape.clone(), data });
         }
-        for (id, name, values) in first {
-            self.adapters.held_mut().update(backend, id, &mut |own| backend.write(own, &values));
-            if let Some(own) = self.file.tensors.get_mut(&name) {
-                own.data = values;
-            }
+        if facts.step > 0 {
+            self.beginning = None;
         }
         if let Some(allocator) = &mut self.allocator {
             allocator.counts.clone_from(&facts.grown);
@@ -91,12 +95,12 @@ impl<B: Backend> Trainer<B> {
         if let Some(cycles) = &self.cycles {
             cycles.load(backend, &mut self.adapters, &file)?;
         }
-        self.adapters.renew(&self.base, facts.step)?;
+        self.facts = facts;
+        self.put(first)?;
         // A damaged newest one must not become the previous one, in place of a sound one.
         self.saved = warning.is_none();
         self.earlier = None;
         self.warnings.extend(warning);
-        self.facts = facts;
         if self.facts.candidates.kept.is_some()
             && let Err(e) = AdapterFile::open(&self.out.join(FOLDER))
         {
@@ -118,7 +122,7 @@ impl<B: Backend> Trainer<B> {
                 entries.extend(allocate::PARTS.map(|part| entry(part, Dtype::F32, vec![t.spec.values()])));
             }
         }
-        for (name, tensor) in self.file.tensors.iter().filter(|(name, _)| is_first(name)) {
+        for (name, tensor) in begun(&self.file) {
             entries.push(Entry { name: format!("{BEGUN}.{name}"), dtype: Dtype::F32, shape: tensor.shape.clone() });
         }
         entries.extend(self.cycles.iter().flat_map(|cycles| cycles.entries(&self.adapters)));
@@ -150,7 +154,7 @@ impl<B: Backend> Trainer<B> {
                     sink.put(&format!("{part}.{}", t.spec.name), &bytes_of(values))?;
                 }
             }
-            for (name, tensor) in file.tensors.iter().filter(|(name, _)| is_first(name)) {
+            for (name, tensor) in begun(file) {
                 sink.put(&format!("{BEGUN}.{name}"), &bytes_of(&tensor.data))?;
             }
             if let Some(cycles) = cycles {

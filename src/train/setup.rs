@@ -302,11 +302,12 @@ impl<B: Backend> Trainer<B> {
         let known = taught.questions.iter().filter(|ids| ids.iter().all(|id| (*id as usize) < vocab));
         let known = Lessons { questions: known.cloned().collect() };
         let held = prompts.and_then(|prompts| Held::new(prompts, known, &config, total_steps, step_tokens, places));
-        let looked_at = first::looked_at(&method, &mut batches, &data, &config);
+        let fresh_one = init.is_none();
+        let beginning = fresh_one.then(|| first::looked_at(&method, &mut batches, &data, &config)).flatten();
         let aside = relora::aside(&config, &method, &specs, total_steps)?;
         let tensors = (specs.clone(), learned.clone());
         let work = Work {
-            looked_at: looked_at.iter().map(MicroBatch::tokens).sum(),
+            looked_at: beginning.iter().flatten().map(MicroBatch::tokens).sum(),
             ..work(&base, &method, tensors, aside, &config, &data, eval_data.as_ref(), held.as_ref())
         };
         let (mut plan, config) = choose(&work, &config)?;
@@ -328,10 +329,7 @@ impl<B: Backend> Trainer<B> {
                 let mut tensors = method.fresh(&specs, &base, config.seed)?;
                 let texts = data.samples.iter().map(|sample| &sample.ids[..]);
                 begin(&base, &method, &mut tensors, prompt_ids.as_deref(), texts, config.seed)?;
-                method.begin_with_weights(&base, &mut tensors, config.seed)?;
-                if let Method::Lora(lora) = &method {
-                    first::begin_lora(&base, lora, &mut tensors, &looked_at, &config, &plan)?;
-                }
+                first::check(&base, &method, &tensors, &config)?;
                 tensors
             }
         };
@@ -392,6 +390,7 @@ impl<B: Backend> Trainer<B> {
             file,
             adapters,
             tensors,
+            beginning,
             allocator,
             cycles,
             layers: StepLayers::default(),

@@ -147,6 +147,19 @@ impl Lora {
         Self { targets, ..lora }
     }
 
+    /// The same with other ranks and alphas of its modules, by their paths.
+    #[must_use]
+    pub(crate) fn of_ranks(&self, modules: &[(String, usize, f64)]) -> Self {
+        let Self { rank, alpha, rank_pattern, alpha_pattern, .. } = Self::of_modules(modules);
+        let exceptions = BTreeMap::new();
+        let mut ranked = Self { rank, alpha, rank_pattern, alpha_pattern, exceptions, ..self.clone() };
+        for (module, rank, alpha) in modules {
+            let factor = ranked.factor(*rank, *alpha);
+            ranked.set_module(module.clone(), *rank, factor);
+        }
+        ranked
+    }
+
     /// Says what rank and factor on `B A` the module at the path `module` has.
     pub(crate) fn set_module(&mut self, module: String, rank: usize, factor: f32) {
         if (rank, factor) != self.of_module(&module) {
