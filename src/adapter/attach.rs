@@ -114,7 +114,8 @@ impl<B: Backend> Adapters<B> {
     ///
     /// # Errors
     /// A module or shape that this base does not have; a weight that another adapter brings, too, or a factor where
-    /// there is nothing to multiply; another method than that of the adapters there are. All is as it was then.
+    /// there is nothing to multiply; another method than that of the adapters there are. All is as it was then, but for a
+    /// file of which only one beside it fails.
     pub fn attach(&mut self, base: &Base<B>, file: &AdapterFile, factor: f32, dtype: WorkType) -> Result<()> {
         self.attach_as(base, file, factor, dtype, false)
     }
@@ -128,6 +129,19 @@ impl<B: Backend> Adapters<B> {
     }
 
     fn attach_as(
+        &mut self,
+        base: &Base<B>,
+        file: &AdapterFile,
+        factor: f32,
+        dtype: WorkType,
+        trains: bool,
+    ) -> Result<()> {
+        self.attach_one(base, file, factor, dtype, trains)?;
+        file.beside.iter().try_for_each(|other| self.attach_one(base, other, factor, dtype, trains))
+    }
+
+    /// As [`Adapters::attach`], without what is beside `file`.
+    fn attach_one(
         &mut self,
         base: &Base<B>,
         file: &AdapterFile,
@@ -213,7 +227,7 @@ impl<B: Backend> Adapters<B> {
     pub(crate) fn attach_zeros(&mut self, base: &Base<B>, method: &Method, specs: &[TensorSpec]) -> Result<()> {
         let modules: Vec<&str> = specs.iter().filter_map(|spec| method.kind().module_of(&spec.name)).collect();
         let layers = modules.into_iter().filter_map(|module| Some((layer_at(base.model.as_ref(), module)?, module)));
-        self.invocation = method.invocation().map(Arc::from);
+        self.invocation = method.invocation().map(Arc::from).or(self.invocation.take());
         let (at, replaced) = (layers.collect(), std::mem::take(&mut self.replaced));
         let loader = Loader::new(base, &replaced, Values::Zeros(specs), WorkType::F32, true, &self.held);
         let placed = self.place(base, method, loader, at, 1.0);

@@ -5,6 +5,7 @@
 
 pub(crate) mod attach;
 mod begun;
+mod beside;
 mod cayley;
 mod compose;
 mod content;
@@ -36,6 +37,7 @@ mod weight;
 
 pub(crate) use attach::Adapters;
 pub(crate) use begun::begin;
+pub(crate) use beside::replace as replace_beside;
 pub(crate) use compose::low_rank_sum;
 pub use compose::{Combination, Composed, Composition, MajoritySign, compose};
 pub use exchange::{Compressed, export_compressed, export_gguf, export_mlx};

@@ -89,6 +89,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Err(Error::config(name, "it with `--to compressed` alone", got));
     }
     let file = AdapterFile::open(&path)?;
+    file.check_alone("an export takes one adapter")?;
     file.warnings.iter().for_each(|warning| eprintln!("note: {warning}"));
     check_out(args)?;
     let base = (args.to != To::Peft || file.needs_base()).then(|| base_of(args, &file)).transpose()?;

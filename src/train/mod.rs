@@ -3,6 +3,7 @@
 mod allocate;
 pub mod auto;
 mod batches;
+mod beside;
 mod best;
 mod budget;
 mod checkpoint;

@@ -6,7 +6,7 @@ use super::optimizer::{bytes_of, floats};
 use super::relora::Cycles;
 use super::setup::Trained;
 use super::{Observer, Trainer, allocate, run_folder};
-use crate::adapter::{AdapterFile, Adapters, HostTensor, Stored, Tensors, is_first};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, Kind, Stored, Tensors, is_first, replace_beside};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
@@ -242,18 +242,26 @@ impl<B: Backend> Trainer<B> {
     /// Writes it to another folder, one tensor at a time, for it comes beside all else that the run holds.
     pub(super) fn write_adapter(&mut self, dir: &Path) -> Result<()> {
         crate::format::create_folder(dir)?;
+        let kinds: Vec<Kind> = self.file.beside.iter().map(|other| other.method.kind()).collect();
+        replace_beside(dir, &kinds, |i, folder| self.write_one(i + 1, folder))?;
+        self.write_one(0, dir)
+    }
+
+    /// Writes one of its adapters, see [`Trained::owner`], to the folder `dir`.
+    fn write_one(&mut self, owner: usize, dir: &Path) -> Result<()> {
         if self.file.method.converts() {
             let mut file = self.snapshot()?;
             file.dir = dir.to_owned();
             return file.save();
         }
         let Self { base, adapters, tensors, file, peak, cycles, facts, .. } = self;
-        let cycles = cycles.as_ref();
-        let standing_in = standing_in(file, tensors);
-        for t in tensors.iter().filter(|t| standing_in.contains(&t.spec.name)) {
+        let (cycles, file) = (cycles.as_ref(), owned_by(file, owner));
+        let tensors = || tensors.iter().enumerate().filter(|(_, t)| t.owner == owner);
+        let standing_in = standing_in(file, tensors().map(|(_, t)| t));
+        for (_, t) in tensors().filter(|(_, t)| standing_in.contains(&t.spec.name)) {
             put_back(file, t, adapters.held().read(&base.backend, t.id)?)?;
         }
-        let own = || tensors.iter().enumerate().filter(|(_, t)| !standing_in.contains(&t.spec.name));
+        let own = || tensors().filter(|(_, t)| !standing_in.contains(&t.spec.name));
         let shape = |(i, t): (usize, &Trained<B>)| {
             cycles.map_or_else(|| t.spec.shape.clone(), |cycles| cycles.shape(i, t, facts.step))
         };
@@ -290,11 +298,13 @@ pub(super) fn snapshot<B: Backend>(
 ) -> Result<AdapterFile> {
     let (backend, mut file) = (&base.backend, file.clone());
     let (stored, converts) = (file.method.kind().stored(), file.method.converts());
-    let standing_in = standing_in(&file, tensors);
     for (i, trained) in tensors.iter().enumerate() {
-        let Trained { spec, id, .. } = trained;
+        let Trained { spec, id, owner, .. } = trained;
+        let file = owned_by(&mut file, *owner);
+        let stored = file.method.kind().stored();
+        let standing_in = standing_in(file, tensors.iter().filter(|t| t.owner == *owner));
         if standing_in.contains(&spec.name) {
-            put_back(&mut file, trained, adapters.held().read(backend, *id)?)?;
+            put_back(file, trained, adapters.held().read(backend, *id)?)?;
             continue;
         }
         let mut tensor = HostTensor { shape: spec.shape.clone(), data: adapters.held().read(backend, *id)? };
@@ -318,15 +328,25 @@ pub(super) fn snapshot<B: Backend>(
     Ok(file)
 }
 
-/// Names of those of `tensors` that `file` has in place of parts of the base.
-fn standing_in<B: Backend>(file: &AdapterFile, tensors: &[Trained<B>]) -> BTreeSet<String> {
-    file.replaced.names_learned(file.method.kind(), &adapted(file, tensors))
+/// The adapter number `owner` of a run, see [`Trained::owner`].
+fn owned_by(file: &mut AdapterFile, owner: usize) -> &mut AdapterFile {
+    match owner {
+        0 => file,
+        _ => &mut file.beside[owner - 1],
+    }
 }
 
-/// Paths of the modules that `tensors` adapt.
-fn adapted<B: Backend>(file: &AdapterFile, tensors: &[Trained<B>]) -> Vec<String> {
+/// Names of those of its `tensors` that `file` has in place of parts of the base.
+fn standing_in<'t, B: Backend + 't>(
+    file: &AdapterFile,
+    tensors: impl Iterator<Item = &'t Trained<B>>,
+) -> BTreeSet<String> {
+    if file.replaced.is_empty() {
+        return BTreeSet::new();
+    }
     let kind = file.method.kind();
-    tensors.iter().filter_map(|t| kind.module_of(&t.spec.name)).map(str::to_owned).collect()
+    let adapted: Vec<String> = tensors.filter_map(|t| kind.module_of(&t.spec.name)).map(str::to_owned).collect();
+    file.replaced.names_learned(kind, &adapted)
 }
 
 /// Puts the values of `trained` in the place that `file` has for them.

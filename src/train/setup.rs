@@ -1,6 +1,7 @@
 //! What a run starts from: its adapter, fresh or another run's, and the tensors that it moves.
 
 use super::allocate::Allocator;
+use super::beside::{self, Companion};
 use super::best::Candidates;
 use super::budget::choose;
 use super::checkpoint::RunFacts;
@@ -37,6 +38,8 @@ use std::time::Duration;
 pub(super) struct Trained<B: Backend> {
     pub spec: TensorSpec,
     pub group: Group,
+    /// Whose it is: 0 for the first adapter, or the place of one beside it, from 1.
+    pub owner: usize,
     /// Where its values are.
     pub id: TensorId,
     /// The model's layer that it is in, if it is in one.
@@ -130,12 +133,19 @@ pub(super) fn trained_tensors<B: Backend>(
     adapters: &Adapters<B>,
     method: &Method,
     settings: &Settings,
+    beside: &[Companion],
     config: &TrainConfig,
 ) -> Result<(Vec<Trained<B>>, Gradients<B>)> {
     let backend = &base.backend;
     let mut tensors = Vec::new();
     for (id, spec) in adapters.held().specs() {
+        let other = beside.iter().position(|other| other.owns(&spec.name));
+        let (method, settings, rate) = match other.map(|i| &beside[i]) {
+            Some(other) => (&other.method, &other.settings, other.rate),
+            None => (method, settings, 1.0),
+        };
         let group = method.group(&spec.name, settings);
+        let group = Group { rate: rate * group.rate, ..group };
         let moments = Moments::new(backend, config, spec.values())?;
         let shared = method.kind().shared().contains(&spec.name.as_str());
         let rows = if shared { method.fixed_rows() } else { 0 };
@@ -147,7 +157,8 @@ pub(super) fn trained_tensors<B: Backend>(
             Ok(fixed)
         });
         let layer = layer_of(&spec.name);
-        tensors.push(Trained { spec: spec.clone(), group, id, layer, moments, fixed: fixed.transpose()? });
+        let (spec, owner) = (spec.clone(), other.map_or(0, |i| i + 1));
+        tensors.push(Trained { spec, group, owner, id, layer, moments, fixed: fixed.transpose()? });
     }
     Ok((tensors, gradients(base, adapters)?))
 }
@@ -164,6 +175,7 @@ fn work<B: Backend>(
     base: &Base<B>,
     method: &Method,
     (specs, learned): (Vec<TensorSpec>, Vec<Learned>),
+    beside: &[Companion],
     aside: Option<(Method, Vec<TensorSpec>)>,
     config: &TrainConfig,
     data: &Dataset,
@@ -180,7 +192,8 @@ fn work<B: Backend>(
         threads: base.backend.threads(),
         method: method.clone(),
         specs,
-        learned,
+        beside: beside.iter().map(|other| (other.method.clone(), other.specs.clone())).collect(),
+        learned: learned.into_iter().chain(beside.iter().flat_map(|other| other.learned.clone())).collect(),
         aside,
         lengths,
         largest: largest_micro_batch(data, config),
@@ -239,6 +252,7 @@ impl<B: Backend> Trainer<B> {
         }
         let init = init.map(|file| file.fitted(base.model.as_ref())).transpose()?;
         let init = init.as_deref();
+        init.map_or(Ok(()), |file| beside::check_init(&config, file))?;
         init.map_or(Ok(()), |file| mark::check(&base, file))?;
         let replaced = init.map(|file| Replaced::default().with(&base, file)).transpose()?.unwrap_or_default();
         check_data(&base, &replaced, &data)?;
@@ -248,7 +262,7 @@ impl<B: Backend> Trainer<B> {
         let (config, too_warm) = config.fitted_to(total_steps);
         let model = base.model.as_ref();
         let config = init.map_or(Ok(config.clone()), |file| config.of_adapter(model, file))?;
-        let settings = config.adapter();
+        let settings = config.adapter_of(config.method)?;
         let (method, layers) = match init {
             Some(file) => {
                 let mut method = file.method.clone();
@@ -281,6 +295,7 @@ impl<B: Backend> Trainer<B> {
             Some(file) => file.replaced.clone(),
             None => fresh(&base, &method, &settings)?,
         };
+        let beside = Companion::all(&config, &base, &method)?;
         let kind = method.kind();
         let adapted: Vec<String> = specs.iter().filter_map(|s| kind.module_of(&s.name)).map(str::to_owned).collect();
         let learned = kept.learned(kind, model, &adapted).map_err(|e| match init {
@@ -290,7 +305,10 @@ impl<B: Backend> Trainer<B> {
         let frozen = kept.without_learned(kind);
         let eval_overlap = eval_data.as_ref().map(|held| Overlap::of(&data, held));
         let learned_too = eval_overlap.and_then(|overlap| overlap.warning(&eval_data.as_ref()?.path));
-        let places = base.model.config().max_positions.saturating_sub(virtual_tokens(&method, &settings));
+        let places = base.model.config().max_positions.saturating_sub(
+            beside.iter().map(|other| virtual_tokens(&other.method, &other.settings)).sum::<usize>()
+                + virtual_tokens(&method, &settings),
+        );
         let step_tokens = data.tokens() as f64 / batches.report().steps as f64;
         // Ids of an embedding that the adapter brings along mean nothing to the base.
         let prompts = prompts.filter(|_| frozen.is_empty());
@@ -308,7 +326,7 @@ impl<B: Backend> Trainer<B> {
         let tensors = (specs.clone(), learned.clone());
         let work = Work {
             looked_at: beginning.iter().flatten().map(MicroBatch::tokens).sum(),
-            ..work(&base, &method, tensors, aside, &config, &data, eval_data.as_ref(), held.as_ref())
+            ..work(&base, &method, tensors, &beside, aside, &config, &data, eval_data.as_ref(), held.as_ref())
         };
         let (mut plan, config) = choose(&work, &config)?;
         plan.data += general.as_ref().map_or(0, Dataset::bytes) as u64;
@@ -349,10 +367,16 @@ impl<B: Backend> Trainer<B> {
         };
         let mut file = AdapterFile::new(out.to_owned(), method, tensors).with(frozen);
         (file.base, file.base_mark) = (named, Some(mark::of(&base)?));
+        let texts = || data.samples.iter().map(|sample| &sample.ids[..]);
+        let others = beside.iter().map(|other| other.file(&base, &file, prompt_ids.as_deref(), texts(), config.seed));
+        file.beside = others.collect::<Result<_>>()?;
         let mut adapters = Adapters::none(&base);
         adapters.attach_to_train(&base, &file)?;
         adapters.attach_learned(&base, &learned, Some((&kept, kind, &adapted)))?;
         file.replaced = kept;
+        for (other, own) in beside.iter().zip(&mut file.beside) {
+            other.attach_learned(&base, &mut adapters, own)?;
+        }
         adapters.renew(&base, 0)?;
         check_places(&base, adapters.virtual_tokens(), &data)?;
         // What follows may take their place. Where they are few and large, an allocator would keep what it does not reuse.
@@ -360,7 +384,7 @@ impl<B: Backend> Trainer<B> {
         let frozen = file.method.clone();
         file.tensors.retain(|name, _| frozen.is_frozen(name));
         crate::mmap::release_freed();
-        let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
+        let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &beside, &config)?;
         let cycles = Cycles::new(&base, &mut adapters, &file.method, &tensors, &config, total_steps)?;
         let lens = tensors.iter().map(|t| t.spec.values());
         let allocator = file.method.budget().map(|budget| Allocator::new(budget, config.grow_ranks, total_steps, lens));
@@ -428,5 +452,6 @@ pub(crate) fn fingerprint(file: &AdapterFile) -> u64 {
         let values = rows.values.data.iter().map(|v| u64::from(v.to_bits()));
         rows.ids.iter().map(|id| u64::from(*id)).chain(values)
     });
-    kept.chain(rows).fold(hash, mix)
+    let beside = file.beside.iter().map(fingerprint);
+    kept.chain(rows).chain(beside).fold(hash, mix)
 }

@@ -21,3 +21,4 @@ mod said;
 mod strict;
 mod study;
 mod talk;
+mod together;

@@ -36,4 +36,5 @@ mod run_folder;
 mod runs;
 mod samples;
 mod smollm2;
+mod together;
 mod training;
