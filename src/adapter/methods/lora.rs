@@ -62,7 +62,7 @@ pub(crate) const KEYS: &[KeyUse] = &[
     ("megatron_config", OnlyDefault, "export the adapter from Megatron as a plain one"),
     ("megatron_core", NoEffect, ""),
     ("merge_weights", NoEffect, ""),
-    ("monteclora_config", OnlyDefault, MERGE),
+    ("monteclora_config", NoEffect, ""), // how it was trained
     ("qalora_group_size", NoEffect, ""), // of `use_qalora`
     ("r", Honoured, ""),
     ("rank_pattern", Honoured, ""),
@@ -75,7 +75,7 @@ pub(crate) const KEYS: &[KeyUse] = &[
     ("use_qa_lora", OnlyDefault, MERGE),
     ("use_qalora", OnlyDefault, MERGE),
     ("use_rslora", Honoured, ""),
-    ("velora_config", OnlyDefault, MERGE),
+    ("velora_config", NoEffect, ""),
 ];
 
 /// Settings of plain LoRA and rsLoRA.
