@@ -17,7 +17,7 @@ import tiny
 
 WORK = Path(sys.argv[1])
 # What is of none of the models below, and done once.
-ONCE = ("types", "methods", "exports")
+ONCE = ("types", "methods", "exports", "forms")
 # Each by its name for `pull`, with how a turn of a chat looks in it.
 MODELS = {
     "smollm2-135m": "<|im_start|>{}<|im_end|>",
@@ -176,6 +176,11 @@ def check_methods(made):
 def check_exports(made):
     """llama.cpp runs the exported tiny model of every family and gives our probabilities"""
     return tiny.exports(WORK, pocketlora, ours, serve, HALVES)
+
+
+def check_forms(made):
+    """we read what bitsandbytes and mlx-lm write in 4 and 8 bits, and give its logits"""
+    return tiny.forms(WORK, pocketlora, ours, theirs, in_f32)
 
 
 def check_tokens(made):
@@ -351,6 +356,7 @@ CHECKS = {
     "llama-adapter": (check_llama_adapter, ["xllamacpp"]),
     "mlx": (check_mlx, ["mlx-lm", "mlx"]),
     "exports": (check_exports, ["xllamacpp"]),
+    "forms": (check_forms, ["transformers", "bitsandbytes", "mlx-lm"]),
 }
 
 

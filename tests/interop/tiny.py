@@ -1,4 +1,5 @@
-"""Checks on tiny models of random weights, the goldens of the test suite: adapters of every method, exports of every family."""
+"""Checks on tiny models of random weights, the goldens of the test suite: adapters of every method, exports of every family, and
+checkpoints in few bits as other programs write them."""
 
 import json
 import shutil
@@ -8,8 +9,8 @@ ORACLES = Path(__file__).resolve().parents[1] / "data/oracles"
 # Every method of `train` that PEFT has, and settings that change what is in the file. `bottleneck` PEFT has not.
 METHODS = [
     "lora", "lora --rslora", "lora --trainable-token-indices 18,19", "lora --targets embed_tokens,q_proj,lm_head",
-    "lora --init-lora-weights pissa", "lora-fa", "dora", "adalora", "gralora", "vera", "miss", "delora", "loha", "lokr", "oft", "hra",
-    "road --option group_size=16", "shira", "beft", "ia3", "ln-tuning", "trainable-tokens --trainable-token-indices 18,19",
+    "lora --init-lora-weights pissa", "lora-fa", "dora", "adalora", "gralora", "vera", "miss", "delora", "loha", "lokr", "oft",
+    "hra", "road --option group_size=16", "shira", "beft", "ia3", "ln-tuning", "trainable-tokens --trainable-token-indices 18,19",
     "prompt-tuning", "p-tuning", "prefix-tuning", "cartridge",
     'bdlora --targets q_proj --option use_bdlora={"target_modules_bd_a":["q_proj"],"nblocks":2}',
     # Those that are saved as a plain LoRA.
@@ -99,3 +100,62 @@ def exports(work, pocketlora, ours, serve, bound):
             failed.append(f"{family}: {off:.1e} at {places} places")
     found = f"{len(FAMILIES)} families, logarithms of probabilities within {worst:.1e}"
     return not failed, "; ".join([found, *failed])
+
+
+# How bitsandbytes is told to write a model, beside `load_in_4bit`, and into shards of what size.
+SKIPPED = ["lm_head", "model.layers.0.self_attn", "model.layers.1.mlp.down_proj"]
+KINDS = [{"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double} for kind in ("nf4", "fp4") for double in (True, False)]
+KINDS += [{"bnb_4bit_quant_storage": storage} for storage in ("bfloat16", "float16", "float32")]
+KINDS += [{"llm_int8_skip_modules": SKIPPED}]
+BITSANDBYTES = [({"bnb_4bit_quant_type": "nf4"} | kind, None) for kind in KINDS] + [({"bnb_4bit_quant_type": "nf4"}, "100KB")]
+
+
+def forms(work, pocketlora, ours, theirs, in_f32):
+    """Reads what bitsandbytes and mlx-lm write; returns whether the logits agree, and what was found."""
+    import bitsandbytes
+    import mlx.core as mx
+    import torch
+    from mlx_lm.utils import load_model, quantize_model, save_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base, out, plain = model_of("tiny-llama", work / "tiny"), work / "form", work / "plain"
+    load = lambda **more: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map="cpu", **more)
+    worst, failed = 0.0, []
+
+    def compare(what, wanted, quantized):
+        nonlocal worst
+        shutil.copy(base / "tokenizer.json", out)
+        shutil.rmtree(plain, ignore_errors=True)
+        if quantized:
+            pocketlora("quantize", out, "--to", "f32", "-o", plain)
+        off = (wanted - ours(plain if quantized else out, IDS)).abs().max().item()
+        worst = max(worst, off)
+        if not off <= BOUND:
+            failed.append(f"{what}: {off:.1e}")
+
+    def fresh():
+        shutil.rmtree(out, ignore_errors=True)
+        return out
+
+    for config, shard in BITSANDBYTES:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **config)
+        model = load(quantization_config=config)
+        model.save_pretrained(fresh(), **({"max_shard_size": shard} if shard else {}))
+        compare(config.to_diff_dict(), theirs(in_f32(model), IDS), False)
+    model, wide = load(quantization_config=BitsAndBytesConfig(load_in_8bit=True)), load()
+    model.save_pretrained(fresh())
+    for name, module in model.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            # By the definition: the products of bitsandbytes round what is multiplied to 8 bits, too.
+            weight = module.weight.data.float() * module.weight.SCB.float()[:, None] / 127
+            wide.get_submodule(name).weight.data = weight
+    compare("int8", theirs(wide, IDS), True)
+    mx.set_default_device(mx.cpu)
+    for bits in (4, 8):
+        model, config = load_model(base)
+        model.set_dtype(mx.float32)
+        model, config = quantize_model(model, config, 64, bits)
+        save_model(fresh(), model)
+        (out / "config.json").write_text(json.dumps(config))
+        compare(f"mlx, {bits} bits", torch.tensor(model(mx.array([IDS]))[0].tolist()), True)
+    return not failed, "; ".join([f"{len(BITSANDBYTES) + 3} forms, logits within {worst:.1e}", *failed])
