@@ -36,6 +36,7 @@ mod setup;
 mod sharpness;
 pub(crate) mod step;
 pub(crate) mod sums;
+mod trained;
 mod words;
 
 pub use crate::data::Unused;
@@ -87,11 +88,11 @@ use pocketlora_kernels::{Backend, Call};
 use relora::Cycles;
 use room::Room;
 use saving::Pace;
-use setup::Trained;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use trained::Trained;
 
 /// Stream of random numbers that a run draws from its seed.
 const DROPOUT: u64 = 3;

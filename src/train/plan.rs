@@ -8,9 +8,9 @@
 
 use super::keep::held_of_lengths;
 use super::layers::Depth;
-use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};
 use super::sums::Sums;
+use super::trained::gradients;
 use super::{Optimizer, TrainConfig};
 use crate::adapter::{Adapters, Dropout, Gradients, Learned, Method, TensorPart, TensorSpec};
 use crate::base::{Base, Pool};

@@ -1,7 +1,7 @@
 //! Room on the disk for a run's result, held from its beginning: no checkpoint can take what the adapter needs.
 
 use super::Trainer;
-use super::setup::Trained;
+use super::trained::Trained;
 use crate::adapter::{AdapterFile, Stored};
 use crate::error::{Error, Result};
 use crate::format::Staged;

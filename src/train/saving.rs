@@ -4,7 +4,7 @@ use super::best::FOLDER;
 use super::checkpoint::{self, Loaded};
 use super::optimizer::{bytes_of, floats};
 use super::relora::Cycles;
-use super::setup::Trained;
+use super::trained::Trained;
 use super::{Observer, Trainer, allocate, run_folder};
 use crate::adapter::{AdapterFile, Adapters, HostTensor, Kind, Stored, Tensors, is_first, replace_beside};
 use crate::base::Base;
