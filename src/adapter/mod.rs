@@ -6,6 +6,7 @@
 pub(crate) mod attach;
 mod begun;
 mod cayley;
+mod centroid;
 mod compose;
 mod content;
 mod encoder;
@@ -36,6 +37,8 @@ mod weight;
 
 pub(crate) use attach::Adapters;
 pub(crate) use begun::begin;
+pub(crate) use centroid::mean_row;
+pub use centroid::{CENTROID, Centroid};
 pub(crate) use compose::low_rank_sum;
 pub use compose::{Combination, Composed, Composition, MajoritySign, compose};
 pub use exchange::{Compressed, export_compressed, export_gguf, export_mlx};
