@@ -57,8 +57,8 @@ mod turn;
 pub use adapter::{AdapterFile, Kind as AdapterKind};
 pub use chat::Message;
 pub use engine::{
-    AdapterId, Answer, Attached, Cancel, Chat, Decoder, Device, Engine, Listener, Options, Precision, Pruned, Reader,
-    Trainer, check_threads,
+    AdapterId, Answer, Attached, Cancel, Chat, Decoder, Device, Engine, Listener, Options, Pick, Precision, Pruned,
+    Reader, Routed, Trainer, check_threads,
 };
 pub use error::{Error, ErrorCode, Result};
 pub use generate::{Dry, Finish, Generated, LogitFilter, Recommended, Sampling, SamplingSource, TokenBias};

@@ -24,8 +24,31 @@ pub struct Adapters<B: Backend> {
     invocation: Option<Arc<[u32]>>,
     /// Weights that they bring with them, in place of the base's.
     replaced: Replaced<B>,
-    /// Whose they are.
-    there: Vec<(PathBuf, Kind)>,
+    /// What each of them brought.
+    there: Vec<There<B>>,
+}
+
+/// What one attached adapter brought.
+struct There<B: Backend> {
+    dir: PathBuf,
+    kind: Kind,
+    /// It belongs to the one before it, beside which it was trained.
+    beside: bool,
+    /// Its number among those whose tensors are held.
+    owner: usize,
+    /// What it does on layers.
+    forms: Vec<(Param, LayerForm<B>)>,
+    /// It brought nothing else, such as weights in place of the base's: others can be used without it.
+    alone: bool,
+    /// It brought no weight in place of the base's, whose effect could not be multiplied.
+    scales: bool,
+}
+
+impl<B: Backend> Clone for There<B> {
+    fn clone(&self) -> Self {
+        let (dir, forms) = (self.dir.clone(), self.forms.clone());
+        Self { dir, forms, ..*self }
+    }
 }
 
 impl<B: Backend> Adapters<B> {
@@ -120,6 +143,16 @@ impl<B: Backend> Adapters<B> {
         self.attach_as(base, file, factor, dtype, false)
     }
 
+    /// Whether `file` brings nothing but what it does on layers, whose effect can be multiplied: what [`Adapters::mixed`] can do
+    /// with and without.
+    pub(crate) fn takes_for_mixing(file: &AdapterFile) -> bool {
+        let takes = |file: &AdapterFile| {
+            let kind = file.method.kind();
+            kind.has_strength() && kind.adds_up() && file.replaced.is_empty() && file.method.invocation().is_none()
+        };
+        std::iter::once(file).chain(&file.beside).all(takes)
+    }
+
     /// As [`Adapters::attach`], for training: tensors of the file are there for an optimizer to move, in f32.
     ///
     /// # Errors
@@ -136,8 +169,8 @@ impl<B: Backend> Adapters<B> {
         dtype: WorkType,
         trains: bool,
     ) -> Result<()> {
-        self.attach_one(base, file, factor, dtype, trains)?;
-        file.beside.iter().try_for_each(|other| self.attach_one(base, other, factor, dtype, trains))
+        self.attach_one(base, file, false, factor, dtype, trains)?;
+        file.beside.iter().try_for_each(|other| self.attach_one(base, other, true, factor, dtype, trains))
     }
 
     /// As [`Adapters::attach`], without what is beside `file`.
@@ -145,6 +178,7 @@ impl<B: Backend> Adapters<B> {
         &mut self,
         base: &Base<B>,
         file: &AdapterFile,
+        beside: bool,
         factor: f32,
         dtype: WorkType,
         trains: bool,
@@ -155,7 +189,7 @@ impl<B: Backend> Adapters<B> {
         let place = || format!("`{}`", file.dir.display());
         let mismatch = |message: String| Error::new(ErrorCode::AdapterMismatch, place(), message);
         let kind = file.method.kind();
-        let there: Vec<(&Path, Kind)> = self.there.iter().map(|(dir, kind)| (dir.as_path(), *kind)).collect();
+        let there: Vec<(&Path, Kind)> = self.there.iter().map(|there| (there.dir.as_path(), there.kind)).collect();
         check_beside(&there, file, factor)?;
         let invocation = file.method.invocation();
         if let (Some(there), Some(own)) = (&self.invocation, invocation)
@@ -189,14 +223,59 @@ impl<B: Backend> Adapters<B> {
             }
         }
         let loader = Loader::new(base, &replaced, Values::Of(&file.tensors), dtype, trains, &self.held);
-        self.place(base, &file.method, loader, at, factor)?;
-        self.there.push((file.dir.clone(), kind));
-        self.invocation = invocation.map(Arc::from).or(self.invocation.take());
+        let (owner, mut forms) = self.place(base, &file.method, loader, at, factor)?;
         for (head, term) in replaced.on_head(base, file) {
-            self.by_param[head.0 as usize].push(LayerForm::Term(Box::new(term)));
+            let form = LayerForm::Term(Arc::new(term));
+            self.by_param[head.0 as usize].push(form.clone());
+            forms.push((head, form));
         }
+        let scales = file.replaced.is_empty();
+        let alone = scales && invocation.is_none() && !kind.reads("num-virtual-tokens");
+        self.there.push(There { dir: file.dir.clone(), kind, beside, owner, forms, alone, scales });
+        self.invocation = invocation.map(Arc::from).or(self.invocation.take());
         self.replaced = replaced;
         Ok(())
+    }
+
+    /// Those of them that `picks` names by their places in the order in which they were attached, with the effect of each
+    /// multiplied by the number beside it. They share their tensors with these: nothing is read or copied. None where one that is
+    /// left out brought more than what it does on layers.
+    ///
+    /// # Errors
+    /// What one does has no strength.
+    pub(crate) fn mixed(&self, picks: &[(usize, f32)]) -> Result<Option<Self>> {
+        // Those that were trained beside each other go together.
+        let groups: Vec<&[There<B>]> = self.there.chunk_by(|_, next| next.beside).collect();
+        let left_out = |(at, group): (usize, &&[There<B>])| {
+            group.iter().any(|there| !there.alone) && picks.iter().all(|(pick, _)| *pick != at)
+        };
+        if groups.iter().enumerate().any(left_out) {
+            return Ok(None);
+        }
+        let mut strengths = self.held.strengths().to_vec();
+        let mut by_param: Vec<OnLayer<B>> = self.by_param.iter().map(|_| OnLayer::default()).collect();
+        let mut there = Vec::with_capacity(picks.len());
+        let picked = picks.iter().flat_map(|(at, factor)| groups[*at].iter().map(move |one| (one, factor)));
+        for (one, factor) in picked {
+            check_factor(&one.dir, one.kind, *factor)?;
+            if *factor != 1.0 && !one.scales {
+                return Ok(None);
+            }
+            strengths[one.owner] = *factor;
+            for (param, form) in &one.forms {
+                by_param[param.0 as usize].push(form.clone());
+            }
+            there.push(one.clone());
+        }
+        Ok(Some(Self {
+            held: self.held.with_strengths(strengths),
+            by_param,
+            prefix: self.prefix.clone(),
+            vectors: BTreeMap::new(),
+            invocation: self.invocation.clone(),
+            replaced: self.replaced.clone(),
+            there,
+        }))
     }
 
     /// As [`Adapters::attach_zeros`], of one that is beside the one in training: its tensors stay as they are unless somebody
@@ -232,10 +311,11 @@ impl<B: Backend> Adapters<B> {
         let loader = Loader::new(base, &replaced, Values::Zeros(specs), WorkType::F32, true, &self.held);
         let placed = self.place(base, method, loader, at, 1.0);
         self.replaced = replaced;
-        placed
+        placed.map(|_| ())
     }
 
-    /// Builds what `method` does at each of the layers `at` and elsewhere, then attaches it.
+    /// Builds what `method` does at each of the layers `at` and elsewhere, then attaches it with its effect multiplied by
+    /// `factor`. Returns its number among those whose tensors are held, and what it does on layers.
     fn place(
         &mut self,
         base: &Base<B>,
@@ -243,35 +323,35 @@ impl<B: Backend> Adapters<B> {
         mut loader: Loader<'_, B>,
         mut at: Vec<(Param, &str)>,
         factor: f32,
-    ) -> Result<()> {
+    ) -> Result<Placed<B>> {
         at.sort_by_key(|(param, _)| param.0);
         let mut forms = Vec::with_capacity(at.len());
         for (param, module) in at {
-            for form in method.on_layer(module, loader.at(module, Some(param)), factor)? {
+            for form in method.on_layer(module, loader.at(module, Some(param)), 1.0)? {
                 forms.push((param, form));
             }
         }
         let prefix = method.in_attention(loader.at("", None))?;
         if let Some(prefix) = prefix.as_ref().filter(|prefix| prefix.is_read()) {
-            let factor = super::prompt::factor(base.model.as_ref()).unwrap_or(1.0);
+            let times = super::prompt::factor(base.model.as_ref()).unwrap_or(1.0);
             let rows = match method.encoder(loader.at("", None))? {
                 Some(encoder) => From::Encoder(encoder),
                 None => From::Tensor(prefix.tensor()),
             };
-            let form = NewRows { rows, whose: Whose::Virtual { factor } };
-            forms.push((base.model.outline().embedding, LayerForm::Lookup(Box::new(form))));
+            let form = NewRows { rows, whose: Whose::Virtual { factor: times } };
+            forms.push((base.model.outline().embedding, LayerForm::Lookup(Arc::new(form))));
         }
         self.prefix = prefix.or(self.prefix.take());
-        self.held.extend(loader.finish());
-        for (param, form) in forms {
-            self.by_param[param.0 as usize].push(form);
+        let owner = self.held.extend(loader.finish(), factor);
+        for (param, form) in &forms {
+            self.by_param[param.0 as usize].push(form.clone());
         }
-        Ok(())
+        Ok((owner, forms))
     }
 
     /// Attaches a term that only looks at what the layer with the weight `p` reads.
     pub(super) fn watch(&mut self, p: Param, term: impl Term<B> + 'static) {
-        self.by_param[p.0 as usize].push(LayerForm::Term(Box::new(term)));
+        self.by_param[p.0 as usize].push(LayerForm::Term(Arc::new(term)));
     }
 
     /// Attaches tensors that stand in for parts of the base while they are in training.
@@ -281,7 +361,7 @@ impl<B: Backend> Adapters<B> {
         vectors: Vec<(Param, TensorId)>,
         forms: Vec<(Param, LayerForm<B>)>,
     ) {
-        self.held.extend(loaded);
+        self.held.extend(loaded, 1.0);
         self.vectors.extend(vectors.into_iter().map(|(param, id)| (param.0, id)));
         for (param, form) in forms {
             self.by_param[param.0 as usize].push(form);
@@ -289,17 +369,26 @@ impl<B: Backend> Adapters<B> {
     }
 }
 
+/// The number of an adapter among those whose tensors are held, and what it does on layers.
+type Placed<B> = (usize, Vec<(Param, LayerForm<B>)>);
+
+/// Refuses `factor` for an adapter of `kind` whose effect cannot be multiplied.
+fn check_factor(dir: &Path, kind: Kind, factor: f32) -> Result<()> {
+    if factor == 1.0 || kind.has_strength() {
+        return Ok(());
+    }
+    let message = format!(
+        "expected a scale of 1, got `{factor}`: what {} does has no strength; attach it without a scale",
+        kind.name()
+    );
+    Err(Error::new(ErrorCode::Config, format!("`{}`", dir.display()), message))
+}
+
 /// Refuses an adapter that cannot work with its effect multiplied by `factor`, or beside those `there`, which were attached
 /// before it. Adapters of different methods work beside each other, in the order that `forms/mod.rs` states.
 pub(super) fn check_beside(there: &[(&Path, Kind)], file: &AdapterFile, factor: f32) -> Result<()> {
     let (place, kind) = (format!("`{}`", file.dir.display()), file.method.kind());
-    if factor != 1.0 && !kind.has_strength() {
-        let message = format!(
-            "expected a scale of 1, got `{factor}`: what {} does has no strength; attach it without a scale",
-            kind.name()
-        );
-        return Err(Error::new(ErrorCode::Config, place, message));
-    }
+    check_factor(&file.dir, kind, factor)?;
     if !kind.adds_up() && there.iter().any(|(_, other)| *other == kind) {
         let message = format!("expected one adapter with {}, got a second one; attach one of the two", kind.name());
         return Err(Error::new(ErrorCode::Config, place, message));

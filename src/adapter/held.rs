@@ -9,6 +9,7 @@ use crate::error::Result;
 use pocketlora_kernels::{Backend, WorkType};
 use pocketlora_models::Param;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// The number of an attached tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,8 @@ pub enum Part {
 struct Attached<B: Backend> {
     spec: TensorSpec,
     part: Part,
+    /// Number of the adapter whose it is.
+    owner: usize,
     values: AdapterTensor<B>,
 }
 
@@ -55,18 +58,40 @@ enum AdapterTensor<B: Backend> {
 /// The tensors of all attached adapters, in the order in which they were attached: those of one adapter in the order of
 /// the base's parameters.
 pub struct Held<B: Backend> {
-    tensors: Vec<Attached<B>>,
+    /// Sets of the same adapters with other strengths share them.
+    tensors: Arc<Vec<Attached<B>>>,
+    /// What the effect of each adapter is multiplied by.
+    strengths: Vec<f32>,
     /// How made tensors follow from others, where those are in training.
     links: Vec<Link>,
 }
 
 impl<B: Backend> Default for Held<B> {
     fn default() -> Self {
-        Self { tensors: Vec::new(), links: Vec::new() }
+        Self { tensors: Arc::default(), strengths: Vec::new(), links: Vec::new() }
     }
 }
 
 impl<B: Backend> Held<B> {
+    /// What the effect of the adapter is multiplied by whose tensor this is.
+    pub fn strength(&self, id: TensorId) -> f32 {
+        self.strengths[self.tensors[id.0].owner]
+    }
+
+    /// The same tensors with the effect of each adapter multiplied by what `strengths` says. It is not for training.
+    pub(super) fn with_strengths(&self, strengths: Vec<f32>) -> Self {
+        Self { tensors: Arc::clone(&self.tensors), strengths, links: Vec::new() }
+    }
+
+    /// What the effect of each adapter is multiplied by, in the order in which they were attached.
+    pub(super) fn strengths(&self) -> &[f32] {
+        &self.strengths
+    }
+
+    fn own(&mut self) -> &mut Vec<Attached<B>> {
+        Arc::get_mut(&mut self.tensors).expect("what is in training, or still grows, is shared with no other set")
+    }
+
     /// A tensor that was loaded as a matrix.
     pub fn matrix(&self, id: TensorId) -> &B::Matrix {
         match &self.tensors[id.0].values {
@@ -107,7 +132,7 @@ impl<B: Backend> Held<B> {
 
     /// Lends the values of a tensor that was loaded as [`WorkType::F32`]: they are the master itself.
     pub fn update(&mut self, backend: &B, id: TensorId, work: &mut dyn FnMut(&mut B::Buffer)) {
-        match &mut self.tensors[id.0].values {
+        match &mut self.own()[id.0].values {
             AdapterTensor::Matrix(matrix) => backend.with_values(matrix, work),
             AdapterTensor::Buffer(buffer) => work(buffer),
         }
@@ -155,7 +180,7 @@ impl<B: Backend> Held<B> {
 
     /// Those from number `first` on stay as they are. Returns their names.
     pub(super) fn fix(&mut self, first: usize) -> Vec<(String, TensorId)> {
-        self.tensors[first..].iter_mut().for_each(|t| t.part = Part::Fixed);
+        self.own()[first..].iter_mut().for_each(|t| t.part = Part::Fixed);
         (first..self.tensors.len()).map(|i| (self.tensors[i].spec.name.clone(), TensorId(i))).collect()
     }
 
@@ -163,10 +188,14 @@ impl<B: Backend> Held<B> {
         self.tensors.len()
     }
 
-    /// Takes over what `loader` has loaded behind these.
-    pub(super) fn extend(&mut self, more: Loaded<B>) {
-        self.tensors.extend(more.tensors);
+    /// Takes over what a loader has loaded for one adapter behind these; its effect is multiplied by `strength`. Returns the
+    /// adapter's number.
+    pub(super) fn extend(&mut self, more: Loaded<B>, strength: f32) -> usize {
+        let owner = self.strengths.len();
+        self.strengths.push(strength);
+        self.own().extend(more.tensors.into_iter().map(|tensor| Attached { owner, ..tensor }));
         self.links.extend(more.links);
+        owner
     }
 }
 
@@ -353,7 +382,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     fn push(&mut self, spec: TensorSpec, part: Part, values: AdapterTensor<B>) -> TensorId {
-        self.loaded.tensors.push(Attached { spec, part, values });
+        self.loaded.tensors.push(Attached { spec, part, owner: 0, values });
         TensorId(self.before + self.loaded.tensors.len() - 1)
     }
 

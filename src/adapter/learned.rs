@@ -268,12 +268,12 @@ impl<B: Backend> Adapters<B> {
                     let is_table = base.model.outline().embedding == *table;
                     if is_table {
                         let form = NewRows { rows: From::Tensor(rows), whose: Whose::Tokens(Arc::clone(ids)) };
-                        forms.push((*table, LayerForm::Lookup(Box::new(form))));
+                        forms.push((*table, LayerForm::Lookup(Arc::new(form))));
                     }
                     if *on_head {
                         let old = old_rows(base, *table, ids)?;
                         let form = NewRowsOnHead { rows, ids: Arc::clone(ids), old };
-                        forms.push((base.model.head_param(), LayerForm::Term(Box::new(form))));
+                        forms.push((base.model.head_param(), LayerForm::Term(Arc::new(form))));
                     }
                 }
             }

@@ -165,7 +165,7 @@ pub(crate) fn content_of<B: Backend>(base: &Base<B>) -> Result<Option<String>> {
 }
 
 /// The rows `ids` of the embedding of `base`.
-fn embedded<B: Backend>(base: &Base<B>, ids: &[u32]) -> Result<Vec<f32>> {
+pub(super) fn embedded<B: Backend>(base: &Base<B>, ids: &[u32]) -> Result<Vec<f32>> {
     let table = base.model.params().iter().position(|p| p.role == Role::Embedding);
     let table = Param(table.expect("every language model has an embedding") as u32);
     rows_of(base, table, ids, base.model.config().hidden_size)

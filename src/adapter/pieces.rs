@@ -17,6 +17,7 @@ use super::weight::LayerWeight;
 use crate::error::{Error, ErrorCode, Result};
 use pocketlora_kernels::{Backend, Map as Function};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Where the values of a piece's tensor come from.
 pub(super) enum Of {
@@ -120,44 +121,44 @@ impl<B: Backend> Placer<'_, '_, B> {
         Ok(match piece {
             Piece::LowRank { a, b, factor } => {
                 let (a, b) = (self.place(a, true)?, self.place(b, true)?);
-                LayerForm::Term(Box::new(LowRankTerm { a, b, bias: None, factor: *factor }))
+                LayerForm::Term(Arc::new(LowRankTerm { a, b, bias: None, factor: *factor }))
             }
             Piece::Scaled { a, b, inner, outer, factor } => {
                 let (a, b) = (self.place(a, true)?, self.place(b, true)?);
                 let (inner, outer) = (self.place(inner, false)?, self.place(outer, false)?);
-                LayerForm::Term(Box::new(ScaledTerm { a, b, inner, outer, factor: *factor }))
+                LayerForm::Term(Arc::new(ScaledTerm { a, b, inner, outer, factor: *factor }))
             }
             Piece::Reflect { u, v } => {
-                LayerForm::Input(Box::new(Reflect { u: self.place(u, true)?, v: self.place(v, true)? }))
+                LayerForm::Input(Arc::new(Reflect { u: self.place(u, true)?, v: self.place(v, true)? }))
             }
             Piece::Behind { u, v } => {
-                LayerForm::Output(Box::new(Reflect { u: self.place(u, true)?, v: self.place(v, true)? }))
+                LayerForm::Output(Arc::new(Reflect { u: self.place(u, true)?, v: self.place(v, true)? }))
             }
             Piece::Bottleneck { down, down_bias, up, up_bias, function, factor, behind } => {
                 let (down, down_bias) = (self.place(down, true)?, self.place(down_bias, false)?);
                 let (up, up_bias) = (self.place(up, true)?, self.place(up_bias, false)?);
                 let form = Bottleneck { down, down_bias, up, up_bias, function: *function, factor: *factor };
-                if *behind { LayerForm::Output(Box::new(form)) } else { LayerForm::Term(Box::new(form)) }
+                if *behind { LayerForm::Output(Arc::new(form)) } else { LayerForm::Term(Arc::new(form)) }
             }
             Piece::Rotate { r, count, size } => {
-                LayerForm::Input(Box::new(Rotate { r: self.place(r, false)?, count: *count, size: *size }))
+                LayerForm::Input(Arc::new(Rotate { r: self.place(r, false)?, count: *count, size: *size }))
             }
             Piece::Kronecker { left, right, shape, factor } => {
                 let (left, right) = (self.place(left, false)?, self.place(right, true)?);
-                LayerForm::Term(Box::new(Kronecker { left, right, shape: *shape, factor: *factor }))
+                LayerForm::Term(Arc::new(Kronecker { left, right, shape: *shape, factor: *factor }))
             }
             Piece::Sparse { places, flat, values, factor } => {
                 let input = self.layer[1];
                 let places = self.load.host(places).map(|places| places_of(places, *flat, input));
                 let ((rows, cols), values) = (places.unwrap_or_default(), self.place(values, false)?);
-                LayerForm::Term(Box::new(SparseTerm { values, rows, cols, input, factor: *factor }))
+                LayerForm::Term(Arc::new(SparseTerm { values, rows, cols, input, factor: *factor }))
             }
             Piece::Output { scale, turn, shift } => {
                 let scale = scale.as_ref().map(|of| self.place(of, false)).transpose()?;
                 let turn = turn.as_ref().map(|(of, half)| Ok::<_, Error>((self.place(of, false)?, *half)));
                 let turn = turn.transpose()?;
                 let shift = shift.as_ref().map(|of| self.place(of, false)).transpose()?;
-                LayerForm::Output(Box::new(Affine { scale, turn, shift }))
+                LayerForm::Output(Arc::new(Affine { scale, turn, shift }))
             }
         })
     }

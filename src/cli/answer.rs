@@ -80,6 +80,16 @@ impl AnswerArgs {
     }
 }
 
+/// A line beside the answers on stderr, dimmed at a terminal.
+pub(super) fn dimmed(line: &str) {
+    let colours = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    if colours && io::stderr().is_terminal() {
+        eprintln!("\x1b[2m{line}\x1b[0m");
+    } else {
+        eprintln!("{line}");
+    }
+}
+
 /// Prints what it hears.
 pub(super) struct Printer {
     /// The text goes to stdout as it comes.

@@ -2,11 +2,12 @@
 
 use super::names;
 use crate::adapter::AdapterFile;
-use crate::engine::{Attached, Engine, Options, Precision, check_threads};
+use crate::engine::{Attached, Engine, Options, Pick, Precision, adapters_in, check_threads};
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::{Dry, Sampling};
 use crate::tokenizer::SpecialText;
 use clap::{Args, ValueEnum};
+use std::path::{Path, PathBuf};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum PrecisionArg {
@@ -59,6 +60,12 @@ pub(super) struct ModelArgs {
     /// wanted; several add up.
     #[arg(short, long = "adapter", value_name = "ADAPTER[=SCALE]")]
     pub adapters: Vec<String>,
+    /// Folder with a folder for each of several adapters, of which every request picks those that were taught about what it asks.
+    #[arg(long = "adapters", value_name = "DIR", requires = "route", conflicts_with = "adapters", value_parser = names::path())]
+    pub adapters_dir: Option<PathBuf>,
+    /// With --adapters: mix at most so many, the nearest, with weights by how near they lie. [default: 3]
+    #[arg(long, value_name = "MOST", requires = "adapters_dir", num_args = 0..=1, default_missing_value = "3")]
+    pub route: Option<usize>,
     /// Threads; 0 measures how many serve best.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
@@ -89,6 +96,9 @@ impl ModelArgs {
         check_threads(self.threads)?;
         let adapters: Vec<_> = self.adapters.iter().map(|a| names::scaled_adapter(a)).collect::<Result<_>>()?;
         adapters.iter().try_for_each(|(dir, _)| AdapterFile::open(dir).map(|_| ()))?;
+        if let Some(dir) = &self.adapters_dir {
+            adapters_in(dir)?.iter().try_for_each(|dir| AdapterFile::open(dir).map(|_| ()))?;
+        }
         let model = super::model::resolve(&self.model, !self.no_quantize)?;
         let engine = Engine::open(
             &model.path,
@@ -111,6 +121,13 @@ impl ModelArgs {
             engine.attach(dir, *scale)?;
         }
         engine.attached().iter().for_each(warn);
+        if let (Some(dir), Some(most)) = (&self.adapters_dir, self.route) {
+            engine.route(dir, most)?;
+            let routed = engine.routed();
+            routed.iter().for_each(|one| warn(&one.adapter));
+            let names: Vec<String> = routed.iter().map(|one| name_of(&one.adapter.dir)).collect();
+            eprintln!("each request picks among {} adapters: {}", names.len(), names.join(", "));
+        }
         Ok(engine)
     }
 
@@ -119,6 +136,19 @@ impl ModelArgs {
         super::model::check_text(&self.model)?;
         self.open()
     }
+}
+
+/// The name of an adapter's folder.
+pub(super) fn name_of(dir: &Path) -> String {
+    dir.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
+}
+
+/// `facts 0.7, style 0.3`: which adapters were picked, and how strong each is.
+pub(super) fn picked_text(picks: &[Pick]) -> String {
+    if picks.is_empty() {
+        return "none".to_owned();
+    }
+    picks.iter().map(|pick| format!("{} {}", pick.name, pick.weight)).collect::<Vec<_>>().join(", ")
 }
 
 /// Says what is odd about an adapter.

@@ -1,6 +1,6 @@
 //! `pocketlora eval`: how well a model predicts and answers.
 
-use super::args::{ModelArgs, at_least_one, megabytes, print_json, stopped};
+use super::args::{ModelArgs, at_least_one, megabytes, name_of, print_json, stopped};
 use super::model::is_copy;
 use super::{interrupt, names, outputs, progress};
 use crate::engine::Engine;
@@ -51,7 +51,7 @@ struct What {
     ids: Option<PathBuf>,
     /// What the model knows in general: questions with short answers and a text, both shipped; with an adapter, also what
     /// it knows without.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "adapters_dir")]
     general: bool,
 }
 
@@ -130,9 +130,20 @@ pub(super) fn run(args: &Args) -> Result<()> {
         json.insert("tok_s".into(), (tokens as f64 / seconds).into());
         json.insert("peak_anonymous_bytes".into(), peak.into());
         json.insert("mapped_bytes".into(), engine.mapped_bytes().into());
+        let routed = engine.routed();
+        if !routed.is_empty() {
+            let nearest = routed.iter().map(|one| (name_of(&one.adapter.dir), one.nearest.into()));
+            json.insert("nearest".into(), nearest.collect::<Map<_, _>>().into());
+        }
         print_json(&json.into());
     } else {
         found.print();
+        let routed = engine.routed();
+        let nearest: Vec<String> =
+            routed.iter().map(|one| format!("{} {}", name_of(&one.adapter.dir), one.nearest)).collect();
+        if !nearest.is_empty() {
+            println!("nearest adapters of the requests: {}", nearest.join(", "));
+        }
         let peak = peak.map_or_else(|| "unknown".to_owned(), megabytes);
         let rate = tokens as f64 / seconds;
         eprintln!("{tokens} tokens in {seconds:.1} s, {rate:.0} tok/s, {peak} anonymous at most");

@@ -1,10 +1,10 @@
 //! `pocketlora generate`: one prompt, one answer.
 
-use super::answer::{AnswerArgs, Printer, context};
-use super::args::{ModelArgs, SamplingArgs, at_least_one, megabytes, print_json};
+use super::answer::{AnswerArgs, Printer, context, dimmed};
+use super::args::{ModelArgs, SamplingArgs, at_least_one, megabytes, picked_text, print_json};
 use super::{interrupt, names};
 use crate::chat::Message;
-use crate::engine::Answer;
+use crate::engine::{Answer, Pick};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::foreign;
 use crate::generate::{Dry, Finish, Sampling};
@@ -106,9 +106,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
     drop(printer);
     let peak = engine.peak_anonymous_bytes();
     if args.json {
+        let pick = |pick: &Pick| json!({ "name": pick.name, "similarity": pick.similarity, "weight": pick.weight });
+        let picked: Vec<_> = chat.picked().iter().map(pick).collect();
         print_json(&json!({
             "text": text,
             "thoughts": thoughts,
+            "adapters": picked,
             "prompt_tokens": done.prompt_tokens,
             "prompt_ids": prompt_ids,
             "tokens": done.ids.len(),
@@ -121,6 +124,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }));
     } else {
         println!();
+        if !engine.routed().is_empty() {
+            dimmed(&format!("(adapters: {})", picked_text(chat.picked())));
+        }
         match done.finish {
             Finish::Length => eprintln!("(cut after {} tokens, before its end; -n allows more)", done.ids.len()),
             Finish::Context => eprintln!(

@@ -1,10 +1,10 @@
 //! `pocketlora info`: what a model or an adapter is.
 
-use super::args::{described, megabytes, print_json};
+use super::args::{described, megabytes, name_of, print_json};
 use super::{model, names};
-use crate::adapter::{AdapterFile, Stored};
+use crate::adapter::{AdapterFile, Centroid, Stored};
 use crate::base::architecture_of;
-use crate::engine::parameters;
+use crate::engine::{adapters_in, parameters};
 use crate::error::Result;
 use crate::format::{LeftOut, Source, model_of, open_source};
 use crate::generate::{GENERATION_CONFIG, Recommended};
@@ -28,6 +28,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let path = model::find(&args.what)?.path;
     if AdapterFile::is_at(&path) {
         return adapter(&path, args.json);
+    }
+    if path.is_dir() && !path.join("config.json").exists() && adapters_in(&path).is_ok() {
+        return adapters(&path, args.json);
     }
     let path = model_of(&path);
     let source = open_source(&path)?;
@@ -83,6 +86,29 @@ fn recommended(source: &dyn Source, path: &Path, parameters: u64) -> Result<Reco
     Recommended::read(file, &path.join(GENERATION_CONFIG), parameters)
 }
 
+/// What there is to pick from in the folder `dir`, a line for each adapter.
+fn adapters(dir: &Path, as_json: bool) -> Result<()> {
+    let mut list = Vec::new();
+    for path in adapters_in(dir)? {
+        let file = AdapterFile::open(&path)?;
+        let (described, _) = file.method.describe();
+        let texts = Centroid::read(&path)?.map(|centroid| centroid.texts);
+        if as_json {
+            list.push(json!({
+                "path": path, "method": file.method.kind(), "parameters": file.values(), "base": file.base,
+                "base_hash": file.base_hash(), "texts": texts,
+            }));
+            continue;
+        }
+        let texts = texts.map_or_else(|| "no centroid".to_owned(), |texts| format!("centroid of {texts} texts"));
+        println!("{}: {described}, {} parameters, {texts}", name_of(&path), file.values());
+    }
+    if as_json {
+        print_json(&json!({ "path": dir, "adapters": list }));
+    }
+    Ok(())
+}
+
 fn adapter(path: &Path, as_json: bool) -> Result<()> {
     let file = AdapterFile::open(path)?;
     let (parameters, modules) = (file.values(), file.modules().count());
@@ -109,6 +135,9 @@ fn adapter(path: &Path, as_json: bool) -> Result<()> {
     println!("  {modules}{parameters} parameters, {} in {kind}", megabytes(parameters as u64 * bytes));
     if !replaced.is_empty() {
         println!("  in place of the base's: {}", replaced.join(", "));
+    }
+    if let Some(centroid) = Centroid::read(path)? {
+        println!("  centroid of {} texts, for `--adapters DIR --route`", centroid.texts);
     }
     let hash = file.base_hash().map_or_else(String::new, |hash| format!(" (content hash {hash})"));
     println!("  base: {}{hash}", file.base.as_deref().unwrap_or("not said"));

@@ -13,6 +13,7 @@ mod against;
 mod answer;
 mod args;
 mod bench;
+mod centroid;
 mod chat;
 mod compose;
 mod data;
@@ -88,6 +89,8 @@ enum Command {
     Compose(compose::Args),
     /// Take from a LoRA adapter what matters least for some data.
     Prune(prune::Args),
+    /// Note beside an adapter what it was taught about, for `--adapters DIR --route`; `train` does so by itself.
+    Centroid(centroid::Args),
     /// Write an adapter or a model in the format of another program.
     Export(export::Args),
     /// Describe a model or an adapter.
@@ -127,6 +130,7 @@ pub fn run() -> ExitCode {
         Command::Merge(args) => merge::run(&args).map(|()| true),
         Command::Compose(args) => compose::run(&args).map(|()| true),
         Command::Prune(args) => prune::run(&args).map(|()| true),
+        Command::Centroid(args) => centroid::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
         Command::Info(args) => info::run(&args).map(|()| true),
         Command::Chat(args) => chat::run(args),

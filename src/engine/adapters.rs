@@ -3,6 +3,7 @@
 //! An [`AdapterSet`] is what a chat works with: adapters in their order, built once and shared. A chat that works keeps
 //! its set to the end of the answer, whatever is attached meanwhile.
 
+use super::router::Router;
 use super::{Engine, lock};
 use crate::adapter::{AdapterFile, Adapters, mark};
 use crate::base::Base;
@@ -15,7 +16,7 @@ use std::sync::{Arc, Weak};
 
 /// Names an attached adapter. A number is used once in an engine's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct AdapterId(u64);
+pub struct AdapterId(pub(super) u64);
 
 /// The largest factor on an adapter's effect: useful ones are around 1.
 const MOST_SCALE: f32 = 1e4;
@@ -36,7 +37,9 @@ pub struct Attached {
 
 /// Adapters that are used together, with the text that they ask for.
 pub(crate) struct AdapterSet {
-    ids: Vec<AdapterId>,
+    pub(super) ids: Vec<AdapterId>,
+    /// What the effect of each is multiplied by.
+    pub(super) scales: Vec<f32>,
     pub adapters: Adapters<Cpu>,
     /// What an adapter brings, else the model's.
     pub text: Option<Arc<Text>>,
@@ -44,23 +47,25 @@ pub(crate) struct AdapterSet {
 
 /// What an engine knows of its adapters.
 pub(super) struct Registry {
-    last: u64,
-    entries: Vec<Entry>,
-    all: Arc<AdapterSet>,
+    pub(super) last: u64,
+    pub(super) entries: Vec<Entry>,
+    pub(super) all: Arc<AdapterSet>,
+    /// Adapters that are picked by request.
+    pub(super) router: Option<Arc<Router>>,
     /// Other choices that chats have in use.
     chosen: Vec<Weak<AdapterSet>>,
 }
 
 #[derive(Clone)]
-struct Entry {
-    told: Attached,
-    values: Values,
-    own: Option<(Own, Arc<Text>)>,
+pub(super) struct Entry {
+    pub(super) told: Attached,
+    pub(super) values: Values,
+    pub(super) own: Option<(Own, Arc<Text>)>,
 }
 
 /// Where an adapter's values are read again for another set.
 #[derive(Clone)]
-enum Values {
+pub(super) enum Values {
     /// In its folder, with a hash of them.
     Folder(u64),
     /// Here: there may be no file.
@@ -85,8 +90,8 @@ impl Entry {
 
 impl Registry {
     pub fn new(base: &Base<Cpu>, text: Option<Arc<Text>>) -> Self {
-        let none = AdapterSet { ids: Vec::new(), adapters: Adapters::none(base), text };
-        Self { last: 0, entries: Vec::new(), all: Arc::new(none), chosen: Vec::new() }
+        let none = AdapterSet { ids: Vec::new(), scales: Vec::new(), adapters: Adapters::none(base), text };
+        Self { last: 0, entries: Vec::new(), all: Arc::new(none), router: None, chosen: Vec::new() }
     }
 }
 
@@ -117,12 +122,14 @@ impl Engine {
         scale: f32,
         values: impl FnOnce(Arc<AdapterFile>) -> Values,
     ) -> Result<AdapterId> {
-        // Beyond that, nothing is left of what the model itself says, and numbers soon have no end.
-        if !(-MOST_SCALE..=MOST_SCALE).contains(&scale) {
-            return Err(Error::config("scale", format!("a number from -{MOST_SCALE} to {MOST_SCALE}"), scale));
-        }
+        check_scale(scale)?;
         self.check_strictly(&file)?;
         let mut registry = lock(&self.0.adapters);
+        if registry.router.is_some() {
+            let message =
+                "expected an engine whose adapters are not picked by request, got one that routes; detach all first";
+            return Err(Error::new(ErrorCode::Config, format!("`{}`", file.dir.display()), message));
+        }
         let mut warnings = self.doubts(&file)?;
         let own = self.own_text(&file, &registry.entries)?;
         if let Some((brought, _)) = &own
@@ -143,6 +150,49 @@ impl Engine {
         Ok(id)
     }
 
+    /// Multiplies the effects of attached adapters by other numbers, those of `scales`, all at once. Nothing is read: a mix is
+    /// swapped in well under a millisecond, and answers from the next question on are given with it.
+    ///
+    /// # Errors
+    /// One is not attached, its scale is beyond ten thousand or no number, or what it does has no strength. Nothing changes then.
+    pub fn set_scales(&self, scales: &[(AdapterId, f32)]) -> Result<()> {
+        let mut registry = lock(&self.0.adapters);
+        let mut entries = registry.entries.clone();
+        for (id, scale) in scales {
+            check_scale(*scale)?;
+            let entry = entries.iter_mut().find(|entry| entry.told.id == *id).ok_or_else(|| not_attached(*id))?;
+            entry.told.scale = *scale;
+        }
+        registry.all = self.again(&registry.all, &entries)?;
+        registry.entries = entries;
+        // They are what they are by their ids, and have other scales now.
+        registry.chosen.clear();
+        Ok(())
+    }
+
+    /// The set of `entries`, made of `there` where it holds them all, and read otherwise.
+    fn again(&self, there: &AdapterSet, entries: &[Entry]) -> Result<Arc<AdapterSet>> {
+        let place = |entry: &Entry| {
+            let at = there.ids.iter().position(|id| *id == entry.told.id)?;
+            Some((at, entry.told.scale))
+        };
+        let picks: Option<Vec<(usize, f32)>> = entries.iter().map(place).collect();
+        match picks.map(|picks| there.adapters.mixed(&picks)).transpose()?.flatten() {
+            Some(adapters) => Ok(Arc::new(self.set(entries, adapters))),
+            None => self.build(entries, None),
+        }
+    }
+
+    fn set(&self, entries: &[Entry], adapters: Adapters<Cpu>) -> AdapterSet {
+        let own = entries.iter().find_map(|entry| entry.own.as_ref()).map(|(_, text)| Arc::clone(text));
+        AdapterSet {
+            ids: entries.iter().map(|entry| entry.told.id).collect(),
+            scales: entries.iter().map(|entry| entry.told.scale).collect(),
+            adapters,
+            text: own.or_else(|| self.0.text.clone()),
+        }
+    }
+
     /// Removes an adapter. Answers that are being given end with it; a chat that chose it by its id is told at its next
     /// question.
     ///
@@ -153,16 +203,16 @@ impl Engine {
         let mut entries = registry.entries.clone();
         let at = entries.iter().position(|entry| entry.told.id == id).ok_or_else(|| not_attached(id))?;
         entries.remove(at);
-        registry.all = self.build(&entries, None)?;
+        registry.all = self.again(&registry.all, &entries)?;
         registry.entries = entries;
         Ok(())
     }
 
-    /// Removes all adapters.
+    /// Removes all adapters, those of [`Engine::route`] among them.
     pub fn detach_all(&self) {
         let mut registry = lock(&self.0.adapters);
         let none = Registry::new(self.base(), self.0.text.clone());
-        (registry.entries, registry.all) = (Vec::new(), none.all);
+        (registry.entries, registry.all, registry.router) = (Vec::new(), none.all, None);
     }
 
     /// The attached adapters, in their order.
@@ -192,7 +242,7 @@ impl Engine {
         if let Some(set) = registry.chosen.iter().filter_map(Weak::upgrade).find(|set| set.ids == ids) {
             return Ok(set);
         }
-        let set = self.build(&entries, None)?;
+        let set = self.again(&registry.all, &entries)?;
         registry.chosen.push(Arc::downgrade(&set));
         Ok(set)
     }
@@ -201,15 +251,16 @@ impl Engine {
     /// None where one was detached meanwhile.
     pub(super) fn identities(&self, set: &AdapterSet) -> Option<Vec<(u64, f32)>> {
         let registry = lock(&self.0.adapters);
-        let identity = |id: &AdapterId| {
-            let entry = registry.entries.iter().find(|entry| entry.told.id == *id)?;
+        let identity = |(id, scale): (&AdapterId, &f32)| {
+            let attached = registry.entries.iter().find(|entry| entry.told.id == *id);
+            let entry = attached.or_else(|| registry.router.as_ref()?.entry(*id))?;
             let hash = match &entry.values {
                 Values::Folder(hash) => *hash,
                 Values::Memory(file) => fingerprint(file),
             };
-            Some((hash, entry.told.scale))
+            Some((hash, *scale))
         };
-        set.ids.iter().map(identity).collect()
+        set.ids.iter().zip(&set.scales).map(identity).collect()
     }
 
     /// Puts a set on the device. The values of the `last` may be here already.
@@ -223,13 +274,11 @@ impl Engine {
             };
             adapters.attach(base, &file, entry.told.scale, self.0.precision.adapters())?;
         }
-        let own = entries.iter().find_map(|entry| entry.own.as_ref()).map(|(_, text)| Arc::clone(text));
-        let ids = entries.iter().map(|entry| entry.told.id).collect();
-        Ok(Arc::new(AdapterSet { ids, adapters, text: own.or_else(|| self.0.text.clone()) }))
+        Ok(Arc::new(self.set(entries, adapters)))
     }
 
     /// The text that `file` brings, where texts are loaded. Attached adapters must not bring another.
-    fn own_text(&self, file: &AdapterFile, entries: &[Entry]) -> Result<Option<(Own, Arc<Text>)>> {
+    pub(super) fn own_text(&self, file: &AdapterFile, entries: &[Entry]) -> Result<Option<(Own, Arc<Text>)>> {
         if self.0.text.is_none() {
             return Ok(None);
         }
@@ -240,7 +289,7 @@ impl Engine {
     }
 
     /// What is odd about `file` on this base.
-    fn doubts(&self, file: &AdapterFile) -> Result<Vec<String>> {
+    pub(super) fn doubts(&self, file: &AdapterFile) -> Result<Vec<String>> {
         let mut doubts = file.doubts(self.base().model.as_ref())?;
         doubts.extend(self.name_doubt(file));
         doubts.extend(mark::doubt(self.base(), file)?);
@@ -252,6 +301,15 @@ impl Engine {
     fn name_doubt(&self, file: &AdapterFile) -> Option<String> {
         let named = file.base.as_deref().filter(|named| is_another(named, &self.0.base_name))?;
         Some(format!("it names `{named}` as its base, and this is `{}`", self.0.base_name))
+    }
+
+    /// Refuses an adapter that was trained on another model, as far as its file tells.
+    ///
+    /// # Errors
+    /// It was.
+    #[cfg(feature = "cli")]
+    pub(crate) fn check_fits(&self, file: &AdapterFile) -> Result<()> {
+        mark::check(self.base(), file)
     }
 
     /// Where [`Options::strict`](super::Options::strict) asks for it, refuses an adapter of another base: by the content
@@ -278,6 +336,14 @@ pub(crate) fn of_another_base(file: &AdapterFile, doubt: &str) -> Error {
          `Options::strict` out to use the adapter all the same"
     );
     Error::new(ErrorCode::AdapterMismatch, format!("`{}`", file.dir.display()), message)
+}
+
+/// Refuses a factor beyond which nothing is left of what the model itself says, and numbers soon have no end.
+fn check_scale(scale: f32) -> Result<()> {
+    if (-MOST_SCALE..=MOST_SCALE).contains(&scale) {
+        return Ok(());
+    }
+    Err(Error::config("scale", format!("a number from -{MOST_SCALE} to {MOST_SCALE}"), scale))
 }
 
 fn not_attached(id: AdapterId) -> Error {

@@ -1,9 +1,11 @@
 //! A conversation on an engine.
 
+mod routed;
 mod state;
 
 use super::adapters::{AdapterId, AdapterSet};
 use super::pieces::{Stops, Thoughts, shown};
+use super::router::Choice;
 use super::{Cancel, Decoder, Engine, Transcript};
 use crate::chat::{CUT, Message};
 use crate::error::{Error, Result};
@@ -54,6 +56,8 @@ pub struct Chat {
     engine: Engine,
     /// All that are attached if none are chosen.
     chosen: Option<Vec<AdapterId>>,
+    /// What was picked last, where adapters are picked by request.
+    routed: Option<Choice>,
     /// What the transcript was read with.
     set: Arc<AdapterSet>,
     transcript: Transcript,
@@ -79,6 +83,7 @@ impl Chat {
         Ok(Self {
             engine: engine.clone(),
             chosen: None,
+            routed: None,
             set: engine.all(),
             transcript: Transcript::new(engine.base(), engine.numbers())?,
             messages: Vec::new(),
@@ -185,6 +190,7 @@ impl Chat {
     /// # Errors
     /// As [`Chat::prompt_of`] and [`Decoder::next_token`]; the prompt fills the context.
     pub fn reply(&mut self, messages: &[Message], listener: &mut dyn Listener) -> Result<Answer> {
+        self.pick(messages)?;
         let (ids, thoughts) = self.prompt(messages)?;
         self.go_on(ids, thoughts, listener)
     }
@@ -194,16 +200,19 @@ impl Chat {
     /// # Errors
     /// The model has no tokenizer; the text fills the context; as [`Decoder::next_token`].
     pub fn complete(&mut self, text: &str, listener: &mut dyn Listener) -> Result<Answer> {
+        let said = self.engine.text()?.tokenizer.encode(text, false)?;
+        self.pick_for(&[said])?;
         let set = self.current()?;
         let ids = self.engine.text_of(&set)?.tokenizer.encode(text, true)?;
-        self.generate(self.checked(&set, ids)?, listener)
+        self.go_on(self.checked(&set, ids)?, Thoughts::none(), listener)
     }
 
-    /// Continues token ids.
+    /// Continues token ids. Where adapters are picked by request, they are it.
     ///
     /// # Errors
     /// As [`Chat::decoder`] and [`Decoder::next_token`]; the model has no tokenizer.
     pub fn generate(&mut self, ids: Vec<u32>, listener: &mut dyn Listener) -> Result<Answer> {
+        self.pick_for(std::slice::from_ref(&ids))?;
         self.go_on(ids, Thoughts::none(), listener)
     }
 
@@ -261,7 +270,8 @@ impl Chat {
         Ok((ids, Thoughts::after(&prompt.text)))
     }
 
-    /// Continues token ids one token at a time, with more filters than [`Chat::filters`] if wanted.
+    /// Continues token ids one token at a time, with more filters than [`Chat::filters`] if wanted. Where adapters are picked by
+    /// request, those go on that were picked last, see [`Chat::pick`].
     ///
     /// # Errors
     /// No ids, one outside the vocabulary, more than the context takes; a setting of the sampling is out of range; a chosen
@@ -279,7 +289,7 @@ impl Chat {
 
     /// The adapters that its next answer uses.
     fn current(&self) -> Result<Arc<AdapterSet>> {
-        self.engine.set_of(self.chosen.as_deref())
+        self.routed_set().map_or_else(|| self.engine.set_of(self.chosen.as_deref()), Ok)
     }
 
     /// `ids`, if this model has an embedding for each; tokenizers of other models have others.

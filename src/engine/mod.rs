@@ -10,9 +10,11 @@ mod pieces;
 mod prune;
 mod ranks;
 mod reader;
+mod router;
 mod trainer;
 mod transcript;
 
+pub(crate) use adapters::AdapterSet;
 #[cfg(feature = "cli")]
 pub(crate) use adapters::of_another_base;
 pub use adapters::{AdapterId, Attached};
@@ -24,6 +26,9 @@ pub use prune::Pruned;
 #[cfg(feature = "cli")]
 pub(crate) use prune::looks;
 pub use reader::Reader;
+#[cfg(feature = "cli")]
+pub(crate) use router::adapters_in;
+pub use router::{Pick, Routed};
 pub use trainer::Trainer;
 #[cfg(feature = "bench")]
 pub(crate) use transcript::On;
@@ -41,7 +46,7 @@ use crate::mmap::ReleasesFreed;
 use crate::text::{Text, open_text};
 use crate::tokenizer::{SpecialText, end_ids};
 use crate::turn::Turn;
-use adapters::{AdapterSet, Registry};
+use adapters::Registry;
 use pocketlora_kernels::cpu::Table;
 use pocketlora_kernels::{Arithmetic, Cpu};
 use pocketlora_models::Model;

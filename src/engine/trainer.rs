@@ -1,18 +1,18 @@
 //! Training on an engine.
 
 use super::Engine;
-use crate::adapter::AdapterFile;
+use crate::adapter::{AdapterFile, Centroid};
 use crate::error::Result;
 use crate::memory::Peak;
 use crate::mmap::ReleasesFreed;
 use crate::text::carry;
 use crate::train::auto::{Probe, Rates};
 use crate::train::{
-    self, DataReport, Dataset, KeepReport, Material, MemoryPlan, Observer, Policy, StepReport, Summary, TrainConfig,
-    TrainHandle,
+    self, DataReport, Dataset, KeepReport, Material, MemoryPlan, Observer, Policy, Sample, StepReport, Summary,
+    TrainConfig, TrainHandle,
 };
 use pocketlora_kernels::Cpu;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -22,6 +22,8 @@ use std::time::Instant;
 pub struct Trainer {
     inner: train::Trainer<Cpu>,
     engine: Engine,
+    /// Of what it learns, for the folder `out`.
+    centroid: Option<(Centroid, PathBuf)>,
     _release: ReleasesFreed,
 }
 
@@ -69,6 +71,9 @@ impl Engine {
             material.prompt_ids = Some(self.text()?.tokenizer.encode(text, false)?);
         }
         self.choose_threads_for_long();
+        let turn = self.turn().take();
+        let centroid = self.centroid(&material.data, init)?;
+        drop(turn);
         let name = Some(self.0.base_name.clone());
         let base = Arc::clone(self.base());
         let turn = self.turn().take();
@@ -79,7 +84,23 @@ impl Engine {
         carry(own.as_ref(), &self.0.dir, out)?;
         let text_bytes = self.0.text_bytes.load(Ordering::Relaxed);
         inner.beside_tokenizer(self.0.text.as_ref().map_or(0, |_| text_bytes), text_bytes);
-        Ok(Trainer { inner, engine: self.clone(), _release: ReleasesFreed })
+        let centroid = centroid.map(|centroid| (centroid, out.to_owned()));
+        Ok(Trainer { inner, engine: self.clone(), centroid, _release: ReleasesFreed })
+    }
+
+    /// The centroid of what `data` asks, and of what the adapter `before` was taught before; none where nothing is asked.
+    ///
+    /// # Errors
+    /// The centroid beside the adapter is broken; out of memory.
+    pub fn centroid(&self, data: &Dataset, before: Option<&AdapterFile>) -> Result<Option<Centroid>> {
+        let questions: Vec<Vec<u32>> = data.samples.iter().map(Sample::question).collect();
+        let texts: Vec<&[u32]> = questions.iter().map(Vec::as_slice).collect();
+        let before = before.map_or(Ok(None), |file| Centroid::read(&file.dir))?;
+        let own = Centroid::of(self.base(), &texts)?;
+        Ok(match (own, before) {
+            (Some(own), Some(before)) => Some(own.joined(&before)),
+            (own, before) => own.or(before),
+        })
     }
 }
 
@@ -183,7 +204,16 @@ impl Trainer {
     /// An earlier run's work would be replaced, non-finite loss or gradients (the last checkpoint is kept), files that
     /// cannot be written, out of memory.
     pub fn run(&mut self, observer: &mut dyn Observer) -> Result<Summary> {
-        self.inner.run(observer)
+        let summary = self.inner.run(observer)?;
+        if summary.done {
+            self.leave_centroid()?;
+        }
+        Ok(summary)
+    }
+
+    /// Writes beside the adapter what it is for.
+    fn leave_centroid(&self) -> Result<()> {
+        self.centroid.as_ref().map_or(Ok(()), |(centroid, out)| centroid.write(out))
     }
 
     /// One optimizer step. A stopped or failed one leaves the run as it was before.
@@ -223,6 +253,7 @@ impl Trainer {
     /// # Errors
     /// The files cannot be written; a value does not fit f16.
     pub fn save_adapter(&mut self) -> Result<()> {
-        self.inner.save_adapter()
+        self.inner.save_adapter()?;
+        self.leave_centroid()
     }
 }

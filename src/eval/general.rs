@@ -1,12 +1,10 @@
 //! What a model knows in general: questions with short answers, and the loss on a general text.
 
-use super::{Score, score_with, stopped};
-use crate::adapter::Adapters;
+use super::{Score, score_each, stopped};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::generate::Greedy;
 use crate::train::{Known, QUIZ_ANSWER, Quiz, general_text, reading};
-use pocketlora_kernels::Cpu;
 use std::sync::Arc;
 
 /// Questions that are answered at once.
@@ -32,8 +30,8 @@ pub struct General {
 /// The model has no tokenizer, its template refuses a question, its numbers are none, stopped, out of memory.
 pub fn general(engine: &Engine, bare: bool, progress: &mut dyn FnMut(usize) -> bool) -> Result<General> {
     let (text, set) = (engine.text()?, engine.all());
-    let none = bare.then(|| Adapters::<Cpu>::none(engine.base()));
-    let adapters = none.as_ref().unwrap_or(&set.adapters);
+    let set = if bare { engine.none()? } else { set };
+    let adapters = &set.adapters;
     let limit = engine.own_tokens(adapters);
     let reader = Arc::clone(&text);
     let reading = reading(&text, Some(reader), engine.vocabulary())?;
@@ -62,5 +60,5 @@ pub fn general(engine: &Engine, bare: bool, progress: &mut dyn FnMut(usize) -> b
         known = quiz.judge(&answers)?;
     }
     let data = general_text(&text.tokenizer, WINDOW.min(limit))?;
-    Ok(General { asked, known, text: score_with(engine, adapters, &data, progress)? })
+    Ok(General { asked, known, text: score_each(engine, |_| Ok(Arc::clone(&set)), &data, progress)? })
 }

@@ -1,27 +1,36 @@
 //! How likely a model finds a text after another.
 
 use super::nll;
-use crate::adapter::Adapters;
-use crate::engine::{Engine, Transcript};
+use crate::engine::{AdapterSet, Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
 use crate::text::Text;
-use pocketlora_kernels::Cpu;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Scores continuations; what the texts share at their beginning is run once.
 pub(crate) struct Likelihood<'a> {
     engine: &'a Engine,
     text: &'a Text,
-    adapters: &'a Adapters<Cpu>,
+    set: Arc<AdapterSet>,
     transcript: Transcript,
     /// Tokens run.
     pub tokens: usize,
 }
 
 impl<'a> Likelihood<'a> {
-    pub fn new(engine: &'a Engine, text: &'a Text, adapters: &'a Adapters<Cpu>) -> Result<Self> {
+    pub fn new(engine: &'a Engine, text: &'a Text, set: Arc<AdapterSet>) -> Result<Self> {
         let transcript = Transcript::new(engine.base(), engine.numbers())?;
-        Ok(Self { engine, text, adapters, transcript, tokens: 0 })
+        Ok(Self { engine, text, set, transcript, tokens: 0 })
+    }
+
+    /// Goes on with other adapters.
+    #[cfg(feature = "metrics")]
+    pub fn with(&mut self, set: Arc<AdapterSet>) {
+        if !Arc::ptr_eq(&set, &self.set) {
+            // What is remembered was read with those before.
+            self.transcript.keep(self.engine.base(), &[]);
+            self.set = set;
+        }
     }
 
     /// The tokenizer and template that it reads with.
@@ -49,7 +58,7 @@ impl<'a> Likelihood<'a> {
 
     /// Log-likelihood of `ids[from..]` after `ids[..from]`.
     fn of_ids(&mut self, ids: &[u32], from: usize) -> Result<f64> {
-        let (base, limit) = (self.engine.base(), self.engine.own_tokens(self.adapters));
+        let (base, limit) = (self.engine.base(), self.engine.own_tokens(&self.set.adapters));
         if ids.len() > limit {
             let message = format!("expected at most the context's {limit} tokens, got `{}`; shorten it", ids.len());
             return Err(Error::new(ErrorCode::Data, "text", message));
@@ -58,7 +67,7 @@ impl<'a> Likelihood<'a> {
             let message = "expected a choice of at least one token after the prompt, got none; give it text";
             return Err(Error::new(ErrorCode::Data, "text", message));
         }
-        self.adapters.replaced().check_ids(base, ids)?;
+        self.set.adapters.replaced().check_ids(base, ids)?;
         // The token before the first that counts is always run: its logits are needed.
         let kept = self.transcript.keep(base, &ids[..from - 1]);
         let mut sum = 0.0;
@@ -66,7 +75,7 @@ impl<'a> Likelihood<'a> {
             sum -= nll(logits, ids[kept + row + 1] as usize);
             Ok(())
         };
-        let (on, rest) = (self.engine.on(self.adapters), &ids[kept..ids.len() - 1]);
+        let (on, rest) = (self.engine.on(&self.set.adapters), &ids[kept..ids.len() - 1]);
         self.transcript.read(on, rest, from - 1 - kept, &mut || true, on_logits, &mut |_| Ok(()))?;
         self.tokens += rest.len();
         if sum.is_finite() {

@@ -12,13 +12,12 @@ pub(crate) use likelihood::Likelihood;
 pub use metrics::*;
 pub use recall::{learned, recall};
 
-use crate::adapter::Adapters;
 use crate::base::Pool;
-use crate::engine::{Engine, Transcript};
+use crate::engine::{AdapterSet, Engine, Transcript};
 use crate::error::{Error, ErrorCode, Result};
 use crate::memory::Peak;
-use crate::train::{Dataset, Depth, Layout, MicroBatch, Sums, Watch, micro_step};
-use pocketlora_kernels::Cpu;
+use crate::train::{Dataset, Depth, Layout, MicroBatch, Sample, Sums, Watch, micro_step};
+use std::sync::Arc;
 
 /// Losses over a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -86,7 +85,7 @@ fn logits_of_from(
     progress: &mut dyn FnMut(usize) -> bool,
     on_row: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
 ) -> Result<()> {
-    let set = engine.all();
+    let set = engine.set_for(&[ids.to_vec()])?;
     let limit = engine.own_tokens(&set.adapters);
     if ids.len() > limit {
         return Err(engine.context_full("text", ids.len(), limit, "use windows"));
@@ -139,13 +138,13 @@ pub fn score_text(
 /// # Errors
 /// An id outside the vocabulary, a loss that is not a number, stopped, out of memory.
 pub fn score_data(engine: &Engine, data: &Dataset, progress: &mut dyn FnMut(usize) -> bool) -> Result<Score> {
-    score_with(engine, &engine.all().adapters, data, progress)
+    score_each(engine, |sample| engine.set_for_sample(sample), data, progress)
 }
 
-/// As [`score_data`], with `adapters`.
-fn score_with(
+/// As [`score_data`], with the adapters that `set` gives for each sample.
+fn score_each(
     engine: &Engine,
-    adapters: &Adapters<Cpu>,
+    set: impl Fn(&Sample) -> Result<Arc<AdapterSet>>,
     data: &Dataset,
     progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<Score> {
@@ -155,11 +154,12 @@ fn score_with(
         let micro = MicroBatch::new([sample]);
         let mut watch = Watch { keep_going: &mut || true, peak: &mut peak };
         pool.clear();
+        let set = set(sample)?;
         let turn = engine.turn().take();
         let mut sums = Sums::new(&base.backend, 1)?;
         let (layout, sum) = (Layout::fast(false), (&mut sums, 0));
         let learned = (None, &mut Depth::default());
-        micro_step(base, adapters, &micro, 1.0, None, arithmetic, &layout, learned, &mut pool, sum, &mut watch)?;
+        micro_step(base, &set.adapters, &micro, 1.0, None, arithmetic, &layout, learned, &mut pool, sum, &mut watch)?;
         score.nll_sum += sums.read(&base.backend)?[0];
         drop(turn);
         score.tokens += micro.trained();

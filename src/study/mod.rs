@@ -25,6 +25,7 @@ use crate::train::Dataset;
 use asker::Asker;
 use kept::Kept;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use unit::{Rarity, Unit, units};
 
@@ -155,7 +156,7 @@ fn fill(
     let rarity = Rarity::new(units);
     let all: Vec<Vec<String>> = units.iter().map(|unit| words::content_words(unit.text)).collect();
     let (text, set) = (engine.text()?, engine.none()?);
-    let likelihood = || Likelihood::new(engine, &text, &set.adapters);
+    let likelihood = || Likelihood::new(engine, &text, Arc::clone(&set));
     let mut asker = Asker::new(engine, [likelihood()?, likelihood()?], &rarity, &all)?;
     let stopped = || Error::new(ErrorCode::Cancelled, "study", "stopped");
     let mut sentences = 0;

@@ -17,6 +17,7 @@ mod merge;
 mod mistakes;
 mod prune;
 mod ranks;
+mod route;
 mod said;
 mod strict;
 mod study;

@@ -32,6 +32,7 @@ mod places;
 #[cfg(feature = "hub")]
 mod pull;
 mod quantize;
+mod routing;
 mod run_folder;
 mod runs;
 mod samples;

@@ -3,7 +3,7 @@
 //! repeats. Backward computes `x K2ᵀ` once more.
 
 use super::{Change, Context, Gradients, Term};
-use crate::adapter::held::TensorId;
+use crate::adapter::held::{Held, TensorId};
 use crate::error::Result;
 use pocketlora_kernels::{Backend, Blocks, Call};
 
@@ -61,13 +61,18 @@ pub(crate) struct Kronecker {
 }
 
 impl Kronecker {
+    /// What it is multiplied by.
+    fn strength<B: Backend>(&self, held: &Held<B>) -> f32 {
+        self.factor * held.strength(self.right)
+    }
+
     /// `s x K2ᵀ` `[T b, c]`, and how `K1` meets it.
     fn right<B: Backend>(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<(B::Buffer, Blocks)> {
         let w = cx.held.matrix(self.right);
         let (c, d) = cx.backend.shape(w);
         let mut h = cx.pool.take(cx.backend, cx.backend.len(x) / d * c)?;
         cx.backend.run(Call::Matmul { arithmetic: cx.arithmetic, w, x, y: &mut h, accumulate: false })?;
-        cx.backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
+        cx.backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut h })?;
         Ok((h, Blocks { count: 1, shape: self.shape, inner: c }))
     }
 }
@@ -100,7 +105,7 @@ impl<B: Backend> Term<B> for Kronecker {
         let w = cx.held.buffer(self.left);
         backend.run(Call::BlockProduct { spec, transposed: true, w, x: dy, y: &mut dh })?;
         // h = s x K2ᵀ
-        backend.run(Call::Scale { factor: self.factor, x: &mut dh })?;
+        backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut dh })?;
         if let Some(dright) = grads.of(self.right) {
             let (c, _) = backend.shape(cx.held.matrix(self.right));
             let tokens = backend.len(&dh) / c;

@@ -3,7 +3,7 @@
 //! computes `x Dᵀ + d` and `f` of it once more from `x`.
 
 use super::{Change, Context, Gradients, Term};
-use crate::adapter::held::TensorId;
+use crate::adapter::held::{Held, TensorId};
 use crate::error::Result;
 use pocketlora_kernels::{Backend, Call, Map};
 
@@ -18,6 +18,11 @@ pub(in crate::adapter) struct Bottleneck {
 }
 
 impl Bottleneck {
+    /// What it is multiplied by.
+    fn strength<B: Backend>(&self, held: &Held<B>) -> f32 {
+        self.factor * held.strength(self.up)
+    }
+
     /// `x Dᵀ + d` and `f` of it, both `[T, r]`.
     fn low<B: Backend>(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<[B::Buffer; 2]> {
         let (backend, held, arithmetic) = (cx.backend, cx.held, cx.arithmetic);
@@ -40,8 +45,8 @@ impl Bottleneck {
         let mut scaled = cx.pool.take(backend, backend.len(bias))?;
         // y += s (f Uᵀ + u)
         backend.run(Call::Copy { x: bias, y: &mut scaled })?;
-        backend.run(Call::Scale { factor: self.factor, x: &mut scaled })?;
-        backend.run(Call::Scale { factor: self.factor, x: &mut bent })?;
+        backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut scaled })?;
+        backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut bent })?;
         backend.run(Call::Matmul { arithmetic, w, x: &bent, y, accumulate: true })?;
         backend.run(Call::AddBias { bias: &scaled, y })?;
         [low, bent, scaled].into_iter().for_each(|buffer| cx.pool.put(backend, buffer));
@@ -61,7 +66,7 @@ impl Bottleneck {
         let (up, (rank, width)) = (held.matrix(self.up), backend.shape(held.matrix(self.down)));
         let tokens = backend.len(x) / width;
         // y += s (f Uᵀ + u)
-        backend.run(Call::Scale { factor: self.factor, x: &mut bent })?;
+        backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut bent })?;
         if let Some(du) = grads.of(self.up) {
             backend.run(Call::MatmulVjpW { tokens, dy, x: &bent, dw: du })?;
         }
@@ -69,14 +74,14 @@ impl Bottleneck {
             let mut sum = cx.pool.take(backend, backend.len(du))?;
             backend.run(Call::Zero { x: &mut sum })?;
             backend.run(Call::SumColumns { a: dy, b: None, y: &mut sum })?;
-            backend.run(Call::Scale { factor: self.factor, x: &mut sum })?;
+            backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut sum })?;
             backend.run(Call::AddAssign { x: &sum, y: du })?;
             cx.pool.put(backend, sum);
         }
         let mut dbent = cx.pool.take(backend, tokens * rank)?;
         let mut dlow = cx.pool.take(backend, tokens * rank)?;
         backend.run(Call::MatmulVjpX { arithmetic, terms: &[(up, dy)], dx: &mut dbent, accumulate: false })?;
-        backend.run(Call::Scale { factor: self.factor, x: &mut dbent })?;
+        backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut dbent })?;
         // bent = f(low)
         backend.run(Call::MapVjp { kind: self.function, x: &low, dy: &dbent, dx: &mut dlow })?;
         // low = x Dᵀ + d

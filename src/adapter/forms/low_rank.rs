@@ -20,6 +20,11 @@ pub(crate) struct LowRankTerm {
 }
 
 impl LowRankTerm {
+    /// What it is multiplied by.
+    fn strength<B: Backend>(&self, held: &Held<B>) -> f32 {
+        self.factor * held.strength(self.a)
+    }
+
     /// What dropout does, if anything.
     fn dropout<B: Backend>(&self, cx: &Context<'_, B>) -> Option<Dropout> {
         cx.dropout.filter(|_| cx.held.learns(self.a) || cx.held.learns(self.b))
@@ -53,7 +58,7 @@ impl LowRankTerm {
         let (rank, input) = cx.backend.shape(a);
         let mut h = cx.pool.take(cx.backend, cx.backend.len(x) / input * rank)?;
         cx.backend.run(Call::Matmul { arithmetic: cx.arithmetic, w: a, x, y: &mut h, accumulate: false })?;
-        cx.backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
+        cx.backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut h })?;
         self.masked(cx, h)
     }
 
@@ -86,7 +91,7 @@ impl<B: Backend> Term<B> for LowRankTerm {
             let bias = cx.held.buffer(bias);
             let mut scaled = cx.pool.take(cx.backend, cx.backend.len(bias))?;
             cx.backend.run(Call::Copy { x: bias, y: &mut scaled })?;
-            cx.backend.run(Call::Scale { factor: self.factor, x: &mut scaled })?;
+            cx.backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut scaled })?;
             cx.backend.run(Call::AddBias { bias: &scaled, y })?;
             cx.pool.put(cx.backend, scaled);
         }
@@ -98,7 +103,7 @@ impl<B: Backend> Term<B> for LowRankTerm {
         self.bias.is_none().then(|| LowRankFactors {
             a: held.matrix(self.a),
             b: held.matrix(self.b),
-            factor: self.factor,
+            factor: self.strength(held),
         })
     }
 
@@ -127,7 +132,7 @@ impl<B: Backend> Term<B> for LowRankTerm {
             let mut sum = cx.pool.take(backend, backend.len(dc))?;
             backend.run(Call::Zero { x: &mut sum })?;
             backend.run(Call::SumColumns { a: dy, b: None, y: &mut sum })?;
-            backend.run(Call::Scale { factor: self.factor, x: &mut sum })?;
+            backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut sum })?;
             backend.run(Call::AddAssign { x: &sum, y: dc })?;
             cx.pool.put(backend, sum);
         }
@@ -139,7 +144,7 @@ impl<B: Backend> Term<B> for LowRankTerm {
             dx: &mut dh,
             accumulate: false,
         })?;
-        backend.run(Call::Scale { factor: self.factor, x: &mut dh })?;
+        backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut dh })?;
         let dh = self.masked(cx, dh)?;
         if let Some(da) = grads.of(self.a) {
             backend.run(Call::MatmulVjpW { tokens, dy: &dh, x, dw: da })?;
@@ -199,7 +204,7 @@ impl<B: Backend> Lookup<B> for LowRankLookup {
         let places = Self::places(ids, backend.len(a) / rank, rank);
         let mut h = cx.pool.take(backend, places.len())?;
         backend.run(Call::GatherRows { x: a, rows: &places, y: &mut h })?;
-        backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
+        backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut h })?;
         // y += h Bᵀ
         let mut term = cx.pool.take(backend, ids.len() * width)?;
         backend.run(Call::Matmul { arithmetic: cx.arithmetic, w: b, x: &h, y: &mut term, accumulate: false })?;
@@ -225,7 +230,7 @@ impl<B: Backend> Lookup<B> for LowRankLookup {
         let mut h = cx.pool.take(backend, places.len())?;
         if let Some(db) = grads.of(self.b) {
             backend.run(Call::GatherRows { x: a, rows: &places, y: &mut h })?;
-            backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
+            backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut h })?;
             backend.run(Call::MatmulVjpW { tokens: ids.len(), dy: &dterm, x: &h, dw: db })?;
         }
         if let Some(da) = grads.of(self.a) {
@@ -236,7 +241,7 @@ impl<B: Backend> Lookup<B> for LowRankLookup {
                 dx: &mut h,
                 accumulate: false,
             })?;
-            backend.run(Call::Scale { factor: self.factor, x: &mut h })?;
+            backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut h })?;
             backend.run(Call::ScatterAddRows { x: &h, rows: &places, y: da })?;
         }
         [h, dterm].into_iter().for_each(|buffer| cx.pool.put(backend, buffer));
@@ -245,6 +250,11 @@ impl<B: Backend> Lookup<B> for LowRankLookup {
 }
 
 impl LowRankLookup {
+    /// What it is multiplied by.
+    fn strength<B: Backend>(&self, held: &Held<B>) -> f32 {
+        self.factor * held.strength(self.b)
+    }
+
     /// Where the values of `A` `[r, V]` for `ids` are, token by token.
     fn places(ids: &[u32], vocabulary: usize, rank: usize) -> Vec<u32> {
         ids.iter().flat_map(|id| (0..rank as u32).map(move |j| j * vocabulary as u32 + id)).collect()

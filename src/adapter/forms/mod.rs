@@ -183,28 +183,39 @@ pub trait Lookup<B: Backend>: Send + Sync {
     ) -> Result<()>;
 }
 
-/// A form on a linear layer or an embedding, by what it works on.
+/// A form on a linear layer or an embedding, by what it works on. Several sets of adapters may share one.
 pub enum LayerForm<B: Backend> {
     /// Adds to what the embedding gives.
-    Lookup(Box<dyn Lookup<B>>),
+    Lookup(Arc<dyn Lookup<B>>),
     /// Changes what the layer reads.
-    Input(Box<dyn Change<B>>),
+    Input(Arc<dyn Change<B>>),
     /// Adds to its product.
-    Term(Box<dyn Term<B>>),
+    Term(Arc<dyn Term<B>>),
     /// Changes what it gives.
-    Output(Box<dyn Change<B>>),
+    Output(Arc<dyn Change<B>>),
+}
+
+impl<B: Backend> Clone for LayerForm<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Lookup(form) => Self::Lookup(Arc::clone(form)),
+            Self::Input(form) => Self::Input(Arc::clone(form)),
+            Self::Term(form) => Self::Term(Arc::clone(form)),
+            Self::Output(form) => Self::Output(Arc::clone(form)),
+        }
+    }
 }
 
 /// The forms on one linear layer or embedding, each kind in the order in which they were attached.
 pub struct OnLayer<B: Backend> {
     /// What changes the layer's input.
-    pub inputs: Vec<Box<dyn Change<B>>>,
+    pub inputs: Vec<Arc<dyn Change<B>>>,
     /// Terms of its product.
-    pub terms: Vec<Box<dyn Term<B>>>,
+    pub terms: Vec<Arc<dyn Term<B>>>,
     /// What changes the layer's output, its bias included.
-    pub outputs: Vec<Box<dyn Change<B>>>,
+    pub outputs: Vec<Arc<dyn Change<B>>>,
     /// Of an embedding: terms of what is looked up. A tied head is the same parameter, and does not see them.
-    pub lookups: Vec<Box<dyn Lookup<B>>>,
+    pub lookups: Vec<Arc<dyn Lookup<B>>>,
 }
 
 impl<B: Backend> Default for OnLayer<B> {

@@ -2,7 +2,7 @@
 //! `d` `[r]`, `b` `[out]`. Backward keeps nothing: `x Aᵀ` and the term are computed once more from `x`.
 
 use super::{Context, Gradients, Term};
-use crate::adapter::held::TensorId;
+use crate::adapter::held::{Held, TensorId};
 use crate::error::Result;
 use pocketlora_kernels::{Backend, Call};
 
@@ -19,6 +19,11 @@ pub(crate) struct ScaledTerm {
 }
 
 impl ScaledTerm {
+    /// What it is multiplied by.
+    fn strength<B: Backend>(&self, held: &Held<B>) -> f32 {
+        self.factor * held.strength(self.a)
+    }
+
     /// `x Aᵀ` and `(d (x Aᵀ)) Bᵀ`.
     fn parts<B: Backend>(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<[B::Buffer; 2]> {
         let (backend, held, arithmetic) = (cx.backend, cx.held, cx.arithmetic);
@@ -42,8 +47,8 @@ impl<B: Backend> Term<B> for ScaledTerm {
         let (backend, held) = (cx.backend, cx.held);
         let mut term = cx.pool.take(backend, backend.len(&high))?;
         backend.run(Call::ScaleColumns { factors: held.buffer(self.outer), x: &high, y: &mut term })?;
-        if self.factor != 1.0 {
-            backend.run(Call::Scale { factor: self.factor, x: &mut term })?;
+        if self.strength(cx.held) != 1.0 {
+            backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut term })?;
         }
         backend.run(Call::AddAssign { x: &term, y })?;
         [low, high, term].into_iter().for_each(|buffer| cx.pool.put(backend, buffer));
@@ -63,7 +68,7 @@ impl<B: Backend> Term<B> for ScaledTerm {
         let mut dhigh = cx.pool.take(backend, backend.len(dy))?;
         let mut dterm = cx.pool.take(backend, backend.len(dy))?;
         backend.run(Call::Copy { x: dy, y: &mut dterm })?;
-        backend.run(Call::Scale { factor: self.factor, x: &mut dterm })?;
+        backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut dterm })?;
         if let Some(db) = grads.of(self.outer) {
             backend.run(Call::SumColumns { a: &dterm, b: Some(&high), y: db })?;
         }

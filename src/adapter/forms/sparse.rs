@@ -1,7 +1,7 @@
 //! A sparse term: `y[t, row_n] += s v_n x[t, col_n]` for the values `v` at some places of the weight.
 
 use super::{Context, Gradients, Term};
-use crate::adapter::held::TensorId;
+use crate::adapter::held::{Held, TensorId};
 use crate::error::Result;
 use pocketlora_kernels::{Backend, Call};
 
@@ -17,11 +17,16 @@ pub(crate) struct SparseTerm {
 }
 
 impl SparseTerm {
+    /// What it is multiplied by.
+    fn strength<B: Backend>(&self, held: &Held<B>) -> f32 {
+        self.factor * held.strength(self.values)
+    }
+
     /// `s x` in a buffer of its own.
     fn scaled<B: Backend>(&self, cx: &mut Context<'_, B>, x: &B::Buffer) -> Result<B::Buffer> {
         let mut scaled = cx.pool.take(cx.backend, cx.backend.len(x))?;
         cx.backend.run(Call::Copy { x, y: &mut scaled })?;
-        cx.backend.run(Call::Scale { factor: self.factor, x: &mut scaled })?;
+        cx.backend.run(Call::Scale { factor: self.strength(cx.held), x: &mut scaled })?;
         Ok(scaled)
     }
 }
@@ -29,7 +34,7 @@ impl SparseTerm {
 impl<B: Backend> Term<B> for SparseTerm {
     fn apply(&self, cx: &mut Context<'_, B>, x: &B::Buffer, y: &mut B::Buffer) -> Result<()> {
         let tokens = cx.backend.len(x) / self.input;
-        let scaled = if self.factor == 1.0 { None } else { Some(self.scaled(cx, x)?) };
+        let scaled = if self.strength(cx.held) == 1.0 { None } else { Some(self.scaled(cx, x)?) };
         let (w, read) = (cx.held.buffer(self.values), scaled.as_ref().unwrap_or(x));
         cx.backend.run(Call::SparseProduct { rows: &self.rows, cols: &self.cols, tokens, w, x: read, y })?;
         scaled.into_iter().for_each(|buffer| cx.pool.put(cx.backend, buffer));

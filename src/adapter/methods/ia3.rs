@@ -14,6 +14,7 @@ use pocketlora_kernels::Backend;
 use pocketlora_models::{Model, Param, Scaled};
 use serde_json::{Value, json};
 use std::path::Path;
+use std::sync::Arc;
 
 /// The keys of PEFT's IA3 configs (0.21).
 const KEYS: &[KeyUse] = &[
@@ -131,7 +132,7 @@ impl AdapterMethod for Ia3 {
     }
 
     fn on_layer<B: Backend>(&self, module: &str, load: &mut Loader<'_, B>, _factor: f32) -> Result<Vec<LayerForm<B>>> {
-        let scale = Box::new(Scale { l: load.buffer("ia3_l")? });
+        let scale = Arc::new(Scale { l: load.buffer("ia3_l")? });
         Ok(vec![if self.is_feedforward(module) { LayerForm::Input(scale) } else { LayerForm::Output(scale) }])
     }
 

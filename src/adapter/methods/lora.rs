@@ -22,6 +22,7 @@ use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Bound on ranks: far beyond any use, and small enough that hostile files cannot ask for absurd work.
 const MAX_RANK: usize = 1 << 16;
@@ -321,7 +322,7 @@ impl AdapterMethod for Lora {
         let factor = self.of_module(module).1 * factor;
         if module == EMBEDDING {
             let (a, b) = (load.buffer("lora_embedding_A")?, load.matrix("lora_embedding_B")?);
-            return Ok(vec![LayerForm::Lookup(Box::new(LowRankLookup { a, b, factor }))]);
+            return Ok(vec![LayerForm::Lookup(Arc::new(LowRankLookup { a, b, factor }))]);
         }
         let (a, b) = (load.matrix("lora_A.weight")?, load.matrix("lora_B.weight")?);
         let bias = if self.bias { Some(load.buffer("lora_B.bias")?) } else { None };
@@ -329,10 +330,10 @@ impl AdapterMethod for Lora {
         if self.init.is_taken_away() {
             let (a, b) = (load.fixed(FIRST[0], true)?, load.fixed(FIRST[1], true)?);
             let first = LowRankTerm { a, b, bias: None, factor: -factor };
-            return Ok(vec![LayerForm::Term(Box::new(term)), LayerForm::Term(Box::new(first))]);
+            return Ok(vec![LayerForm::Term(Arc::new(term)), LayerForm::Term(Arc::new(first))]);
         }
         let activated = self.invocation.is_some();
-        Ok(vec![LayerForm::Term(if activated { Box::new(Activated { term }) } else { Box::new(term) })])
+        Ok(vec![LayerForm::Term(if activated { Arc::new(Activated { term }) } else { Arc::new(term) })])
     }
 
     fn fold(&self, module: &str, _layer: [usize; 2], tensors: &Tensors, factor: f32) -> Option<Box<dyn Fold>> {

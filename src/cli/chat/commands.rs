@@ -30,6 +30,7 @@ impl Chat {
             }
             ("sampling" | "set", "") => self.show_settings(),
             ("set", setting) => self.set(setting)?,
+            ("route", _) => self.show_route()?,
             ("adapter", "") => {
                 let attached = self.engine.attached();
                 if attached.is_empty() {
@@ -43,9 +44,14 @@ impl Chat {
             }
             ("adapter", which) => {
                 let (dir, scale) = names::scaled_adapter(which)?;
-                self.engine.attach(&dir, scale)?;
-                self.engine.attached().last().into_iter().for_each(warn);
-                eprintln!("(attached {})", dir.display());
+                if let Some(there) = self.engine.attached().iter().find(|there| there.dir == dir) {
+                    self.engine.set_scales(&[(there.id, scale)])?;
+                    eprintln!("({}={scale} from the next answer on)", dir.display());
+                } else {
+                    self.engine.attach(&dir, scale)?;
+                    self.engine.attached().last().into_iter().for_each(warn);
+                    eprintln!("(attached {})", dir.display());
+                }
             }
             ("save", file) => self.save(&file_of("/save", file)?)?,
             ("load", file) => self.load(&file_of("/load", file)?)?,
@@ -54,6 +60,25 @@ impl Chat {
                     "there is no such command; `/help` lists them, and a space before the slash makes it a question";
                 return Err(Error::new(ErrorCode::Config, format!("`/{other}`"), message));
             }
+        }
+        Ok(())
+    }
+
+    fn show_route(&self) -> Result<()> {
+        if self.engine.routed().is_empty() {
+            return Err(Error::config(
+                "/route",
+                "adapters to pick from, as `chat --adapters DIR --route` has them",
+                "none",
+            ));
+        }
+        for pick in self.inner.picked() {
+            // Of a chat that goes on from a file only the weights are known until it is asked.
+            let near = if pick.similarity.is_nan() { "unknown".to_owned() } else { format!("{:.2}", pick.similarity) };
+            println!("{}: similarity {near}, weight {}", pick.name, pick.weight);
+        }
+        if self.inner.picked().is_empty() {
+            eprintln!("(nothing is asked yet)");
         }
         Ok(())
     }

@@ -5,8 +5,8 @@ mod file;
 mod input;
 mod state;
 
-use super::answer::{AnswerArgs, Printer, context};
-use super::args::{ModelArgs, SamplingArgs, at_least_one};
+use super::answer::{AnswerArgs, Printer, context, dimmed};
+use super::args::{ModelArgs, SamplingArgs, at_least_one, picked_text};
 use super::generate::stats_line;
 use super::{interrupt, names, print_error};
 use crate::chat::Message;
@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Commands, what they take, and what they do.
-const COMMANDS: [(&str, &str, &str); 15] = [
+const COMMANDS: [(&str, &str, &str); 16] = [
     ("/regenerate", "", "answer the last question once more"),
     ("/edit", "[TEXT]", "change the last question and ask it in its new words"),
     ("/system", "[TEXT]", "show the system prompt, or set it; `none` takes it away"),
@@ -31,6 +31,7 @@ const COMMANDS: [(&str, &str, &str); 15] = [
     ),
     ("/set", "[NAME VALUE]", "show how answers are sampled, or set temperature, top-p, max-tokens, .."),
     ("/adapter", "WHICH[=SCALE]", "attach an adapter by folder or name; `none` removes all, nothing lists them"),
+    ("/route", "", "show the adapters that were picked for the last question, and how near they lie"),
     ("/tool", "TEXT", "what a tool gave that the model called; it answers"),
     ("/reset", "", "forget the conversation"),
     ("/save", "FILE", "append the conversation to FILE as one line of training data"),
@@ -173,6 +174,9 @@ impl Chat {
         let (tokens, limit) = (self.inner.prompt_of(&turns)?.len(), self.inner.context_tokens()?);
         if tokens >= limit {
             return Err(self.too_long(tokens, limit));
+        }
+        if self.inner.pick(&turns)? {
+            dimmed(&format!("(adapters: {})", picked_text(self.inner.picked())));
         }
         let mut printer = Printer::new(true);
         let answered = self.inner.say(message, &mut printer);

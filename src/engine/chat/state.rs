@@ -124,6 +124,7 @@ impl Chat {
         if facts.layout != LAYOUT {
             return Err(broken("a chat that this version kept"));
         }
+        self.pick_kept(&facts.owner.adapters)?;
         let set = self.current()?;
         let adapters = self.engine.identities(&set).unwrap_or_default();
         let (kept, here) = (facts.owner, self.engine.owner(adapters)?);

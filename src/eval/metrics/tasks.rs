@@ -6,11 +6,12 @@ use super::record::{Ask, Expected, Record};
 use super::rouge::rouge;
 use super::{Likelihood, stopped};
 use crate::chat::Rendered;
-use crate::engine::{Answer, Engine};
+use crate::engine::{AdapterSet, Answer, Engine};
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::Finish;
 use crate::text::Text;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What can be measured.
@@ -168,6 +169,14 @@ fn likelihoods(
     Ok(found)
 }
 
+/// The adapters that answer `record`.
+fn set_for(engine: &Engine, record: &Record) -> Result<Arc<AdapterSet>> {
+    match &record.ask {
+        Ask::Text(text) => engine.set_for(&[engine.text()?.tokenizer.encode(text, false)?]),
+        Ask::Chat(messages) => engine.set_for_messages(messages),
+    }
+}
+
 /// Index of the highest value, the first of equals.
 fn argmax(values: impl IntoIterator<Item = f64>) -> usize {
     let best = values.into_iter().enumerate().reduce(|best, one| if one.1 > best.1 { one } else { best });
@@ -181,10 +190,11 @@ fn choices(
     progress: &mut dyn FnMut(usize) -> bool,
 ) -> Result<()> {
     let (text, set) = (engine.text()?, engine.all());
-    let mut model = Likelihood::new(engine, &text, &set.adapters)?;
+    let mut model = Likelihood::new(engine, &text, set)?;
     let (mut by_sum, mut by_length, mut right) = (Vec::new(), Vec::new(), Vec::new());
     for record in records {
         let Expected::Choice { choices, answer } = &record.expected else { continue };
+        model.with(set_for(engine, record)?);
         let found = likelihoods(&mut model, &text, record, choices, progress).map_err(|e| in_line(e, record))?;
         by_sum.push(argmax(found.iter().copied()));
         by_length.push(argmax(found.iter().zip(choices).map(|(l, c)| l / c.chars().count() as f64)));
@@ -215,8 +225,9 @@ fn labels(
             set.sort();
             set.dedup();
             let (text, adapters) = (engine.text()?, engine.all());
-            let mut model = Likelihood::new(engine, &text, &adapters.adapters)?;
+            let mut model = Likelihood::new(engine, &text, adapters)?;
             for record in records {
+                model.with(set_for(engine, record)?);
                 let found = likelihoods(&mut model, &text, record, &set, progress).map_err(|e| in_line(e, record))?;
                 predicted.push(set[argmax(found)].clone());
             }

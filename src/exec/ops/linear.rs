@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::exec::pass::Part;
 use pocketlora_kernels::{ALL_ROWS, Backend, Call, LowRank, Product};
 use pocketlora_models::{Linear, Param, Value};
+use std::sync::Arc;
 
 pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, layers: &[Linear], x: Value, y: Value) -> Result<()> {
     let parts = &it.pass.parts;
@@ -128,7 +129,7 @@ fn change_parts<'p, B: Backend>(
     it: &mut Interpreter<'p, B>,
     x: &B::Buffer,
     width: usize,
-    changes: impl Fn(&'p Part<'p, B>) -> &'p [Box<dyn Change<B>>],
+    changes: impl Fn(&'p Part<'p, B>) -> &'p [Arc<dyn Change<B>>],
 ) -> Result<Option<B::Buffer>> {
     let (pass, backend) = (it.pass, it.backend());
     if let [part] = &pass.parts[..] {
@@ -154,7 +155,7 @@ fn change_parts<'p, B: Backend>(
 /// `x` through one change after the other; `None` where there is none.
 fn chain<B: Backend>(
     cx: &mut Context<'_, B>,
-    changes: &[Box<dyn Change<B>>],
+    changes: &[Arc<dyn Change<B>>],
     x: &B::Buffer,
 ) -> Result<Option<B::Buffer>> {
     let mut last = None;
@@ -172,7 +173,7 @@ fn chain<B: Backend>(
 /// one of those is in training is `x` asked for: the inputs of later changes are computed again from it.
 fn back_through<B: Backend>(
     cx: &mut Context<'_, B>,
-    changes: &[Box<dyn Change<B>>],
+    changes: &[Arc<dyn Change<B>>],
     x: Option<&B::Buffer>,
     dy: &mut B::Buffer,
     grads: &mut Gradients<B>,

@@ -70,6 +70,17 @@ impl Sample {
     pub fn trained_tokens(&self) -> usize {
         self.trained.count()
     }
+
+    /// What it asks, or else what comes before the first token that is learned; of a text all.
+    #[must_use]
+    pub fn question(&self) -> Vec<u32> {
+        let asked: Vec<u32> = self.asked.tokens.iter().map(|at| self.ids[at]).collect();
+        if !asked.is_empty() {
+            return asked;
+        }
+        let first = self.trained.iter().next().filter(|first| *first > 1).unwrap_or(self.ids.len());
+        self.ids[..first].to_vec()
+    }
 }
 
 /// Samples of `records`.
