@@ -2,6 +2,7 @@
 
 use super::step::{MicroBatch, Watch, micro_step};
 use super::sums::Sums;
+use super::optimizer::Moments;
 use super::trained::gradients;
 use super::{Batches, Dataset, Depth, MemoryPlan, Observer, Parts, StepReport, TrainConfig, Trainer};
 use crate::adapter::{
@@ -145,10 +146,22 @@ impl<B: Backend> Trainer<B> {
     pub(super) fn begin(&mut self, observer: &mut dyn Observer) -> Result<()> {
         let Some(looked_at) = self.beginning.take() else { return Ok(()) };
         self.give_back();
+        // What steps work with is made anew after it, so that the two do not take memory together.
+        self.grads.tensors.clear();
+        let backend = &self.base.backend;
+        for trained in &mut self.tensors {
+            trained.moments = Moments::new(backend, &self.config, 0)?;
+        }
+        crate::mmap::release_freed();
         let begun = self.begin_from(&looked_at, observer);
         if begun.is_err() {
             self.beginning = Some(looked_at);
         }
+        let backend = &self.base.backend;
+        for trained in &mut self.tensors {
+            trained.moments = Moments::new(backend, &self.config, trained.spec.values())?;
+        }
+        self.grads.tensors = gradients(&self.base, &self.adapters)?.tensors;
         begun
     }
 

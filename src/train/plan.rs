@@ -268,7 +268,8 @@ impl Work {
         };
         if let Some(init) = begins {
             let passes = if init.reads_data() { plan.steps() } else { 0 };
-            plan.beginning = all + passes + init.bytes(&layers_of(&self.specs), hidden, self.looked_at);
+            // The adapter is on the device then, and on the host.
+            plan.beginning = plan.adapter + all + passes + init.bytes(&layers_of(&self.specs), hidden, self.looked_at);
         }
         Ok(plan)
     }

@@ -91,6 +91,25 @@ fn methods_learn_together_and_work_together() {
     assert!(AdapterFile::open(&out).unwrap().beside.is_empty() && !out.join("beside").exists());
 }
 
+/// Those that were trained together are one where adapters are mixed anew.
+#[test]
+fn a_mix_has_all_of_them_or_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("together");
+    let beside = vec![Kind::Bottleneck];
+    train(TrainConfig { beside, num_virtual_tokens: None, ..settings() }, &out, false, 0);
+    let (later, at_once) = (base(1), base(1));
+    let [all, lora] = [&out, &of("lora", "")].map(|folder| later.attach(folder, 1.0).unwrap());
+    later.set_scales(&[(lora, 0.5), (all, 2.0)]).unwrap();
+    at_once.attach(&out, 2.0).unwrap();
+    at_once.attach(&of("lora", ""), 0.5).unwrap();
+    assert_eq!(logits(&later, &inputs()), logits(&at_once, &inputs()));
+    later.detach(all).unwrap();
+    at_once.detach_all();
+    at_once.attach(&of("lora", ""), 0.5).unwrap();
+    assert_eq!(logits(&later, &inputs()), logits(&at_once, &inputs()));
+}
+
 #[test]
 fn the_gradient_of_all_is_the_slope_of_the_loss() {
     let dir = tempfile::tempdir().unwrap();
