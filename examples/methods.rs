@@ -1,10 +1,11 @@
 //! What each adapter method, and each course that training of a LoRA can take, costs and brings: values, bytes of the file, speed
 //! of training, what decoding costs more than without an adapter, and the loss on the demo's answers to questions in other words
-//! after the same steps. The learning rate is the one that the probe of `train` chooses.
+//! after the same steps. The learning rate is the one that the probe of `train` chooses, or, with `usual`, the one that it begins
+//! with.
 //!
-//! `cargo run --release --example methods -- MODEL [NAMES [STEPS]]` with a folder of a model in NF4, such as `pocketlora
+//! `cargo run --release --example methods -- MODEL [NAMES [STEPS [usual]]]` with a folder of a model in NF4, such as `pocketlora
 //! list` shows after `pocketlora pull`. NAMES are some of the names that `train --method` takes and of the courses below, with
-//! commas between them. Each adds a row to one of two tables in Markdown. Speeds are medians of runs in turn with and without the
+//! commas between them, or `all`. Each adds a row to one of two tables in Markdown. Speeds are medians of runs in turn with and without the
 //! adapter.
 
 use pocketlora::adapter::{DropoutForm, Kind};
@@ -30,12 +31,6 @@ impl Observer for Clock {
         self.0 += report.time.as_secs_f64();
         ControlFlow::Continue(())
     }
-}
-
-/// The name that `train --method` takes.
-fn name_of(kind: Kind) -> String {
-    let name = serde_json::to_value(kind).ok();
-    name.and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 /// The demo's lines of the phrasings for which `take` holds: five of each fact, one phrasing after the other.
@@ -114,7 +109,7 @@ struct Trained {
     seconds: f64,
 }
 
-fn train(engine: &Engine, mut config: TrainConfig, data: [&Path; 2], out: &Path) -> Result<Trained> {
+fn train(engine: &Engine, mut config: TrainConfig, data: [&Path; 2], usual: bool, out: &Path) -> Result<Trained> {
     let reader = engine.reader(None)?;
     let [learned, watched] = data.map(|path| reader.dataset(path, config.seq));
     let (learned, watched) = (learned?, watched?);
@@ -123,7 +118,8 @@ fn train(engine: &Engine, mut config: TrainConfig, data: [&Path; 2], out: &Path)
     }
     let draft = reader.draft(config, &|key| key != "lr", &learned)?;
     let material = reader.material(&draft.config, learned, Some(watched))?;
-    let (config, _) = engine.settle(draft, &material, None, out, None, &mut Clock::default())?;
+    let config =
+        if usual { draft.config } else { engine.settle(draft, &material, None, out, None, &mut Clock::default())?.0 };
     let lr = config.lr;
     let mut trainer = engine.trainer_of(config, material, None, out)?;
     let values = trainer.trained_parameters();
@@ -139,9 +135,9 @@ fn bytes(out: &Path) -> Result<u64> {
 }
 
 /// Trains an adapter by `kind` and writes its row.
-fn method_row(engine: &Engine, kind: Kind, steps: u64, data: [&Path; 2], out: &Path) -> Result<()> {
+fn method_row(engine: &Engine, kind: Kind, steps: u64, data: [&Path; 2], usual_rate: bool, out: &Path) -> Result<()> {
     let config = TrainConfig { method: kind, ..usual(steps) };
-    let Trained { values, lr, summary, seconds } = train(engine, config, data, out)?;
+    let Trained { values, lr, summary, seconds } = train(engine, config, data, usual_rate, out)?;
     let mut speeds = [Vec::new(), Vec::new()];
     for _ in 0..RUNS {
         speeds[0].push(decode(engine)?);
@@ -155,15 +151,22 @@ fn method_row(engine: &Engine, kind: Kind, steps: u64, data: [&Path; 2], out: &P
     let speed = summary.tokens as f64 / seconds;
     println!(
         "| {} | {values} | {:.2} MB | {lr:e} | {speed:.0} | {tax:.0} % | {loss:.3} |",
-        name_of(kind),
+        kind.key(),
         bytes(out)? as f64 / 1e6
     );
     Ok(())
 }
 
 /// Trains a LoRA by a course and writes its row.
-fn course_row(engine: &Engine, name: &str, config: TrainConfig, data: [&Path; 2], out: &Path) -> Result<usize> {
-    let Trained { values, lr, summary, seconds } = train(engine, config, data, out)?;
+fn course_row(
+    engine: &Engine,
+    name: &str,
+    config: TrainConfig,
+    data: [&Path; 2],
+    usual_rate: bool,
+    out: &Path,
+) -> Result<usize> {
+    let Trained { values, lr, summary, seconds } = train(engine, config, data, usual_rate, out)?;
     let (step, loss) = (seconds / summary.steps as f64, summary.eval_loss.unwrap_or(f64::NAN));
     println!(
         "| {name} | {values} | {:.2} MB | {lr:e} | {step:.2} s | {:.3} | {loss:.3} |",
@@ -176,11 +179,13 @@ fn course_row(engine: &Engine, name: &str, config: TrainConfig, data: [&Path; 2]
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let Some(model) = args.first() else {
-        eprintln!("usage: methods MODEL [NAMES [STEPS]]");
+        eprintln!("usage: methods MODEL [NAMES [STEPS [usual]]]");
         return Ok(());
     };
     let steps = args.get(2).and_then(|steps| steps.parse().ok()).unwrap_or(STEPS);
-    let chosen: Option<Vec<&str>> = args.get(1).map(|names| names.split(',').collect());
+    let usual = args.get(3).is_some_and(|word| word == "usual");
+    let named = args.get(1).filter(|names| *names != "all");
+    let chosen: Option<Vec<&str>> = named.map(|names| names.split(',').collect());
     let is_chosen = |name: &str| chosen.as_ref().is_none_or(|chosen| chosen.contains(&name));
     let engine = Engine::open(model.as_ref(), &Options::new())?;
     let folder = std::env::temp_dir().join(format!("pocketlora-methods-{}", std::process::id()));
@@ -190,9 +195,9 @@ fn main() -> Result<()> {
     let data: [&Path; 2] = [&learned, &watched];
     println!("| method | values | file | rate | train tok/s | decode tax | loss in other words |");
     println!("|---|---|---|---|---|---|---|");
-    for kind in Kind::ALL.iter().filter(|kind| is_chosen(&name_of(**kind))) {
-        let name = name_of(*kind);
-        match method_row(&engine, *kind, steps, data, &folder.join(&name)) {
+    for kind in Kind::ALL.iter().filter(|kind| is_chosen(&kind.key())) {
+        let name = kind.key();
+        match method_row(&engine, *kind, steps, data, usual, &folder.join(&name)) {
             Err(e) if e.code() == ErrorCode::Config => println!("| {name} | | | | | | {e} |"),
             done => done?,
         }
@@ -205,7 +210,7 @@ fn main() -> Result<()> {
     let runs = courses(steps).into_iter().filter(|(name, _)| some && *name == "plain" || is_chosen(name));
     for (name, mut config) in runs {
         config.budget_parameters = config.budget_parameters.and(plain);
-        let values = course_row(&engine, name, config, data, &folder.join(name))?;
+        let values = course_row(&engine, name, config, data, usual, &folder.join(name))?;
         plain.get_or_insert(values);
     }
     let _ = fs::remove_dir_all(&folder);

@@ -123,6 +123,19 @@ pub fn adapter(data: &[u8]) {
     }
 }
 
+/// An adapter in few bits: what stands between its first eight bytes and the checksum at its end.
+pub fn compressed(data: &[u8]) {
+    let mut bytes = [b"PLSIGNS1", data].concat();
+    let sum = pocketlora::internals::add_to_checksum(0, &bytes);
+    bytes.extend(sum.to_le_bytes());
+    let path = folder_of("compressed", &[("a.signs", &bytes)]).join("a.signs");
+    let engine = &tiny().engine;
+    if let Ok(id) = engine.attach(&path, 1.0) {
+        let _ = engine.chat().and_then(|mut chat| chat.decoder(vec![1, 2, 3])?.next_token());
+        engine.detach(id).expect("it was attached");
+    }
+}
+
 /// A tokenizer, and what it makes of texts.
 pub fn tokenizer(data: &[u8]) {
     let dir = folder_of("tokenizer", &[("config.json", &tiny().config), ("tokenizer.json", data)]);

@@ -76,6 +76,7 @@ pub mod internals {
     pub use crate::adapter::attach::Adapters;
     pub use crate::adapter::forms::Gradients;
     pub use crate::base::{Base, Pool};
+    pub use crate::checksum::add as add_to_checksum;
     pub use crate::exec::infer::{Logits, Numbers, Sequence, Step, Workspace};
     pub use crate::train::layers::Depth;
     pub use crate::train::step::{Layout, MicroBatch, Watch, micro_step};

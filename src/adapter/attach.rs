@@ -32,6 +32,8 @@ pub struct Adapters<B: Backend> {
 struct There<B: Backend> {
     dir: PathBuf,
     kind: Kind,
+    /// It belongs to the one before it, beside which it was trained.
+    beside: bool,
     /// Its number among those whose tensors are held.
     owner: usize,
     /// What it does on layers.
@@ -135,7 +137,8 @@ impl<B: Backend> Adapters<B> {
     ///
     /// # Errors
     /// A module or shape that this base does not have; a weight that another adapter brings, too, or a factor where
-    /// there is nothing to multiply; another method than that of the adapters there are. All is as it was then.
+    /// there is nothing to multiply; another method than that of the adapters there are. All is as it was then, but for a
+    /// file of which only one beside it fails.
     pub fn attach(&mut self, base: &Base<B>, file: &AdapterFile, factor: f32, dtype: WorkType) -> Result<()> {
         self.attach_as(base, file, factor, dtype, false)
     }
@@ -143,8 +146,11 @@ impl<B: Backend> Adapters<B> {
     /// Whether `file` brings nothing but what it does on layers, whose effect can be multiplied: what [`Adapters::mixed`] can do
     /// with and without.
     pub(crate) fn takes_for_mixing(file: &AdapterFile) -> bool {
-        let kind = file.method.kind();
-        kind.has_strength() && kind.adds_up() && file.replaced.is_empty() && file.method.invocation().is_none()
+        let takes = |file: &AdapterFile| {
+            let kind = file.method.kind();
+            kind.has_strength() && kind.adds_up() && file.replaced.is_empty() && file.method.invocation().is_none()
+        };
+        std::iter::once(file).chain(&file.beside).all(takes)
     }
 
     /// As [`Adapters::attach`], for training: tensors of the file are there for an optimizer to move, in f32.
@@ -159,6 +165,20 @@ impl<B: Backend> Adapters<B> {
         &mut self,
         base: &Base<B>,
         file: &AdapterFile,
+        factor: f32,
+        dtype: WorkType,
+        trains: bool,
+    ) -> Result<()> {
+        self.attach_one(base, file, false, factor, dtype, trains)?;
+        file.beside.iter().try_for_each(|other| self.attach_one(base, other, true, factor, dtype, trains))
+    }
+
+    /// As [`Adapters::attach`], without what is beside `file`.
+    fn attach_one(
+        &mut self,
+        base: &Base<B>,
+        file: &AdapterFile,
+        beside: bool,
         factor: f32,
         dtype: WorkType,
         trains: bool,
@@ -211,7 +231,7 @@ impl<B: Backend> Adapters<B> {
         }
         let scales = file.replaced.is_empty();
         let alone = scales && invocation.is_none() && !kind.reads("num-virtual-tokens");
-        self.there.push(There { dir: file.dir.clone(), kind, owner, forms, alone, scales });
+        self.there.push(There { dir: file.dir.clone(), kind, beside, owner, forms, alone, scales });
         self.invocation = invocation.map(Arc::from).or(self.invocation.take());
         self.replaced = replaced;
         Ok(())
@@ -224,15 +244,19 @@ impl<B: Backend> Adapters<B> {
     /// # Errors
     /// What one does has no strength.
     pub(crate) fn mixed(&self, picks: &[(usize, f32)]) -> Result<Option<Self>> {
-        let left_out = |(at, there): (usize, &There<B>)| !there.alone && picks.iter().all(|(pick, _)| *pick != at);
-        if self.there.iter().enumerate().any(left_out) {
+        // Those that were trained beside each other go together.
+        let groups: Vec<&[There<B>]> = self.there.chunk_by(|_, next| next.beside).collect();
+        let left_out = |(at, group): (usize, &&[There<B>])| {
+            group.iter().any(|there| !there.alone) && picks.iter().all(|(pick, _)| *pick != at)
+        };
+        if groups.iter().enumerate().any(left_out) {
             return Ok(None);
         }
         let mut strengths = self.held.strengths().to_vec();
         let mut by_param: Vec<OnLayer<B>> = self.by_param.iter().map(|_| OnLayer::default()).collect();
         let mut there = Vec::with_capacity(picks.len());
-        for (at, factor) in picks {
-            let one = &self.there[*at];
+        let picked = picks.iter().flat_map(|(at, factor)| groups[*at].iter().map(move |one| (one, factor)));
+        for (one, factor) in picked {
             check_factor(&one.dir, one.kind, *factor)?;
             if *factor != 1.0 && !one.scales {
                 return Ok(None);
@@ -282,7 +306,7 @@ impl<B: Backend> Adapters<B> {
     pub(crate) fn attach_zeros(&mut self, base: &Base<B>, method: &Method, specs: &[TensorSpec]) -> Result<()> {
         let modules: Vec<&str> = specs.iter().filter_map(|spec| method.kind().module_of(&spec.name)).collect();
         let layers = modules.into_iter().filter_map(|module| Some((layer_at(base.model.as_ref(), module)?, module)));
-        self.invocation = method.invocation().map(Arc::from);
+        self.invocation = method.invocation().map(Arc::from).or(self.invocation.take());
         let (at, replaced) = (layers.collect(), std::mem::take(&mut self.replaced));
         let loader = Loader::new(base, &replaced, Values::Zeros(specs), WorkType::F32, true, &self.held);
         let placed = self.place(base, method, loader, at, 1.0);

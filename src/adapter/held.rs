@@ -1,6 +1,6 @@
 //! The tensors of attached adapters on a device.
 
-use super::made::Link;
+use super::made::{Input, Link};
 use super::tensor::{TensorSpec, Tensors};
 use super::weight::Weight;
 use crate::adapter::Replaced;
@@ -135,6 +135,22 @@ impl<B: Backend> Held<B> {
         match &mut self.own()[id.0].values {
             AdapterTensor::Matrix(matrix) => backend.with_values(matrix, work),
             AdapterTensor::Buffer(buffer) => work(buffer),
+        }
+    }
+
+    /// Gives those of the tensors, trained or not, that `values` has by their names these values. They were loaded as
+    /// [`WorkType::F32`]; what is made of them has to be made anew.
+    pub(crate) fn put(&mut self, backend: &B, values: &Tensors) {
+        for (i, name) in self.tensors.iter().map(|t| t.spec.name.clone()).enumerate().collect::<Vec<_>>() {
+            let Some(tensor) = values.get(&name) else { continue };
+            self.update(backend, TensorId(i), &mut |buffer| backend.write(buffer, &tensor.data));
+        }
+        for input in self.links.iter_mut().flat_map(|link| &mut link.own) {
+            if let Input::Host(name, host) = input
+                && let Some(tensor) = values.get(name)
+            {
+                host.clone_from(&tensor.data);
+            }
         }
     }
 
@@ -351,8 +367,13 @@ impl<'a, B: Backend> Loader<'a, B> {
         Some(&tensors[name].data)
     }
 
+    /// The name in the file of the module's part `part`, or of a tensor that belongs to no module.
+    pub fn name_of(&self, part: &str) -> String {
+        if self.module.is_empty() { part.to_owned() } else { format!("{}.{part}", self.module) }
+    }
+
     fn spec(&self, part: &str) -> TensorSpec {
-        let name = if self.module.is_empty() { part.to_owned() } else { format!("{}.{part}", self.module) };
+        let name = self.name_of(part);
         let shape = match self.values {
             Values::Of(tensors) => tensors.get(&name).map(|t| t.shape.clone()),
             Values::Zeros(specs) => specs.iter().find(|spec| spec.name == name).map(|spec| spec.shape.clone()),

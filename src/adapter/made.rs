@@ -52,8 +52,8 @@ pub(super) trait Map: Send + Sync {
 pub(super) enum Input {
     /// On the device, in training.
     Held(TensorId),
-    /// Here: it stays as it is. Empty where memory is counted.
-    Host(Vec<f32>),
+    /// Here, with its name in the file: it stays as it is. Empty where memory is counted.
+    Host(String, Vec<f32>),
 }
 
 /// How the made tensors of one module follow from its parts.
@@ -68,7 +68,7 @@ impl Link {
     fn values<B: Backend>(&self, backend: &B, held: &Held<B>) -> Result<Vec<Vec<f32>>> {
         let one = |input: &Input| match input {
             Input::Held(id) => held.read(backend, *id),
-            Input::Host(values) => Ok(values.clone()),
+            Input::Host(_, values) => Ok(values.clone()),
         };
         self.own.iter().map(one).collect()
     }
@@ -132,7 +132,7 @@ impl<B: Backend> Adapters<B> {
             });
             let settled = settled.and_then(|(input, values)| match input {
                 Input::Held(id) => Some((*id, values)),
-                Input::Host(_) => None,
+                Input::Host(..) => None,
             });
             let weight = Weight { base, replaced: self.replaced(), layer: link.layer, counts: false };
             let values = link.map.forward(&slices(&own), &weight)?;
@@ -183,7 +183,7 @@ impl<B: Backend> Held<B> {
         let of = |link: &Link| {
             let held = link.own.iter().map(|input| match input {
                 Input::Held(id) => values[id.number()],
-                Input::Host(host) => host.len(),
+                Input::Host(_, host) => host.len(),
             });
             2 * (held.sum::<usize>() + link.made.iter().map(|id| values[id.number()]).sum::<usize>())
         };

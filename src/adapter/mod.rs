@@ -5,6 +5,7 @@
 
 pub(crate) mod attach;
 mod begun;
+mod beside;
 mod cayley;
 mod centroid;
 mod compose;
@@ -37,6 +38,7 @@ mod weight;
 
 pub(crate) use attach::Adapters;
 pub(crate) use begun::begin;
+pub(crate) use beside::replace as replace_beside;
 pub(crate) use centroid::mean_row;
 pub use centroid::{CENTROID, Centroid};
 pub(crate) use compose::low_rank_sum;
@@ -47,7 +49,7 @@ pub(crate) use forms::activated::last_invocation;
 pub(crate) use forms::{Context, Dropout, Gradients, Prefix};
 pub(crate) use held::{Part as TensorPart, TensorId};
 pub use init::Init;
-pub(crate) use init::{Sketch, is_first};
+pub(crate) use init::{Progress, Sketch, is_first};
 pub use kinds::{Kind, Method};
 pub(crate) use learned::{Learned, fresh};
 pub use merge::{Merged, Rounding, rounding};

@@ -187,7 +187,9 @@ pub(super) fn forms<B: Backend>(
     let mut inputs = Vec::with_capacity(parts.len());
     for (i, part) in parts.iter().enumerate().filter(|_| trains) {
         inputs.push(match placed.iter().find(|(name, _)| name == part) {
-            _ if frozen.contains(part) => Input::Host(own.as_ref().map_or(Vec::new(), |own| own[i].to_vec())),
+            _ if frozen.contains(part) => {
+                Input::Host(load.name_of(part), own.as_ref().map_or(Vec::new(), |own| own[i].to_vec()))
+            }
             Some((_, id)) => Input::Held(*id),
             None => Input::Held(load.buffer(part)?),
         });

@@ -1,5 +1,6 @@
 //! Ranks and alphas of single layers, which a fresh LoRA is given by the ends of their paths.
 
+use super::init::Init;
 use super::method::paths_of;
 use super::methods::lora::Lora;
 use super::{Method, Settings};
@@ -28,18 +29,16 @@ impl Method {
             let factor = f64::from(lora.of_module(path).1);
             (path.clone(), *rank, factor * *rank as f64)
         };
-        let mut other = Lora::of_modules(&ranks.iter().map(module).collect::<Vec<_>>());
-        (other.dropout, other.bias) = (lora.dropout, lora.bias && bias);
-        other.targets.clone_from(&lora.targets);
-        other.invocation.clone_from(&lora.invocation);
-        Self::Lora(other)
+        let plain = Lora { rslora: false, init: Init::Plain, bias: lora.bias && bias, ..lora.clone() };
+        Self::Lora(plain.of_ranks(&ranks.iter().map(module).collect::<Vec<_>>()))
     }
 
     /// A fresh adapter with the ranks and alphas that `settings` give single layers, and those of its `layers` that are left:
     /// rank 0 takes a layer out.
     ///
     /// # Errors
-    /// A pattern that names no layer, or no layer that is left; an embedding of which one of two terms is taken out.
+    /// A pattern that names no layer, or no layer that is left; an embedding of which one of two terms is taken out; a rank
+    /// that the beginning cannot have.
     pub(crate) fn with_ranks(
         self,
         settings: &Settings,
@@ -82,15 +81,7 @@ impl Method {
         if modules.is_empty() {
             return Err(Error::config("rank-pattern", "a rank above 0 for some layer", "0 for all"));
         }
-        let mut ranked = Lora::of_modules(&modules);
-        ranked.targets.clone_from(&lora.targets);
-        (ranked.rslora, ranked.dropout, ranked.bias) = (lora.rslora, lora.dropout, lora.bias);
-        ranked.invocation.clone_from(&lora.invocation);
-        if lora.rslora {
-            for (module, rank, alpha) in &modules {
-                ranked.set_module(module.clone(), *rank, (alpha / (*rank as f64).sqrt()) as f32);
-            }
-        }
+        let mut ranked = lora.of_ranks(&modules);
         // PEFT would begin a layer anew that is named and not in the file.
         let end = |path: &str| path.rsplit('.').next().map(str::to_owned);
         if out.iter().any(|gone| modules.iter().any(|(path, ..)| end(path) == end(gone))) {
@@ -98,6 +89,7 @@ impl Method {
         } else {
             ranked.targets.retain(|target| !out.iter().any(|gone| end(gone).as_ref() == Some(target)));
         }
+        ranked.check_init(model, &left)?;
         Ok((Self::Lora(ranked), left))
     }
 }

@@ -12,6 +12,7 @@ use crate::format::{create_folder, folder_of, open_source};
 use crate::train::{SETTINGS, TrainConfig};
 use clap::ValueEnum;
 use pocketlora_models::Model;
+use serde_json::{Map, Value};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -89,6 +90,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Err(Error::config(name, "it with `--to compressed` alone", got));
     }
     let file = AdapterFile::open(&path)?;
+    file.check_alone("an export takes one adapter")?;
     file.warnings.iter().for_each(|warning| eprintln!("note: {warning}"));
     check_out(args)?;
     let base = (args.to != To::Peft || file.needs_base()).then(|| base_of(args, &file)).transpose()?;
@@ -167,6 +169,11 @@ fn model_file(args: &Args) -> Result<()> {
     check_new(&args.out)?;
     create_folder(&folder_of(&args.out))?;
     let to = args.dtype.map_or(GgufTarget::F16, GgufTarget::from);
+    if let Some(window) = lost_window(source.config()) {
+        eprintln!(
+            "note: llama.cpp runs a Mistral without its window of {window} tokens; longer texts have other answers there"
+        );
+    }
     let bar = progress::count(0, "export");
     let done = export_model(source.as_ref(), &found.path, &args.out, to, &mut |p| {
         model::show(&bar, p);
@@ -177,6 +184,14 @@ fn model_file(args: &Args) -> Result<()> {
     let bytes = fs::metadata(&args.out).map_or(0, |meta| meta.len());
     println!("{}: {} tensors, {}", args.out.display(), source.tensors().len(), megabytes(bytes));
     Ok(())
+}
+
+/// The window of a Mistral that some texts are longer than: the one thing of a model that llama.cpp does not take.
+fn lost_window(config: &Map<String, Value>) -> Option<u64> {
+    let window = config.get("sliding_window").and_then(Value::as_u64)?;
+    let context = config.get("max_position_embeddings").and_then(Value::as_u64)?;
+    let mistral = config.get("model_type").and_then(Value::as_str) == Some("mistral");
+    (mistral && window < context).then_some(window)
 }
 
 /// Refuses to write over something, before any work.

@@ -10,7 +10,7 @@ use crate::format::foreign;
 use crate::generate::{Dry, Finish, Sampling};
 use serde_json::json;
 use std::borrow::Cow;
-use std::io::Read as _;
+use std::io::{IsTerminal as _, Read as _};
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
@@ -41,12 +41,12 @@ pub(super) struct Args {
 }
 
 #[derive(clap::Args)]
-#[group(required = true, multiple = false)]
+#[group(multiple = false)]
 struct PromptArgs {
-    /// The prompt; `-` reads it from stdin.
+    /// The prompt; `-` reads it from stdin, as does leaving it out where something is piped in.
     #[arg(short, long)]
     prompt: Option<String>,
-    /// A file with the prompt; the end of its last line is no part of it.
+    /// A file with the prompt, or `-` for stdin; the end of its last line is no part of it.
     #[arg(short = 'f', long, value_name = "FILE", value_parser = names::path())]
     prompt_file: Option<PathBuf>,
 }
@@ -55,7 +55,12 @@ impl PromptArgs {
     fn read(&self) -> Result<Cow<'_, str>> {
         let (place, bytes) = match (&self.prompt, &self.prompt_file) {
             (Some(prompt), _) if prompt != "-" => return Ok(prompt.into()),
-            (_, Some(path)) => (path.as_path(), std::fs::read(path).map_err(|e| Error::io("read", path, e))?),
+            (None, None) if std::io::stdin().is_terminal() => {
+                return Err(Error::config("prompt", "it with `-p`, in a file with `-f`, or piped in", "none"));
+            }
+            (_, Some(path)) if path.as_os_str() != "-" => {
+                (path.as_path(), std::fs::read(path).map_err(|e| Error::io("read", path, e))?)
+            }
             _ => {
                 let (place, mut bytes) = (Path::new("stdin"), Vec::new());
                 std::io::stdin().lock().read_to_end(&mut bytes).map_err(|e| Error::io("read", place, e))?;

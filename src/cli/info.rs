@@ -120,6 +120,7 @@ fn adapter(path: &Path, as_json: bool) -> Result<()> {
         let rest = json!({
             "targets": targets, "modules": modules, "parameters": parameters, "base": file.base, "base_hash": file.base_hash(),
             "replaces": replaced, "warnings": file.warnings,
+            "beside": file.beside.iter().map(|other| &other.dir).collect::<Vec<_>>(),
         });
         for object in [&keys, &rest] {
             object.as_object().into_iter().flatten().for_each(|(key, value)| report[key] = value.clone());
@@ -141,5 +142,9 @@ fn adapter(path: &Path, as_json: bool) -> Result<()> {
     let hash = file.base_hash().map_or_else(String::new, |hash| format!(" (content hash {hash})"));
     println!("  base: {}{hash}", file.base.as_deref().unwrap_or("not said"));
     file.warnings.iter().for_each(|warning| println!("  note: {warning}"));
+    for other in &file.beside {
+        let (name, values) = (other.method.kind().name(), other.values());
+        println!("  works together with {} ({name}, {values} parameters)", other.dir.display());
+    }
     Ok(())
 }

@@ -51,8 +51,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     check_threads(args.threads)?;
     let text = args.text.as_deref().map(read_text).transpose()?;
     let adapters: Vec<_> = args.adapters.iter().map(|a| names::scaled_adapter(a)).collect::<Result<_>>()?;
-    let files =
-        adapters.iter().map(|(dir, scale)| Ok((AdapterFile::open(dir)?, *scale))).collect::<Result<Vec<_>>>()?;
+    let mut files = Vec::new();
+    for (dir, scale) in &adapters {
+        files.extend(AdapterFile::open(dir)?.each().into_iter().map(|file| (file, *scale)));
+    }
     if text.is_some() {
         model::check_text(&args.model)?;
     }

@@ -1,6 +1,6 @@
 //! What becomes of each weight, decided before the first byte is written.
 
-use super::bnb::QUANT_STATE_MAX;
+use super::bnb::{QUANT_STATE_MAX, torch_name};
 use super::pieces::for_each_piece;
 use super::quantize::Ticker;
 use super::recipe::{Recipe, Target};
@@ -12,6 +12,7 @@ use pocketlora_kernels::FloatType;
 use pocketlora_kernels::quant::{BLOCK, NESTED_BLOCK};
 use pocketlora_models::{Layout, Role};
 use safetensors::Dtype;
+use serde_json::Value;
 use std::collections::{HashMap, HashSet};
 
 /// Beyond this a weight does not go to binary16, whose largest value is 65504: double quantization may enlarge a
@@ -258,11 +259,12 @@ pub(crate) fn nf4_bytes(source: &dyn Source) -> u64 {
     (source.tensors().iter().map(bits).sum::<f64>() / 8.0) as u64
 }
 
-/// The 16-bit type that loses least: the source's own; else binary16, which has the finer steps, if it holds all
-/// weights.
+/// The 16-bit type that loses least: the source's own, be it that of its weights or the one that its config names; else
+/// binary16, which has the finer steps, if it holds all weights.
 fn sixteen_bit_type(source: &dyn Source, weights: &[Weight], ticker: &mut Ticker<'_>) -> Result<FloatType> {
     let dtype = |weight: &Weight| source.tensors()[weight.index].dtype.as_str();
-    if weights.iter().any(|w| dtype(w) == "BF16") {
+    let named = |key: &str| source.config().get(key).and_then(Value::as_str) == Some(torch_name(FloatType::BF16));
+    if weights.iter().any(|w| dtype(w) == "BF16") || named("dtype") || named("torch_dtype") {
         return Ok(FloatType::BF16);
     }
     let kept = |w: &&Weight| matches!(w.store, Store::Kept(_));

@@ -25,7 +25,7 @@ pub(crate) const CONFIG: &str = "config.json";
 /// Version of what is written from the same source. Raise it whenever a conversion gives other weights, another config
 /// or other texts than before, for GGUF files too: copies in people's caches are then made again.
 #[cfg(feature = "hub")]
-pub(crate) const CONVERSION: u32 = 3;
+pub(crate) const CONVERSION: u32 = 4;
 /// Key in the safetensors metadata by which an older output is known, and may be replaced.
 const PRODUCER: &str = "producer";
 

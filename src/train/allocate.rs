@@ -8,7 +8,7 @@
 //! before the last `tfinal`. What is not there yet has a singular value of zero; it has moments, so that it learns at once when
 //! its time comes.
 
-use super::setup::Trained;
+use super::trained::Trained;
 use crate::adapter::{Adapters, Budget, Gradients};
 use crate::base::Base;
 use crate::error::{Error, Result};

@@ -49,6 +49,9 @@ pub struct TrainConfig {
     /// Method of the adapter.
     #[serde(skip_serializing_if = "is_default")]
     pub method: Kind,
+    /// Methods of adapters that are trained together with that one, each in a file of its own.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub beside: Vec<Kind>,
     /// Rank of the adapter.
     pub rank: usize,
     /// Ranks of single layers, by the ends of their paths, of which the longest that fits counts; 0 leaves a layer out.
@@ -269,6 +272,7 @@ impl Default for TrainConfig {
     fn default() -> Self {
         Self {
             method: Kind::Lora,
+            beside: Vec::new(),
             rank: 8,
             rank_pattern: BTreeMap::new(),
             alpha: None,
@@ -448,6 +452,7 @@ impl TrainConfig {
         };
         whole("rank", self.rank, 4096)?;
         self.check_ranks()?;
+        self.check_beside()?;
         self.check_relora()?;
         self.check_layers()?;
         self.check_riemannian()?;
@@ -472,10 +477,9 @@ impl TrainConfig {
                 steps,
             ));
         }
-        let own_ranks = !self.rank_pattern.is_empty() || self.rank_budget().is_some();
-        if let Some(name) = self.init_lora_weights.as_ref().filter(|_| own_ranks && init != Init::Plain) {
-            let expected = "`true` beside `rank-pattern` or a budget of ranks, which begin in no other way yet";
-            return Err(Error::config("init-lora-weights", expected, name));
+        if init == Init::Orthogonal && self.rank_budget().is_some() {
+            let expected = "another beginning beside a budget of ranks, which may be odd";
+            return Err(Error::config("init-lora-weights", expected, init.name()));
         }
         if self.relora.is_some() && init.is_taken_away() {
             let expected =

@@ -41,7 +41,7 @@ impl TrainConfig {
             return self.method != Kind::Adalora;
         }
         let of_lora = OF_FRESH.contains(&key) || OF_LORA.contains(&key);
-        ADAPTER.contains(&key) && !self.method.reads(key) || of_lora && self.method != Kind::Lora
+        ADAPTER.contains(&key) && !self.kinds().any(|kind| kind.reads(key)) || of_lora && self.method != Kind::Lora
     }
 
     /// Whether the setting `name`, one of those in [`TrainConfig::check_effect`], differs from its default.

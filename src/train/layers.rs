@@ -14,7 +14,7 @@
 
 use super::Trainer;
 use super::config::TrainConfig;
-use super::setup::Trained;
+use super::trained::Trained;
 use crate::adapter::Gradients;
 use crate::base::Pool;
 use crate::error::{Error, Result};

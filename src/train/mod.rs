@@ -3,6 +3,7 @@
 mod allocate;
 pub mod auto;
 mod batches;
+mod beside;
 mod best;
 mod budget;
 mod checkpoint;
@@ -35,6 +36,7 @@ mod setup;
 mod sharpness;
 pub(crate) mod step;
 pub(crate) mod sums;
+mod trained;
 mod words;
 
 pub use crate::data::Unused;
@@ -86,11 +88,11 @@ use pocketlora_kernels::{Backend, Call};
 use relora::Cycles;
 use room::Room;
 use saving::Pace;
-use setup::Trained;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use trained::Trained;
 
 /// Stream of random numbers that a run draws from its seed.
 const DROPOUT: u64 = 3;
@@ -121,6 +123,8 @@ pub(crate) struct Trainer<B: Backend> {
     file: AdapterFile,
     adapters: Adapters<B>,
     tensors: Vec<Trained<B>>,
+    /// What the adapter's beginning looks at, as long as it has to be given that.
+    beginning: Option<Vec<MicroBatch>>,
     /// Gives ranks up, where the method has a budget of them.
     allocator: Option<Allocator>,
     /// What was learned before the adapter began anew, where it does.
@@ -262,19 +266,17 @@ impl<B: Backend> Trainer<B> {
         let mut tally = Tally::new();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
         let mut journal = Journal::open(&self.out, &self.config, self.facts.step, self.facts.start, observer);
-        if let Some(found) = self.evaluate_if_due(observer)? {
+        let mut stopped = stops(self.begin(observer))?;
+        if !stopped && let Some(found) = self.evaluate_if_due(observer)? {
             // Where no step is left, it is what the end finds; what is found before the first one is not.
             if self.facts.step > 0 {
                 tally.evaluated(found);
             }
             journal.evaluated(self.facts.step, found, observer);
         }
-        let mut stopped = self.evaluation_pending();
+        stopped |= self.evaluation_pending();
         if !stopped && !self.finished() {
-            stopped = match self.prepare(observer) {
-                Err(e) if e.code() == ErrorCode::Cancelled => true,
-                other => other.map(|()| false)?,
-            };
+            stopped = stops(self.prepare(observer))?;
         }
         let mut pace = Pace::new();
         while !stopped && !self.finished() {
@@ -360,6 +362,7 @@ impl<B: Backend> Trainer<B> {
         self.check_earlier()?;
         let _running = self.handle.enter();
         self.warnings.drain(..).for_each(|warning| observer.on_warning(&warning));
+        self.begin(observer)?;
         self.prepare(observer)?;
         self.paused = Duration::ZERO;
         let queue = self.turn.clone();
@@ -578,6 +581,17 @@ impl<B: Backend> Trainer<B> {
             *paused += pause;
             go
         })
+    }
+}
+
+/// Whether somebody stopped what was `done`.
+///
+/// # Errors
+/// Any other than that.
+fn stops(done: Result<()>) -> Result<bool> {
+    match done {
+        Err(e) if e.code() == ErrorCode::Cancelled => Ok(true),
+        other => other.map(|()| false),
     }
 }
 

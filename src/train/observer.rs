@@ -89,6 +89,12 @@ pub trait Observer {
         true
     }
 
+    /// So much of `all` is done of what a fresh adapter begins with, where that takes work: layers or texts, before the first
+    /// step, and for the last time when it is done.
+    fn on_beginning(&mut self, done: usize, all: usize) {
+        let _ = (done, all);
+    }
+
     /// So many of the `prompts` on which the model will be held are answered: before the first step, and for the last time
     /// when all are.
     fn on_preparing(&mut self, done: usize, prompts: usize) {

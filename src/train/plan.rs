@@ -8,9 +8,9 @@
 
 use super::keep::held_of_lengths;
 use super::layers::Depth;
-use super::setup::gradients;
 use super::step::{Layout, MicroBatch, Watch, micro_step};
 use super::sums::Sums;
+use super::trained::gradients;
 use super::{Optimizer, TrainConfig};
 use crate::adapter::{Adapters, Dropout, Gradients, Learned, Method, TensorPart, TensorSpec};
 use crate::base::{Base, Pool};
@@ -107,6 +107,8 @@ pub(super) struct Work {
     /// What is trained, and its tensors.
     pub method: Method,
     pub specs: Vec<TensorSpec>,
+    /// What is trained together with it.
+    pub beside: Vec<(Method, Vec<TensorSpec>)>,
     /// Tensors beside them, that stand in for parts of the base.
     pub learned: Vec<Learned>,
     /// What is beside them and not in training.
@@ -143,7 +145,8 @@ impl Work {
 
     /// All tensors of the adapter.
     fn all(&self) -> impl Iterator<Item = &TensorSpec> {
-        self.specs.iter().chain(self.learned.iter().map(|learned| &learned.spec))
+        let beside = self.beside.iter().flat_map(|(_, specs)| specs);
+        self.specs.iter().chain(beside).chain(self.learned.iter().map(|learned| &learned.spec))
     }
 
     /// Lengths of the samples of passes of at most `most` tokens that take as much as any: one of the longest samples, and
@@ -176,6 +179,7 @@ impl Work {
         let base = Base::<Counted>::counted(Counted::new(self.table, self.threads), Arc::clone(&self.model))?;
         let mut adapters = Adapters::none(&base);
         adapters.attach_zeros(&base, &self.method, &self.specs)?;
+        self.beside.iter().try_for_each(|(method, specs)| adapters.attach_zeros(&base, method, specs))?;
         adapters.attach_learned(&base, &self.learned, None)?;
         if let Some((method, specs)) = &self.aside {
             adapters.attach_fixed_zeros(&base, method, specs)?;

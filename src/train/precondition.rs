@@ -8,7 +8,7 @@
 
 use super::Trainer;
 use super::config::TrainConfig;
-use super::setup::Trained;
+use super::trained::Trained;
 use crate::adapter::{TensorSpec, low_rank_names};
 use crate::error::{Error, Result};
 use pocketlora_kernels::Backend;

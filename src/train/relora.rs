@@ -13,7 +13,7 @@
 use super::Trainer;
 use super::config::TrainConfig;
 use super::optimizer::{bytes_of, floats};
-use super::setup::Trained;
+use super::trained::Trained;
 use crate::adapter::{Adapters, Method, TensorId, TensorSpec, low_rank_names, low_rank_sum};
 use crate::base::Base;
 use crate::error::{Error, Result};

@@ -1,7 +1,7 @@
 //! Room on the disk for a run's result, held from its beginning: no checkpoint can take what the adapter needs.
 
 use super::Trainer;
-use super::setup::Trained;
+use super::trained::Trained;
 use crate::adapter::{AdapterFile, Stored};
 use crate::error::{Error, Result};
 use crate::format::Staged;
@@ -40,11 +40,14 @@ impl<B: Backend> Trainer<B> {
 
     /// Size of the adapter's file, rather less than more.
     fn adapter_bytes(&self) -> u64 {
-        let size = match self.file.method.kind().stored() {
+        let file = &self.file;
+        let all = std::iter::once(file).chain(&file.beside).map(|file| match file.method.kind().stored() {
             Stored::F16 => 2,
             Stored::F32 => 4,
-        };
-        let of = |t: &Trained<B>| size * t.spec.values() as u64 + t.spec.name.len() as u64 + HEADER;
+        });
+        let sizes: Vec<u64> = all.collect();
+        let size = sizes[0];
+        let of = |t: &Trained<B>| sizes[t.owner] * t.spec.values() as u64 + t.spec.name.len() as u64 + HEADER;
         // What is not trained is written as well, or becomes a part of what is.
         let fixed = self.file.tensors.iter().map(|(name, t)| size * t.data.len() as u64 + name.len() as u64 + HEADER);
         let kept = self.file.replaced.whole.iter().map(|whole| whole.tensor.bytes.len() as u64);

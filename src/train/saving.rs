@@ -4,9 +4,9 @@ use super::best::FOLDER;
 use super::checkpoint::{self, Loaded};
 use super::optimizer::{bytes_of, floats};
 use super::relora::Cycles;
-use super::setup::Trained;
+use super::trained::Trained;
 use super::{Observer, Trainer, allocate, run_folder};
-use crate::adapter::{AdapterFile, Adapters, HostTensor, Stored, is_first};
+use crate::adapter::{AdapterFile, Adapters, HostTensor, Kind, Stored, Tensors, is_first, replace_beside};
 use crate::base::Base;
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Entry, sweep};
@@ -53,6 +53,12 @@ fn wait(longest: Duration, age: Duration, cost: Duration) -> Duration {
     age.max(FIRST).min(longest).max(cost * SHARE)
 }
 
+/// Tensors in `file`, of an adapter in training, that stay as they are and that a checkpoint has to hold.
+fn begun(file: &AdapterFile) -> impl Iterator<Item = (&String, &HostTensor)> {
+    let all = file.method.begins_with().is_some();
+    file.tensors.iter().filter(move |(name, _)| all || is_first(name))
+}
+
 impl<B: Backend> Trainer<B> {
     /// Goes to where the newest sound checkpoint in the output folder stands.
     ///
@@ -60,7 +66,7 @@ impl<B: Backend> Trainer<B> {
     /// There is none, all are broken, or it belongs to another run.
     pub fn resume(&mut self) -> Result<()> {
         let Loaded { facts, file, warning } = checkpoint::load(&self.out, &self.facts, &self.entries())?;
-        let (backend, mut first) = (&self.base.backend, Vec::new());
+        let backend = &self.base.backend;
         for t in &mut self.tensors {
             let part = |prefix: &str| file.get(&format!("{prefix}.{}", t.spec.name)).map(|tensor| &tensor.bytes[..]);
             let values = floats(part("param")?);
@@ -70,15 +76,13 @@ impl<B: Backend> Trainer<B> {
             t.moments.write(backend, &parts);
         }
         // What was taken from the base or the data is not computed once more: another machine's last digits may be others.
-        for (id, spec) in self.adapters.held().fixed().filter(|(_, spec)| is_first(&spec.name)) {
-            let values = floats(&file.get(&format!("{BEGUN}.{}", spec.name))?.bytes);
-            first.push((id, spec.name.clone(), values));
+        let mut first = Tensors::new();
+        for (name, tensor) in begun(&self.file) {
+            let data = floats(&file.get(&format!("{BEGUN}.{name}"))?.bytes);
+            first.insert(name.clone(), HostTensor { shape: tensor.shape.clone(), data });
         }
-        for (id, name, values) in first {
-            self.adapters.held_mut().update(backend, id, &mut |own| backend.write(own, &values));
-            if let Some(own) = self.file.tensors.get_mut(&name) {
-                own.data = values;
-            }
+        if facts.step > 0 {
+            self.beginning = None;
         }
         if let Some(allocator) = &mut self.allocator {
             allocator.counts.clone_from(&facts.grown);
@@ -91,12 +95,12 @@ impl<B: Backend> Trainer<B> {
         if let Some(cycles) = &self.cycles {
             cycles.load(backend, &mut self.adapters, &file)?;
         }
-        self.adapters.renew(&self.base, facts.step)?;
+        self.facts = facts;
+        self.put(first)?;
         // A damaged newest one must not become the previous one, in place of a sound one.
         self.saved = warning.is_none();
         self.earlier = None;
         self.warnings.extend(warning);
-        self.facts = facts;
         if self.facts.candidates.kept.is_some()
             && let Err(e) = AdapterFile::open(&self.out.join(FOLDER))
         {
@@ -118,7 +122,7 @@ impl<B: Backend> Trainer<B> {
                 entries.extend(allocate::PARTS.map(|part| entry(part, Dtype::F32, vec![t.spec.values()])));
             }
         }
-        for (name, tensor) in self.file.tensors.iter().filter(|(name, _)| is_first(name)) {
+        for (name, tensor) in begun(&self.file) {
             entries.push(Entry { name: format!("{BEGUN}.{name}"), dtype: Dtype::F32, shape: tensor.shape.clone() });
         }
         entries.extend(self.cycles.iter().flat_map(|cycles| cycles.entries(&self.adapters)));
@@ -150,7 +154,7 @@ impl<B: Backend> Trainer<B> {
                     sink.put(&format!("{part}.{}", t.spec.name), &bytes_of(values))?;
                 }
             }
-            for (name, tensor) in file.tensors.iter().filter(|(name, _)| is_first(name)) {
+            for (name, tensor) in begun(file) {
                 sink.put(&format!("{BEGUN}.{name}"), &bytes_of(&tensor.data))?;
             }
             if let Some(cycles) = cycles {
@@ -238,18 +242,26 @@ impl<B: Backend> Trainer<B> {
     /// Writes it to another folder, one tensor at a time, for it comes beside all else that the run holds.
     pub(super) fn write_adapter(&mut self, dir: &Path) -> Result<()> {
         crate::format::create_folder(dir)?;
+        let kinds: Vec<Kind> = self.file.beside.iter().map(|other| other.method.kind()).collect();
+        replace_beside(dir, &kinds, |i, folder| self.write_one(i + 1, folder))?;
+        self.write_one(0, dir)
+    }
+
+    /// Writes one of its adapters, see [`Trained::owner`], to the folder `dir`.
+    fn write_one(&mut self, owner: usize, dir: &Path) -> Result<()> {
         if self.file.method.converts() {
             let mut file = self.snapshot()?;
             file.dir = dir.to_owned();
             return file.save();
         }
         let Self { base, adapters, tensors, file, peak, cycles, facts, .. } = self;
-        let cycles = cycles.as_ref();
-        let standing_in = standing_in(file, tensors);
-        for t in tensors.iter().filter(|t| standing_in.contains(&t.spec.name)) {
+        let (cycles, file) = (cycles.as_ref(), owned_by(file, owner));
+        let tensors = || tensors.iter().enumerate().filter(|(_, t)| t.owner == owner);
+        let standing_in = standing_in(file, tensors().map(|(_, t)| t));
+        for (_, t) in tensors().filter(|(_, t)| standing_in.contains(&t.spec.name)) {
             put_back(file, t, adapters.held().read(&base.backend, t.id)?)?;
         }
-        let own = || tensors.iter().enumerate().filter(|(_, t)| !standing_in.contains(&t.spec.name));
+        let own = || tensors().filter(|(_, t)| !standing_in.contains(&t.spec.name));
         let shape = |(i, t): (usize, &Trained<B>)| {
             cycles.map_or_else(|| t.spec.shape.clone(), |cycles| cycles.shape(i, t, facts.step))
         };
@@ -286,11 +298,13 @@ pub(super) fn snapshot<B: Backend>(
 ) -> Result<AdapterFile> {
     let (backend, mut file) = (&base.backend, file.clone());
     let (stored, converts) = (file.method.kind().stored(), file.method.converts());
-    let standing_in = standing_in(&file, tensors);
     for (i, trained) in tensors.iter().enumerate() {
-        let Trained { spec, id, .. } = trained;
+        let Trained { spec, id, owner, .. } = trained;
+        let file = owned_by(&mut file, *owner);
+        let stored = file.method.kind().stored();
+        let standing_in = standing_in(file, tensors.iter().filter(|t| t.owner == *owner));
         if standing_in.contains(&spec.name) {
-            put_back(&mut file, trained, adapters.held().read(backend, *id)?)?;
+            put_back(file, trained, adapters.held().read(backend, *id)?)?;
             continue;
         }
         let mut tensor = HostTensor { shape: spec.shape.clone(), data: adapters.held().read(backend, *id)? };
@@ -314,15 +328,25 @@ pub(super) fn snapshot<B: Backend>(
     Ok(file)
 }
 
-/// Names of those of `tensors` that `file` has in place of parts of the base.
-fn standing_in<B: Backend>(file: &AdapterFile, tensors: &[Trained<B>]) -> BTreeSet<String> {
-    file.replaced.names_learned(file.method.kind(), &adapted(file, tensors))
+/// The adapter number `owner` of a run, see [`Trained::owner`].
+fn owned_by(file: &mut AdapterFile, owner: usize) -> &mut AdapterFile {
+    match owner {
+        0 => file,
+        _ => &mut file.beside[owner - 1],
+    }
 }
 
-/// Paths of the modules that `tensors` adapt.
-fn adapted<B: Backend>(file: &AdapterFile, tensors: &[Trained<B>]) -> Vec<String> {
+/// Names of those of its `tensors` that `file` has in place of parts of the base.
+fn standing_in<'t, B: Backend + 't>(
+    file: &AdapterFile,
+    tensors: impl Iterator<Item = &'t Trained<B>>,
+) -> BTreeSet<String> {
+    if file.replaced.is_empty() {
+        return BTreeSet::new();
+    }
     let kind = file.method.kind();
-    tensors.iter().filter_map(|t| kind.module_of(&t.spec.name)).map(str::to_owned).collect()
+    let adapted: Vec<String> = tensors.filter_map(|t| kind.module_of(&t.spec.name)).map(str::to_owned).collect();
+    file.replaced.names_learned(kind, &adapted)
 }
 
 /// Puts the values of `trained` in the place that `file` has for them.

@@ -1,6 +1,7 @@
 //! What a run starts from: its adapter, fresh or another run's, and the tensors that it moves.
 
 use super::allocate::Allocator;
+use super::beside::{self, Companion};
 use super::best::Candidates;
 use super::budget::choose;
 use super::checkpoint::RunFacts;
@@ -10,16 +11,15 @@ use super::hold_out::Overlap;
 use super::keep::{AT_ONCE, Held, Lessons};
 use super::layers::StepLayers;
 use super::lock::{Earlier, FolderLock};
-use super::optimizer::Moments;
 use super::plan::Work;
 use super::relora::{self, Cycles};
 use super::saving::sweep_folder;
+use super::trained::trained_tensors;
 use super::{
     Batches, Dataset, Keep, Material, MemoryPlan, MicroBatch, Quiz, Sample, TrainConfig, Trainer, largest_micro_batch,
 };
 use crate::adapter::{
-    AdapterFile, Adapters, Gradients, Group, Learned, Method, Replaced, Settings, TensorId, TensorPart, TensorSpec,
-    begin, fresh, layer_at, layer_of, mark,
+    AdapterFile, Adapters, Learned, Method, Replaced, Settings, TensorSpec, begin, fresh, layer_at, mark,
 };
 use crate::base::{Base, Pool};
 use crate::error::{Error, ErrorCode, Result};
@@ -27,45 +27,11 @@ use crate::exec::infer::state_bytes;
 use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::mix;
 use crate::turn::Turn;
-use pocketlora_kernels::{Backend, CacheType, Call};
+use pocketlora_kernels::{Backend, CacheType};
 use pocketlora_models::Param;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// A tensor in training.
-pub(super) struct Trained<B: Backend> {
-    pub spec: TensorSpec,
-    pub group: Group,
-    /// Where its values are.
-    pub id: TensorId,
-    /// The model's layer that it is in, if it is in one.
-    pub layer: Option<usize>,
-    /// Of its first rows, the values that they keep.
-    pub fixed: Option<B::Buffer>,
-    pub moments: Moments<B>,
-}
-
-impl<B: Backend> Trained<B> {
-    /// Makes the fixed rows of `x`, its gradient or its values, zero; or, of its values, what they are to stay.
-    ///
-    /// # Errors
-    /// Out of memory.
-    pub fn hold(&self, backend: &B, x: &mut B::Buffer, keep: bool) -> Result<()> {
-        let Some(fixed) = &self.fixed else { return Ok(()) };
-        let count = (backend.len(fixed) / self.spec.shape[1]) as u32;
-        let rows: Vec<u32> = (0..count).collect();
-        let mut old = backend.buffer(backend.len(fixed))?;
-        // By their negatives, which leaves exactly nothing.
-        backend.run(Call::GatherRows { x, rows: &rows, y: &mut old })?;
-        backend.run(Call::Scale { factor: -1.0, x: &mut old })?;
-        backend.run(Call::ScatterAddRows { x: &old, rows: &rows, y: x })?;
-        if keep {
-            backend.run(Call::ScatterAddRows { x: fixed, rows: &rows, y: x })?;
-        }
-        Ok(())
-    }
-}
 
 /// Whether `name` is that of a copy in the model cache, which earlier versions gave to adapters as their base.
 fn is_copy(name: &str) -> bool {
@@ -124,46 +90,13 @@ fn check_places<B: Backend>(base: &Base<B>, virtual_tokens: usize, data: &Datase
     Ok(())
 }
 
-/// Moments and gradients for every tensor of the attached adapters.
-pub(super) fn trained_tensors<B: Backend>(
-    base: &Base<B>,
-    adapters: &Adapters<B>,
-    method: &Method,
-    settings: &Settings,
-    config: &TrainConfig,
-) -> Result<(Vec<Trained<B>>, Gradients<B>)> {
-    let backend = &base.backend;
-    let mut tensors = Vec::new();
-    for (id, spec) in adapters.held().specs() {
-        let group = method.group(&spec.name, settings);
-        let moments = Moments::new(backend, config, spec.values())?;
-        let shared = method.kind().shared().contains(&spec.name.as_str());
-        let rows = if shared { method.fixed_rows() } else { 0 };
-        let fixed = (rows > 0).then(|| -> Result<B::Buffer> {
-            let values = adapters.held().read(backend, id)?;
-            let len = rows * spec.shape[1];
-            let mut fixed = backend.buffer(len)?;
-            backend.write(&mut fixed, &values[..len]);
-            Ok(fixed)
-        });
-        let layer = layer_of(&spec.name);
-        tensors.push(Trained { spec: spec.clone(), group, id, layer, moments, fixed: fixed.transpose()? });
-    }
-    Ok((tensors, gradients(base, adapters)?))
-}
-
-/// A gradient for every tensor of the attached adapters that has one.
-pub(super) fn gradients<B: Backend>(base: &Base<B>, adapters: &Adapters<B>) -> Result<Gradients<B>> {
-    let one = |(part, values)| Ok((part != TensorPart::Fixed).then(|| base.backend.buffer(values)).transpose()?);
-    Ok(Gradients { resting: Vec::new(), tensors: adapters.held().parts().map(one).collect::<Result<_>>()? })
-}
-
 /// What a run on `data` that is evaluated on `eval_data` and `held` takes memory for: an adapter of `method` with tensors
 /// `specs`.
 fn work<B: Backend>(
     base: &Base<B>,
     method: &Method,
     (specs, learned): (Vec<TensorSpec>, Vec<Learned>),
+    beside: &[Companion],
     aside: Option<(Method, Vec<TensorSpec>)>,
     config: &TrainConfig,
     data: &Dataset,
@@ -180,7 +113,8 @@ fn work<B: Backend>(
         threads: base.backend.threads(),
         method: method.clone(),
         specs,
-        learned,
+        beside: beside.iter().map(|other| (other.method.clone(), other.specs.clone())).collect(),
+        learned: learned.into_iter().chain(beside.iter().flat_map(|other| other.learned.clone())).collect(),
         aside,
         lengths,
         largest: largest_micro_batch(data, config),
@@ -239,6 +173,7 @@ impl<B: Backend> Trainer<B> {
         }
         let init = init.map(|file| file.fitted(base.model.as_ref())).transpose()?;
         let init = init.as_deref();
+        init.map_or(Ok(()), |file| beside::check_init(&config, file))?;
         init.map_or(Ok(()), |file| mark::check(&base, file))?;
         let replaced = init.map(|file| Replaced::default().with(&base, file)).transpose()?.unwrap_or_default();
         check_data(&base, &replaced, &data)?;
@@ -248,7 +183,7 @@ impl<B: Backend> Trainer<B> {
         let (config, too_warm) = config.fitted_to(total_steps);
         let model = base.model.as_ref();
         let config = init.map_or(Ok(config.clone()), |file| config.of_adapter(model, file))?;
-        let settings = config.adapter();
+        let settings = config.adapter_of(config.method)?;
         let (method, layers) = match init {
             Some(file) => {
                 let mut method = file.method.clone();
@@ -281,6 +216,7 @@ impl<B: Backend> Trainer<B> {
             Some(file) => file.replaced.clone(),
             None => fresh(&base, &method, &settings)?,
         };
+        let beside = Companion::all(&config, &base, &method)?;
         let kind = method.kind();
         let adapted: Vec<String> = specs.iter().filter_map(|s| kind.module_of(&s.name)).map(str::to_owned).collect();
         let learned = kept.learned(kind, model, &adapted).map_err(|e| match init {
@@ -290,7 +226,10 @@ impl<B: Backend> Trainer<B> {
         let frozen = kept.without_learned(kind);
         let eval_overlap = eval_data.as_ref().map(|held| Overlap::of(&data, held));
         let learned_too = eval_overlap.and_then(|overlap| overlap.warning(&eval_data.as_ref()?.path));
-        let places = base.model.config().max_positions.saturating_sub(virtual_tokens(&method, &settings));
+        let places = base.model.config().max_positions.saturating_sub(
+            beside.iter().map(|other| virtual_tokens(&other.method, &other.settings)).sum::<usize>()
+                + virtual_tokens(&method, &settings),
+        );
         let step_tokens = data.tokens() as f64 / batches.report().steps as f64;
         // Ids of an embedding that the adapter brings along mean nothing to the base.
         let prompts = prompts.filter(|_| frozen.is_empty());
@@ -302,12 +241,13 @@ impl<B: Backend> Trainer<B> {
         let known = taught.questions.iter().filter(|ids| ids.iter().all(|id| (*id as usize) < vocab));
         let known = Lessons { questions: known.cloned().collect() };
         let held = prompts.and_then(|prompts| Held::new(prompts, known, &config, total_steps, step_tokens, places));
-        let looked_at = first::looked_at(&method, &mut batches, &data, &config);
+        let fresh_one = init.is_none();
+        let beginning = fresh_one.then(|| first::looked_at(&method, &mut batches, &data, &config)).flatten();
         let aside = relora::aside(&config, &method, &specs, total_steps)?;
         let tensors = (specs.clone(), learned.clone());
         let work = Work {
-            looked_at: looked_at.iter().map(MicroBatch::tokens).sum(),
-            ..work(&base, &method, tensors, aside, &config, &data, eval_data.as_ref(), held.as_ref())
+            looked_at: beginning.iter().flatten().map(MicroBatch::tokens).sum(),
+            ..work(&base, &method, tensors, &beside, aside, &config, &data, eval_data.as_ref(), held.as_ref())
         };
         let (mut plan, config) = choose(&work, &config)?;
         plan.data += general.as_ref().map_or(0, Dataset::bytes) as u64;
@@ -328,10 +268,7 @@ impl<B: Backend> Trainer<B> {
                 let mut tensors = method.fresh(&specs, &base, config.seed)?;
                 let texts = data.samples.iter().map(|sample| &sample.ids[..]);
                 begin(&base, &method, &mut tensors, prompt_ids.as_deref(), texts, config.seed)?;
-                method.begin_with_weights(&base, &mut tensors, config.seed)?;
-                if let Method::Lora(lora) = &method {
-                    first::begin_lora(&base, lora, &mut tensors, &looked_at, &config, &plan)?;
-                }
+                first::check(&base, &method, &tensors, &config)?;
                 tensors
             }
         };
@@ -351,10 +288,16 @@ impl<B: Backend> Trainer<B> {
         };
         let mut file = AdapterFile::new(out.to_owned(), method, tensors).with(frozen);
         (file.base, file.base_mark) = (named, Some(mark::of(&base)?));
+        let texts = || data.samples.iter().map(|sample| &sample.ids[..]);
+        let others = beside.iter().map(|other| other.file(&base, &file, prompt_ids.as_deref(), texts(), config.seed));
+        file.beside = others.collect::<Result<_>>()?;
         let mut adapters = Adapters::none(&base);
         adapters.attach_to_train(&base, &file)?;
         adapters.attach_learned(&base, &learned, Some((&kept, kind, &adapted)))?;
         file.replaced = kept;
+        for (other, own) in beside.iter().zip(&mut file.beside) {
+            other.attach_learned(&base, &mut adapters, own)?;
+        }
         adapters.renew(&base, 0)?;
         check_places(&base, adapters.virtual_tokens(), &data)?;
         // What follows may take their place. Where they are few and large, an allocator would keep what it does not reuse.
@@ -362,7 +305,7 @@ impl<B: Backend> Trainer<B> {
         let frozen = file.method.clone();
         file.tensors.retain(|name, _| frozen.is_frozen(name));
         crate::mmap::release_freed();
-        let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &config)?;
+        let (tensors, grads) = trained_tensors(&base, &adapters, &file.method, &settings, &beside, &config)?;
         let cycles = Cycles::new(&base, &mut adapters, &file.method, &tensors, &config, total_steps)?;
         let lens = tensors.iter().map(|t| t.spec.values());
         let allocator = file.method.budget().map(|budget| Allocator::new(budget, config.grow_ranks, total_steps, lens));
@@ -392,6 +335,7 @@ impl<B: Backend> Trainer<B> {
             file,
             adapters,
             tensors,
+            beginning,
             allocator,
             cycles,
             layers: StepLayers::default(),
@@ -429,5 +373,6 @@ pub(crate) fn fingerprint(file: &AdapterFile) -> u64 {
         let values = rows.values.data.iter().map(|v| u64::from(v.to_bits()));
         rows.ids.iter().map(|id| u64::from(*id)).chain(values)
     });
-    kept.chain(rows).fold(hash, mix)
+    let beside = file.beside.iter().map(fingerprint);
+    kept.chain(rows).chain(beside).fold(hash, mix)
 }

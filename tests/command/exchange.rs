@@ -44,10 +44,14 @@ fn the_command_writes_and_reads_them() {
     assert_eq!(dtypes, ["F32", "Q8_0"]);
     assert!(f.said(&export).contains("something is"), "an older one stays");
     assert!(
-        f.said(&["export", tiny.to_str().unwrap(), "--to", "mlx", "-o", &f.path("m")]).contains("`gguf` for a model")
-    );
-    assert!(
         f.said(&["export", lora, "--to", "gguf", "--type", "f16", "-o", &f.path("x.gguf")]).contains("model alone")
+    );
+    // What llama.cpp leaves out of a model is said.
+    let windows = golden("tiny-mistral");
+    let said = f.said(&["export", windows.to_str().unwrap(), "--to", "gguf", "-o", &f.path("mistral.gguf")]);
+    assert!(said.contains("without its window of 8 tokens"), "{said}");
+    assert!(
+        f.said(&["export", tiny.to_str().unwrap(), "--to", "mlx", "-o", &f.path("m")]).contains("`gguf` for a model")
     );
 }
 

@@ -22,3 +22,4 @@ mod said;
 mod strict;
 mod study;
 mod talk;
+mod together;

@@ -239,7 +239,9 @@ fn a_prompt_comes_from_a_pipe_or_a_file_and_an_answer_ends_where_it_should() {
     };
     let (typed, _) = run(&["-p", "what is\nnumber 3?"], "");
     assert_eq!(typed, run(&["-f", &file], "").0);
-    assert_eq!(typed, run(&["-p", "-"], "what is\nnumber 3?\n").0);
+    for stdin in [&["-p", "-"][..], &["-f", "-"], &[]] {
+        assert_eq!(typed, run(stdin, "what is\nnumber 3?\n").0, "{stdin:?}");
+    }
     assert!(run(&["-p", "-"], "").1.contains("expected a prompt, got nothing"));
     assert!(run(&["-p", "a", "-f", &file], "").1.contains("cannot be used"));
     assert!(run(&["-p", "a", "--think"], "").1.contains("expected `--chat`"));

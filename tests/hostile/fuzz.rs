@@ -156,6 +156,11 @@ fn adapter() {
 }
 
 #[test]
+fn compressed() {
+    run("compressed", targets::compressed, 400);
+}
+
+#[test]
 fn tokenizer() {
     run("tokenizer", targets::tokenizer, 400);
 }

@@ -13,7 +13,11 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import tiny
+
 WORK = Path(sys.argv[1])
+# What is of none of the models below, and done once.
+ONCE = ("types", "methods", "exports", "forms")
 # Each by its name for `pull`, with how a turn of a chat looks in it.
 MODELS = {
     "smollm2-135m": "<|im_start|>{}<|im_end|>",
@@ -162,6 +166,21 @@ def check_peft(made):
     if (adapted - plain).abs().max() < 0.1:
         return False, "the adapter does nothing in PEFT"
     return compared(adapted, ours(made["f16"], ids, "-a", made["adapter"]), EXACT)
+
+
+def check_methods(made):
+    """PEFT loads adapters of every method that we train and it has, and gives our logits"""
+    return tiny.methods(WORK, pocketlora, ours, theirs)
+
+
+def check_exports(made):
+    """llama.cpp runs the exported tiny model of every family and gives our probabilities"""
+    return tiny.exports(WORK, pocketlora, ours, serve, HALVES)
+
+
+def check_forms(made):
+    """we read what bitsandbytes and mlx-lm write in 4 and 8 bits, and give its logits"""
+    return tiny.forms(WORK, pocketlora, ours, theirs, in_f32)
 
 
 def check_tokens(made):
@@ -329,12 +348,15 @@ CHECKS = {
     "nf4-ours": (check_nf4_ours, ["transformers", "bitsandbytes", "torch"]),
     "nf4-theirs": (check_nf4_theirs, ["transformers", "bitsandbytes", "torch"]),
     "peft": (check_peft, ["peft", "transformers"]),
+    "methods": (check_methods, ["peft", "transformers"]),
     "tokens": (check_tokens, ["transformers", "xllamacpp"]),
     "types": (check_types, ["xllamacpp", "gguf"]),
     "llama-logits": (check_llama_logits, ["xllamacpp"]),
     "llama-model": (check_llama_model, ["xllamacpp"]),
     "llama-adapter": (check_llama_adapter, ["xllamacpp"]),
     "mlx": (check_mlx, ["mlx-lm", "mlx"]),
+    "exports": (check_exports, ["xllamacpp"]),
+    "forms": (check_forms, ["transformers", "bitsandbytes", "mlx-lm"]),
 }
 
 
@@ -347,8 +369,7 @@ def main():
         WORK = whole / model
         WORK.mkdir(parents=True, exist_ok=True)
         made = materials(model)
-        # What is of no model is done once.
-        own = [name for name in chosen if name != "types" or model == models[0]]
+        own = [name for name in chosen if name not in ONCE or model == models[0]]
         # Each in a process of its own: a library that crashes is one failure, and their memory is not added up.
         for name in own:
             check, packages = CHECKS[name]

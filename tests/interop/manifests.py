@@ -29,7 +29,7 @@ CHANGES |= {
     "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
     "gemma2": {"query_pre_attn_scalar": 24},
-    "gemma4_text_moe": {"dtype": "float16"},
+    "gemma4_text_moe": {"dtype": "bfloat16"},
     "mistral": {"sliding_window": None},
     "gemma3_text": {"query_pre_attn_scalar": 24, "layer_types": [SLIDING] * 3},
     "granite_swa": {"layer_rope_theta": [0, 1e4, 1e4, 0]},

@@ -2,7 +2,7 @@
 
 use super::methods::{base, config, data, json, of};
 use crate::common::{check_all, golden, tensors};
-use pocketlora::adapter::{AdapterFile, HostTensor};
+use pocketlora::adapter::{AdapterFile, HostTensor, Kind};
 use pocketlora::train::{Dataset, Observer, Optimizer, StepReport, Summary, TrainConfig};
 use serde_json::Value;
 use std::fs;
@@ -106,6 +106,38 @@ fn what_peft_begins_with_is_begun_with() {
     });
 }
 
+/// Layers of other ranks begin as the others do.
+#[test]
+fn layers_of_their_own_rank_begin_so_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let plain = train(settings("true"), data(), &dir.path().join("plain"), 2, false, 0).0.before.unwrap().held_out;
+    check_all(["pissa", "lora_ga", "eva"], |init| {
+        let out = dir.path().join(init);
+        let rank_pattern = [("q_proj".to_owned(), 2), ("0.self_attn.v_proj".to_owned(), 6)].into();
+        // A step so small that it changes no digit.
+        let small = TrainConfig { lr: 1e-30, optimizer: Optimizer::Sgd, weight_decay: 0.0, ..settings(init) };
+        let (summary, _) = train(TrainConfig { rank_pattern, ..small }, data(), &out, 2, false, 0);
+        let before = summary.before.unwrap().held_out.unwrap();
+        if (before - plain.unwrap()).abs() > 1e-5 {
+            return Err(format!("{init}: the loss is {before} before the first step, the base's {plain:?}"));
+        }
+        let file = AdapterFile::open(&out).unwrap();
+        let times = if MOVED.contains(init) { 2 } else { 1 };
+        for (module, rank) in [("0.self_attn.q_proj", 2), ("0.self_attn.v_proj", 6), ("1.self_attn.v_proj", 4)] {
+            let a = &file.tensors[&format!("model.layers.{module}.lora_A.weight")];
+            assert_eq!(a.shape[0], times * rank, "{init}: {module}");
+            // Singular vectors are orthogonal, and random ones are not.
+            let (first, second) = (&a.data[..a.shape[1]], &a.data[a.shape[1]..2 * a.shape[1]]);
+            let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(x * y)).sum::<f64>();
+            let cosine = dot(first, second) / (dot(first, first) * dot(second, second)).sqrt();
+            if cosine.abs() > 1e-3 {
+                return Err(format!("{init}, {module}: the first rows of A have the cosine {cosine}"));
+            }
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn a_model_says_at_first_what_its_base_does_and_at_last_what_its_file_does() {
     let dir = tempfile::tempdir().unwrap();
@@ -141,6 +173,64 @@ fn a_model_says_at_first_what_its_base_does_and_at_last_what_its_file_does() {
         let from_file = trainer.run(&mut Losses { stop_after: 1, ..Losses::default() }).unwrap().before.unwrap();
         let off = (from_file.held_out.unwrap() - after).abs();
         if off > 2e-4 { Err(format!("{init}: the file's loss is {off} off")) } else { Ok(()) }
+    });
+}
+
+/// Hears of beginnings, and stops one when so much of it is done.
+struct Impatient {
+    stop_at: usize,
+    heard: Vec<(usize, usize)>,
+}
+
+impl Observer for Impatient {
+    fn on_step(&mut self, _: &StepReport) -> ControlFlow<()> {
+        ControlFlow::Break(())
+    }
+
+    fn on_beginning(&mut self, done: usize, all: usize) {
+        self.heard.push((done, all));
+    }
+
+    fn keep_going(&mut self) -> bool {
+        self.heard.last().is_none_or(|(done, _)| *done < self.stop_at)
+    }
+}
+
+/// A beginning can be stopped; the run then begins anew and ends as one that was not. After a step nothing is begun again.
+#[test]
+fn a_beginning_stops_when_asked_and_is_done_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let of = |init: &str| match init {
+        "lora-xs" => TrainConfig { method: Kind::LoraXs, init_lora_weights: None, ..settings("true") },
+        _ => settings(init),
+    };
+    let bytes = |out: &Path| fs::read(out.join("adapter_model.safetensors")).unwrap();
+    check_all(["pissa", "loftq", "eva", "corda", "lora_ga", "lora-xs"], |init| {
+        let (whole, out) = (dir.path().join(format!("{init}-whole")), dir.path().join(init));
+        train(of(init), data(), &whole, 2, false, 0);
+        let hears = |resume: bool, stop_at: usize| {
+            let mut trainer = base(2).trainer(of(init), data(), Some(data()), None, &out).unwrap();
+            if resume {
+                trainer.resume().unwrap();
+            }
+            let mut observer = Impatient { stop_at, heard: Vec::new() };
+            let summary = trainer.run(&mut observer).unwrap();
+            (observer.heard, summary)
+        };
+        let (heard, summary) = hears(false, 1);
+        if summary.done || summary.steps > 0 || heard.last().is_none_or(|(done, all)| *done != 1 || *all < 2) {
+            return Err(format!("{init}: stopped after {} steps, heard {heard:?}", summary.steps));
+        }
+        let (heard, summary) = hears(true, usize::MAX);
+        if summary.steps != 1 || heard.last().is_none_or(|(done, all)| done != all) {
+            return Err(format!("{init}: {} steps, heard {heard:?}", summary.steps));
+        }
+        let (heard, summary) = hears(true, usize::MAX);
+        if summary.steps != 2 || !heard.is_empty() {
+            return Err(format!("{init}: {} steps, heard {heard:?}", summary.steps));
+        }
+        train(of(init), data(), &out, 2, true, 0);
+        if bytes(&out) == bytes(&whole) { Ok(()) } else { Err(format!("{init}: other bytes than in one run")) }
     });
 }
 

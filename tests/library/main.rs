@@ -37,4 +37,5 @@ mod run_folder;
 mod runs;
 mod samples;
 mod smollm2;
+mod together;
 mod training;

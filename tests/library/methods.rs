@@ -17,7 +17,7 @@ const METHODS: [&str; 6] = ["ia3", "prefix_tuning", "cartridge", "ln_tuning", "t
 /// Used, and not trained.
 const SERVED: [&str; 2] = ["p_tuning_mlp", "p_tuning_lstm"];
 /// What LoRA can be asked for beside rank and alpha.
-const LORA: [&str; 9] = [
+const LORA: [&str; 11] = [
     "alora",
     "lora",
     "lora_bias",
@@ -25,8 +25,10 @@ const LORA: [&str; 9] = [
     "lora_layers_regex",
     "lora_layers_to_transform",
     "lora_modules_to_save",
+    "lora_monteclora",
     "lora_target_parameters",
     "lora_trainable_tokens",
+    "lora_velora",
 ];
 
 pub(super) fn of(method: &str, file: &str) -> PathBuf {

@@ -246,6 +246,7 @@ impl Weighted<'_> {
 /// It is none; `verb` names what was to be done with it.
 pub(super) fn plain_lora<'a>(file: &'a AdapterFile, verb: &str, instead: [&str; 2]) -> Result<&'a Lora> {
     let refused = |what: String, next: &str| Err(Error::unsupported(&file.dir, format!("to {verb} {what}"), next));
+    file.check_alone(&format!("`{verb}` takes one adapter"))?;
     let Method::Lora(lora) = &file.method else {
         return refused(file.method.kind().name().to_owned(), instead[0]);
     };

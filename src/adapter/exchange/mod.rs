@@ -61,6 +61,7 @@ impl<'a> Plain<'a> {
             let next = "merge it into its base with `pocketlora merge`, and give that away";
             Err(Error::unsupported(&file.dir, format!("to write {what} as {format}"), next))
         };
+        file.check_alone("an export takes one adapter")?;
         let Method::Lora(lora) = &file.method else { return refused(file.method.kind().name().to_owned()) };
         if lora.invocation.is_some() {
             let what = format!("to write an adapter that works behind an invocation as {format}");

@@ -6,7 +6,7 @@
 //! layers.
 
 use super::range::{self, Operator, cholesky, columns, floats, largest, orthonormal, smallest, solve};
-use super::{ITERATIONS, filled, halves};
+use super::{ITERATIONS, Progress, filled, go_on, halves};
 use crate::adapter::Replaced;
 use crate::adapter::attach::Adapters;
 use crate::adapter::forms::{Context, Gradients, Term};
@@ -145,15 +145,17 @@ pub(super) fn matrix<B: Backend>(backend: &B, values: &[f32], cols: usize) -> Re
     Ok(backend.matrix(MatrixSource { rows: values.len() / cols.max(1), cols, data })?)
 }
 
-/// Of each of the `layers` with its rank, the principal components `[r, in]` of what it reads of `texts`.
+/// Of each of the `layers` with its rank, the principal components `[r, in]` of what it reads of `texts`. `progress` hears
+/// of texts.
 ///
 /// # Errors
-/// An id beyond the vocabulary, out of memory.
+/// An id beyond the vocabulary, stopped, out of memory.
 pub(super) fn components<B: Backend>(
     base: &Base<B>,
     layers: &[(Param, usize)],
     texts: &[Vec<u32>],
     seed: u64,
+    progress: &mut Progress<'_>,
 ) -> Result<Vec<Vec<f32>>> {
     let (backend, batches) = (&base.backend, batches(texts));
     let inputs: Vec<usize> = layers.iter().map(|(p, _)| backend.shape(base.matrix(*p)).1).collect();
@@ -172,7 +174,8 @@ pub(super) fn components<B: Backend>(
             seen.push(own);
         }
         // One text after the other, so that one is held.
-        for batch in &batches {
+        for (i, batch) in batches.iter().enumerate() {
+            go_on(progress, round * batches.len() + i, (ROUNDS + 1) * batches.len())?;
             let mut text = Texts::new(base, &adapters, std::slice::from_ref(batch))?;
             (0..base.model.config().layers).try_for_each(|layer| text.run(layer, true))?;
         }
@@ -256,13 +259,28 @@ fn places(model: &dyn Model) -> Vec<Option<usize>> {
     places
 }
 
+/// The layers of `model` whose operations multiply by the parameters `own`.
+///
+/// # Errors
+/// One is of no layer of the decoder.
+pub(super) fn places_of(model: &dyn Model, own: impl Iterator<Item = Param>) -> Result<Vec<usize>> {
+    let places = places(model);
+    let place = |p: Param| {
+        places[p.0 as usize].ok_or_else(|| {
+            let got = &model.params()[p.0 as usize].name;
+            Error::config("init-lora-weights", "layers of the decoder alone beside `corda`", got)
+        })
+    };
+    own.map(place).collect()
+}
+
 /// CorDA's `A` and `B` of each of the `layers`, with their ranks and factors on `B A`: `W C = U S Vᵀ` for the
 /// covariance `C` of what they read of `texts`, `A = sqrt(S / s) Vᵀ C⁻¹` and `B = U sqrt(S / s)`. Of the smallest
 /// values, where the model is to `keep` what it knows of such texts, or else of the largest. `each` takes them, with
-/// the layer's number among these.
+/// the layer's number among these, and `progress` hears of them.
 ///
 /// # Errors
-/// A layer that is none of the decoder's, an id beyond the vocabulary, out of memory.
+/// A layer that is none of the decoder's, an id beyond the vocabulary, stopped, out of memory.
 pub(super) fn covariances<B: Backend>(
     base: &Base<B>,
     layers: &[(Param, usize, f32)],
@@ -270,15 +288,13 @@ pub(super) fn covariances<B: Backend>(
     keep: bool,
     seed: u64,
     each: &mut dyn FnMut(usize, [Vec<f32>; 2]),
+    progress: &mut Progress<'_>,
 ) -> Result<()> {
-    let (backend, batches, places) = (&base.backend, batches(texts), places(base.model.as_ref()));
+    let (backend, batches) = (&base.backend, batches(texts));
+    let places = places_of(base.model.as_ref(), layers.iter().map(|(p, ..)| *p))?;
     let mut adapters = Adapters::none(base);
     let mut seen = Vec::with_capacity(layers.len());
     for (p, ..) in layers {
-        if places[p.0 as usize].is_none() {
-            let got = &base.model.params()[p.0 as usize].name;
-            return Err(Error::config("init-lora-weights", "layers of the decoder alone beside `corda`", got));
-        }
         let own = Arc::new(Mutex::new(Seen::Nothing));
         adapters.watch(*p, Look(Arc::clone(&own)));
         seen.push(own);
@@ -287,11 +303,11 @@ pub(super) fn covariances<B: Backend>(
         std::mem::replace(&mut *Mutex::lock(&seen[i]).unwrap_or_else(PoisonError::into_inner), what)
     };
     let mut texts = Texts::new(base, &adapters, &batches)?;
-    let replaced = Replaced::default();
+    let (replaced, mut done) = (Replaced::default(), 0);
     for layer in 0..base.model.config().layers {
-        for (i, (p, rank, scale)) in
-            layers.iter().enumerate().filter(|(_, (p, ..))| places[p.0 as usize] == Some(layer))
-        {
+        for (i, (p, rank, scale)) in layers.iter().enumerate().filter(|(i, _)| places[*i] == layer) {
+            go_on(progress, done, layers.len())?;
+            done += 1;
             let input = backend.shape(base.matrix(*p)).1;
             look(i, Seen::All { sum: backend.buffer(input * input)?, texts: 0 });
             texts.run(layer, false)?;

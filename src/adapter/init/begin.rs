@@ -1,6 +1,6 @@
 //! Gives a fresh LoRA the values that it begins with.
 
-use super::{Init, Operator, Sketch, activations, from_weight, loftq::Rounded, orthogonal_halves, put};
+use super::{Init, Operator, Progress, Sketch, activations, from_weight, go_on, loftq, orthogonal_halves, put};
 use crate::adapter::method::layer_at;
 use crate::adapter::methods::lora::Lora;
 use crate::adapter::weight::Weight;
@@ -34,11 +34,35 @@ impl Lora {
         tensors.keys().filter_map(module).collect()
     }
 
-    /// Puts what it begins with into its fresh `tensors` on `base`; what it looks at is `texts`, and a `source` with
-    /// the base's weights in more bits. A beginning from gradients is a [`Sketch`]'s.
+    /// Refuses layers, of those that have `tensors`, that it cannot look at, or that a `source` lacks, before any work.
     ///
     /// # Errors
-    /// There is no source and it needs one, or that has other weights; an id beyond the vocabulary; out of memory.
+    /// CorDA on a layer that is none of the decoder's; a layer that is not in the source, has another shape, or is in 4
+    /// bits there as well.
+    pub(crate) fn check_beginning<B: Backend>(
+        &self,
+        base: &Base<B>,
+        tensors: &Tensors,
+        source: Option<&dyn Source>,
+    ) -> Result<()> {
+        let (modules, replaced) = (self.modules(base.model.as_ref(), tensors), Replaced::default());
+        if matches!(self.init, Init::Corda(_)) {
+            activations::places_of(base.model.as_ref(), modules.iter().map(|module| module.layer))?;
+        }
+        source.into_iter().flat_map(|source| modules.iter().map(move |module| (source, module))).try_for_each(
+            |(source, module)| {
+                let weight = Weight { base, replaced: &replaced, layer: module.layer, counts: false };
+                loftq::place(&weight, source).map(|_| ())
+            },
+        )
+    }
+
+    /// Puts what it begins with into its fresh `tensors` on `base`; what it looks at is `texts`, and a `source` with
+    /// the base's weights in more bits. `progress` hears how much of it is done, and whether it goes on is its answer.
+    /// A beginning from gradients is a [`Sketch`]'s.
+    ///
+    /// # Errors
+    /// There is no source and it needs one, or that has other weights; an id beyond the vocabulary; stopped; out of memory.
     pub(crate) fn begin_with<B: Backend>(
         &self,
         base: &Base<B>,
@@ -46,6 +70,7 @@ impl Lora {
         texts: &[Vec<u32>],
         source: Option<&dyn Source>,
         seed: u64,
+        progress: &mut Progress<'_>,
     ) -> Result<()> {
         let modules = self.modules(base.model.as_ref(), tensors);
         let (seed, replaced) = (mix(seed, STREAM), Replaced::default());
@@ -53,7 +78,7 @@ impl Lora {
             Init::Plain | Init::Gaussian | Init::LoraGa => {}
             Init::Eva => {
                 let layers: Vec<(Param, usize)> = modules.iter().map(|m| (m.layer, m.rank)).collect();
-                let found = activations::components(base, &layers, texts, seed)?;
+                let found = activations::components(base, &layers, texts, seed, progress)?;
                 for (module, a) in modules.iter().zip(found) {
                     if let Some(own) = tensors.get_mut(&format!("{}.lora_A.weight", module.path)) {
                         own.data = a;
@@ -62,13 +87,13 @@ impl Lora {
             }
             Init::Corda(keep) => {
                 let layers: Vec<(Param, usize, f32)> = modules.iter().map(|m| (m.layer, m.rank, m.scale)).collect();
-                activations::covariances(base, &layers, texts, keep, seed, &mut |i, halves| {
-                    put(tensors, &modules[i].path, halves);
-                })?;
+                let each = &mut |i: usize, halves| put(tensors, &modules[i].path, halves);
+                activations::covariances(base, &layers, texts, keep, seed, each, progress)?;
             }
             Init::Orthogonal | Init::Pissa(_) | Init::Milora | Init::Olora | Init::Loftq => {
-                for (Module { path, layer, rank, scale }, i) in modules.iter().zip(0..) {
-                    let seed = mix(seed, i);
+                for (i, Module { path, layer, rank, scale }) in modules.iter().enumerate() {
+                    go_on(progress, i, modules.len())?;
+                    let seed = mix(seed, i as u64);
                     let weight = Weight { base, replaced: &replaced, layer: *layer, counts: false };
                     let halves = match self.init {
                         Init::Orthogonal => Some(orthogonal_halves(Operator::shape(&weight), *rank, seed)),
@@ -76,7 +101,7 @@ impl Lora {
                             let source = source.ok_or_else(|| {
                                 Error::config("loftq-source", "a model with the base's weights in 16 bits", "none")
                             })?;
-                            from_weight(self.init, &Rounded::read(&weight, source)?, *rank, *scale, seed)?
+                            from_weight(self.init, &loftq::Rounded::read(&weight, source)?, *rank, *scale, seed)?
                         }
                         _ => from_weight(self.init, &weight, *rank, *scale, seed)?,
                     };

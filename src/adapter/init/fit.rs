@@ -38,20 +38,22 @@ impl Lora {
             let expected = format!("none beside `init-lora-weights = {}`", self.init.name());
             return Err(Error::config("alora-invocation-tokens", expected, "some"));
         }
-        if self.init == Init::Orthogonal && !self.rank.is_multiple_of(2) {
-            return Err(Error::config("rank", "an even number beside `init-lora-weights = orthogonal`", self.rank));
-        }
         for spec in layers.iter().map(|p| &model.params()[p.0 as usize]) {
-            let (side, needed) = (spec.shape.iter().copied().min().unwrap_or(0), self.init.directions(self.rank));
+            let (rank, _) = self.of_module(spec.module());
+            let key = if rank == self.rank { "rank" } else { "rank-pattern" };
+            if self.init == Init::Orthogonal && !rank.is_multiple_of(2) {
+                return Err(Error::config(key, "an even number beside `init-lora-weights = orthogonal`", rank));
+            }
+            let (side, needed) = (spec.shape.iter().copied().min().unwrap_or(0), self.init.directions(rank));
             if needed > side {
-                let per = needed / self.rank.max(1);
+                let per = needed / rank.max(1);
                 let expected = format!(
                     "at most {} beside `init-lora-weights = {}`, for `{}` has {side} directions",
                     side / per.max(1),
                     self.init.name(),
                     spec.module()
                 );
-                return Err(Error::config("rank", expected, self.rank));
+                return Err(Error::config(key, expected, rank));
             }
         }
         Ok(())

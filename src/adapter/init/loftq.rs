@@ -13,23 +13,32 @@ pub(super) struct Rounded<'a, B: Backend> {
     whole: B::Matrix,
 }
 
+/// The number of the tensor of `source` that is the layer of `weight`.
+///
+/// # Errors
+/// It is not there, has another shape, or is in 4 bits there as well.
+pub(super) fn place<B: Backend>(weight: &Weight<'_, B>, source: &dyn Source) -> Result<usize> {
+    let (name, [out, input]) = (&weight.base.model.params()[weight.layer.0 as usize].name, Operator::shape(weight));
+    let found = source.tensors().iter().position(|tensor| tensor.name == *name);
+    let refused = |got: String| {
+        let expected = format!("a model with `{name}` of shape `[{out}, {input}]` in 8 bits or more");
+        Error::config("loftq-source", expected, got)
+    };
+    let at = found.ok_or_else(|| refused("one without it".to_owned()))?;
+    let meta = &source.tensors()[at];
+    if meta.shape != [out, input] || meta.is_four_bit() {
+        return Err(refused(format!("{} of shape {:?}", meta.dtype, meta.shape)));
+    }
+    Ok(at)
+}
+
 impl<'a, B: Backend> Rounded<'a, B> {
     /// Reads the layer of `weight` from `source`.
     ///
     /// # Errors
-    /// It is not there, has another shape, or is in 4 bits there as well; out of memory.
+    /// Those of [`place`]; out of memory.
     pub fn read(weight: &'a Weight<'a, B>, source: &dyn Source) -> Result<Self> {
-        let (name, [out, input]) = (&weight.base.model.params()[weight.layer.0 as usize].name, Operator::shape(weight));
-        let found = source.tensors().iter().position(|tensor| tensor.name == *name);
-        let refused = |got: String| {
-            let expected = format!("a model with `{name}` of shape `[{out}, {input}]` in 8 bits or more");
-            Error::config("loftq-source", expected, got)
-        };
-        let at = found.ok_or_else(|| refused("one without it".to_owned()))?;
-        let meta = &source.tensors()[at];
-        if meta.shape != [out, input] || meta.is_four_bit() {
-            return Err(refused(format!("{} of shape {:?}", meta.dtype, meta.shape)));
-        }
+        let (at, [out, input]) = (place(weight, source)?, Operator::shape(weight));
         let mut values = vec![0.0; out * input];
         source.read_rows(at, 0..out, &mut values)?;
         Ok(Self { weight, whole: matrix(&weight.base.backend, &values, input)? })

@@ -34,7 +34,7 @@ use weights::{from_weight, orthogonal_halves};
 
 use super::svd::{Columns, Svd, dot, orthogonal};
 use super::tensor::{HostTensor, Tensors};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 use crate::rng::normals;
 use range::floats;
 
@@ -43,6 +43,20 @@ pub(super) const FIRST: [&str; 2] = ["lora_A0.weight", "lora_B0.weight"];
 /// Whether the tensor `name` holds what a module began with.
 pub(crate) fn is_first(name: &str) -> bool {
     FIRST.iter().any(|part| name.strip_suffix(part).is_some_and(|module| module.ends_with('.')))
+}
+
+/// Hears how much of how much a beginning has done; its answer is whether that goes on.
+pub(crate) type Progress<'a> = dyn FnMut(usize, usize) -> bool + 'a;
+
+/// Tells `progress`.
+///
+/// # Errors
+/// It says that this was enough.
+pub(crate) fn go_on(progress: &mut Progress<'_>, done: usize, all: usize) -> Result<()> {
+    if progress(done, all) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorCode::Cancelled, "training", "stopped before the adapter had what it begins with"))
 }
 
 /// Rounds of the randomized decomposition where none are asked for.

@@ -58,6 +58,7 @@ impl Merged {
             adapters.iter().map(|(file, factor)| Ok((file.fitted(merged.model.as_ref())?.into_owned(), *factor)));
         let adapters = fitted.collect::<Result<Vec<_>>>()?;
         for (file, factor) in &adapters {
+            file.check_alone("each is merged by itself")?;
             merged.check(file, &there, *factor)?;
             there.push((&file.dir, file.method.kind()));
             merged.replace(file)?;

@@ -49,7 +49,7 @@ const KEYS: &[KeyUse] = &[
     ("lora_ga_config", NoEffect, ""),
     ("megatron_config", OnlyDefault, MERGE),
     ("megatron_core", NoEffect, ""),
-    ("monteclora_config", OnlyDefault, MERGE),
+    ("monteclora_config", NoEffect, ""),
     ("orth_reg_weight", Honoured, ""),
     ("qalora_group_size", NoEffect, ""),
     ("r", NoEffect, ""), // LoRA's, which AdaLoRA does not read
@@ -65,7 +65,7 @@ const KEYS: &[KeyUse] = &[
     ("use_dora", OnlyDefault, MERGE),
     ("use_qalora", OnlyDefault, MERGE),
     ("use_rslora", OnlyDefault, MERGE),
-    ("velora_config", OnlyDefault, MERGE),
+    ("velora_config", NoEffect, ""),
 ];
 
 /// Settings of AdaLoRA.

@@ -63,7 +63,7 @@ pub(crate) const KEYS: &[KeyUse] = &[
     ("megatron_config", OnlyDefault, "export the adapter from Megatron as a plain one"),
     ("megatron_core", NoEffect, ""),
     ("merge_weights", NoEffect, ""),
-    ("monteclora_config", OnlyDefault, MERGE),
+    ("monteclora_config", NoEffect, ""), // how it was trained
     ("qalora_group_size", NoEffect, ""), // of `use_qalora`
     ("r", Honoured, ""),
     ("rank_pattern", Honoured, ""),
@@ -76,7 +76,7 @@ pub(crate) const KEYS: &[KeyUse] = &[
     ("use_qa_lora", OnlyDefault, MERGE),
     ("use_qalora", OnlyDefault, MERGE),
     ("use_rslora", Honoured, ""),
-    ("velora_config", OnlyDefault, MERGE),
+    ("velora_config", NoEffect, ""),
 ];
 
 /// Settings of plain LoRA and rsLoRA.
@@ -146,6 +146,19 @@ impl Lora {
         targets.sort_unstable();
         targets.dedup();
         Self { targets, ..lora }
+    }
+
+    /// The same with other ranks and alphas of its modules, by their paths.
+    #[must_use]
+    pub(crate) fn of_ranks(&self, modules: &[(String, usize, f64)]) -> Self {
+        let Self { rank, alpha, rank_pattern, alpha_pattern, .. } = Self::of_modules(modules);
+        let exceptions = BTreeMap::new();
+        let mut ranked = Self { rank, alpha, rank_pattern, alpha_pattern, exceptions, ..self.clone() };
+        for (module, rank, alpha) in modules {
+            let factor = ranked.factor(*rank, *alpha);
+            ranked.set_module(module.clone(), *rank, factor);
+        }
+        ranked
     }
 
     /// Says what rank and factor on `B A` the module at the path `module` has.

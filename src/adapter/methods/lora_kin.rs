@@ -3,7 +3,7 @@
 //! Each holds the LoRA that it becomes in a field `lora`, and its own settings, which are options of a run.
 
 use super::lora::Lora;
-use crate::adapter::init::put;
+use crate::adapter::init::{Progress, go_on, put};
 use crate::adapter::method::{AdapterMethod, Settings, begin_with, layer_at, options_of};
 use crate::adapter::weight::Weight;
 use crate::adapter::{HostTensor, Method, Replaced, Tensors};
@@ -49,24 +49,27 @@ pub(super) fn plain(tensors: &mut Tensors, parts: &[&str], halves: &dyn Fn(&[Hos
 }
 
 impl Method {
-    /// Puts into the fresh `tensors` of a method that works with the singular vectors of weights what is theirs.
+    /// Puts into the fresh `tensors` of a method that works with the singular vectors of weights what is theirs. `progress`
+    /// hears of modules.
     ///
     /// # Errors
-    /// Out of memory.
+    /// Stopped, out of memory.
     pub(crate) fn begin_with_weights<B: Backend>(
         &self,
         base: &Base<B>,
         tensors: &mut Tensors,
         seed: u64,
+        progress: &mut Progress<'_>,
     ) -> Result<()> {
         let Self::LoraXs(own) = self else { return Ok(()) };
         let replaced = Replaced::default();
         let modules: Vec<String> =
             tensors.keys().filter_map(|name| name.strip_suffix(".lora_A.weight").map(str::to_owned)).collect();
-        for (module, i) in modules.iter().zip(0..) {
+        for (i, module) in modules.iter().enumerate() {
+            go_on(progress, i, modules.len())?;
             let Some(layer) = layer_at(base.model.as_ref(), module) else { continue };
             let weight = Weight { base, replaced: &replaced, layer, counts: false };
-            let halves = crate::adapter::init::singular(&weight, own.lora.rank, mix(mix(seed, STREAM), i))?;
+            let halves = crate::adapter::init::singular(&weight, own.lora.rank, mix(mix(seed, STREAM), i as u64))?;
             put(tensors, module, halves);
         }
         Ok(())

@@ -96,6 +96,12 @@ pub(super) fn parse(path: &Path, name: &str, kind: Kind) -> Result<Key> {
     Ok(Key { module: canonical(module), written, part, depth, adapter: adapter.map(str::to_owned) })
 }
 
+/// Whether the tensor `name` serves PEFT's training alone, and an adapter works without it: VeLoRA's projections of gradients,
+/// MonteCLoRA's distributions.
+pub(super) fn is_of_training(name: &str) -> bool {
+    name.split('.').any(|segment| ["lora_velora_embed", "lora_monteclora_sampler"].contains(&segment))
+}
+
 /// Whether the end `rest` of a name is `part`, and the adapter's name in it: it stands behind the first segment.
 fn is_part<'n>(rest: &[&'n str], part: &str) -> Option<Option<&'n str>> {
     let part: Vec<&str> = part.split('.').collect();

@@ -11,6 +11,7 @@ pub(super) use keys::canonical_path;
 pub(super) use tensors::Found;
 pub use tensors::{Replacements, Rows, WholeTensor};
 
+use super::beside;
 use super::exchange::{fit, is_compressed, is_gguf_adapter, is_mlx_adapter, open_compressed, open_gguf, open_mlx};
 use super::experts::{apart, is_fused};
 use super::kinds::{Kind, Method};
@@ -53,6 +54,8 @@ pub struct AdapterFile {
     pub tensors: Tensors,
     /// What stands in for weights of the base.
     pub replaced: Replacements,
+    /// Adapters of other methods that were trained together with it, and work beside it.
+    pub beside: Vec<Self>,
     /// What the user should know though it stops nothing.
     pub warnings: Vec<String>,
     /// The class of the model that it was trained on, where its config says so.
@@ -74,6 +77,7 @@ impl AdapterFile {
             base_mark: None,
             tensors,
             replaced: Replacements::default(),
+            beside: Vec::new(),
             warnings: Vec::new(),
             base_class: None,
             named: None,
@@ -123,6 +127,7 @@ impl AdapterFile {
             base_mark: contents.base_mark,
             tensors: contents.tensors,
             replaced: contents.replaced,
+            beside: beside::open(dir)?,
             warnings: parsed.warnings,
             base_class: parsed.base_class,
             named: (!kind.parts().is_empty()).then(|| Arc::new(parsed.targets)),
@@ -172,7 +177,7 @@ impl AdapterFile {
         self.tensors.keys().filter_map(|name| self.method.kind().module_of(name))
     }
 
-    /// How many values it has.
+    /// How many values it has, without those of adapters beside it.
     #[must_use]
     pub fn values(&self) -> usize {
         let standing_in = self.replaced.values_learned(self.method.kind());
@@ -234,7 +239,8 @@ impl AdapterFile {
 
     /// Removes the adapter in `dir`, and the folder if nothing else is in it.
     pub(crate) fn remove(dir: &Path) -> Result<()> {
-        for path in [CONFIG, WEIGHTS].map(|name| dir.join(name)) {
+        beside::replace(dir, &[], |_, _| Ok(()))?;
+        for path in [CONFIG, WEIGHTS].map(|name| dir.join(name)).into_iter().filter(|path| path.exists()) {
             std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
         }
         let _ = std::fs::remove_dir(dir);
@@ -258,6 +264,10 @@ impl AdapterFile {
     /// # Errors
     /// A value is not finite in the type that the method's tensors are saved in, or the files cannot be written.
     pub fn save(&self) -> Result<()> {
+        let kinds: Vec<Kind> = self.beside.iter().map(|other| other.method.kind()).collect();
+        beside::replace(&self.dir, &kinds, |i, folder| {
+            Self { dir: folder.to_owned(), ..self.beside[i].clone() }.save()
+        })?;
         let shapes = self.tensors.iter().map(|(name, t)| (name.clone(), t.shape.clone())).collect();
         self.save_by(&self.dir, shapes, |put| self.tensors.iter().try_for_each(|(name, t)| put(name, &t.data)))
     }
@@ -349,6 +359,8 @@ impl AdapterFile {
     /// # Errors
     /// A file of `from` is missing or no safetensors file, or the files cannot be written.
     pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
+        let kinds = beside::kinds(from)?;
+        beside::replace(to, &kinds, |i, folder| Self::copy(&beside::folder(from, kinds[i]), folder))?;
         let (source, path, config) = (from.join(WEIGHTS), to.join(WEIGHTS), from.join(CONFIG));
         TensorFile::open(&source)?;
         let text = std::fs::read(&config).map_err(|e| Error::io("read", &config, e))?;

@@ -2,7 +2,7 @@
 
 use super::CONFIG;
 use super::config::Parsed;
-use super::keys::{Key, Part, parse};
+use super::keys::{Key, Part, is_of_training, parse};
 use crate::adapter::Kind;
 use crate::adapter::tensor::{HostTensor, Tensors};
 use crate::error::{Error, ErrorCode, Result};
@@ -185,7 +185,7 @@ pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
     let mut whole: BTreeMap<(String, &'static str, bool), Tensor> = BTreeMap::new();
     let mut rows = BTreeMap::new();
     let mut adapters = BTreeSet::new();
-    for (name, tensor) in file.tensors() {
+    for (name, tensor) in file.tensors().filter(|(name, _)| !is_of_training(name)) {
         let Key { mut module, mut written, part, depth, adapter } = parse(path, name, kind)?;
         if matches!(part, Part::Own(_)) {
             if let Some(weight) = parsed.targets.weight_of_experts(&module, depth) {

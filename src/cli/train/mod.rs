@@ -259,9 +259,6 @@ fn fit(
     let asked = Learned::sample(&material.data, config.seed);
     let watched = material.eval_data.as_ref().map(|data| Learned::sample(data, config.seed));
     let (keep, check) = (config.keep, config.check);
-    if let Some(name) = config.init_lora_weights.as_ref().filter(|name| init.is_none() && *name != "true") {
-        eprintln!("computing how the adapter begins (`{name}`); Ctrl-C is heard when that is done");
-    }
     let mut trainer = engine.trainer_of(config, material, init.as_ref(), args.out())?;
     drop(init);
     if args.resume {

@@ -28,6 +28,11 @@ pub(super) struct Settings {
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     method: Option<String>,
+    /// Methods that are trained together with it, each in a file of its own: prefix-tuning, prompt-tuning, bottleneck,
+    /// ln-tuning, ia3, beft, lora.
+    #[arg(long, value_delimiter = ',', value_name = "METHODS")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beside: Option<Vec<String>>,
     /// Rank of the adapter, or auto: each layer of a lora gets what gradients of a few batches ask for, within
     /// --budget-parameters or --budget-mb. [default: 8]
     #[arg(long, value_parser = rank_or_auto, value_name = "RANK|auto")]

@@ -21,6 +21,7 @@ pub(in crate::cli) struct Watcher {
 const TRAIN: &str = "train";
 const CHOOSE: &str = "choose";
 const ASK: &str = "ask";
+const BEGIN: &str = "begin";
 const CHECK: &str = "check";
 
 impl Watcher {
@@ -87,6 +88,15 @@ impl Observer for Watcher {
 
     fn keep_going(&mut self) -> bool {
         !interrupt::asked()
+    }
+
+    fn on_beginning(&mut self, done: usize, all: usize) {
+        if done == all && all > 0 {
+            self.resume();
+            self.bar.set_message("");
+        } else {
+            self.pause(BEGIN, format!("how the adapter begins: {done} of {all}"));
+        }
     }
 
     fn on_preparing(&mut self, done: usize, prompts: usize) {

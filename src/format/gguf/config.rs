@@ -204,7 +204,7 @@ impl<'a> Draft<'a> {
 
     /// Whether attention and the feed-forward part have biases, as the first layer has them.
     pub(super) fn biases(&mut self) {
-        self.set("attention_bias", self.keys.has("blk.0.attn_q.bias"));
+        self.set("attention_bias", self.keys.biased_queries());
         let names = ["blk.0.ffn_gate.bias", "blk.0.ffn_up.bias"];
         self.set("mlp_bias", names.iter().any(|name| self.keys.has(name)));
     }

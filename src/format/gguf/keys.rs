@@ -33,6 +33,11 @@ impl<'a> Keys<'a> {
         self.shape(tensor).is_some()
     }
 
+    /// Whether queries have a bias, in a tensor of their own or in one with those of keys and values.
+    pub(super) fn biased_queries(&self) -> bool {
+        ["blk.0.attn_q.bias", "blk.0.attn_qkv.bias"].iter().any(|bias| self.has(bias))
+    }
+
     /// The shape of `tensor`, row-major.
     pub(super) fn shape(&self, tensor: &str) -> Option<&'a [usize]> {
         self.file.tensors.iter().find(|t| t.name == tensor).map(|t| &t.shape[..])

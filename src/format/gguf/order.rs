@@ -5,8 +5,8 @@
 pub(super) enum Order {
     /// From this row on.
     From(usize),
-    /// Rows of each head of so many are interleaved, see [`interleaved_row`].
-    Interleaved(usize),
+    /// From a row on, rows of each head of so many are interleaved, see [`interleaved_row`].
+    Interleaved(usize, usize),
     /// So many rows of the first part, as many of the second, and so on.
     Halves(usize),
     /// Rows of the parts by turns, from this one on.
@@ -70,7 +70,7 @@ impl Order {
     pub(super) fn at(&self, row: usize) -> (usize, usize) {
         match *self {
             Self::From(first) => (0, first + row),
-            Self::Interleaved(head) => (0, interleaved_row(row, head)),
+            Self::Interleaved(first, head) => (0, first + interleaved_row(row, head)),
             Self::Halves(width) => (row / width % 2, row / width / 2 * width + row % width),
             Self::Turns(first) => (row % 2, first + row / 2),
             Self::ByHead(by_head) => by_head.at(row),

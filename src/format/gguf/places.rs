@@ -19,8 +19,15 @@ pub(crate) struct Place {
 pub(super) enum Made {
     /// It is the same.
     Same,
+    /// It is the same, in files of an older converter.
+    Older,
     /// It is one of several matrices in a stack.
     Expert,
+    /// It is the first half of the rows of such a matrix, or the second: files made with `--fuse-gate-up-exps`.
+    HalfExpert(usize),
+    /// It is some of the tensor's rows, behind which, or before, are those of the other two of queries, keys and values: files
+    /// made with `--fuse-qkv`.
+    OfQkv,
     /// The first tensor's rows, then the second's; of a stack, in each matrix.
     Halves,
     /// Rows of the first and of the second by turns, each from a stack.
@@ -56,8 +63,20 @@ pub(super) const fn same(hf: &'static str, gguf: &'static str) -> Place {
     place(hf, [gguf, ""], Made::Same)
 }
 
+pub(super) const fn older(hf: &'static str, gguf: &'static str) -> Place {
+    place(hf, [gguf, ""], Made::Older)
+}
+
 pub(super) const fn expert(hf: &'static str, gguf: &'static str) -> Place {
     place(hf, [gguf, ""], Made::Expert)
+}
+
+pub(super) const fn half_expert(hf: &'static str, gguf: &'static str, half: usize) -> Place {
+    place(hf, [gguf, ""], Made::HalfExpert(half))
+}
+
+pub(super) const fn of_qkv(hf: &'static str, gguf: &'static str) -> Place {
+    place(hf, [gguf, ""], Made::OfQkv)
 }
 
 pub(super) const fn halves(hf: &'static str, gguf: [&'static str; 2]) -> Place {

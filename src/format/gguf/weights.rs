@@ -1,7 +1,7 @@
 //! The tensors of a checkpoint, read from those of the file.
 
 use super::config::{Draft, EMBEDDING, HEAD};
-use super::container::Container;
+use super::container::{Container, GgufTensor};
 use super::families::Family;
 use super::order::{ByHead, Heads, Order};
 use super::places::{Found, Made, Tiled};
@@ -117,7 +117,9 @@ impl Weight {
 pub(super) fn find(draft: &Draft<'_>, family: &Family, model: &dyn Model) -> Result<(Vec<Weight>, Vec<LeftOut>)> {
     let file = draft.keys.file;
     let numbers: HashMap<&str, usize> = file.tensors.iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
-    let finder = Finder { draft, family, file, numbers };
+    let rows =
+        model.params().iter().map(|spec| (spec.name.as_str(), spec.stored().first().copied().unwrap_or(1))).collect();
+    let finder = Finder { draft, family, file, numbers, rows };
     let mut used = vec![false; file.tensors.len()];
     let mut places = Vec::new();
     let mut seen = HashSet::new();
@@ -155,9 +157,21 @@ struct Finder<'a> {
     family: &'a Family,
     file: &'a Container,
     numbers: HashMap<&'a str, usize>,
+    /// Rows of each of the checkpoint's tensors.
+    rows: HashMap<&'a str, usize>,
 }
 
 impl Finder<'_> {
+    /// Of queries, keys and values in one tensor, here of `rows`: the first row of those that checkpoints call `name`, and the
+    /// rows that there must be. A layer that takes another's values leaves the rows of its own alone.
+    fn of_qkv(&self, name: &str, rows: usize) -> (usize, usize) {
+        const PARTS: [&str; 3] = [".q_proj.", ".k_proj.", ".v_proj."];
+        let own = PARTS.iter().position(|part| name.contains(part)).unwrap_or(0);
+        let of = PARTS.map(|part| self.rows.get(&name.replacen(PARTS[own], part, 1)[..]).copied());
+        let all: usize = of.iter().flatten().sum();
+        (of[..own].iter().flatten().sum(), if of.contains(&None) { all.max(rows) } else { all })
+    }
+
     fn number(&self, name: &str) -> Option<usize> {
         // The better copy of a tied matrix is the embedding, whatever the file calls it.
         let name = if name == EMBEDDING && self.draft.copy == Some(EMBEDDING) { HEAD } else { name };
@@ -202,7 +216,7 @@ impl Finder<'_> {
                 return Err(Error::format(meta.path(), format_args!("tensor `{tensor}`"), "a tensor", "none"));
             };
             let stored = &self.file.tensors[index];
-            let wanted = self.wanted(&shape, found.place.made, part);
+            let wanted = self.wanted(spec, &shape, found.place.made, part, stored);
             if !alike(&stored.shape, &wanted) {
                 let item = format_args!("tensor `{}`", stored.name);
                 let want = format!("shape {wanted:?} from metadata");
@@ -210,7 +224,7 @@ impl Finder<'_> {
             }
             parts.push(index);
         }
-        let order = self.order(&shape, &found);
+        let order = self.order(spec, &shape, &found);
         let plus_one =
             self.family.plus_one && name.ends_with("norm.weight") && !name.ends_with("linear_attn.norm.weight");
         let values = match name.as_str() {
@@ -226,13 +240,18 @@ impl Finder<'_> {
         self.draft.json.get(key).and_then(serde_json::Value::as_u64).map_or(1, |size| size as usize)
     }
 
-    /// The shape in the file of a part of what checkpoints have as `shape`.
-    fn wanted(&self, shape: &[usize], made: Made, part: usize) -> Vec<usize> {
+    /// The shape in the file of a part of `spec`, which checkpoints have as `shape`.
+    fn wanted(&self, spec: &ParamSpec, shape: &[usize], made: Made, part: usize, stored: &GgufTensor) -> Vec<usize> {
         let mut wanted = shape.to_vec();
         let of_rows = wanted.len().saturating_sub(2);
         match made {
-            Made::Same | Made::Tiled(_) | Made::Listed => {}
+            Made::Same | Made::Older | Made::Tiled(_) | Made::Listed => {}
             Made::Expert => wanted.insert(0, self.experts()),
+            Made::HalfExpert(_) => {
+                wanted[of_rows] *= 2;
+                wanted.insert(0, self.experts());
+            }
+            Made::OfQkv => wanted[of_rows] = self.of_qkv(&spec.name, stored.shape.first().copied().unwrap_or(0)).1,
             Made::Halves => wanted[of_rows] /= 2,
             Made::Turns => {
                 wanted[of_rows] /= 2;
@@ -266,15 +285,17 @@ impl Finder<'_> {
         (self.size("num_attention_heads"), self.size("qk_nope_head_dim"), self.size("v_head_dim"))
     }
 
-    fn order(&self, shape: &[usize], found: &Found) -> Order {
+    fn order(&self, spec: &ParamSpec, shape: &[usize], found: &Found) -> Order {
         let of_rows = shape.len().saturating_sub(2);
         let rows = shape.get(of_rows).copied().unwrap_or(1);
+        let first = if found.place.made == Made::OfQkv { self.of_qkv(&spec.name, 0).0 } else { 0 };
         match found.place.made {
-            Made::Same | Made::Listed if found.turned && self.family.interleaved => {
-                Order::Interleaved(self.size("head_dim"))
+            Made::Same | Made::OfQkv if found.turned && self.family.interleaved => {
+                Order::Interleaved(first, self.size("head_dim"))
             }
-            Made::Same | Made::Listed => Order::From(0),
+            Made::Same | Made::Older | Made::OfQkv | Made::Listed => Order::From(first),
             Made::Expert => Order::From(found.expert * rows),
+            Made::HalfExpert(half) => Order::From((2 * found.expert + half) * rows),
             Made::Halves => Order::Halves(rows / 2),
             Made::Turns => Order::Turns(found.expert * (rows / 2)),
             Made::ByHead => Order::ByHead(self.by_head()),
@@ -300,7 +321,7 @@ impl Weight {
     /// The first row that it has of its first part.
     fn first(&self) -> usize {
         match self.order {
-            Order::From(first) | Order::Turns(first) => first,
+            Order::From(first) | Order::Interleaved(first, _) | Order::Turns(first) => first,
             _ => 0,
         }
     }

@@ -109,6 +109,8 @@ impl<B: Backend> Trainer<B> {
     ) -> Result<Probe> {
         let start = Instant::now();
         let observer = &mut Until { inner: observer, end: rates.until };
+        let begun = self.begin(observer);
+        observer.in_time(begun)?;
         let watched = few(watched.unwrap_or(&self.data), LOOKED_AT, LOOKED_AT_TOKENS, self.config.seed);
         let begin = self.tensors.iter().map(|t| self.adapters.held().read(&self.base.backend, t.id));
         let begin = begin.collect::<Result<Vec<_>>>()?;

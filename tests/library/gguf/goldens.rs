@@ -4,16 +4,17 @@
 //! for its golden, and what each tensor is made of: `tests/interop/manifests.py` found it by comparing the file with the golden.
 //! From both, the file is made again here, with a checksum of each tensor.
 
-use super::writer::{Random, Writer};
+use super::writer::{Random, TensorSpec, Writer};
 use crate::common::{Tensor, golden, ids, logits, max_diff, open_exact, tensors};
 use bytes::Bytes;
 use pocketlora::ErrorCode;
-use pocketlora::format::Source;
 use pocketlora::format::gguf::Gguf;
+use pocketlora::format::{Existing, Source, Target, quantize};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -246,6 +247,66 @@ fn what_llama_cpps_converter_writes_is_read_with_the_same_answers() {
         }
     }
     assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+/// Puts the tensors `parts` of each layer that has them all in one, called `whole`: one behind the other, of stacks in each matrix.
+fn fuse(w: &mut Writer, parts: &[&str], whole: &str) {
+    for (layer, end) in (0..8).flat_map(|layer| [(layer, "weight"), (layer, "bias")]) {
+        let names: Vec<String> = parts.iter().map(|part| format!("blk.{layer}.{part}.{end}")).collect();
+        let of = |name: &String| w.tensors.iter().find(|t| t.name == *name).cloned();
+        let Some(found) = names.iter().map(of).collect::<Option<Vec<TensorSpec>>>() else { continue };
+        let mut fused = TensorSpec { name: format!("blk.{layer}.{whole}.{end}"), data: Vec::new(), ..found[0].clone() };
+        let rows = 1.min(fused.dims.len() - 1);
+        fused.dims[rows] = found.iter().map(|t| t.dims[rows]).sum();
+        let matrices = fused.dims.get(2).map_or(1, |n| *n as usize);
+        for matrix in 0..matrices {
+            let of = |t: &TensorSpec| t.data.chunks(t.data.len() / matrices).nth(matrix).unwrap().to_vec();
+            fused.data.extend(found.iter().flat_map(of));
+        }
+        w.tensors.retain(|t| !names.contains(&t.name));
+        w.tensors.push(fused);
+    }
+}
+
+/// The converter's `--fuse-qkv` and `--fuse-gate-up-exps`, and what its first version for Qwen3-Next had in one.
+#[test]
+fn fused_tensors_are_read_as_the_parts_that_they_are_made_of() {
+    let mut fused = 0;
+    for (name, manifest) in manifests() {
+        let case = Case::of(&name, manifest);
+        let (plain, mut w) = (case.gguf().unwrap(), case.file());
+        fuse(&mut w, &["attn_q", "attn_k", "attn_v"], "attn_qkv");
+        if name == "qwen3_next" {
+            fuse(&mut w, &["ffn_gate_exps", "ffn_up_exps"], "ffn_gate_up_exps");
+            let own = &case.tensors["model.layers.0.linear_attn.in_proj_qkvz.weight"];
+            w.tensors.retain(|t| !["blk.0.attn_qkv.weight", "blk.0.attn_gate.weight"].contains(&&t.name[..]));
+            w.tensor("blk.0.ssm_in.weight", &own.shape, &own.data);
+        }
+        fused += usize::from(w.tensors.len() < case.file().tensors.len());
+        let gguf = Gguf::from_bytes(Bytes::from(w.build()), Path::new("golden.gguf"));
+        let gguf = gguf.unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(gguf.config(), plain.config(), "{name}");
+        let (got, wanted) = (read(&gguf), read(&plain));
+        assert!(got.keys().eq(wanted.keys()), "{name}");
+        for (tensor, wanted) in wanted {
+            assert!(got[&tensor].shape == wanted.shape && got[&tensor].data == wanted.data, "{name}: {tensor}");
+        }
+    }
+    assert_eq!(fused, 33);
+}
+
+/// Where numbers hang on the type that a model was published in, copies are in it, too.
+#[test]
+fn copies_of_gemma_are_in_bfloat16() {
+    let dir = tempfile::tempdir().unwrap();
+    let published =
+        [("gemma2", "bfloat16"), ("gemma3_text", "bfloat16"), ("gemma4_text", "bfloat16"), ("llama", "float16")];
+    for (name, dtype) in published {
+        let gguf = Case::named(name).gguf().unwrap();
+        let done =
+            quantize(&gguf, &dir.path().join(name), Target::Nf4, Existing::Keep, &mut |_| ControlFlow::Continue(()));
+        assert_eq!((done.unwrap().dtype, &gguf.config()["torch_dtype"]), (dtype, &Value::from(dtype)), "{name}");
+    }
 }
 
 fn refused(w: &Writer) -> String {

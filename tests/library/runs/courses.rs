@@ -348,11 +348,11 @@ fn courses_that_cannot_be_are_refused() {
         (TrainConfig { relora: Some(2), init_lora_weights: Some("pissa".into()), ..config() }, "`init-lora-weights`"),
         (
             TrainConfig {
-                rank_pattern: [("q_proj".to_owned(), 2)].into(),
-                init_lora_weights: Some("eva".into()),
+                rank_pattern: [("q_proj".to_owned(), 3)].into(),
+                init_lora_weights: Some("orthogonal".into()),
                 ..config()
             },
-            "`init-lora-weights`",
+            "`rank-pattern`",
         ),
         (TrainConfig { riemannian: Some(1e-6), ..of(Kind::Dora) }, "`riemannian`"),
         (TrainConfig { riemannian: Some(0.0), ..config() }, "`riemannian`"),

@@ -35,7 +35,7 @@ const APERTUS: &[Place] = &[
 fn ernie(d: &mut Draft<'_>) -> Result<()> {
     d.no_window()?;
     let head_dim = d.decoder()?;
-    d.set("use_bias", d.keys.has("blk.0.attn_q.bias"));
+    d.set("use_bias", d.keys.biased_queries());
     d.rope(head_dim)
 }
 
@@ -51,7 +51,7 @@ fn seed(d: &mut Draft<'_>) -> Result<()> {
 fn hunyuan(d: &mut Draft<'_>) -> Result<()> {
     d.no_window()?;
     let head_dim = d.decoder()?;
-    d.set("attention_bias", d.keys.has("blk.0.attn_q.bias"));
+    d.set("attention_bias", d.keys.biased_queries());
     d.rope(head_dim)
 }
 

@@ -72,7 +72,14 @@ fn scalar(d: &mut Draft<'_>, head_dim: usize, other: usize) -> Result<()> {
     Ok(())
 }
 
+/// The type that they are published in, which no GGUF file names: their embedding's factor is rounded to it, and what lies
+/// between their layers may be too large for f16.
+fn published(d: &mut Draft<'_>) {
+    d.set("torch_dtype", "bfloat16");
+}
+
 fn gemma2(d: &mut Draft<'_>) -> Result<()> {
+    published(d);
     let head_dim = d.decoder()?;
     d.json.remove("hidden_act");
     d.set("hidden_activation", "gelu_pytorch_tanh");
@@ -87,6 +94,7 @@ fn gemma2(d: &mut Draft<'_>) -> Result<()> {
 }
 
 fn gemma3(d: &mut Draft<'_>) -> Result<()> {
+    published(d);
     let head_dim = d.decoder()?;
     d.json.remove("hidden_act");
     d.set("hidden_activation", "gelu_pytorch_tanh");
@@ -96,7 +104,7 @@ fn gemma3(d: &mut Draft<'_>) -> Result<()> {
     }
     d.set("sliding_window", d.window()?);
     scalar(d, head_dim, 62)?;
-    d.set("attention_bias", d.keys.has("blk.0.attn_q.bias"));
+    d.set("attention_bias", d.keys.biased_queries());
     d.keys.same("rope.dimension_count", head_dim)?;
     let local = local_theta(d)?;
     d.set("rope_local_base_freq", local);
@@ -117,6 +125,7 @@ fn plain(theta: f64) -> Map<String, Value> {
 }
 
 fn gemma4(d: &mut Draft<'_>) -> Result<()> {
+    published(d);
     d.heads()?;
     d.rms_norm("rms_norm_eps")?;
     d.set("hidden_activation", "gelu_pytorch_tanh");
@@ -148,7 +157,8 @@ fn gemma4(d: &mut Draft<'_>) -> Result<()> {
     d.set("num_kv_shared_layers", shared);
     // Full layers without a matrix for values have keys in their place.
     let full = slides.iter().position(|slides| !slides);
-    let same = full.is_some_and(|i| !d.keys.has(&format!("blk.{i}.attn_v.weight")));
+    let has = |i: usize, name: &str| d.keys.has(&format!("blk.{i}.{name}.weight"));
+    let same = full.is_some_and(|i| !has(i, "attn_v") && !has(i, "attn_qkv"));
     d.set("attention_k_eq_v", same);
     feed_forward(d, shared)?;
     let inputs = d.keys.optional_size("embedding_length_per_layer_input")?.unwrap_or(0);

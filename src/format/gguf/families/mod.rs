@@ -16,7 +16,7 @@ mod transposed;
 pub(super) use llama::NO_ROPE_EVERY;
 
 use super::config::Draft;
-use super::places::{Place, same};
+use super::places::{Place, of_qkv, same};
 use crate::error::Result;
 
 /// An architecture of llama.cpp.
@@ -134,4 +134,7 @@ pub(super) const COMMON: &[Place] = &[
     same("mlp.up_proj", "ffn_up"),
     same("mlp.down_proj", "ffn_down"),
     same("mlp.gate", "ffn_gate_inp"),
+    of_qkv("self_attn.q_proj", "attn_qkv"),
+    of_qkv("self_attn.k_proj", "attn_qkv"),
+    of_qkv("self_attn.v_proj", "attn_qkv"),
 ];

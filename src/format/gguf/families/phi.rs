@@ -43,6 +43,6 @@ fn glm4(d: &mut Draft<'_>) -> Result<()> {
         return Err(d.keys.refuse("a GLM-4 that sees pictures"));
     }
     let head_dim = d.decoder()?;
-    d.set("attention_bias", d.keys.has("blk.0.attn_q.bias"));
+    d.set("attention_bias", d.keys.biased_queries());
     d.partial_rope(head_dim)
 }

@@ -4,7 +4,7 @@ use super::Family;
 use crate::error::Result;
 use crate::format::gguf::config::{Draft, FULL};
 use crate::format::gguf::places::Tiled::{Columns, Each, Rows, Tail};
-use crate::format::gguf::places::{Place, by_head, expert, same, tiled};
+use crate::format::gguf::places::{Place, by_head, expert, half_expert, older, same, tiled};
 use serde_json::json;
 
 pub(super) const ALL: &[Family] = &[
@@ -40,6 +40,7 @@ const EXPERTS: &[Place] = &[
 const NEXT: &[Place] = &[
     same("post_attention_layernorm", "post_attention_norm"),
     by_head("linear_attn.in_proj_qkvz", ["attn_qkv", "attn_gate"]),
+    older("linear_attn.in_proj_qkvz", "ssm_in"),
     same("linear_attn.in_proj_ba", "ssm_ba"),
     same("linear_attn.conv1d", "ssm_conv1d"),
     same("linear_attn.A_log", "ssm_a"),
@@ -48,6 +49,8 @@ const NEXT: &[Place] = &[
     same("linear_attn.out_proj", "ssm_out"),
     expert("mlp.experts.{}.gate_proj", "ffn_gate_exps"),
     expert("mlp.experts.{}.up_proj", "ffn_up_exps"),
+    half_expert("mlp.experts.{}.gate_proj", "ffn_gate_up_exps", 0),
+    half_expert("mlp.experts.{}.up_proj", "ffn_gate_up_exps", 1),
     expert("mlp.experts.{}.down_proj", "ffn_down_exps"),
     same("mlp.shared_expert.gate_proj", "ffn_gate_shexp"),
     same("mlp.shared_expert.up_proj", "ffn_up_shexp"),
@@ -76,7 +79,7 @@ fn qwen2(d: &mut Draft<'_>) -> Result<()> {
 }
 
 fn qwen3(d: &mut Draft<'_>) -> Result<()> {
-    d.set("attention_bias", d.keys.has("blk.0.attn_q.bias"));
+    d.set("attention_bias", d.keys.biased_queries());
     qwen2(d)
 }
 
@@ -88,7 +91,7 @@ fn qwen3_moe(d: &mut Draft<'_>) -> Result<()> {
     d.keys.same("attention.value_length", head_dim)?;
     d.rms_norm("rms_norm_eps")?;
     d.set("hidden_act", "silu");
-    d.set("attention_bias", d.keys.has("blk.0.attn_q.bias"));
+    d.set("attention_bias", d.keys.biased_queries());
     d.set("use_sliding_window", false);
     all_sparse(d)?;
     d.rope(head_dim)

@@ -120,7 +120,7 @@ fn falcon(d: &mut Draft<'_>) -> Result<()> {
     d.no_window()?;
     let head_dim = d.decoder()?;
     mamba(d, 0)?;
-    d.set("attention_bias", d.keys.has("blk.0.attn_q.bias"));
+    d.set("attention_bias", d.keys.biased_queries());
     d.set("mamba_rms_norm", d.keys.has("blk.0.ssm_norm.weight"));
     d.set("mamba_norm_before_gate", false);
     d.rope(head_dim)

@@ -81,7 +81,7 @@ fn starcoder(d: &mut Draft<'_>) -> Result<()> {
     d.feed_forward()?;
     d.epsilon("norm_epsilon", EPSILON)?;
     d.set("hidden_act", "gelu_pytorch_tanh");
-    d.set("use_bias", d.keys.has("blk.0.attn_q.bias"));
+    d.set("use_bias", d.keys.biased_queries());
     d.set("sliding_window", d.window()?);
     d.rope(head_dim)
 }
@@ -94,7 +94,7 @@ fn gpt_oss(d: &mut Draft<'_>) -> Result<()> {
     d.rms_norm("rms_norm_eps")?;
     d.set("hidden_act", "silu");
     d.experts(["num_local_experts", "num_experts_per_tok", "intermediate_size"])?;
-    d.set("attention_bias", d.keys.has("blk.0.attn_q.bias"));
+    d.set("attention_bias", d.keys.biased_queries());
     d.set("sliding_window", d.keys.size("attention.sliding_window")?);
     d.layer_types(2, false)?;
     d.keys.same("rope.dimension_count", head_dim)?;
