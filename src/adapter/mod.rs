@@ -93,6 +93,5 @@ pub(crate) use ranks::low_rank_names;
 pub(crate) use replaced::Replaced;
 pub use tensor::{HostTensor, Stored, TensorSpec, Tensors};
 
-#[cfg(feature = "cli")]
 pub(crate) use method::AUTO;
 pub(crate) use method::{layer_at, layer_of, with_embedding};

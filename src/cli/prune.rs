@@ -10,6 +10,9 @@ use crate::format::Existing;
 use serde_json::json;
 use std::path::PathBuf;
 
+/// Samples below which the choice is spoken of.
+const FEW: usize = 16;
+
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// LoRA adapter or name of one in the cache.
@@ -71,6 +74,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let engine = Engine::open(&found.path, &Options { threads: args.threads, strict: args.strict, ..options() })?;
     let dataset = engine.reader(Some(&file))?.dataset(data, crate::train::TrainConfig::default().seq)?;
     data::say_unused("data", Some(&dataset));
+    let (samples, tokens) = (dataset.samples.len(), dataset.trained_tokens());
+    eprintln!("what matters is told by {samples} samples with {tokens} learned tokens");
+    if samples < FEW {
+        eprintln!("warning: so few samples tell little of what matters elsewhere; a few hundred are enough");
+    }
     let by = match args.by {
         By::Ranks => PruneBy::Ranks,
         By::Modules => PruneBy::Modules,

@@ -72,6 +72,6 @@ impl Engine {
                 "linear layers and the head for ranks by measurement: give those of an embedding by `rank-pattern`";
             return Err(Error::config("targets", expected, "an embedding"));
         }
-        RankChoice::new(measured, budget)
+        config.share_ranks(measured, budget)
     }
 }

@@ -2,7 +2,7 @@
 
 use super::Engine;
 use crate::adapter::{AdapterFile, Centroid};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::Peak;
 use crate::mmap::ReleasesFreed;
 use crate::text::carry;
@@ -63,6 +63,12 @@ impl Engine {
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Trainer> {
+        let layers = self.base().model.config().layers;
+        if let Some(count) = config.layers_at_once.filter(|count| *count > layers) {
+            let expected =
+                format!("at most {layers}, the layers of this model; without it all of them learn at a time");
+            return Err(Error::config("layers-at-once", expected, count));
+        }
         // A choice may have left out what the material was made for.
         material.heed(&config);
         init.map_or(Ok(()), |file| self.check_strictly(file))?;

@@ -95,8 +95,10 @@ impl TrainConfig {
             .chain(&[GROW])
             .find(|name| given(name) && self.is_idle(name))
         {
+            let keys: Vec<&str> = self.options.keys().map(String::as_str).collect();
+            let what = if *name == "options" { format!("`{}`", keys.join("`, `")) } else { "it".to_owned() };
             let message = format!(
-                "expected a method that has it, got `{}` as the `method`; leave one of the two out",
+                "expected a method that has {what}, got `{}` as the `method`; leave one of the two out",
                 self.method.name()
             );
             return Err(Error::new(ErrorCode::Config, format!("setting `{name}`"), message));

@@ -20,6 +20,8 @@ use std::path::Path;
 
 /// Most ranks of a layer.
 const MOST: usize = 4096;
+/// MB of a value in 16 bits.
+const VALUE_MB: f64 = 2e-6;
 /// Alpha of a layer over its rank, unless an alpha was given.
 const ALPHA: f64 = 2.0;
 
@@ -144,11 +146,24 @@ impl RankChoice {
 }
 
 impl TrainConfig {
+    /// As [`RankChoice::new`], with the `budget` of these settings by the name that they have it under.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) fn share_ranks(&self, measured: Vec<(String, [usize; 2], f64)>, budget: usize) -> Result<RankChoice> {
+        let least = measured.iter().map(|(_, shape, _)| shape[0] + shape[1]).min().unwrap_or(0);
+        if let Some(megabytes) = self.budget_mb.filter(|_| budget < least) {
+            let expected = format!("at least {}, which one rank of the smallest layer takes", (2 * least) as f64 / 1e6);
+            return Err(Error::config("budget-mb", expected, megabytes));
+        }
+        RankChoice::new(measured, budget)
+    }
+
     /// Values that ranks by measurement may have together, where they are asked for: of `budget-mb` those that a file of
     /// that size holds in 16 bits.
     #[must_use]
     pub fn rank_budget(&self) -> Option<usize> {
-        self.budget_parameters.or(self.budget_mb.map(|megabytes| (megabytes * 1e6 / 2.0) as usize))
+        self.budget_parameters.or(self.budget_mb.map(|megabytes| (megabytes / VALUE_MB).round() as usize))
     }
 
     /// Whether ranks are to be measured and are not yet.

@@ -85,7 +85,7 @@ fn check_places<B: Backend>(base: &Base<B>, virtual_tokens: usize, data: &Datase
             "expected at most {left} virtual tokens, which samples of up to {longest} tokens leave of the model's {places} \
              positions, got `{virtual_tokens}`; use fewer, or shorter samples"
         );
-        return Err(Error::new(ErrorCode::Config, "setting `num_virtual_tokens`", message));
+        return Err(Error::new(ErrorCode::Config, "setting `num-virtual-tokens`", message));
     }
     Ok(())
 }
@@ -310,8 +310,8 @@ impl<B: Backend> Trainer<B> {
         let lens = tensors.iter().map(|t| t.spec.values());
         let allocator = file.method.budget().map(|budget| Allocator::new(budget, config.grow_ranks, total_steps, lens));
         if config.grow_ranks && allocator.is_none() {
-            let expected = "a new adapter with `target_r` below its rank, to which ranks grow";
-            return Err(Error::config("grow-ranks", expected, "none"));
+            let expected = "a new adapter whose `--option target_r=R`, to which ranks grow, is below `rank`";
+            return Err(Error::config("grow-ranks", expected, format!("a rank of {}", config.rank)));
         }
         allocator.as_ref().map_or(Ok(()), Allocator::check)?;
         refuse_model(out)?;

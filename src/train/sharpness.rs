@@ -7,6 +7,9 @@ use super::{MicroBatch, Observer, Trainer};
 use crate::error::{Error, Result};
 use pocketlora_kernels::{Backend, Call, Sgd};
 
+/// Beyond that, nothing is left of the adapter up there, whose tensors have a norm of some tens.
+const FARTHEST: f32 = 100.0;
+
 impl TrainConfig {
     /// Checks `rho`.
     ///
@@ -14,8 +17,8 @@ impl TrainConfig {
     /// It is out of range.
     pub(super) fn check_sam(&self) -> Result<()> {
         match self.sam {
-            Some(rho) if !(rho > 0.0 && rho.is_finite()) => {
-                Err(Error::config("sam", "a distance above 0, such as 0.05", rho))
+            Some(rho) if !(rho > 0.0 && rho <= FARTHEST) => {
+                Err(Error::config("sam", format!("a distance above 0, up to {FARTHEST}, such as 0.05"), rho))
             }
             _ => Ok(()),
         }

@@ -42,7 +42,15 @@ fn the_commands_work_together() {
     }
     assert_eq!(
         names(Path::new(&out)),
-        ["adapter_config.json", "adapter_model.safetensors", "lessons.json", "log.jsonl", "loss.svg", "train.toml"]
+        [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "centroid.safetensors",
+            "lessons.json",
+            "log.jsonl",
+            "loss.svg",
+            "train.toml"
+        ]
     );
     assert_eq!(f.json(&["info", &out, "--json"])["rank"], 8);
 

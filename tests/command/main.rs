@@ -9,6 +9,7 @@ mod auto;
 mod cache;
 mod cli;
 mod compose;
+mod courses;
 #[cfg(unix)] // signals
 mod ends;
 mod exchange;

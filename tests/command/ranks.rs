@@ -11,6 +11,8 @@ fn ranks_are_measured_shown_and_kept() {
     let out = f.path("ranked");
     let args = [&f.train_args(&out)[..], &["--rank", "auto", "--budget-mb", "0.012"]].concat();
     let report = f.json(&args);
+    let shown = f.ok(&["info", &out]);
+    assert!(shown.contains(" have rank"), "{shown}");
     let layers = report.pointer("/ranks/layers").and_then(Value::as_array).unwrap();
     assert_eq!(report.pointer("/ranks/budget").and_then(Value::as_u64), Some(6000));
     assert!(layers.iter().any(|layer| layer["rank"] != layers[0]["rank"]), "{report}");
@@ -22,6 +24,12 @@ fn ranks_are_measured_shown_and_kept() {
     assert!(read("train.toml").contains("[rank-pattern]"));
     f.ok(&["generate", "-m", f.model.to_str().unwrap(), "-a", &out, "-p", "hello", "--max-tokens", "2"]);
 
+    // A budget asks for the same, which is said.
+    let implied = f.path("implied");
+    let said = f.said(&[&f.train_args(&implied)[..], &["--budget-mb", "0.012"]].concat());
+    assert!(said.contains("as `--rank auto` says"), "{said}");
+    let file = |out: &str| fs::read(Path::new(out).join("adapter_model.safetensors")).unwrap();
+    assert_eq!(file(&implied), file(&out));
     let other = f.path("other");
     for (flags, says) in [
         (&["--rank", "auto"][..], "`budget-parameters` or `budget-mb`"),

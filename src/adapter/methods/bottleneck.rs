@@ -85,6 +85,9 @@ impl AdapterMethod for Bottleneck {
         let place = chosen(keys, "adapter_type", TYPES.iter().map(|(name, _)| *name))?;
         let function = chosen(keys, "non_linearity", FUNCTIONS.iter().map(|(name, _)| *name))?;
         let (rank, scaling) = (keys.whole("r", 1, 8)?, keys.number("scaling", Some(1.0))?);
+        if scaling == 0.0 || !scaling.is_finite() {
+            return Err(keys.wrong("scaling", "a number other than 0, which leaves nothing of it"));
+        }
         Ok(Self { rank, place, function, scaling, targets: Vec::new() })
     }
 

@@ -413,6 +413,13 @@ impl AdapterMethod for Lora {
         };
         let mut text = format!("{name} of rank {}, alpha {}", self.rank, self.alpha);
         let mut keys = json!({"rank": self.rank, "alpha": self.alpha, "rslora": self.rslora});
+        let others: Vec<usize> = self.exceptions.values().map(|(rank, _)| *rank).filter(|r| *r != self.rank).collect();
+        if let (Some(least), Some(most)) = (others.iter().min(), others.iter().max()) {
+            let ranks = if least == most { format!("rank {least}") } else { format!("ranks {least} to {most}") };
+            let modules = if others.len() == 1 { "module has" } else { "modules have" };
+            let _ = write!(text, " ({} {modules} {ranks})", others.len());
+            keys["other_ranks"] = json!([least, most]);
+        }
         if let Some(invocation) = &self.invocation {
             let _ = write!(text, ", from the last of the tokens {invocation:?} on");
             keys["alora_invocation_tokens"] = json!(invocation);

@@ -348,8 +348,14 @@ impl Settings {
         let typed: BTreeSet<String> = flags.keys().cloned().collect();
         lay(&mut table, flags);
         let mut given: BTreeSet<String> = table.keys().cloned().collect();
+        let asked = table.get("rank").and_then(toml::Value::as_str) == Some(AUTO_RANK);
         if take_auto_rank(&mut table, &typed)? {
             given.insert("rank".to_owned());
+            if new && !asked && !table.contains_key("rank-pattern") {
+                eprintln!(
+                    "note: with a budget of values each layer gets the rank that gradients ask for, as `--rank auto` says"
+                );
+            }
         }
         let method = table.get("method").and_then(|method| method.clone().try_into::<Kind>().ok()).unwrap_or_default();
         if method != Kind::Lora && method.reads("targets") {
