@@ -217,7 +217,7 @@ fn offer(hub: &Hub, path: &Path) {
     let bytes: u64 = old.filter(|i| i.source.as_ref() == Some(&full)).map(|i| i.bytes).sum();
     if bytes > 0 {
         eprintln!(
-            "the model has changed since it was quantized before; `pocketlora remove --stale` frees the {} of its old copy",
+            "the copy that was made of this model before is out of date; `pocketlora remove --stale` frees its {}",
             megabytes(bytes)
         );
     }
