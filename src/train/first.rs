@@ -1,8 +1,8 @@
 //! What a fresh LoRA begins with, where that is more than random numbers: some of the data, gradients on it.
 
+use super::optimizer::Moments;
 use super::step::{MicroBatch, Watch, micro_step};
 use super::sums::Sums;
-use super::optimizer::Moments;
 use super::trained::gradients;
 use super::{Batches, Dataset, Depth, MemoryPlan, Observer, Parts, StepReport, TrainConfig, Trainer};
 use crate::adapter::{

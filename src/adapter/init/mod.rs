@@ -169,17 +169,21 @@ impl Init {
             Self::Pissa(_) | Self::Olora => most(&largest),
             Self::Milora => most(&smallest),
             Self::Loftq => most(&|layer| largest(layer) + 4 * layer.0.iter().product::<usize>() as u64),
-            // The directions of all layers at once, on the device and the host.
+            // The directions of all layers at once: in f64, and on the device with what is summed up along them.
             Self::Eva => {
-                layers.iter().map(|(shape, r)| 12 * (activations::width(*r, shape[1]) * shape[1]) as u64).sum()
+                layers.iter().map(|(shape, r)| 16 * (activations::width(*r, shape[1]) * shape[1]) as u64).sum()
             }
             // The covariance in f32 and decomposed in f64; the hidden states of all texts, in and out of a layer.
             Self::Corda(_) => {
                 most(&|layer| smallest(layer) + 16 * layer.0[1].pow(2) as u64) + 8 * (hidden * tokens) as u64
             }
-            // A and B of the probe with their gradients, and a copy of each on the host.
+            // A and B of the probe with their gradients, on the device and read; what is known of rows, and of columns in f64.
             Self::LoraGa => {
-                layers.iter().map(|(shape, r)| 12 * (gradients::width(*r, *shape) * sides(*shape).0) as u64).sum()
+                let of = |(shape, r): &Layer| {
+                    let [out, input] = *shape;
+                    (gradients::width(*r, *shape) * (16 * input + 20 * out)) as u64
+                };
+                layers.iter().map(of).sum()
             }
         }
     }
