@@ -8,7 +8,7 @@ use crate::error::Result;
 use std::sync::Arc;
 
 impl Chat {
-    /// The adapters that were picked for the last request, the nearest first; none without [`Engine::route`].
+    /// The adapters that were picked for the last request, the nearest first; none without [`Engine::route`](crate::Engine::route).
     #[must_use]
     pub fn picked(&self) -> &[Pick] {
         self.routed.as_ref().map_or(&[], |choice| &choice.picks)
