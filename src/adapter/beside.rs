@@ -4,7 +4,7 @@
 
 use super::peft::{CONFIG, Use};
 use super::{AdapterFile, Kind, Method};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Staged, create_folder, sync_dir};
 use serde_json::{Value, json};
 use std::fs;
@@ -38,7 +38,7 @@ impl Kind {
         let virtual_tokens = |kind: Self| kind.reads("num-virtual-tokens");
         let shared = |names: &[&'static str], others: &[&str]| names.iter().copied().find(|name| others.contains(name));
         if self == other {
-            return Some("it is the method itself".to_owned());
+            return Some("they are the same".to_owned());
         }
         if virtual_tokens(self) && virtual_tokens(other) {
             return Some("both have virtual tokens".to_owned());
@@ -164,8 +164,14 @@ impl AdapterFile {
     /// # Errors
     /// It has.
     pub fn check_alone(&self, what: &str) -> Result<()> {
-        let Some(other) = self.beside.first() else { return Ok(()) };
-        let message = format!("{} beside another adapter, for {what}", other.method.kind().name());
-        Err(Error::unsupported(&self.dir, message, "copy the one that is meant to a folder without `beside.json`"))
+        if self.beside.is_empty() {
+            return Ok(());
+        }
+        let count = 1 + self.beside.len();
+        let message = format!(
+            "holds {count} adapters that were trained together, and {what}; give the folder of one below `{BESIDE}`, or copy the \
+             first to a folder without `{FILE}`"
+        );
+        Err(Error::new(ErrorCode::Unsupported, format!("`{}`", self.dir.display()), message))
     }
 }

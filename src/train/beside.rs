@@ -38,8 +38,12 @@ impl TrainConfig {
                 return Err(Error::config("beside", format!("some of `{}`", known.join("`, `")), kind.key()));
             }
             if let Some((other, why)) = there.iter().find_map(|other| Some((other, kind.clash(*other)?))) {
-                let expected = format!("a method that can be trained together with `{}`", other.key());
-                return Err(Error::config("beside", expected, format!("{}` (`{why}", kind.key())));
+                let message = format!(
+                    "expected methods that can be trained together, got `{}` and `{}`: {why}; leave one of the two out",
+                    other.key(),
+                    kind.key()
+                );
+                return Err(Error::new(ErrorCode::Config, "setting `beside`", message));
             }
             there.push(*kind);
         }
@@ -55,8 +59,8 @@ impl TrainConfig {
         std::iter::once(self.method).chain(self.beside.iter().copied())
     }
 
-    /// Settings for an adapter of `kind` in this run: of several, each takes the options that it knows, and those beside
-    /// the first are on the layers that are usual for them.
+    /// Settings for an adapter of `kind` in this run: of several, each takes the options that it knows. Those beside the first
+    /// are on the layers that are usual for them, but that a LoRA beside a method without targets takes the run's.
     pub(super) fn adapter_of(&self, kind: Kind) -> Result<Settings> {
         let mut settings = self.adapter();
         if self.beside.is_empty() {
@@ -67,7 +71,11 @@ impl TrainConfig {
         }
         settings.options.retain(|key, _| kind.knows(key));
         if kind != self.method {
-            settings.targets = vec![if kind == Kind::Lora { "all" } else { AUTO }.to_owned()];
+            if kind != Kind::Lora {
+                settings.targets = vec![AUTO.to_owned()];
+            } else if self.method.reads("targets") {
+                settings.targets = vec!["all".to_owned()];
+            }
             settings.rank_pattern.clear();
             settings.alpha_pattern.clear();
         }
@@ -81,13 +89,8 @@ impl Companion {
     /// # Errors
     /// A method does not fit the model or the first one.
     pub fn all<B: Backend>(config: &TrainConfig, base: &Base<B>, first: &Method) -> Result<Vec<Self>> {
-        if !config.beside.is_empty() && first.is_trained_alone() {
-            let got = first.kind().key();
-            return Err(Error::config(
-                "method",
-                "one that is trained as it is saved, for one with others `beside`",
-                got,
-            ));
+        if !config.beside.is_empty() {
+            check_saved_as_trained(first)?;
         }
         config.beside.iter().map(|kind| Self::begin(*kind, config, base)).collect()
     }
@@ -95,6 +98,11 @@ impl Companion {
     fn begin<B: Backend>(kind: Kind, config: &TrainConfig, base: &Base<B>) -> Result<Self> {
         let (model, settings) = (base.model.as_ref(), config.adapter_of(kind)?);
         let (method, layers) = kind.begin(&settings, model)?;
+        check_saved_as_trained(&method)?;
+        if let Some(init) = method.begins_with() {
+            let expected = "`true` or `gaussian` for a LoRA beside another method";
+            return Err(Error::config("init-lora-weights", expected, init.name()));
+        }
         let specs = method.tensors(model, |p: Param| layers.contains(&p))?;
         // Biases and rows of tokens are the first one's.
         let own = Settings { bias: "none".to_owned(), trainable_token_indices: Vec::new(), ..settings.clone() };
@@ -147,6 +155,22 @@ impl Companion {
         file.tensors.retain(|name, _| method.is_frozen(name));
         Ok(())
     }
+}
+
+/// Refuses `method` where training makes something else of its tensors than what is saved.
+///
+/// # Errors
+/// It does.
+fn check_saved_as_trained(method: &Method) -> Result<()> {
+    if !method.is_trained_alone() {
+        return Ok(());
+    }
+    if let (Kind::Lora, Some(init)) = (method.kind(), method.begins_with()) {
+        let expected = "a beginning that takes nothing from the weights, where methods are trained `beside` each other";
+        return Err(Error::config("init-lora-weights", expected, init.name()));
+    }
+    let expected = "a method whose tensors are saved as they are trained, where others are trained `beside` it";
+    Err(Error::config("method", expected, method.kind().key()))
 }
 
 /// Refuses to go on from `file` where it has others beside it.

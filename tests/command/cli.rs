@@ -265,7 +265,7 @@ fn wrong_usage_and_bad_input_have_their_exit_codes() {
     let train = ["train", "--auto", "off", "-m", model, "-d", f.data.to_str().unwrap(), "-o", &out];
     let cases: Vec<(Vec<&str>, i32, &str)> = vec![
         (vec!["nonsense"], 2, "nonsense"),
-        (vec!["generate", "-m", model], 2, "--prompt"),
+        (vec!["generate", "-m", model], 1, "give it with `-p`"),
         (vec!["eval", "-m", model], 2, "--text"),
         (vec!["generate", "-m", "no-such-model", "-p", "a"], 1, "no-such-model"),
         (vec!["generate", "-m", model, "-p", "a", "--temperature=-1"], 1, "temperature"),

@@ -12,6 +12,8 @@ use std::process::Stdio;
 /// Steps of a run, and after how many it is killed.
 const STEPS: &str = "40";
 const KILLED: usize = 7;
+/// How often it is tried: on a busy machine a run may be over before it is killed.
+const TRIES: usize = 10;
 
 /// Kills the run `args` without warning after some steps.
 fn kill(f: &Fixture, args: &[&str]) {
@@ -52,9 +54,14 @@ fn killed_and_whole_end_alike(f: &Fixture, model: &str, name: &str, flags: &[&st
     };
     run(&args(&whole))?;
     let cut_args = args(&cut);
-    kill(f, &cut_args.iter().map(String::as_str).collect::<Vec<_>>());
-    if !Path::new(&cut).join("checkpoint.safetensors").exists() {
-        return Err(format!("{name}: nothing to resume"));
+    let mut left = TRIES;
+    while !Path::new(&cut).join("checkpoint.safetensors").exists() {
+        if left == 0 {
+            return Err(format!("{name}: nothing to resume"));
+        }
+        left -= 1;
+        let _ = fs::remove_dir_all(&cut);
+        kill(f, &cut_args.iter().map(String::as_str).collect::<Vec<_>>());
     }
     let resumed: Vec<String> =
         ["train", "-m", model, "-d", data, "-o", &cut, "--resume", "--skip-check"].map(str::to_owned).to_vec();

@@ -162,14 +162,20 @@ fn what_does_not_go_together_is_refused_by_name() {
         change(&mut config);
         config
     };
-    let cases: [(TrainConfig, &str); 9] = [
-        (with(&[Kind::Lora], &|_| ()), "method itself"),
-        (with(&[Kind::Ia3, Kind::Ia3], &|_| ()), "method itself"),
+    let cases: [(TrainConfig, &str); 10] = [
+        (with(&[Kind::Lora], &|_| ()), "the same"),
+        (with(&[Kind::Ia3, Kind::Ia3], &|_| ()), "the same"),
         (with(&[Kind::PromptTuning, Kind::PrefixTuning], &|_| ()), "virtual tokens"),
         (with(&[Kind::Vera], &|_| ()), "prefix-tuning"),
         (with(&[Kind::Lora], &|c| c.method = Kind::Dora), "lora_A.weight"),
         (with(&[Kind::Ia3], &|c| c.relora = Some(2)), "relora"),
-        (with(&[Kind::Ia3], &|c| c.init_lora_weights = Some("pissa".to_owned())), "method"),
+        (with(&[Kind::Ia3], &|c| c.init_lora_weights = Some("pissa".to_owned())), "init-lora-weights"),
+        (
+            with(&[Kind::Lora], &|c| {
+                (c.method, c.init_lora_weights) = (Kind::PromptTuning, Some("eva".to_owned()));
+            }),
+            "init-lora-weights",
+        ),
         (
             with(&[Kind::Bottleneck], &|c| c.options = json!({"group_size": 4}).as_object().unwrap().clone()),
             "group_size",
@@ -193,7 +199,7 @@ fn what_does_not_go_together_is_refused_by_name() {
         Some(&all),
         &dir.path().join("again"),
     );
-    assert!(again.is_err_and(|e| e.to_string().contains("beside")));
+    assert!(again.is_err_and(|e| e.to_string().contains("trained together")));
     let one = AdapterFile::open(&of("lora", "")).unwrap();
     let beside = TrainConfig { beside: vec![Kind::Ia3], ..config() };
     let again = base(1).trainer(beside, data(), None, Some(&one), &dir.path().join("again"));
