@@ -483,6 +483,6 @@ fn an_answer_behind_a_prefix_ends_where_the_context_does() {
         engine.trainer(config, data(), None, None, out.path()).map(|_| ())
     };
     let error = begin(places).unwrap_err();
-    assert!(error.code() == ErrorCode::Config && error.to_string().contains("num_virtual_tokens"), "{error}");
+    assert!(error.code() == ErrorCode::Config && error.to_string().contains("num-virtual-tokens"), "{error}");
     begin(places - data().longest()).unwrap();
 }
