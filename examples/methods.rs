@@ -136,7 +136,10 @@ fn bytes(out: &Path) -> Result<u64> {
 
 /// Trains an adapter by `kind` and writes its row.
 fn method_row(engine: &Engine, kind: Kind, steps: u64, data: [&Path; 2], usual_rate: bool, out: &Path) -> Result<()> {
-    let config = TrainConfig { method: kind, ..usual(steps) };
+    let mut config = TrainConfig { method: kind, ..usual(steps) };
+    if !kind.reads("rank") {
+        config.rank = TrainConfig::default().rank;
+    }
     let Trained { values, lr, summary, seconds } = train(engine, config, data, usual_rate, out)?;
     let mut speeds = [Vec::new(), Vec::new()];
     for _ in 0..RUNS {
