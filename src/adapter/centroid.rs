@@ -38,20 +38,21 @@ pub struct Centroid {
 }
 
 impl Centroid {
-    /// That of `texts`, as tokens; those without a token of `base` do not count. None if that leaves none.
+    /// That of `all` texts, of which `text` gives one as tokens; those without a token of `base` do not count. None if that
+    /// leaves none.
     ///
     /// # Errors
     /// Out of memory.
-    pub(crate) fn of<B: Backend>(base: &Base<B>, texts: &[&[u32]]) -> Result<Option<Self>> {
-        let (count, mut sum, mut seen) = (texts.len().min(MOST_TEXTS), Vec::new(), 0);
+    pub(crate) fn of<B: Backend>(base: &Base<B>, all: usize, text: impl Fn(usize) -> Vec<u32>) -> Result<Option<Self>> {
+        let (count, mut sum, mut seen) = (all.min(MOST_TEXTS), Vec::new(), 0);
         for i in 0..count {
-            let Some(mean) = mean_row(base, texts[i * texts.len() / count])? else { continue };
+            let Some(mean) = mean_row(base, &text(i * all / count))? else { continue };
             sum.resize(mean.len(), 0.0f64);
             sum.iter_mut().zip(mean).for_each(|(sum, value)| *sum += f64::from(value));
             seen += 1;
         }
         let values = sum.iter().map(|sum| (sum / f64::from(seen)) as f32).collect();
-        Ok((seen > 0).then_some(Self { values, texts: texts.len() as u64 }))
+        Ok((seen > 0).then_some(Self { values, texts: all as u64 }))
     }
 
     /// This one and `other`, each with the weight of its texts. Of another width, `other` is of another model, and left out.

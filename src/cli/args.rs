@@ -2,12 +2,12 @@
 
 use super::names;
 use crate::adapter::AdapterFile;
-use crate::engine::{Attached, Engine, Options, Pick, Precision, adapters_in, check_threads};
+use crate::engine::{Attached, Engine, Options, Pick, Precision, adapters_in, check_threads, name_of};
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::{Dry, Sampling};
 use crate::tokenizer::SpecialText;
 use clap::{Args, ValueEnum};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum PrecisionArg {
@@ -136,11 +136,6 @@ impl ModelArgs {
         super::model::check_text(&self.model)?;
         self.open()
     }
-}
-
-/// The name of an adapter's folder.
-pub(super) fn name_of(dir: &Path) -> String {
-    dir.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 /// `facts 0.7, style 0.3`: which adapters were picked, and how strong each is.

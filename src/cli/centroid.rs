@@ -44,7 +44,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     data::say_unused("data", Some(&dataset));
     // Of a model of another width nothing could be said about the adapter.
     engine.check_fits(&file)?;
-    let centroid: Centroid = engine.centroid(&dataset, None)?.ok_or_else(|| {
+    let centroid: Centroid = engine.centroid(&dataset)?.ok_or_else(|| {
         let message = "expected at least one question or text with a token of this model, got none";
         Error::new(ErrorCode::Data, format!("`{}`", args.data.display()), message)
     })?;

@@ -1,9 +1,9 @@
 //! `pocketlora eval`: how well a model predicts and answers.
 
-use super::args::{ModelArgs, at_least_one, megabytes, name_of, print_json, stopped};
+use super::args::{ModelArgs, at_least_one, megabytes, print_json, stopped};
 use super::model::is_copy;
 use super::{interrupt, names, outputs, progress};
-use crate::engine::Engine;
+use crate::engine::{Engine, name_of};
 use crate::error::{Error, ErrorCode, Result};
 use crate::eval::{
     Ask, Expected, General, LabelBy, Metric, Record, Records, Score, TaskOptions, TaskReport, general, metrics_for,
@@ -123,6 +123,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     let found = found.map_err(|e| if e.code() == ErrorCode::Cancelled { stopped("evaluation") } else { e })?;
     let (seconds, peak) = (start.elapsed().as_secs_f64(), peak.bytes().max(engine.peak_anonymous_bytes()));
+    let routed = engine.routed();
+    let nearest = || routed.iter().map(|one| (name_of(&one.adapter.dir), one.nearest));
     if args.json {
         let mut json = found.json();
         json.insert("weights".into(), if copy { "nf4 copy" } else { "as given" }.into());
@@ -130,18 +132,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
         json.insert("tok_s".into(), (tokens as f64 / seconds).into());
         json.insert("peak_anonymous_bytes".into(), peak.into());
         json.insert("mapped_bytes".into(), engine.mapped_bytes().into());
-        let routed = engine.routed();
         if !routed.is_empty() {
-            let nearest = routed.iter().map(|one| (name_of(&one.adapter.dir), one.nearest.into()));
+            let nearest = nearest().map(|(name, count)| (name, count.into()));
             json.insert("nearest".into(), nearest.collect::<Map<_, _>>().into());
         }
         print_json(&json.into());
     } else {
         found.print();
-        let routed = engine.routed();
-        let nearest: Vec<String> =
-            routed.iter().map(|one| format!("{} {}", name_of(&one.adapter.dir), one.nearest)).collect();
-        if !nearest.is_empty() {
+        if !routed.is_empty() {
+            let nearest: Vec<String> = nearest().map(|(name, count)| format!("{name} {count}")).collect();
             println!("nearest adapters of the requests: {}", nearest.join(", "));
         }
         let peak = peak.map_or_else(|| "unknown".to_owned(), megabytes);

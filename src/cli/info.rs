@@ -1,10 +1,10 @@
 //! `pocketlora info`: what a model or an adapter is.
 
-use super::args::{described, megabytes, name_of, print_json};
+use super::args::{described, megabytes, print_json};
 use super::{model, names};
 use crate::adapter::{AdapterFile, Centroid, Stored};
 use crate::base::architecture_of;
-use crate::engine::{adapters_in, parameters};
+use crate::engine::{adapters_in, name_of, parameters};
 use crate::error::Result;
 use crate::format::{LeftOut, Source, model_of, open_source};
 use crate::generate::{GENERATION_CONFIG, Recommended};

@@ -184,13 +184,18 @@ impl Engine {
     }
 
     fn set(&self, entries: &[Entry], adapters: Adapters<Cpu>) -> AdapterSet {
-        let own = entries.iter().find_map(|entry| entry.own.as_ref()).map(|(_, text)| Arc::clone(text));
         AdapterSet {
             ids: entries.iter().map(|entry| entry.told.id).collect(),
             scales: entries.iter().map(|entry| entry.told.scale).collect(),
             adapters,
-            text: own.or_else(|| self.0.text.clone()),
+            text: self.text_with(entries),
         }
+    }
+
+    /// The text that one of `entries` brings, else the model's.
+    pub(super) fn text_with(&self, entries: &[Entry]) -> Option<Arc<Text>> {
+        let own = entries.iter().find_map(|entry| entry.own.as_ref()).map(|(_, text)| Arc::clone(text));
+        own.or_else(|| self.0.text.clone())
     }
 
     /// Removes an adapter. Answers that are being given end with it; a chat that chose it by its id is told at its next

@@ -26,9 +26,9 @@ pub use prune::Pruned;
 #[cfg(feature = "cli")]
 pub(crate) use prune::looks;
 pub use reader::Reader;
-#[cfg(feature = "cli")]
-pub(crate) use router::adapters_in;
 pub use router::{Pick, Routed};
+#[cfg(feature = "cli")]
+pub(crate) use router::{adapters_in, name_of};
 pub use trainer::Trainer;
 #[cfg(feature = "bench")]
 pub(crate) use transcript::On;

@@ -93,8 +93,7 @@ impl Router {
     }
 
     fn name(&self, at: usize) -> String {
-        let dir = &self.entries[at].told.dir;
-        dir.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
+        name_of(&self.entries[at].told.dir)
     }
 
     /// The picks for the vector `query` of a request, none without one.
@@ -152,6 +151,11 @@ fn direction(values: &[f32], mean: &[f32]) -> Vec<f32> {
         own.iter_mut().for_each(|value| *value = (f64::from(*value) / length) as f32);
     }
     own
+}
+
+/// The name of an adapter's folder.
+pub(crate) fn name_of(dir: &Path) -> String {
+    dir.file_name().map_or_else(|| dir.display().to_string(), |name| name.to_string_lossy().into_owned())
 }
 
 /// The folders with adapters in `dir`, by their names.
@@ -213,8 +217,7 @@ impl Engine {
             pool.attach(self.base(), &file, 1.0, self.0.precision.adapters())?;
             entries.push(Entry { told, values: Values::Folder(fingerprint(&file)), own });
         }
-        let own = entries.iter().find_map(|entry| entry.own.as_ref()).map(|(_, text)| Arc::clone(text));
-        let text = own.or_else(|| self.0.text.clone());
+        let text = self.text_with(&entries);
         registry.last += entries.len() as u64;
         let mean = mean_of(&centroids);
         let router = Router {

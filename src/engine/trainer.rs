@@ -2,14 +2,14 @@
 
 use super::Engine;
 use crate::adapter::{AdapterFile, Centroid};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::Peak;
 use crate::mmap::ReleasesFreed;
 use crate::text::carry;
 use crate::train::auto::{Probe, Rates};
 use crate::train::{
-    self, DataReport, Dataset, KeepReport, Material, MemoryPlan, Observer, Policy, Sample, StepReport, Summary,
-    TrainConfig, TrainHandle,
+    self, DataReport, Dataset, KeepReport, Material, MemoryPlan, Observer, Policy, StepReport, Summary, TrainConfig,
+    TrainHandle,
 };
 use pocketlora_kernels::Cpu;
 use std::path::{Path, PathBuf};
@@ -22,8 +22,9 @@ use std::time::Instant;
 pub struct Trainer {
     inner: train::Trainer<Cpu>,
     engine: Engine,
-    /// Of what it learns, for the folder `out`.
-    centroid: Option<(Centroid, PathBuf)>,
+    /// The centroid of what the adapter was taught that the run starts from.
+    taught: Option<Centroid>,
+    out: PathBuf,
     _release: ReleasesFreed,
 }
 
@@ -63,12 +64,6 @@ impl Engine {
         init: Option<&AdapterFile>,
         out: &Path,
     ) -> Result<Trainer> {
-        let layers = self.base().model.config().layers;
-        if let Some(count) = config.layers_at_once.filter(|count| *count > layers) {
-            let expected =
-                format!("at most {layers}, the layers of this model; without it all of them learn at a time");
-            return Err(Error::config("layers-at-once", expected, count));
-        }
         // A choice may have left out what the material was made for.
         material.heed(&config);
         init.map_or(Ok(()), |file| self.check_strictly(file))?;
@@ -77,9 +72,7 @@ impl Engine {
             material.prompt_ids = Some(self.text()?.tokenizer.encode(text, false)?);
         }
         self.choose_threads_for_long();
-        let turn = self.turn().take();
-        let centroid = self.centroid(&material.data, init)?;
-        drop(turn);
+        let taught = init.map_or(Ok(None), |file| Centroid::read(&file.dir))?;
         let name = Some(self.0.base_name.clone());
         let base = Arc::clone(self.base());
         let turn = self.turn().take();
@@ -90,23 +83,15 @@ impl Engine {
         carry(own.as_ref(), &self.0.dir, out)?;
         let text_bytes = self.0.text_bytes.load(Ordering::Relaxed);
         inner.beside_tokenizer(self.0.text.as_ref().map_or(0, |_| text_bytes), text_bytes);
-        let centroid = centroid.map(|centroid| (centroid, out.to_owned()));
-        Ok(Trainer { inner, engine: self.clone(), centroid, _release: ReleasesFreed })
+        Ok(Trainer { inner, engine: self.clone(), taught, out: out.to_owned(), _release: ReleasesFreed })
     }
 
-    /// The centroid of what `data` asks, and of what the adapter `before` was taught before; none where nothing is asked.
+    /// The centroid of what `data` asks; none where nothing is asked.
     ///
     /// # Errors
-    /// The centroid beside the adapter is broken; out of memory.
-    pub fn centroid(&self, data: &Dataset, before: Option<&AdapterFile>) -> Result<Option<Centroid>> {
-        let questions: Vec<Vec<u32>> = data.samples.iter().map(Sample::question).collect();
-        let texts: Vec<&[u32]> = questions.iter().map(Vec::as_slice).collect();
-        let before = before.map_or(Ok(None), |file| Centroid::read(&file.dir))?;
-        let own = Centroid::of(self.base(), &texts)?;
-        Ok(match (own, before) {
-            (Some(own), Some(before)) => Some(own.joined(&before)),
-            (own, before) => own.or(before),
-        })
+    /// Out of memory.
+    pub fn centroid(&self, data: &Dataset) -> Result<Option<Centroid>> {
+        Centroid::of(self.base(), data.samples.len(), |i| data.samples[i].question())
     }
 }
 
@@ -217,9 +202,16 @@ impl Trainer {
         Ok(summary)
     }
 
-    /// Writes beside the adapter what it is for.
+    /// Writes beside the adapter what it was taught about, now and before.
     fn leave_centroid(&self) -> Result<()> {
-        self.centroid.as_ref().map_or(Ok(()), |(centroid, out)| centroid.write(out))
+        let turn = self.engine.turn().take();
+        let own = self.engine.centroid(self.inner.data())?;
+        drop(turn);
+        let all = match (own, &self.taught) {
+            (Some(own), Some(before)) => Some(own.joined(before)),
+            (own, before) => own.or_else(|| before.clone()),
+        };
+        all.map_or(Ok(()), |centroid| centroid.write(&self.out))
     }
 
     /// One optimizer step. A stopped or failed one leaves the run as it was before.

@@ -66,6 +66,16 @@ impl TrainConfig {
         rates.iter().map(|rate| f64::from(rng.unit()) < *rate).collect()
     }
 
+    /// Refuses more layers at a time than the `layers` that a model has.
+    ///
+    /// # Errors
+    /// There are more.
+    pub(super) fn check_layers_of(&self, layers: usize) -> Result<()> {
+        let Some(count) = self.layers_at_once.filter(|count| *count > layers) else { return Ok(()) };
+        let expected = format!("at most {layers}, the layers of this model; without it all of them learn at a time");
+        Err(Error::config("layers-at-once", expected, count))
+    }
+
     /// Checks these settings of theirs.
     ///
     /// # Errors

@@ -184,6 +184,11 @@ impl<B: Backend> Trainer<B> {
         self.turn = queue;
     }
 
+    /// What it learns.
+    pub(crate) fn data(&self) -> &Dataset {
+        &self.data
+    }
+
     /// Steps done.
     #[must_use]
     pub fn step_number(&self) -> u64 {

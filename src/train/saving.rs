@@ -298,23 +298,26 @@ pub(super) fn snapshot<B: Backend>(
 ) -> Result<AdapterFile> {
     let (backend, mut file) = (&base.backend, file.clone());
     let (stored, converts) = (file.method.kind().stored(), file.method.converts());
-    for (i, trained) in tensors.iter().enumerate() {
-        let Trained { spec, id, owner, .. } = trained;
-        let file = owned_by(&mut file, *owner);
+    for owner in 0..=file.beside.len() {
+        let own = || tensors.iter().enumerate().filter(|(_, t)| t.owner == owner);
+        let file = owned_by(&mut file, owner);
         let stored = file.method.kind().stored();
-        let standing_in = standing_in(file, tensors.iter().filter(|t| t.owner == *owner));
-        if standing_in.contains(&spec.name) {
-            put_back(file, trained, adapters.held().read(backend, *id)?)?;
-            continue;
+        let standing_in = standing_in(file, own().map(|(_, t)| t));
+        for (i, trained) in own() {
+            let Trained { spec, id, .. } = trained;
+            if standing_in.contains(&spec.name) {
+                put_back(file, trained, adapters.held().read(backend, *id)?)?;
+                continue;
+            }
+            let mut tensor = HostTensor { shape: spec.shape.clone(), data: adapters.held().read(backend, *id)? };
+            if let Some(cycles) = cycles {
+                tensor.data = cycles.values_of(backend, adapters, i, tensor.data, step)?;
+                tensor.shape = cycles.shape(i, trained, step);
+            }
+            // Rounded is what the file has, and not what it is made of.
+            let tensor = if converts { tensor } else { tensor.rounded(stored, &spec.name)? };
+            file.tensors.insert(spec.name.clone(), tensor);
         }
-        let mut tensor = HostTensor { shape: spec.shape.clone(), data: adapters.held().read(backend, *id)? };
-        if let Some(cycles) = cycles {
-            tensor.data = cycles.values_of(backend, adapters, i, tensor.data, step)?;
-            tensor.shape = cycles.shape(i, trained, step);
-        }
-        // Rounded is what the file has, and not what it is made of.
-        let tensor = if converts { tensor } else { tensor.rounded(stored, &spec.name)? };
-        file.tensors.insert(spec.name.clone(), tensor);
     }
     if let Some(cycles) = cycles {
         file.method = cycles.method(&file.method, step);

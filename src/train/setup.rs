@@ -166,6 +166,7 @@ impl<B: Backend> Trainer<B> {
         let Material { data, eval_data, general, prompts, quiz, prompt_ids } = material;
         config.validate()?;
         config.check_evaluated(eval_data.is_some())?;
+        config.check_layers_of(base.model.config().layers)?;
         if let Some(budget) = config.rank_budget().filter(|_| config.wants_ranks()) {
             let message =
                 format!("expected ranks that were chosen within `{budget}` values, got none; choose them first");
@@ -262,12 +263,12 @@ impl<B: Backend> Trainer<B> {
         let doubts = doubts.into_iter().map(doubt);
         let warnings = too_warm.into_iter().chain(undropped).chain(learned_too).chain(doubts).collect();
         let named = init.and_then(|file| file.base.clone()).filter(|name| !is_copy(name)).or(base_name);
+        let texts = || data.samples.iter().map(|sample| &sample.ids[..]);
         let tensors = match init {
             Some(file) => file.tensors.clone(),
             None => {
                 let mut tensors = method.fresh(&specs, &base, config.seed)?;
-                let texts = data.samples.iter().map(|sample| &sample.ids[..]);
-                begin(&base, &method, &mut tensors, prompt_ids.as_deref(), texts, config.seed)?;
+                begin(&base, &method, &mut tensors, prompt_ids.as_deref(), texts(), config.seed)?;
                 first::check(&base, &method, &tensors, &config)?;
                 tensors
             }
@@ -288,7 +289,6 @@ impl<B: Backend> Trainer<B> {
         };
         let mut file = AdapterFile::new(out.to_owned(), method, tensors).with(frozen);
         (file.base, file.base_mark) = (named, Some(mark::of(&base)?));
-        let texts = || data.samples.iter().map(|sample| &sample.ids[..]);
         let others = beside.iter().map(|other| other.file(&base, &file, prompt_ids.as_deref(), texts(), config.seed));
         file.beside = others.collect::<Result<_>>()?;
         let mut adapters = Adapters::none(&base);

@@ -1,7 +1,7 @@
 //! Adapters that requests pick, as commands.
 
 use crate::common::golden;
-use crate::fixture::fixture;
+use crate::fixture::{Fixture, fixture};
 use std::fs;
 use std::path::Path;
 
@@ -14,16 +14,22 @@ fn topic(path: &str, letters: &str) {
     fs::write(path, (0..8).map(line).collect::<String>()).unwrap();
 }
 
-#[test]
-fn requests_pick_among_the_adapters_of_a_folder() {
-    let f = fixture();
-    let (dir, model) = (f.path("adapters"), f.model.to_str().unwrap());
+/// A folder with two adapters, `low` and `high`, each trained on a topic of its own.
+fn folder(f: &Fixture) -> String {
     for (name, letters) in [("low", "abcdefgh"), ("high", "qrstuvwx")] {
         let (data, out) = (f.path(&format!("{name}.jsonl")), f.path(&format!("adapters/{name}")));
         topic(&data, letters);
+        let model = f.model.to_str().unwrap();
         f.ok(&["train", "--auto", "off", "-m", model, "-d", &data, "-o", &out, "--steps", "2", "--batch", "2"]);
         assert!(Path::new(&out).join("centroid.safetensors").exists());
     }
+    f.path("adapters")
+}
+
+#[test]
+fn requests_pick_among_the_adapters_of_a_folder() {
+    let f = fixture();
+    let (dir, model) = (folder(&f), f.model.to_str().unwrap());
     let listed = f.ok(&["info", &dir]);
     assert!(listed.contains("low: ") && listed.contains("centroid of 8 texts"), "{listed}");
     let listed = f.json(&["info", &dir, "--json"]);
@@ -80,12 +86,7 @@ fn a_chat_says_what_it_picked() {
     use std::io::Write as _;
     use std::process::Stdio;
     let f = fixture();
-    let (dir, model) = (f.path("adapters"), f.model.to_str().unwrap());
-    for (name, letters) in [("low", "abcdefgh"), ("high", "qrstuvwx")] {
-        let (data, out) = (f.path(&format!("{name}.jsonl")), f.path(&format!("adapters/{name}")));
-        topic(&data, letters);
-        f.ok(&["train", "--auto", "off", "-m", model, "-d", &data, "-o", &out, "--steps", "2", "--batch", "2"]);
-    }
+    let (dir, model) = (folder(&f), f.model.to_str().unwrap());
     let mut chat = f.command(&["chat", "-m", model, "--adapters", &dir, "--route", "1", "-n", "2", "--seed", "1"]);
     let mut chat = chat.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     chat.stdin.take().unwrap().write_all(b"/route\nabcdef\nfedc\n/route\nqrstuvwxqrstuvwx\n/adapter\n").unwrap();

@@ -20,7 +20,7 @@ fn folder(engine: &Engine, dir: &Path, from: &str, names: &[(&str, &[u32])]) -> 
             fs::copy(golden(from).join(name).join(file), to.join(file)).unwrap();
         }
         let data = Dataset::new("made", vec![Sample::of_text(ids.to_vec())]);
-        engine.centroid(&data, None).unwrap().unwrap().write(&to).unwrap();
+        engine.centroid(&data).unwrap().unwrap().write(&to).unwrap();
     }
     out
 }

@@ -49,12 +49,11 @@ impl Lora {
         if matches!(self.init, Init::Corda(_)) {
             activations::places_of(base.model.as_ref(), modules.iter().map(|module| module.layer))?;
         }
-        source.into_iter().flat_map(|source| modules.iter().map(move |module| (source, module))).try_for_each(
-            |(source, module)| {
-                let weight = Weight { base, replaced: &replaced, layer: module.layer, counts: false };
-                loftq::place(&weight, source).map(|_| ())
-            },
-        )
+        let Some(source) = source else { return Ok(()) };
+        modules.iter().try_for_each(|module| {
+            let weight = Weight { base, replaced: &replaced, layer: module.layer, counts: false };
+            loftq::place(&weight, source).map(|_| ())
+        })
     }
 
     /// Puts what it begins with into its fresh `tensors` on `base`; what it looks at is `texts`, and a `source` with
