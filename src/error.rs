@@ -36,11 +36,17 @@ pub enum ErrorCode {
     Diverged = 11,
     /// A text has more tokens than the context takes.
     ContextFull = 12,
+    /// A handle of the C library, or of a wrapper of it, is null, was freed, or is of another kind.
+    Handle = 13,
+    /// A chat or trainer is at work for another caller.
+    Busy = 14,
+    /// A bug in the library, which was caught at its border.
+    Internal = 15,
 }
 
 impl ErrorCode {
     /// All codes, in the order of their numbers.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::Io,
         Self::Format,
         Self::Unsupported,
@@ -53,6 +59,9 @@ impl ErrorCode {
         Self::Cancelled,
         Self::Diverged,
         Self::ContextFull,
+        Self::Handle,
+        Self::Busy,
+        Self::Internal,
     ];
 
     /// Its number, which never changes.
@@ -215,7 +224,8 @@ mod tests {
                 ErrorCode::Io | ErrorCode::Format | ErrorCode::Unsupported | ErrorCode::AdapterMismatch => false,
                 ErrorCode::Data | ErrorCode::Config | ErrorCode::OutOfMemory | ErrorCode::Device => false,
                 ErrorCode::Network | ErrorCode::Cancelled | ErrorCode::Diverged => false,
-                ErrorCode::ContextFull => true,
+                ErrorCode::ContextFull | ErrorCode::Handle | ErrorCode::Busy => false,
+                ErrorCode::Internal => true,
             };
             assert_eq!(last, number as usize == ErrorCode::ALL.len());
         }
