@@ -6,13 +6,13 @@ use super::peft::{CONFIG, Use};
 use super::{AdapterFile, Kind, Method};
 use crate::error::{Error, ErrorCode, Result};
 use crate::format::{Staged, create_folder, sync_dir};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::fs;
 use std::io::Write as _;
 use std::path::{Component, Path, PathBuf};
 
 /// Names the folders, in the folder of the first adapter.
-const FILE: &str = "beside.json";
+pub(super) const FILE: &str = "beside.json";
 /// The key of its list, and the folder that they lie in.
 const BESIDE: &str = "beside";
 
@@ -64,7 +64,14 @@ fn named(dir: &Path) -> Result<Vec<String>> {
     if !path.exists() {
         return Ok(Vec::new());
     }
-    let object = crate::format::foreign::read_object(&path)?;
+    listed(&path, &crate::format::foreign::read_object(&path)?)
+}
+
+/// The folders that `object`, which is the file at `path`, names.
+///
+/// # Errors
+/// As [`named`].
+pub(super) fn listed(path: &Path, object: &Map<String, Value>) -> Result<Vec<String>> {
     let names: Option<Vec<String>> = object
         .get(BESIDE)
         .and_then(Value::as_array)
@@ -74,11 +81,17 @@ fn named(dir: &Path) -> Result<Vec<String>> {
         parts.peek().is_some() && parts.all(|part| matches!(part, Component::Normal(_)))
     };
     let expected = "a list of folders below this one";
-    let names = names.ok_or_else(|| Error::format(&path, format!("key `{BESIDE}`"), expected, "something else"))?;
+    let names = names.ok_or_else(|| Error::format(path, format!("key `{BESIDE}`"), expected, "something else"))?;
     match names.iter().find(|name| !below(name)) {
-        Some(outside) => Err(Error::format(&path, format!("key `{BESIDE}`"), expected, format!("`{outside}`"))),
+        Some(outside) => Err(Error::format(path, format!("key `{BESIDE}`"), expected, format!("`{outside}`"))),
         None => Ok(names),
     }
+}
+
+/// The error for an adapter in `folder`, which lies beside another one, with adapters beside itself.
+pub(super) fn nested(folder: &Path) -> Error {
+    let what = "an adapter beside another one that has adapters beside itself";
+    Error::unsupported(folder, what, "name all of them in the first one's `beside.json`")
 }
 
 /// The adapters that lie beside the one in `dir`.
@@ -89,8 +102,7 @@ pub(super) fn open(dir: &Path) -> Result<Vec<AdapterFile>> {
     let one = |name: String| {
         let folder = dir.join(&name);
         if !named(&folder)?.is_empty() {
-            let what = "an adapter beside another one that has adapters beside itself";
-            return Err(Error::unsupported(&folder, what, "name all of them in the first one's `beside.json`"));
+            return Err(nested(&folder));
         }
         AdapterFile::open(&folder)
     };

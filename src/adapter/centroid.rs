@@ -79,11 +79,19 @@ impl Centroid {
         if !path.exists() {
             return Ok(None);
         }
+        Self::parse(&TensorFile::open(&path)?).map(Some)
+    }
+
+    /// That in `file`.
+    ///
+    /// # Errors
+    /// As [`Centroid::read`].
+    pub(super) fn parse(file: &TensorFile) -> Result<Self> {
+        let path = file.path();
         let broken = |expected: &str, got: &str| {
             let message = format!("expected {expected}, got {got}; write it anew with `pocketlora centroid`");
             Error::new(ErrorCode::Format, format!("`{}`", path.display()), message)
         };
-        let file = TensorFile::open(&path)?;
         let way = file.metadata().get(WAY[0]).map_or("none", String::as_str);
         if way != WAY[1] {
             return Err(broken(&format!("a `{}` of `{}`", WAY[0], WAY[1]), &format!("`{way}`")));
@@ -98,7 +106,7 @@ impl Centroid {
             return Err(broken("finite values", "others"));
         }
         let texts = file.metadata().get(TEXTS).and_then(|text| text.parse().ok()).unwrap_or(1);
-        Ok(Some(Self { values, texts }))
+        Ok(Self { values, texts })
     }
 
     /// Writes it beside the adapter in the folder `dir`.

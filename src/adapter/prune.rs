@@ -182,7 +182,7 @@ fn write(
     (left.base, left.base_mark) = (file.base.clone(), file.base_mark.clone());
     let dir = AtomicDir::create(out, if existing == Existing::Replace { is_adapter_alone } else { |_| false })?;
     left.save_exact(dir.path())?;
-    write_texts(dir.path(), &texts([file.dir.as_path()])?)?;
+    write_texts(dir.path(), &texts(file.folder())?)?;
     dir.commit()?;
     Ok([size(file), size(&left)])
 }

@@ -35,7 +35,7 @@ const MOST_SCALE: f32 = 1e4;
 pub struct Attached {
     /// Its name.
     pub id: AdapterId,
-    /// Its folder; that of the run for a snapshot.
+    /// Its folder; that of the run for a snapshot, and a mere name for one that was read from memory.
     pub dir: PathBuf,
     /// What its effect is multiplied by.
     pub scale: f32,
@@ -81,6 +81,14 @@ pub(super) enum Values {
 }
 
 impl Entry {
+    /// Where it lies, if on a disk.
+    pub(super) fn folder(&self) -> Option<PathBuf> {
+        match &self.values {
+            Values::Folder(_) => Some(self.told.dir.clone()),
+            Values::Memory(file) => file.folder().map(Path::to_owned),
+        }
+    }
+
     fn file(&self) -> Result<Arc<AdapterFile>> {
         let hash = match &self.values {
             Values::Memory(file) => return Ok(Arc::clone(file)),
@@ -295,7 +303,7 @@ impl Engine {
         if self.0.text.is_none() {
             return Ok(None);
         }
-        let Some(own) = Own::find(&file.dir, &self.0.dir, file.vocabulary().is_some())? else { return Ok(None) };
+        let Some(own) = self.own(file)? else { return Ok(None) };
         entries.iter().filter_map(|entry| entry.own.as_ref()).try_for_each(|(there, _)| own.agree(there))?;
         let text = own.open(&self.0.dir, self.0.special_text)?;
         Ok(Some((own, Arc::new(text))))

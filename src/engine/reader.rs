@@ -1,6 +1,7 @@
 //! Data for training and evaluation, read with a model's text.
 
-use super::Engine;
+use super::adapters::Entry;
+use super::{Engine, lock};
 use crate::adapter::AdapterFile;
 use crate::data::record::Record;
 use crate::error::Result;
@@ -155,9 +156,10 @@ impl Engine {
 
     /// What an attached adapter brings of text.
     fn attached_own(&self) -> Result<Option<Own>> {
-        for attached in self.attached() {
+        let folders = lock(&self.0.adapters).entries.iter().filter_map(Entry::folder).collect::<Vec<_>>();
+        for folder in folders {
             let new_rows = self.all().adapters.replaced().has_table();
-            if let Some(own) = Own::find(&attached.dir, &self.0.dir, new_rows)? {
+            if let Some(own) = Own::find(&folder, &self.0.dir, new_rows)? {
                 return Ok(Some(own));
             }
         }
@@ -166,6 +168,7 @@ impl Engine {
 
     /// What the adapter `file` brings of text.
     pub(super) fn own(&self, file: &AdapterFile) -> Result<Option<Own>> {
-        Own::find(&file.dir, &self.0.dir, file.vocabulary().is_some())
+        let find = |dir| Own::find(dir, &self.0.dir, file.vocabulary().is_some());
+        file.folder().map_or(Ok(None), find)
     }
 }

@@ -72,7 +72,7 @@ impl Engine {
             material.prompt_ids = Some(self.text()?.tokenizer.encode(text, false)?);
         }
         self.choose_threads_for_long();
-        let taught = init.map_or(Ok(None), |file| Centroid::read(&file.dir))?;
+        let taught = init.map_or(Ok(None), AdapterFile::centroid)?;
         let name = Some(self.0.base_name.clone());
         let base = Arc::clone(self.base());
         let turn = self.turn().take();

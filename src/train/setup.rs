@@ -236,7 +236,7 @@ impl<B: Backend> Trainer<B> {
         // Ids of an embedding that the adapter brings along mean nothing to the base.
         let prompts = prompts.filter(|_| frozen.is_empty());
         let taught = match init {
-            Some(file) if config.keep != Keep::Off => Lessons::read(&file.dir)?,
+            Some(file) if config.keep != Keep::Off => Lessons::of_adapter(file)?,
             _ => Lessons::default(),
         };
         let vocab = base.model.config().vocab_size;

@@ -20,6 +20,7 @@ mod families;
 mod gguf;
 mod golden;
 mod head;
+mod in_memory;
 mod keep;
 mod layer_methods;
 mod lora_kin;

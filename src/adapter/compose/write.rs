@@ -57,7 +57,7 @@ pub(super) fn compose_with(
         return Err(Error::config("adapters", "one or more", "none"));
     };
     let plan = plan(&all, how)?;
-    let texts = texts(all.iter().map(|one| one.file.dir.as_path()))?;
+    let texts = texts(all.iter().filter_map(|one| one.file.folder()))?;
     let files: Vec<&AdapterFile> = adapters.iter().map(|(file, _)| file).collect();
     check_place(out, existing, &files)?;
     let dir = AtomicDir::create(out, if existing == Existing::Replace { is_adapter_alone } else { |_| false })?;
@@ -190,7 +190,7 @@ pub(in crate::adapter) fn write_texts(dir: &Path, texts: &[(String, Vec<u8>)]) -
 pub(in crate::adapter) fn check_place(out: &Path, existing: Existing, adapters: &[&AdapterFile]) -> Result<()> {
     let refused = |message: &str| Err(Error::new(ErrorCode::Config, format!("`{}`", out.display()), message));
     let here = |dir: &Path| Some(dir.canonicalize().ok()? == out.canonicalize().ok()?);
-    if adapters.iter().any(|file| here(&file.dir) == Some(true)) {
+    if adapters.iter().filter_map(|file| file.folder()).any(|dir| here(dir) == Some(true)) {
         return refused("expected another folder than those of the adapters; name a new one");
     }
     let vacant = !out.exists() || fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());

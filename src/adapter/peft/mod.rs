@@ -15,6 +15,7 @@ use super::beside;
 use super::exchange::{fit, is_compressed, is_gguf_adapter, is_mlx_adapter, open_compressed, open_gguf, open_mlx};
 use super::experts::{apart, is_fused};
 use super::kinds::{Kind, Method};
+use super::memory::Parts;
 use super::tensor::{Stored, Tensors};
 use crate::error::{Error, Result};
 use crate::format::gguf::Family;
@@ -25,7 +26,7 @@ use half::f16;
 use keys::PREFIX;
 use pocketlora_models::{Model, ParamSpec, Role};
 use safetensors::tensor::Dtype;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
@@ -34,7 +35,7 @@ use targets::Targets;
 use tensors::BASE_MARK;
 
 pub(super) const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
+pub(super) const WEIGHTS: &str = "adapter_model.safetensors";
 
 /// Takes a tensor by its name, for a file.
 pub(crate) type Put<'a> = dyn FnMut(&str, &[f32]) -> Result<()> + 'a;
@@ -64,6 +65,8 @@ pub struct AdapterFile {
     named: Option<Arc<Targets>>,
     /// In the file's order of rows, which is that of an architecture of llama.cpp; none is that of Hugging Face.
     pub(super) arch: Option<&'static Family>,
+    /// What lay beside its tensors, if it was read from memory: `dir` is a mere name then.
+    pub(super) in_memory: Option<Parts>,
 }
 
 impl AdapterFile {
@@ -82,6 +85,7 @@ impl AdapterFile {
             base_class: None,
             named: None,
             arch: None,
+            in_memory: None,
         }
     }
 
@@ -108,9 +112,25 @@ impl AdapterFile {
         foreign::check_files(dir)?;
         let path = dir.join(CONFIG);
         let json = crate::format::foreign::read_object(&path)?;
-        foreign::check_config(&path, &json)?;
-        let mut parsed = config::parse(&path, &json)?;
-        let contents = tensors::read(&dir.join(WEIGHTS), &mut parsed)?;
+        let mut file = Self::read(dir, &json, TensorFile::open, Vec::new())?;
+        file.beside = beside::open(dir)?;
+        Ok(file)
+    }
+
+    /// The adapter called `dir`, with the config `json`, whose tensors `open` finds under the name that they have there.
+    ///
+    /// # Errors
+    /// As [`AdapterFile::open`].
+    pub(super) fn read(
+        dir: &Path,
+        json: &Map<String, Value>,
+        open: impl FnOnce(&Path) -> Result<TensorFile>,
+        beside: Vec<Self>,
+    ) -> Result<Self> {
+        let path = dir.join(CONFIG);
+        foreign::check_config(&path, json)?;
+        let mut parsed = config::parse(&path, json)?;
+        let contents = tensors::read(&open(&dir.join(WEIGHTS))?, &mut parsed)?;
         if parsed.biases && !contents.replaced.whole.iter().any(|w| w.kind == "bias") {
             parsed.warnings.push("`bias` says that biases were trained, but the file has none".to_owned());
         }
@@ -127,11 +147,12 @@ impl AdapterFile {
             base_mark: contents.base_mark,
             tensors: contents.tensors,
             replaced: contents.replaced,
-            beside: beside::open(dir)?,
+            beside,
             warnings: parsed.warnings,
             base_class: parsed.base_class,
             named: (!kind.parts().is_empty()).then(|| Arc::new(parsed.targets)),
             arch: None,
+            in_memory: None,
         })
     }
 

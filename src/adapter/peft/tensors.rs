@@ -173,12 +173,12 @@ impl Found {
 /// Where the mark of the base's weights lies in the metadata.
 pub(super) const BASE_MARK: &str = "pocketlora.base";
 
-/// Reads the weights at `path` as `parsed` describes them.
+/// Reads the weights in `file` as `parsed` describes them.
 ///
 /// # Errors
 /// The file is broken, contradicts its config, or holds what is not supported.
-pub(super) fn read(path: &Path, parsed: &mut Parsed) -> Result<Contents> {
-    let file = TensorFile::open(path)?;
+pub(super) fn read(file: &TensorFile, parsed: &mut Parsed) -> Result<Contents> {
+    let path = file.path();
     let kind = parsed.method.kind();
     let mut own: BTreeMap<String, (String, Vec<Option<HostTensor>>)> = BTreeMap::new();
     let mut tensors = Tensors::new();

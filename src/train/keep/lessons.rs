@@ -2,13 +2,12 @@
 //! hold it to its own answers.
 
 use super::super::Dataset;
+use crate::adapter::{AdapterFile, LESSONS as FILE};
 use crate::error::{Error, ErrorCode, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// Name in the adapter's folder.
-const FILE: &str = "lessons.json";
 /// Questions that are kept at most, of all lessons together.
 const MOST: usize = 256;
 /// Longest file that is read, in bytes: more than so many questions of a few thousand tokens take.
@@ -60,7 +59,23 @@ impl Lessons {
             }
             found => found.and_then(|_| std::fs::read(&path)).map_err(|e| Error::io("read", &path, e))?,
         };
-        serde_json::from_slice(&bytes).map_err(|e| broken(&path, "`questions`, lists of token ids", &e))
+        Self::parse(&path, &bytes)
+    }
+
+    /// Those of the adapter `file`, wherever it lies.
+    ///
+    /// # Errors
+    /// As [`Lessons::read`].
+    pub fn of_adapter(file: &AdapterFile) -> Result<Self> {
+        match (file.folder(), file.part(FILE)) {
+            (Some(dir), _) => Self::read(dir),
+            (None, Some(bytes)) => Self::parse(&file.dir.join(FILE), bytes),
+            (None, None) => Ok(Self::default()),
+        }
+    }
+
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
+        serde_json::from_slice(bytes).map_err(|e| broken(path, "`questions`, lists of token ids", &e))
     }
 
     /// Writes them beside an adapter.
