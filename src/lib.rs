@@ -58,8 +58,8 @@ mod turn;
 pub use adapter::{AdapterFile, Kind as AdapterKind};
 pub use chat::Message;
 pub use engine::{
-    AdapterId, Answer, Attached, Begun, Cancel, Chat, DATA, Decoder, Device, Engine, Estimate, Lesson, LessonData,
-    Listener, Options, Pick, Pooling, Precision, Pruned, Reader, Routed, Start, Trainer, check_threads,
+    AdapterId, Answer, Attached, Begun, Cancel, Chat, DATA, Decoder, Device, Engine, Estimate, GivenFile, Lesson,
+    LessonData, Listener, Options, Pick, Pooling, Precision, Pruned, Reader, Routed, Start, Trainer, check_threads,
 };
 pub use error::{Error, ErrorCode, Result};
 pub use generate::{Dry, Finish, Generated, LogitFilter, Recommended, Sampling, SamplingSource, TokenBias};

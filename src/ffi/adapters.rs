@@ -2,8 +2,10 @@
 
 use super::engine::EngineBox;
 use super::{Buffer, Failure, Held, Out, Str, guarded, list};
+use crate::adapter::AdapterFile;
 use crate::engine::AdapterId;
 use crate::error::{Error, ErrorCode, Result};
+use bytes::Bytes;
 use serde_json::json;
 
 /// The attached adapter that has `number`.
@@ -36,6 +38,30 @@ pub unsafe extern "C" fn pl_adapter_attach(
         unsafe {
             let id = engine.0.attach(&adapter.needed_path("adapter")?, scale)?;
             place.set(id.number());
+        }
+        Ok(())
+    })
+}
+
+/// As `pl_adapter_attach`, for an adapter that the app holds in memory: the bytes of its `adapter_config.json` and of its
+/// `adapter_model.safetensors`, which are copied. Messages and lists call it `name`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pl_adapter_attach_bytes(
+    engine: *const EngineBox,
+    config: Str,
+    tensors: Str,
+    name: Str,
+    scale: f32,
+    number: *mut u64,
+    error: *mut *mut Failure,
+) -> u32 {
+    guarded(error, || {
+        let (engine, place) = (EngineBox::of(engine)?, Out::new(number, "number")?);
+        // SAFETY: the header's rules for texts and places of results.
+        unsafe {
+            let tensors = Bytes::copy_from_slice(tensors.bytes("tensors")?);
+            let file = AdapterFile::from_bytes(config.bytes("config")?, tensors, name.needed_path("name")?)?;
+            place.set(engine.0.attach_file(file, scale)?.number());
         }
         Ok(())
     })

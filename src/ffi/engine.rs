@@ -1,11 +1,13 @@
 //! Models: what they will take, opening them, what they are.
 
-use super::{Failure, Held, Out, Str, guarded, handle, held, sized};
-use crate::engine::{Engine, Estimate, Options, Pooling, Precision};
+use super::{Failure, Held, Out, Str, guarded, handle, held, list, sized};
+use crate::engine::{Engine, Estimate, GivenFile, Options, Pooling, Precision};
 use crate::error::{Error, Result};
 use crate::ffi::work::CancelBox;
 use crate::memory::anonymous_bytes;
 use crate::train::TrainConfig;
+use std::fs::File;
+use std::path::Path;
 
 /// An open model, shared by its chats and trainers, which keep it open after it is freed.
 pub struct EngineBox(pub(super) Engine);
@@ -175,6 +177,68 @@ pub unsafe extern "C" fn pl_engine_open(
         }
         Ok(())
     })
+}
+
+/// A file of a model that the app has open, such as an Android asset or a resource of a bundle.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GivenOut {
+    /// Its name in the model's folder, such as `config.json`.
+    pub name: Str,
+    /// The descriptor of what its bytes lie in; it stays the caller's, and may be closed when the call has returned.
+    pub descriptor: i32,
+    /// Leave it at 0.
+    pub reserved: u32,
+    /// The first of its bytes.
+    pub offset: u64,
+    /// How many there are.
+    pub length: u64,
+}
+
+/// As `pl_engine_open`, for a model in `count` files that are open already. Weights (`.safetensors`) are mapped where they
+/// lie; the other files, some megabytes, are copied into a folder in `scratch` that goes when the model is closed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pl_engine_open_files(
+    files: *const GivenOut,
+    count: usize,
+    scratch: Str,
+    options: *const EngineOptions,
+    engine: *mut *mut EngineBox,
+    error: *mut *mut Failure,
+) -> u32 {
+    guarded(error, || {
+        let place = Out::new(engine, "engine")?;
+        // SAFETY: the header's rules for lists, texts, structs and places of results.
+        unsafe {
+            let (scratch, (options, _)) = (scratch.needed_path("scratch")?, self::options(options)?);
+            let one = |file: &GivenOut| {
+                let name = file.name.text("name")?.to_owned();
+                let (file, offset, len) = (opened(file.descriptor, &name)?, file.offset, file.length);
+                Ok(GivenFile { name, file, offset, len })
+            };
+            let files: Result<Vec<_>> = list(files, count, "files")?.iter().map(one).collect();
+            place.set(EngineBox(Engine::open_given(files?, &scratch, &options)?).hold());
+        }
+        Ok(())
+    })
+}
+
+/// The file that a descriptor is of, as one of our own.
+#[cfg(unix)]
+fn opened(descriptor: i32, name: &str) -> Result<File> {
+    use std::os::fd::BorrowedFd;
+    if descriptor < 0 {
+        return Err(Error::config("descriptor", "that of an open file", descriptor));
+    }
+    // SAFETY: it is not -1, and the system itself says whether it is open: it is only asked for another of the same file.
+    let copy = unsafe { BorrowedFd::borrow_raw(descriptor) }.try_clone_to_owned();
+    copy.map(File::from).map_err(|e| Error::io("open the descriptor of", Path::new(name), e))
+}
+
+/// Elsewhere files have no descriptors.
+#[cfg(not(unix))]
+fn opened(_: i32, name: &str) -> Result<File> {
+    Err(Error::unsupported(Path::new(name), "a file's descriptor on this system", "open the model by its folder"))
 }
 
 /// Closes a model, once its chats and trainers are freed, too.

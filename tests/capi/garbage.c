@@ -43,6 +43,7 @@ static void handles(void *bad) {
     REFUSED(pl_embed(bad, text("x"), 0, vector, 4096, NULL, &e));
     REFUSED(pl_evaluate(bad, text("x"), NULL, &evaluation, &e));
     REFUSED(pl_adapter_attach(bad, text("x"), 1, &number, &e));
+    REFUSED(pl_adapter_attach_bytes(bad, text("{}"), text("x"), text("x"), 1, &number, &e));
     REFUSED(pl_adapters_scale(bad, &number, &scale, 1, &e));
     REFUSED(pl_adapter_detach(bad, 1, &e));
     REFUSED(pl_adapters_list(bad, &buffer, &e));
@@ -94,8 +95,33 @@ static uint32_t ask_from_within(void *user, pl_str piece, uint32_t thought) {
     return 0;
 }
 
+/* The model in the folder `model` by its open files. */
+static void open_by_files(const char *model, const char *scratch) {
+    static const char *const names[] = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"};
+    pl_error *e = NULL;
+    pl_engine *engine = NULL;
+    pl_chat *chat = NULL;
+    pl_file files[4] = {0};
+    FILE *open[4] = {0};
+    for (int i = 0; i < 4; i++) {
+        char path[4096];
+        snprintf(path, sizeof path, "%s/%s", model, names[i]);
+        if (!(open[i] = fopen(path, "rb")) || fseek(open[i], 0, SEEK_END)) exit(3);
+        files[i] = (pl_file){.name = text(names[i]), .descriptor = fileno(open[i]), .length = (uint64_t)ftell(open[i])};
+    }
+    OK(pl_engine_open_files(files, 4, text(scratch), NULL, &engine, &e));
+    for (int i = 0; i < 4; i++) fclose(open[i]);
+    OK(pl_chat_new(engine, &chat, &e));
+    OK(pl_chat_send(chat, text("x"), NULL, NULL, NULL, NULL, &e));
+    pl_chat_free(chat);
+    pl_engine_free(engine);
+    files[3] = files[0]; /* A name twice. */
+    CONFIG(pl_engine_open_files(&files[2], 0, text(""), NULL, &engine, &e));
+}
+
 int main(int argc, char **argv) {
     if (argc != 3) return 2;
+    open_by_files(argv[1], argv[2]);
     pl_error *e = NULL;
     pl_engine *engine = NULL;
     pl_chat *chat = NULL;
@@ -119,6 +145,16 @@ int main(int argc, char **argv) {
     CONFIG(pl_engine_open(text(argv[1]), &wrong, &engine, &e));
     wrong.size = sizeof wrong, wrong.memory_budget = 1;
     expect("a budget of a byte", pl_engine_open(text(argv[1]), &wrong, &engine, &e), PL_CODE_OUT_OF_MEMORY, &e);
+    wrong.memory_budget = 0;
+    pl_file file = {.name = text("config.json"), .descriptor = -1, .length = 1};
+    CONFIG(pl_engine_open_files(NULL, 1, text(argv[2]), NULL, &engine, &e));
+    CONFIG(pl_engine_open_files(&file, 1, text(argv[2]), NULL, &engine, &e));
+    file.descriptor = 9999;
+    expect("no descriptor", pl_engine_open_files(&file, 1, text(argv[2]), NULL, &engine, &e), PL_CODE_IO, &e);
+    file.descriptor = 0, file.name = text("../config.json");
+    CONFIG(pl_engine_open_files(&file, 1, text(argv[2]), NULL, &engine, &e));
+    file.name = text("model.safetensors"), file.offset = UINT64_MAX;
+    expect("no such bytes", pl_engine_open_files(&file, 1, text(argv[2]), NULL, &engine, &e), PL_CODE_FORMAT, &e);
     /* A newer app: what this library does not know must be 0. */
     struct {
         pl_engine_options known;
@@ -173,6 +209,10 @@ int main(int argc, char **argv) {
     if (!asked) failures++, fprintf(stderr, "nobody heard of the answer\n");
     REFUSED(pl_chat_send(chat, text("x"), NULL, NULL, NULL, NULL, &e));
     handles(chat);
+
+    uint64_t number = 0;
+    expect("no config", pl_adapter_attach_bytes(engine, text("{"), text("x"), text("a"), 1, &number, &e), PL_CODE_FORMAT, &e);
+    expect("no adapter", pl_adapter_attach(engine, text("none"), 1, &number, &e), PL_CODE_IO, &e);
 
     pl_trainer *trainer = NULL;
     pl_train_options lesson = {.size = sizeof lesson, .flags = PL_FIXED_SETTINGS, .out = text(argv[2])};

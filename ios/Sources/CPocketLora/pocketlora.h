@@ -319,6 +319,32 @@ typedef struct {
 } pl_estimate;
 
 /**
+ * A file of a model that the app has open, such as an Android asset or a resource of a bundle.
+ */
+typedef struct {
+  /**
+   * Its name in the model's folder, such as `config.json`.
+   */
+  pl_str name;
+  /**
+   * The descriptor of what its bytes lie in; it stays the caller's, and may be closed when the call has returned.
+   */
+  int32_t descriptor;
+  /**
+   * Leave it at 0.
+   */
+  uint32_t reserved;
+  /**
+   * The first of its bytes.
+   */
+  uint64_t offset;
+  /**
+   * How many there are.
+   */
+  uint64_t length;
+} pl_file;
+
+/**
  * What a model is, and what is in use now.
  */
 typedef struct {
@@ -820,6 +846,17 @@ uint32_t pl_engine_open(pl_str model,
                         pl_error **error);
 
 /**
+ * As `pl_engine_open`, for a model in `count` files that are open already. Weights (`.safetensors`) are mapped where they
+ * lie; the other files, some megabytes, are copied into a folder in `scratch` that goes when the model is closed.
+ */
+uint32_t pl_engine_open_files(const pl_file *files,
+                              size_t count,
+                              pl_str scratch,
+                              const pl_engine_options *options,
+                              pl_engine **engine,
+                              pl_error **error);
+
+/**
  * Closes a model, once its chats and trainers are freed, too.
  */
 void pl_engine_free(pl_engine *engine);
@@ -850,6 +887,18 @@ uint32_t pl_adapter_attach(const pl_engine *engine,
                            float scale,
                            uint64_t *number,
                            pl_error **error);
+
+/**
+ * As `pl_adapter_attach`, for an adapter that the app holds in memory: the bytes of its `adapter_config.json` and of its
+ * `adapter_model.safetensors`, which are copied. Messages and lists call it `name`.
+ */
+uint32_t pl_adapter_attach_bytes(const pl_engine *engine,
+                                 pl_str config,
+                                 pl_str tensors,
+                                 pl_str name,
+                                 float scale,
+                                 uint64_t *number,
+                                 pl_error **error);
 
 /**
  * Multiplies the effects of `count` attached adapters by `scales`, all at once, well within a millisecond.
