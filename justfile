@@ -64,6 +64,14 @@ ggml:
 aarch64:
     .ci/run aarch64
 
+# An app in C and the command line on an emulated ARM processor.
+arm:
+    .ci/run arm
+
+# Write `pocketlora.h` anew after a change of `src/ffi`; commit it with that.
+header:
+    POCKETLORA_WRITE_HEADER=1 cargo test --release --test capi header
+
 # Lints of the library for Android and iOS, and a static library.
 phones:
     .ci/run phones
