@@ -11,6 +11,8 @@ mod prune;
 mod ranks;
 mod reader;
 mod router;
+#[cfg(feature = "seal")]
+mod sealed;
 mod trainer;
 mod transcript;
 
