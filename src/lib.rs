@@ -40,6 +40,7 @@ mod engine;
 mod error;
 pub mod eval;
 mod exec;
+pub mod ffi;
 pub mod format;
 pub mod generate;
 #[cfg(feature = "hub")]
@@ -57,8 +58,8 @@ mod turn;
 pub use adapter::{AdapterFile, Kind as AdapterKind};
 pub use chat::Message;
 pub use engine::{
-    AdapterId, Answer, Attached, Cancel, Chat, Decoder, Device, Engine, Listener, Options, Pick, Precision, Pruned,
-    Reader, Routed, Trainer, check_threads,
+    AdapterId, Answer, Attached, Begun, Cancel, Chat, DATA, Decoder, Device, Engine, Estimate, GivenFile, Lesson,
+    LessonData, Listener, Options, Pick, Pooling, Precision, Pruned, Reader, Routed, Start, Trainer, check_threads,
 };
 pub use error::{Error, ErrorCode, Result};
 pub use generate::{Dry, Finish, Generated, LogitFilter, Recommended, Sampling, SamplingSource, TokenBias};

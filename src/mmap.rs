@@ -35,6 +35,24 @@ pub fn map(path: &Path) -> Result<Bytes> {
     Ok(Bytes::from_owner(map))
 }
 
+/// Maps `len` bytes of `file` from byte `offset` on, which need not be the start of a page; `name` is for messages. The file
+/// may be closed afterwards.
+///
+/// # Errors
+/// The bytes are not all there, there are none, or they cannot be mapped.
+pub(crate) fn map_part(file: &File, offset: u64, len: u64, name: &Path) -> Result<Bytes> {
+    let all = file.metadata().map_err(|e| Error::io("read the size of", name, e))?.len();
+    if len == 0 || offset.checked_add(len).is_none_or(|end| end > all) {
+        let got = format!("{len} bytes from byte {offset} of {all} on");
+        return Err(Error::format(name, "place in the file", "some bytes, all within the file", got));
+    }
+    let size = usize::try_from(len).map_err(|_| Error::format(name, "length", "what memory has addresses for", len))?;
+    #[allow(unsafe_code)] // one of the six places where unsafe lives
+    // SAFETY: as in `map`: nothing is written through it, and the owner of the file, here the app, leaves it alone.
+    let map = unsafe { memmap2::MmapOptions::new().offset(offset).len(size).map(file) };
+    Ok(Bytes::from_owner(map.map_err(|e| Error::io("map", name, e))?))
+}
+
 /// Has the system bring in a map from front to back. What threads then touch in any order lies in large pages, where the
 /// file system has them: asked for out of order, pages come in small ones, and a core reads those at half the rate.
 /// Does nothing but on Linux.

@@ -18,6 +18,14 @@ use std::sync::{Arc, Weak};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct AdapterId(pub(super) u64);
 
+impl AdapterId {
+    /// For other languages.
+    #[must_use]
+    pub fn number(self) -> u64 {
+        self.0
+    }
+}
+
 /// The largest factor on an adapter's effect: useful ones are around 1.
 const MOST_SCALE: f32 = 1e4;
 

@@ -5,6 +5,10 @@ mod auto;
 mod cancel;
 mod chat;
 mod decoder;
+mod embed;
+mod estimate;
+mod given;
+mod lesson;
 mod options;
 mod pieces;
 mod prune;
@@ -23,6 +27,10 @@ pub use adapters::{AdapterId, Attached};
 pub use cancel::Cancel;
 pub use chat::{Answer, Chat, Listener};
 pub use decoder::Decoder;
+pub use embed::Pooling;
+pub use estimate::Estimate;
+pub use given::GivenFile;
+pub use lesson::{Begun, DATA, Lesson, LessonData, Start};
 pub use options::{Device, Options, Precision, check_threads};
 pub use prune::Pruned;
 #[cfg(feature = "cli")]
@@ -56,6 +64,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
+use tempfile::TempDir;
 
 /// An open model. Clones are of the same one, and may be used from any thread.
 ///
@@ -89,6 +98,8 @@ struct Shared {
     calibration: Option<Once>,
     adapters: Mutex<Registry>,
     peak: Mutex<Peak>,
+    /// Holds the small files of a model that was given by open files.
+    _scratch: Option<TempDir>,
     _release: ReleasesFreed,
 }
 
@@ -101,7 +112,13 @@ impl Engine {
     pub fn open(dir: &Path, options: &Options) -> Result<Self> {
         options.device.check()?;
         check_threads(options.threads)?;
-        let checkpoint = Checkpoint::open(dir)?;
+        Self::of(Checkpoint::open(dir)?, options, None)
+    }
+
+    /// Opens `checkpoint`, whose small files lie in `scratch` where that is given.
+    fn of(checkpoint: Checkpoint, options: &Options, scratch: Option<TempDir>) -> Result<Self> {
+        options.device.check()?;
+        check_threads(options.threads)?;
         let dir = checkpoint.dir().to_owned();
         // Nothing is read in, and no copy is made, of a model that then turns out not to run.
         architecture(&checkpoint)?;
@@ -125,7 +142,11 @@ impl Engine {
         Ok(Self(Arc::new(Shared {
             base: Arc::new(base),
             turn: Turn::default(),
-            base_name: options.base_name.clone().unwrap_or_else(|| dir.to_string_lossy().into_owned()),
+            base_name: options.base_name.clone().unwrap_or_else(|| match &scratch {
+                // The folder goes, and its name would tell nobody anything.
+                Some(_) => String::new(),
+                None => dir.to_string_lossy().into_owned(),
+            }),
             dir,
             fingerprint: checkpoint.fingerprint(),
             mapped_bytes,
@@ -141,6 +162,7 @@ impl Engine {
             calibration: (options.threads == 0).then(Once::new),
             adapters: Mutex::new(registry),
             peak: Mutex::default(),
+            _scratch: scratch,
             _release: ReleasesFreed,
         })))
     }

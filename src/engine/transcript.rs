@@ -38,6 +38,11 @@ impl Transcript {
         Ok(Self { sequence, work, ids: Vec::new() })
     }
 
+    /// One that gives the states `[C]` after the last norm where others give logits.
+    pub fn of_states(base: &Base<Cpu>, numbers: Numbers) -> Result<Self> {
+        Ok(Self { work: Workspace::for_states(numbers.arithmetic), ..Self::new(base, numbers)? })
+    }
+
     /// What was read.
     pub fn ids(&self) -> &[u32] {
         &self.ids

@@ -30,6 +30,8 @@ pub struct Workspace<B: Backend> {
     /// Tokens of the last batch.
     tokens: usize,
     arithmetic: Arithmetic,
+    /// What comes of rows is the head's input, `[rows, C]` after the last norm, and not its logits.
+    states: bool,
     /// Logits on the host. The system maps and clears so much memory anew where it is not used again.
     logits: Vec<f32>,
 }
@@ -38,7 +40,13 @@ impl<B: Backend> Workspace<B> {
     /// Without buffers yet, for products in `arithmetic`.
     #[must_use]
     pub fn new(arithmetic: Arithmetic) -> Self {
-        Self { pool: Pool::default(), tokens: 0, arithmetic, logits: Vec::new() }
+        Self { pool: Pool::default(), tokens: 0, arithmetic, states: false, logits: Vec::new() }
+    }
+
+    /// The same for states `[rows, C]` after the last norm, in the place of logits `[rows, V]`.
+    #[must_use]
+    pub fn for_states(arithmetic: Arithmetic) -> Self {
+        Self { states: true, ..Self::new(arithmetic) }
     }
 }
 
@@ -256,7 +264,10 @@ impl<B: Backend> Base<B> {
         let no_tokens = Batch::default();
         let pass = Pass::after(self, parts, &no_tokens, [], work.arithmetic, &mut work.pool)?;
         let mut run = Infer { it: Interpreter::new(&pass, Some(x), false, &mut work.pool), error: None };
-        let y = self.model.head(&mut run, Value(0));
+        let y = match work.states {
+            true => self.model.norm(&mut run, Value(0)),
+            false => self.model.head(&mut run, Value(0)),
+        };
         let y = run.finish(y)?;
         pass.finish(&mut work.pool);
         work.logits.resize(backend.len(&y), 0.0);

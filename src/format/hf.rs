@@ -6,6 +6,7 @@ use super::safetensors::{Tensor, TensorFile, missing};
 use super::source::LeftOut;
 use super::{foreign, place, widen};
 use crate::error::{Error, ErrorCode, Result};
+use bytes::Bytes;
 use pocketlora_kernels::{MatrixData, MatrixSource};
 use pocketlora_models::{Stack, Wrapped, full_name, parts_of, text_config, wrapped};
 use safetensors::Dtype;
@@ -51,13 +52,50 @@ impl Checkpoint {
         let path = &place::model_of(path);
         let config = place::config_of(path, wanted)?;
         let dir = if path.is_dir() { path.clone() } else { place::folder_of(path) };
-        let (files, owners) = match place::weights_of(path, &dir)? {
+        let weights = place::weights_of(path, &dir)?;
+        let mut checkpoint = Self::of(&dir, config, &weights, &|path| path.exists(), &TensorFile::open, wanted)?;
+        if path.is_dir() {
+            checkpoint.leave_out_second_form();
+        }
+        Ok(checkpoint)
+    }
+
+    /// Opens the model whose small files lie in the folder `dir`, and whose weights are `weights`, by the names of their
+    /// files: what an app has in a package of its own.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub(crate) fn open_given(dir: &Path, weights: &HashMap<String, Bytes>) -> Result<Self> {
+        let config = place::config_of(dir, Wanted::ToRun)?;
+        let there = |path: &Path| path.file_name().and_then(|name| weights.get(name.to_str()?));
+        let named = match (weights.contains_key(place::SINGLE), dir.join(place::INDEX)) {
+            (true, _) => place::Weights::Single(dir.join(place::SINGLE)),
+            (false, index) if index.exists() => place::Weights::Parts(index),
+            (false, _) => return Err(foreign::no_weights(dir)),
+        };
+        let open = |path: &Path| match there(path) {
+            Some(bytes) => TensorFile::parse(path, bytes.clone()),
+            None => TensorFile::open(path),
+        };
+        Self::of(dir, config, &named, &|path| there(path).is_some(), &open, Wanted::ToRun)
+    }
+
+    fn of(
+        dir: &Path,
+        config: Map<String, Value>,
+        weights: &place::Weights,
+        exists: &dyn Fn(&Path) -> bool,
+        open: &dyn Fn(&Path) -> Result<TensorFile>,
+        wanted: Wanted,
+    ) -> Result<Self> {
+        let dir = dir.to_owned();
+        let (files, owners) = match weights {
             place::Weights::Single(single) => {
-                let file = TensorFile::open(&single)?;
+                let file = open(single)?;
                 let owners = file.tensors().map(|(name, _)| (name.to_owned(), 0)).collect();
                 (vec![file], owners)
             }
-            place::Weights::Parts(index) => open_shards(&dir, &index)?,
+            place::Weights::Parts(index) => open_shards(&dir, index, exists, open)?,
         };
         for file in &files {
             foreign::check_tensors(file.path(), &file.tensors().collect::<Vec<_>>(), wanted)?;
@@ -74,9 +112,6 @@ impl Checkpoint {
         renamed.into_iter().for_each(|(name, new)| checkpoint.rename(&name, new));
         checkpoint.divide_stacks();
         checkpoint.settle_head();
-        if path.is_dir() {
-            checkpoint.leave_out_second_form();
-        }
         Ok(checkpoint)
     }
 
@@ -370,7 +405,12 @@ impl Checkpoint {
 }
 
 /// The shards that the index at `index` names, and which tensor lies in which.
-fn open_shards(dir: &Path, index: &Path) -> Result<(Vec<TensorFile>, BTreeMap<String, usize>)> {
+fn open_shards(
+    dir: &Path,
+    index: &Path,
+    exists: &dyn Fn(&Path) -> bool,
+    open: &dyn Fn(&Path) -> Result<TensorFile>,
+) -> Result<(Vec<TensorFile>, BTreeMap<String, usize>)> {
     let json = foreign::read_object(index)?;
     let malformed = || Error::format(index, "JSON", "an object with `weight_map`, file names by tensor", "another one");
     let map = json.get("weight_map").and_then(Value::as_object).ok_or_else(malformed)?;
@@ -390,7 +430,7 @@ fn open_shards(dir: &Path, index: &Path) -> Result<(Vec<TensorFile>, BTreeMap<St
         owners.insert(name.clone(), shard);
     }
     let missing: Vec<String> =
-        paths.iter().filter(|p| !p.exists()).filter_map(|p| Some(format!("`{}`", p.file_name()?.display()))).collect();
+        paths.iter().filter(|p| !exists(p)).filter_map(|p| Some(format!("`{}`", p.file_name()?.display()))).collect();
     if !missing.is_empty() {
         let shown = missing[..missing.len().min(20)].join(", ");
         let message = format!(
@@ -401,7 +441,7 @@ fn open_shards(dir: &Path, index: &Path) -> Result<(Vec<TensorFile>, BTreeMap<St
         );
         return Err(Error::new(ErrorCode::Io, format!("`{}`", dir.display()), message));
     }
-    let files = paths.iter().map(|path| TensorFile::open(path)).collect::<Result<Vec<_>>>()?;
+    let files = paths.iter().map(|path| open(path)).collect::<Result<Vec<_>>>()?;
     for (name, &shard) in &owners {
         files[shard].get(name)?;
     }

@@ -65,9 +65,7 @@ pub use ranks::{LayerRank, RankChoice};
 pub use report::{Bar, DataReport, Lengths};
 use run_folder::Journal;
 pub use run_folder::{LogLine, RunFolder, SETTINGS};
-pub(crate) use setup::fingerprint;
-#[cfg(feature = "cli")]
-pub(crate) use setup::refuse_model;
+pub(crate) use setup::{fingerprint, plan_for, refuse_model};
 pub use step::Layout;
 pub(crate) use step::{MicroBatch, Watch, micro_step};
 pub(crate) use sums::Sums;

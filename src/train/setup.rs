@@ -27,8 +27,9 @@ use crate::exec::infer::state_bytes;
 use crate::memory::{Peak, anonymous_bytes};
 use crate::rng::mix;
 use crate::turn::Turn;
+use pocketlora_kernels::cpu::Table;
 use pocketlora_kernels::{Backend, CacheType};
-use pocketlora_models::Param;
+use pocketlora_models::{Model, Param};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -357,6 +358,40 @@ impl<B: Backend> Trainer<B> {
             _lock: lock,
         })
     }
+}
+
+/// The plan of a run of `config` on `model` whose samples all have the longest length that it allows, before there is data
+/// or a model that is open. What holds a model to its answers is not in it.
+///
+/// # Errors
+/// A setting is out of range; its `memory-budget` is too small.
+pub(crate) fn plan_for(model: Arc<dyn Model>, threads: usize, config: &TrainConfig) -> Result<MemoryPlan> {
+    config.validate()?;
+    let settings = config.adapter_of(config.method)?;
+    let (method, layers) = config.method.begin(&settings, model.as_ref())?;
+    let (method, layers) = method.with_ranks(&settings, model.as_ref(), layers)?;
+    let specs = method.tensors(model.as_ref(), |p: Param| layers.contains(&p))?;
+    let longest = config.seq.min(model.config().max_positions);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let work = Work {
+        model,
+        table: Table::from_env()?,
+        threads: if threads == 0 { cores } else { threads },
+        method,
+        specs,
+        beside: Vec::new(),
+        learned: Vec::new(),
+        aside: None,
+        lengths: vec![longest; config.batch],
+        largest: longest * config.batch,
+        evaluated: longest,
+        held: Vec::new(),
+        references: 0,
+        before: 0,
+        data: 0,
+        looked_at: 0,
+    };
+    choose(&work, config).map(|(plan, _)| plan)
 }
 
 /// A number that changes when any value does.

@@ -1,6 +1,6 @@
 //! One engine, many chats and trainers: cancelling, filters, threads, and bounds.
 
-use crate::common::{golden, quiet, tiny_chat_model, tiny_training};
+use crate::common::{golden, logits, quiet, tiny_chat_model, tiny_training};
 use pocketlora::train::Directive;
 use pocketlora::{
     Answer, Cancel, Chat, Device, Engine, ErrorCode, Finish, Listener, LogitFilter, Message, Observer, Options,
@@ -464,4 +464,54 @@ fn the_example_runs() {
     let (model, data) = tiny_training(dir.path(), 4);
     let [before, _, after] = app::run(&model, &data, &dir.path().join("out"), "what is number 3?").unwrap();
     assert_ne!(before, after);
+}
+
+/// A package of an app: the model's files one after the other, none at the start of a page.
+#[test]
+fn a_model_opens_from_places_in_a_package() {
+    use pocketlora::GivenFile;
+    use std::io::Write as _;
+    let dir = tempfile::tempdir().unwrap();
+    let (model, package) = (tiny_chat_model(dir.path()), dir.path().join("package"));
+    let (mut out, mut places, mut at) = (std::fs::File::create(&package).unwrap(), Vec::new(), 0);
+    for name in ["config.json", "tokenizer.json", "model.safetensors", "tokenizer_config.json"] {
+        let bytes = std::fs::read(model.join(name)).unwrap();
+        out.write_all(b"between").unwrap();
+        out.write_all(&bytes).unwrap();
+        places.push((name, at + 7, bytes.len() as u64));
+        at += 7 + bytes.len() as u64;
+    }
+    let files = |places: &[(&str, u64, u64)]| -> Vec<GivenFile> {
+        let one = |&(name, offset, len): &(&str, u64, u64)| GivenFile {
+            name: name.to_owned(),
+            file: std::fs::File::open(&package).unwrap(),
+            offset,
+            len,
+        };
+        places.iter().map(one).collect()
+    };
+    let (scratch, options) = (dir.path().join("scratch"), Options::new().threads(1));
+    let engine = Engine::open_given(files(&places), &scratch, &options).unwrap();
+    let folder = Engine::open(&model, &options).unwrap();
+    let ids: Vec<u32> = (3..40).collect();
+    assert_eq!(logits(&engine, &ids), logits(&folder, &ids));
+    assert_eq!(engine.mapped_bytes(), folder.mapped_bytes());
+    drop(engine);
+    assert_eq!(std::fs::read_dir(&scratch).unwrap().count(), 0, "the copies stay");
+
+    let mut cases = vec![("beyond the package", ErrorCode::Format, places.clone())];
+    cases[0].2[2].2 += 1000;
+    cases.push(("a part of a file", ErrorCode::Format, places.clone()));
+    cases[1].2[2].2 -= 1;
+    cases.push(("no weights", ErrorCode::Format, places[..2].to_vec()));
+    cases.push(("a name twice", ErrorCode::Config, [&places[..], &places[..1]].concat()));
+    cases.push(("no config", ErrorCode::Config, places[1..].to_vec()));
+    for (what, code, places) in cases {
+        let refused = Engine::open_given(files(&places), &scratch, &options).map(drop).unwrap_err();
+        assert!(
+            refused.code() == code || code == ErrorCode::Format && refused.code() == ErrorCode::Io,
+            "{what}: {refused}"
+        );
+        assert_eq!(std::fs::read_dir(&scratch).unwrap().count(), 0, "{what}: the copies stay");
+    }
 }

@@ -10,10 +10,11 @@ use crate::exec::{KeptFacts, Parts};
 use crate::format::safetensors::TensorFile;
 use crate::format::{Entry, Staged, Writer, foreign};
 use crate::generate::Sampling;
+use bytes::Bytes;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use std::io::BufWriter;
+use std::io::{BufWriter, Cursor, Seek, Write};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -21,6 +22,8 @@ use std::sync::Arc;
 const META: &str = foreign::CHAT;
 /// A tensor of 8 bytes: a sum over the facts and all other tensors, which tells flipped bits.
 const CHECKSUM: &str = "checksum";
+/// What messages call a chat that was kept as bytes.
+const MEMORY: &str = "kept chat";
 /// How the parts are laid out. Files of another layout are refused.
 const LAYOUT: u32 = 1;
 
@@ -73,6 +76,24 @@ impl Chat {
     /// # Errors
     /// The file cannot be written; an adapter in use was detached.
     pub fn save_state(&mut self, path: &Path) -> Result<()> {
+        let (facts, parts) = self.kept()?;
+        let failed = |e| Error::io("write", path, e);
+        Staged::write(path, |file| write(BufWriter::new(file), &facts, &parts).map_err(failed))?.commit()
+    }
+
+    /// What [`Chat::save_state`] writes, as bytes.
+    ///
+    /// # Errors
+    /// An adapter in use was detached.
+    pub fn state(&mut self) -> Result<Vec<u8>> {
+        let (facts, parts) = self.kept()?;
+        let mut bytes = Cursor::new(Vec::new());
+        write(&mut bytes, &facts, &parts).map_err(|e| Error::io("keep", Path::new(MEMORY), e))?;
+        Ok(bytes.into_inner())
+    }
+
+    /// The facts, and the parts that belong to them.
+    fn kept(&mut self) -> Result<(String, Parts<'_>)> {
         let set = self.current()?;
         if !Arc::ptr_eq(&set, &self.set) {
             // What is remembered was made with other adapters.
@@ -94,7 +115,7 @@ impl Chat {
             ids,
             sequence,
         };
-        write(path, &serde_json::to_string(&facts).expect("plain data serializes"), &parts)
+        Ok((serde_json::to_string(&facts).expect("plain data serializes"), parts))
     }
 
     /// Goes on with the chat in the file at `path`: the next answer is what it would have been without the break.
@@ -103,13 +124,28 @@ impl Chat {
     /// The file cannot be read or is damaged; it was kept with another base, with other adapters, or with other numbers.
     /// Nothing changes then.
     pub fn load_state(&mut self, path: &Path) -> Result<()> {
-        let place = format!("`{}`", path.display());
+        let file = TensorFile::open(path);
+        self.load(path, file)
+    }
+
+    /// As [`Chat::load_state`], from what [`Chat::state`] gave.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn restore(&mut self, state: &[u8]) -> Result<()> {
+        let place = Path::new(MEMORY);
+        let file = TensorFile::parse(place, Bytes::copy_from_slice(state));
+        self.load(place, file)
+    }
+
+    fn load(&mut self, place: &Path, file: Result<TensorFile>) -> Result<()> {
+        let place = format!("`{}`", place.display());
         let broken = |expected: &str| {
             let message =
                 format!("expected {expected}, got a damaged or another file; begin a new chat with a new file");
             Error::new(ErrorCode::Format, &place, message)
         };
-        let file = TensorFile::open(path).map_err(|e| match e.code() {
+        let file = file.map_err(|e| match e.code() {
             ErrorCode::Io => e,
             _ => broken("a chat that `--state` kept").caused_by(e),
         })?;
@@ -169,19 +205,15 @@ fn differences(kept: &Owner, here: &Owner) -> String {
     format!("expected numbers as `{}`, got `{}`; {next}", kept.numbers, here.numbers)
 }
 
-fn write(path: &Path, text: &str, parts: &Parts<'_>) -> Result<()> {
-    let staged = Staged::write(path, |file| {
-        let failed = |e| Error::io("write", path, e);
-        let entry = |name: &str, len: usize| Entry { name: name.to_owned(), dtype: Dtype::U8, shape: vec![len] };
-        let entries = parts.iter().map(|(name, bytes)| entry(name, bytes.len())).chain([entry(CHECKSUM, 8)]).collect();
-        let mut writer = Writer::new(BufWriter::new(file), json!({ META: text }), entries, Vec::new());
-        let mut sum = add(0, text.as_bytes());
-        for (name, bytes) in parts {
-            sum = sum.wrapping_add(sum_of(name, bytes));
-            writer.write(name, 0, bytes).map_err(failed)?;
-        }
-        writer.write(CHECKSUM, 0, &sum.to_le_bytes()).map_err(failed)?;
-        writer.finish().map(|_| ()).map_err(failed)
-    })?;
-    staged.commit()
+fn write<W: Write + Seek>(out: W, text: &str, parts: &Parts<'_>) -> std::io::Result<()> {
+    let entry = |name: &str, len: usize| Entry { name: name.to_owned(), dtype: Dtype::U8, shape: vec![len] };
+    let entries = parts.iter().map(|(name, bytes)| entry(name, bytes.len())).chain([entry(CHECKSUM, 8)]).collect();
+    let mut writer = Writer::new(out, json!({ META: text }), entries, Vec::new());
+    let mut sum = add(0, text.as_bytes());
+    for (name, bytes) in parts {
+        sum = sum.wrapping_add(sum_of(name, bytes));
+        writer.write(name, 0, bytes)?;
+    }
+    writer.write(CHECKSUM, 0, &sum.to_le_bytes())?;
+    writer.finish().map(|_| ())
 }
