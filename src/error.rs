@@ -42,11 +42,15 @@ pub enum ErrorCode {
     Busy = 14,
     /// A bug in the library, which was caught at its border.
     Internal = 15,
+    /// A sealed adapter is not for this key, or is not signed by that one; a key is none.
+    Key = 16,
+    /// A sealed adapter is older than the least version that is taken.
+    Outdated = 17,
 }
 
 impl ErrorCode {
     /// All codes, in the order of their numbers.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Io,
         Self::Format,
         Self::Unsupported,
@@ -62,6 +66,8 @@ impl ErrorCode {
         Self::Handle,
         Self::Busy,
         Self::Internal,
+        Self::Key,
+        Self::Outdated,
     ];
 
     /// Its number, which never changes.
@@ -225,7 +231,8 @@ mod tests {
                 ErrorCode::Data | ErrorCode::Config | ErrorCode::OutOfMemory | ErrorCode::Device => false,
                 ErrorCode::Network | ErrorCode::Cancelled | ErrorCode::Diverged => false,
                 ErrorCode::ContextFull | ErrorCode::Handle | ErrorCode::Busy => false,
-                ErrorCode::Internal => true,
+                ErrorCode::Internal | ErrorCode::Key => false,
+                ErrorCode::Outdated => true,
             };
             assert_eq!(last, number as usize == ErrorCode::ALL.len());
         }

@@ -23,7 +23,7 @@
 //! An engine is shared by any number of chats and trainers, each on a thread of its own if wanted: `examples/app.rs` shows
 //! how. Training goes through [`Engine::trainer`], files through [`mod@format`] and [`adapter`]. Without default features
 //! the library is pure Rust and has no network code; `hub` adds downloads, `metrics`, `bench` and `charts` what their names
-//! say, `cli` the command line and all of these.
+//! say, `seal` adapters in encrypted files, `cli` the command line and all of these.
 #![deny(unsafe_code)]
 
 pub mod adapter;

@@ -121,6 +121,18 @@ pub(super) fn kinds(dir: &Path) -> Result<Vec<Kind>> {
     named(dir)?.into_iter().map(kind).collect()
 }
 
+/// Names of the files of the adapter in `dir`, and of those beside it, in the folder.
+///
+/// # Errors
+/// As [`open`].
+#[cfg(feature = "seal")]
+pub(super) fn files(dir: &Path) -> Result<Vec<String>> {
+    let folders = named(dir)?;
+    let of = |folder: &str| [CONFIG, super::peft::WEIGHTS].map(|name| format!("{folder}{name}"));
+    let below = folders.iter().flat_map(|folder| of(&format!("{folder}/")));
+    Ok(of("").into_iter().chain(below).chain([FILE.to_owned()]).collect())
+}
+
 /// Where an adapter of `kind` beside the one in `dir` lies.
 pub(super) fn folder(dir: &Path, kind: Kind) -> PathBuf {
     dir.join(BESIDE).join(kind.key())

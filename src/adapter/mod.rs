@@ -31,6 +31,8 @@ mod prompt;
 mod prune;
 mod ranks;
 mod replaced;
+#[cfg(feature = "seal")]
+pub mod seal;
 mod singular;
 mod square;
 mod svd;

@@ -2,12 +2,13 @@
 
 use super::names;
 use crate::adapter::AdapterFile;
+use crate::adapter::seal::{Key, is_sealed};
 use crate::engine::{Attached, Engine, Options, Pick, Precision, adapters_in, check_threads, name_of};
 use crate::error::{Error, ErrorCode, Result};
 use crate::generate::{Dry, Sampling};
 use crate::tokenizer::SpecialText;
 use clap::{Args, ValueEnum};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum PrecisionArg {
@@ -60,6 +61,12 @@ pub(super) struct ModelArgs {
     /// wanted; several add up.
     #[arg(short, long = "adapter", value_name = "ADAPTER[=SCALE]")]
     pub adapters: Vec<String>,
+    /// File with the key of adapters given with -a that are sealed.
+    #[arg(long, requires = "adapters", value_parser = names::path())]
+    pub key_file: Option<PathBuf>,
+    /// File with the public key of who must have signed them.
+    #[arg(long, requires = "key_file", value_parser = names::path())]
+    pub verify_key_file: Option<PathBuf>,
     /// Folder with a folder for each of several adapters, of which every request picks those that were taught about what it asks.
     #[arg(long = "adapters", value_name = "DIR", requires = "route", conflicts_with = "adapters", value_parser = names::path())]
     pub adapters_dir: Option<PathBuf>,
@@ -95,7 +102,11 @@ impl ModelArgs {
         // Before the model, which may take long to make.
         check_threads(self.threads)?;
         let adapters: Vec<_> = self.adapters.iter().map(|a| names::scaled_adapter(a)).collect::<Result<_>>()?;
-        adapters.iter().try_for_each(|(dir, _)| AdapterFile::open(dir).map(|_| ()))?;
+        let key = self.key_file.as_deref().map(Key::read).transpose()?;
+        let signer = self.verify_key_file.as_deref().map(Key::read).transpose()?.map(|key| *key.bytes());
+        let key_of = |path: &Path| key.as_ref().filter(|_| is_sealed(path));
+        let mut plain = adapters.iter().filter(|(path, _)| key_of(path).is_none());
+        plain.try_for_each(|(dir, _)| AdapterFile::open(dir).map(|_| ()))?;
         if let Some(dir) = &self.adapters_dir {
             adapters_in(dir)?.iter().try_for_each(|dir| AdapterFile::open(dir).map(|_| ()))?;
         }
@@ -118,7 +129,13 @@ impl ModelArgs {
             eprintln!("warning: the model was made for texts of {made_for} tokens, not {}", self.context);
         }
         for (dir, scale) in &adapters {
-            engine.attach(dir, *scale)?;
+            match key_of(dir) {
+                Some(key) => {
+                    let bytes = std::fs::read(dir).map_err(|e| Error::io("read", dir, e))?;
+                    engine.attach_file(engine.unseal(&bytes, dir, key, 0, signer)?, *scale)?;
+                }
+                None => engine.attach(dir, *scale).map(|_| ())?,
+            }
         }
         engine.attached().iter().for_each(warn);
         if let (Some(dir), Some(most)) = (&self.adapters_dir, self.route) {

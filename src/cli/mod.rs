@@ -33,6 +33,7 @@ mod prune;
 mod pull;
 mod quantize;
 mod remove;
+mod seal;
 mod shell;
 mod train;
 
@@ -93,6 +94,10 @@ enum Command {
     Centroid(centroid::Args),
     /// Write an adapter or a model in the format of another program.
     Export(export::Args),
+    /// Encrypt an adapter into one file, for one base.
+    Seal(seal::SealArgs),
+    /// Write the adapter in a sealed file to a folder.
+    Unseal(seal::UnsealArgs),
     /// Describe a model or an adapter.
     Info(info::Args),
     /// Talk to a model.
@@ -132,6 +137,8 @@ pub fn run() -> ExitCode {
         Command::Prune(args) => prune::run(&args).map(|()| true),
         Command::Centroid(args) => centroid::run(&args).map(|()| true),
         Command::Export(args) => export::run(&args).map(|()| true),
+        Command::Seal(args) => seal::seal(&args).map(|()| true),
+        Command::Unseal(args) => seal::unseal(&args).map(|()| true),
         Command::Info(args) => info::run(&args).map(|()| true),
         Command::Chat(args) => chat::run(args),
         Command::Generate(args) => generate::run(&args).map(|()| true),
@@ -171,7 +178,8 @@ fn parse() -> Result<Cli, clap::Error> {
 }
 
 /// What the library's messages name of its own settings, and the flags that set them here.
-const FLAGS: [(&str, &str); 7] = [
+const FLAGS: [(&str, &str); 8] = [
+    ("`Engine::unseal`", "`-a FILE --key-file KEY`, or `pocketlora unseal`"),
     ("`Existing::Replace`", "`--overwrite`"),
     ("`Options::context`", "`--context`"),
     ("`Options::strict`", "`--strict`"),

@@ -15,6 +15,8 @@ mod prune;
 mod ranks;
 mod reader;
 mod router;
+#[cfg(feature = "seal")]
+mod sealed;
 mod trainer;
 mod transcript;
 

@@ -20,6 +20,7 @@ mod prune;
 mod ranks;
 mod route;
 mod said;
+mod sealed;
 mod strict;
 mod study;
 mod talk;

@@ -11,6 +11,11 @@ use std::path::Path;
 pub(super) fn check_files(dir: &Path) -> Result<()> {
     let refused = |what: &str, next: &str| Err(Error::unsupported(dir, what, next));
     if dir.is_file() {
+        #[cfg(feature = "seal")]
+        if crate::adapter::seal::is_sealed(dir) {
+            let message = "expected the key of this sealed adapter, got none; open it with `Engine::unseal`";
+            return Err(Error::new(ErrorCode::Key, format!("`{}`", dir.display()), message));
+        }
         let file = TensorFile::open(dir).ok();
         file.as_ref().map_or(Ok(()), |file| check_own(file, "an adapter"))?;
         let folder = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
