@@ -68,6 +68,14 @@ aarch64:
 arm:
     .ci/run arm
 
+# The static libraries for Android, and what an app would meet in them. Takes minutes for each processor.
+android:
+    .ci/run android
+
+# The static libraries for iOS and macOS.
+ios:
+    .ci/run ios
+
 # Write `pocketlora.h` anew after a change of `src/ffi`; commit it with that.
 header:
     POCKETLORA_WRITE_HEADER=1 cargo test --release --test capi header

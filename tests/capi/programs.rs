@@ -227,3 +227,12 @@ fn the_command_line_learns_and_scores_on_arm_as_it_does_here() {
     }
     assert!((own_score - arm_score).abs() < 1e-3, "{own_score} here, {arm_score} on ARM");
 }
+
+#[test]
+fn what_a_model_takes_is_told_before_it_is_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = compiled("tests/capi/estimate.c", dir.path(), &[]);
+    let Some(model) = real_model() else { return skip("estimate.c was compiled and not run") };
+    let out = run(&program, &[model]);
+    assert!(out.status.success(), "{}", said(&out));
+}
