@@ -250,6 +250,12 @@ mod tests {
                 json!({"oft_block_size": 4, "use_cayley_neumann": false}),
                 json!({"r": 4, "oft_block_size": 0, "block_share": true}),
             ],
+            Kind::C3a => vec![json!({"block_size": 4}), json!({"block_size": 1})],
+            Kind::Boft => {
+                vec![json!({"boft_block_size": 4}), json!({"boft_block_size": 2, "boft_n_butterfly_factor": 3})]
+            }
+            Kind::Fourierft => vec![json!({"n_frequency": 40})],
+            Kind::MultitaskPromptTuning => vec![],
             Kind::Lokr => vec![json!({"r": 1}), json!({"r": 1, "decompose_both": true, "decompose_factor": 4})],
             _ => vec![json!({"r": 3})],
         }

@@ -135,8 +135,8 @@ impl AdapterFile {
         })
     }
 
-    /// The same with its rows in the order that `model` has, and with what is for all experts of a layer as one put on each
-    /// of them.
+    /// The same with its rows in the order that `model` has, with what is for all experts of a layer as one put on each of
+    /// them, and with what its config says how to draw.
     ///
     /// # Errors
     /// Its file names another architecture than the model's.
@@ -144,6 +144,13 @@ impl AdapterFile {
         match self.arch {
             Some(arch) => fit(self, arch, model),
             None if self.modules().any(is_fused) => Ok(Cow::Owned(apart(self, model))),
+            None if self.method.draws() => {
+                let mut file = self.clone();
+                for (name, tensor) in self.method.drawn(model).map_err(|e| e.at(format!("`{}`", self.dir.display())))? {
+                    file.tensors.entry(name).or_insert(tensor);
+                }
+                Ok(Cow::Owned(file))
+            }
             None => Ok(Cow::Borrowed(self)),
         }
     }

@@ -83,6 +83,7 @@ pub fn usual_rate(method: Kind, hidden: usize) -> f32 {
         Kind::Miss => 2e-4,
         Kind::Bottleneck
         | Kind::Oft
+        | Kind::Boft
         | Kind::Hra
         | Kind::Shira
         | Kind::Supertuning
