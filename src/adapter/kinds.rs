@@ -17,11 +17,13 @@ use super::methods::boft::Boft;
 use super::methods::bottleneck::Bottleneck;
 use super::methods::c3a::C3a;
 use super::methods::cartridge::Cartridge;
+use super::methods::deft::Deft;
 use super::methods::delora::Delora;
 use super::methods::delta_lora::DeltaLora;
 use super::methods::dora::Dora;
 use super::methods::dylora::Dylora;
 use super::methods::fourierft::Fourierft;
+use super::methods::glora::Glora;
 use super::methods::gralora::Gralora;
 use super::methods::hira::Hira;
 use super::methods::hra::Hra;
@@ -40,6 +42,7 @@ use super::methods::oft::Oft;
 use super::methods::p_tuning::PTuning;
 use super::methods::prefix_tuning::PrefixTuning;
 use super::methods::prompt_tuning::PromptTuning;
+use super::methods::pvera::Pvera;
 use super::methods::road::Road;
 use super::methods::shira::Shira;
 use super::methods::sora::Sora;
@@ -403,6 +406,12 @@ methods! {
     Fourierft,
     /// Embeddings before those of each text, by the task.
     MultitaskPromptTuning,
+    /// The means of scales that were drawn.
+    Pvera,
+    /// Terms with the weight in them beside others.
+    Glora,
+    /// Parts of the weight's outputs put in place of others.
+    Deft,
 }
 
 impl Kind {

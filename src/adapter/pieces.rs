@@ -264,6 +264,10 @@ impl LayerWeight for NoWeight {
         unreachable!("a method that asks for it merges by a fold of its own")
     }
 
+    fn back(&self, _y: &[f32]) -> Result<Vec<f32>> {
+        unreachable!("a method that asks for it merges by a fold of its own")
+    }
+
     fn squares(&self) -> Result<[Vec<f64>; 2]> {
         unreachable!("a method that asks for it merges by a fold of its own")
     }

@@ -59,6 +59,8 @@ fn cases() -> Vec<Case> {
         case("hira", Kind::Hira, 4, 0.0, json!({})),
         case("boft", Kind::Boft, 0, 0.0, json!({"boft_block_size": 8})),
         case("fourierft", Kind::Fourierft, 0, 0.0, json!({"n_frequency": 60, "scaling": 100})),
+        case("glora_lora_vector", Kind::Glora, 4, 0.0, json!({"config_D_E": "vector"})),
+        case("glora_vector_constant", Kind::Glora, 4, 0.0, json!({"config_A_B": "vector", "config_C": "vector"})),
         case("lora_bdlora", Kind::Bdlora, 4, 8.0, json!({"use_bdlora": blocks})),
     ]
 }
@@ -71,6 +73,12 @@ const SERVED: &[(&str, f32)] = &[
     ("supertuning_supra", 1e-4),
     ("miss_bat", 1e-4),
     ("vera_nosave", 1e-4),
+    ("pvera", 1e-4),
+    ("tinylora", 1e-4),
+    ("vblora", 1e-4),
+    ("vblora_topk_only", 1e-4),
+    ("deft_qr", 1e-4),
+    ("deft_relu", 1e-4),
 ];
 
 #[test]
@@ -101,7 +109,7 @@ fn served_ones_give_the_logits_of_peft_and_so_do_merged_ones() {
 
 #[test]
 fn losses_and_gradients_of_made_tensors_are_those_of_peft() {
-    let drawn = [("vera_nosave", false)];
+    let drawn = [("vera_nosave", false), ("deft_relu", false), ("deft_relu", true)];
     // Of C3A see below.
     let all = cases().into_iter().filter(|case| case.kind != Kind::C3a);
     let all = all.flat_map(|case| [(case.dir, false), (case.dir, true)]);
@@ -321,6 +329,9 @@ fn what_layer_methods_cannot_do_is_refused_by_name() {
         (Kind::Boft, rank, json!({"boft_block_size": 24}), "boft_block_size"),
         (Kind::Boft, rank, json!({"boft_block_size": 8, "boft_n_butterfly_factor": 5}), "boft_block_size"),
         (Kind::Fourierft, rank, json!({"n_frequency": 3000}), "n_frequency"),
+        (Kind::Pvera, rank, json!({}), "vera"),
+        (Kind::Deft, rank, json!({}), "--init"),
+        (Kind::Glora, rank, json!({"config_A_B": "constant"}), "config_A_B"),
         (Kind::MultitaskPromptTuning, rank, json!({}), "prompt-tuning"),
         (Kind::Miss, rank, json!({"init_weights": "bat"}), "bat"),
         (Kind::Miss, rank, json!({"init_weights": "mini", "mini_r": 5}), "mini_r"),
@@ -338,6 +349,26 @@ fn what_layer_methods_cannot_do_is_refused_by_name() {
         let error = begin(kind, rank, options.clone());
         assert!(error.contains(said), "{}, {options}: {error}", kind.name());
     }
+}
+
+/// What a file of theirs comes to is a LoRA, and is one in all that is done with it.
+#[test]
+fn recipes_for_a_lora_are_loras() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = base(1);
+    check_all(["tinylora", "vblora", "vblora_topk_only"], |name| {
+        let file = AdapterFile::open(&of(name, "")).map_err(|e| format!("{name}: {e}"))?;
+        let rank = if *name == "tinylora" { "rank 2" } else { "rank 4" };
+        if file.method.kind() != Kind::Lora || !file.warnings.iter().any(|warning| warning.contains(rank)) {
+            return Err(format!("{name}: {:?}", file.warnings));
+        }
+        export_gguf(&file, internals::base(&engine).model.as_ref(), &dir.path().join(name))
+            .map_err(|e| e.to_string())?;
+        file.save_exact(&dir.path().join(format!("{name}-lora"))).map_err(|e| e.to_string())?;
+        let (engine, expected) = (base(1), &tensors(&of(name, "logits.safetensors"))["logits"].data);
+        engine.attach(&dir.path().join(format!("{name}-lora")), 1.0).map_err(|e| e.to_string())?;
+        close(name, &logits(&engine, &inputs()), expected, 1e-4)
+    });
 }
 
 /// A budget leaves as many singular values as it says, on average over the modules, and not the same ones in all.

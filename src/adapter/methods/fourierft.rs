@@ -8,7 +8,7 @@ use crate::adapter::made::Map;
 use crate::adapter::method::{AdapterMethod, Settings, begin_with, options_of, targets_in};
 use crate::adapter::peft::{KeyUse, Keys, RETRAIN, Use};
 use crate::adapter::pieces::{Of, Piece, Plan};
-use crate::adapter::tensor::{Stored, TensorSpec};
+use crate::adapter::tensor::{Stored, TensorSpec, transposed};
 use crate::adapter::torch_rng::TorchRng;
 use crate::adapter::weight::LayerWeight;
 use crate::error::{Error, ErrorCode, Result};
@@ -106,12 +106,6 @@ impl Waves {
         let of = |i: usize| TAU * i as f64 / n as f64;
         (0..n).map(|i| (of(i).cos(), of(i).sin())).collect()
     }
-}
-
-/// `[n, m]` of `[m, n]`, `rows` being `m`.
-fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
-    let cols = values.len() / rows.max(1);
-    (0..values.len()).map(|i| values[i % rows * cols + i / rows]).collect()
 }
 
 impl Map for Waves {

@@ -50,6 +50,25 @@ pub struct Vera {
     widest: Option<[usize; 2]>,
 }
 
+/// The largest `in` and `out` of the layers that `targets` name, for the method `name`.
+///
+/// # Errors
+/// They name none.
+pub(in crate::adapter) fn widest(model: &dyn Model, targets: &[String], name: &str) -> Result<[usize; 2]> {
+    let named = |p: &&pocketlora_models::ParamSpec| {
+        let names = |t: &String, path: &str| path == t || path.ends_with(&format!(".{t}"));
+        let named = |path: &&str| targets.iter().any(|t| names(t, path));
+        matches!(p.role, Role::Linear | Role::Head | Role::Embedding) && paths_of(model, p, targets).iter().any(named)
+    };
+    let shapes = model.params().iter().filter(named).map(|p| &p.shape);
+    let widest = shapes.fold([0; 2], |[input, out], shape| [input.max(shape[1]), out.max(shape[0])]);
+    if widest.contains(&0) {
+        let message = "expected layers that `target_modules` names, got none; use the base that it was trained on";
+        return Err(Error::new(ErrorCode::AdapterMismatch, name, message));
+    }
+    Ok(widest)
+}
+
 impl AdapterMethod for Vera {
     const PEFT_TYPE: &'static str = "VERA";
     const NAME: &'static str = "VeRA";
@@ -85,18 +104,7 @@ impl AdapterMethod for Vera {
     }
 
     fn shared(&self, model: &dyn Model) -> Result<Vec<TensorSpec>> {
-        let named = |p: &&pocketlora_models::ParamSpec| {
-            let names = |t: &String, path: &str| path == t || path.ends_with(&format!(".{t}"));
-            let named = |path: &&str| self.targets.iter().any(|t| names(t, path));
-            matches!(p.role, Role::Linear | Role::Head | Role::Embedding)
-                && paths_of(model, p, &self.targets).iter().any(named)
-        };
-        let shapes = model.params().iter().filter(named).map(|p| &p.shape);
-        let widest = self.widest.unwrap_or_else(|| shapes.fold([0; 2], |[i, o], s| [i.max(s[1]), o.max(s[0])]));
-        if widest.contains(&0) {
-            let message = "expected layers that `target_modules` names, got none; use the base that it was trained on";
-            return Err(Error::new(ErrorCode::AdapterMismatch, "VeRA", message));
-        }
+        let widest = self.widest.map_or_else(|| widest(model, &self.targets, Self::NAME), Ok)?;
         let shapes = [vec![self.rank, widest[0]], vec![widest[1], self.rank]];
         let spec = |(name, shape): (&&str, Vec<usize>)| TensorSpec { name: (*name).to_owned(), shape };
         Ok(SHARED.iter().zip(shapes).map(spec).collect())

@@ -1,6 +1,7 @@
 //! PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors` (PEFT `save_and_load.py`).
 
 mod config;
+mod expanded;
 mod foreign;
 mod keys;
 mod targets;
@@ -109,6 +110,9 @@ impl AdapterFile {
         let path = dir.join(CONFIG);
         let json = crate::format::foreign::read_object(&path)?;
         foreign::check_config(&path, &json)?;
+        if let Some(file) = expanded::open(dir, &json)? {
+            return Ok(file);
+        }
         let mut parsed = config::parse(&path, &json)?;
         let contents = tensors::read(&dir.join(WEIGHTS), &mut parsed)?;
         if parsed.biases && !contents.replaced.whole.iter().any(|w| w.kind == "bias") {
@@ -169,6 +173,9 @@ impl AdapterFile {
     pub(crate) fn check_config(path: &Path) -> Result<()> {
         let json = crate::format::foreign::read_object(path)?;
         foreign::check_config(path, &json)?;
+        if expanded::named(&json).is_some() {
+            return Ok(());
+        }
         config::parse(path, &json).map(|_| ())
     }
 

@@ -359,7 +359,7 @@ fn whole_numbers(path: &Path, name: &str, tensor: &Tensor, dimensions: Option<us
 }
 
 /// Widens a float tensor to f32 and refuses values that would poison every result.
-fn host_tensor(path: &Path, name: &str, tensor: &Tensor, dimensions: Option<usize>) -> Result<HostTensor> {
+pub(super) fn host_tensor(path: &Path, name: &str, tensor: &Tensor, dimensions: Option<usize>) -> Result<HostTensor> {
     let item = || format!("tensor `{name}`");
     if let Some(dimensions) = dimensions.filter(|n| tensor.shape.len() != *n) {
         let expected = if dimensions == 1 { "one dimension" } else { "two dimensions" };

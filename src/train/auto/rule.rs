@@ -84,6 +84,7 @@ pub fn usual_rate(method: Kind, hidden: usize) -> f32 {
         Kind::Bottleneck
         | Kind::Oft
         | Kind::Boft
+        | Kind::Deft
         | Kind::Hra
         | Kind::Shira
         | Kind::Supertuning
