@@ -67,6 +67,19 @@ impl Fold for LowRankFold {
     }
 }
 
+/// What another makes of the weight, where the bias stays as it is.
+pub(super) struct WeightFold(pub Box<dyn Fold>);
+
+impl Fold for WeightFold {
+    fn weight(&self, rows: Range<usize>, values: &mut [f32]) {
+        self.0.weight(rows, values);
+    }
+
+    fn span(&self, rows: Range<usize>) -> Range<usize> {
+        self.0.span(rows)
+    }
+}
+
 /// `W diag(l)` with `l` `[in]`.
 pub(super) struct InputFold(pub Vec<f32>);
 

@@ -13,13 +13,19 @@ use super::method::{AdapterMethod, Budget, Group, Settings, layer_at, paths_of};
 use super::methods::adalora::Adalora;
 use super::methods::bd_lora::Bdlora;
 use super::methods::beft::Beft;
+use super::methods::boft::Boft;
 use super::methods::bottleneck::Bottleneck;
+use super::methods::c3a::C3a;
 use super::methods::cartridge::Cartridge;
+use super::methods::deft::Deft;
 use super::methods::delora::Delora;
 use super::methods::delta_lora::DeltaLora;
 use super::methods::dora::Dora;
 use super::methods::dylora::Dylora;
+use super::methods::fourierft::Fourierft;
+use super::methods::glora::Glora;
 use super::methods::gralora::Gralora;
+use super::methods::hira::Hira;
 use super::methods::hra::Hra;
 use super::methods::hydra::Hydra;
 use super::methods::ia3::Ia3;
@@ -31,10 +37,12 @@ use super::methods::lora_fa::LoraFa;
 use super::methods::lora_xs::LoraXs;
 use super::methods::melora::Melora;
 use super::methods::miss::Miss;
+use super::methods::multitask_prompt_tuning::MultitaskPromptTuning;
 use super::methods::oft::Oft;
 use super::methods::p_tuning::PTuning;
 use super::methods::prefix_tuning::PrefixTuning;
 use super::methods::prompt_tuning::PromptTuning;
+use super::methods::pvera::Pvera;
 use super::methods::road::Road;
 use super::methods::shira::Shira;
 use super::methods::sora::Sora;
@@ -90,6 +98,11 @@ macro_rules! methods {
             /// See [`AdapterMethod::DIMENSIONS`].
             pub(super) fn dimensions(self) -> &'static [usize] {
                 match self { $(Self::$name => $name::DIMENSIONS),+ }
+            }
+
+            /// See [`AdapterMethod::SHARED_DIMENSIONS`].
+            pub(super) fn shared_dimensions(self) -> Option<usize> {
+                match self { $(Self::$name => $name::SHARED_DIMENSIONS),+ }
             }
 
             /// See [`AdapterMethod::PLACES`].
@@ -203,6 +216,16 @@ macro_rules! methods {
 
             pub(super) fn shared(&self, model: &dyn Model) -> Result<Vec<TensorSpec>> {
                 match self { $(Self::$name(m) => m.shared(model)),+ }
+            }
+
+            /// See [`AdapterMethod::draws`].
+            pub(super) fn draws(&self) -> bool {
+                match self { $(Self::$name(m) => m.draws()),+ }
+            }
+
+            /// See [`AdapterMethod::drawn`].
+            pub(super) fn drawn(&self, model: &dyn Model) -> Result<Tensors> {
+                match self { $(Self::$name(m) => m.drawn(model)),+ }
             }
 
             pub(super) fn start(&self, spec: &TensorSpec, part: usize, module: usize, seed: u64) -> Vec<f32> {
@@ -373,6 +396,22 @@ methods! {
     Bottleneck,
     /// Low-rank terms with which the weight moves.
     DeltaLora,
+    /// Circulant terms.
+    C3a,
+    /// Terms with the weight itself in them.
+    Hira,
+    /// Inputs turned in blocks of columns near and far.
+    Boft,
+    /// Terms of a few waves.
+    Fourierft,
+    /// Embeddings before those of each text, by the task.
+    MultitaskPromptTuning,
+    /// The means of scales that were drawn.
+    Pvera,
+    /// Terms with the weight in them beside others.
+    Glora,
+    /// Parts of the weight's outputs put in place of others.
+    Deft,
 }
 
 impl Kind {

@@ -23,6 +23,14 @@ pub(super) trait Map: Send + Sync {
     /// Gradients of the parts, given those of the made tensors; an empty one where a part gets none this way.
     fn backward(&self, own: &[&[f32]], grads: &[&[f32]]) -> Vec<Vec<f32>>;
 
+    /// The same for what asks for the layer's `weight` once more.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn backward_on(&self, own: &[&[f32]], grads: &[&[f32]], _weight: &dyn LayerWeight) -> Result<Vec<Vec<f32>>> {
+        Ok(self.backward(own, grads))
+    }
+
     /// Which part training puts to other values before it is used, and these: what keeps it within its bounds.
     fn settled(&self, _own: &[&[f32]]) -> Option<(usize, Vec<f32>)> {
         None
@@ -160,7 +168,8 @@ impl<B: Backend> Adapters<B> {
                 backend.read(grad, &mut values)?;
                 of_made.push(values);
             }
-            let mut of_own = link.map.backward(&slices(&own), &slices(&of_made));
+            let weight = Weight { base, replaced: self.replaced(), layer: link.layer, counts: false };
+            let mut of_own = link.map.backward_on(&slices(&own), &slices(&of_made), &weight)?;
             penalty += link.map.penalty(&slices(&own), 1.0 / links.len() as f32, &mut of_own);
             for (input, add) in link.own.iter().zip(of_own) {
                 let Input::Held(id) = input else { continue };
@@ -217,6 +226,11 @@ mod tests {
             Ok(x.chunks(LAYER[1]).flat_map(row).collect())
         }
 
+        fn back(&self, y: &[f32]) -> Result<Vec<f32>> {
+            let column = |y: &[f32], c: usize| y.iter().zip(self.0.chunks(LAYER[1])).map(|(y, w)| y * w[c]).sum();
+            Ok(y.chunks(LAYER[0]).flat_map(|y| (0..LAYER[1]).map(move |c| column(y, c))).collect())
+        }
+
         fn squares(&self) -> Result<[Vec<f64>; 2]> {
             let square = |w: &f32| f64::from(*w) * f64::from(*w);
             let rows = self.0.chunks(LAYER[1]).map(|row| row.iter().map(square).sum()).collect();
@@ -250,6 +264,12 @@ mod tests {
                 json!({"oft_block_size": 4, "use_cayley_neumann": false}),
                 json!({"r": 4, "oft_block_size": 0, "block_share": true}),
             ],
+            Kind::C3a => vec![json!({"block_size": 4}), json!({"block_size": 1})],
+            Kind::Boft => {
+                vec![json!({"boft_block_size": 4}), json!({"boft_block_size": 2, "boft_n_butterfly_factor": 3})]
+            }
+            Kind::Fourierft => vec![json!({"n_frequency": 40})],
+            Kind::MultitaskPromptTuning => vec![],
             Kind::Lokr => vec![json!({"r": 1}), json!({"r": 1, "decompose_both": true, "decompose_factor": 4})],
             _ => vec![json!({"r": 3})],
         }
@@ -284,7 +304,7 @@ mod tests {
             let made = map.forward(&slices(&own), &weight).unwrap();
             let grads: Vec<Vec<f32>> =
                 made.iter().zip(0..).map(|(made, i)| normals(&[3, i], 1.0, made.len())).collect();
-            let mut found = map.backward(&slices(&own), &slices(&grads));
+            let mut found = map.backward_on(&slices(&own), &slices(&grads), &weight).unwrap();
             map.penalty(&slices(&own), 1.0, &mut found);
             assert_eq!(found.len(), own.len(), "{name}");
             for (part, found) in found.iter().enumerate().filter(|(_, found)| !found.is_empty()) {

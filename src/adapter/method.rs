@@ -134,6 +134,8 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     const FIRSTS: &'static [usize] = &[0];
     /// Names of tensors that belong to no module.
     const SHARED: &'static [&'static str] = &[];
+    /// How many dimensions those have; none where they differ, and [`AdapterMethod::shared`] tells.
+    const SHARED_DIMENSIONS: Option<usize> = Some(2);
     /// In what type its tensors are saved.
     const STORED: Stored;
     /// How many dimensions each of [`AdapterMethod::PARTS`] has, for a method that reads shapes in [`AdapterMethod::check`].
@@ -192,6 +194,19 @@ pub(super) trait AdapterMethod: Sized + Clone + std::fmt::Debug + PartialEq {
     /// It does not fit the model.
     fn shared(&self, _model: &dyn Model) -> Result<Vec<TensorSpec>> {
         Ok(Vec::new())
+    }
+
+    /// Whether its file leaves out [`AdapterMethod::SHARED`], which its config says how to draw.
+    fn draws(&self) -> bool {
+        false
+    }
+
+    /// What its file leaves out, on `model`.
+    ///
+    /// # Errors
+    /// It does not fit the model.
+    fn drawn(&self, _model: &dyn Model) -> Result<Tensors> {
+        Ok(Tensors::new())
     }
 
     /// First values of part number `part` of the module number `module` of a fresh adapter, or of a shared tensor.

@@ -5,6 +5,9 @@ use super::fold::Fold;
 use super::forms::LayerForm;
 use super::forms::blocks::{Kronecker, Rotate};
 use super::forms::bottleneck::Bottleneck;
+use super::forms::butterfly::Butterfly;
+use super::forms::circulant::Circulant;
+use super::forms::hadamard::Hadamard;
 use super::forms::low_rank::LowRankTerm;
 use super::forms::output::Affine;
 use super::forms::reflect::Reflect;
@@ -50,6 +53,12 @@ pub(super) enum Piece {
     /// `y[row_n] += factor values_n x[col_n]`, at the places that the part `places` names: `[2, n]` rows and columns, or
     /// numbers of the values of W in their order.
     Sparse { places: &'static str, flat: bool, values: Of, factor: f32 },
+    /// `y += factor x (W * (B A))ᵀ`, element by element, `A` `[r, in]`, `B` `[out, r]`; it comes before other terms.
+    Hadamard { a: Of, b: Of, factor: f32 },
+    /// `y += factor (S (x Fᵀ)) F`, see [`Circulant`]: `F` is `basis`, `S` has `values` at `rows` and `cols`. Its method merges it.
+    Circulant { basis: Of, values: Of, rows: Vec<u32>, cols: Vec<u32>, factor: f32 },
+    /// The layer reads `x'` with `x'[rows_n] += values_n x[cols_n]`.
+    Butterfly { values: Of, rows: Vec<u32>, cols: Vec<u32> },
     /// The layer gives `scale y + turn swap(y) + shift`, all `[out]`; see [`Affine`].
     Output { scale: Option<Of>, turn: Option<(Of, usize)>, shift: Option<Of> },
 }
@@ -153,6 +162,19 @@ impl<B: Backend> Placer<'_, '_, B> {
                 let ((rows, cols), values) = (places.unwrap_or_default(), self.place(values, false)?);
                 LayerForm::Term(Arc::new(SparseTerm { values, rows, cols, input, factor: *factor }))
             }
+            Piece::Hadamard { a, b, factor } => {
+                let (a, b) = (self.place(a, true)?, self.place(b, false)?);
+                LayerForm::Term(Arc::new(Hadamard { a, b, layer: self.layer, factor: *factor }))
+            }
+            Piece::Circulant { basis, values, rows, cols, factor } => {
+                let (basis, values) = (self.place(basis, true)?, self.place(values, false)?);
+                let (rows, cols, layer, factor) = (rows.clone(), cols.clone(), self.layer, *factor);
+                LayerForm::Term(Arc::new(Circulant { basis, values, rows, cols, layer, factor }))
+            }
+            Piece::Butterfly { values, rows, cols } => {
+                let (values, input) = (self.place(values, false)?, self.layer[1]);
+                LayerForm::Input(Arc::new(Butterfly { values, rows: rows.clone(), cols: cols.clone(), input }))
+            }
             Piece::Output { scale, turn, shift } => {
                 let scale = scale.as_ref().map(|of| self.place(of, false)).transpose()?;
                 let turn = turn.as_ref().map(|(of, half)| Ok::<_, Error>((self.place(of, false)?, *half)));
@@ -222,6 +244,8 @@ enum Step {
     Rotate { r: Vec<f32>, size: usize },
     Kronecker { left: Vec<f32>, right: Vec<f32>, shape: [usize; 2], factor: f32 },
     Sparse { rows: Vec<u32>, cols: Vec<u32>, values: Vec<f32>, factor: f32 },
+    Hadamard { a: Vec<f32>, b: Vec<f32>, rank: usize, factor: f32 },
+    Butterfly { rows: Vec<u32>, cols: Vec<u32>, values: Vec<f32> },
     Output { scale: Option<Vec<f32>>, turn: Option<(Vec<f32>, usize)>, shift: Option<Vec<f32>> },
 }
 
@@ -237,6 +261,10 @@ impl LayerWeight for NoWeight {
     }
 
     fn times(&self, _x: &[f32]) -> Result<Vec<f32>> {
+        unreachable!("a method that asks for it merges by a fold of its own")
+    }
+
+    fn back(&self, _y: &[f32]) -> Result<Vec<f32>> {
         unreachable!("a method that asks for it merges by a fold of its own")
     }
 
@@ -290,7 +318,14 @@ pub(super) fn fold(
                 let (u, v) = (values(u), values(v));
                 Step::Reflect { rank: u.len() / layer[1].max(1), u, v }
             }
-            Piece::Behind { .. } | Piece::Bottleneck { .. } => return None,
+            Piece::Hadamard { a, b, factor } => {
+                let (a, b) = (values(a), values(b));
+                Step::Hadamard { rank: rank_of(&b), a, b, factor: *factor }
+            }
+            Piece::Butterfly { values: of, rows, cols } => {
+                Step::Butterfly { rows: rows.clone(), cols: cols.clone(), values: values(of) }
+            }
+            Piece::Behind { .. } | Piece::Bottleneck { .. } | Piece::Circulant { .. } => return None,
             Piece::Rotate { r, size, .. } => Step::Rotate { r: values(r), size: *size },
             Piece::Kronecker { left, right, shape, factor } => {
                 Step::Kronecker { left: values(left), right: values(right), shape: *shape, factor: *factor }
@@ -306,6 +341,9 @@ pub(super) fn fold(
             }
         });
     }
+    // What is read last meets the weight first.
+    let inputs = steps.iter().take_while(|step| matches!(step, Step::Butterfly { .. })).count();
+    steps[..inputs].reverse();
     Some(Box::new(PlanFold(steps)))
 }
 
@@ -380,6 +418,25 @@ impl Fold for PlanFold {
                     for ((row, col), value) in at.iter().zip(columns).zip(own) {
                         if let Some(row) = (*row as usize).checked_sub(rows.start).filter(|row| *row < rows.len()) {
                             values[row * cols + *col as usize] += factor * value;
+                        }
+                    }
+                }
+                Step::Hadamard { a, b, rank, factor } => {
+                    for (row, values) in rows.clone().zip(values.chunks_exact_mut(cols.max(1))) {
+                        let mut change = vec![0.0; cols];
+                        for (b, a) in b[row * rank..(row + 1) * rank].iter().zip(a.chunks_exact(cols.max(1))) {
+                            change.iter_mut().zip(a).for_each(|(change, a)| *change += b * a);
+                        }
+                        values.iter_mut().zip(&change).for_each(|(w, change)| *w += factor * *w * change);
+                    }
+                }
+                // W with x' of x in it.
+                Step::Butterfly { rows: to, cols: from, values: own } => {
+                    for values in values.chunks_exact_mut(cols.max(1)) {
+                        let old = values.to_vec();
+                        values.fill(0.0);
+                        for ((to, from), v) in to.iter().zip(from).zip(own) {
+                            values[*from as usize] += v * old[*to as usize];
                         }
                     }
                 }

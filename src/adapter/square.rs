@@ -1,4 +1,4 @@
-//! Small square matrices in f64 on the host.
+//! Small square matrices in f64 on the host, and the orthonormal factor of a tall one.
 
 use std::ops::{Index, IndexMut};
 
@@ -95,4 +95,39 @@ pub(super) fn inverse(a: &Square) -> Square {
         }
     }
     inverse
+}
+
+/// The orthonormal factor `[out, r]` of `p` by Householder's reflections, each of which leaves `-sign(x) |x|` of its column.
+pub(super) fn orthonormal(p: &[f32], rank: usize) -> Vec<f32> {
+    let out = p.len() / rank.max(1);
+    let mut columns: Vec<Vec<f64>> =
+        (0..rank).map(|k| p.iter().skip(k).step_by(rank).map(|v| f64::from(*v)).collect()).collect();
+    let mut vectors: Vec<Vec<f64>> = Vec::with_capacity(rank);
+    let reflect = |v: &[f64], x: &mut [f64]| {
+        let square: f64 = v.iter().map(|v| v * v).sum();
+        let along: f64 = v.iter().zip(&*x).map(|(v, x)| v * x).sum();
+        let factor = if square > 0.0 { 2.0 * along / square } else { 0.0 };
+        x.iter_mut().zip(v).for_each(|(x, v)| *x -= factor * v);
+    };
+    for k in 0..rank.min(out) {
+        let mut v = vec![0.0; out];
+        v[k..].copy_from_slice(&columns[k][k..]);
+        let norm = v.iter().map(|v| v * v).sum::<f64>().sqrt();
+        // A column that is there already takes no reflection.
+        if v[k + 1..].iter().all(|v| *v == 0.0) {
+            v[k] = 0.0;
+        } else {
+            v[k] += norm.copysign(v[k]);
+        }
+        columns[k..].iter_mut().for_each(|column| reflect(&v, column));
+        vectors.push(v);
+    }
+    let mut q = vec![0.0; out * rank];
+    for k in 0..rank.min(out) {
+        let mut column = vec![0.0; out];
+        column[k] = 1.0;
+        vectors.iter().rev().for_each(|v| reflect(v, &mut column));
+        column.iter().enumerate().for_each(|(o, x)| q[o * rank + k] = *x as f32);
+    }
+    q
 }

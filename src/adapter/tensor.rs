@@ -83,3 +83,9 @@ impl HostTensor {
         Ok(self)
     }
 }
+
+/// `[n, m]` of `[m, n]`, `rows` being `m`.
+pub(super) fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
+    let cols = values.len() / rows.max(1);
+    (0..values.len()).map(|i| values[i % rows * cols + i / rows]).collect()
+}

@@ -21,6 +21,12 @@ pub(super) trait LayerWeight {
     /// Out of memory.
     fn times(&self, x: &[f32]) -> Result<Vec<f32>>;
 
+    /// `y W` `[n, in]` of `y` `[n, out]`.
+    ///
+    /// # Errors
+    /// Out of memory.
+    fn back(&self, y: &[f32]) -> Result<Vec<f32>>;
+
     /// Sums of the squares of its rows, `[out]`, and of its columns, `[in]`.
     ///
     /// # Errors
@@ -60,6 +66,20 @@ impl<B: Backend> LayerWeight for Weight<'_, B> {
         backend.run(Call::Matmul { arithmetic, w, x: &read, y: &mut given, accumulate: false })?;
         backend.read(&given, &mut y)?;
         Ok(y)
+    }
+
+    fn back(&self, y: &[f32]) -> Result<Vec<f32>> {
+        let (backend, [out, input]) = (&self.base.backend, LayerWeight::shape(self));
+        let mut x = vec![0.0; y.len() / out.max(1) * input];
+        if self.counts || y.is_empty() {
+            return Ok(x);
+        }
+        let (mut read, mut given) = (backend.buffer(y.len())?, backend.buffer(x.len())?);
+        backend.write(&mut read, y);
+        let (w, arithmetic) = (self.replaced.factor(self.base, self.layer, Arithmetic::Exact), Arithmetic::Exact);
+        backend.run(Call::MatmulVjpX { arithmetic, terms: &[(w, &read)], dx: &mut given, accumulate: false })?;
+        backend.read(&given, &mut x)?;
+        Ok(x)
     }
 
     fn squares(&self) -> Result<[Vec<f64>; 2]> {
@@ -110,17 +130,7 @@ impl<B: Backend> super::init::Operator for Weight<'_, B> {
     }
 
     fn back(&self, y: &[f32]) -> Result<Vec<f32>> {
-        let (backend, [out, input]) = (&self.base.backend, LayerWeight::shape(self));
-        let mut x = vec![0.0; y.len() / out.max(1) * input];
-        if self.counts || y.is_empty() {
-            return Ok(x);
-        }
-        let (mut read, mut given) = (backend.buffer(y.len())?, backend.buffer(x.len())?);
-        backend.write(&mut read, y);
-        let (w, arithmetic) = (self.replaced.factor(self.base, self.layer, Arithmetic::Exact), Arithmetic::Exact);
-        backend.run(Call::MatmulVjpX { arithmetic, terms: &[(w, &read)], dx: &mut given, accumulate: false })?;
-        backend.read(&given, &mut x)?;
-        Ok(x)
+        LayerWeight::back(self, y)
     }
 }
 

@@ -30,7 +30,7 @@ pub(crate) type Parts<'a> = Vec<(String, Cow<'a, [u8]>)>;
 pub(crate) type Find<'a> = dyn Fn(&str) -> Option<&'a [u8]> + 'a;
 
 /// Longest text that is believed: far more than any model reads, and no sum of such lengths overflows.
-const MOST_TOKENS: usize = 1 << 32;
+const MOST_TOKENS: usize = u32::MAX as usize;
 
 impl Sequence<Cpu> {
     /// What it remembers.

@@ -61,7 +61,7 @@ fn a_merged_model_gives_the_logits_that_peft_gives_with_the_adapter() {
         let (adapter, out) = (golden("methods").join(method), dir.path().join(method));
         merge(&base, &[(&adapter, 1.0)], &out, Target::F32);
         let expected = &tensors(&adapter.join("logits.safetensors"))["logits"].data;
-        close(method, &logits(&open_exact(&out, 1), &ids), expected, 1e-4)
+        super::methods::close(method, &logits(&open_exact(&out, 1), &ids), expected, 1e-4)
     });
 }
 

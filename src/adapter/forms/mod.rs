@@ -12,6 +12,9 @@
 pub(super) mod activated;
 pub(super) mod blocks;
 pub(super) mod bottleneck;
+pub(super) mod butterfly;
+pub(super) mod circulant;
+pub(super) mod hadamard;
 pub(super) mod low_rank;
 pub(super) mod output;
 pub(super) mod reflect;
@@ -39,6 +42,8 @@ pub struct Context<'a, B: Backend> {
     pub arithmetic: Arithmetic,
     /// Dropout of a term's input, in training only.
     pub dropout: Option<Dropout>,
+    /// The frozen weight of the layer that a term is on; nothing else is given it.
+    pub weight: Option<&'a B::Matrix>,
     /// Of each row that a form is given, whether it comes behind its text's invocation; empty where no adapter has one.
     pub active: &'a [bool],
 }

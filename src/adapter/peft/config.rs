@@ -29,6 +29,24 @@ pub(in crate::adapter) const MERGE: &str =
     "merge the adapter into its base with PEFT's `merge_and_unload`, and use the result as the model";
 pub(in crate::adapter) const RETRAIN: &str = "train it anew without that, or use it with PEFT";
 
+/// Methods of PEFT that are not done here, and why.
+const REFUSED: &[(&str, &str)] = &[
+    ("ADAMSS", "whose rows are chosen by clusters of the base's singular vectors that are not in its file"),
+    ("ADAPTION_PROMPT", "whose prompt has an attention of its own in some layers"),
+    ("CPT", "which needs the type of each token"),
+    ("FROD", "which puts products with the base's own singular vectors in place of weights"),
+    ("LILY", "which reads later tokens and other texts of a batch"),
+    ("OSF", "which puts products with the base's own singular vectors in place of weights"),
+    ("PEANUT", "which makes its change by a network that reads whole weights"),
+    ("POLY", "whose modules are mixed anew for each task"),
+    ("PSOFT", "which turns singular vectors of the base whose signs are not in its file"),
+    ("RANDLORA", "whose terms have as many ranks as a layer has rows"),
+    ("SHADOW", "which runs a model of its own beside the base"),
+    ("UNILORA", "whose places are drawn by a generator of numpy and are not in its file"),
+    ("WAVEFT", "whose terms are wavelets"),
+    ("XLORA", "whose adapters are mixed by a network that reads each text twice"),
+];
+
 /// The keys that the configs of all methods have, with those that other programs add.
 const COMMON: &[KeyUse] = &[
     ("auto_mapping", Honoured, ""),
@@ -139,8 +157,11 @@ pub(super) fn parse(path: &Path, json: &Map<String, Value>) -> Result<Parsed> {
     let mut keys = Keys { path, json, own: &[] };
     let kind = match keys.get("peft_type").and_then(Value::as_str) {
         Some(name) => Kind::of_peft(name, &|key| json.get(key).is_some_and(asks)).ok_or_else(|| {
-            let next = "export it as plain LoRA, or merge it into its base";
-            Error::unsupported(path, format!("adapter method `{name}`"), next)
+            let what = match REFUSED.iter().find(|(refused, _)| *refused == name) {
+                Some((_, why)) => format!("adapter method `{name}`, {why},"),
+                None => format!("adapter method `{name}`"),
+            };
+            Error::unsupported(path, what, "merge it into its base with PEFT, where that can be, or train another one")
         })?,
         None => return Err(keys.wrong("peft_type", "the name of an adapter method")),
     };
@@ -193,6 +214,15 @@ impl<'a> Keys<'a> {
     /// Keys of a fresh adapter's settings.
     pub fn of_settings(json: &'a Map<String, Value>, own: &'static [KeyUse]) -> Self {
         Self { path: Path::new(SETTINGS), json, own }
+    }
+
+    /// Keys of the config `json` at `path`, all of which `own` knows.
+    ///
+    /// # Errors
+    /// One asks for what is not done here.
+    pub(super) fn new(path: &'a Path, json: &'a Map<String, Value>, own: &'static [KeyUse]) -> Result<Self> {
+        let keys = Self { path, json, own };
+        keys.check_table().map(|()| keys)
     }
 
     /// The whole number that `key` has, from `least` on.
@@ -451,6 +481,14 @@ mod tests {
         ] {
             let error = parse_with(&json!({ key: value })).map(|_| ()).expect_err(key).to_string();
             assert!(error.contains(key), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn methods_that_are_not_done_are_refused_with_the_reason() {
+        for (name, why) in REFUSED {
+            let error = parse_with(&json!({"peft_type": name})).map(|_| ()).expect_err(name).to_string();
+            assert!(error.contains(&format!("`{name}`, {why}")) && error.contains("merge"), "{error}");
         }
     }
 

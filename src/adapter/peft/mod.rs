@@ -1,6 +1,7 @@
 //! PEFT adapter directories: `adapter_config.json` and `adapter_model.safetensors` (PEFT `save_and_load.py`).
 
 mod config;
+mod expanded;
 mod foreign;
 mod keys;
 mod targets;
@@ -129,8 +130,12 @@ impl AdapterFile {
     ) -> Result<Self> {
         let path = dir.join(CONFIG);
         foreign::check_config(&path, json)?;
+        let weights = open(&dir.join(WEIGHTS))?;
+        if let Some(file) = expanded::read(dir, json, &weights)? {
+            return Ok(file);
+        }
         let mut parsed = config::parse(&path, json)?;
-        let contents = tensors::read(&open(&dir.join(WEIGHTS))?, &mut parsed)?;
+        let contents = tensors::read(&weights, &mut parsed)?;
         if parsed.biases && !contents.replaced.whole.iter().any(|w| w.kind == "bias") {
             parsed.warnings.push("`bias` says that biases were trained, but the file has none".to_owned());
         }
@@ -156,8 +161,8 @@ impl AdapterFile {
         })
     }
 
-    /// The same with its rows in the order that `model` has, and with what is for all experts of a layer as one put on each
-    /// of them.
+    /// The same with its rows in the order that `model` has, with what is for all experts of a layer as one put on each of
+    /// them, and with what its config says how to draw.
     ///
     /// # Errors
     /// Its file names another architecture than the model's.
@@ -165,6 +170,13 @@ impl AdapterFile {
         match self.arch {
             Some(arch) => fit(self, arch, model),
             None if self.modules().any(is_fused) => Ok(Cow::Owned(apart(self, model))),
+            None if self.method.draws() => {
+                let mut file = self.clone();
+                for (name, tensor) in self.method.drawn(model).map_err(|e| e.at(format!("`{}`", self.dir.display())))? {
+                    file.tensors.entry(name).or_insert(tensor);
+                }
+                Ok(Cow::Owned(file))
+            }
             None => Ok(Cow::Borrowed(self)),
         }
     }
@@ -183,6 +195,9 @@ impl AdapterFile {
     pub(crate) fn check_config(path: &Path) -> Result<()> {
         let json = crate::format::foreign::read_object(path)?;
         foreign::check_config(path, &json)?;
+        if expanded::named(&json).is_some() {
+            return Ok(());
+        }
         config::parse(path, &json).map(|_| ())
     }
 

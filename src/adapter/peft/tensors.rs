@@ -208,7 +208,10 @@ pub(super) fn read(file: &TensorFile, parsed: &mut Parsed) -> Result<Contents> {
                 let (_, parts) = own.entry(module).or_insert((written, vec![None; kind.parts().len()]));
                 parts[part].replace(value).is_some()
             }
-            Part::Shared(name) => tensors.insert(name.to_owned(), host_tensor(path, name, tensor, Some(2))?).is_some(),
+            Part::Shared(name) => {
+                let value = host_tensor(path, name, tensor, kind.shared_dimensions())?;
+                tensors.insert(name.to_owned(), value).is_some()
+            }
             Part::InPlace(kind) => {
                 let copy = is_saved(&parsed.modules_to_save, [&module, &written]);
                 if !copy {
@@ -230,7 +233,7 @@ pub(super) fn read(file: &TensorFile, parsed: &mut Parsed) -> Result<Contents> {
         return Err(Error::unsupported(path, format!("a file with the adapters `{names}`"), next));
     }
     let missing = kind.shared().iter().find(|name| !tensors.contains_key(**name));
-    if let Some(missing) = missing {
+    if let Some(missing) = missing.filter(|_| !parsed.method.draws()) {
         return Err(Error::format(path, format!("tensor `{missing}`"), "it to be there", "none"));
     }
     if own.is_empty() && tensors.is_empty() && whole.is_empty() && rows.is_empty() {
@@ -356,7 +359,7 @@ fn whole_numbers(path: &Path, name: &str, tensor: &Tensor, dimensions: Option<us
 }
 
 /// Widens a float tensor to f32 and refuses values that would poison every result.
-fn host_tensor(path: &Path, name: &str, tensor: &Tensor, dimensions: Option<usize>) -> Result<HostTensor> {
+pub(super) fn host_tensor(path: &Path, name: &str, tensor: &Tensor, dimensions: Option<usize>) -> Result<HostTensor> {
     let item = || format!("tensor `{name}`");
     if let Some(dimensions) = dimensions.filter(|n| tensor.shape.len() != *n) {
         let expected = if dimensions == 1 { "one dimension" } else { "two dimensions" };

@@ -28,7 +28,8 @@ pub(super) fn run<B: Backend>(it: &mut Interpreter<'_, B>, table: Param, y: Valu
         let ids = &ids[part.rows.clone()];
         let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
         let (held, arithmetic) = (part.adapters.held(), pass.arithmetic);
-        let mut cx = Context { backend, pool: &mut *it.pool, held, arithmetic, dropout: None, active: &[] };
+        let mut cx =
+            Context { backend, pool: &mut *it.pool, held, arithmetic, dropout: None, weight: None, active: &[] };
         lookups.iter().try_for_each(|lookup| lookup.apply(&mut cx, ids, &rows, &mut out))?;
     }
     it.set(y, out);
@@ -47,7 +48,8 @@ pub(super) fn back<B: Backend>(
         let [part] = &pass.parts[..] else { unreachable!("a pass that learns has one part") };
         let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
         let (held, arithmetic) = (part.adapters.held(), pass.arithmetic);
-        let mut cx = Context { backend, pool: &mut *it.pool, held, arithmetic, dropout: None, active: &[] };
+        let mut cx =
+            Context { backend, pool: &mut *it.pool, held, arithmetic, dropout: None, weight: None, active: &[] };
         // y = E[ids], then one term after the other
         for lookup in part.adapters.on(table).lookups.iter().rev() {
             lookup.backward(&mut cx, &pass.batch.ids, &rows, &mut dy, grads)?;

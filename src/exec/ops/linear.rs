@@ -6,7 +6,7 @@ use crate::adapter::Context;
 use crate::adapter::forms::{Change, LowRankFactors, OnLayer};
 use crate::error::Result;
 use crate::exec::pass::Part;
-use pocketlora_kernels::{ALL_ROWS, Backend, Call, LowRank, Product};
+use pocketlora_kernels::{ALL_ROWS, Arithmetic, Backend, Call, LowRank, Product};
 use pocketlora_models::{Linear, Param, Value};
 use std::sync::Arc;
 
@@ -103,7 +103,7 @@ fn add_terms<B: Backend>(
 ) -> Result<()> {
     let (pass, backend) = (it.pass, it.backend());
     let terms = &part.adapters.on(weight).terms;
-    let mut cx = context(it, part, weight);
+    let mut cx = context(it, part, Some(weight));
     if pass.parts.len() == 1 {
         return terms.iter().try_for_each(|term| term.apply(&mut cx, x, y));
     }
@@ -133,7 +133,7 @@ fn change_parts<'p, B: Backend>(
 ) -> Result<Option<B::Buffer>> {
     let (pass, backend) = (it.pass, it.backend());
     if let [part] = &pass.parts[..] {
-        let mut cx = context(it, part, Param(0));
+        let mut cx = context(it, part, None);
         return chain(&mut cx, changes(part), x);
     }
     if pass.parts.iter().all(|part| changes(part).is_empty()) {
@@ -145,7 +145,7 @@ fn change_parts<'p, B: Backend>(
         let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
         let mut own = it.buffer(rows.len() * width)?;
         backend.run(Call::GatherRows { x, rows: &rows, y: &mut own })?;
-        let changed = chain(&mut context(it, part, Param(0)), changes(part), &own)?;
+        let changed = chain(&mut context(it, part, None), changes(part), &own)?;
         backend.run(Call::ScatterAddRows { x: changed.as_ref().unwrap_or(&own), rows: &rows, y: &mut all })?;
         changed.into_iter().chain([own]).for_each(|buffer| it.put(buffer));
     }
@@ -190,14 +190,15 @@ fn back_through<B: Backend>(
     Ok(())
 }
 
-/// What forms of `part` on the layer of `weight` compute with.
-fn context<'a, B: Backend>(it: &'a mut Interpreter<'_, B>, part: &Part<'a, B>, weight: Param) -> Context<'a, B> {
+/// What forms of `part` compute with, on the layer of `weight` where they ask for it.
+fn context<'a, B: Backend>(it: &'a mut Interpreter<'_, B>, part: &Part<'a, B>, layer: Option<Param>) -> Context<'a, B> {
     let (pass, backend) = (it.pass, it.backend());
-    let dropout = pass.dropout.and_then(|_| pass.layer_dropout(weight, it.rows.start));
+    let dropout = pass.dropout.and_then(|_| pass.layer_dropout(layer?, it.rows.start));
+    let weight = layer.map(|layer| pass.factor(layer, Arithmetic::Exact));
     // Rows of one part of several are handed to it by themselves.
     let first = if pass.parts.len() == 1 { it.rows.start } else { part.rows.start };
     let (held, arithmetic, active) = (part.adapters.held(), pass.arithmetic, pass.active.get(first..).unwrap_or(&[]));
-    Context { backend, pool: &mut *it.pool, held, arithmetic, dropout, active }
+    Context { backend, pool: &mut *it.pool, held, arithmetic, dropout, weight, active }
 }
 
 /// Backward of the layers of a group, the last one first. A pass that learns has one part.
@@ -222,7 +223,7 @@ pub(super) fn back<B: Backend>(
             // y = g(u) with u = x' Wᵀ + terms + b
             let learns = on.outputs.iter().any(|change| change.learns(grads));
             let u = if learns { Some(unchanged(it, part, *layer, x)?) } else { None };
-            back_through(&mut context(it, part, layer.weight), &on.outputs, u.as_ref(), &mut dy, grads)?;
+            back_through(&mut context(it, part, Some(layer.weight)), &on.outputs, u.as_ref(), &mut dy, grads)?;
             u.into_iter().for_each(|buffer| it.put(buffer));
         }
         if let Some(db) = part.adapters.learned_vector(layer.bias).and_then(|id| grads.of(id)) {
@@ -232,7 +233,7 @@ pub(super) fn back<B: Backend>(
         let mut carried = Vec::with_capacity(on.terms.len());
         if !on.terms.is_empty() {
             let input = it.take(x);
-            let mut cx = context(it, part, layer.weight);
+            let mut cx = context(it, part, Some(layer.weight));
             let read = chain(&mut cx, &on.inputs, &input)?;
             for term in &on.terms {
                 carried.push(term.backward(&mut cx, read.as_ref().unwrap_or(&input), &dy, grads)?);
@@ -268,7 +269,7 @@ fn unchanged<B: Backend>(
     let weight = pass.factor(layer.weight, pass.arithmetic);
     let mut u = it.buffer(backend.shape(weight).0 * it.rows.len())?;
     let input = it.take(x);
-    let mut cx = context(it, part, layer.weight);
+    let mut cx = context(it, part, Some(layer.weight));
     let read = chain(&mut cx, &on.inputs, &input)?;
     let x_read = read.as_ref().unwrap_or(&input);
     backend.run(Call::Matmul { arithmetic: pass.arithmetic, w: weight, x: x_read, y: &mut u, accumulate: false })?;
@@ -315,7 +316,7 @@ fn back_product<B: Backend>(
         })?;
         for (term, dh) in on.terms.iter().zip(&carried) {
             if dropout.is_some() || term.low_rank(held).is_none() {
-                term.backward_x(&mut context(it, part, layer.weight), dh, &mut dx)?;
+                term.backward_x(&mut context(it, part, Some(layer.weight)), dh, &mut dx)?;
             }
         }
         if on.inputs.is_empty() {
@@ -323,7 +324,7 @@ fn back_product<B: Backend>(
         } else {
             // x' = f(x)
             let input = learns.then(|| it.take(x));
-            back_through(&mut context(it, part, layer.weight), &on.inputs, input.as_ref(), &mut dx, grads)?;
+            back_through(&mut context(it, part, Some(layer.weight)), &on.inputs, input.as_ref(), &mut dx, grads)?;
             if let Some(input) = input {
                 it.set(x, input);
             }

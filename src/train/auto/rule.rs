@@ -83,6 +83,8 @@ pub fn usual_rate(method: Kind, hidden: usize) -> f32 {
         Kind::Miss => 2e-4,
         Kind::Bottleneck
         | Kind::Oft
+        | Kind::Boft
+        | Kind::Deft
         | Kind::Hra
         | Kind::Shira
         | Kind::Supertuning
