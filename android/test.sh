@@ -47,5 +47,5 @@ if [ ${#tests[@]} = 0 ]; then
 fi
 # Checks of arguments of the bridge's own calls are on.
 exec java -Xcheck:jni -Djava.library.path="$folder" -Dpocketlora.oracles=tests/data/oracles \
-    -Dpocketlora.errors=src/error.rs ${POCKETLORA_TEST_MODEL:+-Dpocketlora.model="$POCKETLORA_TEST_MODEL"} \
+    -Dpocketlora.root=android -Dpocketlora.errors=src/error.rs ${POCKETLORA_TEST_MODEL:+-Dpocketlora.model="$POCKETLORA_TEST_MODEL"} \
     -cp "$work/classes:$libraries" org.junit.runner.JUnitCore "${tests[@]/#/io.pocketlora.}"
