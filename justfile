@@ -64,6 +64,22 @@ ggml:
 aarch64:
     .ci/run aarch64
 
+# An app in C and the command line on an emulated ARM processor.
+arm:
+    .ci/run arm
+
+# The static libraries for Android, and what an app would meet in them. Takes minutes for each processor.
+android:
+    .ci/run android
+
+# The static libraries for iOS and macOS.
+ios:
+    .ci/run ios
+
+# Write `pocketlora.h` anew after a change of `src/ffi`; commit it with that.
+header:
+    POCKETLORA_WRITE_HEADER=1 cargo test --release --test capi header
+
 # Lints of the library for Android and iOS, and a static library.
 phones:
     .ci/run phones

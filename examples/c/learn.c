@@ -95,8 +95,18 @@ int main(int argc, char **argv) {
     if (helped) pthread_join(helper, NULL);
     pl_trainer_free(trainer);
 
+    /* What was learned is the user's own: sealed, it is of use to nobody who copies the file. An app has its key in the
+     * system's keystore, and writes these bytes to a file. */
+    const pl_str key = text("not a secret, for an example has");
+    pl_buffer *sealed = NULL;
+    if (pl_adapter_seal(engine, text(argv[3]), key, 1, text(""), &sealed, &error)) return failed(error);
+    pl_engine_free(engine);
+
     uint64_t adapter = 0;
-    if (pl_adapter_attach(engine, text(argv[3]), 1, &adapter, &error)) return failed(error);
+    if (pl_engine_open(text(argv[1]), NULL, &engine, &error)) return failed(error);
+    if (pl_adapter_attach_sealed(engine, pl_buffer_bytes(sealed), text(argv[3]), key, 1, text(""), 1, &adapter, &error))
+        return failed(error);
+    pl_buffer_free(sealed);
     if (ask(engine, argv[4], &error)) return failed(error);
     pl_engine_free(engine);
     return 0;

@@ -34,6 +34,7 @@ mod pull;
 mod quantize;
 mod remove;
 mod seal;
+mod setup;
 mod shell;
 mod train;
 
@@ -110,6 +111,10 @@ enum Command {
     Eval(eval::Args),
     /// Measure how fast a model runs and learns here, and what share of the machine's limits that is.
     Bench(bench::Args),
+    /// Print what a shell needs to complete this command line.
+    Completions(setup::CompletionsArgs),
+    /// Write the manual's pages.
+    Man(setup::ManArgs),
 }
 
 /// Parses the command line and runs it. Exit codes: 0 done, 1 failed or a run that was stopped, 2 wrong usage. Whoever
@@ -145,6 +150,11 @@ pub fn run() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Eval(args) => eval::run(&args).map(|()| true),
         Command::Bench(args) => bench::run(&args).map(|()| true),
+        Command::Completions(args) => {
+            setup::completions(&args);
+            Ok(true)
+        }
+        Command::Man(args) => setup::man(&args).map(|()| true),
     })
 }
 
@@ -173,8 +183,13 @@ fn end(result: Result<bool>) -> ExitCode {
 /// What was typed. A number below zero is a value, to be refused with its range, rather than an unknown flag.
 fn parse() -> Result<Cli, clap::Error> {
     let value = |arg: Arg| if arg.get_action().takes_values() { arg.allow_negative_numbers(true) } else { arg };
-    let matches = Cli::command().mut_subcommands(|command| command.mut_args(value)).try_get_matches()?;
+    let matches = command().mut_subcommands(|command| command.mut_args(value)).try_get_matches()?;
     Cli::from_arg_matches(&matches)
+}
+
+/// The command line, with its long version.
+fn command() -> clap::Command {
+    Cli::command().long_version(setup::version())
 }
 
 /// What the library's messages name of its own settings, and the flags that set them here.

@@ -26,6 +26,8 @@ mod engine;
 
 mod adapters;
 
+mod seal;
+
 mod chat;
 
 mod train;

@@ -44,6 +44,8 @@ static void handles(void *bad) {
     REFUSED(pl_evaluate(bad, text("x"), NULL, &evaluation, &e));
     REFUSED(pl_adapter_attach(bad, text("x"), 1, &number, &e));
     REFUSED(pl_adapter_attach_bytes(bad, text("{}"), text("x"), text("x"), 1, &number, &e));
+    REFUSED(pl_adapter_seal(bad, text("x"), text("k"), 1, text(""), &buffer, &e));
+    REFUSED(pl_adapter_attach_sealed(bad, text("x"), text("x"), text("k"), 1, text(""), 1, &number, &e));
     REFUSED(pl_adapters_scale(bad, &number, &scale, 1, &e));
     REFUSED(pl_adapter_detach(bad, 1, &e));
     REFUSED(pl_adapters_list(bad, &buffer, &e));
@@ -230,9 +232,30 @@ int main(int argc, char **argv) {
     OK(pl_trainer_new(engine, &lesson, NULL, &trainer, &e));
     CONFIG(pl_trainer_order(trainer, 9, &e));
     CONFIG(pl_trainer_wait_paused(trainer, -1, (uint32_t[]){0}, &e));
+    OK(pl_trainer_run(trainer, NULL, NULL, &e));
+
+    /* Sealed, and opened with what is wrong one after the other. */
+    const pl_str key = text("12345678901234567890123456789012"), other = text("22345678901234567890123456789012");
+    pl_buffer *sealed = NULL;
+    CONFIG(pl_adapter_seal(engine, text(argv[2]), text("short"), 1, text(""), &sealed, &e));
+    OK(pl_adapter_seal(engine, text(argv[2]), key, 3, text(""), &sealed, &e));
+    pl_str whole = pl_buffer_bytes(sealed), cut = {whole.data, whole.len - 1};
+#define UNSEAL(bytes, key, version) pl_adapter_attach_sealed(engine, bytes, text("a"), key, version, text(""), 1, &number, &e)
+    expect("another key", UNSEAL(whole, other, 0), PL_CODE_KEY, &e);
+    expect("a cut seal", UNSEAL(cut, key, 0), PL_CODE_FORMAT, &e);
+    expect("an older version", UNSEAL(whole, key, 4), PL_CODE_OUTDATED, &e);
+    OK(UNSEAL(whole, key, 3));
+    uint8_t *changed = malloc(whole.len);
+    memcpy(changed, whole.data, whole.len);
+    changed[whole.len / 2] ^= 1;
+    expect("a changed byte", UNSEAL(((pl_str){changed, whole.len}), key, 0), PL_CODE_FORMAT, &e);
+    free(changed), pl_buffer_free(sealed);
+    handles(sealed);
+
     pl_engine_free(engine); /* The trainer keeps the model open. */
     handles(engine);
-    OK(pl_trainer_run(trainer, NULL, NULL, &e));
+    pl_trainer_info after = {.size = sizeof after};
+    OK(pl_trainer_info_of(trainer, &after, &e));
     pl_trainer_free(trainer);
     handles(trainer);
     if (pl_abi_version() != PL_ABI_VERSION || pl_version().len == 0) failures++;

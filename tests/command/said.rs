@@ -369,3 +369,19 @@ fn commands_of_a_chat_answer() {
     assert!(said.contains("notes.txt`: expected a new file") && !said.contains(": off)"), "{said}");
     assert_eq!(fs::read_to_string(&notes).unwrap(), "remember the milk\n");
 }
+
+#[test]
+fn shells_and_manuals_know_every_command() {
+    let f = fixture();
+    let script = f.ok(&["completions", "bash"]);
+    let pages = f.path("man");
+    f.ok(&["man", "-o", &pages]);
+    for command in ["chat", "train", "quantize", "seal", "completions"] {
+        assert!(script.contains(&format!("pocketlora__{command}")) || script.contains(command), "{command}");
+        let page = fs::read_to_string(Path::new(&pages).join(format!("pocketlora-{command}.1"))).unwrap();
+        assert!(page.contains(".SH OPTIONS") && page.contains(&format!("pocketlora\\-{command}")), "{command}: {page}");
+    }
+    let (short, long) = (f.ok(&["-V"]), f.ok(&["--version"]));
+    assert_eq!(short.lines().count(), 1);
+    assert!(long.contains("features: hub") && long.contains("built for: "), "{long}");
+}

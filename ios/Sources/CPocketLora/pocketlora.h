@@ -136,6 +136,14 @@ enum pl_code
    * A bug in the library, which was caught at its border.
    */
   PL_CODE_INTERNAL = 15,
+  /**
+   * A sealed adapter is not for this key, or is not signed by that one; a key is none.
+   */
+  PL_CODE_KEY = 16,
+  /**
+   * A sealed adapter is older than the least version that is taken.
+   */
+  PL_CODE_OUTDATED = 17,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -726,7 +734,7 @@ typedef struct {
 /**
  * All codes, in the order of their numbers.
  */
-#define pl_code_ALL { pl_code_Io, pl_code_Format, pl_code_Unsupported, pl_code_AdapterMismatch, pl_code_Data, pl_code_Config, pl_code_OutOfMemory, pl_code_Device, pl_code_Network, pl_code_Cancelled, pl_code_Diverged, pl_code_ContextFull, pl_code_Handle, pl_code_Busy, pl_code_Internal, }
+#define pl_code_ALL { pl_code_Io, pl_code_Format, pl_code_Unsupported, pl_code_AdapterMismatch, pl_code_Data, pl_code_Config, pl_code_OutOfMemory, pl_code_Device, pl_code_Network, pl_code_Cancelled, pl_code_Diverged, pl_code_ContextFull, pl_code_Handle, pl_code_Busy, pl_code_Internal, pl_code_Key, pl_code_Outdated, }
 
 #ifdef __cplusplus
 extern "C" {
@@ -920,6 +928,34 @@ uint32_t pl_adapter_detach(const pl_engine *engine, uint64_t number, pl_error **
 uint32_t pl_adapters_list(const pl_engine *engine,
                           pl_buffer **json,
                           pl_error **error);
+
+/**
+ * Seals the adapter in the folder `adapter` for this model: `sealed` becomes the bytes of a file that only `key` opens, 32
+ * bytes from the system's keystore. `version` counts up, so that an app can refuse what is older than what it had. `signer`
+ * is empty, or the 32 bytes of a secret Ed25519 key.
+ */
+uint32_t pl_adapter_seal(const pl_engine *engine,
+                         pl_str adapter,
+                         pl_str key,
+                         uint64_t version,
+                         pl_str signer,
+                         pl_buffer **sealed,
+                         pl_error **error);
+
+/**
+ * As `pl_adapter_attach`, for a sealed adapter, which is opened into memory alone. A changed byte, another key, another
+ * model, a version below `least_version`, and a signature that is not of the public key `signer` (empty takes any) are
+ * refused, each by its code. Messages and lists call it `name`.
+ */
+uint32_t pl_adapter_attach_sealed(const pl_engine *engine,
+                                  pl_str sealed,
+                                  pl_str name,
+                                  pl_str key,
+                                  uint64_t least_version,
+                                  pl_str signer,
+                                  float scale,
+                                  uint64_t *number,
+                                  pl_error **error);
 
 /**
  * Begins a conversation, with the sampling that the model's makers recommend and all attached adapters.
