@@ -80,6 +80,10 @@ ios:
 header:
     POCKETLORA_WRITE_HEADER=1 cargo test --release --test capi header
 
+# The Kotlin library's tests on a desktop's JVM; `android/test.sh ChatTest` runs a class of them.
+kotlin:
+    .ci/run kotlin
+
 # Lints of the library for Android and iOS, and a static library.
 phones:
     .ci/run phones
