@@ -50,6 +50,8 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All codes, in the order of their numbers.
+    ///
+    /// cbindgen:ignore
     pub const ALL: [Self; 17] = [
         Self::Io,
         Self::Format,

@@ -1,13 +1,15 @@
 /* Teaches a model what a file says, and asks it before and after. Killed at any moment, the same command goes on from the
  * last checkpoint.
  *
+ *     cc learn.c -I../../ios/Sources/CPocketLora libpocketlora.a -lm -lpthread -ldl -o learn
  *     ./learn MODEL DATA.jsonl OUT "Which boat has Mira?" [STEP]
  *
- * DATA has an object a line with `question` and `answer`. With STEP the program ends itself there as a kill would, to
- * show that nothing is lost. */
+ * DATA has an object a line with `question` and `answer`. With STEP the program ends itself there as a kill would;
+ * without, it then goes on. A folder with a finished adapter is refused. What is open when a call fails goes with the program. */
 #include "pocketlora.h"
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -38,10 +40,12 @@ static uint32_t ask(pl_engine *engine, const char *question, pl_error **error) {
     return code;
 }
 
-/* Where the run is to be killed, and whether it was paused. */
+/* Where the run is to be killed, whether it was paused, and whether it has ended. */
 struct run {
+    pl_trainer *trainer;
     uint64_t end;
     int paused;
+    atomic_int ended;
 };
 
 static uint32_t hear(void *user, const pl_train_event *event) {
@@ -54,12 +58,13 @@ static uint32_t hear(void *user, const pl_train_event *event) {
 }
 
 /* Lets the run go on when it is held. */
-static void *go_on(void *trainer) {
+static void *go_on(void *user) {
+    struct run *run = user;
     uint32_t paused = 0;
     pl_error *error = NULL;
-    while (!pl_trainer_wait_paused(trainer, 60, &paused, &error) && !paused) {
+    while (!run->ended && !pl_trainer_wait_paused(run->trainer, 0.5, &paused, &error) && !paused) {
     }
-    if (!error && paused) printf("paused\n"), pl_trainer_order(trainer, PL_RUN, &error);
+    if (paused) printf("paused\n"), pl_trainer_order(run->trainer, PL_RUN, &error);
     pl_error_free(error);
     return NULL;
 }
@@ -86,13 +91,15 @@ int main(int argc, char **argv) {
     printf("%s after step %llu; %.1f MB\n", info.resumed ? "resumed" : "begins", (unsigned long long)info.step,
            info.planned / 1e6);
 
-    struct run run = {.end = argc == 6 ? strtoull(argv[5], NULL, 10) : 0, .paused = info.step >= 3};
+    struct run run = {.trainer = trainer, .end = argc == 6 ? strtoull(argv[5], NULL, 10) : 0, .paused = info.step >= 3};
     pl_train_listener listener = {.size = sizeof listener, .user = &run, .on_event = hear};
     pl_train_summary summary = {.size = sizeof summary};
     pthread_t helper;
-    int helped = !run.paused && !pthread_create(&helper, NULL, go_on, trainer);
-    if (pl_trainer_run(trainer, &listener, &summary, &error)) return failed(error);
+    int helped = !run.paused && !pthread_create(&helper, NULL, go_on, &run);
+    uint32_t code = pl_trainer_run(trainer, &listener, &summary, &error);
+    run.ended = 1;
     if (helped) pthread_join(helper, NULL);
+    if (code) return failed(error);
     pl_trainer_free(trainer);
 
     /* What was learned is the user's own: sealed, it is of use to nobody who copies the file. An app has its key in the

@@ -66,6 +66,39 @@ pub struct Begun {
     pub resumed: bool,
 }
 
+/// Settings that somebody wrote as TOML, or as one object of JSON, their names as `train.toml` has them or as PEFT does.
+fn table_of(text: &str) -> Result<toml::Table> {
+    let text = text.trim();
+    let table: toml::Table = if text.starts_with('{') {
+        serde_json::from_str(text).map_err(|e| wrong(&format!("expected an object of JSON, got a broken one: {e}")))?
+    } else {
+        text.parse().map_err(|e: toml::de::Error| wrong(&e.to_string()))?
+    };
+    Ok(table.into_iter().map(|(key, value)| (key.replace('_', "-"), value)).collect())
+}
+
+fn config_of(table: toml::Table) -> Result<TrainConfig> {
+    let config: TrainConfig =
+        toml::Value::Table(table).try_into().map_err(|e: toml::de::Error| wrong(&e.to_string()))?;
+    config.validate()?;
+    Ok(config)
+}
+
+/// The error for settings that cannot be.
+fn wrong(message: &str) -> Error {
+    Error::new(ErrorCode::Config, "settings", message.trim_end())
+}
+
+impl TrainConfig {
+    /// The settings in `text`, keys of `train.toml` as TOML or as one object of JSON, with the defaults for all others.
+    ///
+    /// # Errors
+    /// A key is unknown, or a value is out of range.
+    pub fn parse(text: &str) -> Result<Self> {
+        config_of(table_of(text)?)
+    }
+}
+
 impl<'a> Lesson<'a> {
     /// A new run that learns `data` into the folder `out`, its settings chosen.
     #[must_use]
@@ -97,15 +130,7 @@ impl<'a> Lesson<'a> {
             let wrong = |e: toml::de::Error| Error::format(&path, "settings", "TOML", e.message());
             table = text.parse().map_err(wrong)?;
         }
-        let text = self.settings.trim();
-        let wrong = |e: String| Error::new(ErrorCode::Config, "settings", e.trim_end().to_owned());
-        let own: toml::Table = if text.starts_with('{') {
-            serde_json::from_str(text)
-                .map_err(|e| wrong(format!("expected an object of JSON, got a broken one: {e}")))?
-        } else {
-            text.parse().map_err(|e: toml::de::Error| wrong(e.to_string()))?
-        };
-        table.extend(own.into_iter().map(|(key, value)| (key.replace('_', "-"), value)));
+        table.extend(table_of(self.settings)?);
         let given = table.keys().cloned().collect();
         let method = table.get("method").and_then(|method| method.clone().try_into::<Kind>().ok()).unwrap_or_default();
         if method != Kind::Lora && method.reads("targets") {
@@ -115,10 +140,7 @@ impl<'a> Lesson<'a> {
             table.entry("keep").or_insert_with(|| "auto".into());
             table.entry("check").or_insert(true.into());
         }
-        let config: TrainConfig =
-            toml::Value::Table(table).try_into().map_err(|e: toml::de::Error| wrong(e.to_string()))?;
-        config.validate()?;
-        Ok((config, given))
+        Ok((config_of(table)?, given))
     }
 
     /// Where the data lies; what was given from memory is written there.

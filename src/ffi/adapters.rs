@@ -85,7 +85,7 @@ pub unsafe extern "C" fn pl_adapters_scale(
     })
 }
 
-/// Removes an adapter. Answers that are being given end with it.
+/// Removes an adapter. Answers that are being given use it to their end.
 #[unsafe(no_mangle)]
 pub extern "C" fn pl_adapter_detach(engine: *const EngineBox, number: u64, error: *mut *mut Failure) -> u32 {
     guarded(error, || {

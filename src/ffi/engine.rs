@@ -116,7 +116,7 @@ pub struct EstimateOut {
 unsafe impl sized::Sized for EstimateOut {}
 
 /// Tells what the model in the folder `model` will take with `options`, and a run of training with the settings `training`
-/// (the keys of `train.toml`, as TOML; null for no training). No weights are read.
+/// (as those of `pl_train_options`; null for no training). No weights are read.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pl_model_estimate(
     model: Str,
@@ -131,7 +131,7 @@ pub unsafe extern "C" fn pl_model_estimate(
             sized::check_place(estimate, "pl_estimate")?;
             let (dir, (options, _)) = (model.needed_path("model")?, self::options(options)?);
             let config = match training.as_ref() {
-                Some(settings) => Some(settings_of(settings.text("training")?)?),
+                Some(settings) => Some(TrainConfig::parse(settings.text("training")?)?),
                 None => None,
             };
             let found = Estimate::of(&dir, &options, config.as_ref())?;
@@ -149,11 +149,6 @@ pub unsafe extern "C" fn pl_model_estimate(
             sized::write(estimate, &value, "pl_estimate")
         }
     })
-}
-
-/// Settings of training, with the defaults for all that is not given.
-fn settings_of(text: &str) -> Result<TrainConfig> {
-    toml::from_str(text).map_err(|e| Error::config("training", "the keys of `train.toml`", e.message()))
 }
 
 /// Opens the model in the folder `model`: its weights are mapped. A GGUF file, or a model in 16 bits, is made into such a

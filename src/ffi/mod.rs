@@ -12,6 +12,8 @@
 //!   to a new error by failure, which the caller frees.
 //! - Threads: every function may be called from any thread, and works on its own thread until it returns. A chat or trainer
 //!   works for one call at a time; a second one is refused as busy. Engines serve any number of calls.
+//! - Values out of range are refused as `PL_CODE_CONFIG`, and the message tells the range. What may be null says so.
+//! - Stopping: chats and vectors by a `pl_cancel`, runs by `pl_trainer_order`, and work on files by its listener's answer.
 //! - Callbacks are called on the thread of the call that they were given to, and must not throw or jump through it.
 
 #![allow(unsafe_code, reason = "one of the six places where unsafe lives")]
@@ -258,7 +260,7 @@ pub extern "C" fn pl_error_free(error: *mut Failure) {
     handle::free(error);
 }
 
-/// The bytes of a buffer; text is UTF-8. They live until it is freed.
+/// The bytes of a buffer; text is UTF-8. They live until it is freed. None of what is no buffer, as with the parts of errors.
 #[unsafe(no_mangle)]
 pub extern "C" fn pl_buffer_bytes(buffer: *const Buffer) -> Str {
     Buffer::of(buffer).map_or(Str::NONE, |buffer| Str::of_bytes(&buffer.0))

@@ -33,8 +33,9 @@ pub const REFUSE_WORSE: u32 = 2;
 pub struct TrainOptions {
     /// `sizeof(pl_train_options)`.
     pub size: u32,
-    /// What becomes of an earlier run in `out`: 0 it stays and the new one is refused, 1 it is replaced, 2 it goes on from its
-    /// checkpoint (without one a new run begins).
+    /// What becomes of an earlier run in `out`: 0 it stays, and the new one is refused; 1 its adapter and checkpoint give way to
+    /// the new run's, when there are some; 2 it goes on from its checkpoint (without one a new run begins, and a finished one is
+    /// refused). Files that no run wrote are never touched; a model's folder is refused.
     pub start: u32,
     /// `PL_FIXED_SETTINGS`, `PL_REFUSE_WORSE`, or'ed.
     pub flags: u32,
@@ -47,7 +48,7 @@ pub struct TrainOptions {
     pub lines: Str,
     /// The folder for checkpoints and the adapter.
     pub out: Str,
-    /// Settings that are given: keys of `train.toml`, as TOML or as one object of JSON.
+    /// Settings that are given: keys of `train.toml` (`pocketlora train --help` lists them), as TOML or as one object of JSON.
     pub settings: Str,
     /// The folder of an adapter to train on; empty for a new one.
     pub init: Str,
@@ -109,10 +110,12 @@ pub struct TrainListener {
     pub reserved: u32,
     /// Given to each function.
     pub user: *mut c_void,
-    /// Hears of each event. `PL_RUN` goes on, `PL_PAUSE` holds the run until `pl_trainer_order` says otherwise, `PL_STOP` ends
-    /// it with a checkpoint.
+    /// Hears of each event. `PL_RUN` goes on. `PL_PAUSE` is as an order to pause: it holds the run until `pl_trainer_order` says
+    /// `PL_RUN`, and does nothing in `pl_trainer_new`, where there is no run yet. `PL_STOP` ends the run with a checkpoint, and
+    /// `pl_trainer_new` with `PL_CODE_CANCELLED`.
     pub on_event: Option<extern "C" fn(user: *mut c_void, event: *const TrainEvent) -> u32>,
-    /// Asked many times a second, between layers, what the run is to do now: whether the device charges, is cool, is idle.
+    /// Asked many times a second, between layers, what the run is to do now: whether the device charges, is cool, is idle. Of it
+    /// and the last order the stricter one counts.
     pub policy: Option<extern "C" fn(user: *mut c_void) -> u32>,
 }
 // SAFETY: addresses and functions, of which any that C hands in are values, behind a size.
@@ -516,7 +519,8 @@ pub extern "C" fn pl_trainer_order(trainer: *const TrainerBox, order: u32, error
     })
 }
 
-/// Waits until a run is held, at most so many seconds; `paused` becomes 1 if it is, and 0 if not.
+/// Waits until a run is held, at most so many seconds; `paused` becomes 1 if it is, and 0 if not, also where the run has not
+/// begun or has ended.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pl_trainer_wait_paused(
     trainer: *const TrainerBox,

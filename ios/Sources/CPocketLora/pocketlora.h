@@ -13,6 +13,8 @@
  *   to a new error by failure, which the caller frees.
  * - Threads: every function may be called from any thread, and works on its own thread until it returns. A chat or trainer
  *   works for one call at a time; a second one is refused as busy. Engines serve any number of calls.
+ * - Values out of range are refused as `PL_CODE_CONFIG`, and the message tells the range. What may be null says so.
+ * - Stopping: chats and vectors by a `pl_cancel`, runs by `pl_trainer_order`, and work on files by its listener's answer.
  * - Callbacks are called on the thread of the call that they were given to, and must not throw or jump through it.
  */
 
@@ -522,8 +524,9 @@ typedef struct {
    */
   uint32_t size;
   /**
-   * What becomes of an earlier run in `out`: 0 it stays and the new one is refused, 1 it is replaced, 2 it goes on from its
-   * checkpoint (without one a new run begins).
+   * What becomes of an earlier run in `out`: 0 it stays, and the new one is refused; 1 its adapter and checkpoint give way to
+   * the new run's, when there are some; 2 it goes on from its checkpoint (without one a new run begins, and a finished one is
+   * refused). Files that no run wrote are never touched; a model's folder is refused.
    */
   uint32_t start;
   /**
@@ -548,7 +551,7 @@ typedef struct {
    */
   pl_str out;
   /**
-   * Settings that are given: keys of `train.toml`, as TOML or as one object of JSON.
+   * Settings that are given: keys of `train.toml` (`pocketlora train --help` lists them), as TOML or as one object of JSON.
    */
   pl_str settings;
   /**
@@ -629,12 +632,14 @@ typedef struct {
    */
   void *user;
   /**
-   * Hears of each event. `PL_RUN` goes on, `PL_PAUSE` holds the run until `pl_trainer_order` says otherwise, `PL_STOP` ends
-   * it with a checkpoint.
+   * Hears of each event. `PL_RUN` goes on. `PL_PAUSE` is as an order to pause: it holds the run until `pl_trainer_order` says
+   * `PL_RUN`, and does nothing in `pl_trainer_new`, where there is no run yet. `PL_STOP` ends the run with a checkpoint, and
+   * `pl_trainer_new` with `PL_CODE_CANCELLED`.
    */
   uint32_t (*on_event)(void *user, const pl_train_event *event);
   /**
-   * Asked many times a second, between layers, what the run is to do now: whether the device charges, is cool, is idle.
+   * Asked many times a second, between layers, what the run is to do now: whether the device charges, is cool, is idle. Of it
+   * and the last order the stricter one counts.
    */
   uint32_t (*policy)(void *user);
 } pl_train_listener;
@@ -731,11 +736,6 @@ typedef struct {
   uint32_t out_of_time;
 } pl_train_summary;
 
-/**
- * All codes, in the order of their numbers.
- */
-#define pl_code_ALL { pl_code_Io, pl_code_Format, pl_code_Unsupported, pl_code_AdapterMismatch, pl_code_Data, pl_code_Config, pl_code_OutOfMemory, pl_code_Device, pl_code_Network, pl_code_Cancelled, pl_code_Diverged, pl_code_ContextFull, pl_code_Handle, pl_code_Busy, pl_code_Internal, pl_code_Key, pl_code_Outdated, }
-
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -776,7 +776,7 @@ pl_str pl_error_next(const pl_error *error);
 void pl_error_free(pl_error *error);
 
 /**
- * The bytes of a buffer; text is UTF-8. They live until it is freed.
+ * The bytes of a buffer; text is UTF-8. They live until it is freed. None of what is no buffer, as with the parts of errors.
  */
 pl_str pl_buffer_bytes(const pl_buffer *buffer);
 
@@ -836,7 +836,7 @@ uint32_t pl_evaluate(const pl_engine *engine,
 
 /**
  * Tells what the model in the folder `model` will take with `options`, and a run of training with the settings `training`
- * (the keys of `train.toml`, as TOML; null for no training). No weights are read.
+ * (as those of `pl_train_options`; null for no training). No weights are read.
  */
 uint32_t pl_model_estimate(pl_str model,
                            const pl_engine_options *options,
@@ -918,7 +918,7 @@ uint32_t pl_adapters_scale(const pl_engine *engine,
                            pl_error **error);
 
 /**
- * Removes an adapter. Answers that are being given end with it.
+ * Removes an adapter. Answers that are being given use it to their end.
  */
 uint32_t pl_adapter_detach(const pl_engine *engine, uint64_t number, pl_error **error);
 
@@ -1107,7 +1107,8 @@ uint32_t pl_trainer_order(const pl_trainer *trainer,
                           pl_error **error);
 
 /**
- * Waits until a run is held, at most so many seconds; `paused` becomes 1 if it is, and 0 if not.
+ * Waits until a run is held, at most so many seconds; `paused` becomes 1 if it is, and 0 if not, also where the run has not
+ * begun or has ended.
  */
 uint32_t pl_trainer_wait_paused(const pl_trainer *trainer,
                                 double seconds,

@@ -83,12 +83,11 @@ impl Read<'_> {
     }
 }
 
-/// Reads the adapter called `dir`, with the config `json` and the tensors of `file`, if it is one of them.
+/// Reads the adapter called `dir`, with the config `json` and the tensors of `file`, as the one of them that is called `name`.
 ///
 /// # Errors
 /// It asks for what is not done here, or its tensors contradict it or each other.
-pub(super) fn read(dir: &Path, json: &Map<String, Value>, file: &TensorFile) -> Result<Option<AdapterFile>> {
-    let Some(name) = named(json) else { return Ok(None) };
+pub(super) fn read(name: &str, dir: &Path, json: &Map<String, Value>, file: &TensorFile) -> Result<AdapterFile> {
     let config = dir.join(CONFIG);
     let keys = Keys::new(&config, json, KEYS)?;
     if keys.get("save_projection").is_some() && !keys.flag("save_projection")? {
@@ -124,7 +123,7 @@ pub(super) fn read(dir: &Path, json: &Map<String, Value>, file: &TensorFile) -> 
     }
     let file = AdapterFile::new(dir.to_owned(), parsed.method, all).with(Replacements::default());
     let (base, base_class) = (parsed.base, parsed.base_class);
-    Ok(Some(AdapterFile { base, base_class, warnings: parsed.warnings, ..file }))
+    Ok(AdapterFile { base, base_class, warnings: parsed.warnings, ..file })
 }
 
 /// All tensors of the file, whole numbers among them.

@@ -130,12 +130,11 @@ impl AdapterFile {
     ) -> Result<Self> {
         let path = dir.join(CONFIG);
         foreign::check_config(&path, json)?;
-        let weights = open(&dir.join(WEIGHTS))?;
-        if let Some(file) = expanded::read(dir, json, &weights)? {
-            return Ok(file);
+        if let Some(name) = expanded::named(json) {
+            return expanded::read(name, dir, json, &open(&dir.join(WEIGHTS))?);
         }
         let mut parsed = config::parse(&path, json)?;
-        let contents = tensors::read(&weights, &mut parsed)?;
+        let contents = tensors::read(&open(&dir.join(WEIGHTS))?, &mut parsed)?;
         if parsed.biases && !contents.replaced.whole.iter().any(|w| w.kind == "bias") {
             parsed.warnings.push("`bias` says that biases were trained, but the file has none".to_owned());
         }
