@@ -115,6 +115,7 @@ impl AdapterFile {
         let json = crate::format::foreign::read_object(&path)?;
         let mut file = Self::read(dir, &json, TensorFile::open, Vec::new())?;
         file.beside = beside::open(dir)?;
+        file.warnings.extend(beside::unlisted(dir));
         Ok(file)
     }
 
