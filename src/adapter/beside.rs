@@ -97,6 +97,14 @@ pub(super) fn open(dir: &Path) -> Result<Vec<AdapterFile>> {
     named(dir)?.into_iter().map(one).collect()
 }
 
+/// What is said of a folder with adapters beside the one in `dir` that no list names: they are not used.
+pub(super) fn unlisted(dir: &Path) -> Option<String> {
+    let folder = dir.join(BESIDE);
+    let is_adapter = |entry: &fs::DirEntry| entry.path().join(CONFIG).exists();
+    let there = !dir.join(FILE).exists() && fs::read_dir(&folder).ok()?.flatten().any(|entry| is_adapter(&entry));
+    there.then(|| format!("adapters in `{}` are not used, for `{FILE}` is not there: fetch it, too", folder.display()))
+}
+
 /// Methods of the adapters beside the one in `dir`, which a run wrote there.
 ///
 /// # Errors

@@ -205,8 +205,14 @@ fn what_does_not_go_together_is_refused_by_name() {
     let again = base(1).trainer(beside, data(), None, Some(&one), &dir.path().join("again"));
     assert!(again.is_err_and(|e| e.place().contains("beside")));
 
-    // Lists that are broken.
+    // Without the list they are not used, and that is said.
     let list = out.join("beside.json");
+    assert!(AdapterFile::open(&out).unwrap().warnings.iter().all(|warning| !warning.contains("beside.json")));
+    fs::remove_file(&list).unwrap();
+    let alone = AdapterFile::open(&out).unwrap();
+    assert!(alone.beside.is_empty() && alone.warnings.iter().any(|warning| warning.contains("beside.json")));
+
+    // Lists that are broken.
     check_all(
         [
             (json!({"beside": ["../together/beside/bottleneck"]}), "below"),
