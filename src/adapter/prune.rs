@@ -130,6 +130,7 @@ pub(crate) fn write_pruned(
 /// It is no plain LoRA, a module has no more ranks than that, `out` holds something; nothing is written then.
 pub fn cut_rank(file: &AdapterFile, rank: usize, out: &Path, existing: Existing) -> Result<[Size; 2]> {
     let lora = prunable(file)?;
+    super::ranks::check_single(file, "cut the ranks of", true)?;
     check_place(out, existing, &[file])?;
     let of = |module: &str| file.tensors[&parts(module)[1]].shape[1];
     let least = file.modules().map(of).min().unwrap_or(0);

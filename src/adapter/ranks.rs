@@ -3,7 +3,7 @@
 use super::init::Init;
 use super::method::paths_of;
 use super::methods::lora::Lora;
-use super::{Method, Settings};
+use super::{AdapterFile, Method, Settings};
 use crate::error::{Error, Result};
 use pocketlora_models::{Model, Param};
 use std::collections::BTreeMap;
@@ -13,6 +13,47 @@ fn value_of<'p, V>(patterns: &'p BTreeMap<String, V>, module: &str) -> Option<&'
     let ends =
         |key: &String| module == key || module.strip_suffix(key.as_str()).is_some_and(|rest| rest.ends_with('.'));
     patterns.iter().filter(|(key, _)| ends(key)).max_by_key(|(key, _)| key.len()).map(|(_, value)| value)
+}
+
+/// Refuses `what` of a LoRA that began as PiSSA and its like do, whose ranks are pairs: a rank without its partner would be another
+/// adapter. PEFT writes them as `[A; A0]` and `[B, -B0]`, of which no half may be rounded by itself either; here they are
+/// `[A; A - A0]` and `[B - B0, B0]`, which is refused where they are `taken_apart`.
+///
+/// # Errors
+/// It is one.
+pub(super) fn check_single(file: &AdapterFile, what: &str, taken_apart: bool) -> Result<()> {
+    let (mut opposite, mut moved, mut pairs) = (0.0, 0, 0);
+    for module in file.modules() {
+        let [a, b] = ["lora_A.weight", "lora_B.weight"].map(|part| file.tensors.get(&format!("{module}.{part}")));
+        let (Some(a), Some(b)) = (a, b) else { continue };
+        let (rank, input) = (a.shape[0], a.shape[1]);
+        let row = |k: usize| a.data[k * input..(k + 1) * input].to_vec();
+        let column = |k: usize| -> Vec<f32> { b.data.iter().skip(k).step_by(rank).copied().collect() };
+        let half = if rank.is_multiple_of(2) { rank / 2 } else { 0 };
+        for k in 0..half {
+            let ([a, other_a], [b, other_b]) = ([row(k), row(k + half)], [column(k), column(k + half)]);
+            opposite += cosine(&a, &other_a).min(-cosine(&b, &other_b));
+            let small = |x: &[f32], y: &[f32]| 4.0 * dot(x, x) < dot(y, y);
+            moved += usize::from(small(&other_a, &a) && small(&b, &other_b));
+        }
+        pairs += half.max(1);
+    }
+    let is_moved = taken_apart && 10 * moved >= 9 * pairs;
+    if pairs == 0 || opposite < 0.5 * pairs as f64 && !is_moved {
+        return Ok(());
+    }
+    let what = format!("to {what} a LoRA whose ranks are pairs, as those are that began with `pissa` or the like,");
+    let next = "bring it to half its rank first (`pocketlora compose -a DIR --method svd --rank N -o OTHER`)";
+    Err(Error::unsupported(&file.dir, what, next))
+}
+
+fn dot(x: &[f32], y: &[f32]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum()
+}
+
+fn cosine(x: &[f32], y: &[f32]) -> f64 {
+    let lengths = (dot(x, x) * dot(y, y)).sqrt();
+    if lengths > 0.0 { dot(x, y) / lengths } else { 0.0 }
 }
 
 /// Path of the module that the tensor `name` is the A of, in a LoRA.

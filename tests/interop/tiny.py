@@ -10,6 +10,7 @@ ORACLES = Path(__file__).resolve().parents[1] / "data/oracles"
 METHODS = [
     "lora", "lora --rslora", "lora --trainable-token-indices 18,19", "lora --targets embed_tokens,q_proj,lm_head",
     "lora --init-lora-weights pissa", "lora-fa", "dora", "adalora", "gralora", "vera", "miss", "delora", "loha", "lokr", "oft",
+    "c3a --option block_size=16", "fourierft --option n_frequency=500", "hira", "glora", "boft",
     "hra", "road --option group_size=16", "shira", "beft", "ia3", "ln-tuning", "trainable-tokens --trainable-token-indices 18,19",
     "prompt-tuning", "p-tuning", "prefix-tuning", "cartridge",
     'bdlora --targets q_proj --option use_bdlora={"target_modules_bd_a":["q_proj"],"nblocks":2}',

@@ -3,11 +3,12 @@
 use super::begun::{Losses, train};
 use super::methods::{base, config, data, json};
 use crate::common::{check_all, open_exact};
-use pocketlora::adapter::{AdapterFile, Kind, Method, cut_rank};
+use pocketlora::adapter::{AdapterFile, Combination, Composition, Kind, Method, compose, cut_rank, export_compressed};
 use pocketlora::format::Existing;
 use pocketlora::train::{Dataset, Sample, TrainConfig};
 use serde_json::{Map, Value, json};
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 /// A method with options of its own, and the rank that its file has where 4 was asked for.
@@ -157,4 +158,43 @@ fn options_that_do_not_fit_are_refused_by_name() {
             Err(e) => Err(format!("`{}: {e}` does not say {said}", e.place())),
         }
     });
+}
+
+/// A rank without its partner would be another adapter; brought to half the rank it is a LoRA as any.
+#[test]
+fn ranks_that_are_pairs_are_not_taken_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let [out, half] = ["out", "half"].map(|name| dir.path().join(name));
+    let config = TrainConfig { init_lora_weights: Some("pissa".to_owned()), ..plain() };
+    train(config, data(), &out, 1, false, 0);
+    let file = AdapterFile::open(&out).unwrap();
+    let engine = base(1);
+    let model = pocketlora::internals::base(&engine).model.as_ref();
+    let cut = cut_rank(&file, 2, &dir.path().join("cut"), Existing::Keep).map(|_| ());
+    // As PEFT writes them: the second half is what the first began as, with its sign turned in B.
+    let mut as_peft = file.clone();
+    for (name, tensor) in &mut as_peft.tensors {
+        let rank = 8;
+        let (count, half) = (tensor.data.len(), tensor.data.len() / 2);
+        if name.ends_with("lora_A.weight") {
+            (0..half).for_each(|i| tensor.data[half + i] = tensor.data[i] - tensor.data[half + i]);
+        } else {
+            for row in (0..count).step_by(rank) {
+                for k in row..row + rank / 2 {
+                    tensor.data[k] += tensor.data[k + rank / 2];
+                    tensor.data[k + rank / 2] *= -1.0;
+                }
+            }
+        }
+    }
+    let small = export_compressed(&as_peft, model, 0, 0.5, &dir.path().join("small")).map(|_| ());
+    for refused in [cut, small] {
+        let error = refused.unwrap_err().to_string();
+        assert!(error.contains("pairs") && error.contains("--method svd"), "{error}");
+    }
+    let composition = Composition { rank: Some(4), ..Composition::new(Combination::Svd) };
+    compose(&[(file, 1.0)], &composition, &half, Existing::Keep, &mut |_| ControlFlow::Continue(())).unwrap();
+    let file = AdapterFile::open(&half).unwrap();
+    cut_rank(&file, 2, &dir.path().join("cut"), Existing::Keep).unwrap();
+    export_compressed(&file, model, 0, 0.5, &dir.path().join("small")).unwrap();
 }

@@ -71,6 +71,7 @@ pub fn export_compressed(
         return Err(Error::config("density", format!("a share from {LEAST_DENSITY} to 1"), density));
     }
     let plain = Plain::of(file, model, "a compressed file")?;
+    crate::adapter::ranks::check_single(&plain.file, "compress", false)?;
     // A run numbers its layers in the model's order.
     let mut order = layers_of(model, &plain.file)?;
     order.sort_by_key(|(param, _)| param.0);
