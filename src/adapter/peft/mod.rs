@@ -140,7 +140,6 @@ impl AdapterFile {
             parsed.warnings.push("`bias` says that biases were trained, but the file has none".to_owned());
         }
         parsed.warnings.extend(contents.warnings);
-        parsed.warnings.extend(beside::unlisted(dir));
         parsed.method.set_targets(match parsed.targets.suffixes() {
             Some(suffixes) => suffixes.to_vec(),
             None => contents.adapted,
