@@ -328,7 +328,8 @@ pub unsafe extern "C" fn pl_chat_set_messages(chat: *const ChatBox, json: Str, e
 }
 
 /// Says `question` and gives the answer, both kept: piece by piece to `listener`, and whole to `text`, a new buffer. Any of
-/// `listener`, `cancel`, `answer` and `text` may be null. A cancelled answer is no error: its `finish` is 3.
+/// `listener`, `cancel`, `answer` and `text` may be null. A cancelled answer is no error: its `finish` is 3, and
+/// what was said until then is kept; of one that was stopped before its first word nothing is, the question neither.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pl_chat_send(
     chat: *const ChatBox,

@@ -151,7 +151,7 @@ pub unsafe extern "C" fn pl_model_estimate(
     })
 }
 
-/// Opens the model in the folder `model`: its weights are mapped. A GGUF file, or a model in 16 bits, is made into such a
+/// Opens the model in the folder `model`: its weights are mapped. `options` may be null for the usual way. A GGUF file, or a model in 16 bits, is made into such a
 /// folder by `pl_model_import`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pl_engine_open(
@@ -294,7 +294,8 @@ pub unsafe extern "C" fn pl_engine_info_of(
 }
 
 /// Makes a vector of length 1 of a text: the states of its tokens after the last layer, their mean (`last` 0) or the last
-/// one's (1). `vector` has room for `capacity` floats, the model's width (`pl_engine_info_of`). `cancel` may be null.
+/// one's (1). `vector` has room for `capacity` floats, the model's width (`pl_engine_info_of`). `cancel` may be null; a
+/// call that it stops fails with `PL_CODE_CANCELLED`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pl_embed(
     engine: *const EngineBox,

@@ -41,7 +41,7 @@ pub struct TrainOptions {
     pub flags: u32,
     /// Leave it at 0.
     pub reserved: u32,
-    /// A file or folder of data.
+    /// A file or folder of data; not together with `lines`.
     pub data: Str,
     /// Data itself, an object of JSON a line; it is kept in `out`. With neither, a run that goes on has the lines that it
     /// began with.
@@ -312,9 +312,12 @@ fn end(seconds: f64) -> Result<Option<Instant>> {
     time.map(Some).ok_or_else(|| Error::config("seconds", "a time in seconds, or 0 for no bound", seconds))
 }
 
-/// Ends a run that is between two steps; what is at work goes on to its end. What was not saved is lost.
+/// Frees a run. One that is at work or held is stopped first, with a checkpoint, and `pl_trainer_run` returns; steps that were
+/// done one by one and not saved are lost.
 #[unsafe(no_mangle)]
 pub extern "C" fn pl_trainer_free(trainer: *mut TrainerBox) {
+    // Held, it would wait for an order that nobody can give any more.
+    TrainerBox::of(trainer).iter().for_each(|held| held.handle.cancel());
     handle::free(trainer);
 }
 

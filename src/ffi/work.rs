@@ -96,7 +96,8 @@ fn target(number: u32) -> Result<Target> {
 }
 
 /// Makes of the model `source`, a GGUF file or a folder in 16 bits, a folder `out` with the weights in NF4, as
-/// `pl_engine_open` takes it. What lies at `out` is not replaced; an unfinished one never has that name. `listener` may be null.
+/// `pl_engine_open` takes it. What lies at `out` is not replaced; an unfinished one never has that name, and what a kill leaves
+/// beside it under a hidden name goes with the next import to that place. `listener` may be null.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pl_model_import(
     source: Str,

@@ -97,6 +97,38 @@ static uint32_t ask_from_within(void *user, pl_str piece, uint32_t thought) {
     return 0;
 }
 
+/* A run on a thread of its own, which is freed while it is held. */
+static void *run_until_freed(void *trainer) {
+    pl_error *e = NULL;
+    pl_train_summary summary = {.size = sizeof summary, .done = 1};
+    OK(pl_trainer_run(trainer, NULL, &summary, &e));
+    if (summary.done) failures++, fprintf(stderr, "a freed run says that it is done\n");
+    return NULL;
+}
+
+static void free_what_is_held(pl_engine *engine, const char *out) {
+    pl_error *e = NULL;
+    pl_trainer *trainer = NULL;
+    uint32_t paused = 0;
+    pthread_t thread;
+    pl_train_options lesson = {
+        .size = sizeof lesson,
+        .start = 1,
+        .flags = PL_FIXED_SETTINGS,
+        .lines = text("{\"prompt\": \"a\", \"completion\": \"b\"}\n"),
+        .out = text(out),
+        .settings = text("{\"steps\": 5, \"keep\": \"off\", \"check\": false}"),
+    };
+    OK(pl_trainer_new(engine, &lesson, NULL, &trainer, &e));
+    OK(pl_trainer_order(trainer, PL_PAUSE, &e));
+    if (pthread_create(&thread, NULL, run_until_freed, trainer)) exit(3);
+    OK(pl_trainer_wait_paused(trainer, 60, &paused, &e));
+    if (!paused) failures++, fprintf(stderr, "a run is not held\n");
+    pl_trainer_free(trainer);
+    pthread_join(thread, NULL);
+    REFUSED(pl_trainer_order(trainer, PL_RUN, &e));
+}
+
 /* The model in the folder `model` by its open files. */
 static void open_by_files(const char *model, const char *scratch) {
     static const char *const names[] = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"};
@@ -252,6 +284,9 @@ int main(int argc, char **argv) {
     free(changed), pl_buffer_free(sealed);
     handles(sealed);
 
+    char other_folder[4096];
+    snprintf(other_folder, sizeof other_folder, "%s-held", argv[2]);
+    free_what_is_held(engine, other_folder);
     pl_engine_free(engine); /* The trainer keeps the model open. */
     handles(engine);
     pl_trainer_info after = {.size = sizeof after};

@@ -538,7 +538,7 @@ typedef struct {
    */
   uint32_t reserved;
   /**
-   * A file or folder of data.
+   * A file or folder of data; not together with `lines`.
    */
   pl_str data;
   /**
@@ -805,7 +805,8 @@ void pl_cancel_free(pl_cancel *cancel);
 
 /**
  * Makes of the model `source`, a GGUF file or a folder in 16 bits, a folder `out` with the weights in NF4, as
- * `pl_engine_open` takes it. What lies at `out` is not replaced; an unfinished one never has that name. `listener` may be null.
+ * `pl_engine_open` takes it. What lies at `out` is not replaced; an unfinished one never has that name, and what a kill leaves
+ * beside it under a hidden name goes with the next import to that place. `listener` may be null.
  */
 uint32_t pl_model_import(pl_str source,
                          pl_str out,
@@ -845,7 +846,7 @@ uint32_t pl_model_estimate(pl_str model,
                            pl_error **error);
 
 /**
- * Opens the model in the folder `model`: its weights are mapped. A GGUF file, or a model in 16 bits, is made into such a
+ * Opens the model in the folder `model`: its weights are mapped. `options` may be null for the usual way. A GGUF file, or a model in 16 bits, is made into such a
  * folder by `pl_model_import`.
  */
 uint32_t pl_engine_open(pl_str model,
@@ -876,7 +877,8 @@ uint32_t pl_engine_info_of(const pl_engine *engine, pl_engine_info *info, pl_err
 
 /**
  * Makes a vector of length 1 of a text: the states of its tokens after the last layer, their mean (`last` 0) or the last
- * one's (1). `vector` has room for `capacity` floats, the model's width (`pl_engine_info_of`). `cancel` may be null.
+ * one's (1). `vector` has room for `capacity` floats, the model's width (`pl_engine_info_of`). `cancel` may be null; a
+ * call that it stops fails with `PL_CODE_CANCELLED`.
  */
 uint32_t pl_embed(const pl_engine *engine,
                   pl_str text,
@@ -1011,7 +1013,8 @@ uint32_t pl_chat_set_messages(const pl_chat *chat,
 
 /**
  * Says `question` and gives the answer, both kept: piece by piece to `listener`, and whole to `text`, a new buffer. Any of
- * `listener`, `cancel`, `answer` and `text` may be null. A cancelled answer is no error: its `finish` is 3.
+ * `listener`, `cancel`, `answer` and `text` may be null. A cancelled answer is no error: its `finish` is 3, and
+ * what was said until then is kept; of one that was stopped before its first word nothing is, the question neither.
  */
 uint32_t pl_chat_send(const pl_chat *chat,
                       pl_str question,
@@ -1069,7 +1072,8 @@ uint32_t pl_trainer_new(const pl_engine *engine,
                         pl_error **error);
 
 /**
- * Ends a run that is between two steps; what is at work goes on to its end. What was not saved is lost.
+ * Frees a run. One that is at work or held is stopped first, with a checkpoint, and `pl_trainer_run` returns; steps that were
+ * done one by one and not saved are lost.
  */
 void pl_trainer_free(pl_trainer *trainer);
 
