@@ -495,7 +495,7 @@ mod tests {
             (&["--num-virtual-tokens", "7"][..], "`num-virtual-tokens`"),
             (&["--method", "ia3", "--rank", "8"], "`rank`"),
             (&["--method", "prefix-tuning", "--targets", "q_proj"], "`targets`"),
-            (&["--method", "fourierft"], "fourierft"),
+            (&["--method", "lily"], "lily"),
         ] {
             let error = merged("", flags).unwrap_err().to_string();
             assert!(error.contains(said), "{flags:?}: {error}");
