@@ -45,8 +45,19 @@ impl Estimate {
     /// # Errors
     /// The model cannot run; a setting is out of range; training needs more than its `memory-budget`.
     pub fn of(dir: &Path, options: &Options, config: Option<&TrainConfig>) -> Result<Self> {
-        let checkpoint = Checkpoint::open(dir)?;
-        let model: Arc<dyn Model> = architecture(&checkpoint)?.into();
+        Self::of_checkpoint(&Checkpoint::open(dir)?, options, config)
+    }
+
+    /// As [`Estimate::of`], of a model whose files are mapped already.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) fn of_checkpoint(
+        checkpoint: &Checkpoint,
+        options: &Options,
+        config: Option<&TrainConfig>,
+    ) -> Result<Self> {
+        let model: Arc<dyn Model> = architecture(checkpoint)?.into();
         let numbers = options.numbers();
         let made_for = model.config().max_positions;
         let context = if options.context == 0 { made_for } else { options.context.min(made_for) };
@@ -74,7 +85,7 @@ impl Estimate {
     ///
     /// # Errors
     /// It does.
-    pub fn check(&self, budget: u64, dir: &Path) -> Result<()> {
+    pub(super) fn check(&self, budget: u64, dir: &Path) -> Result<()> {
         let needed = self.opened + self.full_chat;
         if needed <= budget {
             return Ok(());

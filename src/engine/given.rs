@@ -35,6 +35,7 @@ impl Engine {
     /// # Errors
     /// A name is no plain file name or comes twice; bytes are not there; the disk refuses; as [`Engine::open`].
     pub fn open_given(files: Vec<GivenFile>, scratch: &Path, options: &Options) -> Result<Self> {
+        options.check()?;
         create_folder(scratch)?;
         let failed = |e| Error::io("create a folder in", scratch, e);
         let dir = tempfile::Builder::new().prefix("model-").tempdir_in(scratch).map_err(failed)?;

@@ -110,18 +110,18 @@ impl Engine {
     /// # Errors
     /// A file is missing, broken or of an unsupported kind; the device is not supported; a setting is out of range.
     pub fn open(dir: &Path, options: &Options) -> Result<Self> {
-        options.device.check()?;
-        check_threads(options.threads)?;
+        options.check()?;
         Self::of(Checkpoint::open(dir)?, options, None)
     }
 
     /// Opens `checkpoint`, whose small files lie in `scratch` where that is given.
     fn of(checkpoint: Checkpoint, options: &Options, scratch: Option<TempDir>) -> Result<Self> {
-        options.device.check()?;
-        check_threads(options.threads)?;
         let dir = checkpoint.dir().to_owned();
         // Nothing is read in, and no copy is made, of a model that then turns out not to run.
         architecture(&checkpoint)?;
+        if let Some(budget) = options.memory_budget {
+            Estimate::of_checkpoint(&checkpoint, options, None)?.check(budget, &dir)?;
+        }
         let (text, text_bytes) =
             if options.ids_only { (None, 0) } else { measured(|| open_text(&dir, options.special_text))? };
         let ends = if text.is_none() { end_ids(&dir)? } else { Vec::new() };

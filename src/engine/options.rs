@@ -68,6 +68,9 @@ pub struct Options {
     /// Most tokens of one text, prompt and answer together; what the model was made for if 0. Memory follows:
     /// [`Engine::context_bytes`](super::Engine::context_bytes) tells how much.
     pub context: usize,
+    /// Most anonymous bytes that the model with one full chat may take, by [`Estimate`](super::Estimate): a model that takes
+    /// more is refused before its weights are touched. None allows all.
+    pub memory_budget: Option<u64>,
     /// A folder for copies that make things faster and can be made again at any time; none are kept without it.
     pub cache_dir: Option<PathBuf>,
     /// What others find the base by, as adapters name it: a repository on the hub, or a path. The folder, if not given.
@@ -119,6 +122,12 @@ impl Options {
         Self { context, ..self }
     }
 
+    /// Sets [`Options::memory_budget`].
+    #[must_use]
+    pub fn memory_budget(self, bytes: u64) -> Self {
+        Self { memory_budget: Some(bytes), ..self }
+    }
+
     /// Sets [`Options::cache_dir`].
     #[must_use]
     pub fn cache_dir(self, dir: impl Into<PathBuf>) -> Self {
@@ -147,6 +156,12 @@ impl Options {
     #[must_use]
     pub fn strict(self, strict: bool) -> Self {
         Self { strict, ..self }
+    }
+
+    /// Refuses, before any file is opened, what no model can be opened with.
+    pub(super) fn check(&self) -> Result<()> {
+        self.device.check()?;
+        check_threads(self.threads)
     }
 
     /// How numbers are kept and multiplied.

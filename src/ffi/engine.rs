@@ -55,11 +55,11 @@ const NO_OPTIONS: EngineOptions = EngineOptions {
 // SAFETY: plain numbers and texts behind a size.
 unsafe impl sized::Sized for EngineOptions {}
 
-/// The options that C handed in, and the budget among them.
+/// The options that C handed in.
 ///
 /// # Safety
 /// As [`sized::read`] and [`Str::text`].
-unsafe fn options(place: *const EngineOptions) -> Result<(Options, u64)> {
+unsafe fn options(place: *const EngineOptions) -> Result<Options> {
     // SAFETY: as this function's own.
     let given = unsafe { sized::read(place, NO_OPTIONS, "pl_engine_options") }?;
     let precision = match given.precision {
@@ -74,7 +74,7 @@ unsafe fn options(place: *const EngineOptions) -> Result<(Options, u64)> {
     // SAFETY: as this function's own.
     let (cache, name) = unsafe { (given.cache_dir.path("cache_dir")?, given.base_name.text("base_name")?) };
     let has = |flag| given.flags & flag != 0;
-    let options = Options {
+    Ok(Options {
         threads: given.threads as usize,
         precision,
         int8_cache: has(INT8_CACHE),
@@ -83,9 +83,9 @@ unsafe fn options(place: *const EngineOptions) -> Result<(Options, u64)> {
         base_name: (!name.is_empty()).then(|| name.to_owned()),
         ids_only: has(IDS_ONLY),
         strict: has(STRICT),
+        memory_budget: (given.memory_budget > 0).then_some(given.memory_budget),
         ..Options::default()
-    };
-    Ok((options, given.memory_budget))
+    })
 }
 
 /// Bytes that a model will take. Mapped ones are clean pages, which the system may drop; anonymous ones count against the
@@ -129,7 +129,7 @@ pub unsafe extern "C" fn pl_model_estimate(
         // SAFETY: the header's rules for texts, structs and places of results.
         unsafe {
             sized::check_place(estimate, "pl_estimate")?;
-            let (dir, (options, _)) = (model.needed_path("model")?, self::options(options)?);
+            let (dir, options) = (model.needed_path("model")?, self::options(options)?);
             let config = match training.as_ref() {
                 Some(settings) => Some(TrainConfig::parse(settings.text("training")?)?),
                 None => None,
@@ -164,10 +164,7 @@ pub unsafe extern "C" fn pl_engine_open(
         let place = Out::new(engine, "engine")?;
         // SAFETY: the header's rules for texts, structs and places of results.
         unsafe {
-            let (dir, (options, budget)) = (model.needed_path("model")?, self::options(options)?);
-            if budget > 0 {
-                Estimate::of(&dir, &options, None)?.check(budget, &dir)?;
-            }
+            let (dir, options) = (model.needed_path("model")?, self::options(options)?);
             place.set(EngineBox(Engine::open(&dir, &options)?).hold());
         }
         Ok(())
@@ -205,7 +202,7 @@ pub unsafe extern "C" fn pl_engine_open_files(
         let place = Out::new(engine, "engine")?;
         // SAFETY: the header's rules for lists, texts, structs and places of results.
         unsafe {
-            let (scratch, (options, _)) = (scratch.needed_path("scratch")?, self::options(options)?);
+            let (scratch, options) = (scratch.needed_path("scratch")?, self::options(options)?);
             let one = |file: &GivenOut| {
                 let name = file.name.text("name")?.to_owned();
                 let (file, offset, len) = (opened(file.descriptor, &name)?, file.offset, file.length);

@@ -149,6 +149,15 @@ static void open_by_files(const char *model, const char *scratch) {
     OK(pl_chat_send(chat, text("x"), NULL, NULL, NULL, NULL, &e));
     pl_chat_free(chat);
     pl_engine_free(engine);
+    pl_engine_options little = {.size = sizeof little, .memory_budget = 1};
+    for (int i = 0; i < 4; i++) {
+        char path[4096];
+        snprintf(path, sizeof path, "%s/%s", model, names[i]);
+        if (!(open[i] = fopen(path, "rb"))) exit(3);
+        files[i].descriptor = fileno(open[i]);
+    }
+    expect("a budget of a byte", pl_engine_open_files(files, 4, text(scratch), &little, &engine, &e), PL_CODE_OUT_OF_MEMORY, &e);
+    for (int i = 0; i < 4; i++) fclose(open[i]);
     files[3] = files[0]; /* A name twice. */
     CONFIG(pl_engine_open_files(&files[2], 0, text(""), NULL, &engine, &e));
 }

@@ -23,7 +23,7 @@ struct Given {
 }
 
 impl Given {
-    fn parse(json: &str) -> Result<(Options, Option<u64>), Failure> {
+    fn parse(json: &str) -> Result<Options, Failure> {
         let given: Self = parse("options", json)?;
         let precision = match given.precision.as_str() {
             "exact" => Precision::Exact,
@@ -39,7 +39,8 @@ impl Given {
             .strict(given.strict);
         options.cache_dir = given.cache_dir.map(Into::into);
         options.base_name = given.base_name;
-        Ok((options, given.memory_budget))
+        options.memory_budget = given.memory_budget;
+        Ok(options)
     }
 }
 
@@ -52,8 +53,8 @@ native!(Java_io_pocketlora_Native_estimate(
     env, path: JString<'local>, options: JString<'local>, training: JString<'local>,
 ) -> JLongArray<'local> {
     let (path, options, training) = (text(env, &path)?, text(env, &options)?, optional(env, &training)?);
-    let config = training.map(|json| parse::<TrainConfig>("training", &json)).transpose()?;
-    let found = Estimate::of(Path::new(&path), &Given::parse(&options)?.0, config.as_ref())?;
+    let config = training.map(|json| TrainConfig::parse(&json)).transpose()?;
+    let found = Estimate::of(Path::new(&path), &Given::parse(&options)?, config.as_ref())?;
     let values = [
         found.parameters, found.context_tokens, found.mapped, found.opened, found.per_1000_tokens, found.full_chat,
         found.training,
@@ -63,12 +64,7 @@ native!(Java_io_pocketlora_Native_estimate(
 
 native!(Java_io_pocketlora_Native_engineOpen(env, path: JString<'local>, options: JString<'local>) -> i64 {
     let (path, options) = (text(env, &path)?, text(env, &options)?);
-    let (options, budget) = Given::parse(&options)?;
-    let path = Path::new(&path);
-    if let Some(budget) = budget {
-        Estimate::of(path, &options, None)?.check(budget, path)?;
-    }
-    Ok(hold(Held::Engine(Engine::open(path, &options)?)))
+    Ok(hold(Held::Engine(Engine::open(Path::new(&path), &Given::parse(&options)?)?)))
 });
 
 native!(Java_io_pocketlora_Native_engineInfo(env, handle: i64) -> JLongArray<'local> {
